@@ -1,0 +1,39 @@
+# Needs python3, pip, g++ and make; nvcc if CUDA kernels are wanted. Stamp files in .make keep the second run fast.
+PYTHON ?= python3
+TORCH := torch==2.14.1 torchvision==0.29.1
+BIN := .venv/bin
+export MAX_JOBS ?= 2
+
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: .make/build
+	$(BIN)/engm demo
+
+# One thread a worker: two workers with two threads each would only get in each other's way.
+test: .make/build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+lint: .make/venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .make/build
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group
+
+.make/venv: requirements-dev.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH) -r requirements-dev.txt
+	@mkdir -p .make && touch $@
+
+.make/build: .make/venv $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@mkdir -p .make && touch $@
+
+# Leaves .venv, which takes longest to make: remove it by hand.
+clean:
+	rm -rf build dist .make *.egg-info engm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find engm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

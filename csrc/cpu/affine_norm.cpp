@@ -1,0 +1,123 @@
+// Scale and shift gradients of a normalisation layer, per example, in one pass:
+//   scale_grads[i, c] = Σ_s gy (x - mean) rstd        shift_grads[i, c] = Σ_s gy
+// and their squared norms. Reads x and gy once (2·n·C·S elements); x - mean is formed before the product, so nothing
+// cancels. [n, C, S] sums along rows, one (i, c) after another; [n, S, C] adds rows lane by lane, in double every
+// kRowsAtOnce rows.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+
+#include "../ops.h"
+#include "kernels.h"
+
+namespace engm::cpu {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 64;
+
+template <typename T>
+struct Affine {
+  at::Tensor x, gy, mean, rstd;  // 3-d, last dimension of x and gy dense; mean may be undefined
+
+  // The row [i, j, :] of length `length`.
+  AffineRow<T> row(int64_t i, int64_t j, int64_t length) const {
+    const auto at = [&](const at::Tensor& t) {
+      return t.const_data_ptr<T>() + (t.size(0) > 1 ? i * t.stride(0) : 0) + (t.size(1) > 1 ? j * t.stride(1) : 0);
+    };
+    const auto step = [](const at::Tensor& t) { return static_cast<int64_t>(t.size(2) > 1); };
+    return {at(x), at(gy), mean.defined() ? at(mean) : nullptr, at(rstd), mean.defined() ? step(mean) : 0, step(rstd),
+            length};
+  }
+};
+
+// [n, C, S]
+template <typename T>
+void rows(const Affine<T>& a, T* scale, T* shift) {
+  const int64_t channels = a.x.size(1), length = a.x.size(2);
+  const Kernels<T>& k = kernels<T>();
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, length));
+  at::parallel_for(0, a.x.size(0) * channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      double scale_sum = 0, shift_sum = 0;
+      k.affine_sums(a.row(item / channels, item % channels, length), &scale_sum, &shift_sum);
+      scale[item] = static_cast<T>(scale_sum);
+      shift[item] = static_cast<T>(shift_sum);
+    }
+  });
+}
+
+// [n, S, C]
+template <typename T>
+void columns(const Affine<T>& a, T* scale, T* shift) {
+  const int64_t positions = a.x.size(1), channels = a.x.size(2);
+  const Kernels<T>& k = kernels<T>();
+  at::parallel_for(0, a.x.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<double> total(2 * channels);
+    std::vector<T> part(2 * channels);
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t start = 0; start < positions; start += kRowsAtOnce) {
+        std::fill(part.begin(), part.end(), T(0));
+        for (int64_t s = start; s < std::min(start + kRowsAtOnce, positions); ++s)
+          k.affine_add(a.row(i, s, channels), part.data(), part.data() + channels);
+        for (int64_t c = 0; c < 2 * channels; ++c) total[c] += part[c];
+      }
+      std::copy_n(total.begin(), channels, scale + i * channels);
+      std::copy_n(total.begin() + channels, channels, shift + i * channels);
+    }
+  });
+}
+
+template <typename T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run(const Affine<T>& a, bool channels_last) {
+  const int64_t n = a.x.size(0), channels = a.x.size(channels_last ? 2 : 1);
+  at::Tensor scale = at::empty({n, channels}, a.x.options()), shift = at::empty({n, channels}, a.x.options());
+  at::Tensor norm_sq = at::empty({2, n}, a.x.options());
+  (channels_last ? columns<T> : rows<T>)(a, scale.mutable_data_ptr<T>(), shift.mutable_data_ptr<T>());
+  const Kernels<T>& k = kernels<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    double sums[2] = {0, 0}, magnitude = 0;
+    const T* grads[2] = {scale.const_data_ptr<T>() + i * channels, shift.const_data_ptr<T>() + i * channels};
+    for (int j = 0; j < 2; ++j) {
+      k.dot(grads[j], grads[j], channels, &sums[j], &magnitude);
+      norm_sq.mutable_data_ptr<T>()[j * n + i] = static_cast<T>(sums[j]);
+    }
+  }
+  return {norm_sq, scale, shift};
+}
+
+at::Tensor dense_rows(const at::Tensor& t) { return t.stride(2) == 1 || t.size(2) <= 1 ? t : t.contiguous(); }
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in,
+                                                              const OptionalTensor& mean_in, const at::Tensor& rstd_in,
+                                                              int64_t channel_dim) {
+  TORCH_CHECK(x_in.dim() == 3 && gy_in.sizes() == x_in.sizes() && (channel_dim == 1 || channel_dim == 2),
+              "affine_norm_sq: expected x and gy of one shape [n, C, S] with channel_dim=1, or [n, S, C] with "
+              "channel_dim=2, got x ", x_in.sizes(), ", gy ", gy_in.sizes(), " and channel_dim=", channel_dim, ".");
+  const at::ScalarType type = compute_type(x_in, gy_in, "affine_norm_sq");
+  const auto statistic = [&](const at::Tensor& t, const char* name) {
+    bool fits = t.dim() == 3;
+    for (int64_t i = 0; fits && i < 3; ++i) fits = t.size(i) == 1 || t.size(i) == x_in.size(i);
+    TORCH_CHECK(fits, "affine_norm_sq: ", name, " must be 3-d and broadcast to x ", x_in.sizes(), ", got ", t.sizes(),
+                ". Use sizes of 1 for the dimensions it does not vary over.");
+    return t.to(type);
+  };
+  at::Tensor x = x_in.to(type), gy = gy_in.to(type), rstd = statistic(rstd_in, "rstd");
+  at::Tensor mean = mean_in ? statistic(*mean_in, "mean") : at::Tensor();
+  // A channels_last image flattened to [n, C, S] is [n, S, C] in memory.
+  bool channels_last = channel_dim == 2;
+  if (!channels_last && x.size(1) > 1 && x.size(2) > 1 && x.stride(1) == 1 && gy.stride(1) == 1) {
+    channels_last = true;
+    for (at::Tensor* t : {&x, &gy, &rstd, &mean})
+      if (t->defined()) *t = t->transpose(1, 2);
+  }
+  x = dense_rows(x), gy = dense_rows(gy), rstd = dense_rows(rstd);
+  if (mean.defined()) mean = dense_rows(mean);
+  if (type == at::kDouble) return run(Affine<double>{x, gy, mean, rstd}, channels_last);
+  return run(Affine<float>{x, gy, mean, rstd}, channels_last);
+}
+
+}  // namespace engm::cpu

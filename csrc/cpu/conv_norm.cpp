@@ -1,0 +1,178 @@
+// linear_norm_sq and conv_norm_sq on the CPU: checks, choice of form, and the way back to the direct form for examples
+// whose Gram terms cancel. A linear layer is a convolution with one tap over T positions.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "../ops.h"
+#include "shape.h"
+
+namespace engm::cpu {
+namespace {
+
+struct CorrectionTensors {
+  at::Tensor shift, patch_mean, scale, correlation;
+};
+
+// All four or none, brought to the operands' type.
+std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
+                                                 const OptionalTensor& scale, const OptionalTensor& correlation,
+                                                 at::ScalarType type, at::IntArrayRef per_example,
+                                                 at::IntArrayRef mean_shape, at::IntArrayRef weight_shape,
+                                                 const char* op) {
+  const int given = shift.has_value() + patch_mean.has_value() + scale.has_value() + correlation.has_value();
+  if (given == 0) return std::nullopt;
+  TORCH_CHECK(given == 4, op, ": a batch-norm correction needs all of shift, patch_mean, scale and correlation, got ",
+              given, " of the four. Pass the missing ones or none.");
+  const auto ready = [&](const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+    TORCH_CHECK(t.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", t.sizes(), ".");
+    return t.to(type).contiguous();
+  };
+  return CorrectionTensors{ready(*shift, "shift", per_example), ready(*patch_mean, "patch_mean", mean_shape),
+                           ready(*scale, "scale", per_example), ready(*correlation, "correlation", weight_shape)};
+}
+
+template <typename T>
+Operand<T> operand(const at::Tensor& t) {  // [n, channels, *space]
+  Operand<T> o{t.const_data_ptr<T>(), t.stride(0), t.stride(1), {0, 0, 0}};
+  for (int64_t i = 2; i < t.dim(); ++i) o.space[3 - t.dim() + i] = t.stride(i);
+  return o;
+}
+
+// A 1×1 convolution reads every stride-th pixel: a dense problem over a strided view.
+template <typename T>
+void drop_unread_pixels(ConvShape& s, Operand<T>& x) {
+  for (int i = 0; i < 3; ++i) {
+    if (s.kernel[i] != 1 || s.padding[i] != 0) continue;
+    x.space[i] *= s.stride[i];
+    s.in[i] = s.out[i];
+    s.stride[i] = s.dilation[i] = 1;
+  }
+}
+
+template <typename T>
+void squared_norms(ConvShape s, Operand<T> x, const Operand<T>& gy, const Correction<T>* correction, Form form,
+                   double* out) {
+  drop_unread_pixels(s, x);
+  std::vector<int64_t> examples;
+  if (form == Form::kGram) {
+    std::vector<uint8_t> reliable(s.n);
+    gram_norms(s, x, gy, out, reliable.data());
+    for (int64_t i = 0; i < s.n; ++i)
+      if (!reliable[i]) examples.push_back(i);
+  } else {
+    for (int64_t i = 0; i < s.n; ++i) examples.push_back(i);
+  }
+  if (!examples.empty()) direct_norms(s, x, gy, correction, examples, out);
+}
+
+template <typename T>
+at::Tensor run(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy,
+               const std::optional<CorrectionTensors>& tensors, Form form) {
+  at::Tensor out = at::empty({s.n}, x.options());
+  std::vector<double> total(s.n, 0.0);
+  if (tensors) {
+    const Correction<T> correction{tensors->shift.template const_data_ptr<T>(),
+                                   tensors->scale.template const_data_ptr<T>(),
+                                   tensors->patch_mean.template const_data_ptr<T>(),
+                                   tensors->correlation.template const_data_ptr<T>()};
+    squared_norms<T>(s, operand<T>(x), operand<T>(gy), &correction, form, total.data());
+  } else {
+    squared_norms<T>(s, operand<T>(x), operand<T>(gy), nullptr, form, total.data());
+  }
+  std::copy(total.begin(), total.end(), out.mutable_data_ptr<T>());
+  return out;
+}
+
+at::Tensor dispatch(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy,
+                    const std::optional<CorrectionTensors>& correction, Form form) {
+  if (x.scalar_type() == at::kDouble) return run<double>(s, x, gy, correction, form);
+  return run<float>(s, x, gy, correction, form);
+}
+
+// T = 1: ‖b aᵀ‖² = ‖a‖²‖b‖².
+template <typename T>
+at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor rows_a = a.contiguous(), rows_b = b.contiguous();
+  at::Tensor out = at::empty({a.size(0)}, a.options());
+  const Kernels<T>& k = kernels<T>();
+  const auto norm_sq = [&](const at::Tensor& rows, int64_t i) {
+    const T* row = rows.const_data_ptr<T>() + i * rows.size(2);
+    double sum = 0, magnitude = 0;
+    k.dot(row, row, rows.size(2), &sum, &magnitude);
+    return sum;
+  };
+  for (int64_t i = 0; i < a.size(0); ++i)
+    out.mutable_data_ptr<T>()[i] = static_cast<T>(norm_sq(rows_a, i) * norm_sq(rows_b, i));
+  return out;
+}
+
+}  // namespace
+
+at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::string_view form,
+                          const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
+                          const OptionalTensor& correlation) {
+  TORCH_CHECK(a_in.dim() == 3 && b_in.dim() == 3 && a_in.size(0) == b_in.size(0) && a_in.size(1) == b_in.size(1),
+              "linear_norm_sq: expected activations a [n, T, p] and backprops b [n, T, d] with the same n and T, got a ",
+              a_in.sizes(), " and b ", b_in.sizes(), ". Flatten the positions of each example into one T.");
+  const at::ScalarType type = compute_type(a_in, b_in, "linear_norm_sq");
+  const int64_t n = a_in.size(0), T = a_in.size(1), p = a_in.size(2), d = b_in.size(2);
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {n, d}, {p}, {d, p},
+                                          "linear_norm_sq");
+  Form chosen = parse_form(form, correction.has_value());
+  const at::Tensor a = a_in.to(type), b = b_in.to(type);
+  if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, a.options());
+  if (T == 1 && !correction && chosen != Form::kDirect)
+    return type == at::kDouble ? rank_one<double>(a, b) : rank_one<float>(a, b);
+  if (chosen == Form::kAuto) chosen = linear_cost(T, p, d).form;
+  ConvShape s;
+  s.n = n, s.channels = p, s.out_channels = d;
+  s.in = s.out = {1, 1, T};
+  return dispatch(s, a.transpose(1, 2), b.transpose(1, 2), correction, chosen);
+}
+
+at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::IntArrayRef kernel_size,
+                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                        std::string_view form, const OptionalTensor& shift, const OptionalTensor& patch_mean,
+                        const OptionalTensor& scale, const OptionalTensor& correlation) {
+  const int64_t dims = x_in.dim() - 2;
+  TORCH_CHECK(dims >= 1 && dims <= 3 && gy_in.dim() == x_in.dim() && x_in.size(0) == gy_in.size(0),
+              "conv_norm_sq: expected x [n, C, *S] and gy [n, d, *So] with the same n and 1 to 3 spatial dimensions, "
+              "got x ", x_in.sizes(), " and gy ", gy_in.sizes(), ".");
+  for (const auto& [values, name, least] : {std::tuple{kernel_size, "kernel_size", 1}, std::tuple{stride, "stride", 1},
+                                            std::tuple{padding, "padding", 0}, std::tuple{dilation, "dilation", 1}}) {
+    TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, "conv_norm_sq: ", name, " needs one value for each of the ",
+                dims, " spatial dimensions of x, got ", values, ".");
+    for (int64_t value : values)
+      TORCH_CHECK(value >= least, "conv_norm_sq: ", name, " must be at least ", least, ", got ", values, ".");
+  }
+  ConvShape s;
+  s.n = x_in.size(0), s.channels = x_in.size(1), s.out_channels = gy_in.size(1), s.groups = groups;
+  TORCH_CHECK(groups >= 1 && s.channels % groups == 0 && s.out_channels % groups == 0,
+              "conv_norm_sq: groups must divide both the ", s.channels, " channels of x and the ", s.out_channels,
+              " of gy, got groups = ", groups, ".");
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t at = 3 - dims + i;
+    s.in[at] = x_in.size(i + 2), s.out[at] = gy_in.size(i + 2);
+    s.kernel[at] = kernel_size[i], s.stride[at] = stride[i], s.padding[at] = padding[i], s.dilation[at] = dilation[i];
+    const int64_t span = s.in[at] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    const int64_t expected = span < 0 ? 0 : span / stride[i] + 1;
+    TORCH_CHECK(s.out[at] == expected, "conv_norm_sq: a convolution of x ", x_in.sizes(), " with kernel_size ",
+                kernel_size, ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
+                " has output size ", expected, " in spatial dimension ", i, ", got ", s.out[at], " from gy ",
+                gy_in.sizes(), ". Pass the layer's own settings; pad x yourself for padding modes other than zeros.");
+  }
+  const at::ScalarType type = compute_type(x_in, gy_in, "conv_norm_sq");
+  std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
+  mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
+  weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {s.n, s.out_channels},
+                                          mean_shape, weight_shape, "conv_norm_sq");
+  Form chosen = parse_form(form, correction.has_value());
+  const at::Tensor x = x_in.to(type), gy = gy_in.to(type);
+  if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());
+  if (chosen == Form::kAuto)
+    chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out).form;
+  return dispatch(s, x, gy, correction, chosen);
+}
+
+}  // namespace engm::cpu

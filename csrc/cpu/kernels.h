@@ -1,0 +1,91 @@
+// The table of inner loops, one per instruction set. Everything around them (packing plans, threading, the
+// choice of form) is ordinary C++ compiled once; only what must be vectorised lives behind these pointers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace engm::cpu {
+
+// Sum over `steps` of an outer product of packed factors:
+//   G[o, v·lanes + l] = Σ_t rows[o, t] · x[vector_offset[v] + step_offset[t] + l]
+// The x side is a list of vectors, not a matrix: for a convolution vector v is (channel block, kernel tap), and a tap
+// is nothing but another offset into the same zero-padded image.
+template <typename T>
+struct PanelProduct {
+  const T* x = nullptr;
+  const int64_t* vector_offset = nullptr;  // [vectors], elements, multiples of `lanes`
+  const int64_t* step_offset = nullptr;    // [steps], elements, multiples of `lanes`
+  int64_t vectors = 0;
+  const T* rows = nullptr;  // panels of `Kernels::rows` (the last may be kRowQuantum): [row_count / r][steps][r]
+  int64_t row_count = 0;    // a multiple of kRowQuantum
+  int64_t steps = 0;
+  // Subtracted from G before squaring when shift is given: shift[o]·mean[v, l] + scale[o]·correlation[o, v, l].
+  const T* shift = nullptr;        // [row_count]
+  const T* scale = nullptr;        // [row_count]
+  const T* mean = nullptr;         // [vectors, lanes]
+  const T* correlation = nullptr;  // [row_count, correlation_pitch], first vectors·lanes of each row are read
+  int64_t correlation_pitch = 0;
+};
+
+constexpr int64_t kRowQuantum = 4;   // rows are padded to this
+constexpr int64_t kAlignment = 64;   // bytes, of every packed buffer
+
+// Lines of a tensor to be interleaved: dst[index[t]·width + l] = lane[l][t·step], 0 for a null lane.
+template <typename T>
+struct Lines {
+  const T* lane[64 / sizeof(float)] = {};
+  int64_t width = 0;  // 1 or a power of two up to the lanes of a vector
+  int64_t step = 1;   // elements between consecutive steps of one lane
+  int64_t steps = 0;
+  const int64_t* index = nullptr;  // [steps], null for t itself
+  T* dst = nullptr;
+};
+
+// One row of a normalisation layer, see affine_norm.cpp.
+template <typename T>
+struct AffineRow {
+  const T* x;
+  const T* gy;
+  const T* mean;  // may be null: 0
+  const T* rstd;
+  int64_t mean_step;  // 0 or 1, elements between consecutive positions
+  int64_t rstd_step;
+  int64_t length;
+};
+
+template <typename T>
+struct Kernels {
+  const char* isa;
+  int64_t lanes;  // elements of one vector
+  int64_t rows;   // rows of a full panel
+
+  // ‖G - correction‖², squares added in double.
+  double (*sum_of_squares)(const PanelProduct<T>& product);
+  // out[o · pitch + v·lanes + l] = G[o, v, l]; a panel starts at vector first_lane[its first row] / lanes.
+  void (*store)(const PanelProduct<T>& product, T* out, int64_t pitch, const int64_t* first_lane);
+  // Depthwise: out[v, l] = Σ_t x[vector_offset[v] + step_offset[t] + l] · gy[t, l].
+  void (*lanewise)(const PanelProduct<T>& product, T* out);
+  void (*interleave)(const Lines<T>& lines);
+  // sum[i] += factor · src[i]
+  void (*axpy)(T factor, const T* src, int64_t length, T* sum);
+  // *sum += Σ q[i] s[i], *magnitude += Σ |q[i] s[i]|, in double.
+  void (*dot)(const T* q, const T* s, int64_t length, double* sum, double* magnitude);
+  // Σ gy (x - mean) rstd and Σ gy over one row.
+  void (*affine_sums)(const AffineRow<T>& row, double* scale_sum, double* shift_sum);
+  // The same products added lane by lane: scale_sum[c] += gy (x - mean) rstd, shift_sum[c] += gy.
+  void (*affine_add)(const AffineRow<T>& row, T* scale_sum, T* shift_sum);
+};
+
+// The table in use: the best that this processor runs, or what set_isa asked for.
+template <typename T>
+const Kernels<T>& kernels();
+
+// "avx512", "avx2", "baseline" or "auto"; false if this build or processor lacks it.
+bool set_isa(const std::string& name);
+std::string isa_in_use();
+std::vector<std::string> available_isas();
+
+}  // namespace engm::cpu

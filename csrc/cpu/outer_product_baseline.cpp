@@ -1,0 +1,9 @@
+// Inner loops for any processor: 16-byte vectors, which the compiler maps to whatever the target has.
+#include "kernels.h"
+
+#define ENGM_ISA baseline
+#define ENGM_ISA_NAME "baseline"
+#define ENGM_VECTOR_BYTES 16
+#define ENGM_ROWS 4
+#define ENGM_VECTORS 2
+#include "outer_product.inl"

@@ -1,0 +1,272 @@
+"""The compiled operators, typed and documented; :mod:`engm.reference` has a plain twin of each.
+
+Inputs may have any strides. Sums are formed in float32 for float16, bfloat16 and float32 inputs and in float64 for
+float64; squared norms come back in that type. None of them is differentiable.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C, reference  # noqa: F401 (importing _C registers the operators)
+
+__all__ = ["affine_norm_sq", "clip_weights", "conv_norm_sq", "linear_norm_sq", "scaled_accumulate"]
+
+_CHUNK_ELEMENTS = 1 << 24  # of per-example gradient and patches at once, where torch composes an operator
+
+
+def linear_norm_sq(
+    a: Tensor,
+    b: Tensor,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    r"""Squared norms of the per-example weight gradients of a linear layer, ``‖b_iᵀ a_i‖²_F``.
+
+    With a correction (all four of the last arguments), the gradient whose norm is taken is that of a layer that feeds a
+    batch norm in training mode: ``G_i[o, :] - shift[i, o] patch_mean - scale[i, o] correlation[o, :]``.
+
+    Args:
+        a: Activations ``[n, T, p]``.
+        b: Backprops ``[n, T, d]``.
+        form: ``"direct"`` forms tiles of the gradient in registers, 2·T·p·d FLOPs an example; ``"gram"`` contracts
+            ``a aᵀ`` with ``b bᵀ``, T²(p + d) FLOPs, centred against cancellation (an example whose terms cancel all the
+            same is done again in direct form); ``"auto"`` takes the cheaper, and direct with a correction.
+        shift: ``[n, d]``, the example's shift gradient times scale/σ.
+        patch_mean: ``[p]``, mean activation.
+        scale: ``[n, d]``, the example's scale gradient times scale/σ.
+        correlation: ``[d, p]``, mean of the normalised output times the activation.
+
+    Returns:
+        ``[n]`` squared norms, float64 for float64 operands, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit, ``form`` is unknown, the correction is incomplete or
+            combined with ``form="gram"``.
+
+    On the CPU a thread's workspace is about 0.4 MB for either factor, or 64·T bytes where that is more, in direct form,
+    and ``2T² + 2T(p + d)`` elements in Gram form. No per-example gradient is stored.
+    """
+    return torch.ops.engm.linear_norm_sq(a, b, form, shift, patch_mean, scale, correlation)
+
+
+def conv_norm_sq(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    r"""Squared norms of the per-example weight gradients of a convolution with zero padding.
+
+    The gradient is ``G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]``; a correction is
+    subtracted from it as in :func:`linear_norm_sq`.
+
+    Args:
+        x: Inputs ``[n, C, *S]`` with one to three spatial dimensions, in any memory format.
+        gy: Backprops ``[n, d, *So]``; ``So`` must be the output size of the convolution.
+        kernel_size: One value a spatial dimension, as are ``stride``, ``padding`` (symmetric, zeros) and ``dilation``.
+        stride: See ``kernel_size``.
+        padding: See ``kernel_size``. For other padding modes pad ``x`` first and pass 0.
+        dilation: See ``kernel_size``.
+        groups: Divides ``C`` and ``d``; ``groups == C`` is depthwise.
+        form: ``"direct"`` forms tiles of the gradient in registers; ``"gram"`` contracts ``gy gyᵀ`` with the sum over
+            taps of the shifted pixel Gram matrix ``x xᵀ`` (inner dimension C, not C·taps), and repeats an example in
+            direct form where its terms cancel; ``"auto"`` takes the cheaper, and direct with a correction.
+        shift: ``[n, d]``.
+        patch_mean: ``[C, *kernel_size]``; a group of output channels uses its own ``C / groups`` rows.
+        scale: ``[n, d]``.
+        correlation: ``[d, C / groups, *kernel_size]``.
+
+    Returns:
+        ``[n]`` squared norms, float64 for float64 operands, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit, ``gy`` has not the output size of the convolution, ``form``
+            is unknown, the correction is incomplete or combined with ``form="gram"``.
+
+    On the CPU a thread's workspace is about 0.4 MB for either factor in direct form, or one packed block of 16 channels
+    (64 bytes a padded pixel) where that is more, plus one padded image where a group has few channels; in Gram form
+    ``(pixels + C)·padded pixels + (T + d)·T`` elements and a copy of either factor. No batch is ever unfolded and no
+    per-example gradient stored.
+    """
+    return torch.ops.engm.conv_norm_sq(
+        x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale, correlation
+    )
+
+
+def affine_norm_sq(
+    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Per-example scale and shift gradients of a normalisation layer, and their squared norms.
+
+    With ``x̂ = (x - mean) rstd``: ``scale_grads = Σ_s gy x̂`` and ``shift_grads = Σ_s gy``, in one pass.
+
+    Args:
+        x: Inputs of the layer ``[n, C, S]`` (``channel_dim=1``) or ``[n, S, C]`` (``channel_dim=2``).
+        gy: Backprops, the shape of ``x``.
+        mean: 3-d and broadcastable to ``x``, or None for 0 (RMSNorm).
+        rstd: 3-d and broadcastable to ``x``.
+        channel_dim: 1 or 2.
+
+    Returns:
+        ``norm_sq [2, n]`` (scale, shift), ``scale_grads [n, C]``, ``shift_grads [n, C]``.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit, or ``channel_dim`` is neither 1 nor 2.
+
+    Workspace: 4·C elements a thread; operands whose last dimension is strided are copied.
+    """
+    norm_sq, scale_grads, shift_grads = torch.ops.engm.affine_norm_sq(x, gy, mean, rstd, channel_dim)
+    return norm_sq, scale_grads, shift_grads
+
+
+def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Norms and clipping weights from the squared norms of all parameter tensors.
+
+    ``norms_i = sqrt(max(Σ_l factors_l squared_norms_li, 0))`` and ``weights_i = min(alpha / norms_i, 1)`` (Eq. 5),
+    summed in order and in float64, so bitwise repeatable. A norm of 0 has weight 1; a non-finite sum has weight NaN.
+
+    Args:
+        squared_norms: ``[layers, n]``.
+        alpha: The bound, positive; ``inf`` gives weights of 1.
+        factors: ``[layers]`` calibration factors, 1 if None.
+
+    Returns:
+        ``norms [n]`` and ``weights [n]``, float64 for float64, else float32.
+
+    Raises:
+        RuntimeError: ``alpha`` is not positive, or shapes do not fit.
+
+    Workspace: ``n`` doubles.
+    """
+    norms, weights = torch.ops.engm.clip_weights(squared_norms, alpha, factors)
+    return norms, weights
+
+
+def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
+    r"""Weighted sum of per-example gradients, ``Σ_i w_i b_iᵀ a_i``, as one GEMM.
+
+    Args:
+        a: Activations ``[n, T, p]``, or None for a bias: then the result is ``Σ_{i,t} w_i b_it``.
+        b: Backprops ``[n, T, d]``.
+        weights: ``[n]``.
+
+    Returns:
+        ``[d, p]``, or ``[d]`` without ``a``; float64 for float64 operands, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit.
+
+    Workspace: one scaled copy of the smaller of ``a`` and ``b``.
+    """
+    return torch.ops.engm.scaled_accumulate(a, b, weights)
+
+
+def _compute_type(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("engm::linear_norm_sq")
+def _linear_fake(a: Tensor, b: Tensor, *_: object) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=_compute_type(a))
+
+
+@torch.library.register_fake("engm::conv_norm_sq")
+def _conv_fake(x: Tensor, gy: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=_compute_type(x))
+
+
+@torch.library.register_fake("engm::affine_norm_sq")
+def _affine_fake(
+    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = x.new_empty(x.shape[0], x.shape[channel_dim], dtype=_compute_type(x))
+    return grads.new_empty(2, x.shape[0]), grads, torch.empty_like(grads)
+
+
+@torch.library.register_fake("engm::clip_weights")
+def _clip_fake(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    norms = squared_norms.new_empty(squared_norms.shape[1], dtype=_compute_type(squared_norms))
+    return norms, torch.empty_like(norms)
+
+
+def _in_chunks(
+    a: Tensor, b: Tensor, shift: Tensor | None, scale: Tensor | None, elements: int, norms: Callable
+) -> Tensor:
+    """``norms`` of as many examples at once as a bound on ``elements`` each allows, in float32 or float64."""
+    dtype, step = _compute_type(a), max(1, _CHUNK_ELEMENTS // max(1, elements))
+    parts = [
+        norms(*(None if t is None else t[i : i + step].to(dtype) for t in (a, b, shift, scale)))
+        for i in range(0, a.shape[0], step)
+    ]
+    return torch.cat(parts) if parts else a.new_zeros(0, dtype=dtype)
+
+
+def _linear_composed(
+    a: Tensor,
+    b: Tensor,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    """Composed from torch operators, some examples at a time: for devices that have no kernel of ours yet."""
+
+    def norms(a: Tensor, b: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        return reference.linear_norm_sq(a, b, form, shift, patch_mean, scale, correlation)
+
+    return _in_chunks(a, b, shift, scale, a.shape[2] * b.shape[2], norms)
+
+
+def _conv_composed(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    """As :func:`_linear_composed`; patches of a chunk are unfolded."""
+
+    def norms(x: Tensor, gy: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+        geometry = (kernel_size, stride, padding, dilation, groups, form)
+        return reference.conv_norm_sq(x, gy, *geometry, shift, patch_mean, scale, correlation)
+
+    columns = x.shape[1] * math.prod(kernel_size)
+    return _in_chunks(x, gy, shift, scale, columns * (math.prod(gy.shape[2:]) + gy.shape[1] // groups), norms)
+
+
+def _affine_composed(
+    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _compute_type(x)
+    mean = None if mean is None else mean.to(dtype)
+    return reference.affine_norm_sq(x.to(dtype), gy.to(dtype), mean, rstd.to(dtype), channel_dim)
+
+
+for _name, _composed in (
+    ("linear_norm_sq", _linear_composed),
+    ("conv_norm_sq", _conv_composed),
+    ("affine_norm_sq", _affine_composed),
+):
+    torch.library.impl(f"engm::{_name}", "CUDA", _composed)

@@ -1,0 +1,87 @@
+"""The operators again, each in a few lines of plain torch that materialise every per-example gradient.
+
+Slow and plainly right, on any device and in any floating dtype; the oracle of the tests. ``form`` is taken and ignored.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _corrected(
+    grads: Tensor, shift: Tensor | None, patch_mean: Tensor | None, scale: Tensor | None, correlation: Tensor | None
+) -> Tensor:
+    """Gradients ``[n, d, p]`` less ``shift * patch_mean + scale * correlation``; the last two are ``[d, p]``."""
+    if shift is None or patch_mean is None or scale is None or correlation is None:
+        return grads
+    return grads - shift[..., None] * patch_mean - scale[..., None] * correlation
+
+
+def linear_norm_sq(
+    a: Tensor,
+    b: Tensor,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    """Twin of :func:`engm.ops.linear_norm_sq`."""
+    grads = torch.einsum("ntd,ntp->ndp", b, a)
+    return _corrected(grads, shift, patch_mean, scale, correlation).square().sum((1, 2))
+
+
+def conv_norm_sq(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    form: str = "auto",
+    shift: Tensor | None = None,
+    patch_mean: Tensor | None = None,
+    scale: Tensor | None = None,
+    correlation: Tensor | None = None,
+) -> Tensor:
+    """Twin of :func:`engm.ops.conv_norm_sq`."""
+    n, d, per_group = gy.shape[0], gy.shape[1], gy.shape[1] // groups
+    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for i, (k, s, dil) in enumerate(zip(kernel_size, stride, dilation, strict=True)):  # [n, C, *So, *kernel]
+        x = x.unfold(i + 2, dil * (k - 1) + 1, s)[..., ::dil]
+    patches = x.flatten(2 + len(stride)).flatten(2, -2).view(n, groups, x.shape[1] // groups, gy[0, 0].numel(), -1)
+    grads = torch.einsum("ngdt,ngctk->ngdck", gy.reshape(n, groups, per_group, -1), patches).reshape(n, d, -1)
+    if patch_mean is not None and correlation is not None:
+        patch_mean = patch_mean.reshape(groups, -1).repeat_interleave(per_group, 0)
+        correlation = correlation.reshape(d, -1)
+    return _corrected(grads, shift, patch_mean, scale, correlation).square().sum((1, 2))
+
+
+def affine_norm_sq(
+    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of :func:`engm.ops.affine_norm_sq`."""
+    normalised = (x if mean is None else x - mean) * rstd
+    scale_grads = (gy * normalised).sum(3 - channel_dim)
+    shift_grads = gy.sum(3 - channel_dim)
+    return torch.stack([scale_grads.square().sum(1), shift_grads.square().sum(1)]), scale_grads, shift_grads
+
+
+def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`engm.ops.clip_weights`."""
+    factors = torch.ones(len(squared_norms)) if factors is None else factors
+    total = (factors.to(squared_norms.device, torch.float64)[:, None] * squared_norms.double()).sum(0)
+    norms = torch.where(total == -torch.inf, torch.nan, total.clamp_min(0).sqrt())
+    weights = torch.where(norms <= alpha, 1.0, alpha / norms).where(total.isfinite(), torch.nan)
+    dtype = torch.promote_types(squared_norms.dtype, torch.float32)
+    return norms.to(dtype), weights.to(dtype)
+
+
+def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
+    """Twin of :func:`engm.ops.scaled_accumulate`."""
+    if a is None:
+        return torch.einsum("n,ntd->d", weights, b)
+    return torch.einsum("ndp,n->dp", torch.einsum("ntd,ntp->ndp", b, a), weights)

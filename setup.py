@@ -1,0 +1,86 @@
+"""Builds ``engm._C``: C++ always, CUDA whenever nvcc and a CUDA build of torch are there (a GPU need not be).
+
+ENGM_CPU_ONLY=1      leaves CUDA out.
+FORCE_CUDA=1         fails where CUDA cannot be compiled, instead of building for the CPU only.
+TORCH_CUDA_ARCH_LIST overrides the architectures, by default 8.0 and 9.0+PTX.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def toolkit_root() -> str | None:
+    """The directory with nvcc's own bin/ and include/; nvcc on PATH may be a wrapper that lives elsewhere."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return os.environ[name]
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return "/usr/local/cuda" if os.path.exists("/usr/local/cuda/bin/nvcc") else None
+    dry = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+    return str(Path(top.group(1)).resolve()) if top else str(Path(nvcc).resolve().parent.parent)
+
+
+CUDA_ROOT = toolkit_root()
+if CUDA_ROOT is not None:
+    os.environ["CUDA_HOME"] = CUDA_ROOT  # torch looks at it when cpp_extension is imported
+
+import torch  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def with_cuda() -> bool:
+    """Whether to compile CUDA; says so loudly when it is left out for want of a compiler."""
+    if os.environ.get("ENGM_CPU_ONLY", "0") == "1":
+        return False
+    missing = [
+        what
+        for what, there in (
+            ("nvcc (set CUDA_HOME)", CUDA_ROOT is not None and os.path.exists(os.path.join(CUDA_ROOT, "bin", "nvcc"))),
+            ("a CUDA build of torch", torch.version.cuda is not None),
+        )
+        if not there
+    ]
+    if missing and os.environ.get("FORCE_CUDA", "0") == "1":
+        sys.exit(f"FORCE_CUDA=1, but there is no {' and no '.join(missing)}")
+    if missing:
+        print(f"*** engm: no {' and no '.join(missing)}: BUILDING FOR THE CPU ONLY ***", file=sys.stderr)
+    return not missing
+
+
+def extension():
+    """The one compiled module."""
+    cuda = with_cuda()
+    sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/cost_model.cpp"]
+    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    macros = [("ENGM_TORCH_VERSION", torch.__version__)]
+    flags = {"cxx": ["-O3", "-g0", "-Wall", "-ffp-contract=fast", "-fvisibility=hidden"]}
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+        sources += sorted(
+            str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp")
+        )
+        macros += [
+            ("ENGM_WITH_CUDA", "1"),
+            ("ENGM_CUDA_VERSION", torch.version.cuda),
+            ("ENGM_CUDA_ARCHITECTURES", re.sub(r"[;\s]+", " ", os.environ["TORCH_CUDA_ARCH_LIST"])),
+        ]
+        flags["nvcc"] = ["-O3", "--expt-relaxed-constexpr", "-Xptxas=-warn-spills"]
+    kind = CUDAExtension if cuda else CppExtension
+    headers = [
+        str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl", "*.cuh") for p in ROOT.glob(f"csrc/**/{pattern}")
+    ]
+    return kind("engm._C", sources, define_macros=macros, extra_compile_args=flags, depends=headers)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

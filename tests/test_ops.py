@@ -1,0 +1,378 @@
+"""Operators against their twins in float64 and against autograd, over drawn shapes, strides, forms and types."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engm import _C, ops, reference
+
+# Largest relative error of a norm. Half types are rounded before the operator sees them: their oracle is the same.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
+EXAMPLES = settings(max_examples=150, deadline=None)
+ISAS = _C.build_info()["cpu_isas"]
+
+
+def operand(shape, dtype, layout="contiguous", mean=0.0):
+    """Random numbers of one dtype in one of several memory layouts."""
+    t = (torch.randn(shape, dtype=torch.float64) + mean).to(dtype)
+    if layout == "channels_last" and t.dim() in (4, 5):
+        return t.to(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        return torch.stack([t, t], -1).flatten(-2)[..., ::2]
+    return t
+
+
+def assert_norms_close(got, want, dtype):
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double().sqrt(), want.sqrt(), rtol=TOLERANCE[dtype], atol=1e-30)
+
+
+@contextmanager
+def forced(isa):
+    _C.set_isa(isa)
+    try:
+        yield
+    finally:
+        _C.set_isa("auto")
+
+
+dtypes = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])
+layouts = st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"])
+isas = st.sampled_from(ISAS)
+forms = st.sampled_from(["auto", "direct", "gram"])
+
+
+@st.composite
+def convolutions(draw):
+    dims = draw(st.integers(1, 3))
+    each = lambda values: [draw(st.sampled_from(values)) for _ in range(dims)]  # noqa: E731
+    kernel, stride, padding, dilation = each([1, 2, 3, 4]), each([1, 1, 2, 3]), each([0, 1, 2]), each([1, 1, 2])
+    size = each([3, 4, 7, 8, 9] if dims < 3 else [3, 4, 5])
+    spans = [s + 2 * p - d * (k - 1) - 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
+    assume(min(spans) >= 0)
+    out = [span // s + 1 for span, s in zip(spans, stride, strict=True)]
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = groups * draw(st.sampled_from([1, 2, 3, 8, 9, 17, 24]))
+    rows = groups * draw(st.sampled_from([1, 2, 4, 9, 12, 20]))
+    n = draw(st.sampled_from([1, 2, 5]))
+    return (n, channels, *size), (n, rows, *out), kernel, stride, padding, dilation, groups
+
+
+@EXAMPLES
+@given(isa=isas, problem=convolutions(), dtype=dtypes, layout=layouts, form=forms, corrected=st.booleans())
+def test_conv_norm_sq_is_its_twin(isa, problem, dtype, layout, form, corrected):
+    x_shape, gy_shape, kernel, stride, padding, dilation, groups = problem
+    x, gy = operand(x_shape, dtype, layout), operand(gy_shape, dtype, layout)
+    correction = {}
+    if corrected:
+        form = "direct" if form == "gram" else form
+        (n, d), channels = gy_shape[:2], x_shape[1]
+        correction = {
+            "shift": operand((n, d), dtype),
+            "patch_mean": operand((channels, *kernel), dtype),
+            "scale": operand((n, d), dtype),
+            "correlation": operand((d, channels // groups, *kernel), dtype),
+        }
+    with forced(isa):
+        got = ops.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, form, **correction)
+    wide = {name: t.double() for name, t in correction.items()}
+    want = reference.conv_norm_sq(x.double(), gy.double(), kernel, stride, padding, dilation, groups, **wide)
+    assert_norms_close(got, want, dtype)
+
+
+@EXAMPLES
+@given(
+    isa=isas,
+    shape=st.tuples(
+        st.sampled_from([1, 2, 5]),
+        st.sampled_from([1, 2, 3, 8, 17, 40]),
+        st.sampled_from([1, 3, 8, 16, 33, 100]),
+        st.sampled_from([1, 3, 8, 12, 20]),
+    ),
+    dtype=dtypes,
+    layout=layouts,
+    form=forms,
+    corrected=st.booleans(),
+)
+def test_linear_norm_sq_is_its_twin(isa, shape, dtype, layout, form, corrected):
+    n, T, p, d = shape
+    a, b = operand((n, T, p), dtype, layout), operand((n, T, d), dtype, layout)
+    correction = {}
+    if corrected:
+        form = "direct" if form == "gram" else form
+        correction = {
+            "shift": operand((n, d), dtype),
+            "patch_mean": operand((p,), dtype),
+            "scale": operand((n, d), dtype),
+            "correlation": operand((d, p), dtype),
+        }
+    with forced(isa):
+        got = ops.linear_norm_sq(a, b, form, **correction)
+    want = reference.linear_norm_sq(a.double(), b.double(), **{name: t.double() for name, t in correction.items()})
+    assert_norms_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_conv_norm_sq_is_autograd(form, groups):
+    x, weight = torch.randn(3, 8, 9, 7, dtype=torch.float64), torch.randn(12, 8 // groups, 3, 2, dtype=torch.float64)
+    weight.requires_grad_()
+    y = F.conv2d(x, weight, stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=groups)
+    gy = torch.randn_like(y)
+    want = [torch.autograd.grad(y[i], weight, gy[i], retain_graph=True)[0].square().sum() for i in range(3)]
+    got = ops.conv_norm_sq(x, gy, [3, 2], [2, 1], [1, 0], [1, 2], groups, form)
+    assert_norms_close(got, torch.stack(want), torch.float64)
+
+
+def test_linear_correction_is_the_exact_backward_of_a_batch_norm():
+    """The correction of design 2.5 against autograd through conv and batch norm."""
+    x, weight = torch.randn(4, 5, 6, 6, dtype=torch.float64), torch.randn(7, 5, 3, 3, dtype=torch.float64)
+    gamma = torch.rand(7, dtype=torch.float64) + 0.5
+    weight.requires_grad_()
+    y = F.conv2d(x, weight, padding=1)
+    z = F.batch_norm(y, None, None, gamma, None, training=True, eps=1e-5)
+    gz = torch.randn_like(z)
+    want = []
+    for i in range(4):
+        one = torch.zeros_like(gz)
+        one[i] = gz[i]
+        want.append(torch.autograd.grad(z, weight, one, retain_graph=True)[0].square().sum())
+    sigma = (y.detach().var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
+    xhat = (y.detach() - y.detach().mean((0, 2, 3))[:, None, None]) / sigma[:, None, None]
+    k = gamma / sigma
+    patches = F.unfold(x, 3, padding=1).view(4, 5, 3, 3, -1)
+    correlation = torch.einsum("not,nckjt->ockj", xhat.flatten(2), patches) / (4 * 36)
+    got = ops.conv_norm_sq(
+        x, gz * k[:, None, None], [3, 3], [1, 1], [1, 1], [1, 1],
+        shift=k * gz.sum((2, 3)), patch_mean=patches.mean((0, 4)), scale=k * (gz * xhat).sum((2, 3)),
+        correlation=correlation,
+    )  # fmt: skip
+    assert_norms_close(got, torch.stack(want), torch.float64)
+
+
+@pytest.mark.parametrize("mean", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("form", ["direct", "gram", "auto"])
+def test_large_activation_means_do_not_cancel(mean, form):
+    a, b = operand((6, 24, 40), torch.float32, mean=mean), operand((6, 24, 16), torch.float32)
+    assert_norms_close(ops.linear_norm_sq(a, b, form), reference.linear_norm_sq(a.double(), b.double()), torch.float32)
+    x, gy = operand((6, 16, 8, 8), torch.float32, mean=mean), operand((6, 16, 8, 8), torch.float32)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1])
+    want = reference.conv_norm_sq(x.double(), gy.double(), *geometry)
+    assert_norms_close(ops.conv_norm_sq(x, gy, *geometry, form=form), want, torch.float32)
+
+
+def test_gram_goes_back_to_direct_where_backprops_cancel():
+    """Backprops that sum to almost nothing against constant activations: G is rounding noise beside its terms."""
+    a = torch.ones(2, 32, 8) + 1e-4 * torch.randn(2, 32, 8)
+    b = 50 + torch.randn(2, 32, 8)
+    b[0] -= b[0].mean(0)
+    want = reference.linear_norm_sq(a.double(), b.double())
+    torch.testing.assert_close(ops.linear_norm_sq(a, b, "gram").double(), want, rtol=1e-3, atol=0)
+
+
+def test_zeros_and_non_finite_values():
+    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    gy[1] = 0
+    gy[2, 3, 2, 2] = float("nan")
+    for form in ("direct", "gram"):
+        norms = ops.conv_norm_sq(x, gy, [3, 3], [1, 1], [1, 1], [1, 1], form=form)
+        assert norms[0] > 0
+        assert norms[1] == 0
+        assert norms[2].isnan()
+
+
+@pytest.mark.parametrize(("n", "T", "p"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+def test_empty_operands_have_zero_norms(n, T, p):
+    torch.testing.assert_close(ops.linear_norm_sq(torch.randn(n, T, p), torch.randn(n, T, 5)), torch.zeros(n))
+
+
+def test_threads_do_not_change_the_norm_beyond_rounding():
+    """One example is split over threads, many are not; large maps go through several blocks."""
+    x, gy = operand((2, 40, 70, 70), torch.float32), operand((2, 33, 70, 70), torch.float32)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1])
+    want = reference.conv_norm_sq(x.double(), gy.double(), *geometry)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert_norms_close(ops.conv_norm_sq(x, gy, *geometry), want, torch.float32)
+            assert_norms_close(ops.conv_norm_sq(x[:1], gy[:1], *geometry), want[:1], torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@EXAMPLES
+@given(
+    isa=isas,
+    size=st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 5, 16, 33]), st.sampled_from([1, 7, 64, 1100])),
+    channel_dim=st.sampled_from([1, 2]),
+    dtype=dtypes,
+    layout=layouts,
+    kept=st.tuples(*[st.tuples(st.booleans(), st.booleans(), st.booleans())] * 2),
+    has_mean=st.booleans(),
+)
+def test_affine_norm_sq_is_its_twin(isa, size, channel_dim, dtype, layout, kept, has_mean):
+    x, gy = operand(size, dtype, layout, mean=3.0), operand(size, dtype, layout)
+    mean_shape, rstd_shape = ([s if keep else 1 for s, keep in zip(size, which, strict=True)] for which in kept)
+    mean = operand(mean_shape, dtype, mean=3.0) if has_mean else None
+    rstd = torch.rand(rstd_shape).to(dtype) + 0.5
+    with forced(isa):
+        got = ops.affine_norm_sq(x, gy, mean, rstd, channel_dim)
+    wide = None if mean is None else mean.double()
+    want = reference.affine_norm_sq(x.double(), gy.double(), wide, rstd.double(), channel_dim)
+    scale = max(1.0, float(want[0].max()))
+    for left, right in zip(got, want, strict=True):
+        # Sums of mixed sign: the error is relative to the terms.
+        torch.testing.assert_close(left.double(), right, rtol=10 * TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+
+
+def test_affine_norm_sq_reads_a_flattened_channels_last_image():
+    x, gy = (operand((2, 6, 5, 4), torch.float32, "channels_last").flatten(2) for _ in range(2))
+    mean, rstd = torch.randn(1, 6, 1), torch.rand(1, 6, 1)
+    got, want = ops.affine_norm_sq(x, gy, mean, rstd, 1), reference.affine_norm_sq(x, gy, mean, rstd, 1)
+    for left, right in zip(got, want, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@EXAMPLES
+@given(
+    layers=st.integers(1, 70),
+    n=st.sampled_from([1, 2, 33]),
+    alpha=st.sampled_from([1e-3, 1.0, 5.0, float("inf")]),
+    dtype=dtypes,
+    has_factors=st.booleans(),
+)
+def test_clip_weights_is_its_twin(layers, n, alpha, dtype, has_factors):
+    squares = torch.rand(layers, n).to(dtype)
+    factors = torch.rand(layers) if has_factors else None
+    for got, want in zip(
+        ops.clip_weights(squares, alpha, factors), reference.clip_weights(squares, alpha, factors), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_clip_weights_at_the_edges():
+    squares = torch.tensor([[0.0, 4.0, float("nan"), float("inf"), -1.0, 25.0]])
+    for alpha, last in ((5.0, 1.0), (2.5, 0.5)):
+        norms, weights = ops.clip_weights(squares, alpha)
+        torch.testing.assert_close(norms, torch.tensor([0.0, 2, float("nan"), float("inf"), 0, 5]), equal_nan=True)
+        expected = torch.tensor([1.0, 1, float("nan"), float("nan"), 1, last])
+        torch.testing.assert_close(weights, expected, equal_nan=True)
+    assert ops.clip_weights(squares[:, :2], float("inf"))[1].tolist() == [1, 1]
+
+
+@EXAMPLES
+@given(
+    shape=st.tuples(*[st.sampled_from([1, 2, 5, 9])] * 4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    layout=layouts,
+)
+def test_scaled_accumulate_is_its_twin(shape, dtype, layout):
+    n, T, p, d = shape
+    a, b, weights = operand((n, T, p), dtype, layout), operand((n, T, d), dtype, layout), operand((n,), dtype)
+    for factor in (a, None):
+        wide = None if factor is None else factor.double()
+        want = reference.scaled_accumulate(wide, b.double(), weights.double())
+        torch.testing.assert_close(ops.scaled_accumulate(factor, b, weights).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
+    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    engm = torch.ops.engm
+    correction = (torch.randn(3, 6), torch.randn(5), torch.randn(3, 6), torch.randn(6, 5))
+    for op, arguments in [
+        (engm.linear_norm_sq, (a, b)),
+        (engm.linear_norm_sq, (a.bfloat16(), b.bfloat16(), "gram")),
+        (engm.linear_norm_sq, (a, b, "direct", *correction)),
+        (engm.conv_norm_sq, (x, gy, [3, 3], [1, 1], [1, 1], [1, 1])),
+        (engm.affine_norm_sq, (a, a + 1, None, torch.rand(3, 1, 1), 2)),
+        (engm.affine_norm_sq, (a, a + 1, torch.rand(1, 4, 1), torch.rand(1, 4, 1), 1)),
+        (engm.clip_weights, (torch.rand(5, 3), 1.0)),
+        (engm.clip_weights, (torch.rand(5, 3).double(), 1.0, torch.rand(5))),
+        (engm.scaled_accumulate, (a, b, torch.rand(3))),
+        (engm.scaled_accumulate, (None, b, torch.rand(3))),
+    ]:
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_operators_compile_into_a_graph():
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def weights(a, b):
+        return ops.clip_weights(ops.linear_norm_sq(a, b)[None], 1.0)[1]
+
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
+    torch.testing.assert_close(weights(a, b), reference.clip_weights(reference.linear_norm_sq(a, b)[None], 1.0)[1])
+
+
+X, GY, ONES = torch.zeros(2, 4, 6, 6), torch.zeros(2, 8, 6, 6), [1, 1]
+A, B = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.linear_norm_sq(A, B[:, :2]), "same n and T, got a"),
+        (lambda: ops.linear_norm_sq(A, B.double()), "one dtype and device"),
+        (lambda: ops.linear_norm_sq(A.int(), B.int()), "expected float32"),
+        (lambda: ops.linear_norm_sq(A, B, "fast"), 'got "fast"'),
+        (lambda: ops.linear_norm_sq(A, B, shift=torch.zeros(2, 5)), "got 1 of the four"),
+        (
+            lambda: ops.linear_norm_sq(A, B, "gram", B[:, 0], A[0, 0], B[:, 0], torch.zeros(5, 4)),
+            "no batch-norm correction",
+        ),
+        (lambda: ops.linear_norm_sq(A, B, "auto", B, A[0, 0], B[:, 0], torch.zeros(5, 4)), "shift must have shape"),
+        (lambda: ops.conv_norm_sq(X, GY, [3, 3], ONES, [0, 0], ONES), "has output size 4"),
+        (lambda: ops.conv_norm_sq(X, GY, [3], ONES, ONES, ONES), "kernel_size needs one value"),
+        (lambda: ops.conv_norm_sq(X, GY, [3, 3], [0, 1], ONES, ONES), "stride must be at least 1"),
+        (lambda: ops.conv_norm_sq(X, GY, [3, 3], ONES, ONES, ONES, 3), "groups must divide"),
+        (lambda: ops.conv_norm_sq(X, GY[:1], [3, 3], ONES, ONES, ONES), "the same n"),
+        (lambda: ops.affine_norm_sq(A, A, None, torch.ones(2, 2, 1), 1), "rstd must be 3-d and broadcast"),
+        (lambda: ops.affine_norm_sq(A, A, None, torch.ones(1, 1, 1), 0), "channel_dim=0"),
+        (lambda: ops.clip_weights(torch.ones(3), 1.0), r"expected squared_norms \[layers, n\]"),
+        (lambda: ops.clip_weights(torch.ones(3, 2), 0.0), "alpha must be positive"),
+        (lambda: ops.clip_weights(torch.ones(3, 2), float("nan")), "alpha must be positive"),
+        (lambda: ops.clip_weights(torch.ones(3, 2), 1.0, torch.ones(2)), "one factor for each of the 3"),
+        (lambda: ops.scaled_accumulate(A, B, torch.ones(3)), "one weight for each of the 2"),
+        (lambda: ops.scaled_accumulate(A[:1], B, torch.ones(2)), "with the n and T of b"),
+    ],
+)
+def test_errors_say_what_came(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_the_composition_for_other_devices_is_the_twin(monkeypatch):
+    """Registered for CUDA; here called as the plain function it is, over several chunks."""
+    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 1000)
+    a, b = torch.randn(5, 4, 7).bfloat16(), torch.randn(5, 4, 6).bfloat16()
+    correction = (torch.randn(5, 6), torch.randn(7), torch.randn(5, 6), torch.randn(6, 7))
+    got = ops._linear_composed(a, b, "auto", *correction)
+    torch.testing.assert_close(got, ops.linear_norm_sq(a, b, "auto", *correction))
+    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2)
+    torch.testing.assert_close(ops._conv_composed(x, gy, *geometry), ops.conv_norm_sq(x, gy, *geometry))
+    for left, right in zip(
+        ops._affine_composed(a, a, None, torch.ones(1, 1, 1), 2),
+        ops.affine_norm_sq(a, a, None, torch.ones(1, 1, 1), 2),
+        strict=True,
+    ):
+        torch.testing.assert_close(left, right)
+    assert ops._linear_composed(a[:0], b[:0]).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not _C.build_info()["cuda"], reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clip_weights_on_cuda_is_the_cpu(dtype):
+    squares, factors = torch.rand(61, 300, dtype=dtype), torch.rand(61)
+    squares[3, 7] = float("inf")
+    got = ops.clip_weights(squares.cuda(), 3.0, factors.cuda())
+    for left, right in zip(got, ops.clip_weights(squares, 3.0, factors), strict=True):
+        torch.testing.assert_close(left.cpu(), right, equal_nan=True)
