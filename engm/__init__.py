@@ -1,0 +1,43 @@
+"""engm: clip every example's gradient before averaging, exactly and almost for free.
+
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), alpha=5.0)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    opt.backward(losses)
+    opt.step()
+    opt.zero_grad()
+"""
+
+from . import ops, reference
+from .build import __version__, build_info
+from .exact import naive_grad_norms
+from .explain import Explanation, explain
+from .measurement import Measurement, measure, per_example_grad_norms
+from .module import GradNormModule
+from .optim import AENGM, ENGM, MSGD, NENGM, ExampleOptimizer, StepStats, alpha_for
+from .rules import register_rule
+from .verify import VerifyReport, verify
+
+__all__ = [
+    "AENGM",
+    "ENGM",
+    "MSGD",
+    "NENGM",
+    "ExampleOptimizer",
+    "Explanation",
+    "GradNormModule",
+    "Measurement",
+    "StepStats",
+    "VerifyReport",
+    "__version__",
+    "alpha_for",
+    "build_info",
+    "explain",
+    "measure",
+    "naive_grad_norms",
+    "ops",
+    "per_example_grad_norms",
+    "reference",
+    "register_rule",
+    "verify",
+]

@@ -1,0 +1,144 @@
+"""Mapping frozen norms to the exact ones, parameter tensor by parameter tensor (design section 2.5).
+
+Every ``every`` training steps the exact gradients of a few examples are computed through the training graph itself,
+and one factor per parameter tensor is taken, ``sum exact^2 / sum measured^2``. A fresh factor replaces the old one
+whole: averaged factors were measured to be worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exact import exact_squared_norms
+
+
+class Probe:
+    """Draws a few examples and computes their exact squared norms.
+
+    Args:
+        examples: how many (all, if the batch is smaller).
+        seed: of the draws. The k-th draw is a function of ``seed`` and ``k`` alone, so a resumed run repeats it.
+    """
+
+    def __init__(self, examples: int, seed: int = 0) -> None:
+        self.examples = examples
+        self.seed = seed
+        self.draws = 0
+
+    def draw(self, losses: Tensor, parameters: Sequence[Tensor], loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Returns ``(indices [k], exact squared norms [L, k])``; ``loss_scale`` is divided out of the norms."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
+        self.draws += 1
+        indices = torch.randperm(losses.shape[0], generator=generator)[: self.examples].sort().values
+        exact = exact_squared_norms(losses * loss_scale, parameters, indices.tolist()) / loss_scale**2
+        return indices.to(losses.device), exact
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Calibration factors of one way of measuring.
+
+    Attributes:
+        names: the parameter tensors.
+        values: ``[L]``, one factor a parameter tensor.
+        taken: the training step at which they were taken.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    taken: int
+
+
+class Calibration:
+    """Factors per parameter tensor, one set for each way of measuring.
+
+    Factors age with the training steps, whether or not a step asks for norms: A-ENGM, which measures every ``tau``
+    steps, finds those due that ENGM would.
+
+    Args:
+        every: training steps after which factors are taken afresh.
+        examples: examples in a probe.
+
+    Attributes:
+        probe: the :class:`Probe`.
+        steps: training steps so far.
+    """
+
+    def __init__(self, every: int, examples: int) -> None:
+        self.every = every
+        self.probe = Probe(examples)
+        self.steps = 0
+        self._factors: dict[str, Factors] = {}
+
+    def advance(self) -> None:
+        """One training step is over."""
+        self.steps += 1
+
+    def factors(
+        self,
+        mode: str,
+        squared_norms: Tensor,
+        losses: Tensor,
+        parameters: Sequence[tuple[str, Tensor]],
+        *,
+        count: bool,
+        loss_scale: float = 1.0,
+    ) -> Tensor:
+        """The factors ``[L]`` for norms measured in ``mode``, probed afresh when they are due.
+
+        Args:
+            mode: how the norms were measured; each mode has factors of its own.
+            squared_norms: ``[L, n]``, measured.
+            losses: ``[n]``, the same examples' losses on the training graph.
+            parameters: names and tensors of the ``L`` rows.
+            count: whether this is a training step, which replaces factors that are too old; if not, any will do.
+            loss_scale: factor on the losses inside the exact passes, divided out again (float16).
+        """
+        names = tuple(name for name, _ in parameters)
+        known = self._factors.get(mode)
+        if known is not None and known.names != names:
+            known = None
+        if known is None or (count and self.steps - known.taken >= self.every):
+            old = None if known is None else known.values
+            indices, exact = self.probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
+            values, usable = _ratio(exact, squared_norms.index_select(1, indices), old)
+            known = self._factors[mode] = Factors(names, values, self.steps if usable else self.steps - self.every)
+        return known.values.to(squared_norms)
+
+    def forget(self) -> None:
+        """Drop all factors, so that the next request probes afresh (the weights were replaced, say)."""
+        self._factors.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors, steps and the number of draws; plain containers and tensors."""
+        factors = {
+            mode: {"names": list(known.names), "values": known.values, "taken": known.taken}
+            for mode, known in self._factors.items()
+        }
+        return {"draws": self.probe.draws, "steps": self.steps, "factors": factors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`; nothing is changed if ``state`` is no such dict."""
+        draws, steps = int(state["draws"]), int(state["steps"])
+        factors = {
+            mode: Factors(tuple(entry["names"]), entry["values"], int(entry["taken"]))
+            for mode, entry in state["factors"].items()
+        }
+        self.probe.draws, self.steps, self._factors = draws, steps, factors
+
+
+def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor, bool]:
+    """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound.
+
+    Where a sum is not finite the old factor stays (without one: 1), and the caller should try again soon.
+    """
+    exact_sum, measured_sum = exact.double().sum(1), measured.double().sum(1)
+    one = torch.ones_like(exact_sum)
+    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
+    fresh = torch.where(measured_sum == 0, one, exact_sum / measured_sum)
+    return torch.where(sound, fresh, one if old is None else old.to(fresh)), bool(sound.all())

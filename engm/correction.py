@@ -1,0 +1,90 @@
+"""The local correction: the exact backward pass of the one batch norm behind a linear or convolution layer.
+
+A frozen backward pass gives the layer's output the gradient ``k dy`` (``k = scale / sigma``). The true one subtracts,
+for every example ``j`` of the batch, ``k (m_i + xhat_j v_i) / N`` from it, with ``m_i = sum_t dy_it`` and
+``v_i = sum_t dy_it xhat_it``. Summed against the patches of the whole batch this is
+
+    G_i[o] - k m_i[o] mean(a) - k v_i[o] mean(xhat[o] a)
+
+so two batch averages and the two small sums that the batch norm's own gradients are made of suffice (design 2.5).
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .capture import Call
+from .rules.conv import ConvRule
+from .rules.linear import LinearRule
+from .terms import ConvFactors, LinearFactors, LocalCorrection, PerExampleGradient, Term, conv_weight_gradient
+
+CORRELATION_SHARE = 4  # mean(xhat a) is taken over one example in four ...
+CORRELATION_LEAST = 16  # ... and over no fewer than these
+
+
+def correctable(batch_norm: Call) -> bool:
+    """Whether the call is a batch norm over the batch whose channels are the features of the layer that feeds it."""
+    producer = batch_norm.producer
+    if producer is None or not batch_norm.couples or not batch_norm.is_batch_norm:
+        return False
+    rows = isinstance(producer.rule, LinearRule) and batch_norm.activations().dim() == 2
+    return rows or isinstance(producer.rule, ConvRule)
+
+
+def correct_terms(
+    terms: dict[str, Term], batch_norm: Call, shift_gradients: Tensor, scale_gradients: Tensor
+) -> None:
+    """Correct the layer's terms in place: a weight by :func:`local_correction`, a bias likewise with patches of 1.
+
+    Their mean is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which is all of its
+    gradient that went through the batch norm.
+    """
+    for term in terms.values():
+        if isinstance(term, LinearFactors | ConvFactors):
+            term.correction = local_correction(term, batch_norm, shift_gradients, scale_gradients)
+        elif isinstance(term, PerExampleGradient):
+            term.gradient = term.gradient - (shift_gradients * batch_norm.gain()).to(term.gradient.dtype)
+            term.norm_sq = None
+
+
+def local_correction(
+    term: LinearFactors | ConvFactors, batch_norm: Call, shift_gradients: Tensor, scale_gradients: Tensor
+) -> LocalCorrection:
+    """The correction for one weight.
+
+    Args:
+        term: the layer's factors, uncorrected.
+        batch_norm: the call of the batch norm that read the layer's output, in training mode.
+        shift_gradients: ``[n, d]``, the batch norm's per-example shift gradients ``m``.
+        scale_gradients: ``[n, d]``, its per-example scale gradients ``v``.
+    """
+    gain = batch_norm.gain()
+    n = term.backprops.shape[0]
+    part = min(n, max(CORRELATION_LEAST, n // CORRELATION_SHARE))
+    mean, rstd = batch_norm.saved
+    outputs = batch_norm.activations()[:part]
+    shape = [1, -1] + [1] * (outputs.dim() - 2)
+    xhat = ((outputs - mean.view(shape)) * rstd.view(shape)).to(term.backprops.dtype)
+    positions = prod(outputs.shape[2:])
+    if isinstance(term, ConvFactors):
+        correlation = conv_weight_gradient(term.inputs[:part], xhat, term.geometry) / (part * positions)
+        patch_mean = _patch_mean(term, outputs.shape[2:])
+    else:
+        xhat = xhat.unsqueeze(1)
+        correlation = torch.einsum("nto,ntp->op", xhat, term.activations[:part]) / (part * positions)
+        patch_mean = term.activations.mean((0, 1))
+    return LocalCorrection(
+        (shift_gradients * gain).to(xhat.dtype), patch_mean, (scale_gradients * gain).to(xhat.dtype), correlation
+    )
+
+
+def _patch_mean(term: ConvFactors, output_size: tuple[int, ...]) -> Tensor:
+    """Mean patch over batch and positions, ``[C, *kernel]``: the weight gradient of a constant output gradient."""
+    geometry = term.geometry
+    mean_image = term.inputs.mean(0, keepdim=True)
+    ones = mean_image.new_ones((1, 1, *output_size))
+    dense = type(geometry)(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, 1)
+    return conv_weight_gradient(mean_image, ones, dense)[0] / prod(output_size)

@@ -1,0 +1,117 @@
+"""Per-example gradients by the definition: one backpropagation an example, through the batch's statistics.
+
+The oracle, the probe that calibrates the engine, and what ``batch_norm="exact"`` runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .terms import accumulation_dtype
+
+BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmapped chunks beat the loop on a CPU
+CHUNK = 16  # examples backpropagated at once
+
+
+def exact_squared_norms(losses: Tensor, parameters: Sequence[Tensor], examples: Iterable[int] | None = None) -> Tensor:
+    """Squared norms of ``dL_i/dtheta_l`` by one backpropagation an example, in chunks of batched passes where faster.
+
+    Args:
+        losses: ``[n]``, with a graph; the graph is kept.
+        parameters: the tensors ``theta_l``; those that the losses do not reach have norm 0.
+        examples: which examples; default all.
+
+    Returns:
+        ``[len(parameters), number of examples]``, float64 for float64 losses, else float32.
+    """
+    indices = list(range(losses.shape[0]) if examples is None else examples)
+    dtype = accumulation_dtype(losses)
+    result = torch.zeros(len(parameters), len(indices), dtype=dtype, device=losses.device)
+    if not parameters or not indices:
+        return result
+    done = 0
+    while done < len(indices):
+        chunk, gradients = _next_gradients(losses, parameters, indices[done:])
+        for row, gradient in enumerate(gradients):
+            if gradient is not None:
+                result[row, done : done + len(chunk)] = gradient.to(dtype).flatten(1).square().sum(1)
+        done += len(chunk)
+    return result
+
+
+def _next_gradients(
+    losses: Tensor, parameters: Sequence[Tensor], indices: list[int]
+) -> tuple[list[int], list[Tensor | None]]:
+    """The first few of ``indices`` and their gradients, ``[few, *shape]`` for every parameter."""
+    if sum(parameter.numel() for parameter in parameters) < BATCHED_BELOW:
+        chunk = indices[:CHUNK]
+        rows = torch.zeros(len(chunk), losses.shape[0], dtype=losses.dtype, device=losses.device)
+        rows[torch.arange(len(chunk)), torch.tensor(chunk)] = 1
+        try:
+            return chunk, list(
+                torch.autograd.grad(
+                    losses, parameters, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )
+            )
+        except RuntimeError:
+            pass  # something in the graph cannot be batched, or cannot be backpropagated at all: the loop will tell
+    found = torch.autograd.grad(losses[indices[0]], parameters, retain_graph=True, allow_unused=True)
+    return indices[:1], [None if gradient is None else gradient.unsqueeze(0) for gradient in found]
+
+
+def naive_grad_norms(model: nn.Module, losses: Tensor) -> Tensor:
+    """Norms of the per-example gradients by one backpropagation an example: the oracle, and slow.
+
+    In training-mode batch norm this is ``||dL_i/dtheta||`` through the batch's statistics, the paper's quantity.
+
+    Args:
+        model: any module; the norms are over its parameters that require grad.
+        losses: ``[n]``, one loss an example, with a graph; the graph is kept.
+
+    Returns:
+        ``[n]``, float64 for float64 losses, else float32.
+
+    Raises:
+        ValueError: ``losses`` is not a vector with a graph.
+    """
+    check_losses(losses)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return exact_squared_norms(losses, parameters).sum(0).sqrt()
+
+
+def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
+    """One clear error for losses that cannot have per-example gradients.
+
+    Args:
+        losses: to be checked.
+        finite: look for losses that are not finite; None: on the CPU only, because elsewhere looking synchronises.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not ``[n]`` with ``n >= 1``, no graph, or (with ``finite``) not finite.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a tensor [n] with one loss an example, got {type(losses).__name__}.")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"losses must have shape [n], one loss an example, got {tuple(losses.shape)}: pass reduction='none' to the "
+            "loss function and reduce everything but the first dimension."
+        )
+    if losses.shape[0] == 0:
+        raise ValueError("losses has no example in it (shape [0]): skip empty batches.")
+    if losses.grad_fn is None:
+        raise ValueError(
+            "losses has no graph to backpropagate (computed under torch.no_grad(), detached, or from a model none of "
+            "whose parameters require grad)."
+        )
+    if finite is None:
+        finite = losses.device.type == "cpu"
+    if finite and not bool(torch.isfinite(losses.detach()).all()):
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+        raise ValueError(
+            f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "
+            "Skip the batch, lower the learning rate, or pass check=False to get NaN weights for them instead."
+        )

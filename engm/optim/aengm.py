@@ -1,0 +1,164 @@
+"""A-ENGM and N-ENGM (paper, Alg. 1): weights from input-gradient norms.
+
+Two misprints of the paper are corrected: Eq. 7 and line 10 of Alg. 1 print max where Eq. 5b and Theorem 1 need min,
+and ``||gamma_1 grad_x L + gamma_0||`` where Eq. 6 gives ``gamma_1 ||grad_x L|| + gamma_0``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import ExampleOptimizer
+from .engm import check_alpha
+from .problem import Problem, Weighting
+
+LEAST_SPREAD = 16  # of the inputs of a fit, relative, in units of the rounding of their type
+
+
+def predicted_weights(predicted: Tensor, alpha: float) -> Tensor:
+    """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
+    weights = (alpha / predicted).clamp(max=1)
+    weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
+    return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))
+
+
+def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares ``y = slope x + intercept`` in float64.
+
+    Returns:
+        ``([slope, intercept], R^2, usable)``; not usable if the inputs are all alike or anything is not finite.
+    """
+    least_spread = LEAST_SPREAD * torch.finfo(x.dtype).eps
+    x, y = x.double(), y.double()
+    dx, dy = x - x.mean(), y - y.mean()
+    sxx, sxy, syy = dx.square().sum(), (dx * dy).sum(), dy.square().sum()
+    slope = sxy / sxx
+    coefficients = torch.stack([slope, y.mean() - slope * x.mean()])
+    r_squared = torch.where(syy > 0, sxy.square() / (sxx * syy), torch.ones_like(syy))
+    spread = sxx > x.square().sum() * least_spread**2  # nearer together than that, they differ by rounding
+    return coefficients, r_squared, spread & torch.isfinite(coefficients).all()
+
+
+class NENGM(ExampleOptimizer):
+    """Naive ENGM: ``w_i = min(alpha / ||dL_i/dx_i||, 1)`` (Alg. 1 with Naive = True).
+
+    ``backward`` needs ``inputs``, or a measurement taken with them.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: any torch optimizer.
+        alpha: threshold on the input gradient's norm; the paper's is 0.5 for ResNet-18.
+
+    Raises:
+        TypeError: as :class:`ExampleOptimizer`.
+        ValueError: ``alpha`` is not positive.
+    """
+
+    uses_input_grads = True
+    _shown = ("alpha",)
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float) -> None:
+        self.alpha = check_alpha(alpha)
+        super().__init__(model, optimizer)
+
+    def _weights(self, problem: Problem) -> Weighting:
+        alpha = check_alpha(self.alpha)
+        found = problem.input_norms()
+        return Weighting(predicted_weights(found, alpha), found, found)
+
+
+class AENGM(ExampleOptimizer):
+    """Approximated ENGM: norms predicted as ``gamma_1 ||dL_i/dx_i|| + gamma_0`` (Eq. 6, Alg. 1).
+
+    Every ``tau`` steps the engine's norms of the batch are regressed on the input-gradient norms and the coefficients
+    smoothed. ``backward`` needs ``inputs``, or a measurement taken with them.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: any torch optimizer.
+        alpha: as for :class:`engm.ENGM`.
+        tau: steps between two regressions.
+        beta_gamma: share of the old coefficients in the smoothed ones.
+        average_first_fit: start from ``gamma = (1, 0)`` and smooth the first fit too, as Alg. 1 prints it, instead of
+            taking the first fit whole.
+
+    Raises:
+        TypeError: as :class:`ExampleOptimizer`.
+        ValueError: an argument is out of range.
+
+    Attributes:
+        gamma: ``[2]``, float64: slope and intercept.
+        r_squared: of the last fit.
+        failed_fits: fits that could not be used (all inputs alike, not finite); the old coefficients stayed.
+        fallbacks: predictions that were not positive, so that the weight was 1.
+    """
+
+    uses_norms = True
+    uses_input_grads = True
+    _shown = ("alpha", "tau", "beta_gamma")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        alpha: float,
+        *,
+        tau: int = 50,
+        beta_gamma: float = 0.7,
+        average_first_fit: bool = False,
+    ) -> None:
+        self.alpha = check_alpha(alpha)
+        if not isinstance(tau, int) or tau < 1:
+            raise ValueError(f"tau must be a positive integer, got {tau!r}.")
+        if not isinstance(beta_gamma, int | float) or not 0 <= beta_gamma < 1:
+            raise ValueError(f"beta_gamma must lie in [0, 1), got {beta_gamma!r}.")
+        super().__init__(model, optimizer)
+        self.tau = tau
+        self.beta_gamma = beta_gamma
+        self.average_first_fit = average_first_fit
+        self.steps = 0
+        self.gamma = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        self.fits = torch.zeros((), dtype=torch.int64)
+        self.r_squared = torch.tensor(torch.nan, dtype=torch.float64)
+        self.failed_fits = torch.zeros((), dtype=torch.int64)
+        self.fallbacks = torch.zeros((), dtype=torch.int64)
+
+    def _weights(self, problem: Problem) -> Weighting:
+        alpha = check_alpha(self.alpha)
+        if self.steps % self.tau == 0:
+            norms, found = problem.norms_and_input_norms()
+            self._fit(found, norms)
+        else:
+            found = problem.input_norms()
+        self.steps += 1
+        gamma = self.gamma.to(found.device)
+        predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
+        self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
+        return Weighting(predicted_weights(predicted, alpha), predicted, found)
+
+    def _fit(self, found: Tensor, norms: Tensor) -> None:
+        fresh, r_squared, usable = fit_line(found, norms)
+        old = self.gamma.to(fresh)
+        smoothed = self.beta_gamma * old + (1 - self.beta_gamma) * fresh
+        if not self.average_first_fit:
+            smoothed = torch.where(self.fits.to(fresh.device) == 0, fresh, smoothed)
+        self.gamma = torch.where(usable, smoothed, old)
+        self.r_squared = r_squared
+        self.fits = self.fits.to(fresh.device) + usable
+        self.failed_fits = self.failed_fits.to(fresh.device) + ~usable
+
+    def _own_state(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in ("gamma", "fits", "r_squared", "failed_fits", "fallbacks", "steps")}
+        return {**super()._own_state(), **own}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        keys = ("gamma", "fits", "r_squared", "failed_fits", "fallbacks")
+        tensors = {key: torch.as_tensor(state[key]) for key in keys}
+        steps = int(state["steps"])
+        super()._load_own_state(state)
+        for key, value in tensors.items():
+            setattr(self, key, value)
+        self.steps = steps

@@ -1,0 +1,240 @@
+"""The face that every outer optimizer shows: weights from norms, gradients from weights, around any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..measurement import Inputs, Measurement, as_wrapped, check_positive
+from .problem import Problem, Weighting
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Figures of one ``backward`` or ``reweight``, as tensors on the losses' device (reading them synchronises).
+
+    Attributes:
+        losses: ``[n]``, the losses, detached.
+        weights: ``[n]``, ``w_i``.
+        norms: ``[n]``, the norms the weights were made from (a prediction for N- and A-ENGM); None for MSGD.
+        input_norms: ``[n]``, norms of the input gradients, where they were used.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    norms: Tensor | None = None
+    input_norms: Tensor | None = None
+
+
+class ExampleOptimizer(torch.optim.Optimizer):
+    """Base of the outer optimizers: an inner torch optimizer plus a weight ``w_i`` for every example.
+
+    It is a :class:`torch.optim.Optimizer`: ``param_groups`` and ``state`` are the inner optimizer's, so schedulers,
+    ``zero_grad`` and gradient scalers work on it as on any other.
+
+    Args:
+        model: a :class:`engm.GradNormModule` (or ``DistributedDataParallel`` around one).
+        optimizer: any torch optimizer over the model's parameters.
+
+    Raises:
+        TypeError: the model is not wrapped, or ``optimizer`` is not a torch optimizer.
+
+    Attributes:
+        stats: :class:`StepStats` of the last call, or None.
+        uses_norms: whether the weights come from parameter-gradient norms.
+        uses_input_grads: whether the weights come from input gradients.
+    """
+
+    uses_norms = False
+    uses_input_grads = False
+    _shown: tuple[str, ...] = ()  # options that repr shows
+    _step_supports_amp_scaling = False  # GradScaler unscales and skips itself: it cannot reach into a fused inner step
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = as_wrapped(model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        self.optimizer = optimizer
+        self.stats: StepStats | None = None
+        if self.uses_input_grads:
+            self.model.input_grads_wanted = True
+
+    # -- what a subclass decides -----------------------------------------------------------------------------
+
+    def _weights(self, problem: Problem) -> Weighting:
+        """Weights for one batch; the subclass asks ``problem`` for norms or input norms."""
+        raise TypeError(f"{type(self).__name__} must define _weights")
+
+    # -- the face --------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Tensor,
+        inputs: Inputs = None,
+        *,
+        measurement: Measurement | None = None,
+        divisor: float | None = None,
+        loss_scale: float = 1.0,
+        check: bool | None = None,
+    ) -> StepStats:
+        """Add ``loss_scale / divisor * sum_i w_i dL_i/dtheta`` to ``p.grad`` of the model's trained parameters.
+
+        Args:
+            losses: ``[n]``, one loss an example, undivided, from a forward pass of the model. Its graph is freed.
+            inputs: the tensor (or tuple) whose gradient N- and A-ENGM read; it must require grad or be the very
+                tensor the wrapped model was called with. The others ignore it.
+            measurement: of the same examples, in any statistics mode, as :func:`engm.measure` returned it; no norm
+                pass is run then.
+            divisor: ``n`` unless given; micro-batches give the whole batch's ``n``.
+            loss_scale: factor on the gradient (and inside the norm pass, where it is divided out again).
+            check: look for non-finite losses; default on the CPU only.
+
+        Returns:
+            The step's :class:`StepStats`, also kept as ``stats``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: bad arguments, as :func:`engm.measure`; parameters, gradients and
+                optimizer state are as they were.
+        """
+        divisor = None if divisor is None else check_positive("divisor", divisor)
+        problem = self._problem(losses, inputs, measurement, loss_scale, check)
+        if any(call.capture.distributed for call in problem.traced.calls):
+            raise RuntimeError(
+                "backward under DistributedDataParallel would leave the gradients unreduced: use "
+                "opt.reweight(losses).mean().backward() there."
+            )
+        problem.one_pass = not problem.has_hooks()
+        weighting = self._weights(problem)
+        problem.accumulate(weighting.weights, losses.shape[0] if divisor is None else divisor)
+        return self._record(problem, weighting)
+
+    def reweight(
+        self,
+        losses: Tensor,
+        inputs: Inputs = None,
+        *,
+        measurement: Measurement | None = None,
+        loss_scale: float = 1.0,
+        check: bool | None = None,
+    ) -> Tensor:
+        """``w_i L_i`` with the weights detached and the graph kept, for loops that call ``.backward()`` themselves.
+
+        The way for ``DistributedDataParallel``, ``GradScaler`` and anything else that owns the backward pass:
+        ``opt.reweight(losses).mean().backward()``.
+
+        Args:
+            losses: as in :meth:`backward`.
+            inputs: as in :meth:`backward`.
+            measurement: as in :meth:`backward`.
+            loss_scale: factor on the losses inside the norm pass, divided out again; the result is not scaled.
+            check: as in :meth:`backward`.
+
+        Returns:
+            ``[n]``, differentiable.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as :meth:`backward`.
+        """
+        problem = self._problem(losses, inputs, measurement, loss_scale, check)
+        weighting = self._weights(problem)
+        problem.release()
+        self._record(problem, weighting)
+        return losses * weighting.weights.to(losses.dtype)
+
+    def _problem(
+        self, losses: Tensor, inputs: Inputs, measurement: Measurement | None, loss_scale: float, check: bool | None
+    ) -> Problem:
+        captured = self.uses_norms or self.uses_input_grads
+        scale = check_positive("loss_scale", loss_scale)
+        return Problem(self.model, losses, inputs, measurement, loss_scale=scale, check=check, captured=captured)
+
+    def _record(self, problem: Problem, weighting: Weighting) -> StepStats:
+        self.model.calibration.advance()
+        self.stats = StepStats(problem.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
+        return self.stats
+
+    # -- the inner optimizer's -------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimizer's state."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    def __getstate__(self) -> dict[str, Any]:  # Optimizer's own keeps three attributes, all of them the inner one's
+        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's wrapper
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __getattr__(self, name: str) -> Any:
+        optimizer = self.__dict__.get("optimizer")
+        if optimizer is None:
+            raise AttributeError(name)
+        return getattr(optimizer, name)
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """The inner optimizer's step.
+
+        Raises:
+            ValueError: a closure is given; it would bypass the weights.
+        """
+        if closure is not None:
+            raise ValueError("engm optimizers take no closure: call opt.backward(losses), then opt.step().")
+        return self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The inner optimizer's ``zero_grad``."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """The inner optimizer's ``add_param_group``."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimizer's state, and under ``"engm"`` ours: coefficients, calibration factors, counters."""
+        return {**self.optimizer.state_dict(), "engm": {"method": type(self).__name__, **self._own_state()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is of another optimizer; nothing is changed.
+        """
+        own = state_dict.get("engm")
+        if own is None or own.get("method") != type(self).__name__:
+            found = "a plain torch optimizer" if own is None else str(own.get("method"))
+            raise ValueError(
+                f"this state_dict is of {found}, not of {type(self).__name__}; to load only the inner optimizer's part "
+                "use opt.optimizer.load_state_dict."
+            )
+        before = self._own_state()
+        self._load_own_state(own)
+        try:
+            self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "engm"})
+        except Exception:
+            self._load_own_state(before)
+            raise
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"calibration": self.model.calibration.state_dict()}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        self.model.calibration.load_state_dict(state["calibration"])
+
+    def __repr__(self) -> str:
+        options = "".join(f"{name}={getattr(self, name)!r}, " for name in self._shown)
+        return f"{type(self).__name__}({options}{self.optimizer!r})"

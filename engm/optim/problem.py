@@ -1,0 +1,227 @@
+"""One batch as an outer optimizer sees it: where norms come from, and how the weighted gradient is formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..exact import check_losses
+from ..graph import trace
+from ..measurement import (
+    Inputs,
+    Measurement,
+    calibrated_squared_norms,
+    input_gradients,
+    input_norms,
+    measure_traced,
+    pack_input_grads,
+    resolve_inputs,
+    traced_losses,
+)
+from ..module import GradNormModule
+from ..session import Session
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What an optimizer decided for one batch; the fields are those of :class:`engm.optim.StepStats`."""
+
+    weights: Tensor
+    norms: Tensor | None = None
+    input_norms: Tensor | None = None
+
+
+class Problem:
+    """One batch's losses, and the cheapest ways to get norms, input norms and the weighted gradient from its graph.
+
+    ==================  =========================================  ===================================
+    examples            norms                                      weighted gradient
+    ==================  =========================================  ===================================
+    independent         from the one pass there is                 from that pass's factors
+    coupled             own frozen pass, calibrated                backward of the reweighted losses
+    measured before     from the measurement (calibrated if        backward of the reweighted losses
+                        the training graph couples)
+    ==================  =========================================  ===================================
+
+    Args:
+        model: the wrapper.
+        losses: ``[n]``.
+        inputs: whose gradients are wanted, if any.
+        measurement: of the same examples, if any.
+        loss_scale: on the losses.
+        check: look for non-finite losses.
+        captured: whether norms or input gradients will be asked for, so that the graph must be a captured one.
+
+    Attributes:
+        one_pass: whether one backward pass may do everything and free the graph, where nothing couples the examples.
+    """
+
+    def __init__(
+        self,
+        model: GradNormModule,
+        losses: Tensor,
+        inputs: Inputs,
+        measurement: Measurement | None,
+        *,
+        loss_scale: float,
+        check: bool | None,
+        captured: bool,
+    ) -> None:
+        self.model = model
+        self.losses = losses
+        self.inputs = inputs
+        self.measurement = measurement
+        self.loss_scale = loss_scale
+        self.one_pass = False
+        self._session: Session | None = None
+        if captured:
+            self.traced = traced_losses(model, losses, check=check)
+        else:
+            check_losses(losses, finite=check)
+            self.traced = trace(losses)
+        if measurement is not None:
+            self._check_measurement(measurement)
+
+    def _check_measurement(self, measurement: Measurement) -> None:
+        if not isinstance(measurement, Measurement):
+            raise TypeError(f"measurement must come from engm.measure, got {type(measurement).__name__}.")
+        names = tuple(name for name, _ in self.model.trainable_parameters())
+        if measurement.n != self.losses.shape[0] or measurement.names != names:
+            raise ValueError(
+                f"the measurement is of {measurement.n} examples and {len(measurement.names)} parameter tensors, the "
+                f"losses are of {self.losses.shape[0]} examples and {len(names)}: measure the same examples with the "
+                "same trained parameters."
+            )
+
+    # -- norms -----------------------------------------------------------------------------------------------
+
+    def clipped(self, alpha: float) -> tuple[Tensor, Tensor]:
+        """Norms ``[n]`` and ``min(alpha / norm, 1)``, ``[n]``."""
+        stacked, factors, _ = self._norms(with_inputs=False)
+        return ops.clip_weights(stacked, alpha, factors)
+
+    def norms_and_input_norms(self) -> tuple[Tensor, Tensor]:
+        """Norms ``[n]`` and input norms ``[n]`` of the same batch."""
+        stacked, factors, found = self._norms(with_inputs=True)
+        norms, _ = ops.clip_weights(stacked, inf, factors)
+        return norms, found  # type: ignore[return-value]
+
+    def input_norms(self) -> Tensor:
+        """Input norms ``[n]``, of the sum of the losses, through the batch's statistics where there are any."""
+        if self.measurement is not None:
+            found = self.measurement.input_norms
+            if found is None:
+                raise ValueError(
+                    "the measurement has no input gradients: take it with engm.measure(model, losses, inputs=x)."
+                )
+            return found
+        leaves = self._input_leaves()
+        if self.traced.couples or not self.one_pass:
+            gradients = input_gradients(self.losses, leaves, self.loss_scale)
+        else:
+            gradients = self._one_pass(norms=False, leaves=leaves)
+        return self._norms_of_inputs(leaves, gradients)
+
+    def _norms(self, *, with_inputs: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Squared norms ``[L, n]``, factors, and input norms if wanted.
+
+        Input norms come first: a fault of the inputs must show before calibration takes notice of this batch.
+        """
+        if self.measurement is not None:
+            found = self.input_norms() if with_inputs else None
+            return *self._calibrated(self.measurement, borrowed=True), found
+        leaves = self._input_leaves() if with_inputs else ()
+        if self.traced.couples or not self.one_pass:
+            coupled = self.traced.couples
+            found = self.input_norms() if with_inputs and coupled else None
+            measured = measure_traced(
+                self.model,
+                self.traced,
+                self.losses,
+                self.inputs if with_inputs and not coupled else None,
+                self.loss_scale,
+                correct=self.model.batch_norm == "calibrated",
+            )
+            pair = self._calibrated(measured, borrowed=False)
+            return *pair, measured.input_norms if found is None else found
+        gradients = self._one_pass(norms=True, leaves=leaves)
+        stacked = self._session.squared_norms(self.losses) / self.loss_scale**2  # type: ignore[union-attr]
+        return stacked, None, self._norms_of_inputs(leaves, gradients) if with_inputs else None
+
+    def _calibrated(self, measurement: Measurement, *, borrowed: bool) -> tuple[Tensor, Tensor | None]:
+        return calibrated_squared_norms(
+            self.model,
+            self.traced,
+            self.losses,
+            measurement,
+            borrowed=borrowed,
+            count=True,
+            loss_scale=self.loss_scale,
+        )
+
+    def _input_leaves(self) -> tuple[Tensor, ...]:
+        if self.inputs is None:
+            raise ValueError(
+                "this optimizer reads the gradient of the inputs: pass them, opt.backward(losses, inputs=x_adv), or a "
+                "measurement that was taken with inputs."
+            )
+        leaves = resolve_inputs(self.traced, self.inputs)
+        n, views = self.losses.shape[0], self.model.views
+        for leaf in leaves:
+            if leaf.dim() == 0 or leaf.shape[0] != n * views:
+                wanted = f"{n} examples" if views == 1 else f"{n} examples times views={views}"
+                raise ValueError(
+                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there is "
+                    "one input gradient for each loss."
+                )
+        return leaves
+
+    def _norms_of_inputs(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
+        packed = pack_input_grads(self.inputs, leaves, gradients)
+        if packed is None:
+            raise ValueError("inputs must name at least one tensor.")
+        return input_norms(packed, self.losses.shape[0]) / self.loss_scale
+
+    def _one_pass(self, *, norms: bool, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        self._session = Session(self.model, self.traced, self.losses.shape[0], norms=norms, keep=True)
+        scales = torch.full_like(self.losses, self.loss_scale)
+        return self._session.run(self.losses, scales, leaves, frozen=False, retain_graph=False)
+
+    def has_hooks(self) -> bool:
+        """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
+        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
+
+    # -- gradient --------------------------------------------------------------------------------------------
+
+    def accumulate(self, weights: Tensor, divisor: float) -> None:
+        """Add ``loss_scale / divisor * sum_i weights_i dL_i/dtheta`` to ``p.grad``; the graph is used up."""
+        if self._session is None:
+            self._backpropagate(weights * (self.loss_scale / divisor))
+        else:  # its backprops carry the loss scale already
+            gradients = list(self._session.weighted_sums(weights / divisor))
+            for parameter, gradient in gradients:
+                gradient = gradient.to(parameter.dtype).view_as(parameter)
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad.add_(gradient)
+        self.release()
+
+    def _backpropagate(self, weights: Tensor) -> None:
+        reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.uses]
+        if not reached:
+            raise RuntimeError(
+                "the losses reach no trained parameter of this model: pass the model that computed them."
+            )
+        torch.autograd.backward(self.losses, weights.to(self.losses.dtype), inputs=reached)
+
+    def release(self) -> None:
+        """Let go of everything that was captured for this batch."""
+        for call in self.traced.calls:
+            if call.capture.owner is self.model:
+                call.release()

@@ -1,0 +1,208 @@
+"""The rule of a layer family: how a module call turns into terms, and the registry that finds it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..terms import PerExampleGradient, Term
+
+UserRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the norm of one layer costs for one example.
+
+    Attributes:
+        form: ``"direct"``, ``"gram"`` or ``"sum"`` (small per-example gradients, summed over positions).
+        flops: floating point operations of the chosen form.
+        direct_flops: those of the direct form.
+        gram_flops: those of the Gram form.
+        bytes: operands read.
+    """
+
+    form: str
+    flops: int
+    direct_flops: int
+    gram_flops: int
+    bytes: int
+
+    @classmethod
+    def from_model(cls, cost: Any) -> Cost:
+        """From the compiled cost model, the one that the operators dispatch by."""
+        flops = cost.gram_flops if cost.form == "gram" else cost.direct_flops
+        return cls(cost.form, int(flops), int(cost.direct_flops), int(cost.gram_flops), int(cost.bytes(4)))
+
+
+class Rule:
+    """How one layer family yields its per-example gradients; subclass it for a family.
+
+    Attributes:
+        parameter_names: the parameters of the module that the rule knows; a module with others is refused.
+        input_name: the name of the module's tensor argument when it is given as a keyword.
+    """
+
+    parameter_names: tuple[str, ...] = ("weight", "bias")
+    input_name = "input"
+
+    def couples(self, module: nn.Module) -> bool:
+        """Whether the module, in its present mode, makes one example's output depend on the others."""
+        return False
+
+    def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The tensor argument that the rule needs again in the backward pass."""
+        return args[0] if args else kwargs.get(self.input_name)
+
+    def reads_activations(self, names: tuple[str, ...]) -> bool:
+        """Whether the terms of the parameters in ``names`` need the activations (those of a lone bias do not)."""
+        return True
+
+    def save(self, module: nn.Module, activations: Tensor, output: Tensor) -> Any:
+        """Small tensors of the forward pass worth keeping (statistics), or None."""
+        return None
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        """Terms of the parameters in ``names`` for the examples in ``rows``.
+
+        Args:
+            module: the layer.
+            activations: its input, already cut to ``rows``, ``[n, ...]``; meaningless if not :meth:`reads_activations`.
+            backprops: gradient of the summed losses with respect to its output, cut to ``rows``, ``[n, ...]``.
+            saved: what :meth:`save` returned, not cut.
+            rows: which rows of the batch these are.
+            names: the parameters that are trained.
+        """
+        raise TypeError(f"{type(self).__name__} must define terms")
+
+    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
+        """Cost of the norm for one example, from shapes (first dimension: the batch)."""
+        size = 1
+        for length in output_shape[1:]:
+            size *= length
+        return Cost("sum", 4 * size, 4 * size, 4 * size, 2 * size * 4)
+
+
+class FunctionRule(Rule):
+    """A user's rule: a function that returns per-example gradients by parameter name."""
+
+    def __init__(self, function: UserRule, parameter_names: tuple[str, ...] | None) -> None:
+        self.function = function
+        self.any_parameters = parameter_names is None
+        self.parameter_names = parameter_names or ()
+
+    def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if args:
+            return args[0]
+        return next(iter(kwargs.values()), None)
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        gradients = self.function(module, activations, backprops)
+        terms: dict[str, Term] = {}
+        for name in names:
+            expected = (backprops.shape[0], *getattr(module, name).shape)
+            got = gradients.get(name) if isinstance(gradients, Mapping) else None
+            if not isinstance(got, Tensor) or tuple(got.shape) != expected:
+                shown = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+                raise RuntimeError(
+                    f"the rule registered for {type(module).__name__} must return a dict with the per-example gradient "
+                    f"'{name}' of shape {expected}; it returned {shown}."
+                )
+            terms[name] = PerExampleGradient(got)
+        return terms
+
+
+_REGISTRY: dict[type[nn.Module], Rule] = {}
+
+
+def add_rule(*module_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
+    """Register a :class:`Rule` subclass for module types (used inside engm)."""
+
+    def register(rule: type[Rule]) -> type[Rule]:
+        for module_type in module_types:
+            _REGISTRY[module_type] = rule()
+        return rule
+
+    return register
+
+
+def register_rule(
+    module_type: type[nn.Module], *, parameters: tuple[str, ...] | None = None
+) -> Callable[[UserRule], UserRule]:
+    """Teach engm the per-example gradients of a layer of your own. Use as a decorator.
+
+    The function gets ``(module, activations, backprops)``: the module's first tensor argument, ``[n, ...]``, and the
+    gradient of the summed losses with respect to its output, ``[n, ...]``, both detached. It returns a dict from
+    parameter name to per-example gradient ``[n, *parameter.shape]``. Examples must not influence each other inside
+    the module, and the module must return one tensor.
+
+    Args:
+        module_type: the class; subclasses that keep its ``forward`` are covered too. Registering a type again
+            replaces its rule.
+        parameters: names of the direct parameters that the rule covers; default: all of the module's own.
+
+    Raises:
+        TypeError: ``module_type`` is not a subclass of :class:`torch.nn.Module`, or the rule is not callable.
+
+    Example:
+        >>> @engm.register_rule(Scale)
+        ... def scale(module, activations, backprops):
+        ...     return {"weight": (activations * backprops).flatten(2).sum(2)}
+    """
+    if not (inspect.isclass(module_type) and issubclass(module_type, nn.Module)):
+        raise TypeError(
+            f"register_rule expects a subclass of torch.nn.Module, got {module_type!r}; "
+            "use it as @engm.register_rule(MyLayer)."
+        )
+
+    def register(function: UserRule) -> UserRule:
+        if not callable(function):
+            raise TypeError(f"a rule must be callable as rule(module, activations, backprops), got {function!r}.")
+        _REGISTRY[module_type] = FunctionRule(function, parameters)
+        return function
+
+    return register
+
+
+def find_rule(module: nn.Module) -> Rule | str:
+    """The rule that holds for ``module``, or a sentence that says why there is none."""
+    for ancestor in type(module).__mro__:
+        rule = _REGISTRY.get(ancestor)
+        if rule is None:
+            continue
+        if type(module).forward is not ancestor.forward:
+            return f"{type(module).__name__} overrides the forward of {ancestor.__name__}, whose rule may not hold for it"
+        if "forward" in module.__dict__:
+            return "its forward was replaced on the object itself, where the rule of its type may not hold"
+        if not (isinstance(rule, FunctionRule) and rule.any_parameters):
+            own = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+            unknown = own - set(rule.parameter_names)
+            if unknown:
+                return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
+            hidden = [
+                name for name in rule.parameter_names if name not in module._parameters and getattr(module, name, None) is not None
+            ]
+            if hidden:
+                return f"its {hidden} are computed from other tensors (a parametrization or weight_norm)"
+        return rule
+    return f"there is no rule for {type(module).__name__}"

@@ -1,0 +1,81 @@
+"""Convolutions in one, two and three dimensions: linear layers over patches that are never unfolded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _C
+from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term, accumulation_dtype
+from .base import Cost, Rule, add_rule
+
+
+def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry]:
+    """The input and geometry of the zero-padded convolution that ``module`` amounts to.
+
+    Symmetric zero padding stays in the geometry; other padding modes and the uneven padding of ``"same"`` with an
+    even kernel are applied to the input (a copy of that one input).
+    """
+    before, after = [], []
+    for size, dilation, pad in _sides(module):
+        total = dilation * (size - 1) if pad == "same" else 2 * int(pad)
+        before.append(total // 2)
+        after.append(total - total // 2)
+    geometry = ConvGeometry(module.kernel_size, module.stride, tuple(before), module.dilation, module.groups)
+    if module.padding_mode == "zeros" and before == after:
+        return activations, geometry
+    sides = [width for k in reversed(range(len(before))) for width in (before[k], after[k])]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(activations, sides, mode=mode), geometry.without_padding()
+
+
+def _sides(module: Any) -> list[tuple[int, int, Any]]:
+    """``(kernel size, dilation, padding)`` of every spatial dimension; ``padding`` may be ``"same"``."""
+    padding = module.padding
+    if isinstance(padding, str):
+        padding = tuple("same" if padding == "same" else 0 for _ in module.kernel_size)
+    return list(zip(module.kernel_size, module.dilation, padding, strict=True))
+
+
+@add_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvRule(Rule):
+    """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding and padding mode."""
+
+    def reads_activations(self, names: tuple[str, ...]) -> bool:
+        return "weight" in names
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        terms: dict[str, Term] = {}
+        if "weight" in names:
+            x, geometry = padded_input(module, activations.to(backprops.dtype))
+            terms["weight"] = ConvFactors(x, backprops, geometry)
+        if "bias" in names:
+            terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
+        return terms
+
+    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
+        padded, geometry = padded_input(module, torch.empty(input_shape, device="meta"))
+        return Cost.from_model(
+            _C.conv_cost(
+                input_shape[1],
+                output_shape[1],
+                geometry.kernel_size,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                geometry.groups,
+                tuple(padded.shape[2:]),
+                output_shape[2:],
+            )
+        )

@@ -1,0 +1,42 @@
+"""Linear layers: ``dL_i/dW = B_i^T A_i`` over any number of positions."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import _C
+from ..terms import LinearFactors, PerExampleGradient, Term, accumulation_dtype
+from .base import Cost, Rule, add_rule
+
+
+@add_rule(nn.Linear)
+class LinearRule(Rule):
+    """``[n, *, p] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
+
+    def reads_activations(self, names: tuple[str, ...]) -> bool:
+        return "weight" in names
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        n = backprops.shape[0]
+        b = backprops.reshape(n, -1, backprops.shape[-1])
+        terms: dict[str, Term] = {}
+        if "weight" in names:
+            a = activations.to(b.dtype).reshape(n, -1, activations.shape[-1])
+            terms["weight"] = LinearFactors(a, b)
+        if "bias" in names:
+            terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
+        return terms
+
+    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
+        return Cost.from_model(_C.linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1]))

@@ -1,0 +1,192 @@
+"""Normalisation layers: the gradients of scale and shift are sums over positions, taken before squaring.
+
+With ``xhat = (x - mean) * rstd`` an example's scale gradient is ``sum_t gy_t xhat_t`` and its shift gradient
+``sum_t gy_t``; both are ``[n, C]`` and small, so they are kept as they are.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..terms import PerExampleGradient, Term, accumulation_dtype
+from .base import Rule, add_rule
+
+Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
+
+
+def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
+    """Mean and rstd that autograd saved for the layer, detached (attached, they would keep the graph alive).
+
+    Not where hooks pack what is saved: unpacking may mean to run the forward pass again (activation checkpointing).
+    """
+    node = output.grad_fn
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if packed or node is None or not node.name().startswith(node_name):
+        return None
+    mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
+    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0:
+        return None
+    return mean.detach(), rstd.detach()
+
+
+def affine_terms(
+    views: tuple[Tensor, Tensor, Tensor | None, Tensor, int], names: tuple[str, ...], shape: tuple[int, ...] | None = None
+) -> dict[str, Term]:
+    """Scale and shift terms from the arguments of :func:`engm.ops.affine_norm_sq`; ``shape`` is the parameters'."""
+    norm_sq, scale, shift = ops.affine_norm_sq(*views)
+    found = {"weight": (scale, norm_sq[0]), "bias": (shift, norm_sq[1])}
+    if shape is not None:
+        found = {name: (gradient.view(-1, *shape), norm) for name, (gradient, norm) in found.items()}
+    return {name: PerExampleGradient(*found[name]) for name in names}
+
+
+def by_channel(x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
+    """3-d views of ``[n, C, *S]`` tensors with per-channel statistics ``[n or 1, C]``, in whichever layout they lie."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        rows = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, gy)]
+        return rows[0], rows[1], None if mean is None else mean.unsqueeze(1), rstd.unsqueeze(1), 2
+    if x.dim() == 2:
+        x, gy = x.unsqueeze(2), gy.unsqueeze(2)
+    return x.flatten(2), gy.flatten(2), None if mean is None else mean.unsqueeze(2), rstd.unsqueeze(2), 1
+
+
+def uses_batch_statistics(module: nn.Module) -> bool:
+    """Whether a batch norm takes its statistics from the batch: in training mode, or with none of its own."""
+    return module.training or getattr(module, "running_mean", None) is None
+
+
+@add_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+class BatchNormRule(Rule):
+    """Statistics of the batch (training mode, or none kept) or running ones; ``[n, C, *S]`` or ``[n, C]``."""
+
+    def couples(self, module: nn.Module) -> bool:
+        return uses_batch_statistics(module)
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        if not uses_batch_statistics(module):
+            return module.running_mean.clone(), torch.rsqrt(module.running_var + module.eps)
+        saved = saved_statistics(output, "NativeBatchNormBackward") or saved_statistics(output, "CudnnBatchNormBackward")
+        if saved is not None:
+            return saved
+        x = activations.detach()
+        x = x.to(accumulation_dtype(x))
+        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+        return mean, torch.rsqrt(var + module.eps)
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        mean, rstd = saved
+        return affine_terms(by_channel(activations, backprops, mean.unsqueeze(0), rstd.unsqueeze(0)), names)
+
+
+@add_rule(nn.GroupNorm)
+class GroupNormRule(Rule):
+    """Statistics of each example's groups of channels; ``[n, C, *S]``."""
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        saved = saved_statistics(output, "NativeGroupNormBackward")
+        if saved is None:
+            x = activations.detach()
+            x = x.to(accumulation_dtype(x)).reshape(x.shape[0], module.num_groups, -1)
+            var, mean = torch.var_mean(x, 2, correction=0)
+            saved = mean, torch.rsqrt(var + module.eps)
+        return saved
+
+    def terms(
+        self,
+        module: Any,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        per_group = module.num_channels // module.num_groups
+        mean, rstd = (
+            t.view(-1, module.num_groups)[rows].repeat_interleave(per_group, 1) for t in saved
+        )
+        return affine_terms(by_channel(activations, backprops, mean, rstd), names)
+
+
+@add_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+class InstanceNormRule(Rule):
+    """Statistics of each example's channels, or running ones in evaluation mode; ``[n, C, *S]``."""
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        if module.running_mean is not None and not module.training:
+            return module.running_mean.clone().unsqueeze(0), torch.rsqrt(module.running_var + module.eps).unsqueeze(0)
+        x = activations.detach()
+        var, mean = torch.var_mean(x.to(accumulation_dtype(x)).flatten(2), 2, correction=0)
+        return mean, torch.rsqrt(var + module.eps)
+
+    def terms(
+        self,
+        module: nn.Module,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        mean, rstd = (t if t.shape[0] == 1 else t[rows] for t in saved)
+        return affine_terms(by_channel(activations, backprops, mean, rstd), names)
+
+
+class _TrailingNormRule(Rule):
+    """Shared by the norms over trailing dimensions: positions are the dimensions between batch and those."""
+
+    def terms(
+        self,
+        module: Any,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        n, size = backprops.shape[0], prod(module.normalized_shape)
+        x, gy = (t.reshape(n, -1, size) for t in (activations, backprops))
+        mean, rstd = saved
+        mean = None if mean is None else mean[rows].reshape(n, -1, 1)
+        return affine_terms((x, gy, mean, rstd[rows].reshape(n, -1, 1), 2), names, tuple(module.normalized_shape))
+
+
+@add_rule(nn.LayerNorm)
+class LayerNormRule(_TrailingNormRule):
+    """Statistics over the trailing ``normalized_shape``; ``[n, *, *normalized_shape]``."""
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        saved = saved_statistics(output, "NativeLayerNormBackward")
+        if saved is None:
+            x = activations.detach()
+            dims = list(range(-len(module.normalized_shape), 0))
+            var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dims, correction=0, keepdim=True)
+            saved = mean, torch.rsqrt(var + module.eps)
+        return saved
+
+
+@add_rule(nn.RMSNorm)
+class RMSNormRule(_TrailingNormRule):
+    """Root mean square over the trailing ``normalized_shape``, no mean and no shift."""
+
+    parameter_names = ("weight",)
+    input_name = "x"
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        x = activations.detach()
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        dims = list(range(-len(module.normalized_shape), 0))
+        mean_square = x.to(accumulation_dtype(x)).square().mean(dims, keepdim=True)
+        return None, torch.rsqrt(mean_square + eps)

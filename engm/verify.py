@@ -1,0 +1,192 @@
+"""The engine against the oracle, on the user's own model and batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .exact import check_losses, exact_squared_norms
+from .explain import untouched
+from .graph import Trace
+from .measurement import as_wrapped, calibrated_squared_norms, measure_traced, traced_losses
+from .module import GradNormModule
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+SMALL_LAYER = 1e-2  # a layer's error is measured against no less than this share of the example's whole norm
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One parameter tensor.
+
+    Attributes:
+        name: the parameter.
+        rule: the rule of the layer that used it.
+        error: the largest error of its per-example norms, relative to the layer's norm, or to 1 % of the example's
+            whole norm where that is larger (a bias behind a batch norm has gradient 0 and norm errors to match).
+    """
+
+    name: str
+    rule: str
+    error: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of :func:`verify`; prints as a table.
+
+    Attributes:
+        layers: one entry a parameter tensor.
+        error: largest relative error of the whole norms against the oracle. Where batch norm couples the examples
+            both are of the graph with frozen statistics; with ``batch_norm="exact"`` the engine is the oracle there.
+        tolerance: what ``error`` and every layer's error must stay under.
+        couples: whether batch norm couples the examples.
+        calibrated_error: mean relative error of the calibrated norms against exact ones through the statistics; None
+            where nothing couples.
+        passed: whether everything is within tolerance.
+    """
+
+    layers: tuple[LayerError, ...]
+    error: float
+    tolerance: float
+    couples: bool
+    calibrated_error: float | None
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance and all(layer.error <= self.tolerance for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers] + [9])
+        lines = [f"{'parameter':{width}}  {'rule':18}  error"]
+        for layer in self.layers:
+            mark = "" if layer.error <= self.tolerance else "  <-- beyond tolerance"
+            lines.append(f"{layer.name:{width}}  {layer.rule:18}  {layer.error:.1e}{mark}")
+        oracle = "the oracle with frozen batch statistics" if self.calibrated_error is not None else "the oracle"
+        verdict = "passed" if self.passed else "FAILED"
+        lines.append(f"whole norms against {oracle}: {self.error:.1e} (tolerance {self.tolerance:.0e}): {verdict}")
+        if self.calibrated_error is not None:
+            lines.append(f"calibrated norms against exact ones through the statistics: {self.calibrated_error:.2%} mean error")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, *, raise_on_error: bool = False
+) -> VerifyReport:
+    """Compares the engine's per-example norms with one backpropagation per example, parameter by parameter.
+
+    Use a small batch; cast model and batch to float64 to see the mathematics rather than the rounding. Gradients,
+    buffers, random state and calibration are left as they were.
+
+    Args:
+        model: a :class:`GradNormModule`.
+        loss_fn: ``loss_fn(model, batch)``, or ``loss_fn(model, *batch)``, or ``loss_fn(outputs, targets)`` for a
+            ``batch = (inputs, targets)``; returns ``[n]``, one loss an example.
+        batch: what ``loss_fn`` takes.
+        raise_on_error: raise instead of returning a report that did not pass.
+
+    Returns:
+        A :class:`VerifyReport`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`engm.measure`; and RuntimeError with the report if
+            ``raise_on_error`` and it did not pass.
+    """
+    wrapped = as_wrapped(model)
+    calibration = wrapped.calibration.state_dict()
+    checked = set(wrapped.checked_structures)
+    try:
+        with untouched(wrapped.unwrap()), torch.enable_grad():
+            losses = _losses(wrapped, loss_fn, batch)
+            report = _compare(wrapped, traced_losses(wrapped, losses, check=True), losses)
+    finally:
+        wrapped.calibration.load_state_dict(calibration)
+        wrapped.checked_structures = checked
+    if raise_on_error and not report.passed:
+        raise RuntimeError(f"engm.verify: the engine does not agree with the oracle.\n{report}")
+    return report
+
+
+def _losses(model: GradNormModule, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+    several = isinstance(batch, Sequence) and not isinstance(batch, str | Tensor)
+    if several and len(batch) > 1 and _positional(loss_fn) == 1 + len(batch):
+        losses = loss_fn(model, *batch)
+    elif not several or len(batch) != 2:
+        losses = loss_fn(model, batch)
+    elif isinstance(loss_fn, nn.Module) or getattr(loss_fn, "__module__", "").startswith("torch"):
+        losses = loss_fn(model(batch[0]), batch[1])
+    else:
+        try:
+            losses = loss_fn(model, batch)
+        except (TypeError, AttributeError) as error:  # perhaps it takes (outputs, targets)
+            try:
+                losses = loss_fn(model(batch[0]), batch[1])
+            except (TypeError, AttributeError):
+                raise error from None
+    check_losses(losses)
+    return losses
+
+
+def _positional(function: Callable[..., Any]) -> int | None:
+    """Number of positional parameters without a default, or None where Python cannot tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyReport:
+    names, parameters = zip(*model.trainable_parameters(), strict=True)
+    exact_mode = model.batch_norm == "exact"
+    raw = measure_traced(model, traced, losses).stacked
+    frozen = traced.couples and not exact_mode
+    calibrated_error = None
+    if frozen:
+        with _frozen(traced):
+            oracle = exact_squared_norms(losses, parameters)
+        exact = exact_squared_norms(losses, parameters).sum(0).sqrt()
+        measurement = measure_traced(model, traced, losses, correct=model.batch_norm == "calibrated")
+        stacked, factors = calibrated_squared_norms(model, traced, losses, measurement, borrowed=False, count=False)
+        mapped = (stacked if factors is None else stacked * factors.unsqueeze(1)).sum(0).sqrt()
+        calibrated_error = float(((mapped - exact).abs() / exact.clamp_min(torch.finfo(exact.dtype).tiny)).mean())
+    else:
+        oracle = exact_squared_norms(losses, parameters)
+    whole = oracle.sum(0).sqrt()
+    floor = (SMALL_LAYER * whole).clamp_min(torch.finfo(whole.dtype).tiny)
+    layer_errors = (raw.sqrt() - oracle.sqrt()).abs() / torch.maximum(oracle.sqrt(), floor)
+    errors = layer_errors.nan_to_num(nan=torch.inf).amax(1).tolist()
+    by_definition = exact_mode and traced.couples
+    rules = {
+        id(p): "by definition" if by_definition else type(call.rule).__name__
+        for call in traced.calls
+        for p in call.parameters.values()
+    }
+    layers = tuple(
+        LayerError(name, rules.get(id(p), "not reached"), error)
+        for name, p, error in zip(names, parameters, errors, strict=True)
+    )
+    total = ((raw.sum(0).sqrt() - whole).abs() / whole.clamp_min(torch.finfo(whole.dtype).tiny)).nan_to_num(nan=torch.inf)
+    tolerance = TOLERANCE.get(parameters[0].dtype, 1e-4)
+    return VerifyReport(layers, float(total.max()), tolerance, traced.couples, calibrated_error)
+
+
+class _frozen:
+    """Freeze the batch statistics of a graph's backward passes."""
+
+    def __init__(self, traced: Trace) -> None:
+        self.captures = {id(call.capture): call.capture for call in traced.calls}.values()
+
+    def __enter__(self) -> None:
+        for capture in self.captures:
+            capture.frozen = True
+
+    def __exit__(self, *_: object) -> None:
+        for capture in self.captures:
+            capture.frozen = False
