@@ -1,0 +1,76 @@
+"""The ``engm`` command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the engm command needs {error.name}: pip install 'engm[recipes]'") from error
+
+import torch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    help="Adversarial training with example-normalised gradients.",
+)
+
+
+@app.callback()
+def main() -> None:
+    """Keeps subcommands subcommands, however many there are."""
+
+
+@app.command()
+def demo(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and attack noise.")] = 0,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the network's stem.")] = 16,
+    methods: Annotated[str, typer.Option(help="Comma-separated; msgd makes time ratios possible.")] = "msgd,aengm,engm",
+    alpha: Annotated[float | None, typer.Option(help="ENGM's threshold; by default scaled to the network.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Examples a step.")] = 64,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's default if not given.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for curves.png and results.json.")] = Path("runs/demo"),
+) -> None:
+    """Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them."""
+    from . import report
+    from .demo import DemoSettings, prepare, run
+    from .live import LiveView
+    from .train import Training
+
+    console = Console()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    names = tuple(name.strip().lower() for name in methods.split(",") if name.strip())
+    try:
+        settings = DemoSettings(names, Training(epochs, batch_size, seed=seed), width=width, alpha=alpha)
+        prepared = prepare(settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    dataset = prepared.dataset
+    console.print(
+        f"{len(dataset.train)} training, {len(dataset.validation)} validation and {len(dataset.test)} test images of "
+        f"{dataset.name}; residual network of {prepared.parameters:,} parameters with batch norm; PGD-"
+        f"{settings.attack_steps}, l-inf {settings.eps:g}; alpha {prepared.alpha:.2f}; norms from the attack's last "
+        f"step; {torch.get_num_threads()} threads.",
+        highlight=False,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with LiveView(prepared, console) as view:
+        run(prepared, on_step=view.on_step, on_epoch=view.on_epoch)
+    seconds = time.perf_counter() - start
+    console.print(report.table(prepared))
+    console.print(report.caption(prepared), highlight=False)
+    report.write_json(prepared, out / "results.json", seconds=seconds)
+    report.draw_curves(prepared, out / "curves.png")
+    console.print(f"{seconds:.0f} s. Curves: {out / 'curves.png'}  figures: {out / 'results.json'}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

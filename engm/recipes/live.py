@@ -1,0 +1,87 @@
+"""What a terminal shows while methods train: a bar and the latest figures of each."""
+
+from __future__ import annotations
+
+from statistics import median
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .demo import Demo
+
+
+class LiveView:
+    """``with LiveView(demo, console) as view:``; pass ``view.on_step`` and ``view.on_epoch`` to the run.
+
+    In a terminal the view redraws itself; anywhere else it prints one line at each look at the validation set.
+    """
+
+    def __init__(self, demo: Demo, console: Console) -> None:
+        self._demo = demo
+        self._console = console
+        training = demo.settings.training
+        steps = training.epochs * (len(demo.dataset.train) // training.batch_size)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task(f"epoch 1/{training.epochs}", total=steps)
+        self._live = Live(self._picture(), console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> LiveView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_step(self) -> None:
+        """A batch is done."""
+        self._progress.advance(self._task)
+
+    def on_epoch(self, epoch: int) -> None:
+        """So many epochs are done."""
+        epochs = self._demo.settings.training.epochs
+        text = "testing" if epoch == epochs else f"epoch {epoch + 1}/{epochs}"
+        self._progress.update(self._task, description=text)
+        if self._live is not None:
+            self._live.update(self._picture())
+        elif all(epoch in run.validation for run in self._demo.runs):
+            figures = "   ".join(
+                f"{run.label} {run.validation[epoch].robust:6.1%} (loss {run.epochs[-1].loss:.2f})"
+                for run in self._demo.runs
+            )
+            self._console.print(f"epoch {epoch:3d}/{epochs}  PGD-20 validation:  {figures}")
+
+    def _picture(self) -> Group:
+        figures = Table(box=None)
+        figures.add_column("Method")
+        for name in ("loss", "natural", "PGD-20", "best", "mean w", "s/step"):
+            figures.add_column(name, justify="right")
+        for run in self._demo.runs:
+            if not run.epochs:
+                figures.add_row(run.label, *["-"] * 6)
+                continue
+            record = run.epochs[-1]
+            looked = list(run.validation.values())
+            figures.add_row(
+                run.label,
+                f"{record.loss:.3f}",
+                f"{looked[-1].natural:.1%}" if looked else "-",
+                f"{looked[-1].robust:.1%}" if looked else "-",
+                f"{run.best.score:.1%}" if looked else "-",
+                f"{record.mean_weight:.2f}",
+                f"{median(record.step_seconds):.3f}",
+            )
+        return Group(figures, self._progress)

@@ -1,0 +1,204 @@
+"""What a comparison came to: a summary of every method, as a table, a JSON file and a picture of the curves."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+
+from .demo import Demo, MethodRun
+from .train import mean_over_epochs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def overfit(best: float, last: float) -> float:
+    """Robust overfitting as the paper defines it: (best - last) / best, robust accuracies of the two checkpoints."""
+    return (best - last) / best if best > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of the paper's Table 2, with times. Accuracies are fractions of the test set.
+
+    Attributes:
+        natural: natural accuracy of the best checkpoint (chosen on the validation set).
+        natural_last: the same of the last.
+        best: PGD-20 robust accuracy of the best checkpoint.
+        last: the same of the last.
+        overfit: (best - last) / best.
+        best_epoch: epochs behind the best checkpoint.
+        step_seconds: median seconds of a training step.
+        time_ratio: median over the batches of this method's time over MSGD's on the same batch; ``None`` without MSGD.
+        total_time_ratio: all steps together, so with the rare expensive ones (calibration, regression).
+        mean_weight: mean ``w_i`` over the whole run.
+        fraction_clipped: share of examples with ``w_i < 1`` over the whole run.
+    """
+
+    method: str
+    label: str
+    natural: float
+    natural_last: float
+    best: float
+    last: float
+    overfit: float
+    best_epoch: int
+    step_seconds: float
+    time_ratio: float | None
+    total_time_ratio: float | None
+    mean_weight: float
+    fraction_clipped: float
+
+
+def summarise(runs: Sequence[MethodRun]) -> list[Summary]:
+    """Summaries of finished runs, in their order.
+
+    Raises:
+        RuntimeError: a run has no test accuracy yet.
+    """
+    seconds = {run.name: [s for record in run.epochs for s in record.step_seconds] for run in runs}
+    baseline = seconds.get("msgd")
+    rows = []
+    for run in runs:
+        if run.test_best is None or run.test_last is None:
+            raise RuntimeError(f"{run.label} has not been tested yet; summarise after the run is over")
+        best, last = run.test_best.robust or 0.0, run.test_last.robust or 0.0
+        own = seconds[run.name]
+        rows.append(
+            Summary(
+                method=run.name,
+                label=run.label,
+                natural=run.test_best.natural,
+                natural_last=run.test_last.natural,
+                best=best,
+                last=last,
+                overfit=overfit(best, last),
+                best_epoch=run.best.epoch,
+                step_seconds=median(own),
+                time_ratio=None if baseline is None else median(a / b for a, b in zip(own, baseline, strict=True)),
+                total_time_ratio=None if baseline is None else sum(own) / sum(baseline),
+                mean_weight=mean_over_epochs(run.epochs, "mean_weight"),
+                fraction_clipped=mean_over_epochs(run.epochs, "fraction_clipped"),
+            )
+        )
+    return rows
+
+
+def table(demo: Demo) -> Table:
+    """The summaries for a terminal, percentages as in the paper."""
+    rows = summarise(demo.runs)
+    result = Table(title=f"{demo.dataset.name}, PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}")
+    result.add_column("Method")
+    for name in ("Natural", "PGD-20 best", "PGD-20 last", "Overfit", "s/step", "x MSGD", "in all", "Mean w", "Clipped"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        result.add_row(
+            row.label,
+            f"{row.natural:.1%}",
+            f"{row.best:.1%}",
+            f"{row.last:.1%}",
+            f"{row.overfit:.1%}",
+            f"{row.step_seconds:.3f}",
+            "-" if row.time_ratio is None else f"{row.time_ratio:.2f}",
+            "-" if row.total_time_ratio is None else f"{row.total_time_ratio:.2f}",
+            f"{row.mean_weight:.2f}",
+            f"{row.fraction_clipped:.0%}",
+        )
+    return result
+
+
+def caption(demo: Demo) -> str:
+    """How to read the table, the uncertainty included."""
+    examples = len(demo.dataset.test)
+    typical = max((row.best for row in summarise(demo.runs)), default=0.5)
+    error = sqrt(typical * (1 - typical) / examples)
+    return (
+        f"Test set of {examples} examples, looked at once; best checkpoint chosen on the validation set. One standard "
+        f"error of a robust accuracy is {error:.1%}, and this is one seed: smaller differences say nothing. "
+        "x MSGD is the median over the batches, 'in all' the ratio of total training times."
+    )
+
+
+def write_json(demo: Demo, path: Path, *, seconds: float) -> None:
+    """Every figure of the run, with the settings and the machine.
+
+    Args:
+        demo: a finished demonstration.
+        path: file to write.
+        seconds: wall-clock time of the whole run.
+    """
+    dataset = demo.dataset
+    content: dict[str, Any] = {
+        "settings": {**asdict(demo.settings), "alpha": demo.alpha},
+        "parameters": demo.parameters,
+        "data": {
+            "name": dataset.name,
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+        },
+        "machine": {
+            "device": str(dataset.train.inputs.device),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "seconds": seconds,
+        "summaries": [asdict(row) for row in summarise(demo.runs)],
+        "runs": {
+            run.name: {
+                "epochs": [asdict(record) for record in run.epochs],
+                "validation": {str(epoch): asdict(accuracy) for epoch, accuracy in run.validation.items()},
+            }
+            for run in demo.runs
+        },
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def draw_curves(demo: Demo, path: Path) -> None:
+    """Learning curves of all methods as a PNG: robust accuracy, training loss, mean weight."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    robust, loss, weight = figure.subplots(1, 3)
+    for index, run in enumerate(demo.runs):
+        colour = f"C{index}"
+        epochs = range(1, len(run.epochs) + 1)
+        curve = [(epoch, 100 * (accuracy.robust or 0.0)) for epoch, accuracy in run.validation.items()]
+        robust.plot(*zip(*curve, strict=True), color=colour, label=run.label)
+        robust.plot(run.best.epoch, 100 * run.best.score, "o", color=colour)
+        loss.plot(epochs, [record.loss for record in run.epochs], color=colour)
+        weight.plot(epochs, [record.mean_weight for record in run.epochs], color=colour)
+    _dress(robust, "validation accuracy under PGD-20, %  (o: best)", demo)
+    _dress(loss, "adversarial training loss, nats", demo)
+    _dress(weight, "mean weight w of the examples", demo)
+    loss.set_ylim(bottom=0)
+    weight.set_ylim(0, 1.05)
+    robust.legend(loc="lower right")
+    figure.suptitle(
+        f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, "
+        f"alpha {demo.alpha:.2f}, seed {demo.settings.training.seed} (dotted: learning rate divided by 10)"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _dress(axes: Axes, title: str, demo: Demo) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    training = demo.settings.training
+    for fraction in training.decay_at:
+        axes.axvline(round(fraction * training.epochs) + 0.5, color="grey", linestyle=":", linewidth=1)

@@ -1,0 +1,234 @@
+"""The training loop of the recipes: any outer optimizer, any objective, one or several models side by side.
+
+Several trainers go through the same batches step by step (:func:`train_epoch`), so that a comparison of methods
+compares nothing else: same data order, same attack noise, and times taken under the same machine conditions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+
+import engm
+from engm.adversarial import PGD, VANILLA, Objective, paused
+
+from .clock import StepClock
+from .data import Split
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; the paper's schedule at another length.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: examples a step; an incomplete last batch is left out.
+        lr: initial learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD; no part of a gradient's norm.
+        decay_at: fractions of the epochs at which the learning rate is divided by ten (75/120 and 90/120).
+        seed: of the initial weights, the data order and the attack noise.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_at: tuple[float, ...] = (75 / 120, 90 / 120)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise ValueError(
+                f"expected epochs >= 1, batch_size >= 1 and lr > 0, got {self.epochs}, {self.batch_size} and {self.lr}"
+            )
+
+    def sgd(self, model: nn.Module) -> torch.optim.SGD:
+        """The inner optimizer."""
+        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR:
+        """Steps once an epoch."""
+        milestones = [round(fraction * self.epochs) for fraction in self.decay_at]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Means over one epoch of training.
+
+    Attributes:
+        loss: adversarial training loss, nats.
+        mean_weight: mean of ``w_i``; 1 for methods that do not weigh.
+        fraction_clipped: share of examples with ``w_i < 1``.
+        mean_norm: mean of the norms that the weights were made from, or ``None`` for methods without.
+        lr: learning rate of the epoch.
+        step_seconds: seconds of every step: attack, backward pass and update.
+    """
+
+    loss: float
+    mean_weight: float
+    fraction_clipped: float
+    mean_norm: float | None
+    lr: float
+    step_seconds: list[float]
+
+
+@dataclass
+class Checkpoint:
+    """Weights worth keeping, on the CPU.
+
+    Attributes:
+        epoch: number of finished epochs.
+        score: what it was chosen by: validation robust accuracy.
+        state: the network's ``state_dict``.
+    """
+
+    epoch: int
+    score: float
+    state: dict[str, Tensor]
+
+
+@dataclass
+class _Figures:
+    """Per-example figures of an epoch, left on their device until somebody asks."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+
+
+class Trainer:
+    """One model, its outer optimizer and its attack.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: one of engm's outer optimizers over ``model``.
+        attack: run in evaluation mode, under this trainer's own noise generator.
+        objective: the training loss.
+        seed: of the attack noise; trainers with the same seed draw the same noise.
+        borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
+            runs a norm pass of its own.
+
+    Attributes:
+        best: the checkpoint with the highest score so far (the first of equals).
+        last: the latest one.
+    """
+
+    def __init__(
+        self,
+        model: engm.GradNormModule,
+        optimizer: torch.optim.Optimizer,
+        attack: PGD,
+        *,
+        objective: Objective = VANILLA,
+        seed: int = 0,
+        borrow: bool = True,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.attack = attack
+        self.objective = objective
+        self.generator = torch.Generator().manual_seed(seed)
+        self.best: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
+        self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
+        self._borrow = borrow and objective.attack_maximises_it and self._captures
+        self._clock = StepClock(next(model.parameters()).device)
+        self._figures = _Figures()
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Attacks one batch and updates the weights on it."""
+        with self._clock:
+            adversarial = self.attack(self.model, x, y, generator=self.generator, measure=self._borrow)
+            x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._borrow)
+            # A method that looks at no example is timed as anybody would run it: with nothing captured.
+            with nullcontext() if self._captures else paused(self.model):
+                losses = self.objective.losses(self.model, x, x_adv, y)
+            stats = self.optimizer.backward(  # type: ignore[attr-defined]
+                losses,
+                inputs=x_adv if x_adv.requires_grad else None,
+                measurement=adversarial.measurement,
+            )
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._figures.losses.append(stats.losses)
+        self._figures.weights.append(stats.weights)
+        if stats.norms is not None:
+            self._figures.norms.append(stats.norms)
+
+    def finish_epoch(self) -> EpochRecord:
+        """The figures since the last call; this is where the device is waited for."""
+        figures, self._figures = self._figures, _Figures()
+        if not figures.losses:
+            raise RuntimeError("no step since the last epoch: is the training set smaller than one batch?")
+        weights = torch.cat(figures.weights)
+        return EpochRecord(
+            loss=torch.cat(figures.losses).mean().item(),
+            mean_weight=weights.mean().item(),
+            fraction_clipped=(weights < 1).double().mean().item(),
+            mean_norm=torch.cat(figures.norms).mean().item() if figures.norms else None,
+            lr=self.optimizer.param_groups[0]["lr"],
+            step_seconds=self._clock.take(),
+        )
+
+    def keep_checkpoint(self, epoch: int, score: float) -> None:
+        """Notes the present weights as the last ones, and as the best ones if ``score`` is the highest so far."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        self.last = Checkpoint(epoch, score, state)
+        if self.best is None or score > self.best.score:
+            self.best = self.last
+
+    def with_weights(self, checkpoint: Checkpoint) -> nn.Module:
+        """A copy of the clean network with the weights of ``checkpoint``."""
+        net = copy.deepcopy(self.model.unwrap())
+        net.load_state_dict(checkpoint.state)
+        return net
+
+
+def train_epoch(
+    trainers: Sequence[Trainer],
+    split: Split,
+    *,
+    batch_size: int,
+    generator: torch.Generator,
+    on_step: Callable[[], None] | None = None,
+) -> list[EpochRecord]:
+    """One epoch of every trainer, interleaved: all of them take a batch before any takes the next.
+
+    Args:
+        trainers: who trains; the one that goes first changes with every batch, so none always meets cold caches.
+        split: the training examples.
+        batch_size: examples a step; an incomplete last batch is left out.
+        generator: of the order of the examples.
+        on_step: called after every batch.
+
+    Raises:
+        ValueError: fewer examples than one batch.
+    """
+    if len(split) < batch_size:
+        raise ValueError(f"{len(split)} training examples are less than one batch of {batch_size}")
+    for trainer in trainers:
+        trainer.model.train()
+    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
+    for index in range(len(split) // batch_size):
+        batch = split.take(order[index * batch_size : (index + 1) * batch_size])
+        first = index % len(trainers)
+        for trainer in (*trainers[first:], *trainers[:first]):
+            trainer.step(batch.inputs, batch.labels)
+        if on_step is not None:
+            on_step()
+    return [trainer.finish_epoch() for trainer in trainers]
+
+
+def mean_over_epochs(records: Sequence[EpochRecord], name: str) -> float:
+    """Mean of one figure over the epochs of a run (epochs are equally long)."""
+    return fmean(getattr(record, name) for record in records)

@@ -1,0 +1,242 @@
+"""The attack against plain written-out loops, and what it must leave alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engm
+from engm.adversarial import PGD, cross_entropy, evaluation_mode, margin, paused
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(4 * 5 * 5, 3),
+    )
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(12, 1, 5, 5, generator=generator), torch.randint(3, (12,), generator=generator)
+
+
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad(), evaluation_mode(model):
+        return cross_entropy(model(x), y).sum().item()
+
+
+def test_equals_a_written_out_linf_loop(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    found = PGD(0.1, 0.03, 4)(net, x, y, generator=seeded()).inputs
+    net.eval()
+    x_adv = (x + (2 * torch.rand(x.shape, generator=seeded()) - 1) * 0.1).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    for _ in range(4):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(x_adv), y, reduction="sum"), x_adv)
+        x_adv = x_adv.detach() + 0.03 * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - 0.1), x + 0.1).clamp(0, 1)
+    assert torch.equal(found, x_adv)
+
+
+def test_equals_a_written_out_l2_loop(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = (batch[0].double(), batch[1])
+    net.double()
+    found = PGD(0.5, 0.2, 3, norm="l2", random_start=False)(net, x, y).inputs
+    net.eval()
+    x_adv = x
+    for _ in range(3):
+        x_adv = x_adv.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(net(x_adv), y, reduction="sum"), x_adv)
+        rows = []
+        for i in range(len(x)):
+            delta = x_adv[i].detach() + 0.2 * gradient[i] / gradient[i].norm() - x[i]
+            rows.append((x[i] + delta * min(1.0, 0.5 / delta.norm().item())).clamp(0, 1))
+        x_adv = torch.stack(rows)
+    torch.testing.assert_close(found, x_adv, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("until_broken", [False, True])
+def test_stays_in_ball_and_box_and_climbs(
+    net: nn.Module, batch: tuple[Tensor, Tensor], norm: str, loss: str, until_broken: bool
+) -> None:
+    x, y = batch
+    eps = 0.1 if norm == "linf" else 0.5
+    attack = PGD(eps, eps / 3, 5, norm=norm, loss=loss, stop_when_broken=until_broken)  # type: ignore[arg-type]
+    x_adv = attack(net, x, y, generator=seeded()).inputs
+    delta = (x_adv - x).flatten(1)
+    lengths = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert lengths.max() <= eps * (1 + 1e-6)
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    assert not x_adv.requires_grad
+    if not until_broken:
+        assert loss_of(net, x_adv, y) > loss_of(net, x, y)
+
+
+def test_the_generator_decides_and_the_global_state_does_not(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    attack = PGD(0.1, 0.03, 2, restarts=2)
+    torch.manual_seed(5)
+    first = attack(net, x, y, generator=seeded()).inputs
+    torch.manual_seed(6)
+    before = torch.get_rng_state()
+    assert torch.equal(first, attack(net, x, y, generator=seeded()).inputs)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first, attack(net, x, y, generator=seeded(8)).inputs)
+
+
+def test_modes_and_gradients_are_left_as_they_were(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    net.train()
+    net[1].eval()  # a frozen batch norm in a training network must stay frozen
+    before = [module.training for module in net.modules()]
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net[5].weight.grad = torch.ones_like(net[5].weight)
+    PGD(0.1, 0.03, 3)(net, x, y)
+    assert [module.training for module in net.modules()] == before
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+    assert torch.equal(net[5].weight.grad, torch.ones_like(net[5].weight))
+    assert all(p.grad is None for name, p in net.named_parameters() if name != "5.weight")
+    assert x.grad is None
+    assert not x.requires_grad
+
+
+def test_modes_come_back_after_an_exception(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    def broken(logits: Tensor, labels: Tensor) -> Tensor:
+        raise ArithmeticError("as planned")
+
+    model = engm.GradNormModule(net.train())
+    with pytest.raises(ArithmeticError, match="as planned"):
+        PGD(0.1, 0.03, 2, loss=broken)(model, *batch)
+    assert all(module.training for module in model.modules())
+    losses = cross_entropy(model(batch[0]), batch[1])
+    assert engm.measure(model, losses).norms.shape == (12,)  # no longer paused
+
+
+def test_training_mode_on_request(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    net.train()
+    PGD(0.1, 0.03, 3, eval_mode=False)(net, *batch)
+    assert net[1].num_batches_tracked == 3
+
+
+def test_works_under_no_grad(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    with torch.no_grad():
+        found = PGD(0.1, 0.03, 2)(net, *batch, generator=seeded()).inputs
+    assert torch.equal(found, PGD(0.1, 0.03, 2)(net, *batch, generator=seeded()).inputs)
+
+
+def test_measuring_changes_no_example_and_measures_the_input_of_the_last_step(
+    net: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    x, y = batch
+    plain = PGD(0.1, 0.03, 4)(net, x, y, generator=seeded())
+    model = engm.GradNormModule(net)
+    measured = PGD(0.1, 0.03, 4)(model, x, y, generator=seeded(), measure=True)
+    torch.testing.assert_close(measured.inputs, plain.inputs)
+    assert plain.measurement is None
+    assert measured.measurement is not None
+    penultimate = PGD(0.1, 0.03, 3)(net, x, y, generator=seeded()).inputs
+    with evaluation_mode(model):
+        expected = engm.naive_grad_norms(model, cross_entropy(model(penultimate), y))
+    torch.testing.assert_close(measured.measurement.norms, expected, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_restarts_keep_the_highest_loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    generator = seeded()
+    single = PGD(0.1, 0.03, 2)
+    runs = [single(net, x, y, generator=generator).inputs for _ in range(3)]
+    net.eval()
+    best = torch.stack([cross_entropy(net(run), y) for run in runs]).amax(0)
+    found = PGD(0.1, 0.03, 2, restarts=3)(net, x, y, generator=seeded()).inputs
+    torch.testing.assert_close(cross_entropy(net(found), y), best)
+
+
+def test_stopping_leaves_broken_examples_broken(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    net.eval()
+    stopped = PGD(0.3, 0.1, 6, loss="margin", stop_when_broken=True)(net, x, y, generator=seeded()).inputs
+    whole = PGD(0.3, 0.1, 6, loss="margin")(net, x, y, generator=seeded()).inputs
+    broken = margin(net(stopped), y) > 0
+    assert broken.any()
+    assert (broken >= (margin(net(whole), y) > 0)).all()
+    # Those that stood to the end took every step, so they are where the unstopped attack left them.
+    torch.testing.assert_close(stopped[~broken], whole[~broken])
+
+
+def test_margin() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]], requires_grad=True)
+    found = margin(logits, torch.tensor([0, 2]))
+    assert found.tolist() == [-1.0, 6.0]
+    found.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [[-1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]
+
+
+def test_zero_gradient_moves_nothing() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    nn.init.zeros_(net[1].weight)
+    x = torch.full((3, 1, 2, 2), 0.5)
+    for norm in ("linf", "l2"):
+        found = PGD(0.1, 0.05, 2, norm=norm, random_start=False)(net, x, torch.zeros(3, dtype=torch.long))  # type: ignore[arg-type]
+        assert torch.equal(found.inputs, x)
+
+
+def test_paused_finds_wrappers_below(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    outer = nn.Sequential(engm.GradNormModule(net))
+    with paused(outer):
+        losses = cross_entropy(outer(batch[0]), batch[1])
+    with pytest.raises(RuntimeError, match="captured"):
+        engm.measure(outer[0], losses)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eps": -0.1},
+        {"eps": float("nan")},
+        {"step_size": 0.0},
+        {"steps": 0},
+        {"restarts": 0},
+        {"norm": "l1"},
+        {"loss": "hinge"},
+        {"restarts": 2, "random_start": False},
+    ],
+)
+def test_bad_settings(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"PGD|restarts"):
+        PGD(**{"eps": 0.1, "step_size": 0.01, "steps": 2, **settings})  # type: ignore[arg-type]
+
+
+def test_bad_arguments(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch
+    attack = PGD(0.1, 0.03, 2)
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        attack(net, 2 * x, y)
+    with pytest.raises(ValueError, match="n >= 1"):
+        attack(net, x[:0], y[:0])
+    with pytest.raises(ValueError, match="floating"):
+        attack(net, (255 * x).byte(), y)
+    with pytest.raises(ValueError, match="one label per example"):
+        attack(net, x, y[:5])
+    with pytest.raises(ValueError, match="reduction='none'"):
+        PGD(0.1, 0.03, 2, loss=F.cross_entropy)(net, x, y)
+    with pytest.raises(ValueError, match="one run"):
+        PGD(0.1, 0.03, 2, restarts=2)(engm.GradNormModule(net), x, y, measure=True)

@@ -1,0 +1,159 @@
+"""The demonstration end to end, tiny: same start for all, reports, command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from engm.recipes import report
+from engm.recipes.cli import app
+from engm.recipes.data import Dataset, Split
+from engm.recipes.demo import Demo, DemoSettings, prepare, run
+from engm.recipes.live import LiveView
+from engm.recipes.methods import METHODS, check_methods
+from engm.recipes.train import Training
+
+
+def tiny_dataset() -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(60, 1, 8, 8, generator=generator)
+    labels = (images[:, 0, :4].mean((1, 2)) > images[:, 0, 4:].mean((1, 2))).long()
+    everything = Split(images, labels)
+    train, validation, test = (everything.take(rows) for rows in torch.arange(60).split([32, 14, 14]))
+    return Dataset("halves", 2, train, validation, test)
+
+
+def tiny_settings(**changes: object) -> DemoSettings:
+    settings = {"training": Training(2, 16), "width": 2, "attack_steps": 2, "eps": 0.05, **changes}
+    return DemoSettings(**settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished() -> Demo:
+    demo = prepare(tiny_settings(evaluate_every=1), tiny_dataset())
+    run(demo)
+    return demo
+
+
+def test_all_methods_start_from_the_same_weights() -> None:
+    demo = prepare(tiny_settings(), tiny_dataset())
+    first, *others = (method.trainer.model.state_dict() for method in demo.runs)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    assert len({tensor.data_ptr() for state in (first, *others) for tensor in state.values()}) == 3 * len(first)
+
+
+def test_runs_repeat_themselves(finished: Demo) -> None:
+    again = prepare(tiny_settings(evaluate_every=1), tiny_dataset())
+    run(again)
+    for one, other in zip(finished.runs, again.runs, strict=True):
+        assert one.test_best == other.test_best
+        assert one.validation == other.validation
+        assert [record.loss for record in one.epochs] == [record.loss for record in other.epochs]
+
+
+def test_a_methods_run_does_not_depend_on_the_others(finished: Demo) -> None:
+    alone = prepare(tiny_settings(evaluate_every=1, methods=("engm",)), tiny_dataset())
+    run(alone)
+    assert alone.runs[0].validation == finished.runs[2].validation
+    assert alone.runs[0].epochs[-1].loss == finished.runs[2].epochs[-1].loss
+    summary = report.summarise(alone.runs)[0]
+    assert summary.time_ratio is None
+    assert summary.total_time_ratio is None
+
+
+def test_summaries(finished: Demo) -> None:
+    rows = report.summarise(finished.runs)
+    assert [row.label for row in rows] == ["MSGD", "A-ENGM", "ENGM"]
+    assert rows[0].time_ratio == rows[0].total_time_ratio == 1.0
+    assert rows[0].mean_weight == 1.0
+    assert rows[0].fraction_clipped == 0.0
+    for row, method in zip(rows, finished.runs, strict=True):
+        assert method.test_best is not None
+        assert method.test_last is not None
+        assert (row.best, row.last) == (method.test_best.robust, method.test_last.robust)
+        assert row.overfit == report.overfit(row.best, row.last)
+        assert method.best.score == max(accuracy.robust or 0 for accuracy in method.validation.values())
+
+
+def test_overfit_is_the_papers() -> None:
+    assert report.overfit(0.5087, 0.4415) == pytest.approx(0.132, abs=5e-4)  # MSGD in Table 2
+    assert report.overfit(0.0, 0.0) == 0.0
+
+
+def test_summaries_need_a_finished_run() -> None:
+    with pytest.raises(RuntimeError, match="not been tested"):
+        report.summarise(prepare(tiny_settings(), tiny_dataset()).runs)
+
+
+def test_files(finished: Demo, tmp_path: Path) -> None:
+    report.write_json(finished, tmp_path / "results.json", seconds=1.5)
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["settings"]["training"]["epochs"] == 2
+    assert content["settings"]["alpha"] == finished.alpha
+    assert content["data"] == {"name": "halves", "train": 32, "validation": 14, "test": 14}
+    assert len(content["runs"]["aengm"]["epochs"]) == 2
+    assert content["summaries"][2]["method"] == "engm"
+    report.draw_curves(finished, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_and_views(finished: Demo) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120)
+    console.print(report.table(finished))
+    assert re.search(r"A-ENGM .*%.*%", text.getvalue())
+    assert "standard error" in report.caption(finished)
+    with LiveView(finished, console) as view:
+        view.on_step()
+        view.on_epoch(2)
+    assert "epoch   2/2" in text.getvalue()
+    drawn = io.StringIO()
+    with LiveView(finished, Console(file=drawn, width=120, force_terminal=True)) as view:
+        view.on_epoch(1)
+    assert "PGD-20" in drawn.getvalue()
+
+
+def test_command(tmp_path: Path) -> None:
+    arguments = ["demo", "--epochs", "1", "--width", "2", "--batch-size", "320", "--methods", "msgd, ENGM"]
+    result = CliRunner().invoke(app, [*arguments, "--alpha", "0.5", "--out", str(tmp_path / "new" / "out")])
+    assert result.exit_code == 0, result.output
+    assert "640 training, 300 validation and 857 test images" in result.output.replace("\n", " ")
+    assert (tmp_path / "new" / "out" / "curves.png").is_file()
+    content = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
+    assert content["settings"]["methods"] == ["msgd", "engm"]
+    assert content["settings"]["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--methods", "adam"], ["--methods", ""], ["--methods", "msgd,msgd"], ["--epochs", "0"], ["--alpha", "-1"]],
+)
+def test_command_with_bad_arguments(arguments: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_are_looked_up_before_anything_is_computed() -> None:
+    check_methods(tuple(METHODS))
+    with pytest.raises(ValueError, match="out of msgd"):
+        DemoSettings(methods=("msgd", "adam"))
+
+
+def test_importing_engm_imports_none_of_the_recipes_dependencies() -> None:
+    code = (
+        "import sys, engm, engm.adversarial; "
+        "print([m for m in ('sklearn', 'rich', 'typer', 'matplotlib', 'engm.recipes') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,159 @@
+"""The training loop: same data and noise for every trainer, checkpoints, figures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import engm
+from engm.adversarial import PGD, evaluation_mode, vanilla
+from engm.recipes.data import Split
+from engm.recipes.train import Trainer, Training, mean_over_epochs, train_epoch
+
+ATTACK = PGD(0.1, 0.03, 3)
+ONE_STEP = Training(epochs=4, batch_size=8, lr=0.05)
+
+
+@pytest.fixture
+def split() -> Split:
+    generator = torch.Generator().manual_seed(3)
+    return Split(torch.rand(20, 1, 4, 4, generator=generator), torch.randint(3, (20,), generator=generator))
+
+
+def network(norm: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3))
+
+
+def trainer(make: Callable[..., torch.optim.Optimizer], norm: bool = True, **options: bool) -> Trainer:
+    model = engm.GradNormModule(network(norm))
+    return Trainer(model, make(model, ONE_STEP.sgd(model)), ATTACK, seed=5, **options)
+
+
+def engm_of(alpha: float) -> Callable[..., torch.optim.Optimizer]:
+    return lambda model, sgd: engm.ENGM(model, sgd, alpha)
+
+
+def order(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_msgd_is_the_loop_that_anybody_would_write(split: Split) -> None:
+    trained = trainer(engm.MSGD)
+    train_epoch([trained], split, batch_size=8, generator=order())
+    net = network()
+    sgd = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    noise = torch.Generator().manual_seed(5)
+    rows = torch.randperm(20, generator=order())
+    for batch in (rows[:8], rows[8:16]):
+        x, y = split.inputs[batch], split.labels[batch]
+        net.train()
+        with evaluation_mode(net):
+            x_adv = (x + (2 * torch.rand(x.shape, generator=noise) - 1) * 0.1).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+            for _ in range(3):
+                x_adv.requires_grad_()
+                (gradient,) = torch.autograd.grad(vanilla(net, x_adv, y).sum(), x_adv)
+                x_adv = (x_adv.detach() + 0.03 * gradient.sign()).clamp(x - 0.1, x + 0.1).clamp(0, 1)
+        vanilla(net, x_adv, y).mean().backward()
+        sgd.step()
+        sgd.zero_grad()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(trained.model.state_dict()[name], tensor, msg=name)
+
+
+def test_interleaving_changes_nothing(split: Split) -> None:
+    alone, first, second = (trainer(engm_of(0.5)) for _ in range(3))
+    train_epoch([alone], split, batch_size=8, generator=order())
+    train_epoch([first, trainer(engm.MSGD), second], split, batch_size=8, generator=order())
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.equal(first.model.state_dict()[name], tensor), name
+        assert torch.equal(second.model.state_dict()[name], tensor), name
+
+
+def test_a_huge_threshold_recovers_msgd(split: Split) -> None:
+    loose, plain = trainer(engm_of(1e6)), trainer(engm.MSGD)
+    records = train_epoch([loose, plain], split, batch_size=8, generator=order())
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(loose.model.state_dict()[name], tensor, msg=name)
+    assert [record.fraction_clipped for record in records] == [0, 0]
+    assert [record.mean_weight for record in records] == [1, 1]
+
+
+def test_borrowed_norms_are_those_before_the_last_attack_step(split: Split) -> None:
+    """Without coupling the borrowed norms are exact ones, of the penultimate example."""
+    borrowing, paying = trainer(engm_of(0.3), norm=False), trainer(engm_of(0.3), norm=False, borrow=False)
+    x, y = split.inputs[:8], split.labels[:8]
+    borrowing.step(x, y)
+    paying.step(x, y)
+    model = engm.GradNormModule(network(norm=False))
+    points = {}
+    for steps in (2, 3):
+        x_adv = PGD(0.1, 0.03, steps)(model, x, y, generator=order(5)).inputs
+        points[steps] = engm.naive_grad_norms(model, vanilla(model, x_adv, y)).mean().item()
+    assert borrowing.finish_epoch().mean_norm == pytest.approx(points[2], rel=1e-5)
+    assert paying.finish_epoch().mean_norm == pytest.approx(points[3], rel=1e-5)
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize("method", ["AENGM", "NENGM", "ENGM"])
+def test_every_method_trains(split: Split, method: str, borrow: bool) -> None:
+    trained = trainer(lambda model, sgd: getattr(engm, method)(model, sgd, 0.05), borrow=borrow)
+    (record,) = train_epoch([trained], split, batch_size=8, generator=order())
+    assert 0 < record.mean_weight < 1
+    assert record.fraction_clipped > 0
+    assert record.mean_norm is not None
+    assert record.mean_norm > 0
+    assert len(record.step_seconds) == 2
+    assert min(record.step_seconds) > 0
+
+
+def test_best_is_the_first_of_the_highest_and_last_the_latest(split: Split) -> None:
+    trained = trainer(engm.MSGD)
+    for epoch, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1):
+        train_epoch([trained], split, batch_size=8, generator=order(epoch))
+        trained.keep_checkpoint(epoch, score)
+        if epoch == 2:
+            expected = copy.deepcopy(trained.model.unwrap())
+    assert trained.best is not None
+    assert trained.last is not None
+    assert (trained.best.epoch, trained.best.score, trained.last.epoch) == (2, 0.5, 4)
+    restored = trained.with_weights(trained.best)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], tensor), name
+    assert not torch.equal(restored[0].weight, trained.model.unwrap()[0].weight)  # type: ignore[index]
+
+
+def test_the_learning_rate_decays_where_the_paper_says() -> None:
+    training = Training(epochs=120)
+    net = nn.Linear(1, 1)
+    sgd = training.sgd(net)
+    scheduler = training.scheduler(sgd)
+    rates = []
+    for _ in range(120):
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        scheduler.step()
+    expected = [0.1] * 75 + [0.01] * 15 + [0.001] * 30
+    assert rates == pytest.approx(expected)
+
+
+def test_bad_arguments(split: Split) -> None:
+    for settings in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "lr": 0.0}):
+        with pytest.raises(ValueError, match="expected epochs"):
+            Training(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="less than one batch"):
+        train_epoch([trainer(engm.MSGD)], split, batch_size=21, generator=order())
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer(engm.MSGD).finish_epoch()
+
+
+def test_mean_over_epochs(split: Split) -> None:
+    trained = trainer(engm_of(0.05))
+    records = [train_epoch([trained], split, batch_size=8, generator=order(e))[0] for e in (1, 2)]
+    expected = (records[0].mean_weight + records[1].mean_weight) / 2
+    assert mean_over_epochs(records, "mean_weight") == pytest.approx(expected)
