@@ -1,0 +1,184 @@
+"""Every refusal of section 3: one clear error, and parameters, gradients, state, buffers and counters untouched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from training import assert_same, batch, grads, losses_of, network, sgd, snapshot
+
+import engm
+
+METHODS = {
+    "engm": lambda model, inner: engm.ENGM(model, inner, 5.0),
+    "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=1),
+    "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
+    "msgd": engm.MSGD,
+}
+METERED = [name for name in METHODS if name != "msgd"]
+
+
+def make(method="engm", norm="batch", **options):
+    """An optimizer in the middle of a run, with gradients, momentum, factors and coefficients to lose."""
+    model = engm.GradNormModule(network(norm), calibrate_every=1, **options)
+    opt = METHODS[method](model, sgd(model))
+    for step in range(2):
+        x, y = batch(8, seed=step)
+        opt.backward(losses_of(model, x, y), x)
+        opt.step()
+    return model, opt, *batch(8, seed=5)
+
+
+def check(opt, error, message, losses, inputs=None, call="backward", **arguments):
+    before = snapshot(opt)
+    with pytest.raises(error, match=message):
+        getattr(opt, call)(losses, inputs, **arguments)
+    assert_same(snapshot(opt), before)
+
+
+def every(*methods):
+    return pytest.mark.parametrize("method", methods or METHODS)
+
+
+both_calls = pytest.mark.parametrize("call", ["backward", "reweight"])
+both_norms = pytest.mark.parametrize("norm", ["group", "batch"])
+
+
+@every()
+@both_calls
+class TestLosses:
+    def test_scalar(self, method, call):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, r"losses must have shape \[n\].*reduction='none'", losses_of(model, x, y).mean(), x, call)
+
+    def test_a_loss_a_position(self, method, call):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, r"losses must have shape \[n\].*got \(8, 5\)", model(x), x, call)
+
+    def test_a_number(self, method, call):
+        model, opt, x, y = make(method)
+        check(opt, TypeError, r"losses must be a tensor \[n\].*got float", 0.5, x, call)
+
+    def test_no_example(self, method, call):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, "losses has no example", losses_of(model, x, y)[:0], x, call)
+
+    def test_no_graph(self, method, call):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, "losses has no graph", losses_of(model, x, y).detach(), x, call)
+        with torch.no_grad():
+            losses = losses_of(model, x, y)
+        check(opt, ValueError, "losses has no graph", losses, x, call)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_not_finite(self, method, call, bad):
+        model, opt, x, y = make(method)
+        losses = losses_of(model, x, y) * torch.tensor([1, 1, bad, 1, 1, 1, 1, bad], dtype=torch.float64)
+        check(opt, ValueError, r"losses of examples \[2, 7\] are not finite.*check=False", losses, x, call)
+
+    @pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), "much", None])
+    def test_loss_scale(self, method, call, scale):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, "loss_scale must be", losses_of(model, x, y), x, call, loss_scale=scale)
+
+
+@every(*METERED)
+@both_norms
+@both_calls
+class TestModels:
+    def test_losses_of_another_model(self, method, norm, call):
+        model, opt, x, y = make(method, norm)
+        other = engm.GradNormModule(network(norm, seed=1))
+        check(opt, RuntimeError, "belong to another GradNormModule", losses_of(other, x, y), x, call)
+        assert grads(other) == [None] * len(grads(other))
+
+    def test_losses_of_a_model_that_nobody_wrapped(self, method, norm, call):
+        model, opt, x, y = make(method, norm)
+        check(opt, RuntimeError, "not computed by a captured forward pass", losses_of(network(norm), x, y), x, call)
+
+    def test_the_network_called_directly_or_in_a_pause(self, method, norm, call):
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model.unwrap(), x, y)
+        check(opt, RuntimeError, "Call the GradNormModule itself", losses, x, call)
+        with model.paused():
+            losses = losses_of(model, x, y)
+        check(opt, RuntimeError, "Call the GradNormModule itself", losses, x, call)
+
+    def test_two_rows_an_example(self, method, norm, call):
+        model, opt, x, y = make(method, norm)
+        both = torch.cat([x, x])
+        logits = model(both)
+        losses = F.cross_entropy(logits[:8], y, reduction="none") + F.cross_entropy(logits[8:], y, reduction="none")
+        message = "inputs must have the 8 examples" if opt.uses_input_grads else r"views=2\)"
+        check(opt, ValueError if opt.uses_input_grads else RuntimeError, message, losses, both, call)
+
+
+class TestDivisor:
+    @every()
+    @pytest.mark.parametrize("divisor", [0, -3, float("nan"), float("inf"), "eight", []])
+    def test_must_be_positive(self, method, divisor):
+        model, opt, x, y = make(method)
+        check(opt, ValueError, "divisor must be", losses_of(model, x, y), x, divisor=divisor)
+
+
+class TestAlpha:
+    @every(*METERED)
+    @both_norms
+    @pytest.mark.parametrize("alpha", [0.0, -1, float("nan"), "x"])
+    def test_set_to_nonsense_between_steps(self, method, norm, alpha):
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model, x, y)
+        good, opt.alpha = opt.alpha, alpha
+        check(opt, ValueError, "alpha", losses, x)
+        opt.alpha = good
+        opt.backward(losses, x)  # the graph is still there
+
+
+class Mixing(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return F.linear(x, self.inner.weight)
+
+
+class TestStrict:
+    @pytest.mark.parametrize(
+        ("layer", "message"),
+        [(Mixing(), "influences the losses of other examples"), (Functional(), r"'8.inner.weight' \(by")],
+        ids=["mixing", "functional"],
+    )
+    @both_calls
+    @every(*METERED)
+    def test_first_step(self, method, layer, message, call):
+        net = network("batch").append(layer).double()
+        model = engm.GradNormModule(net)
+        opt = METHODS[method](model, sgd(model))
+        x, y = batch()
+        check(opt, RuntimeError, message, losses_of(model, x, y), x, call)
+        assert model.calibration.probe.draws == 0
+
+
+class TestSpentGraphs:
+    @every(*METERED)
+    @both_norms
+    def test_backward_twice(self, method, norm):
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model, x, y)
+        opt.backward(losses, x)
+        check(opt, RuntimeError, "backward through the graph a second time", losses, x)
+
+    @every(*METERED)
+    @both_norms
+    def test_after_a_plain_backward(self, method, norm):
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model, x, y)
+        losses.sum().backward()
+        check(opt, RuntimeError, "backward through the graph a second time", losses, x)

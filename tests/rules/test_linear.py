@@ -1,0 +1,192 @@
+"""Linear layers against the oracle: any leading dimensions, sharing, and what users do around them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import TOLERANCE, check, dtype_of, random_losses, relative, tensor
+from torch import nn
+
+import engm
+
+dtypes = st.sampled_from([torch.float64, torch.float32])
+
+
+def losses_of(x, seed=0):
+    return lambda net: random_losses(net(x.to(dtype_of(net))), seed)
+
+
+@given(
+    n=st.integers(1, 5),
+    lead=st.lists(st.integers(1, 5), max_size=3),
+    p=st.integers(1, 9),
+    d=st.integers(1, 9),
+    trained=st.sampled_from(["both", "weight", "bias", "no bias"]),
+    strided=st.booleans(),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_any_shape(n, lead, p, d, trained, strided, dtype, seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(p, d, bias=trained != "no bias").to(dtype)
+    if trained in ("weight", "bias"):
+        getattr(layer, "bias" if trained == "weight" else "weight").requires_grad_(False)
+    x = tensor(n, *lead, 2 * p, seed=seed, dtype=dtype)[..., ::2] if strided else tensor(n, *lead, p, seed=seed, dtype=dtype)
+    check(nn.Sequential(layer), losses_of(x, seed))
+
+
+@given(n=st.integers(1, 4), t=st.integers(1, 40), seed=st.integers(0, 9), dtype=dtypes)
+def test_behind_other_layers(n, t, seed, dtype):
+    """Both layers lie on the way; T runs across the choice between the two forms."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5)).to(dtype)
+    check(net, losses_of(tensor(n, t, 6, seed=seed, dtype=dtype), seed))
+
+
+def test_one_position_is_a_product_of_norms():
+    layer = nn.Linear(5, 3, bias=False).double()
+    model = engm.GradNormModule(nn.Sequential(layer))
+    x, c = tensor(4, 5), tensor(4, 3, seed=1)
+    measured = engm.measure(model, (model(x) * c).sum(1))
+    assert relative(measured.norms, x.norm(dim=1) * c.norm(dim=1)) <= TOLERANCE["norm, float64"]
+
+
+@pytest.mark.parametrize("mean", [100.0, 1000.0])
+def test_large_activation_mean_does_not_cancel(mean):
+    """Gradients far below the product of the factors' norms: backprops that sum to almost nothing over positions."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64, bias=False))
+    x = tensor(4, 8, 64, dtype=torch.float32) + mean
+    c = tensor(4, 8, 64, seed=1, dtype=torch.float32)
+    c = c - c.mean(1, keepdim=True)
+    check(net, lambda m: (m(x.to(dtype_of(m))) * c.to(dtype_of(m))).flatten(1).sum(1), step=False)
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.Dropout(0.0), nn.LeakyReLU(0.1, inplace=True)])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3)])
+def test_in_place_activation_after_it(after, lead):
+    """With leading dimensions the output is a view of a matrix, whose history an in-place operation rewrites."""
+    net = nn.Sequential(nn.Linear(5, 6), after, nn.Linear(6, 4), after).double()
+    check(net, losses_of(tensor(3, *lead, 5)))
+
+
+def test_in_place_arithmetic_on_its_output():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x):
+            h = self.a(x)
+            h += x
+            h.mul_(0.5).clamp_(min=-0.3)
+            h[:, 0] = 0.0
+            out = self.b(h)
+            out[..., :2] *= 3.0
+            return out
+
+    check(Net().double(), losses_of(tensor(3, 4, 5)))
+
+
+class Twice(nn.Module):
+    """One layer called on two sequences of different length, in one loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(self.layer(x))
+        return torch.cat([self.head(h), self.head(torch.relu(self.layer(h[:, :2])))], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [1, 4])
+def test_called_twice_with_different_lengths(dtype, n):
+    check(Twice().to(dtype), losses_of(tensor(n, 6, 5, dtype=dtype)))
+
+
+def test_squared_norms_of_the_uses_do_not_add():
+    """The cross term matters here: without it this test would not tell a right engine from a wrong one."""
+
+    class Opposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x) - 0.9 * self.layer(x)
+
+    net = Opposed().double()
+    x = tensor(3, 4)
+    both = check(net, lambda m: m(x).sum(1)).norms
+    once = engm.measure(model := engm.GradNormModule(nn.Sequential(net.layer)), model(x).sum(1)).norms
+    assert relative(both, 0.1 * once) <= TOLERANCE["norm, float64"]
+
+
+@pytest.mark.parametrize("share_bias", [False, True])
+def test_two_modules_share_a_weight(share_bias):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.b.weight = self.a.weight
+            if share_bias:
+                self.b.bias = self.a.bias
+
+        def forward(self, x):
+            return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+    check(Tied().double(), losses_of(tensor(3, 4)))
+    check(Tied().double(), losses_of(tensor(3, 2, 4)))
+
+
+def test_keyword_argument_and_subclass():
+    class Mine(nn.Linear):
+        pass
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Mine(5, 3)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    check(Net().double(), losses_of(tensor(4, 2, 5)))
+
+
+def test_bias_alone_needs_no_activations():
+    """The input may change after the layer read it: autograd does not need it either."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+            self.b.weight.requires_grad_(False)
+
+        def forward(self, x):
+            h = self.a(x) + 0.0
+            out = self.b(h)
+            h.mul_(2.0)
+            return out + h
+
+    check(Net().double(), losses_of(tensor(3, 5)))
+
+
+def test_zero_gradient():
+    net = nn.Sequential(nn.Linear(4, 3)).double()
+    model = engm.GradNormModule(net)
+    measured = engm.measure(model, (model(tensor(3, 4)) * torch.tensor([[1.0], [0.0], [2.0]])).sum(1))
+    assert measured.norms[1] == 0
+    assert bool((measured.norms[[0, 2]] > 0).all())
+
+
+def test_the_shift_of_a_softmax_has_gradient_zero():
+    """Equal backprops of opposite sign: the bias gradient is a sum of a few roundings, not of squares."""
+    net = nn.Sequential(nn.Linear(6, 1))
+    x = tensor(4, 8, 6, dtype=torch.float32)
+    model = engm.GradNormModule(net)
+    measured = engm.measure(model, F.cross_entropy(model(x).squeeze(2), torch.tensor([0, 1, 2, 3]), reduction="none"))
+    assert float(measured.squared_norms["0.bias"].sqrt().max()) <= 1e-6

@@ -1,0 +1,227 @@
+"""Factors per parameter tensor, and when they are taken afresh."""
+
+import pytest
+import torch
+from oracle import random_losses, relative, tensor, trained
+from torch import nn
+
+import engm
+from engm.calibration import Calibration, Probe
+from engm.exact import exact_squared_norms
+from engm.measurement import calibrated_squared_norms, measure_traced, traced_losses
+
+NAMED = [("a", nn.Parameter(tensor(3))), ("b", nn.Parameter(tensor(2)))]
+
+
+def independent_losses(n=8):
+    """Losses whose squared norms over the two parameters are known: ``9 i`` times 3 or so, and 0 for ``b``."""
+    (_, a), _ = NAMED
+    return (a * torch.arange(n, dtype=torch.float64).unsqueeze(1)).sum(1)
+
+
+def counted(calibration):
+    """Count probes."""
+    draws = []
+    original = calibration.probe.draw
+    calibration.probe.draw = lambda *args: draws.append(1) or original(*args)
+    return draws
+
+
+def test_factor_is_the_ratio_of_sums_over_the_probe():
+    losses = independent_losses()
+    measured = torch.stack([2.0 * torch.arange(8.0).double(), torch.zeros(8).double()])
+    factors = Calibration(50, 8).factors("m", measured, losses, NAMED, count=True)
+    exact = 3 * torch.arange(8).double().square()
+    assert relative(factors[0], exact.sum() / measured[0].sum()) <= 1e-12
+
+
+def test_zero_against_something_gives_0_and_zero_against_zero_gives_1():
+    losses = independent_losses()
+    measured = torch.ones(2, 8).double()
+    assert Calibration(50, 4).factors("m", measured, losses, NAMED, count=True)[1] == 0
+    measured[1] = 0
+    assert Calibration(50, 4).factors("m", measured, losses, NAMED, count=True)[1] == 1
+
+
+def test_factors_that_are_not_finite_fall_back_on_the_old():
+    losses = independent_losses()
+    calibration = Calibration(1, 8)
+    good = calibration.factors("m", torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
+    calibration.advance()
+    bad = calibration.factors("m", torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True)
+    assert torch.equal(good, bad)
+    again = calibration.factors("m", torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
+    assert relative(2 * again[0], good[0]) <= 1e-12, "and tries again at once"
+    first = Calibration(1, 8).factors("m", torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True)
+    assert bool((first == 1).all())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_probed_every_few_training_steps(every):
+    calibration = Calibration(every, 4)
+    draws = counted(calibration)
+    losses, measured = independent_losses(), torch.ones(2, 8).double()
+    when = []
+    for _step in range(7):
+        before = len(draws)
+        calibration.factors("m", measured, losses, NAMED, count=True)
+        calibration.advance()
+        when.append(len(draws) > before)
+    assert when == [step % every == 0 for step in range(7)]
+
+
+def test_calls_that_do_not_count_leave_the_clock_alone():
+    calibration = Calibration(2, 4)
+    draws = counted(calibration)
+    losses, measured = independent_losses(), torch.ones(2, 8).double()
+    for _ in range(5):
+        calibration.factors("m", measured, losses, NAMED, count=False)
+    assert len(draws) == 1, "on first use, if need be"
+    for _ in range(3):
+        calibration.advance()
+    calibration.factors("m", measured, losses, NAMED, count=False)
+    assert len(draws) == 1, "any factors will do"
+    calibration.factors("m", measured, losses, NAMED, count=True)
+    assert len(draws) == 2, "three steps old, and two are the limit"
+
+
+def test_steps_without_norms_age_the_factors_too():
+    calibration = Calibration(3, 4)
+    draws = counted(calibration)
+    losses, measured = independent_losses(), torch.ones(2, 8).double()
+    for step in range(10):
+        if step % 2 == 0:
+            calibration.factors("m", measured, losses, NAMED, count=True)
+        calibration.advance()
+    assert len(draws) == 3, "at steps 0, 4 and 8"
+
+
+def test_fresh_factors_are_taken_whole():
+    calibration = Calibration(1, 8)
+    losses = independent_losses()
+    first = calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    calibration.advance()
+    second = calibration.factors("m", torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
+    assert relative(second[0], first[0] / 4) <= 1e-12
+
+
+def test_each_mode_has_its_own():
+    calibration = Calibration(50, 8)
+    losses = independent_losses()
+    one = calibration.factors("one", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    two = calibration.factors("two", torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
+    assert relative(one[0], 2 * two[0]) <= 1e-12
+    assert torch.equal(calibration.factors("one", torch.ones(2, 8).double(), losses, NAMED, count=True), one)
+
+
+def test_other_parameters_are_probed_afresh():
+    """Layers were frozen or thawed: rows no longer mean the same tensors."""
+    calibration = Calibration(50, 8)
+    draws = counted(calibration)
+    losses = independent_losses()
+    calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    assert calibration.factors("m", torch.ones(1, 8).double(), losses, NAMED[:1], count=True).shape == (1,)
+    assert len(draws) == 2
+
+
+def test_draws_depend_on_seed_and_number_alone():
+    losses = independent_losses(100)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    parameters = [parameter for _, parameter in NAMED]
+    first = [Probe(16).draw(losses, parameters)[0] for _ in range(2)]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(torch.get_rng_state(), state), "the user's random numbers are not touched"
+    probe = Probe(16)
+    a, b = (probe.draw(losses, parameters)[0] for _ in range(2))
+    assert not torch.equal(a, b)
+    assert a.shape == (16,)
+    assert len(set(a.tolist())) == 16
+    assert not torch.equal(Probe(16, seed=1).draw(losses, parameters)[0], a)
+    assert Probe(16).draw(independent_losses(5), parameters)[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_state_dict_resumes():
+    losses, measured = independent_losses(40), torch.rand(2, 40).double()
+    ours = Calibration(3, 4)
+    for _ in range(4):
+        ours.factors("m", measured, losses, NAMED, count=True)
+        ours.advance()
+    other = Calibration(3, 4)
+    other.load_state_dict(ours.state_dict())
+    for _ in range(5):
+        ours.advance()
+        other.advance()
+        measured = measured * 1.1
+        expected = ours.factors("m", measured, losses, NAMED, count=True)
+        assert torch.equal(other.factors("m", measured, losses, NAMED, count=True), expected)
+    assert other.probe.draws == ours.probe.draws
+
+
+def test_state_is_a_copy():
+    calibration = Calibration(1, 8)
+    losses = independent_losses()
+    calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    kept = calibration.state_dict()
+    before = kept["factors"]["m"]["values"].clone()
+    calibration.advance()
+    calibration.factors("m", torch.full((2, 8), 5.0).double(), losses, NAMED, count=True)
+    assert torch.equal(kept["factors"]["m"]["values"], before)
+
+
+class TestOnANetwork:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    ).double()
+
+    def parts(self, n=32, **options):
+        model = engm.GradNormModule(self.net, **options)
+        losses = random_losses(model(tensor(n, 3, 8, 8)))
+        traced = traced_losses(model, losses)
+        return model, losses, traced, measure_traced(model, traced, losses, correct=True)
+
+    def test_calibrated_tensors_have_the_exact_mean_square_over_the_probe(self):
+        model, losses, traced, measured = self.parts(n=16)
+        stacked, factors = calibrated_squared_norms(model, traced, losses, measured, borrowed=False, count=False)
+        exact = exact_squared_norms(losses, list(trained(self.net).values()))
+        bias_behind_batch_norm = list(measured.names).index("3.bias")
+        assert exact[bias_behind_batch_norm].max() < 1e-20
+        assert measured.stacked[bias_behind_batch_norm].max() < 1e-20, "the correction leaves nothing to calibrate"
+        kept = [k for k in range(len(measured.names)) if k != bias_behind_batch_norm]
+        assert relative((stacked * factors.unsqueeze(1)).sum(1)[kept], exact.sum(1)[kept]) <= 1e-9
+
+    def test_nearer_to_the_exact_norms_than_raw_ones(self):
+        model, losses, *_ = self.parts()
+        exact = engm.naive_grad_norms(model, losses)
+        raw = engm.measure(model, losses).norms
+        error = [((found - exact).abs() / exact).mean() for found in (engm.per_example_grad_norms(model, losses), raw)]
+        assert error[0] < 0.03 < error[1]
+
+    @pytest.mark.parametrize("batch_norm", ["frozen", "exact"])
+    def test_only_where_it_is_asked_for(self, batch_norm):
+        model, losses, *_ = self.parts(batch_norm=batch_norm)
+        engm.per_example_grad_norms(model, losses)
+        assert model.calibration.probe.draws == 0
+
+    def test_not_in_evaluation_mode(self):
+        model = engm.GradNormModule(self.net.eval())
+        try:
+            engm.per_example_grad_norms(model, random_losses(model(tensor(4, 3, 8, 8))))
+            assert model.calibration.probe.draws == 0
+        finally:
+            self.net.train()
+
+    def test_the_probe_forwards_nothing(self):
+        model, losses, *_ = self.parts()
+        before = int(self.net[1].num_batches_tracked)
+        engm.per_example_grad_norms(model, losses)
+        assert model.calibration.probe.draws == 1
+        assert int(self.net[1].num_batches_tracked) == before

@@ -1,0 +1,307 @@
+"""Networks and losses whose per-example gradients the engine could not see whole are refused, by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import TOLERANCE, check, random_losses, relative, tensor
+from torch import nn
+
+import engm
+
+X = tensor(6, 5)
+
+
+class Around(nn.Module):
+    """Two linear layers around something the test brings."""
+
+    def __init__(self, between=None, after=None):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.between, self.after = between or torch.tanh, after or (lambda x: x)
+
+    def forward(self, x):
+        return self.after(self.second(self.between(self.first(x))))
+
+
+def refused(net, match, losses=None, **wrap):
+    model = engm.GradNormModule(net.double(), **wrap)
+    found = random_losses(model(X)) if losses is None else losses(model)
+    with pytest.raises(RuntimeError, match=match):
+        engm.measure(model, found)
+    found.sum().backward()  # the graph is whole
+    return model
+
+
+MIXING = "influences the losses of other examples"
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: torch.softmax(x, 0),
+        lambda x: x + x.flip(0),
+        lambda x: x / x.std(),
+        lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: x + 1e-12 * x.sum(),
+    ],
+)
+def test_mixing_before_a_layer(between):
+    model = refused(Around(between), rf"'first' \(Linear\).*{MIXING}")
+    with pytest.raises(RuntimeError, match=MIXING):  # and again: a refusal is not remembered as a pass
+        engm.measure(model, random_losses(model(X)))
+
+
+def test_mixing_after_the_last_layer():
+    refused(Around(after=lambda x: x - x.mean(0)), rf"'second' \(Linear\).*{MIXING}")
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6])
+def test_losses_in_another_order(n):
+    x = tensor(n, 5)
+    refused(Around(), MIXING, lambda m: random_losses(m(x)).flip(0).roll(n % 2))
+
+
+def test_losses_normalised_over_the_batch():
+    refused(Around(), MIXING, lambda m: random_losses(m(X)) / random_losses(m(X)).sum())
+
+
+def test_time_major_layout():
+    """``[T, n, p]`` with as many steps as examples: the shapes fit, the rows do not."""
+    refused(Around(), MIXING, lambda m: m(tensor(6, 6, 5)).sum((0, 2)))
+
+
+def test_time_major_layout_of_another_length_names_the_shape():
+    refused(Around(), r"\(4, 6, 3\), but there are 6 losses", lambda m: m(tensor(4, 6, 5)).sum((0, 2)))
+
+
+def test_batch_norm_that_a_subclass_computes_itself():
+    class Mine(nn.BatchNorm1d):
+        def forward(self, input):
+            return F.batch_norm(input, None, None, training=True)
+
+    refused(Around(Mine(5, affine=False)), MIXING)
+
+
+def test_training_batch_norm_alone_is_no_mixing():
+    check(Around(nn.BatchNorm1d(5)).double(), lambda m: random_losses(m(X)), frozen=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_detached_statistics_do_not_mix(strict):
+    """The gradients of ``x - x.mean(0).detach()`` are those of each example."""
+    check(Around(lambda x: x - x.detach().mean(0)).double(), lambda m: random_losses(m(X)), strict=strict)
+
+
+def test_not_strict_goes_on():
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double(), strict=False)
+    assert bool(torch.isfinite(engm.measure(model, random_losses(model(X))).norms).all())
+
+
+def test_each_mode_is_checked_on_its_first_call():
+    class Mode(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            h = self.norm(self.layer(x))
+            return h - h.mean(0) if self.training else h
+
+    net = Mode().double().eval()
+    model = engm.GradNormModule(net)
+    engm.measure(model, random_losses(model(X)))
+    net.train()
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+def test_a_structure_is_checked_once(monkeypatch):
+    import engm.measurement
+
+    checked = []
+    original = engm.measurement.check_rows
+    monkeypatch.setattr(engm.measurement, "check_rows", lambda *args: checked.append(1) or original(*args))
+    model = engm.GradNormModule(Around().double())
+    for _ in range(3):
+        engm.measure(model, random_losses(model(X)))
+    assert len(checked) == 1
+    engm.measure(model, random_losses(model(X)) + random_losses(model(X + 1)))
+    assert len(checked) == 2
+
+
+def test_single_examples_do_not_count_as_checked():
+    """One example cannot leak into another; the first real batch is checked all the same."""
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double())
+    engm.measure(model, random_losses(model(X[:1])))
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+@pytest.mark.parametrize("bad", range(6))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_mixing(bad, value):
+    """0 times NaN is NaN: says nothing about who influences whom."""
+    model = engm.GradNormModule(Around().double())
+    x = X.clone()
+    x[bad] = value
+    norms = engm.measure(model, F.cross_entropy(model(x), torch.zeros(6, dtype=int), reduction="none"), check=False).norms
+    assert torch.isfinite(norms).tolist() == [k != bad for k in range(6)]
+
+
+def test_a_batch_of_nans_does_not_count_as_checked():
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double())
+    engm.measure(model, random_losses(model(X * float("nan"))), check=False)
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+# -- parameters that are used outside of captured calls ----------------------------------------------------------
+
+OUTSIDE = "outside of the layer calls that were captured"
+
+
+class Functional(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.other, self.how = nn.Linear(5, 5), nn.Linear(5, 5), how
+
+    def forward(self, x):
+        return self.how(self, self.layer(x), x)
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        (lambda net, h, x: F.linear(h, net.layer.weight), "layer.weight"),
+        (lambda net, h, x: h @ net.layer.weight.T, "layer.weight"),
+        (lambda net, h, x: h + F.linear(x, net.other.weight), "other.weight"),
+        (lambda net, h, x: h + net.layer.bias, "layer.bias"),
+        (lambda net, h, x: h + net.other.forward(x), "other.weight"),
+        (lambda net, h, x: h * net.layer.weight.norm(), "layer.weight"),
+    ],
+)
+def test_parameter_used_outside(how, named):
+    refused(Functional(how), rf"'{named}' \(by \w+Backward0\).*{OUTSIDE}")
+
+
+def test_weight_penalty_in_the_losses():
+    net = Around()
+    refused(net, f"first.weight.*{OUTSIDE}", lambda m: random_losses(m(X)) + 0.1 * net.first.weight.square().sum())
+
+
+def test_network_called_directly_in_one_of_two_terms():
+    net = Around()
+    refused(net, OUTSIDE, lambda m: random_losses(m(X)) + random_losses(net(X + 1)))
+
+
+def test_outside_use_that_comes_later():
+    """The same calls in the same order, and one more use of a weight: another structure."""
+    net = Around().double()
+    model = engm.GradNormModule(net)
+    engm.measure(model, random_losses(model(X)))
+    with pytest.raises(RuntimeError, match=OUTSIDE):
+        engm.measure(model, random_losses(model(X)) + F.linear(X, net.first.weight).sum(1))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 5), nn.Unflatten(1, (5, 1))])
+def test_gradient_penalty(layer):
+    """Differentiating a gradient uses the weights a second time, behind the back of the layers."""
+    rest = [nn.Conv1d(5, 5, 1), nn.Flatten()] if isinstance(layer, nn.Unflatten) else []
+    net = nn.Sequential(layer, *rest, nn.Tanh(), nn.Linear(5, 2))
+
+    def losses(model):
+        x = X.clone().requires_grad_()
+        found = random_losses(model(x))
+        (gradient,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        return found + gradient.square().sum(1)
+
+    refused(net, OUTSIDE, losses)
+
+
+def test_frozen_parameter_may_be_used_anywhere():
+    net = Functional(lambda net, h, x: F.linear(h, net.other.weight)).double()
+    net.other.requires_grad_(False)
+    check(net, lambda m: random_losses(m(X)))
+
+
+def test_parameters_of_someone_else_may_be_used_anywhere():
+    outside = nn.Parameter(tensor(5, 3))
+    check(nn.Sequential(nn.Linear(5, 5)).double(), lambda m: random_losses(m(X) @ outside))
+
+
+def test_weights_that_autocast_casts_once_for_two_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+    model = engm.GradNormModule(Twice())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = random_losses(model(X.float()).float())
+    assert relative(engm.measure(model, losses).norms, engm.naive_grad_norms(model, losses)) <= TOLERANCE["norm, bfloat16"]
+
+
+# -- several rows an example -------------------------------------------------------------------------------------
+
+
+def both_halves(model):
+    clean, attacked = model(torch.cat([X, X + 0.3])).chunk(2)
+    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(
+        1
+    ) + random_losses(clean)
+
+
+def test_views():
+    check(Around().double(), both_halves, views=2)
+    check(Around(nn.BatchNorm1d(5)).double(), both_halves, views=2, frozen=True)
+    check(Around(nn.BatchNorm1d(5)).double().eval(), both_halves, views=2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_views_left_out_is_one_clear_error(strict):
+    model = engm.GradNormModule(Around().double(), strict=strict)
+    losses = both_halves(model)
+    with pytest.raises(RuntimeError, match=r"views=2\)"):
+        engm.measure(model, losses)
+    losses.sum().backward()
+
+
+def test_wrong_number_of_views():
+    refused(Around(), "views=3, so its first dimension must be 18", both_halves, views=3)
+
+
+def test_interleaved_views_are_refused():
+    def losses(model):
+        return random_losses(model(X.repeat_interleave(2, 0))).view(6, 2).sum(1)
+
+    refused(Around(), MIXING, losses, views=2)
+
+
+def test_losses_of_two_forward_passes():
+    """TRADES: the clean and the attacked pass in one loss."""
+
+    def losses(model):
+        clean, attacked = model(X), model(X + 0.2)
+        kl = F.kl_div(F.log_softmax(attacked, 1), F.softmax(clean, 1), reduction="none").sum(1)
+        return F.cross_entropy(clean, torch.arange(6) % 3, reduction="none") + 6 * kl
+
+    check(Around().double(), losses)
+    check(Around(nn.BatchNorm1d(5)).double(), losses, frozen=True)
+
+
+def test_refusal_leaves_everything_unchanged():
+    net = Around(lambda x: x - x.mean(0)).double()
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 1.0)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match=MIXING):
+        opt.backward(random_losses(model(X)))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not opt.state
