@@ -1,0 +1,53 @@
+"""Collects the figures of a benchmark session into one JSON with the machine and versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import engm
+
+THREADS = int(os.environ.get("ENGM_BENCH_THREADS", "2"))
+OUT = Path(os.environ.get("ENGM_BENCH_OUT", Path(__file__).parent / "results" / "cpu" / "steps.json"))
+_FIGURES: dict[str, object] = {}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, object]], None]]:
+    """Call it with the figures of the test."""
+    yield lambda figures: _FIGURES.update({request.node.name: figures})
+
+
+def pytest_sessionfinish() -> None:
+    """Write what was recorded."""
+    if not _FIGURES:
+        return
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(OUT.read_text())["benchmarks"] if OUT.exists() else {}
+    document = {
+        "machine": _processor(),
+        "threads": THREADS,
+        "torch": torch.__version__,
+        "engm": engm.build_info(),
+        "benchmarks": {**earlier, **_FIGURES},
+    }
+    OUT.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

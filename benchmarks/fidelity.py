@@ -1,0 +1,290 @@
+"""How well each way of taking norms under training-mode batch norm reproduces the paper's weights and update.
+
+Trains a batch-norm ResNet-18 adversarially with ENGM (norms borrowed from the attack's last step), and at a few steps
+computes every example's exact gradient, one backpropagation each. Against those it reports, for every mode of
+section 2.5 of the design, the correlation of the norms, the mean relative error of ``w_i`` and the cosine of
+``sum_i w_i g_i`` with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
+
+The rows "default" use the engine as a user gets it: factors up to ``calibrate_every`` steps old. All other fitted rows
+are fitted on the 16 examples of a fresh draw from the very batch.
+
+    python benchmarks/fidelity.py --data DATA.npz --width 16 --steps 360 --out benchmarks/results/cpu/fidelity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engm
+from engm.exact import exact_squared_norms
+from engm.graph import trace
+from engm.measurement import calibrated_squared_norms, measure_traced
+from engm.session import Session
+from engm.recipes.models.resnet import resnet18
+
+
+def load(name: str) -> tuple[Tensor, Tensor]:
+    """Training images ``[N, C, H, W]`` in [0, 1] and labels ``[N]``: scikit-learn's digits, or an ``.npz``."""
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        return torch.tensor(digits.images[:, None] / 16, dtype=torch.float32), torch.tensor(digits.target).long()
+    archive = np.load(name)
+    images = torch.tensor(archive["x_train"][:8000]).permute(0, 3, 1, 2).float() / 255
+    return images, torch.tensor(archive["y_train"][:8000]).long()
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Training-mode batch norm whose running statistics do not move."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [(m, m.momentum) for m in norms]
+    counts = [(m, m.num_batches_tracked.clone()) for m in norms]
+    try:
+        for m in norms:
+            m.train()
+            m.momentum = 0.0
+        yield
+    finally:
+        for m, momentum in momenta:
+            m.momentum = momentum
+            m.eval()
+        for m, count in counts:
+            m.num_batches_tracked.copy_(count)
+
+
+def attack(
+    model: engm.GradNormModule, x: Tensor, y: Tensor, args: argparse.Namespace
+) -> tuple[Tensor, engm.Measurement]:
+    """PGD with random start; the last step measures. Returns the adversarial examples and the measurement.
+
+    ``args.statistics``: "evaluation" and "training" attack in that mode throughout; "last" attacks in evaluation mode
+    and takes its last step in training mode, with the running statistics put back.
+    """
+    delta = (torch.rand_like(x) * 2 - 1) * args.eps
+    model.train(args.statistics == "training")
+    for step in range(args.attack_steps):
+        at = (x + delta).clamp(0, 1).requires_grad_()
+        if step == args.attack_steps - 1:
+            with batch_statistics(model) if args.statistics == "last" else nullcontext():
+                measured = engm.measure(model, F.cross_entropy(model(at), y, reduction="none"), at)
+            gradient = measured.input_grads
+        else:
+            with model.paused():
+                loss = F.cross_entropy(model(at), y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, at)
+        delta = (delta + args.eps / 4 * gradient.sign()).clamp(-args.eps, args.eps)
+    model.train()
+    return (x + delta).clamp(0, 1).detach(), measured
+
+
+def exact_gradients(losses: Tensor, parameters: list[Tensor]) -> Tensor:
+    """``[n, P]``, every example's gradient through the batch's statistics."""
+    rows = []
+    for loss in losses.unbind():
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]))
+    return torch.stack(rows)
+
+
+class Judge:
+    """Compares predicted norms with exact ones for one batch."""
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = gradients
+        self.norms = gradients.norm(dim=1)
+        self.alpha = self.norms.median()
+        self.weights = (self.alpha / self.norms).clamp(max=1)
+        self.update = self.weights @ gradients
+
+    def __call__(self, norms: Tensor) -> dict[str, float]:
+        weights = (self.alpha / norms.clamp_min(1e-30)).clamp(max=1)
+        return {
+            "correlation": float(torch.corrcoef(torch.stack([norms, self.norms]))[0, 1]),
+            "weight_error": float(((weights - self.weights).abs() / self.weights).mean()),
+            "cosine": float(F.cosine_similarity(weights @ self.gradients, self.update, dim=0)),
+        }
+
+
+def one_scale(norms: Tensor, exact: Tensor, fit: Tensor) -> Tensor:
+    """The norms times the factor that fits them to the exact ones on the examples ``fit``."""
+    return norms * ((norms[fit] * exact[fit]).sum() / norms[fit].square().sum())
+
+
+def a_line(x: Tensor, y: Tensor, fit: Tensor) -> Tensor:
+    """The line through ``(x, y)`` fitted on the examples ``fit``, at all ``x``."""
+    dx, dy = x[fit] - x[fit].mean(), y[fit] - y[fit].mean()
+    slope = (dx * dy).sum() / dx.square().sum()
+    return y[fit].mean() + slope * (x - x[fit].mean())
+
+
+def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor) -> Tensor:
+    """Norms after one factor per parameter tensor, fitted on the examples ``fit``."""
+    measured = stacked[:, fit].sum(1)
+    factors = torch.where(measured > 0, exact[:, fit].sum(1) / measured, torch.ones_like(measured))
+    return (stacked * factors[:, None]).sum(0).sqrt()
+
+
+def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """All modes with a norm pass of their own on one batch; ``own`` carries the calibration of such a run."""
+    parameters = [p for _, p in own.trainable_parameters()]
+    x = x.clone().requires_grad_()
+    losses = F.cross_entropy(own(x), y, reduction="none")
+    traced = trace(losses)
+    judge = Judge(exact_gradients(losses, parameters))
+    exact = exact_squared_norms(losses, parameters)
+    fit = torch.randperm(len(y), generator=generator)[:16]
+    naive = Session(own, traced, len(y))
+    naive.run(losses, torch.ones_like(losses), frozen=False, retain_graph=True)
+    frozen = measure_traced(own, traced, losses).stacked
+    corrected = measure_traced(own, traced, losses, correct=True)
+    (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
+    own.eval()
+    evaluation = engm.measure(own, F.cross_entropy(own(x.detach()), y, reduction="none")).norms
+    own.train()
+    stacked, factors = calibrated_squared_norms(own, traced, losses, corrected, borrowed=False, count=False)
+    norms = {
+        "backprops of the summed loss (naive hooks)": naive.squared_norms(losses).sum(0).sqrt(),
+        "input-gradient norm, fitted": a_line(gradient.flatten(1).norm(dim=1), judge.norms, fit),
+        "evaluation-mode statistics, fitted": a_line(evaluation, judge.norms, fit),
+        "frozen, raw": frozen.sum(0).sqrt(),
+        "frozen, one scale": one_scale(frozen.sum(0).sqrt(), judge.norms, fit),
+        "frozen, per tensor": per_tensor(frozen, exact, fit),
+        "frozen + local correction, raw": corrected.stacked.sum(0).sqrt(),
+        "frozen + local correction, per tensor": per_tensor(corrected.stacked, exact, fit),
+        "default, own pass": (stacked * factors[:, None]).sum(0).sqrt(),
+    }
+    return {
+        "mean_exact_norm": float(judge.norms.mean()),
+        "sgd_cosine": float(F.cosine_similarity(judge.gradients.sum(0), judge.update, dim=0)),
+        "modes": {name: judge(value) for name, value in norms.items()},
+    }
+
+
+def judge_borrowed(
+    model: engm.GradNormModule, x: Tensor, y: Tensor, measured: engm.Measurement, generator: torch.Generator
+) -> dict[str, Any]:
+    """Norms from the last step of the attack that made ``x``; ``model`` carries the calibration of the run."""
+    parameters = [p for _, p in model.trainable_parameters()]
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    judge = Judge(exact_gradients(losses, parameters))
+    exact = exact_squared_norms(losses, parameters)
+    fit = torch.randperm(len(y), generator=generator)[:16]
+    stacked, factors = calibrated_squared_norms(model, trace(losses), losses, measured, borrowed=True, count=False)
+    return {
+        "borrowed, per tensor": judge(per_tensor(measured.stacked, exact, fit)),
+        "default, borrowed": judge((stacked * factors[:, None]).sum(0).sqrt()),
+    }
+
+
+def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
+    """Probe afresh for the own pass, as happens every ``calibrate_every`` steps of a run."""
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    traced = trace(losses)
+    model.calibration.forget()
+    pass_ = measure_traced(model, traced, losses, correct=True)
+    calibrated_squared_norms(model, traced, losses, pass_, borrowed=False, count=False)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole study; returns what the JSON holds."""
+    torch.manual_seed(args.seed)
+    images, labels = load(args.data)
+    net: nn.Module = resnet18(width=args.width, in_channels=images.shape[1])
+    model = engm.GradNormModule(net)  # trains, with norms borrowed from an attack in evaluation mode
+    own = engm.GradNormModule(net)  # calibrates as a run with its own norm pass would
+    sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
+    opt = engm.ENGM(model, sgd, alpha=engm.alpha_for(net))
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(labels), generator=generator)
+    batches = [order[i : i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
+    records = []
+    for step in range(args.steps + 1):
+        chosen = batches[step % len(batches)]
+        x, y = images[chosen], labels[chosen]
+        x_adv, measured = attack(model, x, y, args)
+        due, look = step % model.calibration.every == 0, step in args.at
+        if due or look:  # side runs that train nothing: their buffers are put back
+            keep = {k: v.clone() for k, v in net.state_dict().items()}
+            if due:
+                calibrate(own, x_adv, y)
+            record = {"step": step, **judge_own(own, x_adv, y, generator)} if look else {}
+            net.load_state_dict(keep)
+        losses = F.cross_entropy(model(x_adv), y, reduction="none")
+        if args.method == "own":
+            opt.backward(losses)
+        else:
+            opt.backward(losses, measurement=measured)
+        if look:
+            keep = {k: v.clone() for k, v in net.state_dict().items()}
+            if args.method == "borrowed":
+                record["modes"] |= judge_borrowed(model, x_adv, y, measured, generator)
+            net.load_state_dict(keep)
+            records.append(record)
+            print(f"step {step}: mean exact norm {record['mean_exact_norm']:.2f}, loss {losses.mean().item():.3f}", flush=True)
+            for name, values in record["modes"].items():
+                print(
+                    "   {:45s} corr {correlation:.3f}  err {weight_error:6.2%}  cos {cosine:.4f}".format(name, **values),
+                    flush=True,
+                )
+        opt.step()
+        opt.zero_grad()
+    return {
+        "arguments": {key: value for key, value in vars(args).items() if key != "out"},
+        "torch": torch.__version__,
+        "engm": engm.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "records": records,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: per mode the range of the correlation, and means with worst values of error and cosine."""
+    lines = ["| norms from | correlation | error of w_i (worst) | cosine of the update (worst) |", "|---|---|---|---|"]
+    for name in result["records"][0]["modes"]:
+        rows = [record["modes"][name] for record in result["records"]]
+        c, e, s = ([row[key] for row in rows] for key in ("correlation", "weight_error", "cosine"))
+        lines.append(
+            f"| {name} | {min(c):.2f}–{max(c):.2f} | {np.mean(e):.1%} ({max(e):.1%}) | {np.mean(s):.4f} ({min(s):.4f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, or an .npz with x_train and y_train")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--at", type=int, nargs="*", default=[20, 60, 90, 140, 199, 240, 290, 360])
+    parser.add_argument("--attack-steps", type=int, default=5)
+    parser.add_argument("--statistics", choices=["evaluation", "training", "last"], default="evaluation")
+    parser.add_argument("--method", choices=["borrowed", "own"], default="borrowed", help="what the run trains with")
+    parser.add_argument("--eps", type=float, default=8 / 255)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = run(args)
+    print(table(result))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

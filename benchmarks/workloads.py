@@ -1,0 +1,172 @@
+"""The training steps that are compared: the same network, data and inner optimizer under every contender."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engm
+from engm.adversarial import PGD
+from engm.recipes.models.resnet import resnet18
+
+Step = Callable[[], object]
+
+
+def vgg(width: int, norm: str) -> nn.Module:
+    """A VGG-like stack for 32x32 images: width, 2 width, 4 width, 8 width, 8 width, a pooling after each but the first."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for position, factor in enumerate((1, 2, 4, 8, 8)):
+        out = factor * width
+        layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(out) if norm == "batch" else nn.GroupNorm(8, out))
+        layers.append(nn.ReLU(inplace=True))
+        if position:
+            layers.append(nn.MaxPool2d(2))
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def network(name: str, width: int, norm: str) -> nn.Module:
+    """``"resnet18"`` or ``"vgg"`` with batch or group norm."""
+    torch.manual_seed(0)
+    return resnet18(width=width, norm=norm) if name == "resnet18" else vgg(width, norm)
+
+
+def batch(n: int) -> tuple[Tensor, Tensor]:
+    """Random images ``[n, 3, 32, 32]`` in [0, 1] and labels; time does not depend on what they show."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, 3, 32, 32, generator=generator), torch.randint(10, (n,), generator=generator)
+
+
+def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy, ``[n]``."""
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """The paper's inner optimizer; the tiny step keeps the network where it is while it is timed."""
+    return torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=5e-4)
+
+
+def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """The reference: no engm anywhere."""
+    net = copy.deepcopy(net)
+    optimizer = sgd(net)
+
+    def step() -> None:
+        losses_of(net, x, y).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def engm_step(net: nn.Module, x: Tensor, y: Tensor, method: str, **options: object) -> Step:
+    """One of ours. ``method``: engm, aengm, nengm, msgd. A step that calibrates is timed apart: see ``calibrating``."""
+    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, **options)
+    opt = outer(model, method)
+
+    def step() -> None:
+        opt.backward(losses_of(model, x, y), inputs=x)
+        opt.step()
+        opt.zero_grad()
+
+    return step
+
+
+def outer(model: engm.GradNormModule, method: str) -> engm.ExampleOptimizer:
+    """An outer optimizer by name."""
+    inner = sgd(model)
+    if method == "msgd":
+        return engm.MSGD(model, inner)
+    if method == "nengm":
+        return engm.NENGM(model, inner, alpha=0.05)
+    if method == "aengm":
+        return engm.AENGM(model, inner, alpha=1.0, tau=10**9)
+    return engm.ENGM(model, inner, alpha=1.0)
+
+
+def naive_engm(net: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """The paper's ENGM: one backpropagation an example over one graph for the norms, then the reweighted one."""
+    net = copy.deepcopy(net)
+    optimizer = sgd(net)
+    parameters = list(net.parameters())
+
+    def step() -> None:
+        losses = losses_of(net, x, y)
+        norms = [
+            torch.stack(torch._foreach_norm(torch.autograd.grad(loss, parameters, retain_graph=True))).norm()
+            for loss in losses.unbind()
+        ]
+        weights = (1.0 / torch.stack(norms)).clamp(max=1)
+        (losses * weights).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def opacus_ghost(net: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """Opacus' ghost clipping without noise (grad_sample_mode "ghost"); it refuses batch norm."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+    from opacus.optimizers.optimizer_fast_gradient_clipping import DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    model = GradSampleModuleFastGradientClipping(copy.deepcopy(net), max_grad_norm=1.0, use_ghost_clipping=True)
+    optimizer = DPOptimizerFastGradientClipping(
+        sgd(model), noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=len(y), loss_reduction="mean"
+    )
+    criterion = DPLossFastGradientClipping(model, optimizer, nn.CrossEntropyLoss(reduction="mean"))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def pgd_step(net: nn.Module, x: Tensor, y: Tensor, method: str, *, borrowed: bool) -> Step:
+    """A whole adversarial training step: PGD-10, then one of our optimizers with borrowed norms or its own pass."""
+    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
+    opt = outer(model, method)
+    attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
+    measured = borrowed and method != "msgd"
+
+    def step() -> None:
+        found = attack(model, x, y, generator=generator, measure=measured)
+        opt.backward(losses_of(model, found.inputs, y), inputs=found.inputs, measurement=found.measurement)
+        opt.step()
+        opt.zero_grad()
+
+    return step
+
+
+def pgd_naive(net: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """The same with the paper's one backpropagation an example."""
+    net = copy.deepcopy(net)
+    attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        naive_engm(net, attack(net, x, y, generator=generator).inputs, y)()
+
+    return step
+
+
+def calibrating(net: nn.Module, x: Tensor, y: Tensor) -> Step:
+    """What a calibration adds to a step: the exact gradients of 16 examples through the training graph."""
+    model = engm.GradNormModule(copy.deepcopy(net))
+    opt = outer(model, "engm")
+
+    def step() -> None:
+        model.calibration.forget()
+        opt.backward(losses_of(model, x, y))
+        opt.step()
+        opt.zero_grad()
+
+    return step
