@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,9 @@ def _threads() -> None:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, object]], None]]:
+def record(request: pytest.FixtureRequest) -> Callable[[dict[str, object]], None]:
     """Call it with the figures of the test."""
-    yield lambda figures: _FIGURES.update({request.node.name: figures})
+    return lambda figures: _FIGURES.update({request.node.name: figures})
 
 
 def pytest_sessionfinish() -> None:

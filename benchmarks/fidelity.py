@@ -30,8 +30,8 @@ import engm
 from engm.exact import exact_squared_norms
 from engm.graph import trace
 from engm.measurement import calibrated_squared_norms, measure_traced
-from engm.session import Session
 from engm.recipes.models.resnet import resnet18
+from engm.session import Session
 
 
 def load(name: str) -> tuple[Tensor, Tensor]:
@@ -129,10 +129,11 @@ def a_line(x: Tensor, y: Tensor, fit: Tensor) -> Tensor:
     return y[fit].mean() + slope * (x - x[fit].mean())
 
 
-def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor) -> Tensor:
-    """Norms after one factor per parameter tensor, fitted on the examples ``fit``."""
-    measured = stacked[:, fit].sum(1)
-    factors = torch.where(measured > 0, exact[:, fit].sum(1) / measured, torch.ones_like(measured))
+def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor, *, relative: bool = True) -> Tensor:
+    """Norms after one factor per parameter tensor, fitted on the examples ``fit``; ``relative``: each counts alike."""
+    share = 1 / exact[:, fit].sum(0) if relative else torch.ones(len(fit))
+    measured = (stacked[:, fit] * share).sum(1)
+    factors = torch.where(measured > 0, (exact[:, fit] * share).sum(1) / measured, torch.ones_like(measured))
     return (stacked * factors[:, None]).sum(0).sqrt()
 
 
@@ -160,8 +161,10 @@ def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.G
         "evaluation-mode statistics, fitted": a_line(evaluation, judge.norms, fit),
         "frozen, raw": frozen.sum(0).sqrt(),
         "frozen, one scale": one_scale(frozen.sum(0).sqrt(), judge.norms, fit),
+        "frozen, per tensor, plain sums": per_tensor(frozen, exact, fit, relative=False),
         "frozen, per tensor": per_tensor(frozen, exact, fit),
         "frozen + local correction, raw": corrected.stacked.sum(0).sqrt(),
+        "frozen + local correction, per tensor, plain sums": per_tensor(corrected.stacked, exact, fit, relative=False),
         "frozen + local correction, per tensor": per_tensor(corrected.stacked, exact, fit),
         "default, own pass": (stacked * factors[:, None]).sum(0).sqrt(),
     }
@@ -232,10 +235,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 record["modes"] |= judge_borrowed(model, x_adv, y, measured, generator)
             net.load_state_dict(keep)
             records.append(record)
-            print(f"step {step}: mean exact norm {record['mean_exact_norm']:.2f}, loss {losses.mean().item():.3f}", flush=True)
+            print(
+                f"step {step}: mean exact norm {record['mean_exact_norm']:.2f}, loss {losses.mean().item():.3f}",
+                flush=True,
+            )
             for name, values in record["modes"].items():
                 print(
-                    "   {:45s} corr {correlation:.3f}  err {weight_error:6.2%}  cos {cosine:.4f}".format(name, **values),
+                    "   {:50s} corr {correlation:.3f}  err {weight_error:6.2%}  cos {cosine:.4f}".format(
+                        name, **values
+                    ),
                     flush=True,
                 )
         opt.step()
@@ -255,9 +263,8 @@ def table(result: dict[str, Any]) -> str:
     for name in result["records"][0]["modes"]:
         rows = [record["modes"][name] for record in result["records"]]
         c, e, s = ([row[key] for row in rows] for key in ("correlation", "weight_error", "cosine"))
-        lines.append(
-            f"| {name} | {min(c):.2f}–{max(c):.2f} | {np.mean(e):.1%} ({max(e):.1%}) | {np.mean(s):.4f} ({min(s):.4f}) |"
-        )
+        figures = f"{min(c):.2f}–{max(c):.2f} | {np.mean(e):.1%} ({max(e):.1%}) | {np.mean(s):.4f} ({min(s):.4f})"
+        lines.append(f"| {name} | {figures} |")
     return "\n".join(lines)
 
 

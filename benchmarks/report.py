@@ -1,6 +1,6 @@
 """Draws the Markdown tables of README from benchmarks/results.
 
-    python benchmarks/report.py [benchmarks/results/cpu/steps.json]
+python benchmarks/report.py [benchmarks/results/cpu/steps.json]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cost of exact clipping: whole training steps, interleaved with plain SGD (or MSGD) in one run.
 
-    make bench                         all of it, and benchmarks/results/cpu/steps.json
-    ENGM_BENCH_ROUNDS=3 make bench     quicker and noisier
+make bench                         all of it, and benchmarks/results/cpu/steps.json
+ENGM_BENCH_ROUNDS=3 make bench     quicker and noisier
 """
 
 from __future__ import annotations
@@ -81,6 +81,4 @@ def test_pgd_step(benchmark, record, norm: str) -> None:
 def amortised(timing: Timing, extra_seconds: float, reference: Timing) -> Timing:
     """The mean step of a run in which one step in fifty takes ``extra_seconds`` more."""
     extra = extra_seconds / CALIBRATE_EVERY
-    return Timing(
-        timing.seconds + extra, timing.ratio + extra / reference.seconds, timing.spread, timing.peak_bytes
-    )
+    return Timing(timing.seconds + extra, timing.ratio + extra / reference.seconds, timing.spread, timing.peak_bytes)

@@ -17,7 +17,7 @@ Step = Callable[[], object]
 
 
 def vgg(width: int, norm: str) -> nn.Module:
-    """A VGG-like stack for 32x32 images: width, 2 width, 4 width, 8 width, 8 width, a pooling after each but the first."""
+    """A VGG-like stack for 32x32 images: 1, 2, 4, 8, 8 times ``width`` channels, a pooling after each but the first."""
     layers: list[nn.Module] = []
     channels = 3
     for position, factor in enumerate((1, 2, 4, 8, 8)):

@@ -20,6 +20,10 @@ TORCH_LIBRARY(engm, m) {
       "conv_norm_sq(Tensor x, Tensor gy, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
       "int groups=1, str form='auto', Tensor? shift=None, Tensor? patch_mean=None, Tensor? scale=None, "
       "Tensor? correlation=None) -> Tensor");
+  m.def("linear_grads(Tensor a, Tensor b) -> (Tensor norm_sq, Tensor grads)");
+  m.def(
+      "conv_grads(Tensor x, Tensor gy, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups=1) -> (Tensor norm_sq, Tensor grads)");
   m.def(
       "affine_norm_sq(Tensor x, Tensor gy, Tensor? mean, Tensor rstd, int channel_dim) -> "
       "(Tensor norm_sq, Tensor scale_grads, Tensor shift_grads)");
@@ -31,6 +35,8 @@ TORCH_LIBRARY(engm, m) {
 TORCH_LIBRARY_IMPL(engm, CPU, m) {
   m.impl("linear_norm_sq", engm::cpu::linear_norm_sq);
   m.impl("conv_norm_sq", engm::cpu::conv_norm_sq);
+  m.impl("linear_grads", engm::cpu::linear_grads);
+  m.impl("conv_grads", engm::cpu::conv_grads);
   m.impl("affine_norm_sq", engm::cpu::affine_norm_sq);
   m.impl("clip_weights", engm::cpu::clip_weights);
 }

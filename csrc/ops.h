@@ -31,6 +31,12 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
                         const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
                         const OptionalTensor& correlation);
 
+// norm_sq [n] and grads [n, d, p] or [n, d, C / groups, *kernel_size].
+std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b);
+std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups);
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& x, const at::Tensor& gy,
                                                               const OptionalTensor& mean, const at::Tensor& rstd,
                                                               int64_t channel_dim);

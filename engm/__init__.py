@@ -1,14 +1,14 @@
 """engm: clip every example's gradient before averaging, exactly and almost for free.
 
-    model = engm.GradNormModule(net)
-    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), alpha=5.0)
-    losses = F.cross_entropy(model(x), y, reduction="none")
-    opt.backward(losses)
-    opt.step()
-    opt.zero_grad()
+model = engm.GradNormModule(net)
+opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), alpha=5.0)
+losses = F.cross_entropy(model(x), y, reduction="none")
+opt.backward(losses)
+opt.step()
+opt.zero_grad()
 """
 
-from . import ops, reference
+from . import composed, ops, reference  # noqa: F401 (composed registers itself)
 from .build import __version__, build_info
 from .exact import naive_grad_norms
 from .explain import Explanation, explain

@@ -1,8 +1,8 @@
 """Mapping frozen norms to the exact ones, parameter tensor by parameter tensor (design section 2.5).
 
 Every ``every`` training steps the exact gradients of a few examples are computed through the training graph itself,
-and one factor per parameter tensor is taken, ``sum exact^2 / sum measured^2``. A fresh factor replaces the old one
-whole: averaged factors were measured to be worse.
+and one factor per parameter tensor is taken, ``sum exact^2 / sum measured^2`` with every example counting alike. A
+fresh factor replaces the old one whole: averaged factors were measured to be worse.
 """
 
 from __future__ import annotations
@@ -135,9 +135,15 @@ class Calibration:
 def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor, bool]:
     """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound.
 
+    Each example's squares are divided by its whole exact squared norm first, so that every example counts alike. Plain
+    sums follow the few with the largest gradients, and 16 examples are few: on CIFAR-10 the mean error of the weights
+    was 4.0 % and 3.3 % this way against 5.7 % and 5.0 % (benchmarks/fidelity.py, local correction, steps 25 and 50).
     Where a sum is not finite the old factor stays (without one: 1), and the caller should try again soon.
     """
-    exact_sum, measured_sum = exact.double().sum(1), measured.double().sum(1)
+    exact, measured = exact.double(), measured.double()
+    whole = exact.sum(0)
+    share = torch.where(whole > 0, 1 / whole, torch.zeros_like(whole))
+    exact_sum, measured_sum = (exact * share).sum(1), (measured * share).sum(1)
     one = torch.ones_like(exact_sum)
     sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
     fresh = torch.where(measured_sum == 0, one, exact_sum / measured_sum)

@@ -65,8 +65,8 @@ class Capture:
             activations = rule.activations(args, kwargs)
             if not isinstance(output, Tensor) or not isinstance(activations, Tensor):
                 raise RuntimeError(
-                    f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have per-example "
-                    f"gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
+                    f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
+                    f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
                 )
             replaced = None
             if output._is_view():
@@ -123,7 +123,7 @@ class Call:
             if parameter is not None and parameter.requires_grad
         }
         self.couples = rule.couples(module)
-        self.saved = rule.save(module, activations, output) if self.parameters or self.couples else None
+        self.saved: Any = rule.save(module, activations, output) if self.parameters or self.couples else None
         self.batch = output.shape[0] if output.dim() else 0
         self.output_nr = output.output_nr
         self.hook: RemovableHandle | None = None
@@ -138,7 +138,8 @@ class Call:
     def _find_producer(activations: Tensor) -> Call | None:
         if activations.grad_fn is None:
             return None
-        calls = activations.grad_fn.metadata.get(CALLS_KEY, [])
+        node: Any = activations.grad_fn
+        calls = node.metadata.get(CALLS_KEY, [])
         return next((call for call in calls if call.output_nr == activations.output_nr), None)
 
     def put_hook_last(self) -> None:

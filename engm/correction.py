@@ -34,9 +34,7 @@ def correctable(batch_norm: Call) -> bool:
     return rows or isinstance(producer.rule, ConvRule)
 
 
-def correct_terms(
-    terms: dict[str, Term], batch_norm: Call, shift_gradients: Tensor, scale_gradients: Tensor
-) -> None:
+def correct_terms(terms: dict[str, Term], batch_norm: Call, shift_gradients: Tensor, scale_gradients: Tensor) -> None:
     """Correct the layer's terms in place: a weight by :func:`local_correction`, a bias likewise with patches of 1.
 
     Their mean is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which is all of its

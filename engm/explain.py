@@ -86,13 +86,18 @@ class Explanation:
         ]
         widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
         lines = [
-            "  ".join(cell.rjust(w) if k in (4, 5) else cell.ljust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.rjust(w) if k in (4, 5) else cell.ljust(w)
+                for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
         if not self.supported:
             verdict = "not supported: freeze the layers marked above, or give them rules with engm.register_rule"
         elif self.couples:
-            verdict = f"batch norm couples the examples: norms are {self.batch_norm}, the update is a second backward pass"
+            verdict = (
+                f"batch norm couples the examples: norms are {self.batch_norm}, the update is a second backward pass"
+            )
         else:
             verdict = "nothing couples the examples: norms and update are exact, in one pass"
         lines.append(f"norms: {self.flops / 1e6:.1f} MFLOP an example; {verdict}")

@@ -51,8 +51,8 @@ class Trace:
         """
         owned: dict[int, list[tuple[Call, Node]]] = {}
         for call, node in zip(self.calls, self.nodes, strict=True):
-            for parameter in call.parameters.values():
-                owned.setdefault(id(parameter), []).append((call, node))
+            for own in call.parameters.values():
+                owned.setdefault(id(own), []).append((call, node))
         consumers = self.consumers()
         unseen = []
         for name, parameter in parameters:

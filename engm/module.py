@@ -58,12 +58,12 @@ class GradNormModule(nn.Module):
         if not isinstance(net, nn.Module):
             raise TypeError(f"GradNormModule wraps a torch.nn.Module, got {type(net).__name__}.")
         if isinstance(net, GradNormModule):
-            raise TypeError("this network is wrapped in a GradNormModule already; use it as it is, or .unwrap() it first.")
+            raise TypeError("this network is wrapped in a GradNormModule already; use it as it is, or .unwrap() it.")
         if isinstance(net, DistributedDataParallel):
             raise TypeError("wrap the other way round: DistributedDataParallel(engm.GradNormModule(net)).")
         inner = [name for name, module in net.named_modules() if isinstance(module, GradNormModule)]
         if inner:
-            raise TypeError(f"its module '{inner[0]}' is wrapped in a GradNormModule already; .unwrap() that one first.")
+            raise TypeError(f"its module '{inner[0]}' is wrapped in a GradNormModule already; .unwrap() that one.")
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm must be one of {BATCH_NORM_MODES}, got {batch_norm!r}.")
         for name, value in (
@@ -135,7 +135,7 @@ class GradNormModule(nn.Module):
         delattr(self._net, name)
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         """The network's mode."""
         net = self.__dict__.get("_net")
         return True if net is None else net.training

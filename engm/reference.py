@@ -29,7 +29,7 @@ def linear_norm_sq(
     correlation: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`engm.ops.linear_norm_sq`."""
-    grads = torch.einsum("ntd,ntp->ndp", b, a)
+    grads = linear_grads(a, b)[1]
     return _corrected(grads, shift, patch_mean, scale, correlation).square().sum((1, 2))
 
 
@@ -48,16 +48,36 @@ def conv_norm_sq(
     correlation: Tensor | None = None,
 ) -> Tensor:
     """Twin of :func:`engm.ops.conv_norm_sq`."""
-    n, d, per_group = gy.shape[0], gy.shape[1], gy.shape[1] // groups
+    grads = conv_grads(x, gy, kernel_size, stride, padding, dilation, groups)[1].flatten(2)
+    if patch_mean is not None and correlation is not None:
+        patch_mean = patch_mean.reshape(groups, -1).repeat_interleave(gy.shape[1] // groups, 0)
+        correlation = correlation.flatten(1)
+    return _corrected(grads, shift, patch_mean, scale, correlation).square().sum((1, 2))
+
+
+def linear_grads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`engm.ops.linear_grads`."""
+    grads = torch.einsum("ntd,ntp->ndp", b, a)
+    return grads.square().sum((1, 2)), grads
+
+
+def conv_grads(
+    x: Tensor,
+    gy: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`engm.ops.conv_grads`."""
+    n, d = gy.shape[:2]
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for i, (k, s, dil) in enumerate(zip(kernel_size, stride, dilation, strict=True)):  # [n, C, *So, *kernel]
         x = x.unfold(i + 2, dil * (k - 1) + 1, s)[..., ::dil]
     patches = x.flatten(2 + len(stride)).flatten(2, -2).view(n, groups, x.shape[1] // groups, gy[0, 0].numel(), -1)
-    grads = torch.einsum("ngdt,ngctk->ngdck", gy.reshape(n, groups, per_group, -1), patches).reshape(n, d, -1)
-    if patch_mean is not None and correlation is not None:
-        patch_mean = patch_mean.reshape(groups, -1).repeat_interleave(per_group, 0)
-        correlation = correlation.reshape(d, -1)
-    return _corrected(grads, shift, patch_mean, scale, correlation).square().sum((1, 2))
+    grads = torch.einsum("ngdt,ngctk->ngdck", gy.reshape(n, groups, d // groups, -1), patches)
+    return grads.square().sum((1, 2, 3, 4)), grads.reshape(n, d, x.shape[1] // groups, *kernel_size)
 
 
 def affine_norm_sq(

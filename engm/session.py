@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from .capture import Call
 from .correction import correct_terms, correctable
 from .graph import Trace
-from .terms import Term, UnsupportedTie, accumulation_dtype, combine
+from .terms import Term, UnsupportedTieError, accumulation_dtype, combine
 
 if TYPE_CHECKING:
     from .module import GradNormModule
@@ -82,7 +82,7 @@ class Session:
         self, losses: Tensor, weights: Tensor, inputs: Sequence[Tensor] = (), *, frozen: bool, retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``sum_i weights_i losses_i`` to the sinks and ``inputs``; returns the inputs' gradients."""
-        targets = [*self.traced.sinks, *inputs]
+        targets: list[Any] = [*self.traced.sinks, *inputs]
         self._consume = not retain_graph
         with self._collecting(frozen):
             gradients = torch.autograd.grad(losses, targets, weights, retain_graph=retain_graph, allow_unused=True)
@@ -159,8 +159,10 @@ class Session:
         name = self.names[self.rows[key]]
         try:
             term = combine(terms, name)
-        except UnsupportedTie as error:
+        except UnsupportedTieError as error:
             raise RuntimeError(f"engm: {error}") from None
+        if self.keep:
+            term = term.compact()
         if self.norms:
             self.squared[self.rows[key]] = term.squared_norm()
         if self.keep:
@@ -177,25 +179,25 @@ class Session:
         idle = backprops.reshape(self.views, self.n, -1)[:, idle_rows]
         if bool(((idle != 0) & ~idle.isnan()).any()):  # 0 times a NaN or an infinity says nothing about influence
             raise RuntimeError(
-                f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) for some examples influences "
-                "the losses of other examples, so per-example gradients are not defined there. Something between this "
-                "layer and the losses mixes the batch (x - x.mean(0), a batch statistic outside nn.BatchNorm, losses in "
-                "another order than the inputs, a layout whose first dimension is not the batch). Replace it, or wrap "
-                "with strict=False if you know that the mixing does not matter."
+                f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) for some examples "
+                "influences the losses of other examples, so per-example gradients are not defined there. Something "
+                "between this layer and the losses mixes the batch (x - x.mean(0), a batch statistic outside "
+                "nn.BatchNorm, losses in another order than the inputs, a layout whose first dimension is not the "
+                "batch). Replace it, or wrap with strict=False if you know that the mixing does not matter."
             )
 
     def _wrong_batch(self, call: Call, backprops: Tensor) -> str:
         message = (
-            f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) has shape {tuple(backprops.shape)}, "
-            f"but there are {self.n} losses"
+            f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) has shape "
+            f"{tuple(backprops.shape)}, but there are {self.n} losses"
         )
         if self.views > 1:
             message += f" and views={self.views}, so its first dimension must be {self.n * self.views}"
         message += ". Examples must lie along the first dimension, one loss each"
         if backprops.dim() and self.n and backprops.shape[0] % self.n == 0 and self.views == 1:
             message += (
-                f"; if every example has {backprops.shape[0] // self.n} rows, as in model(torch.cat([x, x_adv])), wrap "
-                f"with GradNormModule(net, views={backprops.shape[0] // self.n})"
+                f"; if every example has {backprops.shape[0] // self.n} rows, as in model(torch.cat([x, x_adv])), "
+                f"wrap with GradNormModule(net, views={backprops.shape[0] // self.n})"
             )
         return message + "."
 

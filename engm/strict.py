@@ -41,9 +41,9 @@ def check_uses(model: GradNormModule, traced: Trace) -> None:
         shown = ", ".join(f"'{name}' (by {node})" for name, node in unseen[:5])
         raise RuntimeError(
             f"engm: the losses use {shown} outside of the layer calls that were captured, so a part of these "
-            "parameters' per-example gradients cannot be seen. Call the layer itself instead of F.linear(x, layer.weight) "
-            "and the like, call the wrapped model rather than the network inside it, freeze the parameter, or put the "
-            "computation into a module and give it a rule with engm.register_rule."
+            "parameters' per-example gradients cannot be seen. Call the layer itself instead of "
+            "F.linear(x, layer.weight) and the like, call the wrapped model rather than the network inside it, freeze "
+            "the parameter, or put the computation into a module and give it a rule with engm.register_rule."
         )
 
 

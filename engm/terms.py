@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from torch import Tensor
 from . import ops
 
 
-class UnsupportedTie(RuntimeError):
+class UnsupportedTieError(RuntimeError):
     """A parameter is shared by uses whose gradients cannot be added in factored form."""
 
 
@@ -48,7 +50,7 @@ class LocalCorrection:
     scale: Tensor
     correlation: Tensor
 
-    def as_arguments(self) -> dict[str, Tensor]:
+    def as_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`engm.ops.linear_norm_sq` and :func:`engm.ops.conv_norm_sq`."""
         return {
             "shift": self.shift,
@@ -68,6 +70,15 @@ class Term:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``sum_i weights_i g_i`` in the parameter's own shape."""
         raise TypeError(f"{type(self).__name__} must define weighted_sum")
+
+    def compact(self) -> Term:
+        """The smallest equivalent to keep until the weights are known.
+
+        Where an example's gradient has fewer elements than its factors (a 3x3 convolution of 32 channels at 32x32:
+        9,216 against 65,536) the gradient itself is formed, in the same pass that yields its norm. It takes less
+        memory, and its weighted sum is one matrix-vector product instead of a second convolution.
+        """
+        return self
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -103,6 +114,13 @@ class LinearFactors(Term):
     def squared_norm(self) -> Tensor:
         correction = self.correction.as_arguments() if self.correction else {}
         return ops.linear_norm_sq(self.activations, self.backprops, **correction)
+
+    def compact(self) -> Term:
+        positions, p, d = *self.activations.shape[1:], self.backprops.shape[2]
+        if p * d >= positions * (p + d):
+            return self
+        norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
+        return PerExampleGradient(gradients, norm_sq)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return ops.scaled_accumulate(self.activations, self.backprops, weights.to(self.backprops.dtype))
@@ -150,6 +168,22 @@ class ConvFactors(Term):
             **correction,
         )
 
+    def compact(self) -> Term:
+        geometry = self.geometry
+        gradient = self.backprops.shape[1] * (self.inputs.shape[1] // geometry.groups) * prod(geometry.kernel_size)
+        if gradient * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
+            return self
+        norm_sq, gradients = ops.conv_grads(
+            self.inputs,
+            self.backprops,
+            geometry.kernel_size,
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+            geometry.groups,
+        )
+        return PerExampleGradient(gradients, norm_sq)
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.backprops * weights.to(self.backprops.dtype).view(-1, *[1] * (self.backprops.dim() - 1))
         return conv_weight_gradient(self.inputs, scaled, self.geometry)
@@ -183,7 +217,7 @@ def combine(terms: Sequence[Term], name: str) -> Term:
         name: the parameter's name, for the error.
 
     Raises:
-        UnsupportedTie: the uses are of different kinds (an embedding and a projection, two convolutions of
+        UnsupportedTieError: the uses are of different kinds (an embedding and a projection, two convolutions of
             different stride), so their factors cannot be laid side by side.
     """
     first = terms[0]
@@ -201,9 +235,9 @@ def combine(terms: Sequence[Term], name: str) -> Term:
         if len({term.geometry.without_padding() for term in convolutions}) == 1:
             return _side_by_side(convolutions)
     kinds = ", ".join(sorted({type(term).__name__ for term in terms}))
-    raise UnsupportedTie(
+    raise UnsupportedTieError(
         f"parameter '{name}' is used by layers whose gradients cannot be combined ({kinds}, or convolutions of "
-        "different kernel, stride, dilation or groups). Untie it, freeze it, or register one rule that covers both uses."
+        "different kernel, stride, dilation or groups). Untie it, freeze it, or register one rule for both uses."
     )
 
 

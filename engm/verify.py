@@ -71,7 +71,9 @@ class VerifyReport:
         verdict = "passed" if self.passed else "FAILED"
         lines.append(f"whole norms against {oracle}: {self.error:.1e} (tolerance {self.tolerance:.0e}): {verdict}")
         if self.calibrated_error is not None:
-            lines.append(f"calibrated norms against exact ones through the statistics: {self.calibrated_error:.2%} mean error")
+            lines.append(
+                f"calibrated norms against exact ones through the statistics: {self.calibrated_error:.2%} mean error"
+            )
         return "\n".join(lines)
 
 
@@ -149,7 +151,7 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     frozen = traced.couples and not exact_mode
     calibrated_error = None
     if frozen:
-        with _frozen(traced):
+        with _Frozen(traced):
             oracle = exact_squared_norms(losses, parameters)
         exact = exact_squared_norms(losses, parameters).sum(0).sqrt()
         measurement = measure_traced(model, traced, losses, correct=model.batch_norm == "calibrated")
@@ -172,12 +174,14 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
         LayerError(name, rules.get(id(p), "not reached"), error)
         for name, p, error in zip(names, parameters, errors, strict=True)
     )
-    total = ((raw.sum(0).sqrt() - whole).abs() / whole.clamp_min(torch.finfo(whole.dtype).tiny)).nan_to_num(nan=torch.inf)
+    total = ((raw.sum(0).sqrt() - whole).abs() / whole.clamp_min(torch.finfo(whole.dtype).tiny)).nan_to_num(
+        nan=torch.inf
+    )
     tolerance = TOLERANCE.get(parameters[0].dtype, 1e-4)
     return VerifyReport(layers, float(total.max()), tolerance, traced.couples, calibrated_error)
 
 
-class _frozen:
+class _Frozen:
     """Freeze the batch statistics of a graph's backward passes."""
 
     def __init__(self, traced: Trace) -> None:

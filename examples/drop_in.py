@@ -1,6 +1,6 @@
 """Into an existing training script: keep its backward pass, its scaler, its clipping; reweight the losses.
 
-    python examples/drop_in.py
+python examples/drop_in.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Per-example gradient norms of any supported model, without an optimizer of ours: which examples are hard?
 
-    python examples/norms_only.py
+python examples/norms_only.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Exact per-example clipping in a plain training loop: the two lines that change are marked.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 import torch
@@ -32,4 +32,6 @@ for step in range(100):
     opt.zero_grad()
     if step % 20 == 0:
         clipped = (stats.weights < 1).float().mean()
-        print(f"step {step:3d}  loss {stats.losses.mean():.3f}  mean norm {stats.norms.mean():.3f}  clipped {clipped:.0%}")
+        print(
+            f"step {step:3d}  loss {stats.losses.mean():.3f}  mean norm {stats.norms.mean():.3f}  clipped {clipped:.0%}"
+        )

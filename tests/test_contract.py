@@ -49,7 +49,8 @@ def test_the_code_of_the_design_verbatim():
 
 
 SIGNATURES = {
-    "GradNormModule": "(net, *, batch_norm='calibrated', calibrate_every=50, calibrate_examples=16, strict=True, views=1)",
+    "GradNormModule": "(net, *, batch_norm='calibrated', calibrate_every=50, calibrate_examples=16, strict=True, "
+    "views=1)",
     "per_example_grad_norms": "(model, losses, *, loss_scale=1.0, check=None)",
     "measure": "(model, losses, inputs=None, *, loss_scale=1.0, check=None)",
     "naive_grad_norms": "(model, losses)",
@@ -124,7 +125,9 @@ def public_functions():
                 yield f"{module.__name__}.{key}", function
 
 
-@pytest.mark.parametrize(("name", "function"), list(public_functions()), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "function"), list(public_functions()), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_every_public_function_has_type_hints_and_a_docstring(name, function):
     generated = function.__module__ is None or "__create_fn__" in function.__qualname__
     hints = set(function.__annotations__)

@@ -85,7 +85,7 @@ def test_norms_by_mode():
     assert relative(expected["exact"], exact) <= 1e-9
     assert relative(expected["frozen"], frozen) <= 1e-9
     assert relative(exact, frozen) > 0.01, "this batch would not tell the modes apart"
-    assert relative(expected["calibrated"].square().sum(), exact.square().sum()) <= 1e-9
+    assert relative((expected["calibrated"] / exact).square().mean(), torch.ones(())) <= 1e-9
 
 
 def test_per_example_grad_norms_does_not_age_the_calibration():
@@ -239,6 +239,19 @@ def test_two_wrapped_models_in_one_loss():
     assert_measured(engm.measure(b, found), truth(b.unwrap(), lambda m: losses(a.unwrap(), m)))
 
 
+def test_the_other_model_may_have_another_batch():
+    """Its examples are its own affair, as long as this model's are one a loss."""
+    model, other = plain(), engm.GradNormModule(nn.Sequential(nn.Linear(4, 3)).double())
+
+    def losses(m):
+        return random_losses(m(X) - other(tensor(7, 4)).mean(0))
+
+    found = losses(model)
+    assert_measured(engm.measure(model, found), truth(model.unwrap(), losses))
+    with pytest.raises(RuntimeError, match=r"\(7, 3\), but there are 5 losses"):
+        engm.measure(other, found)
+
+
 def test_a_model_that_feeds_another():
     first = engm.GradNormModule(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)).double())
     second = engm.GradNormModule(network().eval())
@@ -318,14 +331,14 @@ class TestErrors:
 
     def test_subset_of_the_losses(self, call):
         model = plain()
-        with pytest.raises(RuntimeError, match="5, .*but there are 3 losses"):
+        with pytest.raises(RuntimeError, match=r"5, .*but there are 3 losses"):
             call(model, cross_entropy(model)[:3])
 
 
 def test_nothing_trained():
     net = network().eval().requires_grad_(False)
     model = engm.GradNormModule(net)
-    with pytest.raises((ValueError, RuntimeError), match="require|captured"):
+    with pytest.raises((ValueError, RuntimeError), match=r"require|captured"):
         engm.measure(model, cross_entropy(model, X.clone().requires_grad_()))
 
 

@@ -75,11 +75,11 @@ def images(n, size):
     return torch.randn(n, 3, size, size, generator=generator), torch.arange(n) % 10
 
 
-def step_peak(make: Callable[[nn.Module], Callable[[torch.Tensor], object]]) -> int:
-    """Peak of a plain training step; ``make`` wraps the network and returns it with its backward and step."""
-    net = resnet(32)
+def step_peak(make: Callable[[nn.Module], tuple], width: int = 32, n: int = 16) -> int:
+    """Peak of a plain training step; ``make`` wraps the network and returns it with optimizer and backward."""
+    net = resnet(width)
     model, opt, backward = make(net)
-    x, y = images(16, 32)
+    x, y = images(n, 32)
 
     def step():
         opt.zero_grad()
@@ -121,6 +121,13 @@ class TestPeaks:
     def test_extra_over_plain_sgd(self, plain_peak, make, allowed):
         """Design section 7: extra peak memory of a plain step."""
         extra = step_peak(make) / plain_peak - 1
+        assert extra <= allowed, f"{extra:.1%}"
+
+    @pytest.mark.xfail(strict=True, reason="known: 16 % and 23 % at width 16 (24 % and 21 % at width 32), n = 64")
+    @pytest.mark.parametrize(("make", "allowed"), [(one_pass, 0.15), (two_passes, 0.05)])
+    def test_extra_where_activations_outweigh_the_weights(self, make, allowed):
+        """The same figure with a batch of 64, where feature maps and not parameters make the peak."""
+        extra = step_peak(make, width=16, n=64) / step_peak(plain, width=16, n=64) - 1
         assert extra <= allowed, f"{extra:.1%}"
 
     @pytest.mark.parametrize("norm", ["group", "batch"])

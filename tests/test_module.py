@@ -62,7 +62,7 @@ class TestParametersAndState:
 
     def test_state_dict_has_the_networks_own_keys(self, net, model):
         assert_same(dict(model.state_dict()), dict(net.state_dict()))
-        assert list(model.state_dict(prefix="a."))[0] == "a." + list(net.state_dict())[0]
+        assert next(iter(model.state_dict(prefix="a."))) == "a." + next(iter(net.state_dict()))
         assert "cache" not in model.state_dict()
 
     def test_load_state_dict(self, net, model):
@@ -72,7 +72,7 @@ class TestParametersAndState:
         assert_same(dict(net.state_dict()), dict(other.state_dict()))
         state = dict(other.state_dict())
         del state["fc.bias"]
-        with pytest.raises(RuntimeError, match="Missing key.*fc.bias"):
+        with pytest.raises(RuntimeError, match=r"Missing key.*fc.bias"):
             model.load_state_dict(state)
         assert model.load_state_dict(state, strict=False).missing_keys == ["fc.bias"]
         weight = net.fc.weight
@@ -295,7 +295,7 @@ class TestWrapping:
     def test_refuses_what_it_cannot_wrap(self, net, model):
         with pytest.raises(TypeError, match="wrapped in a GradNormModule already"):
             engm.GradNormModule(model)
-        with pytest.raises(TypeError, match="GradNormModule wraps a torch.nn.Module, got function"):
+        with pytest.raises(TypeError, match=r"GradNormModule wraps a torch.nn.Module, got function"):
             engm.GradNormModule(lambda x: x)
         with pytest.raises(TypeError, match="module '1' is wrapped in a GradNormModule already"):
             engm.GradNormModule(nn.Sequential(nn.Identity(), model))

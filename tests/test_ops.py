@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engm import _C, ops, reference
+from engm import _C, composed, ops, reference
 
 # Largest relative error of a norm. Half types are rounded before the operator sees them: their oracle is the same.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -350,21 +350,21 @@ def test_errors_say_what_came(call, message):
 
 def test_the_composition_for_other_devices_is_the_twin(monkeypatch):
     """Registered for CUDA; here called as the plain function it is, over several chunks."""
-    monkeypatch.setattr(ops, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(composed, "CHUNK_ELEMENTS", 1000)
     a, b = torch.randn(5, 4, 7).bfloat16(), torch.randn(5, 4, 6).bfloat16()
     correction = (torch.randn(5, 6), torch.randn(7), torch.randn(5, 6), torch.randn(6, 7))
-    got = ops._linear_composed(a, b, "auto", *correction)
+    got = composed.linear_norm_sq(a, b, "auto", *correction)
     torch.testing.assert_close(got, ops.linear_norm_sq(a, b, "auto", *correction))
     x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2)
-    torch.testing.assert_close(ops._conv_composed(x, gy, *geometry), ops.conv_norm_sq(x, gy, *geometry))
+    torch.testing.assert_close(composed.conv_norm_sq(x, gy, *geometry), ops.conv_norm_sq(x, gy, *geometry))
     for left, right in zip(
-        ops._affine_composed(a, a, None, torch.ones(1, 1, 1), 2),
+        composed.affine_norm_sq(a, a, None, torch.ones(1, 1, 1), 2),
         ops.affine_norm_sq(a, a, None, torch.ones(1, 1, 1), 2),
         strict=True,
     ):
         torch.testing.assert_close(left, right)
-    assert ops._linear_composed(a[:0], b[:0]).shape == (0,)
+    assert composed.linear_norm_sq(a[:0], b[:0]).shape == (0,)
 
 
 @pytest.mark.gpu

@@ -35,7 +35,8 @@ def test_networks_of_torchvision(build, size, n, training):
     if build is zoo.vgg11_bn:
         net = build(weights=None, num_classes=10)
         net.avgpool = nn.AdaptiveAvgPool2d(1)  # 9 million parameters in place of 129
-        net.classifier[0], net.classifier[3], net.classifier[6] = nn.Linear(512, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        for position, layer in {0: nn.Linear(512, 64), 3: nn.Linear(64, 64), 6: nn.Linear(64, 10)}.items():
+            net.classifier[position] = layer
     else:
         net = build(weights=None, num_classes=10)
     model = engm.GradNormModule(net.double().train(training))

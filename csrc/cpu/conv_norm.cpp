@@ -1,7 +1,9 @@
-// linear_norm_sq and conv_norm_sq on the CPU: checks, choice of form, and the way back to the direct form for examples
-// whose Gram terms cancel. A linear layer is a convolution with one tap over T positions.
+// linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on the CPU: checks, choice of form, and the way back to the
+// direct form for examples whose Gram terms cancel. A linear layer is a convolution with one tap over T positions.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+
+#include <numeric>
 
 #include "../ops.h"
 #include "shape.h"
@@ -29,6 +31,50 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
   };
   return CorrectionTensors{ready(*shift, "shift", per_example), ready(*patch_mean, "patch_mean", mean_shape),
                            ready(*scale, "scale", per_example), ready(*correlation, "correlation", weight_shape)};
+}
+
+// Checked against the operands' shapes.
+ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op) {
+  const int64_t dims = x.dim() - 2;
+  TORCH_CHECK(dims >= 1 && dims <= 3 && gy.dim() == x.dim() && x.size(0) == gy.size(0), op,
+              ": expected x [n, C, *S] and gy [n, d, *So] with the same n and 1 to 3 spatial dimensions, "
+              "got x ", x.sizes(), " and gy ", gy.sizes(), ".");
+  for (const auto& [values, name, least] : {std::tuple{kernel_size, "kernel_size", 1}, std::tuple{stride, "stride", 1},
+                                            std::tuple{padding, "padding", 0}, std::tuple{dilation, "dilation", 1}}) {
+    TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, op, ": ", name, " needs one value for each of the ",
+                dims, " spatial dimensions of x, got ", values, ".");
+    for (int64_t value : values)
+      TORCH_CHECK(value >= least, op, ": ", name, " must be at least ", least, ", got ", values, ".");
+  }
+  ConvShape s;
+  s.n = x.size(0), s.channels = x.size(1), s.out_channels = gy.size(1), s.groups = groups;
+  TORCH_CHECK(groups >= 1 && s.channels % groups == 0 && s.out_channels % groups == 0, op,
+              ": groups must divide both the ", s.channels, " channels of x and the ", s.out_channels,
+              " of gy, got groups = ", groups, ".");
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t at = 3 - dims + i;
+    s.in[at] = x.size(i + 2), s.out[at] = gy.size(i + 2);
+    s.kernel[at] = kernel_size[i], s.stride[at] = stride[i], s.padding[at] = padding[i], s.dilation[at] = dilation[i];
+    const int64_t span = s.in[at] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    const int64_t expected = span < 0 ? 0 : span / stride[i] + 1;
+    TORCH_CHECK(s.out[at] == expected, op, ": a convolution of x ", x.sizes(), " with kernel_size ",
+                kernel_size, ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
+                " has output size ", expected, " in spatial dimension ", i, ", got ", s.out[at], " from gy ",
+                gy.sizes(), ". Pass the layer's own settings; pad x yourself for padding modes other than zeros.");
+  }
+  return s;
+}
+
+// One tap over T positions.
+ConvShape linear_shape(const at::Tensor& a, const at::Tensor& b, const char* op) {
+  TORCH_CHECK(a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) && a.size(1) == b.size(1), op,
+              ": expected activations a [n, T, p] and backprops b [n, T, d] with the same n and T, got a ", a.sizes(),
+              " and b ", b.sizes(), ". Flatten the positions of each example into one T.");
+  ConvShape s;
+  s.n = a.size(0), s.channels = a.size(2), s.out_channels = b.size(2);
+  s.in = s.out = {1, 1, a.size(1)};
+  return s;
 }
 
 template <typename T>
@@ -62,7 +108,7 @@ void squared_norms(ConvShape s, Operand<T> x, const Operand<T>& gy, const Correc
   } else {
     for (int64_t i = 0; i < s.n; ++i) examples.push_back(i);
   }
-  if (!examples.empty()) direct_norms(s, x, gy, correction, examples, out);
+  if (!examples.empty()) direct_norms<T>(s, x, gy, correction, examples, out, nullptr);
 }
 
 template <typename T>
@@ -89,6 +135,26 @@ at::Tensor dispatch(const ConvShape& s, const at::Tensor& x, const at::Tensor& g
   return run<float>(s, x, gy, correction, form);
 }
 
+using Grads = std::tuple<at::Tensor, at::Tensor>;  // norm_sq [n], grads
+
+template <typename T>
+Grads run_grads(ConvShape s, const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef sizes) {
+  at::Tensor norm_sq = at::empty({s.n}, x.options()), grads = at::empty(sizes, x.options());
+  std::vector<int64_t> examples(s.n);
+  std::iota(examples.begin(), examples.end(), 0);
+  std::vector<double> total(s.n, 0.0);
+  Operand<T> from = operand<T>(x);
+  drop_unread_pixels(s, from);
+  direct_norms<T>(s, from, operand<T>(gy), nullptr, examples, total.data(), grads.mutable_data_ptr<T>());
+  std::copy(total.begin(), total.end(), norm_sq.mutable_data_ptr<T>());
+  return {norm_sq, grads};
+}
+
+Grads dispatch_grads(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef sizes) {
+  if (x.numel() == 0 || gy.numel() == 0) return {at::zeros({s.n}, x.options()), at::zeros(sizes, x.options())};
+  return x.scalar_type() == at::kDouble ? run_grads<double>(s, x, gy, sizes) : run_grads<float>(s, x, gy, sizes);
+}
+
 // T = 1: ‖b aᵀ‖² = ‖a‖²‖b‖².
 template <typename T>
 at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
@@ -111,9 +177,7 @@ at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
 at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::string_view form,
                           const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
                           const OptionalTensor& correlation) {
-  TORCH_CHECK(a_in.dim() == 3 && b_in.dim() == 3 && a_in.size(0) == b_in.size(0) && a_in.size(1) == b_in.size(1),
-              "linear_norm_sq: expected activations a [n, T, p] and backprops b [n, T, d] with the same n and T, got a ",
-              a_in.sizes(), " and b ", b_in.sizes(), ". Flatten the positions of each example into one T.");
+  const ConvShape s = linear_shape(a_in, b_in, "linear_norm_sq");
   const at::ScalarType type = compute_type(a_in, b_in, "linear_norm_sq");
   const int64_t n = a_in.size(0), T = a_in.size(1), p = a_in.size(2), d = b_in.size(2);
   const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {n, d}, {p}, {d, p},
@@ -124,9 +188,6 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   if (T == 1 && !correction && chosen != Form::kDirect)
     return type == at::kDouble ? rank_one<double>(a, b) : rank_one<float>(a, b);
   if (chosen == Form::kAuto) chosen = linear_cost(T, p, d).form;
-  ConvShape s;
-  s.n = n, s.channels = p, s.out_channels = d;
-  s.in = s.out = {1, 1, T};
   return dispatch(s, a.transpose(1, 2), b.transpose(1, 2), correction, chosen);
 }
 
@@ -134,33 +195,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                         std::string_view form, const OptionalTensor& shift, const OptionalTensor& patch_mean,
                         const OptionalTensor& scale, const OptionalTensor& correlation) {
-  const int64_t dims = x_in.dim() - 2;
-  TORCH_CHECK(dims >= 1 && dims <= 3 && gy_in.dim() == x_in.dim() && x_in.size(0) == gy_in.size(0),
-              "conv_norm_sq: expected x [n, C, *S] and gy [n, d, *So] with the same n and 1 to 3 spatial dimensions, "
-              "got x ", x_in.sizes(), " and gy ", gy_in.sizes(), ".");
-  for (const auto& [values, name, least] : {std::tuple{kernel_size, "kernel_size", 1}, std::tuple{stride, "stride", 1},
-                                            std::tuple{padding, "padding", 0}, std::tuple{dilation, "dilation", 1}}) {
-    TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, "conv_norm_sq: ", name, " needs one value for each of the ",
-                dims, " spatial dimensions of x, got ", values, ".");
-    for (int64_t value : values)
-      TORCH_CHECK(value >= least, "conv_norm_sq: ", name, " must be at least ", least, ", got ", values, ".");
-  }
-  ConvShape s;
-  s.n = x_in.size(0), s.channels = x_in.size(1), s.out_channels = gy_in.size(1), s.groups = groups;
-  TORCH_CHECK(groups >= 1 && s.channels % groups == 0 && s.out_channels % groups == 0,
-              "conv_norm_sq: groups must divide both the ", s.channels, " channels of x and the ", s.out_channels,
-              " of gy, got groups = ", groups, ".");
-  for (int64_t i = 0; i < dims; ++i) {
-    const int64_t at = 3 - dims + i;
-    s.in[at] = x_in.size(i + 2), s.out[at] = gy_in.size(i + 2);
-    s.kernel[at] = kernel_size[i], s.stride[at] = stride[i], s.padding[at] = padding[i], s.dilation[at] = dilation[i];
-    const int64_t span = s.in[at] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
-    const int64_t expected = span < 0 ? 0 : span / stride[i] + 1;
-    TORCH_CHECK(s.out[at] == expected, "conv_norm_sq: a convolution of x ", x_in.sizes(), " with kernel_size ",
-                kernel_size, ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
-                " has output size ", expected, " in spatial dimension ", i, ", got ", s.out[at], " from gy ",
-                gy_in.sizes(), ". Pass the layer's own settings; pad x yourself for padding modes other than zeros.");
-  }
+  const ConvShape s =
+      conv_shape(x_in, gy_in, kernel_size, stride, padding, dilation, groups, "conv_norm_sq");
   const at::ScalarType type = compute_type(x_in, gy_in, "conv_norm_sq");
   std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
   mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
@@ -173,6 +209,22 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   if (chosen == Form::kAuto)
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out).form;
   return dispatch(s, x, gy, correction, chosen);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b) {
+  const ConvShape s = linear_shape(a, b, "linear_grads");
+  const at::ScalarType type = compute_type(a, b, "linear_grads");
+  return dispatch_grads(s, a.to(type).transpose(1, 2), b.to(type).transpose(1, 2), {s.n, s.out_channels, s.channels});
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups) {
+  const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, "conv_grads");
+  const at::ScalarType type = compute_type(x, gy, "conv_grads");
+  std::vector<int64_t> sizes{s.n, s.out_channels, s.group_channels()};
+  sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
+  return dispatch_grads(s, x.to(type), gy.to(type), sizes);
 }
 
 }  // namespace engm::cpu

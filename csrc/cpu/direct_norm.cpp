@@ -1,16 +1,17 @@
 // Direct form: ‖Σ_t gy[t, o] · x[t·stride + tap·dilation, c]‖² over (o, c, tap), one example at a time.
 //
 // An item of work is (example, group, block of x vectors, block of output rows); its factors are packed into scratch of
-// the running thread and go through the register tiles of outer_product.inl. G itself is never written.
+// the running thread and go through the register tiles of outer_product.inl. G itself is written only when asked for.
 //   kChannels  x as [channel block, padded pixel, lanes]; a vector is (channel block, tap), a tap is an offset
 //   kPatches   few channels in a group (RGB stems, ResNeXt): a vector is `lanes` columns of the patch matrix of this
 //              one example, [column block, T, lanes]
 //   kLanes     depthwise: a vector of channels times a vector of backprops, tap by tap
 // Scratch of a thread: about kBlockBytes for either factor, or one block of vectors where that is larger
-// (4·lanes·(pixels + T) bytes).
+// (4·lanes·(pixels + T) bytes); with gradients also one panel of them.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "shape.h"
 
@@ -160,7 +161,7 @@ class Packer {
   // Line by line of the output: lane l reads its tap's line of the planar image.
   void pack_patches(int64_t block) {
     Lines<T> lines;
-    lines.width = k_.lanes, lines.step = s_.stride[2], lines.steps = s_.out[2];
+    lines.width = lines.pitch = k_.lanes, lines.step = s_.stride[2], lines.steps = s_.out[2];
     for (int64_t b = 0; b < lane_blocks(block); ++b) {
       const int64_t first = (block * p_.x_block + b) * k_.lanes, valid = std::min(k_.lanes, p_.columns - first);
       lines.dst = lanes_.data() + b * p_.plane;
@@ -182,15 +183,69 @@ class Packer {
   std::array<int64_t, 3> lanes_key_{-1, -1, -1}, rows_key_{-1, -1, -1};
 };
 
+// Writes the gradient of an item where it belongs, a panel of rows at a time. One vector a lane block (one tap, patches)
+// is the order of the gradient, and tiles go straight there; otherwise through a panel [rows, taps, channels] in L1.
+template <typename T>
+class GradientWriter {
+ public:
+  GradientWriter(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k)
+      : k_(k), gradient_(s.group_channels() * s.taps()), taps_(p.block_vectors), channels_(p.x_block * k.lanes),
+        panel_(taps_ > 1 ? k.rows * taps_ * channels_ : 0) {
+    for (int64_t b = 0; b < p.x_block; ++b)
+      for (int64_t tap = 0; tap < taps_; ++tap) offset_.push_back(tap * channels_ + b * k.lanes);
+  }
+
+  // The squared norm of the product; `rows` and `columns` (channels, or of the patch matrix) of it are not padding.
+  double operator()(PanelProduct<T> product, int64_t rows, int64_t columns, T* grads) {
+    const T* const packed = product.rows;
+    const bool in_place = taps_ == 1;
+    product.out_pitch = in_place ? gradient_ : taps_ * channels_;
+    product.out_offset = offset_.data();
+    product.out_lanes = in_place ? (columns - 1) % k_.lanes + 1 : k_.lanes;
+    double sum = 0;
+    for (int64_t row = 0; row < rows; row += k_.rows, grads += k_.rows * gradient_) {
+      product.out = in_place ? grads : panel_.data();
+      product.out_rows = std::min(k_.rows, rows - row);
+      product.row_count = round_up(product.out_rows, kRowQuantum);
+      product.rows = packed + row * product.steps;
+      sum += k_.sum_of_squares(product);
+      for (int64_t o = 0; o < product.out_rows && !in_place; ++o)
+        taps_last(panel_.data() + o * product.out_pitch, columns, grads + o * gradient_);
+    }
+    return sum;
+  }
+
+ private:
+  // [taps, channels] to [channels, taps], as many taps at a time as a power of two allows.
+  void taps_last(const T* from, int64_t columns, T* to) {
+    Lines<T> lines;
+    lines.pitch = taps_, lines.steps = columns;
+    for (int64_t tap = 0, width = k_.lanes; tap < taps_; tap += width) {
+      while (width > taps_ - tap) width /= 2;
+      for (int64_t l = 0; l < width; ++l) lines.lane[l] = from + (tap + l) * channels_;
+      lines.width = width, lines.dst = to + tap;
+      k_.interleave(lines);
+    }
+  }
+
+  const Kernels<T>& k_;
+  int64_t gradient_, taps_, channels_;
+  std::vector<int64_t> offset_;  // [vectors] of an item
+  Buffer<T> panel_;
+};
+
 template <typename T>
 void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const Operand<T>& x, const Operand<T>& gy,
-                 const Correction<T>* correction, const std::vector<int64_t>& examples, std::vector<double>& partial) {
+                 const Correction<T>* correction, const std::vector<int64_t>& examples, std::vector<double>& partial,
+                 T* grads) {
   std::unique_ptr<PackedCorrection<T>> packed;
   if (correction) packed = std::make_unique<PackedCorrection<T>>(s, p, k, *correction);
   const int64_t items = static_cast<int64_t>(partial.size());
   at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     Packer<T> packer(s, p, k, x, gy);
     Buffer<T> shift(p.row_block), scale(p.row_block);
+    std::optional<GradientWriter<T>> writer;
+    if (grads) writer.emplace(s, p, k);
     PanelProduct<T> product;
     product.vector_offset = p.vector_offset.data();
     product.step_offset = p.step_offset.data();
@@ -214,7 +269,14 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
         product.correlation = packed->correlation.data() + row * packed->pitch + at;
         product.correlation_pitch = packed->pitch;
       }
-      partial[item] = k.sum_of_squares(product);
+      if (grads) {
+        const int64_t column = x_block * p.x_block * k.lanes, columns = std::min(p.x_block * k.lanes, p.columns - column);
+        T* to = grads + (example * s.out_channels + group * s.group_rows() + first) * s.group_channels() * s.taps() +
+                column * p.block_vectors;
+        partial[item] = (*writer)(product, count, columns, to);
+      } else {
+        partial[item] = k.sum_of_squares(product);
+      }
     }
   });
 }
@@ -223,7 +285,7 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
 template <typename T>
 void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const Operand<T>& x,
                      const Operand<T>& gy, const Correction<T>* correction, const std::vector<int64_t>& examples,
-                     std::vector<double>& partial) {
+                     std::vector<double>& partial, T* grads) {
   const int64_t taps = s.taps(), multiplier = s.group_rows();
   at::parallel_for(0, static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
     Buffer<T> image(p.plane), rows(s.positions() * k.lanes), gradient(taps * k.lanes);
@@ -250,6 +312,7 @@ void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, 
               g -= double(correction->shift[example * s.out_channels + o]) * correction->patch_mean[c * taps + tap] +
                    double(correction->scale[example * s.out_channels + o]) * correction->correlation[o * taps + tap];
             partial[item] += g * g;
+            if (grads) grads[(example * s.out_channels + o) * taps + tap] = static_cast<T>(g);
           }
       }
     }
@@ -260,13 +323,13 @@ void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, 
 
 template <typename T>
 void direct_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy, const Correction<T>* correction,
-                  const std::vector<int64_t>& examples, double* out) {
+                  const std::vector<int64_t>& examples, double* out, T* grads) {
   const Kernels<T>& k = kernels<T>();
   const Plan<T> plan = make_plan<T>(s, k, static_cast<int64_t>(examples.size()));
   const bool depthwise = plan.layout == Layout::kLanes;
   const int64_t each = depthwise ? plan.lane_blocks : s.groups * plan.x_blocks * plan.row_blocks;
   std::vector<double> partial(examples.size() * each, 0.0);
-  (depthwise ? depthwise_norms<T> : tiled_norms<T>)(s, plan, k, x, gy, correction, examples, partial);
+  (depthwise ? depthwise_norms<T> : tiled_norms<T>)(s, plan, k, x, gy, correction, examples, partial, grads);
   for (size_t e = 0; e < examples.size(); ++e) {
     double sum = 0;
     for (int64_t j = 0; j < each; ++j) sum += partial[e * each + j];
@@ -275,8 +338,8 @@ void direct_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy,
 }
 
 template void direct_norms(const ConvShape&, const Operand<float>&, const Operand<float>&, const Correction<float>*,
-                           const std::vector<int64_t>&, double*);
+                           const std::vector<int64_t>&, double*, float*);
 template void direct_norms(const ConvShape&, const Operand<double>&, const Operand<double>&, const Correction<double>*,
-                           const std::vector<int64_t>&, double*);
+                           const std::vector<int64_t>&, double*, double*);
 
 }  // namespace engm::cpu

@@ -71,7 +71,7 @@ struct Factor {
   // One line with its channels side by side ([T, p] of a linear layer): transposed in blocks of vectors.
   void load_transposed(const Kernels<T>& k, const T* src, int64_t step) {
     Lines<T> lines;
-    lines.width = k.lanes, lines.steps = channels, lines.index = vector_index.data();
+    lines.width = lines.pitch = k.lanes, lines.steps = channels, lines.index = vector_index.data();
     for (int64_t first = 0; first < count; first += k.lanes) {
       for (int64_t l = 0; l < k.lanes; ++l) lines.lane[l] = first + l < count ? src + (first + l) * step : nullptr;
       lines.dst = lanes.data() + first;

@@ -28,16 +28,23 @@ struct PanelProduct {
   const T* mean = nullptr;         // [vectors, lanes]
   const T* correlation = nullptr;  // [row_count, correlation_pitch], first vectors·lanes of each row are read
   int64_t correlation_pitch = 0;
+  // Where sum_of_squares also writes G, if given: out[o·out_pitch + out_offset[v] + l] = G[o, v, l].
+  T* out = nullptr;
+  int64_t out_pitch = 0;
+  const int64_t* out_offset = nullptr;  // [vectors], elements
+  int64_t out_rows = 0;                 // of row_count; the rest is padding and not written
+  int64_t out_lanes = 0;                // of the last vector, likewise
 };
 
 constexpr int64_t kRowQuantum = 4;   // rows are padded to this
 constexpr int64_t kAlignment = 64;   // bytes, of every packed buffer
 
-// Lines of a tensor to be interleaved: dst[index[t]·width + l] = lane[l][t·step], 0 for a null lane.
+// Lines of a tensor to be interleaved: dst[index[t]·pitch + l] = lane[l][t·step], 0 for a null lane.
 template <typename T>
 struct Lines {
   const T* lane[64 / sizeof(float)] = {};
   int64_t width = 0;  // 1 or a power of two up to the lanes of a vector
+  int64_t pitch = 0;  // at least the width
   int64_t step = 1;   // elements between consecutive steps of one lane
   int64_t steps = 0;
   const int64_t* index = nullptr;  // [steps], null for t itself
@@ -62,7 +69,7 @@ struct Kernels {
   int64_t lanes;  // elements of one vector
   int64_t rows;   // rows of a full panel
 
-  // ‖G - correction‖², squares added in double.
+  // ‖G - correction‖², squares added in double; G - correction is written where product.out says.
   double (*sum_of_squares)(const PanelProduct<T>& product);
   // out[o · pitch + v·lanes + l] = G[o, v, l]; a panel starts at vector first_lane[its first row] / lanes.
   void (*store)(const PanelProduct<T>& product, T* out, int64_t pitch, const int64_t* first_lane);

@@ -80,6 +80,7 @@ struct SquareTile {
     typename Vector<T>::Full tile[O * V];
     whole_tile<T, O, V>(p, row, vector, tile);
     if (p.shift) subtract(p, row, vector, tile);
+    if (p.out) write(p, row, vector, tile);
     // Within a tile each lane adds at most O·V squares in T, all of one sign; across tiles in double.
     typename Vector<T>::Full squares = {};
     for (int k = 0; k < O * V; ++k) squares += tile[k] * tile[k];
@@ -93,6 +94,16 @@ struct SquareTile {
         tile[o * V + v] -= p.shift[row + o] * load(p.mean + (vector + v) * kLanes) +
                            p.scale[row + o] * load(correlation + v * kLanes);
     }
+  }
+  static void write(const PanelProduct<T>& p, int64_t row, int64_t vector, const typename Vector<T>::Full* tile) {
+    for (int o = 0; o < O && row + o < p.out_rows; ++o)
+      for (int v = 0; v < V; ++v) {
+        T* out = p.out + (row + o) * p.out_pitch + p.out_offset[vector + v];
+        if (vector + v + 1 < p.vectors || p.out_lanes == Vector<T>::kLanes)
+          put(out, tile[o * V + v]);
+        else
+          for (int64_t l = 0; l < p.out_lanes; ++l) out[l] = tile[o * V + v][l];
+      }
   }
 };
 
@@ -191,15 +202,18 @@ struct Block {
     for (int l = 0; l < N; ++l)
       r[l] = lines.lane[l] ? Row(*reinterpret_cast<const UnalignedRow*>(lines.lane[l] + t)) : Row{};
     swap_blocks<N / 2>(r);
+    T* const dst = lines.dst;  // copies: the stores may alias the fields
+    const int64_t* const index = lines.index;
+    const int64_t pitch = lines.pitch;
 #pragma GCC unroll 16
     for (int j = 0; j < N; ++j)
-      *reinterpret_cast<UnalignedRow*>(lines.dst + (lines.index ? lines.index[t + j] : t + j) * N) = r[j];
+      *reinterpret_cast<UnalignedRow*>(dst + (index ? index[t + j] : t + j) * pitch) = r[j];
   }
 
   static void interleave(const Lines<T>& lines) {
     bool adjacent = true;
     for (int l = 0; l < N; ++l) adjacent &= lines.lane[l] != nullptr && lines.lane[l] == lines.lane[0] + l;
-    const auto at = [&](int64_t t) { return lines.dst + (lines.index ? lines.index[t] : t) * N; };
+    const auto at = [&](int64_t t) { return lines.dst + (lines.index ? lines.index[t] : t) * lines.pitch; };
     int64_t t = 0;
     if (adjacent) {
       for (; t < lines.steps; ++t)
@@ -230,7 +244,8 @@ void interleave(const Lines<T>& lines) {
     case 2:
       return Block<T, 2>::interleave(lines);
     default:
-      for (int64_t t = 0; t < lines.steps; ++t) lines.dst[lines.index ? lines.index[t] : t] = lines.lane[0][t * lines.step];
+      for (int64_t t = 0; t < lines.steps; ++t)
+        lines.dst[(lines.index ? lines.index[t] : t) * lines.pitch] = lines.lane[0][t * lines.step];
   }
 }
 

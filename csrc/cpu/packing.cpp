@@ -45,7 +45,7 @@ void pack_lanes(const Kernels<T>& k, const Operand<T>& from, const T* src, const
     length[i] = 1;
   }
   Lines<T> lines;
-  lines.width = width, lines.step = from.space[2], lines.steps = length[2];
+  lines.width = lines.pitch = width, lines.step = from.space[2], lines.steps = length[2];
   for (int64_t z = 0; z < length[0]; ++z)
     for (int64_t y = 0; y < length[1]; ++y) {
       const T* line = src + z * from.space[0] + y * from.space[1];

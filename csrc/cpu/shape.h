@@ -81,10 +81,11 @@ class Buffer {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// Squared norms of the listed examples, added over groups, by forming tiles of the gradient in registers.
+// Squared norms of the listed examples, added over groups, by forming tiles of the gradient in registers. The gradients
+// themselves are written to grads [n, out_channels, channels / groups, taps] unless it is null.
 template <typename T>
 void direct_norms(const ConvShape& shape, const Operand<T>& x, const Operand<T>& gy, const Correction<T>* correction,
-                  const std::vector<int64_t>& examples, double* out);
+                  const std::vector<int64_t>& examples, double* out, T* grads);
 
 // The same of all examples through the pixel Gram matrices. reliable[i] is 0 where the terms cancel so far that the
 // direct form has to be taken.

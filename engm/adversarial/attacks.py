@@ -95,7 +95,8 @@ class PGD:
         loss: ``"ce"``, ``"margin"`` or any function ``(logits, labels) -> [n]``; maximised.
         eval_mode: attack the network in evaluation mode (running statistics, no dropout), as TRADES, AWP and most
             others do. ``False`` leaves every module as it is: training-mode batch norm then also updates its
-            running statistics at each step.
+            running statistics at each step, and the step that measures treats batch statistics as constants
+            (``engm.measure``), which changes its direction a little.
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
         stop_when_broken: leave an example alone once it is misclassified. Cheaper, and meant for evaluation; reading
             which examples are broken synchronises a CUDA device at each step.

@@ -186,7 +186,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
             raise AttributeError(name)
         return getattr(optimizer, name)
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """The inner optimizer's step.
 
         Raises:
@@ -204,7 +204,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """The inner optimizer's ``add_param_group``."""
         self.optimizer.add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and under ``"engm"`` ours: coefficients, calibration factors, counters."""
         return {**self.optimizer.state_dict(), "engm": {"method": type(self).__name__, **self._own_state()}}
 

@@ -175,8 +175,8 @@ class Problem:
             if leaf.dim() == 0 or leaf.shape[0] != n * views:
                 wanted = f"{n} examples" if views == 1 else f"{n} examples times views={views}"
                 raise ValueError(
-                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there is "
-                    "one input gradient for each loss."
+                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there "
+                    "is one input gradient for each loss."
                 )
         return leaves
 

@@ -28,7 +28,7 @@ def main() -> None:
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 30,
     seed: Annotated[int, typer.Option(help="Of weights, data order and attack noise.")] = 0,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network's stem.")] = 16,
     methods: Annotated[str, typer.Option(help="Comma-separated; msgd makes time ratios possible.")] = "msgd,aengm,engm",
@@ -56,8 +56,8 @@ def demo(
     console.print(
         f"{len(dataset.train)} training, {len(dataset.validation)} validation and {len(dataset.test)} test images of "
         f"{dataset.name}; residual network of {prepared.parameters:,} parameters with batch norm; PGD-"
-        f"{settings.attack_steps}, l-inf {settings.eps:g}; alpha {prepared.alpha:.2f}; norms from the attack's last "
-        f"step; {torch.get_num_threads()} threads.",
+        f"{settings.attack_steps} in training mode, l-inf {settings.eps:g}; alpha {prepared.alpha:.2f}; norms from the "
+        f"attack's last step; {torch.get_num_threads()} threads.",
         highlight=False,
     )
     out.mkdir(parents=True, exist_ok=True)

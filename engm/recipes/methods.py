@@ -9,7 +9,7 @@ import torch
 
 import engm
 
-Factory = Callable[["engm.GradNormModule", torch.optim.Optimizer, float], torch.optim.Optimizer]
+Factory = Callable[["engm.GradNormModule", torch.optim.Optimizer, float, int], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Method:
 
     Attributes:
         label: as the paper's tables print it.
-        make: ``(model, inner optimizer, alpha) -> optimizer``; ``alpha`` is ENGM's, in units of a parameter
-            gradient's norm, and those that do not clip examples ignore it.
+        make: ``(model, inner optimizer, alpha, tau) -> optimizer``; ``alpha`` is ENGM's, in units of a parameter
+            gradient's norm, ``tau`` A-ENGM's steps between two regressions; the others ignore what is not theirs.
     """
 
     label: str
@@ -27,11 +27,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "msgd": Method("MSGD", lambda model, sgd, alpha: engm.MSGD(model, sgd)),
+    "msgd": Method("MSGD", lambda model, sgd, alpha, tau: engm.MSGD(model, sgd)),
     # The threshold on input gradients is ENGM's over gamma_1, which the paper's 5 and 0.5 put at ten.
-    "nengm": Method("N-ENGM", lambda model, sgd, alpha: engm.NENGM(model, sgd, alpha / 10)),
-    "aengm": Method("A-ENGM", lambda model, sgd, alpha: engm.AENGM(model, sgd, alpha)),
-    "engm": Method("ENGM", lambda model, sgd, alpha: engm.ENGM(model, sgd, alpha)),
+    "nengm": Method("N-ENGM", lambda model, sgd, alpha, tau: engm.NENGM(model, sgd, alpha / 10)),
+    "aengm": Method("A-ENGM", lambda model, sgd, alpha, tau: engm.AENGM(model, sgd, alpha, tau=tau)),
+    "engm": Method("ENGM", lambda model, sgd, alpha, tau: engm.ENGM(model, sgd, alpha)),
 }
 
 

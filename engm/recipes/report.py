@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .demo import Demo, MethodRun
@@ -96,10 +97,14 @@ def summarise(runs: Sequence[MethodRun]) -> list[Summary]:
 def table(demo: Demo) -> Table:
     """The summaries for a terminal, percentages as in the paper."""
     rows = summarise(demo.runs)
-    result = Table(title=f"{demo.dataset.name}, PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}")
+    result = Table(
+        title=f"{demo.dataset.name}, PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     result.add_column("Method")
-    for name in ("Natural", "PGD-20 best", "PGD-20 last", "Overfit", "s/step", "x MSGD", "in all", "Mean w", "Clipped"):
-        result.add_column(name, justify="right")
+    for name in ("Natural", "Best", "Last", "Overfit", "s/step", "x MSGD", "in all", "mean w", "w < 1"):
+        result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(
             row.label,
@@ -122,9 +127,10 @@ def caption(demo: Demo) -> str:
     typical = max((row.best for row in summarise(demo.runs)), default=0.5)
     error = sqrt(typical * (1 - typical) / examples)
     return (
-        f"Test set of {examples} examples, looked at once; best checkpoint chosen on the validation set. One standard "
-        f"error of a robust accuracy is {error:.1%}, and this is one seed: smaller differences say nothing. "
-        "x MSGD is the median over the batches, 'in all' the ratio of total training times."
+        f"Test set of {examples} examples, looked at once. Best and Last: accuracy under PGD-20 of the checkpoint that "
+        "was best on the validation set, and of the last; Natural: of the best. One standard error of these is "
+        f"{error:.1%}, and this is one seed: smaller differences say nothing. x MSGD: median over the batches; in all: "
+        "total training time."
     )
 
 

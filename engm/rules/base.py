@@ -184,14 +184,23 @@ def register_rule(
     return register
 
 
+def _overrides(kind: Any, ancestor: Any) -> bool:
+    """Whether a subclass computes something else than the class that the rule is for."""
+    return any(
+        getattr(kind, method, None) is not getattr(ancestor, method, None) for method in ("forward", "_conv_forward")
+    )
+
+
 def find_rule(module: nn.Module) -> Rule | str:
     """The rule that holds for ``module``, or a sentence that says why there is none."""
     for ancestor in type(module).__mro__:
         rule = _REGISTRY.get(ancestor)
         if rule is None:
             continue
-        if type(module).forward is not ancestor.forward:
-            return f"{type(module).__name__} overrides the forward of {ancestor.__name__}, whose rule may not hold for it"
+        if _overrides(type(module), ancestor):
+            return (
+                f"{type(module).__name__} overrides the forward of {ancestor.__name__}, whose rule may not hold for it"
+            )
         if "forward" in module.__dict__:
             return "its forward was replaced on the object itself, where the rule of its type may not hold"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
@@ -200,7 +209,9 @@ def find_rule(module: nn.Module) -> Rule | str:
             if unknown:
                 return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
             hidden = [
-                name for name in rule.parameter_names if name not in module._parameters and getattr(module, name, None) is not None
+                name
+                for name in rule.parameter_names
+                if name not in module._parameters and getattr(module, name, None) is not None
             ]
             if hidden:
                 return f"its {hidden} are computed from other tensors (a parametrization or weight_norm)"

@@ -35,7 +35,9 @@ def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
 
 
 def affine_terms(
-    views: tuple[Tensor, Tensor, Tensor | None, Tensor, int], names: tuple[str, ...], shape: tuple[int, ...] | None = None
+    views: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
+    names: tuple[str, ...],
+    shape: tuple[int, ...] | None = None,
 ) -> dict[str, Term]:
     """Scale and shift terms from the arguments of :func:`engm.ops.affine_norm_sq`; ``shape`` is the parameters'."""
     norm_sq, scale, shift = ops.affine_norm_sq(*views)
@@ -45,7 +47,9 @@ def affine_terms(
     return {name: PerExampleGradient(*found[name]) for name in names}
 
 
-def by_channel(x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
+def by_channel(
+    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
     """3-d views of ``[n, C, *S]`` tensors with per-channel statistics ``[n or 1, C]``, in whichever layout they lie."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         rows = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, gy)]
@@ -70,7 +74,9 @@ class BatchNormRule(Rule):
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if not uses_batch_statistics(module):
             return module.running_mean.clone(), torch.rsqrt(module.running_var + module.eps)
-        saved = saved_statistics(output, "NativeBatchNormBackward") or saved_statistics(output, "CudnnBatchNormBackward")
+        saved = saved_statistics(output, "NativeBatchNormBackward") or saved_statistics(
+            output, "CudnnBatchNormBackward"
+        )
         if saved is not None:
             return saved
         x = activations.detach()
@@ -114,9 +120,7 @@ class GroupNormRule(Rule):
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         per_group = module.num_channels // module.num_groups
-        mean, rstd = (
-            t.view(-1, module.num_groups)[rows].repeat_interleave(per_group, 1) for t in saved
-        )
+        mean, rstd = (t.view(-1, module.num_groups)[rows].repeat_interleave(per_group, 1) for t in saved)
         return affine_terms(by_channel(activations, backprops, mean, rstd), names)
 
 

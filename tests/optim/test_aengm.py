@@ -206,7 +206,9 @@ class TestRegression:
         for _ in range(3):
             exact.zero_grad()
             stats = fitted.backward(model(x) * scale, x)
-            assert_close(fitted.gamma, torch.tensor([1 / float(net.linear.weight.detach().norm()), 0.0], dtype=torch.float64))
+            assert_close(
+                fitted.gamma, torch.tensor([1 / float(net.linear.weight.detach().norm()), 0.0], dtype=torch.float64)
+            )
             assert_close(stats.weights, wanted.weights)
             assert_close(grads(model), expected)
         assert fitted.fits == 3
@@ -273,7 +275,7 @@ class TestRegression:
 
 class TestDegenerateFits:
     def test_inputs_all_alike(self):
-        net, model, opt, x, y = make(engm.AENGM, tau=1)
+        _net, model, opt, x, y = make(engm.AENGM, tau=1)
         opt.backward(losses_of(model, x, y), x)
         gamma = opt.gamma.clone()
         same, label = x[:1].expand(8, -1, -1, -1).clone(), y[:1].expand(8)

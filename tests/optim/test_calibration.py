@@ -62,7 +62,7 @@ def test_ages_by_steps_and_not_by_uses():
 
 
 def test_norms_alone_calibrate_once_and_count_no_step():
-    model, opt = make(calibrate_every=2)
+    model, _opt = make(calibrate_every=2)
     x, y = batch(8)
     for _ in range(5):
         engm.per_example_grad_norms(model, losses_of(model, x, y))
@@ -74,12 +74,15 @@ def test_factor_is_exact_over_measured_for_each_tensor():
     model, _ = make(calibrate_examples=8)
     x, y = batch(8)
     twin = copy.deepcopy(model.unwrap())
-    exact = torch.stack([torch.stack([g.square().sum() for g in r]) for r in example_gradients(twin, losses_of(twin, x, y))])
+    exact = torch.stack(
+        [torch.stack([g.square().sum() for g in r]) for r in example_gradients(twin, losses_of(twin, x, y))]
+    )
     losses = losses_of(model, x, y)
     measured = engm.measure(model, losses)
     parameters = model.trainable_parameters()
     factors = model.calibration.factors("frozen", measured.stacked, losses, parameters, count=True)
-    expected = exact.sum(0) / measured.stacked.sum(1)
+    share = 1 / exact.sum(1)  # every example counts alike
+    expected = share @ exact / (measured.stacked @ share)
     zero_bias = torch.tensor([name in ("0.bias", "3.bias") for name, _ in parameters])  # cancelled by the batch norm
     assert_close(factors[~zero_bias], expected[~zero_bias])
     assert factors[zero_bias].abs().max() < 1e-20
@@ -93,7 +96,8 @@ def test_zero_over_zero_is_one_and_exact_zero_is_zero():
     measured = torch.tensor([[4.0] * 4, [1.0] * 4, [0.0] * 4], dtype=torch.float64)
     parameters = [("used", used), ("unused", unused), ("nowhere", unused)]
     factors = calibration.factors("way", measured, losses, parameters, count=True)
-    assert factors.tolist() == [float(torch.arange(12.0).square().sum()) / 16, 0.0, 1.0]
+    whole = torch.arange(12, dtype=torch.float64).view(4, 3).square().sum(1)
+    assert factors.tolist() == [pytest.approx(float(1 / (1 / whole).mean()) / 4), 0.0, 1.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -114,14 +118,14 @@ def test_not_finite_keeps_the_old_factors_and_tries_again_at_once(bad):
 
 
 def test_float16_needs_the_loss_scale_in_the_probe_too():
-    """Without it the exact gradients of a small loss vanish in float16, and so would the factors."""
+    """Without it the exact gradients of a small loss vanish in float16, and with them what a factor is made of."""
     weight = torch.ones(4, dtype=torch.float16, requires_grad=True)
     losses = (weight * torch.full((6, 4), 2.0**-13, dtype=torch.float16)).sum(1) * 2.0**-13
-    measured = torch.full((1, 6), 4 * 2.0**-52)
+    measured = torch.full((1, 6), 2 * 4 * 2.0**-52)  # twice too large
     calibration = Calibration(every=1, examples=6)
-    assert calibration.factors("plain", measured, losses, [("w", weight)], count=True).item() == 0
+    assert calibration.factors("plain", measured, losses, [("w", weight)], count=True).item() != 0.5
     scaled = calibration.factors("scaled", measured, losses, [("w", weight)], count=True, loss_scale=2.0**10)
-    assert scaled.item() == 1
+    assert scaled.item() == 0.5
 
 
 def test_changed_parameters_are_calibrated_afresh():

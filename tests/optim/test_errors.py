@@ -50,14 +50,16 @@ both_norms = pytest.mark.parametrize("norm", ["group", "batch"])
 class TestLosses:
     def test_scalar(self, method, call):
         model, opt, x, y = make(method)
-        check(opt, ValueError, r"losses must have shape \[n\].*reduction='none'", losses_of(model, x, y).mean(), x, call)
+        check(
+            opt, ValueError, r"losses must have shape \[n\].*reduction='none'", losses_of(model, x, y).mean(), x, call
+        )
 
     def test_a_loss_a_position(self, method, call):
-        model, opt, x, y = make(method)
+        model, opt, x, _y = make(method)
         check(opt, ValueError, r"losses must have shape \[n\].*got \(8, 5\)", model(x), x, call)
 
     def test_a_number(self, method, call):
-        model, opt, x, y = make(method)
+        _model, opt, x, _y = make(method)
         check(opt, TypeError, r"losses must be a tensor \[n\].*got float", 0.5, x, call)
 
     def test_no_example(self, method, call):
@@ -88,13 +90,13 @@ class TestLosses:
 @both_calls
 class TestModels:
     def test_losses_of_another_model(self, method, norm, call):
-        model, opt, x, y = make(method, norm)
+        _model, opt, x, y = make(method, norm)
         other = engm.GradNormModule(network(norm, seed=1))
         check(opt, RuntimeError, "belong to another GradNormModule", losses_of(other, x, y), x, call)
         assert grads(other) == [None] * len(grads(other))
 
     def test_losses_of_a_model_that_nobody_wrapped(self, method, norm, call):
-        model, opt, x, y = make(method, norm)
+        _model, opt, x, y = make(method, norm)
         check(opt, RuntimeError, "not computed by a captured forward pass", losses_of(network(norm), x, y), x, call)
 
     def test_the_network_called_directly_or_in_a_pause(self, method, norm, call):

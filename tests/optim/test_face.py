@@ -10,8 +10,19 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
-from training import assert_close, assert_same, batch, clip, example_gradients, gradient_norms, grads, losses_of
-from training import mean_of, network, sgd
+from training import (
+    assert_close,
+    assert_same,
+    batch,
+    clip,
+    example_gradients,
+    gradient_norms,
+    grads,
+    losses_of,
+    mean_of,
+    network,
+    sgd,
+)
 
 import engm
 
@@ -91,16 +102,16 @@ class TestInner:
 
     def test_must_be_one(self):
         model = engm.GradNormModule(network())
-        with pytest.raises(TypeError, match="optimizer must be a torch.optim.Optimizer, got generator"):
+        with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got generator"):
             engm.ENGM(model, model.parameters(), 1.0)
-        with pytest.raises(TypeError, match="engm.GradNormModule"):
+        with pytest.raises(TypeError, match=r"engm.GradNormModule"):
             engm.ENGM(network(), sgd(model), 1.0)
 
 
 @every_method
 class TestTorchOptimizer:
     def test_is_one(self, method):
-        model, opt = make(method)
+        _model, opt = make(method)
         assert isinstance(opt, torch.optim.Optimizer)
         assert opt.param_groups is opt.optimizer.param_groups
         assert opt.state is opt.optimizer.state
@@ -130,8 +141,8 @@ class TestTorchOptimizer:
         assert seen == ["pre", "post", "pre", "save", "load"]
 
     def test_closures_are_refused(self, method):
-        model, opt = make(method)
-        with pytest.raises(ValueError, match="opt.backward\\(losses\\), then opt.step\\(\\)"):
+        _model, opt = make(method)
+        with pytest.raises(ValueError, match=r"opt.backward\(losses\), then opt.step\(\)"):
             opt.step(lambda: 0.0)
 
     def test_repr_names_the_method_its_options_and_the_inner_optimizer(self, method):

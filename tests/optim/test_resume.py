@@ -110,8 +110,10 @@ class TestRefused:
         self.check(opt, other.state_dict(), ValueError, "this state_dict is of NENGM, not of ENGM")
 
     def test_of_a_plain_optimizer(self):
-        model, opt = make("engm", "batch")
-        self.check(opt, sgd(network()).state_dict(), ValueError, "a plain torch optimizer.*opt.optimizer.load_state_dict")
+        _model, opt = make("engm", "batch")
+        self.check(
+            opt, sgd(network()).state_dict(), ValueError, "a plain torch optimizer.*opt.optimizer.load_state_dict"
+        )
 
     @pytest.mark.parametrize("method", ["engm", "aengm"])
     def test_of_other_groups(self, method):

@@ -32,7 +32,8 @@ def test_any_shape(n, lead, p, d, trained, strided, dtype, seed):
     layer = nn.Linear(p, d, bias=trained != "no bias").to(dtype)
     if trained in ("weight", "bias"):
         getattr(layer, "bias" if trained == "weight" else "weight").requires_grad_(False)
-    x = tensor(n, *lead, 2 * p, seed=seed, dtype=dtype)[..., ::2] if strided else tensor(n, *lead, p, seed=seed, dtype=dtype)
+    step = 2 if strided else 1
+    x = tensor(n, *lead, step * p, seed=seed, dtype=dtype)[..., ::step]
     check(nn.Sequential(layer), losses_of(x, seed))
 
 

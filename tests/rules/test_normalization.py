@@ -39,7 +39,7 @@ def shaken(module, seed=0):
     seed=st.integers(0, 99),
 )
 def test_batch_norm(dims, n, channels, training, affine, tracked, between, seed):
-    """As the first layer, or between two others; it couples in training mode and, with no running statistics, always."""
+    """As the first layer, or between two others; couples in training mode and, without running statistics, always."""
     layer = shaken(BATCH_NORMS[max(dims, 1)](channels, affine=affine, track_running_stats=tracked), seed)
     layers = [layer]
     if between or not affine:
@@ -153,7 +153,8 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS)
 def test_float32_against_the_float64_truth(norm, training):
     layer = shaken(NORMS[norm]()).train(training)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), layer, nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(36, 5))
+    rest = [nn.GELU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(36, 5)]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), layer, *rest)
     check(net, losses_of(tensor(8, 3, 5, 5, dtype=torch.float32)), frozen=training and norm == "batch")
 
 
@@ -171,7 +172,9 @@ def test_input_that_is_not_contiguous(norm):
     check(nn.Sequential(shaken(NORMS[norm]())).double(), losses_of(x))
 
 
-@pytest.mark.parametrize(("norm", "frozen"), [(n, p) for n in NORMS for p in ("weight", "bias") if (n, p) != ("rms", "bias")])
+@pytest.mark.parametrize(
+    ("norm", "frozen"), [(n, "weight") for n in NORMS] + [(n, "bias") for n in NORMS if n != "rms"]
+)
 def test_one_parameter_frozen(norm, frozen):
     layer = shaken(NORMS[norm]())
     getattr(layer, frozen).requires_grad_(False)

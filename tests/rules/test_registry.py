@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import check, random_losses, tensor, truth, assert_measured
+from oracle import assert_measured, check, random_losses, tensor, truth
 from torch import nn
 
 import engm
@@ -225,9 +225,9 @@ def test_layer_without_a_rule_is_refused_by_name_and_kind():
             super().__init__()
             self.fc, self.odd = nn.Linear(5, 5), nn.Bilinear(5, 5, 5)
 
-    with pytest.raises(ValueError, match=r"'inner\.odd' \(Bilinear\).*register_rule\(Bilinear\).*requires_grad_\(False\)"):
-        net = nn.Module()
-        net.inner = Block()
+    net = nn.Module()
+    net.inner = Block()
+    with pytest.raises(ValueError, match=r"'inner\.odd' \(Bilinear\).*register_rule\(Bilinear\).*requires_grad_"):
         engm.GradNormModule(net)
 
 

@@ -28,6 +28,7 @@ class Split:
         return Split(self.inputs[rows], self.labels[rows])
 
     def to(self, device: torch.device | str) -> Split:
+        """The same examples on another device."""
         return Split(self.inputs.to(device), self.labels.to(device))
 
 
@@ -47,9 +48,8 @@ class Dataset:
     test: Split
 
     def to(self, device: torch.device | str) -> Dataset:
-        return Dataset(
-            self.name, self.classes, self.train.to(device), self.validation.to(device), self.test.to(device)
-        )
+        """All three splits on another device."""
+        return Dataset(self.name, self.classes, self.train.to(device), self.validation.to(device), self.test.to(device))
 
 
 def shuffled_rows(count: int, seed: int) -> Tensor:

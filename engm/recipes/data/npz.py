@@ -71,10 +71,10 @@ def _split(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], par
             "pixels are divided by 255 here, not before"
         )
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: y_{part} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}"
-        )
+        raise ValueError(f"{path}: y_{part} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     if not len(labels) or int(labels.min()) < 0:
-        raise ValueError(f"{path}: y_{part} must hold class indices from 0, and at least one; nothing else is trained on")
+        raise ValueError(
+            f"{path}: y_{part} must hold class indices from 0, and at least one; nothing else is trained on"
+        )
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
     return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
