@@ -1,6 +1,6 @@
 """How well each way of taking norms under training-mode batch norm reproduces the paper's weights and update.
 
-Trains a batch-norm ResNet-18 adversarially with ENGM (norms borrowed from the attack's last step), and at a few steps
+Trains a batch-norm network adversarially with ENGM, its norms borrowed from the attack's last step, and at a few steps
 computes every example's exact gradient, one backpropagation each. Against those it reports, for every mode of
 section 2.5 of the design, the correlation of the norms, the mean relative error of ``w_i`` and the cosine of
 ``sum_i w_i g_i`` with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
@@ -8,7 +8,8 @@ section 2.5 of the design, the correlation of the norms, the mean relative error
 The rows "default" use the engine as a user gets it: factors up to ``calibrate_every`` steps old. All other fitted rows
 are fitted on the 16 examples of a fresh draw from the very batch.
 
-    python benchmarks/fidelity.py --data DATA.npz --width 16 --steps 360 --out benchmarks/results/cpu/fidelity.json
+    python benchmarks/fidelity.py --out benchmarks/results/cpu/fidelity_digits.json --eps 0.2 --attack-steps 10
+    python benchmarks/fidelity.py --data CIFAR10.npz --out benchmarks/results/cpu/fidelity_cifar10.json
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import engm
 from engm.exact import exact_squared_norms
 from engm.graph import trace
 from engm.measurement import calibrated_squared_norms, measure_traced
-from engm.recipes.models.resnet import resnet18
+from engm.recipes.models.resnet import resnet18, small_resnet
 from engm.session import Session
 
 
@@ -46,40 +45,19 @@ def load(name: str) -> tuple[Tensor, Tensor]:
     return images, torch.tensor(archive["y_train"][:8000]).long()
 
 
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Training-mode batch norm whose running statistics do not move."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [(m, m.momentum) for m in norms]
-    counts = [(m, m.num_batches_tracked.clone()) for m in norms]
-    try:
-        for m in norms:
-            m.train()
-            m.momentum = 0.0
-        yield
-    finally:
-        for m, momentum in momenta:
-            m.momentum = momentum
-            m.eval()
-        for m, count in counts:
-            m.num_batches_tracked.copy_(count)
-
-
 def attack(
     model: engm.GradNormModule, x: Tensor, y: Tensor, args: argparse.Namespace
 ) -> tuple[Tensor, engm.Measurement]:
     """PGD with random start; the last step measures. Returns the adversarial examples and the measurement.
 
-    ``args.statistics``: "evaluation" and "training" attack in that mode throughout; "last" attacks in evaluation mode
-    and takes its last step in training mode, with the running statistics put back.
+    ``args.statistics`` is the network's mode during the attack: "evaluation" or "training".
     """
     delta = (torch.rand_like(x) * 2 - 1) * args.eps
     model.train(args.statistics == "training")
     for step in range(args.attack_steps):
         at = (x + delta).clamp(0, 1).requires_grad_()
         if step == args.attack_steps - 1:
-            with batch_statistics(model) if args.statistics == "last" else nullcontext():
-                measured = engm.measure(model, F.cross_entropy(model(at), y, reduction="none"), at)
+            measured = engm.measure(model, F.cross_entropy(model(at), y, reduction="none"), at)
             gradient = measured.input_grads
         else:
             with model.paused():
@@ -192,7 +170,7 @@ def judge_borrowed(
 
 
 def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
-    """Probe afresh for the own pass, as happens every ``calibrate_every`` steps of a run."""
+    """Probe afresh for the own pass, as a run with one does when its factors are due."""
     losses = F.cross_entropy(model(x), y, reduction="none")
     traced = trace(losses)
     model.calibration.forget()
@@ -204,11 +182,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole study; returns what the JSON holds."""
     torch.manual_seed(args.seed)
     images, labels = load(args.data)
-    net: nn.Module = resnet18(width=args.width, in_channels=images.shape[1])
+    make = small_resnet if args.data == "digits" else resnet18
+    net: nn.Module = make(width=args.width, in_channels=images.shape[1])
     model = engm.GradNormModule(net)  # trains, with norms borrowed from an attack in evaluation mode
     own = engm.GradNormModule(net)  # calibrates as a run with its own norm pass would
     sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    opt = engm.ENGM(model, sgd, alpha=engm.alpha_for(net))
+    opt = engm.ENGM(model, sgd, alpha=args.alpha)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(labels), generator=generator)
     batches = [order[i : i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
@@ -217,27 +196,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         chosen = batches[step % len(batches)]
         x, y = images[chosen], labels[chosen]
         x_adv, measured = attack(model, x, y, args)
-        due, look = step % model.calibration.every == 0, step in args.at
-        if due or look:  # side runs that train nothing: their buffers are put back
-            keep = {k: v.clone() for k, v in net.state_dict().items()}
-            if due:
-                calibrate(own, x_adv, y)
-            record = {"step": step, **judge_own(own, x_adv, y, generator)} if look else {}
-            net.load_state_dict(keep)
+        draws = model.calibration.probe.draws
         losses = F.cross_entropy(model(x_adv), y, reduction="none")
-        if args.method == "own":
-            opt.backward(losses)
-        else:
-            opt.backward(losses, measurement=measured)
-        if look:
-            keep = {k: v.clone() for k, v in net.state_dict().items()}
-            if args.method == "borrowed":
-                record["modes"] |= judge_borrowed(model, x_adv, y, measured, generator)
-            net.load_state_dict(keep)
+        opt.backward(losses, measurement=measured)
+        keep = {k: v.clone() for k, v in net.state_dict().items()}
+        if model.calibration.probe.draws > draws:  # a run with its own pass would calibrate at the same steps
+            calibrate(own, x_adv, y)
+        if step in args.at:
+            record = {"step": step, "loss": losses.mean().item(), **judge_own(own, x_adv, y, generator)}
+            record["modes"] |= judge_borrowed(model, x_adv, y, measured, generator)
             records.append(record)
             print(
-                f"step {step}: mean exact norm {record['mean_exact_norm']:.2f}, loss {losses.mean().item():.3f}",
-                flush=True,
+                f"step {step}: mean exact norm {record['mean_exact_norm']:.2f}, loss {record['loss']:.3f}", flush=True
             )
             for name, values in record["modes"].items():
                 print(
@@ -246,6 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     ),
                     flush=True,
                 )
+        net.load_state_dict(keep)  # what was run on the side leaves no trace in the running statistics
         opt.step()
         opt.zero_grad()
     return {
@@ -274,11 +245,11 @@ def main() -> None:
     parser.add_argument("--data", default="digits", help="digits, or an .npz with x_train and y_train")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=360)
-    parser.add_argument("--at", type=int, nargs="*", default=[20, 60, 90, 140, 199, 240, 290, 360])
+    parser.add_argument("--steps", type=int, default=299)
+    parser.add_argument("--at", type=int, nargs="*", default=[20, 75, 130, 185, 240, 299])
     parser.add_argument("--attack-steps", type=int, default=5)
-    parser.add_argument("--statistics", choices=["evaluation", "training", "last"], default="evaluation")
-    parser.add_argument("--method", choices=["borrowed", "own"], default="borrowed", help="what the run trains with")
+    parser.add_argument("--alpha", type=float, default=5.0, help="what the run trains with; half of an early mean norm")
+    parser.add_argument("--statistics", choices=["evaluation", "training"], default="training")
     parser.add_argument("--eps", type=float, default=8 / 255)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)

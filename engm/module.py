@@ -33,7 +33,7 @@ class GradNormModule(nn.Module):
         batch_norm: what a norm means where training-mode batch norm couples the examples. ``"calibrated"``: one
             backward pass with frozen statistics, mapped to the exact norms by one factor per parameter tensor;
             ``"frozen"``: that pass, raw; ``"exact"``: one backpropagation per example (the paper to the letter, slow).
-        calibrate_every: steps between two calibrations.
+        calibrate_every: training steps between two calibrations; at first an eighth, a quarter, a half of that.
         calibrate_examples: examples whose exact gradients a calibration computes.
         strict: check each new graph structure once for influence between examples and for parameters used outside
             of captured layers.

@@ -227,3 +227,16 @@ class TestOnANetwork:
         engm.per_example_grad_norms(model, losses)
         assert model.calibration.probe.draws == 1
         assert int(self.net[1].num_batches_tracked) == before
+
+
+def test_a_young_network_is_probed_more_often():
+    calibration = Calibration(50, 4)
+    parameters = [("w", torch.ones(3, requires_grad=True))]
+    when = []
+    for step in range(150):
+        losses = parameters[0][1].sum() * torch.arange(1.0, 5.0)
+        before = calibration.probe.draws
+        calibration.factors("frozen", torch.ones(1, 4), losses, parameters, count=True)
+        when += [step] * (calibration.probe.draws - before)
+        calibration.advance()
+    assert when == [0, 6, 18, 42, 90, 140]

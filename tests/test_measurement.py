@@ -230,9 +230,9 @@ def test_two_wrapped_models_in_one_loss():
     b = engm.GradNormModule(network(lambda c: nn.GroupNorm(2, c)))
 
     def losses(first, second):
-        return F.kl_div(
-            F.log_softmax(first(X), 1), F.log_softmax(second(X), 1), reduction="none", log_target=True
-        ).sum(1)
+        return F.kl_div(F.log_softmax(first(X), 1), F.log_softmax(second(X), 1), reduction="none", log_target=True).sum(
+            1
+        )
 
     found = losses(a, b)
     assert_measured(engm.measure(a, found), truth(a.unwrap(), lambda m: losses(m, b.unwrap())))

@@ -58,11 +58,8 @@ class LiveView:
         if self._live is not None:
             self._live.update(self._picture())
         elif all(epoch in run.validation for run in self._demo.runs):
-            figures = "   ".join(
-                f"{run.label} {run.validation[epoch].robust:6.1%} (loss {run.epochs[-1].loss:.2f})"
-                for run in self._demo.runs
-            )
-            self._console.print(f"epoch {epoch:3d}/{epochs}  PGD-20 validation:  {figures}")
+            figures = "  ".join(f"{run.label} {run.validation[epoch].robust:5.1%}" for run in self._demo.runs)
+            self._console.print(f"epoch {epoch:3d}/{epochs}  validation under PGD-20:  {figures}")
 
     def _picture(self) -> Group:
         figures = Table(box=None)

@@ -100,9 +100,9 @@ def table(demo: Demo) -> Table:
     result = Table(
         title=f"{demo.dataset.name}, PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}",
         box=SIMPLE_HEAD,
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    result.add_column("Method")
+    result.add_column("Method", no_wrap=True)
     for name in ("Natural", "Best", "Last", "Overfit", "s/step", "x MSGD", "in all", "mean w", "w < 1"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -129,8 +129,8 @@ def caption(demo: Demo) -> str:
     return (
         f"Test set of {examples} examples, looked at once. Best and Last: accuracy under PGD-20 of the checkpoint that "
         "was best on the validation set, and of the last; Natural: of the best. One standard error of these is "
-        f"{error:.1%}, and this is one seed: smaller differences say nothing. x MSGD: median over the batches; in all: "
-        "total training time."
+        f"{error:.1%}, and this is one seed: a few points of difference say nothing. x MSGD: median over the batches; "
+        "in all: total training time."
     )
 
 

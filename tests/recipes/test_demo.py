@@ -136,7 +136,14 @@ def test_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--methods", "adam"], ["--methods", ""], ["--methods", "msgd,msgd"], ["--epochs", "0"], ["--alpha", "-1"]],
+    [
+        ["--methods", "adam"],
+        ["--methods", ""],
+        ["--methods", "msgd,msgd"],
+        ["--epochs", "0"],
+        ["--alpha", "-1"],
+        ["--batch-size", "641"],
+    ],
 )
 def test_command_with_bad_arguments(arguments: list[str], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", *arguments, "--out", str(tmp_path / "out")])
