@@ -111,7 +111,7 @@ class Trainer:
     Args:
         model: a :class:`engm.GradNormModule`.
         optimizer: one of engm's outer optimizers over ``model``.
-        attack: run in evaluation mode, under this trainer's own noise generator.
+        attack: run in the mode that it asks for, under this trainer's own noise generator.
         objective: the training loss.
         seed: of the attack noise; trainers with the same seed draw the same noise.
         borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
