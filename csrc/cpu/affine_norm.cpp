@@ -16,18 +16,29 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 64;
 
+// Pointer and steps of a 3-d tensor, taken once: a row may be as short as 16 elements, and there are n·C of them.
+template <typename T>
+struct View {
+  const T* data = nullptr;
+  int64_t step[3] = {0, 0, 0};  // 0 along broadcast dimensions
+
+  explicit View(const at::Tensor& t) {
+    if (!t.defined()) return;
+    data = t.const_data_ptr<T>();
+    for (int64_t i = 0; i < 3; ++i) step[i] = t.size(i) > 1 ? t.stride(i) : 0;
+  }
+  const T* at(int64_t i, int64_t j) const { return data ? data + i * step[0] + j * step[1] : nullptr; }
+};
+
 template <typename T>
 struct Affine {
   at::Tensor x, gy, mean, rstd;  // 3-d, last dimension of x and gy dense; mean may be undefined
+  View<T> x_view{x}, gy_view{gy}, mean_view{mean}, rstd_view{rstd};
 
   // The row [i, j, :] of length `length`.
   AffineRow<T> row(int64_t i, int64_t j, int64_t length) const {
-    const auto at = [&](const at::Tensor& t) {
-      return t.const_data_ptr<T>() + (t.size(0) > 1 ? i * t.stride(0) : 0) + (t.size(1) > 1 ? j * t.stride(1) : 0);
-    };
-    const auto step = [](const at::Tensor& t) { return static_cast<int64_t>(t.size(2) > 1); };
-    return {at(x), at(gy), mean.defined() ? at(mean) : nullptr, at(rstd), mean.defined() ? step(mean) : 0, step(rstd),
-            length};
+    return {x_view.at(i, j), gy_view.at(i, j), mean_view.at(i, j), rstd_view.at(i, j),
+            mean_view.step[2], rstd_view.step[2], length};
   }
 };
 
