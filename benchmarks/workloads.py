@@ -24,7 +24,7 @@ def vgg(width: int, norm: str) -> nn.Module:
         out = factor * width
         layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
         layers.append(nn.BatchNorm2d(out) if norm == "batch" else nn.GroupNorm(8, out))
-        layers.append(nn.ReLU(inplace=True))
+        layers.append(nn.ReLU())  # in place it breaks the module backward hooks of Opacus
         if position:
             layers.append(nn.MaxPool2d(2))
         channels = out
