@@ -32,37 +32,4 @@ at::Tensor scaled_accumulate(const OptionalTensor& a_in, const at::Tensor& b_in,
   return at::mm(left.t(), right);
 }
 
-OptionalTensor check_clip(const at::Tensor& squared_norms, double alpha, const OptionalTensor& factors) {
-  TORCH_CHECK(squared_norms.dim() == 2, "clip_weights: expected squared_norms [layers, n], got ", squared_norms.sizes(),
-              ". Stack the layers' [n] vectors.");
-  TORCH_CHECK(squared_norms.is_floating_point(), "clip_weights: squared_norms must be floating point, got ",
-              squared_norms.scalar_type(), ".");
-  TORCH_CHECK(alpha > 0, "clip_weights: alpha must be positive (inf for no clipping), got ", alpha, ".");
-  if (!factors) return std::nullopt;
-  TORCH_CHECK(factors->dim() == 1 && factors->size(0) == squared_norms.size(0),
-              "clip_weights: expected one factor for each of the ", squared_norms.size(0), " layers, got factors ",
-              factors->sizes(), ".");
-  return factors->to(squared_norms.device(), at::kDouble).contiguous();
-}
-
-Form parse_form(std::string_view form, bool corrected) {
-  if (form == "direct") return Form::kDirect;
-  if (form == "gram") {
-    TORCH_CHECK(!corrected, "form=\"gram\" has no batch-norm correction. Use form=\"auto\" or \"direct\" with one.");
-    return Form::kGram;
-  }
-  TORCH_CHECK(form == "auto", "form must be \"auto\", \"direct\" or \"gram\", got \"", std::string(form), "\".");
-  return corrected ? Form::kDirect : Form::kAuto;
-}
-
-at::ScalarType compute_type(const at::Tensor& a, const at::Tensor& b, const char* op) {
-  TORCH_CHECK(a.scalar_type() == b.scalar_type() && a.device() == b.device(), op,
-              ": both operands must have one dtype and device, got ", a.scalar_type(), " on ", a.device(), " and ",
-              b.scalar_type(), " on ", b.device(), ".");
-  const at::ScalarType type = a.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op,
-              ": expected float32, float64, float16 or bfloat16, got ", type, ".");
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 }  // namespace engm

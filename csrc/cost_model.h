@@ -3,28 +3,65 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
+
+#include "cuda/problem.h"
 
 namespace engm {
 
 enum class Form { kAuto, kDirect, kGram };
 
+// What the parts of both forms cost on one device, in units of one FLOP of its direct form on long sums. Times are sums
+// over parts, though some parts overlap: that keeps them linear in the constants, and so easy to fit (engm.tune).
+struct CostTable {
+  double tile_steps = 0;      // a tile of the direct form costs as much again as this many of its T steps
+  double direct_element = 0;  // an element of an operand that a tile reads
+  double gram_flop = 1;       // a FLOP of the Gram form
+  double gram_element = 0;    // an element that a band of the Gram form reads
+  double tap_flop = 0;        // one number added up in the sum over taps
+  double gram_block = 0;      // one pair of bands of positions, whatever its size
+double tile = 0;            // edge of the direct form's tiles on CUDA, where partial ones cost as much as whole ones
+};
+
 struct Cost {
-  double direct_flops = 0;  // of one example
+  double direct_flops = 0;  // of one example, without padding
   double gram_flops = 0;
   double elements = 0;  // of both operands, read once
   Form form = Form::kDirect;
+  // What a table's constants multiply: FLOPs, FLOPs of one step, elements; FLOPs, elements, numbers added, blocks.
+  std::array<double, 3> direct_parts{};
+  std::array<double, 4> gram_parts{};
+  double direct_time = 0;  // in the table's unit
+  double gram_time = 0;
 };
 
 const char* form_name(Form form);
 
+// The table in use on a device; the first use of a device asks the loader for a saved one.
+CostTable cpu_table();
+CostTable cuda_table(int device, cuda::Precision precision);
+
 // A [T, p] and B [T, d] of one example.
-Cost linear_cost(int64_t T, int64_t p, int64_t d);
+Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table = cpu_table());
 
 // Spatial values are 3-d, leading ones for fewer dimensions.
 Cost conv_cost(int64_t channels, int64_t out_channels, const std::array<int64_t, 3>& kernel,
                const std::array<int64_t, 3>& stride, const std::array<int64_t, 3>& padding,
                const std::array<int64_t, 3>& dilation, int64_t groups, const std::array<int64_t, 3>& input,
-               const std::array<int64_t, 3>& output);
+               const std::array<int64_t, 3>& output, const CostTable& table = cpu_table());
+
+// Tables by device: a CUDA device's index, or kCpuDevice, where precision makes no difference.
+constexpr int kCpuDevice = -1;
+CostTable builtin_table(int device, cuda::Precision precision);
+CostTable table_in_use(int device, cuda::Precision precision);
+// Without a precision: for all of them. Calls of the operators that run at the same time take the old or the new table.
+void set_table(int device, std::optional<cuda::Precision> precision, const CostTable& table, const std::string& source);
+// "built-in", or what set_table was told.
+std::string table_source(int device);
+// Forgets every table that was set; saved ones are asked for again.
+void reset_tables();
+// Called without locks once a device, on its first use.
+void set_table_loader(void (*loader)(int device));
 
 }  // namespace engm

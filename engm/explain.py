@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cost_table import describe, device_text
 from .module import GradNormModule
 from .rules import Rule, find_rule
 
@@ -50,10 +51,12 @@ class Explanation:
     Attributes:
         layers: one :class:`LayerPlan` a call, in the order of the forward pass.
         batch_norm: what norms mean where batch norms couple the examples.
+        cost_table: what the forms are chosen by: ``"built-in"`` or a file of :func:`engm.tune`, and the device.
     """
 
     layers: tuple[LayerPlan, ...]
     batch_norm: str
+    cost_table: str = "built-in (cpu)"
 
     @property
     def supported(self) -> bool:
@@ -85,7 +88,8 @@ class Explanation:
             for layer in self.layers
         ]
         widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-        lines = [
+        lines = [f"forms are chosen by the cost table: {self.cost_table}"]
+        lines += [
             "  ".join(
                 cell.rjust(w) if k in (4, 5) else cell.ljust(w)
                 for k, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -124,6 +128,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     plans: list[LayerPlan] = []
     handles = []
     called = set()
+    devices: set[str] = set()
     try:
         for name, module in net.named_modules():
             rule = find_rule(module)
@@ -136,6 +141,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
             ) -> None:
                 called.add(name)
                 plans.append(_plan(name, module, rule, args, kwargs, output))
+                if isinstance(output, Tensor):
+                    devices.add(device_text(output.device))
 
             handles.append(module.register_forward_hook(record, with_kwargs=True))
             if isinstance(rule, str):
@@ -150,7 +157,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     finally:
         for handle in handles:
             handle.remove()
-    return Explanation(tuple(plans), model.batch_norm if isinstance(model, GradNormModule) else "calibrated")
+    batch_norm = model.batch_norm if isinstance(model, GradNormModule) else "calibrated"
+    return Explanation(tuple(plans), batch_norm, describe(devices))
 
 
 def _plan(name: str, module: nn.Module, rule: Rule | str, args: Any, kwargs: Any, output: Any) -> LayerPlan:
@@ -160,7 +168,7 @@ def _plan(name: str, module: nn.Module, rule: Rule | str, args: Any, kwargs: Any
     activations = rule.activations(args, kwargs)
     if not isinstance(activations, Tensor) or not isinstance(output, Tensor):
         return LayerPlan(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")
-    cost = rule.cost(module, tuple(activations.shape), tuple(output.shape))
+    cost = rule.cost(module, tuple(activations.shape), tuple(output.shape), output.device, output.dtype)
     return LayerPlan(
         name,
         kind,

@@ -1,15 +1,35 @@
 """The cost model: FLOPs by formula, and the form that dispatch takes."""
 
+import threading
+
 import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
 
-from engm import _C
+import engm
+from engm import _C, ops, tuning
+
+PRECISIONS = ["tf32", "float32", "bfloat16", "float16", "float64"]
 
 
-def conv(channels, rows, size, kernel=3, stride=1, groups=1):
+@pytest.fixture(autouse=True)
+def _built_in_tables(monkeypatch):
+    """No saved table, and none that a test leaves behind."""
+    monkeypatch.setenv("ENGM_COST_TABLE", "built-in")
+    _C.reset_cost_tables()
+    yield
+    _C.reset_cost_tables()
+
+
+def conv(channels, rows, size, kernel=3, stride=1, groups=1, **where):
     padding = kernel // 2 if kernel != stride else 0
     out = (size + 2 * padding - kernel) // stride + 1
     two = lambda value: [value, value]  # noqa: E731
-    return _C.conv_cost(channels, rows, two(kernel), two(stride), two(padding), [1, 1], groups, two(size), two(out))
+    return _C.conv_cost(
+        channels, rows, two(kernel), two(stride), two(padding), [1, 1], groups, two(size), two(out), **where
+    )
 
 
 def test_linear_flops():
@@ -59,3 +79,216 @@ def test_one_dimensional_values_are_accepted():
     assert cost.direct_flops == 2 * 20 * 3 * 8 * 4
     with pytest.raises(ValueError, match="one to three"):
         _C.conv_cost(8, 4, [], [1], [1], [1], 1, [20], [20])
+
+
+SPACE = st.builds(
+    conv,
+    channels=st.sampled_from([4, 16, 64, 96]),
+    rows=st.sampled_from([4, 24, 64, 128]),
+    size=st.integers(3, 40),
+    kernel=st.sampled_from([1, 3, 5]),
+    stride=st.integers(1, 2),
+    groups=st.sampled_from([1, 2, 4]),
+    device=st.sampled_from(["cpu", "cuda:0"]),
+    precision=st.sampled_from(PRECISIONS),
+)
+
+
+@given(cost=SPACE)
+def test_every_layer_has_a_finite_time_and_takes_the_lesser(cost):
+    assert 0 < cost.direct_time < float("inf")
+    assert 0 < cost.gram_time < float("inf")
+    assert cost.form == ("gram" if cost.gram_time < cost.direct_time else "direct")
+
+
+@given(
+    T=st.integers(2, 300),
+    p=st.integers(1, 300),
+    d=st.integers(1, 300),
+    more=st.integers(0, 40),
+    device=st.sampled_from(["cpu", "cuda:0"]),
+    precision=st.sampled_from(PRECISIONS),
+)
+def test_more_work_never_takes_less_time(T, p, d, more, device, precision):
+    small = _C.linear_cost(T, p, d, device, precision)
+    for large in (
+        _C.linear_cost(T + more, p, d, device, precision),
+        _C.linear_cost(T, p + more, d, device, precision),
+        _C.linear_cost(T, p, d + more, device, precision),
+    ):
+        assert large.direct_time >= small.direct_time
+        assert large.gram_time >= small.gram_time
+
+
+@given(T=st.integers(2, 256), k=st.integers(1, 6), device=st.sampled_from(["cpu", "cuda:0"]))
+def test_wider_layers_never_leave_the_gram_form(T, k, device):
+    if _C.linear_cost(T, 128 * k, 128 * k, device, "tf32").form == "gram":
+        assert _C.linear_cost(T, 256 * k, 256 * k, device, "tf32").form == "gram"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cuda_forms(precision):
+    """What no data sheet leaves in doubt: few positions of wide layers go Gram, many of narrow ones direct."""
+    cuda = {"device": "cuda:0", "precision": precision}
+    assert _C.linear_cost(1, 64, 64, **cuda).form == "gram"
+    assert _C.linear_cost(16, 1024, 1024, **cuda).form == "gram"
+    assert _C.linear_cost(4096, 64, 64, **cuda).form == "direct"
+    assert conv(512, 512, 4, **cuda).form == "gram"
+    assert conv(64, 64, 32, **cuda).form == "direct"
+    assert conv(3, 64, 32, **cuda).form == "direct"
+
+
+def test_cuda_pays_for_whole_tiles():
+    """A partial tile of the direct form costs as much as a whole one; FLOPs are counted without padding."""
+    part, whole = conv(50, 40, 16, device="cuda:0"), conv(64, 64, 16, device="cuda:0")
+    assert part.direct_parts[0] == whole.direct_parts[0] == whole.direct_flops
+    assert part.direct_flops < whole.direct_flops
+    narrow = conv(3, 64, 16, device="cuda:0")
+    assert narrow.direct_parts[0] == pytest.approx(conv(8, 64, 16, device="cuda:0").direct_flops * 8 / 6)
+    linear = _C.linear_cost(64, 100, 120, "cuda:0", "tf32")
+    assert linear.direct_parts[0] == 2 * 64 * 128 * 128
+    assert _C.linear_cost(64, 100, 70, "cuda:0", "float64").direct_parts[0] == 2 * 64 * 128 * 96
+
+
+def test_cuda_bands():
+    """Bands have at most 64 positions and 128 pixels; a pair of them is a block; symmetric products are halved."""
+    flops, read, added, blocks = conv(64, 32, 8, device="cuda:0").gram_parts
+    assert (added, blocks) == (9 * 10 * 256, 1)
+    assert flops == 2 * 10 * 256 * (64 + 32 + 1)
+    assert read == 64 * (64 + 32)
+    assert conv(64, 32, 16, device="cuda:0").gram_parts[3] == 4 * 5 / 2
+    patches = conv(3, 64, 64, kernel=16, stride=16, device="cuda:0")  # 256 pixels a position: one tap after the other
+    assert patches.gram_parts[2] == 256 * 256
+    assert _C.linear_cost(128, 64, 64, "cuda:0").gram_parts[3] == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_times_are_parts_times_constants(device):
+    layer = conv(24, 40, 9, device=device)
+    table = _C.cost_table(device)
+    timing = tuning.Timing(
+        {"direct": layer.direct_parts, "gram": layer.gram_parts}, {"direct": layer.direct_time, "gram": layer.gram_time}
+    )
+    assert timing.pick(table) == layer.form
+    assert timing.regret(table) == 0
+
+
+# Tables that are set at run time.
+
+GRAM_IS_FREE = {"gram_flop": 0, "gram_element": 0, "tap_flop": 0, "gram_block": 0}
+GRAM_IS_DEAR = {"gram_block": 1e18}
+
+
+def taken(call):
+    """The form that an operator dispatches to, from the bits of its result.
+
+    Examples whose Gram terms cancel are done again in direct form, and then the bits are the same.
+    """
+    auto, direct, gram = call("auto"), call("direct"), call("gram")
+    assume(not torch.equal(direct, gram))
+    return "direct" if torch.equal(auto, direct) else "gram" if torch.equal(auto, gram) else None
+
+
+@given(
+    n=st.integers(8, 24),
+    T=st.integers(2, 40),
+    p=st.integers(8, 64),
+    table=st.sampled_from([{}, GRAM_IS_FREE, GRAM_IS_DEAR]),
+)
+def test_linear_dispatch_is_what_explain_shows(n, T, p, table):
+    _C.reset_cost_tables()
+    _C.set_cost_table("cpu", table)
+    a, b = torch.randn(n, T, p), torch.randn(n, T, 32)
+    (layer,) = engm.explain(nn.Sequential(nn.Linear(p, 32)), a[: 1 + n // 2]).layers
+    assert taken(lambda form: ops.linear_norm_sq(a, b, form)) == layer.form
+    if table:
+        assert layer.form == ("gram" if table is GRAM_IS_FREE else "direct")
+
+
+@given(
+    n=st.integers(8, 24),
+    side=st.integers(3, 12),
+    c=st.integers(4, 48),
+    table=st.sampled_from([{}, GRAM_IS_FREE, GRAM_IS_DEAR]),
+)
+def test_conv_dispatch_is_what_explain_shows(n, side, c, table):
+    _C.reset_cost_tables()
+    _C.set_cost_table("cpu", table)
+    x, gy = torch.randn(n, c, side, side), torch.randn(n, 32, side, side)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    (layer,) = engm.explain(nn.Sequential(nn.Conv2d(c, 32, 3, padding=1)), x[: 1 + n // 2]).layers
+    assert taken(lambda form: ops.conv_norm_sq(x, gy, *geometry, form=form)) == layer.form
+    if table:
+        assert layer.form == ("gram" if table is GRAM_IS_FREE else "direct")
+
+
+def test_explain_names_the_table():
+    x, net = torch.randn(2, 4), nn.Sequential(nn.Linear(4, 4))
+    assert engm.explain(net, x).cost_table == "built-in (cpu)"
+    _C.set_cost_table("cpu", GRAM_IS_FREE, source="/a/file.json")
+    plan = engm.explain(net, x)
+    assert plan.cost_table == "/a/file.json (cpu)"
+    assert "/a/file.json (cpu)" in str(plan).splitlines()[0]
+
+
+def test_tables_are_kept_by_device_and_precision():
+    _C.set_cost_table("cuda:1", {"tap_flop": 3}, "tf32")
+    assert _C.cost_table("cuda:1", "tf32")["tap_flop"] == 3
+    assert _C.cost_table("cuda:1", "float64") == _C.cost_table("cuda:1", "float64", builtin=True)
+    assert _C.cost_table("cuda:0", "tf32") == _C.cost_table("cuda:0", "tf32", builtin=True)
+    _C.set_cost_table("cuda", {"gram_flop": 7})
+    assert all(_C.cost_table("cuda:0", precision)["gram_flop"] == 7 for precision in PRECISIONS)
+    assert _C.cost_table("cpu") == _C.cost_table("cpu", builtin=True)
+    assert (_C.cost_table_source("cuda:0"), _C.cost_table_source("cpu")) == ("set by hand", "built-in")
+    _C.reset_cost_tables()
+    assert _C.cost_table_source("cuda:1") == "built-in"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _C.set_cost_table("cpu", {"speed": 1}), "'speed' is no constant of the cost model; it has tile_steps"),
+        (lambda: _C.set_cost_table("cpu", {"gram_flop": -1}), "'gram_flop' must be finite and not negative, got -1"),
+        (lambda: _C.set_cost_table("cpu", {"gram_flop": float("nan")}), "finite"),
+        (lambda: _C.set_cost_table("tpu", {}), "device must be"),
+        (lambda: _C.cost_table("cuda:x"), "device must be"),
+        (lambda: _C.linear_cost(2, 2, 2, "cuda:0", "int8"), "precision must be"),
+    ],
+)
+def test_bad_tables_change_nothing(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert _C.cost_table("cpu") == _C.cost_table("cpu", builtin=True)
+
+
+def test_tables_may_change_while_operators_run():
+    a, b = torch.randn(8, 16, 32), torch.randn(8, 16, 32)
+    known = [ops.linear_norm_sq(a, b, form) for form in ("direct", "gram")]
+    stop = threading.Event()
+
+    def flip():
+        while not stop.is_set():
+            _C.set_cost_table("cpu", GRAM_IS_FREE)
+            _C.set_cost_table("cpu", GRAM_IS_DEAR)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        results = [ops.linear_norm_sq(a, b) for _ in range(300)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all(any(torch.equal(result, each) for each in known) for result in results)
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [("tf32", "tf32"), ("ieee", "float32")])
+def test_float32_on_cuda_follows_the_backends(allowed, precision):
+    matmul, conv2d = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv2d.fp32_precision
+    try:
+        matmul.fp32_precision = conv2d.fp32_precision = allowed
+        assert _C.cuda_precision("float32", False) == _C.cuda_precision("float32", True) == precision
+    finally:
+        matmul.fp32_precision, conv2d.fp32_precision = before
+    assert _C.cuda_precision("bfloat16", True) == "bfloat16"
+    assert _C.cuda_precision("float64", False) == "float64"

@@ -95,9 +95,10 @@ def test_what_is_not_supported_and_why():
 
 def test_prints_as_a_table():
     lines = str(engm.explain(network(), X)).splitlines()
-    assert len(lines) == 2 + 5 + 1
-    assert lines[0].split() == ["layer", "type", "rule", "form", "MFLOP", "kB"]
-    assert "couples the batch" in lines[3]
+    assert len(lines) == 1 + 2 + 5 + 1
+    assert lines[0] == "forms are chosen by the cost table: built-in (cpu)"
+    assert lines[1].split() == ["layer", "type", "rule", "form", "MFLOP", "kB"]
+    assert "couples the batch" in lines[4]
     assert "second backward pass" in lines[-1]
     assert "one pass" in str(engm.explain(network().eval(), X)).splitlines()[-1]
     assert all(line == line.rstrip() for line in lines)

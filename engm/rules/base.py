@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..terms import PerExampleGradient, Term
+
+CPU = torch.device("cpu")
 
 UserRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -87,8 +90,15 @@ class Rule:
         """
         raise TypeError(f"{type(self).__name__} must define terms")
 
-    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
-        """Cost of the norm for one example, from shapes (first dimension: the batch)."""
+    def cost(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        """Cost of the norm for one example, from shapes (first dimension: the batch) and what it runs on."""
         size = 1
         for length in output_shape[1:]:
             size *= length

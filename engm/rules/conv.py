@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _C
+from ..cost_table import cost_arguments
 from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term, accumulation_dtype
-from .base import Cost, Rule, add_rule
+from .base import CPU, Cost, Rule, add_rule
 
 
 def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry]:
@@ -64,7 +65,14 @@ class ConvRule(Rule):
             terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
         return terms
 
-    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
+    def cost(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
         padded, geometry = padded_input(module, torch.empty(input_shape, device="meta"))
         return Cost.from_model(
             _C.conv_cost(
@@ -77,5 +85,6 @@ class ConvRule(Rule):
                 geometry.groups,
                 tuple(padded.shape[2:]),
                 output_shape[2:],
+                **cost_arguments(device, dtype, convolution=True),
             )
         )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _C
+from ..cost_table import cost_arguments
 from ..terms import LinearFactors, PerExampleGradient, Term, accumulation_dtype
-from .base import Cost, Rule, add_rule
+from .base import CPU, Cost, Rule, add_rule
 
 
 @add_rule(nn.Linear)
@@ -38,5 +40,13 @@ class LinearRule(Rule):
             terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
         return terms
 
-    def cost(self, module: nn.Module, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Cost:
-        return Cost.from_model(_C.linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1]))
+    def cost(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        where = cost_arguments(device, dtype, convolution=False)
+        return Cost.from_model(_C.linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], **where))

@@ -1,0 +1,38 @@
+// A convolution, or a linear layer (one tap, T "pixels"), in plain numbers. 1-d and 2-d problems are 3-d ones with
+// leading sizes of 1.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace engm {
+
+using Space = std::array<int64_t, 3>;
+
+struct ConvShape {
+  int64_t n = 0, channels = 0, out_channels = 0, groups = 1;
+  Space in{1, 1, 1}, out{1, 1, 1}, kernel{1, 1, 1}, stride{1, 1, 1}, padding{0, 0, 0}, dilation{1, 1, 1};
+
+  static int64_t volume(const Space& s) { return s[0] * s[1] * s[2]; }
+  int64_t positions() const { return volume(out); }  // T
+  int64_t pixels() const { return volume(in); }
+  int64_t taps() const { return volume(kernel); }
+  Space padded() const {
+    return {in[0] + 2 * padding[0], in[1] + 2 * padding[1], in[2] + 2 * padding[2]};
+  }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_rows() const { return out_channels / groups; }
+  // Element (z, y, x) of the zero-padded image, as one index.
+  int64_t padded_index(int64_t z, int64_t y, int64_t x) const {
+    const Space p = padded();
+    return (z * p[1] + y) * p[2] + x;
+  }
+  // Padded index of every pixel [pixels].
+  std::vector<int64_t> pixel_index() const;
+  // Padded index of the first tap of every output position [T], and of every tap relative to the first [taps].
+  std::vector<int64_t> position_index() const;
+  std::vector<int64_t> tap_index() const;
+};
+
+}  // namespace engm

@@ -1,0 +1,10 @@
+// The cost model and its tables in Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace engm {
+
+void bind_cost_model(pybind11::module_& m);
+
+}  // namespace engm

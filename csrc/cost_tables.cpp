@@ -1,0 +1,115 @@
+// The constants of every device: what is built in, and what Python sets at run time.
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <set>
+
+#include "cost_model.h"
+
+namespace engm {
+namespace {
+
+using cuda::Precision;
+
+constexpr Precision kPrecisions[] = {Precision::kTf32, Precision::kFloat32, Precision::kBFloat16, Precision::kFloat16,
+                                     Precision::kFloat64};
+
+// Fitted to one Cascade Lake core (4×4 to 20×20 maps of 16 to 256 channels, linear layers with T = 2 … 196; about
+// 110 GFLOP/s). Products of the Gram form are small and its triangles ragged; it copies, centres and copies again every
+// element of its operands, about 2 ns each; the sum over taps reads from cache.
+CostTable builtin_cpu() {
+  CostTable table;
+  table.tile_steps = 12, table.gram_flop = 2, table.gram_element = 250, table.tap_flop = 16;
+  return table;
+}
+
+// Reasoned from data sheets, NOT measured: mma.sync at a third of the peak is about 700 TF32 FLOPs a clock and
+// multiprocessor of an H100 and 340 of an A100. In that time L2 brings it some 24 to 40 bytes (6 to 10 elements, 40 to
+// 120 FLOPs each; half of it hidden behind the products in the direct form's pipeline) and shared memory serves 32
+// loads, of which a number added over taps takes one and a half with its offsets (15 to 33 FLOPs). A block of either
+// form starts, fills its pipeline and adds up its warps' sums in about 1,500 clocks, most of them shared with another
+// block: some 8 steps of a tile of the direct form, 7e5 FLOPs of the Gram form.
+CostTable builtin_cuda(Precision precision) {
+  double rate = 1, width = 4;  // FLOPs against TF32, bytes of an element
+  if (precision == Precision::kFloat32) rate = 1.0 / 3;
+  if (precision == Precision::kFloat64) rate = 1.0 / 8, width = 8;
+  if (precision == Precision::kBFloat16 || precision == Precision::kFloat16) rate = 2, width = 2;
+  CostTable table;
+  table.tile = precision == Precision::kFloat64 ? 32 : 64;
+  table.tile_steps = 8 * rate;
+  table.direct_element = 40 * rate * width / 4;
+  table.gram_flop = 1.5;  // short sums, little reuse of fragments
+  table.gram_element = 80 * rate * width / 4;
+  table.tap_flop = 32 * rate * (precision == Precision::kFloat64 ? 2 : 1);  // the Gram matrix holds sums, not operands
+  table.gram_block = 7e5 * rate;
+  return table;
+}
+
+struct Tables {
+  std::mutex mutex;
+  std::map<std::pair<int, Precision>, CostTable> set;
+  std::map<int, std::string> sources;
+  std::set<int> asked;  // devices whose saved table was looked for
+  void (*loader)(int device) = nullptr;
+};
+
+Tables& tables() {
+  static Tables all;
+  return all;
+}
+
+Precision key(int device, Precision precision) { return device == kCpuDevice ? Precision::kFloat32 : precision; }
+
+// The loader runs Python, which may wait for a thread that waits for the mutex: never call it with the mutex held.
+void load_once(int device) {
+  void (*loader)(int) = nullptr;
+  {
+    const std::lock_guard<std::mutex> lock(tables().mutex);
+    if (tables().loader == nullptr || !tables().asked.insert(device).second) return;
+    loader = tables().loader;
+  }
+  loader(device);
+}
+
+}  // namespace
+
+CostTable builtin_table(int device, Precision precision) {
+  return device == kCpuDevice ? builtin_cpu() : builtin_cuda(precision);
+}
+
+CostTable table_in_use(int device, Precision precision) {
+  load_once(device);
+  const std::lock_guard<std::mutex> lock(tables().mutex);
+  const auto found = tables().set.find({device, key(device, precision)});
+  return found == tables().set.end() ? builtin_table(device, precision) : found->second;
+}
+
+CostTable cpu_table() { return table_in_use(kCpuDevice, Precision::kFloat32); }
+CostTable cuda_table(int device, Precision precision) { return table_in_use(std::max(device, 0), precision); }
+
+void set_table(int device, std::optional<Precision> precision, const CostTable& table, const std::string& source) {
+  const std::lock_guard<std::mutex> lock(tables().mutex);
+  tables().asked.insert(device);
+  tables().sources[device] = source;
+  for (const Precision each : kPrecisions)
+    if (!precision || each == *precision || device == kCpuDevice) tables().set[{device, key(device, each)}] = table;
+}
+
+std::string table_source(int device) {
+  load_once(device);
+  const std::lock_guard<std::mutex> lock(tables().mutex);
+  const auto found = tables().sources.find(device);
+  return found == tables().sources.end() ? "built-in" : found->second;
+}
+
+void reset_tables() {
+  const std::lock_guard<std::mutex> lock(tables().mutex);
+  tables().set.clear(), tables().sources.clear(), tables().asked.clear();
+}
+
+void set_table_loader(void (*loader)(int device)) {
+  const std::lock_guard<std::mutex> lock(tables().mutex);
+  tables().loader = loader;
+}
+
+}  // namespace engm

@@ -1,0 +1,20 @@
+// How the CUDA kernels form products of a type: one answer for the dispatch and for what `explain` shows.
+#pragma once
+
+#include <ATen/Context.h>
+
+#include "cuda/problem.h"
+
+namespace engm {
+
+// float32 follows torch.backends.cuda.matmul.fp32_precision and torch.backends.cudnn.conv.fp32_precision.
+inline cuda::Precision precision_of(at::ScalarType type, bool convolution) {
+  if (type == at::kDouble) return cuda::Precision::kFloat64;
+  if (type == at::kBFloat16) return cuda::Precision::kBFloat16;
+  if (type == at::kHalf) return cuda::Precision::kFloat16;
+  const at::Float32Op op = convolution ? at::Float32Op::CONV : at::Float32Op::MATMUL;
+  const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
+  return tf32 ? cuda::Precision::kTf32 : cuda::Precision::kFloat32;
+}
+
+}  // namespace engm
