@@ -1,0 +1,215 @@
+"""Small problems that a mutation has to show in: each raises unless the operators are right.
+
+Operands are small integers: products and most sums are exact in every precision, and a single wrong element shows.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engm import reference
+
+CASES: dict[str, Callable[[Any, ctypes.CDLL], None]] = {}
+DTYPES = {"double": torch.float64, "float": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def for_each_dtype(function):
+    """One case a dtype, the name with the dtype's behind it."""
+    for name, dtype in DTYPES.items():
+        CASES[f"{function.__name__}_{name}"] = lambda ops, library, dtype=dtype: function(ops, dtype)
+    return function
+
+
+def operand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def check(got: Tensor, want: Tensor, tolerance: float | None = None) -> None:
+    tolerance = tolerance or {torch.float64: 1e-12, torch.float32: 3e-6}.get(got.dtype, 1e-2)
+    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+
+
+def conv(ops, x, gy, *geometry, form="direct"):
+    check(ops.conv_norm_sq(x, gy, *geometry, 1, form), reference.conv_norm_sq(x.double(), gy.double(), *geometry))
+
+
+@for_each_dtype
+def convolution(ops, dtype):
+    """Several steps, ragged tiles and halos, both memory orders, aligned and not."""
+    for channels, h, w in ((9, 14, 9), (40, 12, 11)):
+        x, gy = operand(2, channels, h, w, dtype=dtype), operand(2, 24, h, w, dtype=dtype)
+        last = [t.to(memory_format=torch.channels_last) for t in (x, gy)]
+        conv(ops, x, gy, [3, 3], [1, 1], [1, 1], [1, 1])
+        conv(ops, *last, [3, 3], [1, 1], [1, 1], [1, 1])
+
+
+@for_each_dtype
+def strided_convolution(ops, dtype):
+    x, gy = operand(1, 8, 13, 17, dtype=dtype), operand(1, 8, 7, 5, dtype=dtype)
+    conv(ops, x, gy, [3, 2], [2, 3], [2, 0], [2, 3])
+    x, gy = operand(1, 8, 5, 6, 7, dtype=dtype), operand(1, 8, 3, 6, 7, dtype=dtype)
+    conv(ops, x, gy, [3, 3, 3], [2, 1, 1], [1, 1, 1], [1, 1, 1])
+
+
+@for_each_dtype
+def linear(ops, dtype):
+    a, b = operand(2, 150, 40, dtype=dtype), operand(2, 150, 72, dtype=dtype)
+    check(ops.linear_norm_sq(a, b, "direct"), reference.linear_norm_sq(a.double(), b.double()))
+    for got, want in zip(ops.linear_grads(a, b), reference.linear_grads(a.double(), b.double()), strict=True):
+        check(got, want)
+
+
+@case
+def corrected(ops, _):
+    x, gy = operand(2, 9, 8, 8), operand(2, 11, 8, 8)
+    correction = {
+        "shift": operand(2, 11),
+        "patch_mean": operand(9, 3, 3),
+        "scale": operand(2, 11),
+        "correlation": operand(11, 9, 3, 3),
+    }
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    want = reference.conv_norm_sq(x, gy, *geometry, **correction)
+    check(ops.conv_norm_sq(x, gy, *geometry, "direct", **correction), want)
+    for got, want in zip(ops.conv_grads(x, gy, *geometry), reference.conv_grads(x, gy, *geometry), strict=True):
+        check(got, want)
+    x, gy, geometry = operand(1, 3, 4, 5, 6), operand(1, 4, 3, 4, 5), ([2, 2, 2], [1] * 3, [0] * 3, [1] * 3, 1)
+    for got, want in zip(ops.conv_grads(x, gy, *geometry), reference.conv_grads(x, gy, *geometry), strict=True):
+        check(got, want)
+
+
+@for_each_dtype
+def gram_of_linear(ops, dtype):
+    for T, p, d in ((100, 40, 24), (20, 150, 70)):
+        a, b = operand(2, T, p, dtype=dtype), operand(2, T, d, dtype=dtype)
+        check(ops.linear_norm_sq(a, b, "gram"), reference.linear_norm_sq(a.double(), b.double()), 1e-5)
+
+
+@for_each_dtype
+def gram_of_convolution(ops, dtype):
+    for channels, rows, size in ((20, 33, 5), (9, 8, 11)):
+        x, gy = operand(2, channels, size, size, dtype=dtype), operand(2, rows, size, size, dtype=dtype)
+        conv(ops, x, gy, [3, 3], [1, 1], [1, 1], [1, 1], form="gram")
+        last = [t.to(memory_format=torch.channels_last) for t in (x, gy)]
+        conv(ops, *last, [3, 3], [1, 1], [1, 1], [1, 1], form="gram")
+
+
+@for_each_dtype
+def gram_chunk_by_chunk(ops, dtype):
+    """More taps than fit at once; some of them see nothing but padding."""
+    x, gy = operand(1, 9, 13, 13, dtype=dtype), operand(1, 8, 2, 2, dtype=dtype)
+    conv(ops, x, gy, [12, 12], [1, 1], [0, 0], [1, 1], form="gram")
+    x, gy = operand(1, 2, 200, dtype=dtype), operand(1, 3, 349, dtype=dtype)
+    conv(ops, x, gy, [150], [1], [149], [1], form="gram")
+
+
+@for_each_dtype
+def rank_one(ops, dtype):
+    a, b = operand(3, 1, 700, dtype=dtype), operand(3, 1, 33, dtype=dtype)
+    check(ops.linear_norm_sq(a, b, "gram"), reference.linear_norm_sq(a.double(), b.double()), 1e-5)
+
+
+@for_each_dtype
+def depthwise(ops, dtype):
+    for kernel in (3, 4):
+        x = operand(2, 35, 9, 8, dtype=dtype)
+        gy = operand(2, 70, 9 - kernel + 3, 8 - kernel + 3, dtype=dtype)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            inputs = [t.contiguous(memory_format=memory) for t in (x, gy)]
+            geometry = ([kernel, kernel], [1, 1], [1, 1], [1, 1], 35)
+            want = reference.conv_norm_sq(x.double(), gy.double(), *geometry)
+            check(ops.conv_norm_sq(*inputs, *geometry, "direct"), want)
+
+
+@for_each_dtype
+def affine(ops, dtype):
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    for positions in (63, 64, 400):
+        x, gy = operand(3, 40, positions, dtype=dtype), operand(3, 40, positions, dtype=dtype)
+        mean, rstd = operand(1, 40, 1, dtype=sums), operand(1, 40, 1, dtype=sums)
+        wants = reference.affine_norm_sq(*(t.double() for t in (x, gy, mean, rstd)), 1)
+        for dim in (1, 2):
+            inputs = [t if dim == 1 else t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)]
+            for got, want in zip(ops.affine_norm_sq(*inputs, dim), wants, strict=True):
+                check(got, want)
+
+
+@for_each_dtype
+def embedding(ops, dtype):
+    indices, gy = torch.randint(0, 5, (2, 40)), operand(2, 40, 300, dtype=dtype)
+    for padding in (-1, 3):
+        check(ops.embedding_norm_sq(indices, gy, padding), reference.embedding_norm_sq(indices, gy.double(), padding))
+
+
+@for_each_dtype
+def weighting(ops, dtype):
+    # One aligned, one not, one of several tiles.
+    tensors = [operand(11, 5, 16, dtype=dtype), operand(11, 7, dtype=dtype), operand(11, 2500, dtype=dtype)]
+    weights = operand(11, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for name in ("scale_examples", "weighted_sums"):
+        wants = getattr(reference, name)([t.double() for t in tensors], weights.double())
+        for got, want in zip(getattr(ops, name)(tensors, weights), wants, strict=True):
+            check(got, want)
+
+
+@for_each_dtype
+def gemm(ops, dtype):
+    """Ragged tiles, and rows enough for several splits."""
+    for T, p, d in ((30, 140, 72), (300, 20, 9)):
+        a, b = operand(5, T, p, dtype=dtype), operand(5, T, d, dtype=dtype)
+        weights = torch.randint(-2, 3, (5,)).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        check(ops.weighted_gemm(a, b, weights), reference.weighted_gemm(a.double(), b.double(), weights.double()))
+
+
+@case
+def clipping(ops, _):
+    for dtype in (torch.float64, torch.float32):
+        arguments = (torch.rand(5, 300, dtype=dtype), 1.0, torch.rand(5, dtype=torch.float64))
+        for got, want in zip(ops.clip_weights(*arguments), reference.clip_weights(*arguments), strict=True):
+            check(got, want)
+
+
+@case
+def many_tiles(ops, _):
+    """More partial sums an example than a warp has lanes."""
+    a, b = operand(3, 3, 300), operand(3, 3, 300)
+    check(ops.linear_norm_sq(a, b, "direct"), reference.linear_norm_sq(a, b))
+
+
+# m, n, k of one instruction, in the order of fragments.cpp.
+POLICIES = {
+    "tf32": (16, 8, 8),
+    "tf32x3": (16, 8, 8),
+    "bfloat16": (16, 8, 16),
+    "float16": (16, 8, 16),
+    "float64": (8, 8, 4),
+}
+
+
+def policy(library, which, rows_of_k):
+    """test_fragments.py's products."""
+    m, n, k = (2 * size for size in list(POLICIES.values())[which])
+    a, b, rows = operand(k, m), operand(k, n), torch.randperm(k).int()
+    if which == 1:  # more than TF32 holds, so that the second product counts
+        a[0], b[1] = 4097.0, 4097.0
+    c = torch.empty(m, n, dtype=torch.float64)
+    library.product.restype = ctypes.c_char_p
+    error = library.product(which, rows_of_k, *(ctypes.c_void_p(t.data_ptr()) for t in (a, b, rows, c)))
+    if error:
+        raise RuntimeError(error.decode())
+    check(c, a.t() @ b)
+
+
+for index, name in enumerate(POLICIES):
+    for rows_of_k in (True, False):
+        CASES[f"policy_{name}_{'k' if rows_of_k else 'mn'}"] = lambda ops, library, index=index, rows_of_k=rows_of_k: (
+            policy(library, index, rows_of_k)
+        )

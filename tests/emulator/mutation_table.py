@@ -1,0 +1,183 @@
+"""The mutations, the cases that look at each file, and what cannot be caught."""
+
+from emulator.mutations import KERNELS, Mutation, barriers_and_waits
+
+POLICIES = ("tf32", "tf32x3", "bfloat16", "float64")
+DTYPES = ("double", "float", "bfloat16")
+
+
+def each(*names: str) -> tuple[str, ...]:
+    """Cases that come once a dtype."""
+    return tuple(f"{name}_{dtype}" for name in names for dtype in DTYPES)
+
+
+# Cases of mutation_cases.py, cheapest first; also the list of files whose barriers and waits are looked for.
+CASES = {
+    "direct_norm.cuh": (*each("linear", "convolution", "strided_convolution"), "corrected"),
+    "gram_norm.cuh": each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
+    "gram_product.cuh": each("gram_of_linear", "gram_of_convolution"),
+    "depthwise_norm.cuh": each("depthwise"),
+    "affine_norm.cuh": each("affine"),
+    "embedding_norm.cuh": each("embedding"),
+    "weighting.cuh": each("weighting"),
+    "weighted_gemm.cuh": each("gemm"),
+    "clip_weights.cuh": ("clipping",),
+    "sum_partials.cuh": ("many_tiles",),
+    "reduce.cuh": each("depthwise", "rank_one"),
+    "mma.cuh": tuple(f"policy_{name}_{rows}" for name in POLICIES for rows in ("k", "mn")),
+}
+
+# Barriers and waits that no test can miss, and why.
+HARMLESS: dict[str, str] = {}
+
+# file: (name, original, mutant[, occurrence]).
+WRITTEN: dict[str, list[tuple]] = {
+    "mma.cuh": [
+        ("sums' rows", "return (lane >> 2) + 8 * (e >> 1);", "return (lane >> 2) + 8 * (e & 1);"),
+        ("sums' columns", "return 2 * (lane & 3) + (e & 1);", "return 2 * (lane & 3) + (e >> 1);"),
+        ("tf32: rows of a", "return (lane & 3) + 4 * j;", "return (lane & 3) + 4 * (1 - j);", 0),
+        ("tf32: rows of b", "return (lane & 3) + 4 * j;", "return (lane & 3) + 4 * (1 - j);", 1),
+        ("tf32x3: rows of a", "return (lane & 3) + 4 * j;", "return (lane & 3) + 4 * (1 - j);", 2),
+        ("tf32x3: rows of b", "return (lane & 3) + 4 * j;", "return (lane & 3) + 4 * (1 - j);", 3),
+        ("tf32: column of a", "return lane >> 2;", "return lane & 7;", 0),
+        ("tf32: column of b", "return lane >> 2;", "return lane & 7;", 1),
+        (
+            "tf32: a's registers",
+            "a.r[0] = to_tf32(base[at[0]]), a.r[1] = to_tf32(base[at[0] + 8]);",
+            "a.r[1] = to_tf32(base[at[0]]), a.r[0] = to_tf32(base[at[0] + 8]);",
+        ),
+        (
+            "tf32: b's registers",
+            "b.r[0] = to_tf32(base[at[0]]), b.r[1] = to_tf32(base[at[1]]);",
+            "b.r[1] = to_tf32(base[at[0]]), b.r[0] = to_tf32(base[at[1]]);",
+        ),
+        (
+            "tf32: a's registers, rows of m",
+            "a.r[0] = to_tf32(p[0]), a.r[1] = to_tf32(p[8 * pitch]), a.r[2] = to_tf32(p[4])",
+            "a.r[0] = to_tf32(p[0]), a.r[2] = to_tf32(p[8 * pitch]), a.r[1] = to_tf32(p[4])",
+        ),
+        (
+            "tf32: b's registers, rows of n",
+            "b.r[0] = to_tf32(p[0]), b.r[1] = to_tf32(p[4]);",
+            "b.r[1] = to_tf32(p[0]), b.r[0] = to_tf32(p[4]);",
+        ),
+        ("tf32x3: no low part", "low = to_tf32(v - __uint_as_float(high));", "low = 0;"),
+        ("tf32x3: no low part of a", "mma_tf32(c, a.low, b.high);", ""),
+        ("tf32x3: no low part of b", "mma_tf32(c, a.high, b.low);", ""),
+        ("16 bits: rows of a", "return (lane & 7) + 8 * (lane >> 4);", "return (lane & 7) + 8 * ((lane >> 3) & 1);"),
+        ("16 bits: rows of b", "return lane & 15;", "return lane & 7;"),
+        ("16 bits: column of a", "return 8 * ((lane >> 3) & 1);", "return 8 * (lane >> 4);"),
+        ("16 bits: a not transposed", "load_matrix_x4_trans(a.r, base + at[0]);", "load_matrix_x4(a.r, base + at[0]);"),
+        ("16 bits: b not transposed", "load_matrix_x2_trans(b.r, base + at[0]);", "load_matrix_x2(b.r, base + at[0]);"),
+        ("16 bits: rows of m", "(lane & 15) * pitch + 8 * (lane >> 4)", "(lane & 15) * pitch + 8 * ((lane >> 3) & 1)"),
+        ("16 bits: rows of n", "(lane & 7) * pitch + 8 * ((lane >> 3) & 1)", "(lane & 7) * pitch"),
+        ("double: rows of a", "return lane & 3;", "return lane >> 3;", 0),
+        ("double: rows of b", "return lane & 3;", "return lane >> 3;", 1),
+        ("double: sums' columns", "return 2 * (lane & 3) + e;", "return (lane & 3) + 4 * e;"),
+        (
+            "double: rows of m",
+            "a.r = base[(lane >> 2) * pitch + (lane & 3)];",
+            "a.r = base[(lane & 3) * pitch + (lane >> 2)];",
+        ),
+        (
+            "double: rows of n",
+            "b.r = base[(lane >> 2) * pitch + (lane & 3)];",
+            "b.r = base[(lane & 3) * pitch + (lane >> 2)];",
+        ),
+    ],
+    "reduce.cuh": [
+        ("a lane counted twice", "v += shuffle_xor(v, mask);", "v += shuffle_xor(v, mask == 16 ? 8 : mask);"),
+        ("a warp left out", "total += scratch[w];", "if (w > 0) total += scratch[w];"),
+        ("warps in one place", "scratch[threadIdx.x / 32] = v;", "scratch[0] = v;"),
+    ],
+    "sum_partials.cuh": [("the last left out", "j < p.count", "j < p.count - 1")],
+    "direct_norm.cuh": [
+        (
+            "vectors without zero fill",
+            "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, bytes);",
+            "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, 16);",
+        ),
+        ("elements without zero fill", "from != nullptr && c < channels", "from != nullptr"),
+        ("one pixel too many", "unsigned(x) < unsigned(w)", "unsigned(x) <= unsigned(w)"),
+        ("one row of pixels too few", "unsigned(y) < unsigned(h)", "unsigned(y) + 1 < unsigned(h)"),
+        ("rows that are none", "position_pixel[e] = inside ? y << 16 | x : -1;", "position_pixel[e] = y << 16 | x;"),
+        ("no stride", "y * g.stride[1] * taps.halo_w + x * g.stride[2]", "y * taps.halo_w + x"),
+        ("no dilation", "y * g.dilation[1] * taps.halo_w + x * g.dilation[2]", "y * taps.halo_w + x"),
+        ("the halo one pixel short", "e < halo", "e < halo - 1"),
+        (
+            "the stage of the step before",
+            "step % Tile::kStages * stage + p.halo * Tile::kPitchX",
+            "(step + 1) % Tile::kStages * stage + p.halo * Tile::kPitchX",
+        ),
+        ("rows of gy", "k + P::a_row(lane, j)", "k + P::b_row(lane, j)"),
+        ("rows of x", "position_at[k + P::b_row(lane, j)]", "position_at[k + P::a_row(lane, j)]"),
+        ("column of x", "P::b_column(lane) + warp_c", "P::a_column(lane) + warp_c"),
+        ("column of gy", "P::a_column(lane) + warp_d", "P::b_column(lane) + warp_d"),
+        ("the last step not loaded", "step + Tile::kStages - 1 < steps", "step + Tile::kStages < steps"),
+        ("taps beyond the last", "if (!kAllTaps && tap >= count) break;", ""),
+        ("taps of the first slice", "taps.z * g.kernel[1] * g.kernel[2] + taps.first", "taps.first"),
+        (
+            "no padding",
+            "x0 * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]",
+            "x0 * g.stride[2] + taps.x * g.dilation[2]",
+        ),
+    ],
+    "gram_norm.cuh": [
+        ("pairs counted once", "Sum(diagonal && t == s ? 1 : 2)", "Sum(1)"),
+        ("below the diagonal too", "t >= rows || (diagonal && t > s)", "t >= rows"),
+        ("one band for the other", "side.set_positions(p, band);", "side.set_positions(p, u);"),
+        ("pixels outside", "return inside ? total : count;", "return total;"),
+        ("no row of zeros", "gram()[rows * p.gram_pitch + n] = 0;", ""),
+        ("no column of zeros", "gram()[m * p.gram_pitch + columns] = 0;", ""),
+    ],
+    "gram_product.cuh": [
+        ("vectors without zero fill", "valid * int(sizeof(E))", "16"),
+        ("elements without zero fill", "at >= 0 && c < left", "at >= 0"),
+        ("only the last turn", "to = now == 0 ? sum : to + sum;", "to = sum;"),
+        ("one row too few", "m >= rows_u || n >= rows_v", "m >= rows_u - 1 || n >= rows_v"),
+        ("only the first side's rows", "offset + side * tile_rows", "offset"),
+    ],
+    "weighted_gemm.cuh": [
+        ("one stage", "(step - first_step) % 2 * Tile::kStageElements", "0", 0),
+        ("no weights", "b.scale(static_cast<const Sum*>(g.weights), g.positions, step * Tile::kStep, g.rows);", ""),
+        (
+            "rows of b",
+            "P::a_row(lane, j) * Tile::kPitch + P::a_column(lane)",
+            "P::b_row(lane, j) * Tile::kPitch + P::a_column(lane)",
+        ),
+        (
+            "rows of a",
+            "P::b_row(lane, j) * Tile::kPitch + P::b_column(lane)",
+            "P::a_row(lane, j) * Tile::kPitch + P::b_column(lane)",
+        ),
+        ("the last row", "o < g.d && c < g.p", "o < g.d - 1 && c < g.p"),
+        ("the last split", "split < g.splits", "split < g.splits - 1"),
+    ],
+    "depthwise_norm.cuh": [
+        ("one pixel too many", "unsigned(w) < unsigned(g.in[2])", "unsigned(w) <= unsigned(g.in[2])"),
+        ("a warp left out", "w < Tile::kWarps", "w < Tile::kWarps - 1"),
+        ("the last tap", "lane == j && j < count", "lane == j && j < count - 1"),
+    ],
+    "affine_norm.cuh": [
+        ("a row left out", "r < rows", "r < rows - 1"),
+        ("the last position", "s < end", "s < end - 1"),
+    ],
+    "embedding_norm.cuh": [
+        ("no heads", "!(same && s < t)", "!(same && s <= t)"),
+        ("every position a head", "if (link & kNotHead) continue;", ""),
+        ("the padding counts", "p.padding_idx < 0 || mine != p.padding_idx", "true"),
+    ],
+    "weighting.cuh": [
+        ("a warp left out", "v < kWeightingWarps", "v < kWeightingWarps - 1"),
+        ("the next example's weight", "at >= t.per_example", "at > t.per_example"),
+    ],
+}
+
+MUTATIONS = [
+    mutation
+    for file in CASES
+    for mutation in (
+        *(Mutation(entry[0], file, *entry[1:]) for entry in WRITTEN.get(file, [])),
+        *barriers_and_waits(KERNELS / file, HARMLESS),
+    )
+]
