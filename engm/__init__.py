@@ -8,7 +8,7 @@ opt.step()
 opt.zero_grad()
 """
 
-from . import composed, ops, reference  # noqa: F401 (composed registers itself)
+from . import ops, reference
 from .build import __version__, build_info
 from .exact import naive_grad_norms
 from .explain import Explanation, explain
@@ -16,6 +16,7 @@ from .measurement import Measurement, measure, per_example_grad_norms
 from .module import GradNormModule
 from .optim import AENGM, ENGM, MSGD, NENGM, ExampleOptimizer, StepStats, alpha_for
 from .rules import register_rule
+from .tuning import CostTable, tune
 from .verify import VerifyReport, verify
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ENGM",
     "MSGD",
     "NENGM",
+    "CostTable",
     "ExampleOptimizer",
     "Explanation",
     "GradNormModule",
@@ -39,5 +41,6 @@ __all__ = [
     "per_example_grad_norms",
     "reference",
     "register_rule",
+    "tune",
     "verify",
 ]

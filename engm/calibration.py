@@ -36,7 +36,28 @@ class Probe:
         self.draws += 1
         indices = torch.randperm(losses.shape[0], generator=generator)[: self.examples].sort().values
         exact = exact_squared_norms(losses * loss_scale, parameters, indices.tolist()) / loss_scale**2
-        return indices.to(losses.device), exact
+        return indices.to(losses.device, non_blocking=True), exact
+
+
+class DeviceFlag:
+    """A truth value computed on the device, which the host reads once it has arrived and never waits for.
+
+    Args:
+        value: boolean, 0-dimensional.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if not value.is_cuda:
+            self._value = value
+            return
+        self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(value.device))
+
+    def known_false(self) -> bool:
+        """Whether the value has arrived and is false."""
+        return (self._arrived is None or self._arrived.query()) and not bool(self._value)
 
 
 @dataclass(frozen=True)
@@ -48,12 +69,18 @@ class Factors:
         values: ``[L]``, one factor a parameter tensor.
         taken: the training step at which they were taken.
         good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
+        sound: whether all of them could be taken, where that is not known yet.
     """
 
     names: tuple[str, ...]
     values: Tensor
     taken: int
     good_for: int
+    sound: DeviceFlag | None = None
+
+    def lifetime(self) -> int:
+        """``good_for``, or 0 once it is known that they could not be taken."""
+        return 0 if self.sound is not None and self.sound.known_false() else self.good_for
 
 
 class Calibration:
@@ -110,12 +137,13 @@ class Calibration:
         known = self._factors.get(mode)
         if known is not None and known.names != names:
             known = None
-        if known is None or (count and self.steps - known.taken >= known.good_for):
+        if known is None or (count and self.steps - known.taken >= known.lifetime()):
             old = None if known is None else known.values
-            good_for = min(2 * known.good_for, self.every) if known is not None and known.good_for else self._first
+            lifetime = 0 if known is None else known.lifetime()
+            good_for = min(2 * lifetime, self.every) if lifetime else self._first
             indices, exact = self.probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
-            values, usable = _ratio(exact, squared_norms.index_select(1, indices), old)
-            known = self._factors[mode] = Factors(names, values, self.steps, good_for if usable else 0)
+            values, sound = _ratio(exact, squared_norms.index_select(1, indices), old)
+            known = self._factors[mode] = Factors(names, values, self.steps, good_for, DeviceFlag(sound))
         return known.values.to(squared_norms)
 
     def forget(self) -> None:
@@ -125,7 +153,12 @@ class Calibration:
     def state_dict(self) -> dict[str, Any]:
         """Factors, steps and the number of draws; plain containers and tensors."""
         factors = {
-            mode: {"names": list(known.names), "values": known.values, "taken": known.taken, "good_for": known.good_for}
+            mode: {
+                "names": list(known.names),
+                "values": known.values,
+                "taken": known.taken,
+                "good_for": known.lifetime(),
+            }
             for mode, known in self._factors.items()
         }
         return {"draws": self.probe.draws, "steps": self.steps, "factors": factors}
@@ -140,8 +173,8 @@ class Calibration:
         self.probe.draws, self.steps, self._factors = draws, steps, factors
 
 
-def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor, bool]:
-    """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound.
+def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound (boolean, 0-dimensional).
 
     Each example's squares are divided by its whole exact squared norm first, so that every example counts alike. Plain
     sums follow the few with the largest gradients, and 16 examples are few: over a CIFAR-10 run the mean error of the
@@ -156,4 +189,4 @@ def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor,
     one = torch.ones_like(exact_sum)
     sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
     fresh = torch.where(measured_sum == 0, one, exact_sum / measured_sum)
-    return torch.where(sound, fresh, one if old is None else old.to(fresh)), bool(sound.all())
+    return torch.where(sound, fresh, one if old is None else old.to(fresh)), sound.all()

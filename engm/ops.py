@@ -16,9 +16,13 @@ __all__ = [
     "clip_weights",
     "conv_grads",
     "conv_norm_sq",
+    "embedding_norm_sq",
     "linear_grads",
     "linear_norm_sq",
+    "scale_examples",
     "scaled_accumulate",
+    "weighted_gemm",
+    "weighted_sums",
 ]
 
 
@@ -198,6 +202,29 @@ def affine_norm_sq(
     return norm_sq, scale_grads, shift_grads
 
 
+def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
+    r"""Squared norms of the per-example weight gradients of an embedding, ``Σ_v ‖Σ_{t: idx_t = v} gy_t‖²``.
+
+    Equal to ``Σ_{t,s: idx_t = idx_s} ⟨gy_t, gy_s⟩``, but formed as squares of sums, so nothing cancels. The size of the
+    table is not needed, and no buffer of that size.
+
+    Args:
+        indices: ``[n, T]``, int64 or int32.
+        gy: Backprops ``[n, T, d]``.
+        padding_idx: Positions of this index are left out; negative for none.
+
+    Returns:
+        ``[n]`` squared norms, float64 for float64 backprops, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit.
+
+    Workspace: on the CPU ``T`` positions and ``d`` doubles a thread; on CUDA ``n·T`` 32-bit links, which take T²
+    comparisons an example. Operands that are not contiguous are copied.
+    """
+    return torch.ops.engm.embedding_norm_sq(indices, gy, padding_idx)
+
+
 def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Norms and clipping weights from the squared norms of all parameter tensors.
 
@@ -238,6 +265,72 @@ def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
     Workspace: one scaled copy of the smaller of ``a`` and ``b``.
     """
     return torch.ops.engm.scaled_accumulate(a, b, weights)
+
+
+def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    r"""Every tensor times its examples' weights, ``out[i, ...] = weights_i tensor[i, ...]``; on CUDA in one launch.
+
+    Products are formed in float32 (float64 for float64 tensors) and rounded once to the tensor's own dtype. It is plain
+    multiplication: a weight of 0 times an infinity or NaN is NaN.
+
+    Args:
+        tensors: ``[n, ...]`` each, of any floating dtypes and shapes.
+        weights: ``[n]``.
+
+    Returns:
+        As many tensors, each in the dtype and memory format of its own: whatever order of dimensions within an example
+        is kept where the example's is the outermost and the tensor is dense; others come back contiguous.
+
+    Raises:
+        RuntimeError: A tensor has not one row a weight, or another device, or a dtype that is not floating point.
+
+    Workspace: none beyond the results.
+    """
+    return torch.ops.engm.scale_examples(tensors, weights)
+
+
+def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    r"""Weighted sums over examples, ``Σ_i weights_i tensor[i, ...]``, of every tensor; on CUDA in one launch.
+
+    For per-example gradients that were kept whole: biases, scales, shifts, small weights. Sums run over the examples in
+    a fixed order, so they are bitwise repeatable. A weight of 0 times an infinity or NaN is NaN.
+
+    Args:
+        tensors: ``[n, *shape]`` each, of any floating dtypes and shapes.
+        weights: ``[n]``.
+
+    Returns:
+        One contiguous ``[*shape]`` for each, float64 for float64 tensors, else float32.
+
+    Raises:
+        RuntimeError: A tensor has not one row a weight, or another device, or a dtype that is not floating point.
+
+    Workspace: none beyond the results; tensors that are not contiguous are copied.
+    """
+    return torch.ops.engm.weighted_sums(tensors, weights)
+
+
+def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    r"""Weighted sum of per-example gradients, ``Σ_i w_i b_iᵀ a_i``, with the weights applied inside the product.
+
+    Equal to :func:`scaled_accumulate`, which is the default; here no scaled copy is made. On CUDA float32 operands are
+    rounded to TF32 where ``torch.backends.cuda.matmul`` allows it and otherwise taken as sums of two TF32 numbers;
+    16-bit backprops are rounded again after scaling. Bitwise repeatable. On the CPU it is :func:`scaled_accumulate`.
+
+    Args:
+        a: Activations ``[n, T, p]``.
+        b: Backprops ``[n, T, d]``.
+        weights: ``[n]``.
+
+    Returns:
+        ``[d, p]``, float64 for float64 operands, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit.
+
+    Workspace on CUDA: partial sums of about 264 tiles of 128×128 at most.
+    """
+    return torch.ops.engm.weighted_gemm(a, b, weights)
 
 
 def compute_type(t: Tensor) -> torch.dtype:
@@ -287,3 +380,29 @@ def _affine_fake(
 def _clip_fake(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     norms = squared_norms.new_empty(squared_norms.shape[1], dtype=compute_type(squared_norms))
     return norms, torch.empty_like(norms)
+
+
+@torch.library.register_fake("engm::embedding_norm_sq")
+def _embedding_fake(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
+    return gy.new_empty(gy.shape[0], dtype=compute_type(gy))
+
+
+def _dense_by_example(t: Tensor) -> bool:
+    """Whether examples lie one after another and each is dense, in any order of its own dimensions."""
+    dense = torch.empty_like(t).stride() == t.stride()  # empty_like keeps the strides of dense tensors alone
+    return t.numel() == 0 or (dense and (t.shape[0] == 1 or t.stride(0) == t.numel() // t.shape[0]))
+
+
+@torch.library.register_fake("engm::scale_examples")
+def _scale_examples_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    return [torch.empty_like(t if _dense_by_example(t) else t.contiguous()) for t in tensors]
+
+
+@torch.library.register_fake("engm::weighted_sums")
+def _weighted_sums_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    return [t.new_empty(t.shape[1:], dtype=compute_type(t)) for t in tensors]
+
+
+@torch.library.register_fake("engm::weighted_gemm")
+def _weighted_gemm_fake(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    return a.new_empty(b.shape[2], a.shape[2], dtype=compute_type(a))

@@ -90,6 +90,15 @@ def affine_norm_sq(
     return torch.stack([scale_grads.square().sum(1), shift_grads.square().sum(1)]), scale_grads, shift_grads
 
 
+def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
+    """Twin of :func:`engm.ops.embedding_norm_sq`; its table has a row an index that occurs."""
+    rows, which = indices.unique(return_inverse=True)
+    grads = gy.new_zeros(len(gy), len(rows), gy.shape[2])
+    grads.scatter_add_(1, which.reshape(indices.shape)[..., None].expand(gy.shape), gy)
+    keep = (rows != padding_idx) if padding_idx >= 0 else torch.ones_like(rows, dtype=torch.bool)
+    return grads[:, keep].square().sum((1, 2))
+
+
 def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Twin of :func:`engm.ops.clip_weights`."""
     factors = torch.ones(len(squared_norms)) if factors is None else factors
@@ -105,3 +114,23 @@ def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
     if a is None:
         return torch.einsum("n,ntd->d", weights, b)
     return torch.einsum("ndp,n->dp", torch.einsum("ntd,ntp->ndp", b, a), weights)
+
+
+def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Twin of :func:`engm.ops.scale_examples`."""
+    shaped = [weights.view(-1, *[1] * (t.dim() - 1)) for t in tensors]
+    return [
+        (t * w.to(torch.promote_types(t.dtype, torch.float32))).to(t.dtype)
+        for t, w in zip(tensors, shaped, strict=True)
+    ]
+
+
+def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
+    """Twin of :func:`engm.ops.weighted_sums`."""
+    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return [torch.tensordot(weights.to(t.dtype), t, dims=1) for t in wide]
+
+
+def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+    """Twin of :func:`engm.ops.weighted_gemm`."""
+    return scaled_accumulate(a, b, weights)

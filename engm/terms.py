@@ -16,7 +16,7 @@ where the cross terms come from (design: adding the squared norms of the uses is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -100,11 +100,33 @@ class PerExampleGradient(Term):
         return flat.to(accumulation_dtype(flat)).square().sum(1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.tensordot(weights.to(self.gradient.dtype), self.gradient, dims=1)
+        return ops.weighted_sums([self.gradient], weights)[0]
+
+
+def _cheaper_to_scale(backprops: Tensor, activations: Tensor) -> Tensor:
+    """The smaller one; in float16 the backprops, which the loss scale keeps clear of underflow."""
+    if backprops.dtype == torch.float16 or backprops.numel() <= activations.numel():
+        return backprops
+    return activations
+
+
+class Factors(Term):
+    """Two factors whose product is the gradient: weighting the examples of one weights the gradients."""
+
+    def to_scale(self) -> Tensor:
+        """The factor whose examples are weighted."""
+        raise TypeError(f"{type(self).__name__} must define to_scale")
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        """The sum over examples, given :meth:`to_scale` times the examples' weights."""
+        raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.sum_of_scaled(ops.scale_examples([self.to_scale()], weights)[0])
 
 
 @dataclass
-class LinearFactors(Term):
+class LinearFactors(Factors):
     """``g_i = B_i^T A_i`` with activations ``[n, T, p]`` and backprops ``[n, T, d]``."""
 
     activations: Tensor
@@ -122,8 +144,13 @@ class LinearFactors(Term):
         norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
         return PerExampleGradient(gradients, norm_sq)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return ops.scaled_accumulate(self.activations, self.backprops, weights.to(self.backprops.dtype))
+    def to_scale(self) -> Tensor:
+        return _cheaper_to_scale(self.backprops, self.activations)
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        left, right = self.backprops, self.activations
+        left, right = (scaled, right) if self.to_scale() is left else (left, scaled)
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -146,7 +173,7 @@ class ConvGeometry:
 
 
 @dataclass
-class ConvFactors(Term):
+class ConvFactors(Factors):
     """``g_i = B_i^T patches(X_i)`` with input ``[n, C, *S]`` and output gradient ``[n, d, *S_out]``."""
 
     inputs: Tensor
@@ -184,9 +211,13 @@ class ConvFactors(Term):
         )
         return PerExampleGradient(gradients, norm_sq)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.backprops * weights.to(self.backprops.dtype).view(-1, *[1] * (self.backprops.dim() - 1))
-        return conv_weight_gradient(self.inputs, scaled, self.geometry)
+    def to_scale(self) -> Tensor:
+        return _cheaper_to_scale(self.backprops, self.inputs)
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        if self.to_scale() is self.backprops:
+            return conv_weight_gradient(self.inputs, scaled, self.geometry)
+        return conv_weight_gradient(scaled, self.backprops, self.geometry)
 
 
 def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:
@@ -207,6 +238,50 @@ def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeomet
         [False, True, False],
     )
     return gradient
+
+
+def weighted_sums(
+    terms: list[tuple[Tensor, Term]], weights: Tensor, scaled_at_once: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(parameter, sum_i weights_i g_i)`` for every ``(parameter, term)``; the list is emptied on the way.
+
+    Examples are weighted in groups of terms, on CUDA in one launch each: all gradients that were kept whole go
+    together, because nothing of them is copied, and factors by as many as their scaled copies may take.
+
+    Args:
+        terms: emptied.
+        weights: ``[n]``.
+        scaled_at_once: bytes of scaled factors that may be held; a factor that takes more goes alone.
+    """
+    terms.sort(key=lambda item: isinstance(item[1], Factors))
+    while terms:
+        group = [terms.pop(0)]
+        held = _bytes_to_scale(group[0])
+        while terms and held + _bytes_to_scale(terms[0]) <= scaled_at_once:
+            held += _bytes_to_scale(terms[0])
+            group.append(terms.pop(0))
+        yield from _sums_of_group(group, weights)
+
+
+def _bytes_to_scale(item: tuple[Tensor, Term]) -> int:
+    return item[1].to_scale().nbytes if isinstance(item[1], Factors) else 0
+
+
+def _sums_of_group(group: list[tuple[Tensor, Term]], weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of terms that fit together; what is used is let go as early as can be."""
+    whole = {parameter: term.gradient for parameter, term in group if isinstance(term, PerExampleGradient)}
+    factors = [(parameter, term) for parameter, term in group if isinstance(term, Factors)]
+    others = [(parameter, term) for parameter, term in group if not isinstance(term, PerExampleGradient | Factors)]
+    group.clear()
+    parameters, sums = list(whole), ops.weighted_sums(list(whole.values()), weights)
+    whole.clear()
+    yield from zip(parameters, sums, strict=True)
+    scaled = ops.scale_examples([term.to_scale() for _, term in factors], weights)
+    while factors:
+        parameter, term = factors.pop(0)
+        yield parameter, term.sum_of_scaled(scaled.pop(0))
+    for parameter, other in others:
+        yield parameter, other.weighted_sum(weights)
 
 
 def combine(terms: Sequence[Term], name: str) -> Term:

@@ -1,0 +1,80 @@
+"""Weighted sums of many terms in groups: the same sums however they are grouped, and nothing held that is used."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from engm import ops
+from engm.terms import ConvFactors, ConvGeometry, LinearFactors, PerExampleGradient, Term, weighted_sums
+
+N = 5
+SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+class Doubled(Term):
+    """A user's own term."""
+
+    def __init__(self, gradient):
+        self.gradient = gradient
+
+    def weighted_sum(self, weights):
+        return 2 * torch.einsum("n,n...->...", weights, self.gradient)
+
+
+def terms_and_sums(weights):
+    """Terms of every kind, either factor the smaller, and the sums of their per-example gradients."""
+    whole, own = torch.randn(N, 4, 3), torch.randn(N, 6)
+    yield PerExampleGradient(whole), torch.einsum("n,nij->ij", weights, whole)
+    for p, d in ((4, 9), (9, 4)):
+        a, b = torch.randn(N, 7, p), torch.randn(N, 7, d)
+        yield LinearFactors(a, b), torch.einsum("n,ntd,ntp->dp", weights, b, a)
+    yield Doubled(own), 2 * weights @ own
+    for channels, rows in ((3, 8), (8, 3)):
+        x, gy = torch.randn(N, channels, 6, 6), torch.randn(N, rows, 6, 6)
+        want = torch.nn.grad.conv2d_weight(x, (rows, channels, 3, 3), gy * weights[:, None, None, None], padding=1)
+        yield ConvFactors(x, gy, SAME), want
+
+
+@pytest.mark.parametrize("scaled_at_once", [0, 1000, 1 << 20])
+def test_sums_do_not_depend_on_the_groups(scaled_at_once):
+    weights = torch.rand(N)
+    terms, want = zip(*terms_and_sums(weights), strict=True)
+    keys = [torch.empty(0) for _ in terms]
+    items = list(zip(keys, terms, strict=True))
+    got = dict(weighted_sums(items, weights, scaled_at_once))
+    assert items == []
+    for key, sums in zip(keys, want, strict=True):
+        torch.testing.assert_close(got[key], sums)
+
+
+def test_one_call_of_either_operator_where_all_fits(monkeypatch):
+    calls = []
+    for name in ("scale_examples", "weighted_sums"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: calls.append(name) or op(*args))
+    weights = torch.rand(N)
+    items = [(torch.empty(0), term) for term, _ in terms_and_sums(weights)]
+    list(weighted_sums(items, weights, 1 << 20))
+    assert sorted(calls) == ["scale_examples", "weighted_sums"]
+
+
+def test_terms_are_let_go_as_they_are_used():
+    linear = [LinearFactors(torch.randn(N, 7, 4), torch.randn(N, 7, 9)) for _ in range(3)]
+    kept = [weakref.ref(term) for term in linear]
+    items = [(torch.empty(0), term) for term in linear]
+    linear.clear()
+    sums = weighted_sums(items, torch.rand(N), 0)
+    next(sums), next(sums)
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, False, False]
+
+
+def test_float16_backprops_are_scaled_even_if_they_are_larger():
+    """They carry the loss scale; activations times a small weight would vanish."""
+    a, b = torch.full((2, 1, 3), 1e-3).half(), torch.full((2, 1, 5), 100.0).half()
+    got = LinearFactors(a, b).weighted_sum(torch.full((2,), 1e-4))
+    want = F.linear(b.float().squeeze(1).t(), a.float().squeeze(1).t()) * 1e-4
+    torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=0)
