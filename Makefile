@@ -6,7 +6,7 @@ export MAX_JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
@@ -23,6 +23,15 @@ lint: .make/venv
 
 bench: .make/build
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group
+
+# On a machine with a GPU. Where a torch of its own is installed and engm built with it: make sanitize GPU_PYTHON=python3
+gpu: .make/build
+	$(BIN)/python -m pytest -q -m gpu tests
+
+GPU_PYTHON ?= $(BIN)/python
+SANITIZE ?=
+sanitize:
+	$(GPU_PYTHON) tests/gpu/sanitize.py $(SANITIZE)
 
 .make/venv: requirements-dev.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

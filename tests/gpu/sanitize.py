@@ -1,0 +1,112 @@
+"""Every operator on odd shapes under compute-sanitizer: memory accesses, shared-memory races, barriers.
+
+    make sanitize                                        all three tools
+    python tests/gpu/sanitize.py --tools memcheck        one of them
+    python tests/gpu/sanitize.py --inside                the operators alone, as the tools run them
+
+Each tool runs this file again. torch's caching allocator is off meanwhile, so that an access past the end of a tensor
+leaves its allocation; only kernels of engm are instrumented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:1] = [str(Path(__file__).parent), str(ROOT)]  # engm may be built in place
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+FOLDERS = ("bin", "compute-sanitizer")  # of a toolkit
+DTYPES = {
+    "memcheck": ("float32", "float64", "bfloat16", "float16"),
+    "racecheck": (
+        "float32",
+        "bfloat16",
+    ),  # slow: one 4-byte and one 2-byte type; tiles of the others are laid out alike
+    "synccheck": ("float32", "float64", "bfloat16"),
+}
+
+
+def sanitizer() -> str:
+    """Path of compute-sanitizer.
+
+    Raises:
+        SystemExit: it is not there, or there is no GPU; says which.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("make sanitize needs a CUDA device, and torch sees none here.")
+    for candidate in (
+        os.environ.get("COMPUTE_SANITIZER"),
+        shutil.which("compute-sanitizer"),
+        *(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/{folder}/compute-sanitizer" for folder in FOLDERS),
+    ):
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    return sys.exit(
+        "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit: put it on PATH, or its path into "
+        "COMPUTE_SANITIZER."
+    )
+
+
+def inside(dtypes: list[str]) -> None:
+    """Every operator once in each type and, for float32, with TF32 and without."""
+    import torch
+    from device_cases import every_operator, tf32
+
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        for allowed in (True, False) if dtype == torch.float32 else (False,):
+            for case in every_operator(dtype):
+                with tf32(allowed):
+                    case.run()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                print(f"{name}{' tf32' if allowed else ''}: {case}", flush=True)
+
+
+def main() -> None:
+    """Runs the tools one after the other; exits with 1 if any of them found something."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--dtypes", nargs="+", help="default: those of the tool")
+    parser.add_argument("--seconds", type=float, default=600, help="of each tool, at most")
+    parser.add_argument("--inside", action="store_true", help="no tool: run the operators in this process")
+    arguments = parser.parse_args()
+    if arguments.inside:
+        return inside(arguments.dtypes or list(DTYPES["memcheck"]))
+    program, failed = sanitizer(), []
+    for tool in arguments.tools:
+        command = [
+            program, "--tool", tool, "--kernel-name", "kns=engm", "--error-exitcode", "3", "--print-limit", "30",
+            "--report-api-errors", "no", "--launch-timeout", "120",
+            *(["--padding", "64"] if tool == "memcheck" else []),
+            sys.executable, __file__, "--inside", "--dtypes", *(arguments.dtypes or DTYPES[tool]),
+        ]  # fmt: skip
+        print("==", tool, flush=True)
+        try:
+            done = subprocess.run(
+                command,
+                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                timeout=arguments.seconds,
+                check=False,
+            )
+            outcome = "" if done.returncode == 0 else f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            outcome = f"not finished after {arguments.seconds:.0f} s"
+        print(f"== {tool}: {outcome or 'no error found'}", flush=True)
+        if outcome:
+            failed.append(f"{tool} ({outcome})")
+    if failed:
+        sys.exit(f"compute-sanitizer complained: {', '.join(failed)}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Norm operators on the GPU against their float64 twins: drawn shapes, the layers of real networks, awkward layouts."""
+
+import pytest
+import torch
+from device_cases import (
+    DEVICE,
+    LAYOUTS,
+    MODES,
+    assert_close,
+    assert_norms,
+    conv_terms,
+    correction_of,
+    every_mode,
+    gpu,
+    linear_terms,
+    operand,
+    output_size,
+    tf32,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from engm import ops, reference
+
+pytestmark = gpu
+EXAMPLES = settings(max_examples=120, deadline=None)
+modes = st.sampled_from(MODES)
+layouts = st.sampled_from(LAYOUTS)
+forms = st.sampled_from(["auto", "direct", "gram"])
+
+
+@st.composite
+def convolutions(draw):
+    dims = draw(st.sampled_from([1, 2, 2, 2, 3]))
+    each = lambda values: [draw(st.sampled_from(values)) for _ in range(dims)]  # noqa: E731
+    kernel, stride, padding, dilation = each([1, 2, 3, 5]), each([1, 1, 2, 3]), each([0, 1, 2]), each([1, 1, 2])
+    size = each([3, 4, 7, 8, 16, 21] if dims < 3 else [3, 4, 5])
+    out = output_size(size, kernel, stride, padding, dilation)
+    assume(min(out) >= 1)
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = groups * draw(st.sampled_from([1, 2, 3, 8, 17, 33, 64]))
+    rows = groups * draw(st.sampled_from([1, 2, 4, 9, 20, 65]))
+    n = draw(st.sampled_from([1, 2, 5]))
+    return (n, channels, *size), (n, rows, *out), (kernel, stride, padding, dilation, groups)
+
+
+def check_conv(x, gy, geometry, mode, form="auto", correction=None, *, strict=False):
+    """One call against its twin; ``strict`` measures the error against the norm even where its terms cancelled."""
+    correction = correction or {}
+    with tf32(False, mode.tf32):
+        got = ops.conv_norm_sq(x, gy, *geometry, form, **correction)
+    exact = {name: t.double() for name, t in correction.items()}
+    want = reference.conv_norm_sq(x.double(), gy.double(), *geometry, **exact)
+    assert_norms(got, want, mode, 0.0 if strict else conv_terms(x, gy, geometry, correction))
+
+
+def check_linear(a, b, mode, form="auto", correction=None, *, strict=False):
+    correction = correction or {}
+    with tf32(mode.tf32, False):
+        got = ops.linear_norm_sq(a, b, form, **correction)
+    want = reference.linear_norm_sq(a.double(), b.double(), **{name: t.double() for name, t in correction.items()})
+    assert_norms(got, want, mode, 0.0 if strict else linear_terms(a, b, correction))
+
+
+@EXAMPLES
+@given(problem=convolutions(), mode=modes, x_layout=layouts, gy_layout=layouts, form=forms, corrected=st.booleans())
+def test_conv_norm_sq_is_its_twin(problem, mode, x_layout, gy_layout, form, corrected):
+    x_shape, gy_shape, geometry = problem
+    x, gy = operand(x_shape, mode.dtype, x_layout), operand(gy_shape, mode.dtype, gy_layout)
+    correction = None
+    if corrected:
+        form = "direct" if form == "gram" else form
+        kernel, groups = geometry[0], geometry[4]
+        weight = (gy_shape[1], x_shape[1] // groups, *kernel)
+        correction = correction_of(*gy_shape[:2], (x_shape[1], *kernel), weight, mode.dtype)
+    check_conv(x, gy, geometry, mode, form, correction)
+
+
+@EXAMPLES
+@given(
+    shape=st.tuples(
+        st.sampled_from([1, 2, 5]),
+        st.sampled_from([1, 2, 3, 8, 17, 65, 200]),
+        st.sampled_from([1, 3, 8, 16, 33, 130]),
+        st.sampled_from([1, 3, 8, 12, 129]),
+    ),
+    mode=modes,
+    a_layout=layouts,
+    b_layout=layouts,
+    form=forms,
+    corrected=st.booleans(),
+)
+def test_linear_norm_sq_is_its_twin(shape, mode, a_layout, b_layout, form, corrected):
+    n, T, p, d = shape
+    a, b = operand((n, T, p), mode.dtype, a_layout), operand((n, T, d), mode.dtype, b_layout)
+    correction = correction_of(n, d, (p,), (d, p), mode.dtype) if corrected else None
+    check_linear(a, b, mode, "direct" if corrected and form == "gram" else form, correction)
+
+
+def check_grads(got, want, mode, terms):
+    """Norms, and gradients by their Frobenius error."""
+    assert got[1].is_contiguous()
+    assert got[1].dtype == got[0].dtype
+    assert_norms(got[0], want[0], mode, terms)
+    size = torch.maximum(want[0], terms).clamp_min(1e-300).sqrt()
+    error = (got[1].double() - want[1]).flatten(1).norm(dim=1) / size
+    assert float(error.max()) <= mode.tolerance
+
+
+@EXAMPLES
+@given(problem=convolutions(), mode=modes, x_layout=layouts, gy_layout=layouts)
+def test_conv_grads_is_its_twin(problem, mode, x_layout, gy_layout):
+    x_shape, gy_shape, geometry = problem
+    x, gy = operand(x_shape, mode.dtype, x_layout), operand(gy_shape, mode.dtype, gy_layout)
+    with tf32(False, mode.tf32):
+        got = ops.conv_grads(x, gy, *geometry)
+    want = reference.conv_grads(x.double(), gy.double(), *geometry)
+    check_grads(got, want, mode, conv_terms(x, gy, geometry))
+
+
+@EXAMPLES
+@given(
+    shape=st.tuples(*[st.sampled_from(v) for v in ([1, 2, 5], [1, 3, 17, 300], [1, 8, 33, 130], [1, 3, 12, 70])]),
+    mode=modes,
+    layout=layouts,
+)
+def test_linear_grads_is_its_twin(shape, mode, layout):
+    n, T, p, d = shape
+    a, b = operand((n, T, p), mode.dtype, layout), operand((n, T, d), mode.dtype, layout)
+    with tf32(mode.tf32, False):
+        got = ops.linear_grads(a, b)
+    check_grads(got, reference.linear_grads(a.double(), b.double()), mode, linear_terms(a, b))
+
+
+ONES = [1, 1]
+REAL_CONVOLUTIONS = {  # channels, side, out channels, geometry
+    "resnet18 stem": (3, 32, 64, ([3, 3], ONES, ONES, ONES, 1)),
+    "resnet18 layer1": (64, 32, 64, ([3, 3], ONES, ONES, ONES, 1)),
+    "resnet18 layer2 stride": (64, 32, 128, ([3, 3], [2, 2], ONES, ONES, 1)),
+    "resnet18 layer2 shortcut": (64, 32, 128, ([1, 1], [2, 2], [0, 0], ONES, 1)),
+    "resnet18 layer2": (128, 16, 128, ([3, 3], ONES, ONES, ONES, 1)),
+    "resnet18 layer3": (256, 8, 256, ([3, 3], ONES, ONES, ONES, 1)),
+    "resnet18 layer4": (512, 4, 512, ([3, 3], ONES, ONES, ONES, 1)),
+    "wrn block1": (160, 32, 160, ([3, 3], ONES, ONES, ONES, 1)),
+    "wrn block2 stride": (160, 32, 320, ([3, 3], [2, 2], ONES, ONES, 1)),
+    "wrn block3": (640, 8, 640, ([3, 3], ONES, ONES, ONES, 1)),
+    "vit patches": (3, 224, 384, ([16, 16], [16, 16], [0, 0], ONES, 1)),
+    "depthwise": (96, 14, 96, ([3, 3], ONES, ONES, ONES, 96)),
+    "grouped, dilated": (64, 28, 128, ([3, 3], ONES, [2, 2], [2, 2], 4)),
+}
+
+
+@every_mode
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("layer", REAL_CONVOLUTIONS)
+def test_convolutions_of_real_networks(layer, memory, mode):
+    channels, side, rows, geometry = REAL_CONVOLUTIONS[layer]
+    n, out = 5, output_size([side, side], *geometry[:4])
+    x = operand((n, channels, side, side), mode.dtype, mean=0.5).to(memory_format=memory)
+    gy = operand((n, rows, *out), mode.dtype).to(memory_format=memory)
+    for form in ("direct", "gram", "auto"):
+        check_conv(x, gy, geometry, mode, form, strict=True)
+    with tf32(False, mode.tf32):
+        got = ops.conv_grads(x, gy, *geometry)
+    want = reference.conv_grads(x.double(), gy.double(), *geometry)
+    assert_norms(got[0], want[0], mode)
+    assert_close(got[1], want[1], mode.tolerance)
+    weight = (rows, channels // geometry[4], *geometry[0])
+    check_conv(
+        x, gy, geometry, mode, "auto", correction_of(n, rows, (channels, *geometry[0]), weight, mode.dtype), strict=True
+    )
+
+
+REAL_LINEARS = {  # T, p, d
+    "resnet18 head": (1, 512, 10),
+    "vgg head": (1, 8192, 1024),
+    "vit-s qkv": (197, 384, 1152),
+    "vit-s mlp": (197, 384, 1536),
+    "vit-b mlp": (197, 3072, 768),
+    "vit-b head": (1, 768, 1000),
+    "tokens": (64, 768, 768),
+}
+
+
+@every_mode
+@pytest.mark.parametrize("layer", REAL_LINEARS)
+def test_linear_layers_of_real_networks(layer, mode):
+    T, p, d = REAL_LINEARS[layer]
+    a, b = operand((5, T, p), mode.dtype, mean=0.5), operand((5, T, d), mode.dtype)
+    for form in ("direct", "gram", "auto"):
+        check_linear(a, b, mode, form, strict=True)
+    check_linear(a, b, mode, "auto", correction_of(5, d, (p,), (d, p), mode.dtype), strict=True)
+    with tf32(mode.tf32, False):
+        got = ops.linear_grads(a, b)
+    want = reference.linear_grads(a.double(), b.double())
+    assert_norms(got[0], want[0], mode)
+    assert_close(got[1], want[1], mode.tolerance)
+
+
+def test_tf32_is_used_only_where_torch_allows_it():
+    """Linear operators follow the matmul switch, convolutions cuDNN's; a wrong one shows as an error above 1e-5."""
+    a, b = operand((4, 100, 64), torch.float32), operand((4, 100, 48), torch.float32)
+    x, gy = operand((4, 32, 16, 16), torch.float32), operand((4, 32, 16, 16), torch.float32)
+    geometry = ([3, 3], ONES, ONES, ONES, 1)
+    fp32 = MODES[1]
+    with tf32(False, True):
+        got = ops.linear_norm_sq(a, b, "direct")
+    assert_norms(got, reference.linear_norm_sq(a.double(), b.double()), fp32)
+    with tf32(True, False):
+        got = ops.conv_norm_sq(x, gy, *geometry, "direct")
+    assert_norms(got, reference.conv_norm_sq(x.double(), gy.double(), *geometry), fp32)
+
+
+def test_tf32_rounding_has_no_bias():
+    """Truncated operands would shrink every squared norm by 1.4e-3; rounded ones err on both sides."""
+    a, b = operand((256, 64, 64), torch.float32), operand((256, 64, 64), torch.float32)
+    want = reference.linear_norm_sq(a.double(), b.double())
+    with tf32(True):
+        got = ops.linear_norm_sq(a, b, "direct")
+    assert abs(float((got.double() / want).mean()) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["direct", "gram", "auto"])
+@pytest.mark.parametrize("mean", [1.0, 100.0, 1000.0])
+def test_large_activation_means_do_not_cancel(mean, form):
+    a, b = operand((6, 24, 40), torch.float32, mean=mean), operand((6, 24, 16), torch.float32)
+    check_linear(a, b, MODES[1], form, strict=True)
+    x, gy = operand((6, 16, 8, 8), torch.float32, mean=mean), operand((6, 16, 8, 8), torch.float32)
+    check_conv(x, gy, ([3, 3], ONES, ONES, ONES, 1), MODES[1], form, strict=True)
+
+
+def test_gram_goes_back_to_direct_where_backprops_cancel():
+    a = torch.ones(2, 32, 8, device=DEVICE) + 1e-4 * torch.randn(2, 32, 8, device=DEVICE)
+    b = 50 + torch.randn(2, 32, 8, device=DEVICE)
+    b[0] -= b[0].mean(0)
+    want = reference.linear_norm_sq(a.double(), b.double())
+    with tf32(False):
+        got = ops.linear_norm_sq(a, b, "gram")
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_zeros_and_non_finite_values(form, dtype):
+    x, gy = operand((4, 4, 5, 5), dtype), operand((4, 6, 5, 5), dtype)
+    gy[1] = 0
+    gy[2, 3, 2, 2] = float("nan")
+    gy[3, 1, 0, 0] = float("inf")
+    norms = ops.conv_norm_sq(x, gy, [3, 3], ONES, ONES, ONES, form=form)
+    assert norms[0] > 0
+    assert norms[1] == 0
+    assert norms[2].isnan()
+    assert not norms[3].isfinite()
+    a, b = operand((3, 6, 5), dtype), operand((3, 6, 7), dtype)
+    b[1], b[2, 0, 0] = 0, float("nan")
+    norms = ops.linear_norm_sq(a, b, form)
+    assert norms[0] > 0
+    assert norms[1] == 0
+    assert norms[2].isnan()
+
+
+@pytest.mark.parametrize("form", ["direct", "gram", "auto"])
+def test_a_batch_that_fills_the_machine(form):
+    """More blocks than fit at once, and examples that differ: one wrong example index shows."""
+    size = torch.arange(1, 514, device=DEVICE, dtype=torch.float32)
+    x, gy = operand((513, 16, 12, 12), torch.float32), operand((513, 24, 12, 12), torch.float32)
+    check_conv(x * size.view(-1, 1, 1, 1), gy, ([3, 3], ONES, ONES, ONES, 1), MODES[1], form, strict=True)
+    a, b = operand((513, 33, 20), torch.float32), operand((513, 33, 40), torch.float32)
+    check_linear(a, b * size.view(-1, 1, 1), MODES[1], form, strict=True)
