@@ -61,15 +61,14 @@ def with_cuda() -> bool:
 def extension():
     """The one compiled module."""
     cuda = with_cuda()
-    sources = ["csrc/ops.cpp", "csrc/accumulate.cpp", "csrc/cost_model.cpp"]
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))
+    sources = [str(path.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for path in (ROOT / folder).glob("*.cpp")]
     macros = [("ENGM_TORCH_VERSION", torch.__version__)]
     flags = {"cxx": ["-O3", "-g0", "-Wall", "-ffp-contract=fast", "-fvisibility=hidden"]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-        sources += sorted(
+        sources += [
             str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cu", ".cpp")
-        )
+        ]
         macros += [
             ("ENGM_WITH_CUDA", "1"),
             ("ENGM_CUDA_VERSION", torch.version.cuda),
@@ -80,7 +79,7 @@ def extension():
     headers = [
         str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl", "*.cuh") for p in ROOT.glob(f"csrc/**/{pattern}")
     ]
-    return kind("engm._C", sources, define_macros=macros, extra_compile_args=flags, depends=headers)
+    return kind("engm._C", sorted(sources), define_macros=macros, extra_compile_args=flags, depends=headers)
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

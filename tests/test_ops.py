@@ -5,27 +5,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import convolutions, correction_for, layouts, operand
 
-from engm import _C, composed, ops, reference
+from engm import _C, ops, reference
 
 # Largest relative error of a norm. Half types are rounded before the operator sees them: their oracle is the same.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 EXAMPLES = settings(max_examples=150, deadline=None)
 ISAS = _C.build_info()["cpu_isas"]
-
-
-def operand(shape, dtype, layout="contiguous", mean=0.0):
-    """Random numbers of one dtype in one of several memory layouts."""
-    t = (torch.randn(shape, dtype=torch.float64) + mean).to(dtype)
-    if layout == "channels_last" and t.dim() in (4, 5):
-        return t.to(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
-    if layout == "transposed":
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "sliced":
-        return torch.stack([t, t], -1).flatten(-2)[..., ::2]
-    return t
 
 
 def assert_norms_close(got, want, dtype):
@@ -43,25 +32,8 @@ def forced(isa):
 
 
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])
-layouts = st.sampled_from(["contiguous", "channels_last", "transposed", "sliced"])
 isas = st.sampled_from(ISAS)
 forms = st.sampled_from(["auto", "direct", "gram"])
-
-
-@st.composite
-def convolutions(draw):
-    dims = draw(st.integers(1, 3))
-    each = lambda values: [draw(st.sampled_from(values)) for _ in range(dims)]  # noqa: E731
-    kernel, stride, padding, dilation = each([1, 2, 3, 4]), each([1, 1, 2, 3]), each([0, 1, 2]), each([1, 1, 2])
-    size = each([3, 4, 7, 8, 9] if dims < 3 else [3, 4, 5])
-    spans = [s + 2 * p - d * (k - 1) - 1 for s, p, d, k in zip(size, padding, dilation, kernel, strict=True)]
-    assume(min(spans) >= 0)
-    out = [span // s + 1 for span, s in zip(spans, stride, strict=True)]
-    groups = draw(st.sampled_from([1, 1, 2, 3]))
-    channels = groups * draw(st.sampled_from([1, 2, 3, 8, 9, 17, 24]))
-    rows = groups * draw(st.sampled_from([1, 2, 4, 9, 12, 20]))
-    n = draw(st.sampled_from([1, 2, 5]))
-    return (n, channels, *size), (n, rows, *out), kernel, stride, padding, dilation, groups
 
 
 @EXAMPLES
@@ -72,13 +44,7 @@ def test_conv_norm_sq_is_its_twin(isa, problem, dtype, layout, form, corrected):
     correction = {}
     if corrected:
         form = "direct" if form == "gram" else form
-        (n, d), channels = gy_shape[:2], x_shape[1]
-        correction = {
-            "shift": operand((n, d), dtype),
-            "patch_mean": operand((channels, *kernel), dtype),
-            "scale": operand((n, d), dtype),
-            "correlation": operand((d, channels // groups, *kernel), dtype),
-        }
+        correction = correction_for(x_shape, gy_shape, kernel, groups, dtype)
     with forced(isa):
         got = ops.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, form, **correction)
     wide = {name: t.double() for name, t in correction.items()}
@@ -106,12 +72,7 @@ def test_linear_norm_sq_is_its_twin(isa, shape, dtype, layout, form, corrected):
     correction = {}
     if corrected:
         form = "direct" if form == "gram" else form
-        correction = {
-            "shift": operand((n, d), dtype),
-            "patch_mean": operand((p,), dtype),
-            "scale": operand((n, d), dtype),
-            "correlation": operand((d, p), dtype),
-        }
+        correction = correction_for(a.shape, b.shape, (), 1, dtype)
     with forced(isa):
         got = ops.linear_norm_sq(a, b, form, **correction)
     want = reference.linear_norm_sq(a.double(), b.double(), **{name: t.double() for name, t in correction.items()})
@@ -346,33 +307,3 @@ A, B = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
 def test_errors_say_what_came(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
-
-
-def test_the_composition_for_other_devices_is_the_twin(monkeypatch):
-    """Registered for CUDA; here called as the plain function it is, over several chunks."""
-    monkeypatch.setattr(composed, "CHUNK_ELEMENTS", 1000)
-    a, b = torch.randn(5, 4, 7).bfloat16(), torch.randn(5, 4, 6).bfloat16()
-    correction = (torch.randn(5, 6), torch.randn(7), torch.randn(5, 6), torch.randn(6, 7))
-    got = composed.linear_norm_sq(a, b, "auto", *correction)
-    torch.testing.assert_close(got, ops.linear_norm_sq(a, b, "auto", *correction))
-    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2)
-    torch.testing.assert_close(composed.conv_norm_sq(x, gy, *geometry), ops.conv_norm_sq(x, gy, *geometry))
-    for left, right in zip(
-        composed.affine_norm_sq(a, a, None, torch.ones(1, 1, 1), 2),
-        ops.affine_norm_sq(a, a, None, torch.ones(1, 1, 1), 2),
-        strict=True,
-    ):
-        torch.testing.assert_close(left, right)
-    assert composed.linear_norm_sq(a[:0], b[:0]).shape == (0,)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not _C.build_info()["cuda"], reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clip_weights_on_cuda_is_the_cpu(dtype):
-    squares, factors = torch.rand(61, 300, dtype=dtype), torch.rand(61)
-    squares[3, 7] = float("inf")
-    got = ops.clip_weights(squares.cuda(), 3.0, factors.cuda())
-    for left, right in zip(got, ops.clip_weights(squares, 3.0, factors), strict=True):
-        torch.testing.assert_close(left.cpu(), right, equal_nan=True)

@@ -17,7 +17,7 @@ from test_ops import (
     operand,
 )
 
-from engm import composed, ops, reference
+from engm import ops, reference
 
 engm = torch.ops.engm
 
@@ -151,18 +151,3 @@ A, B = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
 def test_errors_say_what_came(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
-
-
-def test_the_composition_for_other_devices_is_the_twin(monkeypatch):
-    """Registered for CUDA; here called as the plain function it is, over several chunks."""
-    monkeypatch.setattr(composed, "CHUNK_ELEMENTS", 1000)
-    a, b = torch.randn(50, 4, 7).bfloat16(), torch.randn(50, 4, 6).bfloat16()
-    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
-    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 2)
-    for got, want in (
-        (composed.linear_grads(a, b), ops.linear_grads(a, b)),
-        (composed.conv_grads(x, gy, *geometry), ops.conv_grads(x, gy, *geometry)),
-    ):
-        torch.testing.assert_close(got, want)
-    assert composed.linear_grads(a[:0], b[:0])[1].shape == (0, 6, 7)
-    assert composed.conv_grads(x[:0], gy[:0], *geometry)[1].shape == (0, 6, 2, 3, 3)

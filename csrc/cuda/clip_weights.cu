@@ -1,43 +1,13 @@
-// norms[i] = sqrt(max(Σ_l c_l s[l, i], 0))      weights[i] = min(α / norms[i], 1)
-//
-// s [layers, n]; thread i owns example i and adds its layers in order, in double: bitwise repeatable, no atomics, and
-// the loads of a warp are neighbours. Reads layers·n elements and layers factors, writes 2n. A non-finite sum gives a
-// NaN weight, a norm of 0 gives weight 1.
-#include <cuda_runtime.h>
+#include "clip_weights.cuh"
 
-#include "clip_weights.h"
+#include "launch.cuh"
 
 namespace engm::cuda {
-namespace {
-
-constexpr int kThreads = 128;
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) clip_weights_kernel(ClipWeights p) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.n) return;
-  const T* s = static_cast<const T*>(p.squared_norms) + i;
-  double total = 0;
-  // Unrolled for loads in flight; the additions stay in order.
-#pragma unroll 8
-  for (int64_t l = 0; l < p.layers; ++l) total += (p.factors ? p.factors[l] : 1.0) * double(s[l * p.n]);
-  const bool finite = isfinite(total);
-  const double norm = total < 0 ? (finite ? 0.0 : nan("")) : sqrt(total);
-  static_cast<T*>(p.norms)[i] = T(norm);
-  static_cast<T*>(p.weights)[i] = !finite ? T(nan("")) : norm <= p.alpha ? T(1) : T(p.alpha / norm);
-}
-
-}  // namespace
 
 int launch_clip_weights(const ClipWeights& p, void* stream) {
-  if (p.n == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>((p.n + kThreads - 1) / kThreads));
-  const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  if (p.is_double)
-    clip_weights_kernel<double><<<grid, kThreads, 0, on>>>(p);
-  else
-    clip_weights_kernel<float><<<grid, kThreads, 0, on>>>(p);
-  return cudaGetLastError();
+  const int64_t blocks = (p.n + kClipThreads - 1) / kClipThreads;
+  return launch(p.is_double ? clip_weights_kernel<double> : clip_weights_kernel<float>, blocks, kClipThreads, 0, stream,
+                p);
 }
 
 }  // namespace engm::cuda

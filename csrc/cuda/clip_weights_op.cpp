@@ -1,19 +1,18 @@
-// clip_weights on CUDA: checks, outputs, device and stream.
+// clip_weights on CUDA: checks and outputs.
 #include "clip_weights.h"
 
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 
 #include "../ops.h"
+#include "stream.h"
 
 namespace engm::cuda {
 
 std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
                                                 const OptionalTensor& factors) {
+  const OnDevice on(squared_norms);
   const OptionalTensor wide = check_clip(squared_norms, alpha, factors);
   const bool is_double = squared_norms.scalar_type() == at::kDouble;
-  const c10::cuda::CUDAGuard guard(squared_norms.device());
   const at::Tensor s = squared_norms.to(is_double ? at::kDouble : at::kFloat).contiguous();
   at::Tensor norms = at::empty({s.size(1)}, s.options()), weights = at::empty({s.size(1)}, s.options());
   const ClipWeights problem{s.const_data_ptr(),
@@ -24,9 +23,7 @@ std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms,
                             s.size(1),
                             alpha,
                             is_double};
-  const int error = launch_clip_weights(problem, c10::cuda::getCurrentCUDAStream().stream());
-  TORCH_CHECK(error == 0, "clip_weights: the CUDA launch failed: ",
-              cudaGetErrorString(static_cast<cudaError_t>(error)), ".");
+  check_launch(launch_clip_weights(problem, on.stream()), "clip_weights");
   return {norms, weights};
 }
 

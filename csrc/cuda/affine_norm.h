@@ -1,0 +1,35 @@
+// Scale and shift gradients of a normalisation layer, per example.
+#pragma once
+
+#include <cstdint>
+
+#include "element.h"
+
+namespace engm::cuda {
+
+// [n, C, S] in any order; `step` in elements along example, channel, position, 0 where broadcast.
+struct AffineOperand {
+  const void* data;
+  int64_t step[3];
+};
+
+struct AffineNorm {
+  AffineOperand x, gy;       // Element; one of channel and position has step 1 (or size 1), the same one in both
+  AffineOperand mean, rstd;  // float, double for kFloat64; mean.data may be null: 0
+  void* parts;               // [parts, 2, n, C] partial sums, or null where parts is 1; this and below as mean
+  void* grads[2];            // [n, C], scale and shift
+  void* norm_sq;             // [2, n]
+  int64_t n, channels, positions;
+  int64_t parts_count;       // affine_parts()
+  Element element;
+  bool channels_last;        // channels have step 1
+  bool aligned;              // x and gy allow accesses of 16 bytes along the dense dimension, whose size is a multiple
+};
+
+// How many stretches the positions of an example are cut into, so that few examples fill the machine too.
+int64_t affine_parts(int64_t n, int64_t channels, int64_t positions, Element element, bool channels_last);
+
+// Enqueues on the given cudaStream_t; returns the launch's cudaError_t, 0 if it is queued.
+int launch_affine_norm(const AffineNorm& problem, void* stream);
+
+}  // namespace engm::cuda

@@ -1,0 +1,72 @@
+// Plan and launch of the direct form's tiles; gemm_norm.cu and the conv_norm_*.cu choose among them.
+#pragma once
+
+#include <limits>
+
+#include "direct_norm.cuh"
+#include "launch.cuh"
+
+namespace engm::cuda {
+
+inline int tiles_of(int64_t length, int tile) { return int((length + tile - 1) / tile); }
+
+// The most pixels that any tap tile needs of one step.
+inline int largest_halo(const DirectNorm& p) {
+  int most = 0;
+  for (int tile = 0; tile < p.tap_tiles; ++tile) {
+    const TapWindow taps(p.geometry, p.taps_a_tile, p.tile_h, p.tile_w, tile);
+    if (int64_t(taps.halo_h) * taps.halo_w > 1 << 20) return 1 << 20;
+    most = taps.halo_h * taps.halo_w > most ? taps.halo_h * taps.halo_w : most;
+  }
+  return most;
+}
+
+// The rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into `limit`
+// bytes. A step's cost: its matrix products, a copy for every row of pixels or positions, and a barrier.
+template <class Tile>
+bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
+  using P = typename Tile::Policy;
+  const Geometry& g = p.geometry;
+  constexpr double kRowCopies = 1.0 / 16, kBarrier = 4;
+  double best = std::numeric_limits<double>::infinity();
+  DirectNorm chosen = p;
+  for (int w = 1; w <= most_positions && (w == 1 || w <= g.out[2]); ++w) {
+    for (int h = most_positions / w; h >= 1; h = h > 1 ? h / 2 : 0) {
+      DirectNorm q = p;
+      q.tile_w = w, q.tile_h = h < g.out[1] || h == 1 ? h : g.out[1];
+      q.positions = tiles_of(q.tile_h * q.tile_w, P::kK) * P::kK;
+      q.halo = largest_halo(q);
+      q.shared = Tile::shared_bytes(q.halo, q.positions);
+      if (q.shared > limit || q.halo >= 1 << 16) continue;
+      const double steps = double(tiles_of(g.out[1], q.tile_h)) * tiles_of(g.out[2], q.tile_w);
+      const double cost = steps * (double(q.positions) / P::kK * (p.taps_a_tile + 1) + (q.halo + q.positions) * kRowCopies +
+                                   kBarrier);
+      if (cost < best) best = cost, chosen = q;
+    }
+  }
+  p = chosen;
+  return best < std::numeric_limits<double>::infinity();
+}
+
+// Fewer taps a tile need fewer pixels: that is the way out for kernels that are dilated far.
+template <class Tile>
+bool plan_tile(DirectNorm& p, int most_positions, int64_t limit) {
+  const Geometry& g = p.geometry;
+  const int slice = g.kernel[1] * g.kernel[2];
+  p.channel_tiles = tiles_of(g.channels, Tile::kChannels), p.row_tiles = tiles_of(g.rows, Tile::kRows);
+  for (int taps = Tile::kTaps < slice ? Tile::kTaps : slice; taps >= 1; taps = taps > 3 ? 3 : taps > 1 ? 1 : 0) {
+    p.taps_a_tile = taps;
+    p.tap_tiles = tiles_of(slice, taps) * g.kernel[0];
+    if (plan_rectangle<Tile>(p, most_positions, limit)) return true;
+  }
+  return false;
+}
+
+template <class Tile>
+int launch_tile(const DirectNorm& p, void* stream) {
+  const int64_t blocks = p.geometry.n * p.tiles();
+  return p.vectors ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.shared, stream, p)
+                   : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.shared, stream, p);
+}
+
+}  // namespace engm::cuda

@@ -1,0 +1,22 @@
+// Element types as torch names them; for the bindings.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "element.h"
+
+namespace engm::cuda {
+
+// compute_type() has refused all other types.
+inline Element element_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return Element::kFloat64;
+    case at::kHalf: return Element::kFloat16;
+    case at::kBFloat16: return Element::kBFloat16;
+    default: return Element::kFloat32;
+  }
+}
+
+inline bool is_aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace engm::cuda

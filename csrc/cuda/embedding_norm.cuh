@@ -1,0 +1,91 @@
+// norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²        idx [n, T], gy [n, T, d]
+//
+// No [V, d] buffer: the positions of one index form a chain.
+//   link: a thread owns (i, t) and compares its index with all T of the example, T²·n compares. It writes the next
+//     position of the same index, kLast at the end of a chain, and the flag kNotHead unless a chain starts there.
+//   sum: a block owns an example's slab of 32 accesses' width of channels; its warps take the heads in turn and add the
+//     rows of each chain in their order. Reads every element of gy once, and the links once a slab.
+// sum_partials.cu adds the slabs in order. Bitwise repeatable.
+#pragma once
+
+#include "embedding_norm.h"
+#include "pack.cuh"
+#include "reduce.cuh"
+
+namespace engm::cuda {
+
+constexpr int kEmbeddingThreads = 256;
+constexpr int kRowsInFlight = 4;          // rows of a chain that are loaded before they are added
+constexpr int32_t kLast = 0x3fffffff;     // no further position; T is smaller
+constexpr int32_t kNotHead = 0x40000000;  // an earlier position has the same index, or it is padding
+
+__host__ __device__ inline int64_t embedding_chunks(int64_t positions) {
+  return (positions + kEmbeddingThreads - 1) / kEmbeddingThreads;
+}
+
+// Blocks (example, chunk of positions).
+__global__ void __launch_bounds__(kEmbeddingThreads) embedding_link_kernel(EmbeddingNorm p) {
+  const int64_t chunks = embedding_chunks(p.positions), i = blockIdx.x / chunks;
+  const int32_t t = int32_t(blockIdx.x % chunks) * kEmbeddingThreads + int32_t(threadIdx.x);
+  if (t >= p.positions) return;
+  const int64_t* indices = p.indices + i * p.positions;
+  const int64_t mine = indices[t];
+  bool head = p.padding_idx < 0 || mine != p.padding_idx;
+  int32_t next = kLast;
+  // A warp's threads read the same address.
+#pragma unroll 8
+  for (int32_t s = 0; s < int32_t(p.positions); ++s) {
+    const bool same = indices[s] == mine;
+    head = head && !(same && s < t);
+    next = same && s > t && next == kLast ? s : next;
+  }
+  p.next[i * p.positions + t] = next | (head ? 0 : kNotHead);
+}
+
+// Blocks (example, slab of channels), the slab fastest.
+template <typename T, int kPack>
+__global__ void __launch_bounds__(kEmbeddingThreads, 2) embedding_sum_kernel(EmbeddingNorm p) {
+  using Sum = typename SumOf<T>::Type;
+  constexpr int kWarps = kEmbeddingThreads / 32;
+  ENGM_SHARED(Sum, scratch);
+  const int64_t slab = blockIdx.x % p.slabs, i = blockIdx.x / p.slabs;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = (slab * 32 + lane) * kPack;
+  Sum squares = 0;
+  if (c < p.channels) {
+    const T* gy = static_cast<const T*>(p.gy) + i * p.positions * p.channels + c;
+    const int32_t* next = p.next + i * p.positions;
+    for (int32_t t = warp; t < p.positions; t += kWarps) {
+      const int32_t link = next[t];
+      if (link & kNotHead) continue;
+      Sum sum[kPack];
+      const Pack<T, kPack> first = load_pack<T, kPack>(gy + t * p.channels);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) sum[k] = to_float(first.at[k]);
+      for (int32_t s = link & kLast; s != kLast;) {
+        Pack<T, kPack> rows[kRowsInFlight];
+        bool there[kRowsInFlight];
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          there[r] = s != kLast;
+          if (!there[r]) continue;
+          rows[r] = load_pack<T, kPack>(gy + s * p.channels);
+          s = next[s] & kLast;
+        }
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+          if (!there[r]) continue;
+#pragma unroll
+          for (int k = 0; k < kPack; ++k) sum[k] += to_float(rows[r].at[k]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) squares += sum[k] * sum[k];
+    }
+  }
+  squares = block_sum<kEmbeddingThreads>(squares, scratch);
+  if (threadIdx.x == 0) static_cast<Sum*>(p.parts)[i * p.slabs + slab] = squares;
+}
+
+// A thread owns an example.
+}  // namespace engm::cuda

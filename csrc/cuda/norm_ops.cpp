@@ -1,0 +1,222 @@
+// linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on CUDA: checks, choice of form, workspaces and launches.
+//
+// Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are marked
+// on the device, and the direct form's blocks leave the others alone.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include "../ops.h"
+#include "../precision.h"
+#include "depthwise_norm.h"
+#include "direct_norm.h"
+#include "gram_norm.h"
+#include "stream.h"
+#include "sum_partials.h"
+
+namespace engm::cuda {
+namespace {
+
+struct Problem {
+  Geometry geometry{};
+  Operand x{}, gy{};
+  Precision precision{};
+  bool vectors = false;
+};
+
+Operand operand(const at::Tensor& t) {  // [n, channels, *space]
+  Operand o{t.const_data_ptr(), t.stride(0), t.stride(1), {0, 0, 0}};
+  for (int64_t i = 2; i < t.dim(); ++i) o.space[3 - t.dim() + i] = t.stride(i);
+  return o;
+}
+
+int narrow(int64_t value, const char* op) {
+  TORCH_CHECK(value <= INT32_MAX, op, ": a dimension of ", value, " elements is more than the CUDA kernels count to.");
+  return static_cast<int>(value);
+}
+
+// A 1×1 convolution reads every stride-th pixel: a dense problem over a strided view. Dimensions that follow each other
+// in both operands are one long line.
+void simplify(Geometry& g, Operand& x, const Operand& gy) {
+  for (int i = 0; i < 3; ++i) {
+    if (g.kernel[i] != 1 || g.padding[i] != 0) continue;
+    x.space[i] *= g.stride[i];
+    g.in[i] = g.out[i];
+    g.stride[i] = g.dilation[i] = 1;
+  }
+  if (g.taps() != 1 || g.pixels() != g.positions() || g.pixels() > INT32_MAX) return;
+  for (int i : {1, 0}) {
+    const bool follows = g.in[i] == 1 || (x.space[i] == g.in[2] * x.space[2] && gy.space[i] == g.in[2] * gy.space[2]);
+    if (g.padding[0] + g.padding[1] + g.padding[2] != 0 || !follows) return;
+    g.in[2] = g.out[2] = g.in[2] * g.in[i];
+    g.in[i] = g.out[i] = 1;
+  }
+}
+
+// Whether rows of channels may be read 16 bytes at a time.
+bool rows_are_aligned(const Operand& o, const int (&size)[3], int64_t n, int channels, int groups, int64_t element) {
+  const int64_t vector = 16 / element;
+  bool aligned = o.channel == 1 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0 && (n == 1 || o.example % vector == 0) &&
+                 (groups == 1 || channels % vector == 0);
+  for (int i = 0; i < 3; ++i) aligned = aligned && (size[i] == 1 || o.space[i] % vector == 0);
+  return aligned;
+}
+
+Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, bool convolution, const char* op) {
+  Problem p;
+  Geometry& g = p.geometry;
+  g.n = s.n, g.groups = narrow(s.groups, op);
+  g.channels = narrow(s.group_channels(), op), g.rows = narrow(s.group_rows(), op);
+  for (int i = 0; i < 3; ++i) {
+    g.in[i] = narrow(s.in[i], op), g.out[i] = narrow(s.out[i], op), g.kernel[i] = narrow(s.kernel[i], op);
+    g.stride[i] = narrow(s.stride[i], op), g.padding[i] = narrow(s.padding[i], op);
+    g.dilation[i] = narrow(s.dilation[i], op);
+  }
+  p.x = operand(x), p.gy = operand(gy);
+  p.precision = precision_of(x.scalar_type(), convolution);
+  simplify(g, p.x, p.gy);
+  const int64_t element = x.element_size();
+  p.vectors = rows_are_aligned(p.x, g.in, g.n, g.channels, g.groups, element) &&
+              rows_are_aligned(p.gy, g.out, g.n, g.rows, g.groups, element);
+  return p;
+}
+
+at::TensorOptions sums_of(const at::Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).memory_format(std::nullopt);
+}
+
+void sum_partials(const at::Tensor& partial, const uint8_t* done, const at::Tensor& out, const OnDevice& on,
+                  const char* op) {
+  const SumPartials p{partial.const_data_ptr(), done, out.mutable_data_ptr(), partial.size(0), partial.size(1),
+                      out.scalar_type() == at::kDouble};
+  check_launch(launch_sum_partials(p, on.stream()), op);
+}
+
+// Squared norms of the examples that are not `done`, and where wanted the gradients, by the direct form.
+void direct(const Problem& problem, const std::optional<CorrectionTensors>& correction, const at::Tensor* grads,
+            const uint8_t* done, const at::Tensor& out, const OnDevice& on, const char* op) {
+  DirectNorm p{};
+  p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
+  p.vectors = problem.vectors, p.done = done;
+  if (correction) {
+    p.shift = correction->shift.const_data_ptr(), p.scale = correction->scale.const_data_ptr();
+    p.patch_mean = correction->patch_mean.const_data_ptr(), p.correlation = correction->correlation.const_data_ptr();
+  }
+  if (grads != nullptr) p.grads = grads->mutable_data_ptr();
+  const Geometry& g = p.geometry;
+  at::Tensor partial;
+  if (g.channels == 1 && g.taps() > 1) {
+    partial = at::empty({g.n, depthwise_tiles(g)}, out.options());
+    p.partial = partial.mutable_data_ptr();
+    check_launch(launch_depthwise_norm(p, problem.precision, on.stream()), op);
+  } else {
+    const bool gemm = g.taps() == 1 && g.pixels() == g.positions();
+    const bool fits = gemm ? plan_gemm_norm(p, problem.precision, on.shared_limit())
+                           : plan_conv_norm(p, problem.precision, on.shared_limit());
+    TORCH_CHECK(fits, op, ": one step of a convolution with stride ", g.stride[1], "×", g.stride[2],
+                " does not fit into the ", on.shared_limit(), " bytes of a block's shared memory on this device.");
+    partial = at::empty({g.n, p.tiles()}, out.options());
+    p.partial = partial.mutable_data_ptr();
+    check_launch(gemm ? launch_gemm_norm(p, problem.precision, on.stream())
+                      : launch_conv_norm(p, problem.precision, on.stream()), op);
+  }
+  sum_partials(partial, done, out, on, op);
+}
+
+void gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op) {
+  GramNorm p{};
+  p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
+  const int64_t count = plan_gram_norm(p, problem.precision, on.shared_limit());
+  TORCH_CHECK(count > 0, op, ": the Gram form of this layer does not fit into the ", on.shared_limit(),
+              " bytes of a block's shared memory on this device; use form=\"direct\".");
+  const at::Tensor partial = at::empty({p.geometry.n, count}, out.options());
+  const at::Tensor reliable = at::empty({p.geometry.n}, out.options().dtype(at::kByte));
+  p.partial = partial.mutable_data_ptr(), p.out = out.mutable_data_ptr();
+  p.reliable = reliable.mutable_data_ptr<uint8_t>();
+  check_launch(launch_gram_norm(p, problem.precision, on.stream()), op);
+  direct(problem, std::nullopt, nullptr, p.reliable, out, on, op);
+}
+
+using Grads = std::tuple<at::Tensor, at::Tensor>;  // norm_sq [n], grads
+
+Grads grads_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef sizes, bool convolution,
+               const char* op) {
+  const OnDevice on(x);
+  if (x.numel() == 0 || gy.numel() == 0) return {at::zeros({s.n}, sums_of(x)), at::zeros(sizes, sums_of(x))};
+  const at::Tensor norm_sq = at::empty({s.n}, sums_of(x)), grads = at::empty(sizes, sums_of(x));
+  direct(problem_of(s, x, gy, convolution, op), std::nullopt, &grads, nullptr, norm_sq, on, op);
+  return {norm_sq, grads};
+}
+
+}  // namespace
+
+at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_view form, const OptionalTensor& shift,
+                          const OptionalTensor& patch_mean, const OptionalTensor& scale,
+                          const OptionalTensor& correlation) {
+  constexpr const char* op = "linear_norm_sq";
+  const ConvShape s = linear_shape(a, b, op);
+  const at::ScalarType type = compute_type(a, b, op);
+  const int64_t n = a.size(0), T = a.size(1), p = a.size(2), d = b.size(2);
+  const OnDevice on(a);
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {n, d}, {p}, {d, p}, op);
+  Form chosen = parse_form(form, correction.has_value());
+  if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, sums_of(a));
+  const at::Tensor out = at::empty({n}, sums_of(a));
+  const Problem problem = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), false, op);
+  if (chosen == Form::kAuto)
+    chosen = linear_cost(T, p, d, cuda_table(a.device().index(), problem.precision)).form;
+  if (chosen == Form::kGram && T == 1) {
+    const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
+    check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
+  } else if (chosen == Form::kGram) {
+    gram(problem, out, on, op);
+  } else {
+    direct(problem, correction, nullptr, nullptr, out, on, op);
+  }
+  return out;
+}
+
+at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view form,
+                        const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
+                        const OptionalTensor& correlation) {
+  constexpr const char* op = "conv_norm_sq";
+  const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, op);
+  const at::ScalarType type = compute_type(x, gy, op);
+  const OnDevice on(x);
+  std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
+  mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
+  weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
+  const auto correction =
+      read_correction(shift, patch_mean, scale, correlation, type, {s.n, s.out_channels}, mean_shape, weight_shape, op);
+  Form chosen = parse_form(form, correction.has_value());
+  if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, sums_of(x));
+  const at::Tensor out = at::empty({s.n}, sums_of(x));
+  const Problem problem = problem_of(s, x, gy, true, op);
+  if (chosen == Form::kAuto)
+    chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
+                       cuda_table(x.device().index(), problem.precision))
+                 .form;
+  if (chosen == Form::kGram)
+    gram(problem, out, on, op);
+  else
+    direct(problem, correction, nullptr, nullptr, out, on, op);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b) {
+  const ConvShape s = linear_shape(a, b, "linear_grads");
+  compute_type(a, b, "linear_grads");
+  return grads_of(s, a.transpose(1, 2), b.transpose(1, 2), {s.n, s.out_channels, s.channels}, false, "linear_grads");
+}
+
+std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
+                                              at::IntArrayRef stride, at::IntArrayRef padding,
+                                              at::IntArrayRef dilation, int64_t groups) {
+  const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, "conv_grads");
+  compute_type(x, gy, "conv_grads");
+  std::vector<int64_t> sizes{s.n, s.out_channels, s.group_channels()};
+  sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
+  return grads_of(s, x, gy, sizes, true, "conv_grads");
+}
+
+}  // namespace engm::cuda

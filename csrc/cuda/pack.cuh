@@ -1,0 +1,41 @@
+// Elements that are loaded and stored together, and the type that sums over an element type are formed in.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace engm::cuda {
+
+// One access of up to 16 bytes; the address must be aligned to it.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T at[kCount];
+};
+
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(p);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
+  *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
+}
+
+template <typename T>
+struct SumOf {
+  using Type = float;
+};
+template <>
+struct SumOf<double> {
+  using Type = double;
+};
+
+// v w, formed in float (double for double) and rounded once.
+template <typename T, typename W>
+__device__ __forceinline__ T scaled(T v, W w) {
+  T out;
+  from_float(to_float(v) * typename SumOf<T>::Type(w), out);
+  return out;
+}
+
+}  // namespace engm::cuda

@@ -1,0 +1,54 @@
+// Device, stream and limits of the machine that a binding launches on; the emulator stands in for all of it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#ifdef ENGM_EMULATOR
+
+#include "emulated_launch.h"
+
+namespace engm::cuda {
+
+struct OnDevice {
+  explicit OnDevice(const at::Tensor&) {}
+  void* stream() const { return nullptr; }
+  int64_t shared_limit() const { return emulator::shared_limit(); }
+};
+
+inline void check_launch(int error, const char* op) { TORCH_CHECK(error == 0, op, ": the emulated launch failed."); }
+
+}  // namespace engm::cuda
+
+#else
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+namespace engm::cuda {
+
+// Makes the tensor's device current for the scope of one operator.
+class OnDevice {
+ public:
+  explicit OnDevice(const at::Tensor& t) : guard_(t.device()) {}
+  void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
+  // Bytes of shared memory that one block may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90.
+  int64_t shared_limit() const {
+    int bytes = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, guard_.current_device().index());
+    TORCH_CHECK(error == cudaSuccess, "engm: ", cudaGetErrorString(error));
+    return bytes;
+  }
+
+ private:
+  c10::cuda::CUDAGuard guard_;
+};
+
+inline void check_launch(int error, const char* op) {
+  TORCH_CHECK(error == 0, op, ": the CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(error)), ".");
+}
+
+}  // namespace engm::cuda
+
+#endif

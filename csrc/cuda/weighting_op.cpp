@@ -1,0 +1,70 @@
+// scale_examples and weighted_sums on CUDA: checks, outputs, and lists cut to what one launch takes.
+#include "weighting.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+
+#include "../elementwise_checks.h"
+#include "../ops.h"
+#include "element_type.h"
+#include "stream.h"
+
+namespace engm::cuda {
+namespace {
+
+// `in` [n, ...], dense example after example. Empty tensors own no block.
+WeightedTensor entry(const at::Tensor& in, at::Tensor& out) {
+  const int64_t per_example = in.size(0) == 0 ? out.numel() : in.numel() / in.size(0);
+  const void* from = in.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const bool aligned = is_aligned_16(from) && is_aligned_16(to) && per_example * in.element_size() % 16 == 0;
+  return {from, to, per_example, element_of(in), aligned};
+}
+
+// Launches over the pairs (in, out), as many at once as fit.
+void launch_in_groups(const std::vector<at::Tensor>& in, std::vector<at::Tensor>& out, const at::Tensor& weights,
+                      int (*launcher)(WeightedTensors&, void*), const OnDevice& on, const char* op) {
+  WeightedTensors all{};
+  all.weights = weights.const_data_ptr();
+  all.weights_are_double = weights.scalar_type() == at::kDouble;
+  all.n = weights.size(0);
+  for (size_t begin = 0; begin < in.size(); begin += kTensorsAtOnce) {
+    const size_t end = std::min(in.size(), begin + kTensorsAtOnce);
+    for (size_t k = begin; k < end; ++k) all.tensor[k - begin] = entry(in[k], out[k]);
+    all.count = int32_t(end - begin);
+    check_launch(launcher(all, on.stream()), op);
+  }
+}
+
+}  // namespace
+
+std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights_in) {
+  const bool has_double = check_examples(tensors, weights_in, "scale_examples");
+  const OnDevice on(weights_in);
+  const at::Tensor weights = weights_in.to(has_double ? at::kDouble : at::kFloat).contiguous();
+  std::vector<at::Tensor> in, out;
+  for (const at::Tensor& t : tensors) {
+    in.push_back(is_dense_by_example(t) ? t : t.contiguous());
+    out.push_back(at::empty_like(in.back()));
+  }
+  launch_in_groups(in, out, weights, launch_scale_examples, on, "scale_examples");
+  return out;
+}
+
+std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights_in) {
+  const bool has_double = check_examples(tensors, weights_in, "weighted_sums");
+  const OnDevice on(weights_in);
+  const at::Tensor weights = weights_in.to(has_double ? at::kDouble : at::kFloat).contiguous();
+  std::vector<at::Tensor> in, out;
+  for (const at::Tensor& t : tensors) {
+    in.push_back(t.contiguous());
+    const at::ScalarType type = compute_type(t, t, "weighted_sums");
+    out.push_back(at::empty(t.sizes().slice(1), t.options().dtype(type).memory_format(std::nullopt)));
+  }
+  launch_in_groups(in, out, weights, launch_weighted_sums, on, "weighted_sums");
+  return out;
+}
+
+}  // namespace engm::cuda

@@ -1,0 +1,70 @@
+// The operators' schemas, and which functions serve CUDA. One place for the extension and for whatever else runs the
+// same bindings (tests/emulator registers them for the CPU in a namespace of its own).
+#pragma once
+
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace engm {
+
+inline void define_operators(torch::Library& m) {
+  m.def(
+      "linear_norm_sq(Tensor a, Tensor b, str form='auto', Tensor? shift=None, Tensor? patch_mean=None, "
+      "Tensor? scale=None, Tensor? correlation=None) -> Tensor");
+  m.def(
+      "conv_norm_sq(Tensor x, Tensor gy, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups=1, str form='auto', Tensor? shift=None, Tensor? patch_mean=None, Tensor? scale=None, "
+      "Tensor? correlation=None) -> Tensor");
+  m.def("linear_grads(Tensor a, Tensor b) -> (Tensor norm_sq, Tensor grads)");
+  m.def(
+      "conv_grads(Tensor x, Tensor gy, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+      "int groups=1) -> (Tensor norm_sq, Tensor grads)");
+  m.def(
+      "affine_norm_sq(Tensor x, Tensor gy, Tensor? mean, Tensor rstd, int channel_dim) -> "
+      "(Tensor norm_sq, Tensor scale_grads, Tensor shift_grads)");
+  m.def("clip_weights(Tensor squared_norms, float alpha, Tensor? factors=None) -> (Tensor norms, Tensor weights)");
+  m.def("embedding_norm_sq(Tensor indices, Tensor gy, int padding_idx=-1) -> Tensor");
+  m.def("scale_examples(Tensor[] tensors, Tensor weights) -> Tensor[]");
+  m.def("weighted_sums(Tensor[] tensors, Tensor weights) -> Tensor[]");
+  m.def("weighted_gemm(Tensor a, Tensor b, Tensor weights) -> Tensor");
+  m.def("scaled_accumulate(Tensor? a, Tensor b, Tensor weights) -> Tensor", scaled_accumulate);
+}
+
+inline void implement_cpu(torch::Library& m) {
+  m.impl("linear_norm_sq", cpu::linear_norm_sq);
+  m.impl("conv_norm_sq", cpu::conv_norm_sq);
+  m.impl("linear_grads", cpu::linear_grads);
+  m.impl("conv_grads", cpu::conv_grads);
+  m.impl("affine_norm_sq", cpu::affine_norm_sq);
+  m.impl("clip_weights", cpu::clip_weights);
+  m.impl("embedding_norm_sq", cpu::embedding_norm_sq);
+  m.impl("scale_examples", cpu::scale_examples);
+  m.impl("weighted_sums", cpu::weighted_sums);
+  m.impl("weighted_gemm", cpu::weighted_gemm);
+}
+
+#if defined(ENGM_WITH_CUDA) || defined(ENGM_EMULATOR)
+inline std::vector<std::string> cuda_kernels() {
+  return {"affine_norm_sq", "clip_weights",   "conv_grads",     "conv_norm_sq",  "embedding_norm_sq",
+          "linear_grads",   "linear_norm_sq", "scale_examples", "weighted_gemm", "weighted_sums"};
+}
+
+inline void implement_cuda(torch::Library& m) {
+  m.impl("linear_norm_sq", cuda::linear_norm_sq);
+  m.impl("conv_norm_sq", cuda::conv_norm_sq);
+  m.impl("linear_grads", cuda::linear_grads);
+  m.impl("conv_grads", cuda::conv_grads);
+  m.impl("affine_norm_sq", cuda::affine_norm_sq);
+  m.impl("clip_weights", cuda::clip_weights);
+  m.impl("embedding_norm_sq", cuda::embedding_norm_sq);
+  m.impl("scale_examples", cuda::scale_examples);
+  m.impl("weighted_sums", cuda::weighted_sums);
+  m.impl("weighted_gemm", cuda::weighted_gemm);
+}
+#endif
+
+}  // namespace engm
