@@ -13,12 +13,6 @@ namespace engm::cuda {
 
 constexpr int kGramStages = 3;  // chunks in flight
 
-// Whether the sums of a step are added outside the tensor core, which truncates.
-template <typename P>
-constexpr bool kGramNearest = false;
-template <>
-constexpr bool kGramNearest<Tf32x3> = true;
-
 __device__ __forceinline__ int round_up_16(int v) { return (v + 15) & ~15; }
 
 // One Gram product: dst[m, n] = Σ_c u[m, c] v[n, c]; with `diagonal` u is v and only m ≤ n is formed.
@@ -142,19 +136,7 @@ struct GramProduct {
       P::load_b_of_n(b, v + n * P::kN * pitch(), pitch(), lane);
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m)
-        if (mine & 1u << (m * kTilesN + n)) multiply(sums[m][n], a[m], b);
-    }
-  }
-
-  static __device__ __forceinline__ void multiply(Sum (&sum)[P::kSums], const typename P::A& a,
-                                                  const typename P::B& b) {
-    if constexpr (kGramNearest<P>) {
-      Sum part[P::kSums] = {};
-      P::mma(part, a, b);
-#pragma unroll
-      for (int e = 0; e < P::kSums; ++e) sum[e] += part[e];
-    } else {
-      P::mma(sum, a, b);
+        if (mine & 1u << (m * kTilesN + n)) P::mma(sums[m][n], a[m], b);
     }
   }
 

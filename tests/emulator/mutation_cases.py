@@ -86,6 +86,18 @@ def corrected(ops, _):
         check(got, want)
 
 
+@case
+def rounded_to_tf32(ops, _):
+    """Numbers that TF32 does not hold, aligned and not; the oracle takes them to the nearest that it does."""
+    for channels in (8, 9):
+        x, gy = torch.randn(1, channels, 9, 8), torch.randn(1, 24, 9, 8)
+        nearest = [((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double() for t in (x, gy)]
+        want = reference.conv_norm_sq(*nearest, [3, 3], [1, 1], [1, 1], [1, 1])
+        for memory in (torch.contiguous_format, torch.channels_last):
+            inputs = [t.contiguous(memory_format=memory) for t in (x, gy)]
+            check(ops.conv_norm_sq(*inputs, [3, 3], [1, 1], [1, 1], [1, 1], 1, "direct"), want)
+
+
 @for_each_dtype
 def gram_of_linear(ops, dtype):
     for T, p, d in ((100, 40, 24), (20, 150, 70)):

@@ -13,7 +13,7 @@ def each(*names: str) -> tuple[str, ...]:
 
 # Cases of mutation_cases.py, cheapest first; also the list of files whose barriers and waits are looked for.
 CASES = {
-    "direct_norm.cuh": (*each("linear", "convolution", "strided_convolution"), "corrected"),
+    "direct_norm.cuh": (*each("linear", "convolution", "strided_convolution"), "corrected", "rounded_to_tf32"),
     "gram_norm.cuh": each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
     "gram_product.cuh": each("gram_of_linear", "gram_of_convolution"),
     "depthwise_norm.cuh": each("depthwise"),
@@ -62,8 +62,8 @@ WRITTEN: dict[str, list[tuple]] = {
             "b.r[1] = to_tf32(p[0]), b.r[0] = to_tf32(p[4]);",
         ),
         ("tf32x3: no low part", "low = to_tf32(v - __uint_as_float(high));", "low = 0;"),
-        ("tf32x3: no low part of a", "mma_tf32(c, a.low, b.high);", ""),
-        ("tf32x3: no low part of b", "mma_tf32(c, a.high, b.low);", ""),
+        ("tf32x3: no low part of a", "mma_tf32(step, a.low, b.high);", ""),
+        ("tf32x3: no low part of b", "mma_tf32(step, a.high, b.low);", ""),
         ("16 bits: rows of a", "return (lane & 7) + 8 * (lane >> 4);", "return (lane & 7) + 8 * ((lane >> 3) & 1);"),
         ("16 bits: rows of b", "return lane & 15;", "return lane & 7;"),
         ("16 bits: column of a", "return 8 * ((lane >> 3) & 1);", "return 8 * (lane >> 4);"),
@@ -102,6 +102,13 @@ WRITTEN: dict[str, list[tuple]] = {
         ("one row of pixels too few", "unsigned(y) < unsigned(h)", "unsigned(y) + 1 < unsigned(h)"),
         ("rows that are none", "position_pixel[e] = inside ? y << 16 | x : -1;", "position_pixel[e] = y << 16 | x;"),
         ("no stride", "y * g.stride[1] * taps.halo_w + x * g.stride[2]", "y * taps.halo_w + x"),
+        ("x cut off instead of rounded", "load_x.round(arrived, halo);", ""),
+        ("gy cut off instead of rounded", "load_gy.round(arrived + p.halo * Tile::kPitchX, p.positions);", ""),
+        (
+            "the first vector of a row rounded only",
+            "to + e / kChunks * kPitch + e % kChunks * 4",
+            "to + e / kChunks * kPitch",
+        ),
         ("no dilation", "y * g.dilation[1] * taps.halo_w + x * g.dilation[2]", "y * taps.halo_w + x"),
         ("the halo one pixel short", "e < halo", "e < halo - 1"),
         (
