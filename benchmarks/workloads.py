@@ -136,7 +136,7 @@ def pgd_step(net: nn.Module, x: Tensor, y: Tensor, method: str, *, borrowed: boo
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
     opt = outer(model, method)
     attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
-    measured = borrowed and method != "msgd"
+    measured = opt if borrowed else False
 
     def step() -> None:
         found = attack(model, x, y, generator=generator, measure=measured)

@@ -14,7 +14,7 @@ from .exact import naive_grad_norms
 from .explain import Explanation, explain
 from .measurement import Measurement, measure, per_example_grad_norms
 from .module import GradNormModule
-from .optim import AENGM, ENGM, MSGD, NENGM, ExampleOptimizer, StepStats, alpha_for
+from .optim import AENGM, ENGM, FENGM, GNC, MSGD, NENGM, SNGM, ExampleOptimizer, StepStats, alpha_for
 from .rules import register_rule
 from .tuning import CostTable, tune
 from .verify import VerifyReport, verify
@@ -22,8 +22,11 @@ from .verify import VerifyReport, verify
 __all__ = [
     "AENGM",
     "ENGM",
+    "FENGM",
+    "GNC",
     "MSGD",
     "NENGM",
+    "SNGM",
     "CostTable",
     "ExampleOptimizer",
     "Explanation",

@@ -26,16 +26,18 @@ class Measurement:
 
     Attributes:
         names: the parameter tensors, in the order of the network.
-        stacked: squared norms ``[L, n]``, one row a parameter tensor; float64 for float64 losses, else float32.
+        stacked: squared norms ``[L, n]``, one row a parameter tensor; float64 for float64 losses, else float32. None if
+            only input gradients were measured (``norms=False``).
         mode: how batch statistics were treated: ``"plain"`` (nothing couples the examples: the norms are exact),
             ``"frozen"`` (batch norms in training mode as constants), ``"corrected"`` (the same, with the local
-            correction of :mod:`engm.correction`; never from :func:`measure`) or ``"exact"`` (through the statistics).
+            correction of :mod:`engm.correction`; never from :func:`measure`) or ``"exact"`` (through the statistics,
+            as are input gradients that were measured alone).
         losses: ``[n]``, detached.
         input_grads: gradient of the summed losses with respect to ``inputs``, same structure; None if not asked for.
     """
 
     names: tuple[str, ...]
-    stacked: Tensor
+    stacked: Tensor | None
     mode: str
     losses: Tensor
     input_grads: Tensor | tuple[Tensor, ...] | None = None
@@ -43,12 +45,22 @@ class Measurement:
     @property
     def squared_norms(self) -> dict[str, Tensor]:
         """Squared norms ``[n]`` by parameter name."""
-        return dict(zip(self.names, self.stacked.unbind(0), strict=True))
+        return dict(zip(self.names, self.require_stacked().unbind(0), strict=True))
 
     @property
     def norms(self) -> Tensor:
         """``[n]``, norms over all parameters, of the graph the measurement ran on (not calibrated)."""
-        return self.stacked.sum(0).sqrt()
+        return self.require_stacked().sum(0).sqrt()
+
+    def require_stacked(self) -> Tensor:
+        """``stacked``.
+
+        Raises:
+            ValueError: only input gradients were measured.
+        """
+        if self.stacked is None:
+            raise ValueError("this measurement was taken with norms=False: it has input gradients only.")
+        return self.stacked
 
     @property
     def input_norms(self) -> Tensor | None:
@@ -123,7 +135,7 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
     return traced
 
 
-def resolve_inputs(traced: Trace, inputs: Inputs) -> tuple[Tensor, ...]:
+def resolve_inputs(traced: Trace | None, inputs: Inputs) -> tuple[Tensor, ...]:
     """The tensors whose gradients stand for ``inputs``: themselves, or the leaf the wrapper put in their place.
 
     Raises:
@@ -133,7 +145,8 @@ def resolve_inputs(traced: Trace, inputs: Inputs) -> tuple[Tensor, ...]:
     if inputs is None:
         return ()
     given = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
-    seen = [pair for capture in {id(c.capture): c.capture for c in traced.calls}.values() for pair in capture.inputs]
+    calls = [] if traced is None else traced.calls
+    seen = [pair for capture in {id(c.capture): c.capture for c in calls}.values() for pair in capture.inputs]
     found = []
     for tensor in given:
         if not isinstance(tensor, Tensor):
@@ -184,7 +197,13 @@ def check_positive(name: str, value: float) -> float:
 
 
 def measure(
-    model: nn.Module, losses: Tensor, inputs: Inputs = None, *, loss_scale: float = 1.0, check: bool | None = None
+    model: nn.Module,
+    losses: Tensor,
+    inputs: Inputs = None,
+    *,
+    norms: bool = True,
+    loss_scale: float = 1.0,
+    check: bool | None = None,
 ) -> Measurement:
     """Per-example squared gradient norms by one backward pass that computes no weight gradient.
 
@@ -195,6 +214,9 @@ def measure(
         model: a :class:`GradNormModule`.
         losses: ``[n]``, one loss an example, from a forward pass of ``model``.
         inputs: tensor (or tuple) whose gradient is wanted from the same pass; must require grad.
+        norms: ``False`` measures the input gradients alone: an ordinary backward pass to ``inputs``, which must require
+            grad, through batch statistics, of losses that need not be captured (a forward pass under ``model.paused()``
+            will do). It is what N-ENGM always reads, and A-ENGM between two regressions.
         loss_scale: factor on the losses inside the pass, divided out again (float16).
         check: look for non-finite losses; default on the CPU only, because elsewhere looking synchronises.
 
@@ -205,11 +227,27 @@ def measure(
 
     Raises:
         TypeError, ValueError, RuntimeError: the losses are not such a vector, belong to another model, or a strict
-            check fails. Nothing is changed.
+            check fails; ``norms=False`` without inputs. Nothing is changed.
     """
     wrapped = as_wrapped(model)
+    if not norms:
+        return _measure_inputs(wrapped, losses, inputs, check_positive("loss_scale", loss_scale), check)
     traced = traced_losses(wrapped, losses, check=check)
     return measure_traced(wrapped, traced, losses, inputs, check_positive("loss_scale", loss_scale))
+
+
+def _measure_inputs(
+    model: GradNormModule, losses: Tensor, inputs: Inputs, loss_scale: float, check: bool | None
+) -> Measurement:
+    if inputs is None:
+        raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
+    check_losses(losses, finite=check)
+    leaves = resolve_inputs(None, inputs)
+    gradients = input_gradients(losses, leaves, loss_scale)
+    if loss_scale != 1.0:
+        gradients = tuple(None if g is None else g / loss_scale for g in gradients)
+    names = tuple(name for name, _ in model.trainable_parameters())
+    return Measurement(names, None, "exact", losses.detach(), pack_input_grads(inputs, leaves, gradients))
 
 
 def measure_traced(
@@ -268,8 +306,9 @@ def calibrated_squared_norms(
     Raises:
         ValueError: an exact norm is asked for and the measurement is of another graph.
     """
+    stacked = measurement.require_stacked()
     if not traced.couples or model.batch_norm == "frozen" or measurement.mode == "exact":
-        return measurement.stacked, None
+        return stacked, None
     if model.batch_norm == "exact":
         raise ValueError(
             "batch_norm='exact' takes norms through the statistics of the training graph; a measurement of another "
@@ -277,9 +316,9 @@ def calibrated_squared_norms(
         )
     mode = f"{measurement.mode}, {'borrowed' if borrowed else 'own pass'}"
     factors = model.calibration.factors(
-        mode, measurement.stacked, losses, model.trainable_parameters(), count=count, loss_scale=loss_scale
+        mode, stacked, losses, model.trainable_parameters(), count=count, loss_scale=loss_scale
     )
-    return measurement.stacked, factors
+    return stacked, factors
 
 
 def per_example_grad_norms(

@@ -147,7 +147,7 @@ def _positional(function: Callable[..., Any]) -> int | None:
 def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyReport:
     names, parameters = zip(*model.trainable_parameters(), strict=True)
     exact_mode = model.batch_norm == "exact"
-    raw = measure_traced(model, traced, losses).stacked
+    raw = measure_traced(model, traced, losses).require_stacked()
     frozen = traced.couples and not exact_mode
     calibrated_error = None
     if frozen:

@@ -52,12 +52,16 @@ SIGNATURES = {
     "GradNormModule": "(net, *, batch_norm='calibrated', calibrate_every=50, calibrate_examples=16, strict=True, "
     "views=1)",
     "per_example_grad_norms": "(model, losses, *, loss_scale=1.0, check=None)",
-    "measure": "(model, losses, inputs=None, *, loss_scale=1.0, check=None)",
+    "measure": "(model, losses, inputs=None, *, norms=True, loss_scale=1.0, check=None)",
     "naive_grad_norms": "(model, losses)",
     "ENGM": "(model, optimizer, alpha)",
     "AENGM": "(model, optimizer, alpha, *, tau=50, beta_gamma=0.7, average_first_fit=False)",
     "NENGM": "(model, optimizer, alpha)",
     "MSGD": "(model, optimizer)",
+    "FENGM": "(model, optimizer, alpha=1.0)",
+    "SNGM": "(model, optimizer)",
+    "GNC": "(model, optimizer, max_norm=25.0)",
+    "tune": "(device='cpu', *, path=None, seconds=20.0)",
     "ENGM.backward": "(self, losses, inputs=None, *, measurement=None, divisor=None, loss_scale=1.0, check=None)",
     "ENGM.reweight": "(self, losses, inputs=None, *, measurement=None, loss_scale=1.0, check=None)",
     "verify": "(model, loss_fn, batch, *, raise_on_error=False)",
@@ -78,7 +82,7 @@ def test_signatures(name):
     assert shown == SIGNATURES[name]
 
 
-@pytest.mark.parametrize("method", ["ENGM", "AENGM", "NENGM", "MSGD"])
+@pytest.mark.parametrize("method", ["ENGM", "AENGM", "NENGM", "MSGD", "FENGM", "SNGM", "GNC"])
 def test_every_optimizer_shows_one_face(method):
     cls = getattr(engm, method)
     assert issubclass(cls, torch.optim.Optimizer)

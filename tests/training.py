@@ -137,7 +137,7 @@ def assert_same(found: Any, expected: Any, where: str = "value") -> None:
         for position, entry in enumerate(expected):
             assert_same(found[position], entry, f"{where}[{position}]")
     else:
-        assert found == expected, where
+        assert found == expected or (found != found and expected != expected), where
 
 
 def assert_close(found: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-12) -> None:

@@ -8,7 +8,7 @@ of paying for a backward pass of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import engm
 
 if TYPE_CHECKING:
-    from engm import Measurement
+    from engm import ExampleOptimizer, Measurement
 
 PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
 """``(logits [n, K], labels [n]) -> losses [n]``; the attack maximises each of them."""
@@ -64,6 +64,26 @@ def paused(model: nn.Module) -> Iterator[None]:
             if isinstance(module, engm.GradNormModule):
                 stack.enter_context(module.paused())
         yield
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the last step measures."""
+
+    norms: bool
+    input_grads: bool
+
+    @classmethod
+    def of(cls, measure: bool | ExampleOptimizer) -> _Wanted:
+        if isinstance(measure, bool):
+            return cls(measure, measure)
+        if not isinstance(measure, engm.ExampleOptimizer):
+            raise TypeError(f"measure must be True, False or one of engm's optimizers, got {type(measure).__name__}.")
+        return cls(measure.needs_norms, measure.needs_input_grads)
+
+    @property
+    def anything(self) -> bool:
+        return self.norms or self.input_grads
 
 
 @dataclass(frozen=True)
@@ -132,7 +152,7 @@ class PGD:
         y: Tensor,
         *,
         generator: torch.Generator | None = None,
-        measure: bool = False,
+        measure: bool | ExampleOptimizer = False,
     ) -> Adversarial:
         """Attacks ``model`` at ``(x, y)``.
 
@@ -141,30 +161,33 @@ class PGD:
             x: natural inputs ``[n, ...]``, floating point, in [0, 1].
             y: labels ``[n]``.
             generator: source of the random starts; may live on the CPU while ``x`` does not.
-            measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``.
+            measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. An optimizer
+                in place of ``True``: measure what its next ``backward`` reads and no more. Input gradients alone
+                (N-ENGM, A-ENGM between two regressions) cost nothing: the attack takes them anyway.
 
         Raises:
             ValueError: empty or out-of-range inputs (the range is looked at on the CPU only, where looking is cheap),
                 labels that do not match, or ``measure`` together with ``restarts`` or ``stop_when_broken``.
         """
-        self._check(x, y, measure)
+        wanted = _Wanted.of(measure)
+        self._check(x, y, wanted)
         origin = x.detach()
         with torch.enable_grad(), ExitStack() as stack:
             if self.eval_mode:
                 stack.enter_context(evaluation_mode(model))
-            best = self._run(model, origin, y, generator, measure)
+            best = self._run(model, origin, y, generator, wanted)
             if self.restarts == 1:
                 return best
             best_loss = self._final_losses(model, best.inputs, y)
             for _ in range(self.restarts - 1):
-                other = self._run(model, origin, y, generator, measure=False).inputs
+                other = self._run(model, origin, y, generator, wanted).inputs
                 loss = self._final_losses(model, other, y)
                 better = loss > best_loss
                 best = Adversarial(torch.where(_per_example(better, other), other, best.inputs))
                 best_loss = torch.where(better, loss, best_loss)
         return best
 
-    def _check(self, x: Tensor, y: Tensor, measure: bool) -> None:
+    def _check(self, x: Tensor, y: Tensor, wanted: _Wanted) -> None:
         if x.dim() < 2 or x.shape[0] == 0 or not x.is_floating_point():
             raise ValueError(f"expected floating-point inputs [n, ...] with n >= 1, got {x.dtype} {list(x.shape)}")
         if y.shape != x.shape[:1]:
@@ -176,11 +199,11 @@ class PGD:
                     f"expected inputs in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
                     "put the normalisation inside the network, so that eps is in pixel units"
                 )
-        if measure and (self.restarts > 1 or self.stop_when_broken):
-            raise ValueError("measure=True needs one run over all examples: restarts=1 and stop_when_broken=False")
+        if wanted.anything and (self.restarts > 1 or self.stop_when_broken):
+            raise ValueError("measure needs one run over all examples: restarts=1 and stop_when_broken=False")
 
     def _run(
-        self, model: nn.Module, origin: Tensor, y: Tensor, generator: torch.Generator | None, measure: bool
+        self, model: nn.Module, origin: Tensor, y: Tensor, generator: torch.Generator | None, wanted: _Wanted
     ) -> Adversarial:
         """One run from one start."""
         x_adv = self._start(origin, generator)
@@ -189,11 +212,13 @@ class PGD:
         for _ in range(self.steps - 1):
             with paused(model):
                 x_adv, _ = self._step(model, origin, x_adv, y)
-        if not measure:
+        if not wanted.anything:
             with paused(model):
                 return Adversarial(self._step(model, origin, x_adv, y)[0])
-        x_adv.requires_grad_()
-        measurement = engm.measure(model, self._losses(model(x_adv), y), inputs=x_adv)
+        x_adv = x_adv.detach().requires_grad_()
+        with nullcontext() if wanted.norms else paused(model):
+            losses = self._losses(model(x_adv), y)
+        measurement = engm.measure(model, losses, inputs=x_adv, norms=wanted.norms)
         gradient = measurement.input_grads
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")

@@ -3,7 +3,7 @@
 from .aengm import AENGM, NENGM
 from .alpha import alpha_for
 from .base import ExampleOptimizer, StepStats
-from .baselines import MSGD
+from .baselines import FENGM, GNC, MSGD, SNGM
 from .engm import ENGM
 
-__all__ = ["AENGM", "ENGM", "MSGD", "NENGM", "ExampleOptimizer", "StepStats", "alpha_for"]
+__all__ = ["AENGM", "ENGM", "FENGM", "GNC", "MSGD", "NENGM", "SNGM", "ExampleOptimizer", "StepStats", "alpha_for"]

@@ -59,6 +59,7 @@ class NENGM(ExampleOptimizer):
 
     uses_input_grads = True
     _shown = ("alpha",)
+    _hyperparameters = ("alpha",)
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float) -> None:
         self.alpha = check_alpha(alpha)
@@ -99,6 +100,7 @@ class AENGM(ExampleOptimizer):
     uses_norms = True
     uses_input_grads = True
     _shown = ("alpha", "tau", "beta_gamma")
+    _hyperparameters = ("alpha", "tau", "beta_gamma")
 
     def __init__(
         self,
@@ -126,9 +128,14 @@ class AENGM(ExampleOptimizer):
         self.failed_fits = torch.zeros((), dtype=torch.int64)
         self.fallbacks = torch.zeros((), dtype=torch.int64)
 
+    @property
+    def needs_norms(self) -> bool:
+        """Every ``tau`` steps, for the regression."""
+        return self.steps % self.tau == 0
+
     def _weights(self, problem: Problem) -> Weighting:
         alpha = check_alpha(self.alpha)
-        if self.steps % self.tau == 0:
+        if self.needs_norms:
             norms, found = problem.norms_and_input_norms()
             self._fit(found, norms)
         else:

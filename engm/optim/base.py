@@ -52,6 +52,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
     uses_norms = False
     uses_input_grads = False
     _shown: tuple[str, ...] = ()  # options that repr shows
+    _hyperparameters: tuple[str, ...] = ()  # numbers that a checkpoint restores, as torch's optimizers restore lr
     _step_supports_amp_scaling = False  # GradScaler unscales and skips itself: it cannot reach into a fused inner step
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -68,6 +69,16 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def _weights(self, problem: Problem) -> Weighting:
         """Weights for one batch; the subclass asks ``problem`` for norms or input norms."""
         raise TypeError(f"{type(self).__name__} must define _weights")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the next ``backward`` reads parameter-gradient norms; if not, ``measure(norms=False)`` will do."""
+        return self.uses_norms
+
+    @property
+    def needs_input_grads(self) -> bool:
+        """Whether the next ``backward`` reads input gradients."""
+        return self.uses_input_grads
 
     # -- the face --------------------------------------------------------------------------------------------
 
@@ -230,10 +241,14 @@ class ExampleOptimizer(torch.optim.Optimizer):
             raise
 
     def _own_state(self) -> dict[str, Any]:
-        return {"calibration": self.model.calibration.state_dict()}
+        hyperparameters = {key: getattr(self, key) for key in self._hyperparameters}
+        return {"calibration": self.model.calibration.state_dict(), "hyperparameters": hyperparameters}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
+        hyperparameters = {key: state["hyperparameters"][key] for key in self._hyperparameters}
         self.model.calibration.load_state_dict(state["calibration"])
+        for key, value in hyperparameters.items():
+            setattr(self, key, value)
 
     def __repr__(self) -> str:
         options = "".join(f"{name}={getattr(self, name)!r}, " for name in self._shown)

@@ -1,10 +1,16 @@
-"""What ENGM is compared with."""
+"""What ENGM is compared with (Table 1 of the paper): MSGD, global norm clipping, SNGM and Fixed ENGM."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..measurement import check_positive
 from .base import ExampleOptimizer
+from .engm import check_alpha
 from .problem import Problem, Weighting
 
 
@@ -23,3 +29,115 @@ class MSGD(ExampleOptimizer):
 
     def _weights(self, problem: Problem) -> Weighting:
         return Weighting(torch.ones_like(problem.losses.detach()))
+
+
+class WholeGradientOptimizer(MSGD):
+    """Weights of 1, and a factor on the whole gradient when ``step`` is called.
+
+    The factor is of what lies in ``p.grad`` then: of all micro-batches together, of the reduced gradient under
+    ``DistributedDataParallel``, of the unscaled one under a gradient scaler. Gradients are changed in place.
+
+    Attributes:
+        grad_norm: norm of the gradient at the last step, before the factor; a tensor (reading it synchronises).
+    """
+
+    grad_norm: Tensor | None = None
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        """The factor for a gradient of this norm; both 0-dimensional."""
+        raise TypeError(f"{type(self).__name__} must define _factor")
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Multiply the gradient by its factor, then take the inner optimizer's step.
+
+        Raises:
+            ValueError: a closure is given.
+        """
+        if closure is None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            if gradients:
+                self.grad_norm = total_norm(gradients)
+                factor = self._factor(self.grad_norm)
+                for gradient in gradients:
+                    gradient.mul_(factor.to(gradient))
+        return super().step(closure)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """``sqrt(sum ||t||^2)``, in float32 or better, without synchronisation."""
+    norms = torch._foreach_norm([t if t.dtype == torch.float64 else t.float() for t in tensors])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+
+
+class SNGM(WholeGradientOptimizer):
+    """Stochastic normalised gradient descent with momentum: ``v <- beta v + g / ||g||`` (Eq. 4), g the mean gradient.
+
+    Only its direction counts, so learning rates are other ones than SGD's. A gradient of 0 stays 0.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: any torch optimizer; the paper's is SGD with momentum.
+
+    Raises:
+        TypeError: as :class:`ExampleOptimizer`.
+    """
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        return torch.where(norm == 0, torch.ones_like(norm), 1 / norm)
+
+
+class GNC(WholeGradientOptimizer):
+    """Global norm clipping: the mean gradient times ``min(max_norm / ||g||, 1)``; with SGD the paper's MGNC.
+
+    What ``torch.nn.utils.clip_grad_norm_`` does between ``backward`` and ``step``.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: any torch optimizer.
+        max_norm: the largest norm of the mean gradient; 25 in the paper.
+
+    Raises:
+        TypeError: as :class:`ExampleOptimizer`.
+        ValueError: ``max_norm`` is not positive.
+    """
+
+    _shown = ("max_norm",)
+    _hyperparameters = ("max_norm",)
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float = 25.0) -> None:
+        self.max_norm = check_positive("max_norm", max_norm)
+        super().__init__(model, optimizer)
+
+    def _factor(self, norm: Tensor) -> Tensor:
+        return torch.where(norm > self.max_norm, self.max_norm / norm, torch.ones_like(norm))
+
+
+class FENGM(ExampleOptimizer):
+    """Fixed ENGM: every example's gradient is scaled *to* the norm ``alpha``, ``w_i = alpha / ||dL_i/dtheta||``.
+
+    Short gradients are lengthened, which is what costs it its robustness in the paper's Table 2. The text of the paper
+    normalises to ``alpha``, its formula to 1; the default is the formula. A gradient of 0 has weight 1.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: any torch optimizer.
+        alpha: the norm that every example's gradient gets.
+
+    Raises:
+        TypeError: as :class:`ExampleOptimizer`.
+        ValueError: ``alpha`` is not a positive finite number.
+    """
+
+    uses_norms = True
+    _shown = ("alpha",)
+    _hyperparameters = ("alpha",)
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float = 1.0) -> None:
+        self.alpha = check_positive("alpha", alpha)
+        super().__init__(model, optimizer)
+
+    def _weights(self, problem: Problem) -> Weighting:
+        alpha = check_alpha(self.alpha)
+        norms = problem.norms()
+        weights = torch.where(norms > 0, alpha / norms, torch.ones_like(norms))
+        return Weighting(torch.where(norms.isfinite(), weights, torch.full_like(norms, torch.nan)), norms)

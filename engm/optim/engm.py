@@ -43,6 +43,7 @@ class ENGM(ExampleOptimizer):
 
     uses_norms = True
     _shown = ("alpha",)
+    _hyperparameters = ("alpha",)
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float) -> None:
         self.alpha = check_alpha(alpha)

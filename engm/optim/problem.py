@@ -104,6 +104,10 @@ class Problem:
         stacked, factors, _ = self._norms(with_inputs=False)
         return ops.clip_weights(stacked, alpha, factors)
 
+    def norms(self) -> Tensor:
+        """Norms ``[n]``."""
+        return self.clipped(inf)[0]
+
     def norms_and_input_norms(self) -> tuple[Tensor, Tensor]:
         """Norms ``[n]`` and input norms ``[n]`` of the same batch."""
         stacked, factors, found = self._norms(with_inputs=True)
@@ -132,6 +136,11 @@ class Problem:
         Input norms come first: a fault of the inputs must show before calibration takes notice of this batch.
         """
         if self.measurement is not None:
+            if self.measurement.stacked is None:
+                raise ValueError(
+                    "the measurement was taken with norms=False and this step reads norms: leave norms at True (see "
+                    "needs_norms of the optimizer), or leave measurement out."
+                )
             found = self.input_norms() if with_inputs else None
             return *self._calibrated(self.measurement, borrowed=True), found
         leaves = self._input_leaves() if with_inputs else ()

@@ -142,13 +142,14 @@ class Trainer:
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._borrow = borrow and objective.attack_maximises_it and self._captures
+        self._measures = optimizer if self._borrow and isinstance(optimizer, engm.ExampleOptimizer) else False
         self._clock = StepClock(next(model.parameters()).device)
         self._figures = _Figures()
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Attacks one batch and updates the weights on it."""
         with self._clock:
-            adversarial = self.attack(self.model, x, y, generator=self.generator, measure=self._borrow)
+            adversarial = self.attack(self.model, x, y, generator=self.generator, measure=self._measures)
             x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._borrow)
             # A method that looks at no example is timed as anybody would run it: with nothing captured.
             with nullcontext() if self._captures else paused(self.model):

@@ -240,3 +240,39 @@ def test_bad_arguments(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         PGD(0.1, 0.03, 2, loss=F.cross_entropy)(net, x, y)
     with pytest.raises(ValueError, match="one run"):
         PGD(0.1, 0.03, 2, restarts=2)(engm.GradNormModule(net), x, y, measure=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "norms", "input_grads"),
+    [
+        (lambda m, o: engm.ENGM(m, o, 1.0), True, False),
+        (lambda m, o: engm.FENGM(m, o), True, False),
+        (lambda m, o: engm.NENGM(m, o, 1.0), False, True),
+        (lambda m, o: engm.AENGM(m, o, 1.0, tau=2), True, True),
+        (engm.MSGD, False, False),
+    ],
+)
+def test_an_optimizer_says_what_the_last_step_measures(method, norms, input_grads):
+    torch.manual_seed(0)
+    model = engm.GradNormModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
+    opt = method(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, y = torch.rand(6, 3, 2, 2), torch.randint(0, 5, (6,))
+    pgd = PGD(0.1, 0.03, 3)
+    found = pgd(model, x, y, generator=seeded(), measure=opt)
+    torch.testing.assert_close(found.inputs, pgd(model, x, y, generator=seeded()).inputs)
+    assert (found.measurement is not None) == (norms or input_grads)
+    if found.measurement is not None:
+        assert (found.measurement.stacked is not None) == norms
+    opt.backward(cross_entropy(model(found.inputs), y), measurement=found.measurement)
+    if isinstance(opt, engm.AENGM):  # between two regressions it reads input gradients only
+        again = pgd(model, x, y, generator=seeded(), measure=opt)
+        assert again.measurement.stacked is None
+        opt.backward(cross_entropy(model(again.inputs), y), measurement=again.measurement)
+
+
+def test_measuring_for_something_else_is_refused():
+    model = engm.GradNormModule(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)))
+    with pytest.raises(TypeError, match="True, False or one of engm's optimizers"):
+        PGD(0.1, 0.03, 1)(
+            model, torch.rand(2, 3, 2, 2), torch.zeros(2).long(), measure=torch.optim.SGD([torch.zeros(1)], 1)
+        )

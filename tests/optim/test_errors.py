@@ -15,8 +15,11 @@ METHODS = {
     "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=1),
     "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
     "msgd": engm.MSGD,
+    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
+    "sngm": engm.SNGM,
+    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
 }
-METERED = [name for name in METHODS if name != "msgd"]
+METERED = [name for name in METHODS if name not in ("msgd", "sngm", "gnc")]
 
 
 def make(method="engm", norm="batch", **options):

@@ -31,6 +31,9 @@ ALL = {
     "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=2),
     "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
     "msgd": engm.MSGD,
+    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
+    "sngm": engm.SNGM,
+    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
 }
 every_method = pytest.mark.parametrize("method", ALL)
 
@@ -149,7 +152,7 @@ class TestTorchOptimizer:
         _, opt = make(method)
         assert repr(opt).startswith(type(opt).__name__ + "(")
         assert "momentum: 0.9" in repr(opt)
-        assert method == "msgd" or "alpha=" in repr(opt)
+        assert {"msgd": "MSGD(", "sngm": "SNGM(", "gnc": "max_norm="}.get(method, "alpha=") in repr(opt)
         assert method != "aengm" or "tau=2, beta_gamma=0.7" in repr(opt)
 
     @pytest.mark.parametrize("scheduled", [False, True])

@@ -16,6 +16,9 @@ METHODS = {
     "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=3),
     "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
     "msgd": engm.MSGD,
+    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
+    "sngm": engm.SNGM,
+    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
 }
 INNER = {"sgd": sgd, "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01)}
 
