@@ -5,7 +5,7 @@ namespace engm {
 
 std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
                                                  const OptionalTensor& scale, const OptionalTensor& correlation,
-                                                 at::ScalarType type, at::IntArrayRef per_example,
+                                                 at::ScalarType type, at::Device device, at::IntArrayRef per_example,
                                                  at::IntArrayRef mean_shape, at::IntArrayRef weight_shape,
                                                  const char* op) {
   const int given = shift.has_value() + patch_mean.has_value() + scale.has_value() + correlation.has_value();
@@ -13,6 +13,8 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
   TORCH_CHECK(given == 4, op, ": a batch-norm correction needs all of shift, patch_mean, scale and correlation, got ",
               given, " of the four. Pass the missing ones or none.");
   const auto ready = [&](const at::Tensor& t, const char* name, at::IntArrayRef shape) {
+    TORCH_CHECK(t.device() == device, op, ": ", name, " must be on the operands' device ", device, ", got ", t.device(),
+                ".");
     TORCH_CHECK(t.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", t.sizes(), ".");
     return t.to(type).contiguous();
   };

@@ -26,10 +26,10 @@ struct CorrectionTensors {
   at::Tensor shift, patch_mean, scale, correlation;
 };
 
-// All four or none, brought to `type` and made contiguous.
+// All four or none, on `device`; brought to `type` and made contiguous.
 std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
                                                  const OptionalTensor& scale, const OptionalTensor& correlation,
-                                                 at::ScalarType type, at::IntArrayRef per_example,
+                                                 at::ScalarType type, at::Device device, at::IntArrayRef per_example,
                                                  at::IntArrayRef mean_shape, at::IntArrayRef weight_shape,
                                                  const char* op);
 

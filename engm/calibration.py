@@ -8,7 +8,7 @@ fresh factor replaces the old one whole: averaged factors were measured to be wo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Probe:
         """Returns ``(indices [k], exact squared norms [L, k])``; ``loss_scale`` is divided out of the norms."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
         self.draws += 1
-        indices = torch.randperm(losses.shape[0], generator=generator)[: self.examples].sort().values
+        indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")[: self.examples].sort().values
         exact = exact_squared_norms(losses * loss_scale, parameters, indices.tolist()) / loss_scale**2
         return indices.to(losses.device, non_blocking=True), exact
 
@@ -51,13 +51,23 @@ class DeviceFlag:
         if not value.is_cuda:
             self._value = value
             return
-        self._value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+        self._value = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(value.device))
 
     def known_false(self) -> bool:
         """Whether the value has arrived and is false."""
-        return (self._arrived is None or self._arrived.query()) and not bool(self._value)
+        if self._arrived is not None:
+            # Asking an event is not allowed while a graph is captured.
+            if torch.cuda.is_current_stream_capturing() or not self._arrived.query():
+                return False
+            self._arrived = None
+        return not bool(self._value)
+
+    def __getstate__(self) -> dict[str, Any]:  # an event can neither be copied nor pickled
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return {"_arrived": None, "_value": self._value}
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,8 @@ class Calibration:
             indices, exact = self.probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
             values, sound = _ratio(exact, squared_norms.index_select(1, indices), old)
             known = self._factors[mode] = Factors(names, values, self.steps, good_for, DeviceFlag(sound))
+        if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
+            known = self._factors[mode] = replace(known, values=known.values.to(squared_norms.device))
         return known.values.to(squared_norms)
 
     def forget(self) -> None:

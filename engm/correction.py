@@ -13,7 +13,7 @@ CIFAR-10 the norms were off by another 15 % from one batch to the next, with the
 
 from __future__ import annotations
 
-from math import prod
+from math import prod, sqrt
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from torch import Tensor
 from .capture import Call
 from .rules.conv import ConvRule
 from .rules.linear import LinearRule
-from .terms import ConvFactors, LinearFactors, LocalCorrection, PerExampleGradient, Term, conv_weight_gradient
+from .terms import (
+    ConvFactors,
+    LinearFactors,
+    LocalCorrection,
+    PerExampleGradient,
+    Term,
+    accumulation_dtype,
+    conv_weight_gradient,
+)
 
 
 def correctable(batch_norm: Call) -> bool:
@@ -62,24 +70,23 @@ def local_correction(
     mean, rstd = batch_norm.saved
     outputs = batch_norm.activations()
     shape = [1, -1] + [1] * (outputs.dim() - 2)
-    xhat = ((outputs - mean.view(shape)) * rstd.view(shape)).to(term.backprops.dtype)
-    positions = prod(outputs.shape[2:])
+    # Half of the mean's division comes before the sum: over a batch's positions it would leave the range of float16.
+    root = sqrt(len(outputs) * prod(outputs.shape[2:]))
+    xhat = ((outputs - mean.view(shape)) * (rstd / root).view(shape)).to(term.backprops.dtype)
     if isinstance(term, ConvFactors):
-        correlation = conv_weight_gradient(term.inputs, xhat, term.geometry) / (len(outputs) * positions)
+        correlation = conv_weight_gradient(term.inputs, xhat, term.geometry) / root
         patch_mean = _patch_mean(term, outputs.shape[2:])
     else:
         xhat = xhat.unsqueeze(1)
-        correlation = torch.einsum("nto,ntp->op", xhat, term.activations) / (len(outputs) * positions)
+        correlation = torch.einsum("nto,ntp->op", xhat, term.activations) / root
         patch_mean = term.activations.mean((0, 1))
-    return LocalCorrection(
-        (shift_gradients * gain).to(xhat.dtype), patch_mean, (scale_gradients * gain).to(xhat.dtype), correlation
-    )
+    return LocalCorrection(shift_gradients * gain, patch_mean, scale_gradients * gain, correlation)
 
 
 def _patch_mean(term: ConvFactors, output_size: tuple[int, ...]) -> Tensor:
     """Mean patch over batch and positions, ``[C, *kernel]``: the weight gradient of a constant output gradient."""
     geometry = term.geometry
-    mean_image = term.inputs.mean(0, keepdim=True)
+    mean_image = term.inputs.mean(0, keepdim=True, dtype=accumulation_dtype(term.inputs))
     ones = mean_image.new_ones((1, 1, *output_size))
     dense = type(geometry)(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, 1)
     return conv_weight_gradient(mean_image, ones, dense)[0] / prod(output_size)

@@ -48,8 +48,8 @@ def _next_gradients(
     """The first few of ``indices`` and their gradients, ``[few, *shape]`` for every parameter."""
     if sum(parameter.numel() for parameter in parameters) < BATCHED_BELOW:
         chunk = indices[:CHUNK]
-        rows = torch.zeros(len(chunk), losses.shape[0], dtype=losses.dtype)
-        rows[torch.arange(len(chunk)), torch.tensor(chunk)] = 1
+        rows = torch.zeros(len(chunk), losses.shape[0], dtype=losses.dtype, device="cpu")
+        rows[range(len(chunk)), chunk] = 1
         rows = rows.to(losses.device, non_blocking=True)
         try:
             return chunk, list(

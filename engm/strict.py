@@ -59,8 +59,8 @@ def check_rows(model: GradNormModule, traced: Trace, losses: Tensor) -> None:
     n = losses.shape[0]
     if n < 2:
         return
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
-    active = torch.zeros(n, dtype=torch.bool)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu")
+    active = torch.zeros(n, dtype=torch.bool, device="cpu")
     active[order[: (n + 1) // 2]] = True
     active = active.to(losses.device)
     session = Session(model, traced, n, norms=False, idle_rows=~active)

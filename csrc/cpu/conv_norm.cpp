@@ -114,7 +114,7 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   const ConvShape s = linear_shape(a_in, b_in, "linear_norm_sq");
   const at::ScalarType type = compute_type(a_in, b_in, "linear_norm_sq");
   const int64_t n = a_in.size(0), T = a_in.size(1), p = a_in.size(2), d = b_in.size(2);
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {n, d}, {p}, {d, p},
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a_in.device(), {n, d}, {p}, {d, p},
                                           "linear_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
   const at::Tensor a = a_in.to(type), b = b_in.to(type);
@@ -135,7 +135,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
   mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
   weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {s.n, s.out_channels},
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x_in.device(), {s.n, s.out_channels},
                                           mean_shape, weight_shape, "conv_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
   const at::Tensor x = x_in.to(type), gy = gy_in.to(type);

@@ -50,8 +50,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
   TORCH_CHECK(x_in.dim() == 3 && gy_in.sizes() == x_in.sizes() && (channel_dim == 1 || channel_dim == 2),
               "affine_norm_sq: expected x and gy of one shape [n, C, S] with channel_dim=1, or [n, S, C] with "
               "channel_dim=2, got x ", x_in.sizes(), ", gy ", gy_in.sizes(), " and channel_dim=", channel_dim, ".");
-  const OnDevice on(x_in);
   const at::ScalarType type = compute_type(x_in, gy_in, "affine_norm_sq");
+  const OnDevice on(x_in);
   const auto channels_second = [&](const at::Tensor& t) { return channel_dim == 1 ? t : t.transpose(1, 2); };
   const auto statistic = [&](const at::Tensor& t, const char* name) {
     bool fits = t.dim() == 3 && t.device() == x_in.device();

@@ -33,23 +33,33 @@ __device__ __forceinline__ Sum depthwise_square(const DirectNorm& p, Sum v, int6
 // Adds gy·x of positions first, first + step, … of output channel o to the sums of taps [first_tap, first_tap + count).
 template <typename E, typename Sum>
 __device__ __forceinline__ void depthwise_sums(const DirectNorm& p, int64_t example, int o, int first_tap, int count,
-                                               int64_t first, int64_t step, Sum (&sums)[DepthwiseTile::kTaps]) {
+                                               unsigned first, unsigned step, Sum (&sums)[DepthwiseTile::kTaps]) {
   const Geometry& g = p.geometry;
   const E* x = static_cast<const E*>(p.x.data) + example * p.x.example + o / g.rows * p.x.channel;
   const E* gy = static_cast<const E*>(p.gy.data) + example * p.gy.example + o * p.gy.channel;
-  for (int64_t t = first; t < g.positions(); t += step) {
-    const int tx = int(t % g.out[2]), ty = int(t / g.out[2] % g.out[1]), tz = int(t / g.out[2] / g.out[1]);
+  const int slice = g.kernel[1] * g.kernel[2];
+  int at_z[DepthwiseTile::kTaps], at_y[DepthwiseTile::kTaps], at_x[DepthwiseTile::kTaps];
+#pragma unroll
+  for (int j = 0; j < DepthwiseTile::kTaps; ++j) {
+    const int tap = first_tap + (j < count ? j : 0);
+    at_z[j] = tap / slice * g.dilation[0] - g.padding[0];
+    at_y[j] = tap % slice / g.kernel[2] * g.dilation[1] - g.padding[1];
+    at_x[j] = tap % g.kernel[2] * g.dilation[2] - g.padding[2];
+  }
+  const unsigned positions = unsigned(g.positions()), width = unsigned(g.out[2]), height = unsigned(g.out[1]);
+#pragma unroll 1
+  for (unsigned t = first; t < positions; t += step) {
+    const unsigned line = t / width;
+    const int tx = int(t - line * width), tz = int(line / height), ty = int(line) - tz * int(height);
     const Sum b = to_float(gy[tz * p.gy.space[0] + ty * p.gy.space[1] + tx * p.gy.space[2]]);
+    // No branches: the taps' loads go out together.
 #pragma unroll
     for (int j = 0; j < DepthwiseTile::kTaps; ++j) {
-      if (j >= count) break;
-      const int tap = first_tap + j, slice = g.kernel[1] * g.kernel[2];
-      const int z = tz * g.stride[0] + tap / slice * g.dilation[0] - g.padding[0];
-      const int y = ty * g.stride[1] + tap % slice / g.kernel[2] * g.dilation[1] - g.padding[1];
-      const int w = tx * g.stride[2] + tap % g.kernel[2] * g.dilation[2] - g.padding[2];
-      const bool inside = unsigned(z) < unsigned(g.in[0]) && unsigned(y) < unsigned(g.in[1]) &&
-                          unsigned(w) < unsigned(g.in[2]);
-      if (inside) sums[j] += b * Sum(to_float(x[z * p.x.space[0] + y * p.x.space[1] + w * p.x.space[2]]));
+      const int z = tz * g.stride[0] + at_z[j], y = ty * g.stride[1] + at_y[j], w = tx * g.stride[2] + at_x[j];
+      const bool inside = (j < count) & (unsigned(z) < unsigned(g.in[0])) & (unsigned(y) < unsigned(g.in[1])) &
+                          (unsigned(w) < unsigned(g.in[2]));
+      const Sum v = to_float(x[inside ? z * p.x.space[0] + y * p.x.space[1] + w * p.x.space[2] : 0]);
+      if (inside) sums[j] += b * v;
     }
   }
 }

@@ -64,7 +64,9 @@ bool plan_tile(DirectNorm& p, int most_positions, int64_t limit) {
 
 template <class Tile>
 int launch_tile(const DirectNorm& p, void* stream) {
-  const int64_t blocks = p.geometry.n * p.tiles();
+  constexpr int kBlocksEach = 8;  // of a multiprocessor, where most will find nothing to do
+  const int64_t all = p.geometry.n * p.tiles(), few = int64_t(kBlocksEach) * p.multiprocessors;
+  const int64_t blocks = p.done != nullptr && few < all ? few : all;
   return p.vectors ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.shared, stream, p)
                    : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.shared, stream, p);
 }

@@ -87,9 +87,39 @@ struct RowLoader {
       }
     } else {
       const int rounded = by_position ? (rows + 7) / 8 * 8 : rows;
-      for (int e = threadIdx.x; e < rounded * kWidth; e += kThreads) {
-        const int row = row_of(e), c = channel_of(e);
-        if (row < rows) element(to + row * kPitch + c, pixel(table[row], slice_inside, y, x), c);
+      if constexpr (sizeof(E) == 2) {
+        small_elements(to, table, rows, rounded * kWidth, slice_inside, y, x);
+      } else {
+        for (int e = threadIdx.x; e < rounded * kWidth; e += kThreads) {
+          const int row = row_of(e), c = channel_of(e);
+          if (row >= rows) continue;
+          const E* from = pixel(table[row], slice_inside, y, x);
+          const bool valid = from != nullptr && c < channels;
+          copy_async_element<int(sizeof(E))>(to + row * kPitch + c, valid ? from + c * channel : data, valid);
+        }
+      }
+    }
+  }
+
+  // There is no asynchronous copy of 2 bytes: loads in batches, so that some are under way, then stores.
+  __device__ __forceinline__ void small_elements(E* to, const int* table, int rows, int end, bool slice_inside, int y,
+                                                 int x) const {
+    constexpr int kBatch = 8;
+#pragma unroll 1
+    for (int first = threadIdx.x; first < end; first += kBatch * kThreads) {
+      E batch[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int e = first + j * kThreads, row = row_of(e), c = channel_of(e);
+        const E* from = pixel(row < rows ? table[row] : -1, slice_inside, y, x);
+        const bool valid = from != nullptr && c < channels;
+        batch[j] = *(valid ? from + c * channel : data);
+        if (!valid) batch[j] = E{};
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int e = first + j * kThreads, row = row_of(e);
+        if (row < rows) to[row * kPitch + channel_of(e)] = batch[j];
       }
     }
   }
@@ -126,17 +156,9 @@ struct RowLoader {
   // Null outside the image; table entries are y << 16 | x, negative for rows that are none.
   __device__ __forceinline__ const E* pixel(int entry, bool slice_inside, int y, int x) const {
     y += entry >> 16, x += entry & 0xffff;
-    const bool inside = slice_inside && entry >= 0 && unsigned(y) < unsigned(h) && unsigned(x) < unsigned(w);
+    // No short circuits: a branch here would keep the loads of a batch apart.
+    const bool inside = slice_inside & (entry >= 0) & (unsigned(y) < unsigned(h)) & (unsigned(x) < unsigned(w));
     return inside ? data + y * stride_y + x * stride_x : nullptr;
-  }
-
-  __device__ __forceinline__ void element(E* to, const E* from, int c) const {
-    const bool valid = from != nullptr && c < channels;
-    const E* at = valid ? from + c * channel : data;
-    if constexpr (sizeof(E) == 2)
-      to->bits = valid ? at->bits : uint16_t(0);  // there is no asynchronous copy this small
-    else
-      copy_async_element<int(sizeof(E))>(to, at, valid);
   }
 };
 
@@ -211,19 +233,17 @@ __device__ __forceinline__ void multiply_step(
   }
 }
 
+// The tile of the given number: examples outermost, so that neighbouring blocks work on one, which then stays in L2.
 template <class Tile, bool kVectors>
-__global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNorm p) {
+__device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t number, unsigned char* shared) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
   using Sum = typename P::Sum;
-  ENGM_SHARED(unsigned char, shared);
   const Geometry& g = p.geometry;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-
-  // Neighbouring blocks work on one example, which then stays in L2.
-  const int64_t tiles = p.tiles(), example = blockIdx.x / tiles;
+  const int64_t tiles = p.tiles(), example = number / tiles;
   if (p.done != nullptr && p.done[example]) return;
-  int tile = int(blockIdx.x % tiles);
+  int tile = int(number % tiles);
   const int c0 = tile % p.channel_tiles * Tile::kChannels;
   tile /= p.channel_tiles;
   const int d0 = tile % p.row_tiles * Tile::kRows;
@@ -306,7 +326,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNo
   const Sum squares = direct_epilogue<Tile>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
   Sum* scratch = reinterpret_cast<Sum*>(shared + (int64_t(p.halo + 2 * p.positions + Tile::kTaps) * 4 + 7) / 8 * 8);
   const Sum total = block_sum<Tile::kThreads>(squares, scratch);
-  if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[blockIdx.x] = total;
+  if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[number] = total;
+}
+
+// A block a tile; fewer where most examples are done already, so that there are not thousands with nothing to do.
+template <class Tile, bool kVectors>
+__global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNorm p) {
+  ENGM_SHARED(unsigned char, shared);
+  const int64_t all = p.geometry.n * p.tiles();
+  // After a tile's last barrier only its warps' sums are read, which the next tile leaves alone until its own.
+  for (int64_t number = blockIdx.x; number < all; number += gridDim.x)
+    direct_norm_tile<Tile, kVectors>(p, number, shared);
 }
 
 }  // namespace engm::cuda

@@ -17,6 +17,7 @@ struct DirectNorm {
   void* grads;              // [n, groups·rows, channels, taps], written where not null
   const uint8_t* done;      // [n], examples to leave alone; null: none
   void* partial;            // [n, tiles] sums of squares, of the sums' type
+  int multiprocessors;      // of the device; how many blocks look for examples that are not done
   bool vectors;             // both operands: channel stride 1, everything else 16-byte aligned
 
   // The plan.

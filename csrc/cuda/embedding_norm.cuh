@@ -87,5 +87,4 @@ __global__ void __launch_bounds__(kEmbeddingThreads, 2) embedding_sum_kernel(Emb
   if (threadIdx.x == 0) static_cast<Sum*>(p.parts)[i * p.slabs + slab] = squares;
 }
 
-// A thread owns an example.
 }  // namespace engm::cuda

@@ -189,14 +189,14 @@ int launch_rank_one(const RankOne& problem, Precision precision, void* stream) {
   const int size = sizes_of(precision).element;
   p.a_vectors = p.a.channel == 1 && aligned(p.a.data, p.n > 1 ? p.a.example : 0, size);
   p.b_vectors = p.b.channel == 1 && aligned(p.b.data, p.n > 1 ? p.b.example : 0, size);
-  const auto start = [&](auto kernel, int sum) {
-    return launch(kernel, p.n, kRankOneThreads, 2 * (kRankOneThreads / 32) * sum, stream, p);
+  const auto start = [&](auto kernel) {
+    return launch(kernel, p.n, kRankOneThreads, 2 * (kRankOneThreads / 32) * sizeof(double), stream, p);
   };
   switch (precision) {
-    case Precision::kBFloat16: return start(rank_one_kernel<Bf16, float>, 4);
-    case Precision::kFloat16: return start(rank_one_kernel<Half, float>, 4);
-    case Precision::kFloat64: return start(rank_one_kernel<double, double>, 8);
-    default: return start(rank_one_kernel<float, float>, 4);
+    case Precision::kBFloat16: return start(rank_one_kernel<Bf16, float>);
+    case Precision::kFloat16: return start(rank_one_kernel<Half, float>);
+    case Precision::kFloat64: return start(rank_one_kernel<double, double>);
+    default: return start(rank_one_kernel<float, float>);
   }
 }
 

@@ -281,10 +281,10 @@ __global__ __launch_bounds__(kGramFinishThreads) void gram_norm_finish_kernel(Gr
   for (int64_t j = lane; j < count; j += 32) total += partial[2 * j], magnitude += partial[2 * j + 1];
   total = warp_sum(total), magnitude = warp_sum(magnitude);
   if (lane != 0) return;
-  // What is not finite stays so: the direct form would find the same. -∞ is an overflow, not a rounded zero: NaN.
-  const bool finite = fabs(total) <= 1.7976931348623157e308;
-  static_cast<Sum*>(p.out)[i] = Sum(total > 0 ? total : finite ? 0 : total - total);
-  p.reliable[i] = !finite || !(magnitude > kGramCancellation<P> * total);
+  // What is not finite may have overflowed on the way, in P or in Q: the direct form tells.
+  const bool finite = magnitude <= 1.7976931348623157e308;
+  static_cast<Sum*>(p.out)[i] = Sum(total > 0 ? total : 0);
+  p.reliable[i] = finite && !(magnitude > kGramCancellation<P> * total);
 }
 
 }  // namespace engm::cuda

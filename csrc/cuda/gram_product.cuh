@@ -75,17 +75,30 @@ struct GramProduct {
                                                 int width) const {
     const int lane = threadIdx.x % 32, eights = rows / 8, end = eights * (width / 4);
     const int reciprocal = 65536 / eights + 1;  // good for quotients of i < 65536 / eights
-#pragma unroll 4
-    for (int i = threadIdx.x / 32; i < end; i += kWarps) {
-      const int four = i * reciprocal >> 16, eight = i - four * eights;
-      const int row = eight * 8 + lane % 8, c = four * 4 + lane / 8;
-      const int at = offset_of[row];
-      const bool valid = at >= 0 && c < left;
-      E* const there = to + row * pitch() + c;
+    // There is no asynchronous copy of 2 bytes: loads in batches, so that some are under way, then stores.
+    constexpr int kBatch = sizeof(E) == 2 ? 4 : 1;
+#pragma unroll 1
+    for (int first = threadIdx.x / 32; first < end; first += kBatch * kWarps) {
+      E batch[kBatch];
+      E* there[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int i = min(first + j * kWarps, end - 1);  // the last again where there are no more
+        const int four = i * reciprocal >> 16, eight = i - four * eights;
+        const int row = eight * 8 + lane % 8, c = four * 4 + lane / 8;
+        const int at = offset_of[row];
+        const bool valid = (at >= 0) & (c < left);
+        const E* const source = valid ? from + c * channel + at : src;
+        there[j] = to + row * pitch() + c;
+        if constexpr (sizeof(E) == 2)
+          batch[j] = *source;
+        else
+          copy_async_element<sizeof(E)>(there[j], source, valid);
+        if (!valid) batch[j] = E{};
+      }
       if constexpr (sizeof(E) == 2)
-        *there = valid ? from[c * channel + at] : E{};
-      else
-        copy_async_element<sizeof(E)>(there, valid ? from + c * channel + at : src, valid);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) *there[j] = batch[j];
     }
   }
 

@@ -9,16 +9,21 @@
 
 namespace engm::cuda {
 
-// Enqueues kernel<<<blocks, threads, shared>>>(argument) and returns the cudaError_t.
+// Enqueues kernel<<<blocks, threads, shared>>>(argument) on the current device and returns the cudaError_t.
 template <typename Argument>
 int launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t shared, void* stream,
            const Argument& argument) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 << 10) {
-    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (raised != cudaSuccess) return raised;
+    // Always to the device's limit: another thread may be about to launch the same kernel with more.
+    int device = 0, most = 0;
+    cudaError_t raised = cudaGetDevice(&device);
+    if (raised == cudaSuccess) raised = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (raised == cudaSuccess)
+      raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most);
+    if (raised != cudaSuccess) return cudaGetLastError(), raised;  // clears it: it is reported here
   }
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), static_cast<cudaStream_t>(stream)>>>(
       argument);

@@ -5,6 +5,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <string>
+
 #include "../ops.h"
 #include "../precision.h"
 #include "depthwise_norm.h"
@@ -70,6 +72,7 @@ Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy
     g.in[i] = narrow(s.in[i], op), g.out[i] = narrow(s.out[i], op), g.kernel[i] = narrow(s.kernel[i], op);
     g.stride[i] = narrow(s.stride[i], op), g.padding[i] = narrow(s.padding[i], op);
     g.dilation[i] = narrow(s.dilation[i], op);
+    narrow(s.padded()[i], op);
   }
   p.x = operand(x), p.gy = operand(gy);
   p.precision = precision_of(x.scalar_type(), convolution);
@@ -96,7 +99,7 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
             const uint8_t* done, const at::Tensor& out, const OnDevice& on, const char* op) {
   DirectNorm p{};
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
-  p.vectors = problem.vectors, p.done = done;
+  p.vectors = problem.vectors, p.done = done, p.multiprocessors = on.multiprocessors();
   if (correction) {
     p.shift = correction->shift.const_data_ptr(), p.scale = correction->scale.const_data_ptr();
     p.patch_mean = correction->patch_mean.const_data_ptr(), p.correlation = correction->correlation.const_data_ptr();
@@ -122,18 +125,44 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
   sum_partials(partial, done, out, on, op);
 }
 
-void gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op) {
+// From the first to the last pixel of a channel, in elements.
+int64_t span(const Operand& o, const int (&size)[3]) {
+  int64_t elements = 0;
+  for (int i = 0; i < 3; ++i) elements += (int64_t(size[i]) - 1) * o.space[i];
+  return elements;
+}
+
+// Squared norms through Gram matrices, and by the direct form where they are not reliable. False if the form does not
+// take the problem; `why` then says what is in the way.
+bool gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op, std::string* why) {
   GramNorm p{};
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
+  if (span(p.x, p.geometry.in) > INT32_MAX || span(p.gy, p.geometry.out) > INT32_MAX) {
+    *why = "an example's pixels lie more than 2^31 elements apart (a transposed view?)";
+    return false;
+  }
   const int64_t count = plan_gram_norm(p, problem.precision, on.shared_limit());
-  TORCH_CHECK(count > 0, op, ": the Gram form of this layer does not fit into the ", on.shared_limit(),
-              " bytes of a block's shared memory on this device; use form=\"direct\".");
+  if (count <= 0) {
+    *why = "it needs more blocks than one launch may have, or more shared memory than this device's blocks have";
+    return false;
+  }
   const at::Tensor partial = at::empty({p.geometry.n, count}, out.options());
   const at::Tensor reliable = at::empty({p.geometry.n}, out.options().dtype(at::kByte));
   p.partial = partial.mutable_data_ptr(), p.out = out.mutable_data_ptr();
   p.reliable = reliable.mutable_data_ptr<uint8_t>();
   check_launch(launch_gram_norm(p, problem.precision, on.stream()), op);
   direct(problem, std::nullopt, nullptr, p.reliable, out, on, op);
+  return true;
+}
+
+// `chosen` by the cost model or by the user, who is told if it cannot be.
+void norms(const Problem& problem, const std::optional<CorrectionTensors>& correction, Form chosen, bool forced,
+           const at::Tensor& out, const OnDevice& on, const char* op) {
+  std::string why;
+  if (chosen == Form::kGram && gram(problem, out, on, op, &why)) return;
+  TORCH_CHECK(chosen != Form::kGram || !forced, op, ": form=\"gram\" cannot take this layer: ", why,
+              ". Use form=\"direct\" or \"auto\".");
+  direct(problem, correction, nullptr, nullptr, out, on, op);
 }
 
 using Grads = std::tuple<at::Tensor, at::Tensor>;  // norm_sq [n], grads
@@ -157,8 +186,9 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const at::ScalarType type = compute_type(a, b, op);
   const int64_t n = a.size(0), T = a.size(1), p = a.size(2), d = b.size(2);
   const OnDevice on(a);
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, {n, d}, {p}, {d, p}, op);
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a.device(), {n, d}, {p}, {d, p}, op);
   Form chosen = parse_form(form, correction.has_value());
+  const bool forced = chosen != Form::kAuto;
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, sums_of(a));
   const at::Tensor out = at::empty({n}, sums_of(a));
   const Problem problem = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), false, op);
@@ -167,10 +197,8 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   if (chosen == Form::kGram && T == 1) {
     const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
     check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
-  } else if (chosen == Form::kGram) {
-    gram(problem, out, on, op);
   } else {
-    direct(problem, correction, nullptr, nullptr, out, on, op);
+    norms(problem, correction, chosen, forced, out, on, op);
   }
   return out;
 }
@@ -186,9 +214,10 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
   mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
   weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction =
-      read_correction(shift, patch_mean, scale, correlation, type, {s.n, s.out_channels}, mean_shape, weight_shape, op);
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x.device(),
+                                          {s.n, s.out_channels}, mean_shape, weight_shape, op);
   Form chosen = parse_form(form, correction.has_value());
+  const bool forced = chosen != Form::kAuto;
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, sums_of(x));
   const at::Tensor out = at::empty({s.n}, sums_of(x));
   const Problem problem = problem_of(s, x, gy, true, op);
@@ -196,10 +225,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
                        cuda_table(x.device().index(), problem.precision))
                  .form;
-  if (chosen == Form::kGram)
-    gram(problem, out, on, op);
-  else
-    direct(problem, correction, nullptr, nullptr, out, on, op);
+  norms(problem, correction, chosen, forced, out, on, op);
   return out;
 }
 

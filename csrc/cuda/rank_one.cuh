@@ -17,11 +17,11 @@ struct alignas(16) RankOnePiece {
   E e[16 / sizeof(E)];
 };
 
-// This thread's part of Σ v².
-template <typename E, typename Sum>
-__device__ __forceinline__ Sum rank_one_part(const E* v, int64_t step, int64_t count, bool vectors) {
+// This thread's part of Σ v², in double: one factor may be as small as the other is large.
+template <typename E>
+__device__ __forceinline__ double rank_one_part(const E* v, int64_t step, int64_t count, bool vectors) {
   constexpr int kPiece = 16 / int(sizeof(E));
-  Sum sum = 0;
+  double sum = 0;
   int64_t first = 0;
   if (vectors) {
     first = count / kPiece * kPiece;
@@ -29,13 +29,13 @@ __device__ __forceinline__ Sum rank_one_part(const E* v, int64_t step, int64_t c
       const RankOnePiece<E> piece = reinterpret_cast<const RankOnePiece<E>*>(v)[i];
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) {
-        const Sum value = to_float(piece.e[j]);
+        const double value = to_float(piece.e[j]);
         sum += value * value;
       }
     }
   }
   for (int64_t i = first + threadIdx.x; i < count; i += kRankOneThreads) {
-    const Sum value = to_float(v[i * step]);
+    const double value = to_float(v[i * step]);
     sum += value * value;
   }
   return sum;
@@ -44,15 +44,15 @@ __device__ __forceinline__ Sum rank_one_part(const E* v, int64_t step, int64_t c
 // A block takes one example.
 template <typename E, typename Sum>
 __global__ __launch_bounds__(kRankOneThreads) void rank_one_kernel(RankOne p) {
-  ENGM_SHARED(Sum, scratch);
+  ENGM_SHARED(double, scratch);
   const int64_t i = blockIdx.x;
   const E* const a = static_cast<const E*>(p.a.data) + i * p.a.example;
   const E* const b = static_cast<const E*>(p.b.data) + i * p.b.example;
-  const Sum a_part = rank_one_part<E, Sum>(a, p.a.channel, p.channels, p.a_vectors);
-  const Sum b_part = rank_one_part<E, Sum>(b, p.b.channel, p.rows, p.b_vectors);
-  const Sum a_sq = block_sum<kRankOneThreads>(a_part, scratch);
-  const Sum b_sq = block_sum<kRankOneThreads>(b_part, scratch + kRankOneThreads / 32);
-  if (threadIdx.x == 0) static_cast<Sum*>(p.out)[i] = Sum(double(a_sq) * double(b_sq));
+  const double a_part = rank_one_part<E>(a, p.a.channel, p.channels, p.a_vectors);
+  const double b_part = rank_one_part<E>(b, p.b.channel, p.rows, p.b_vectors);
+  const double a_sq = block_sum<kRankOneThreads>(a_part, scratch);
+  const double b_sq = block_sum<kRankOneThreads>(b_part, scratch + kRankOneThreads / 32);
+  if (threadIdx.x == 0) static_cast<Sum*>(p.out)[i] = Sum(a_sq * b_sq);
 }
 
 }  // namespace engm::cuda

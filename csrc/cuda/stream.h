@@ -13,6 +13,7 @@ struct OnDevice {
   explicit OnDevice(const at::Tensor&) {}
   void* stream() const { return nullptr; }
   int64_t shared_limit() const { return emulator::shared_limit(); }
+  int multiprocessors() const { return 1; }
 };
 
 inline void check_launch(int error, const char* op) { TORCH_CHECK(error == 0, op, ": the emulated launch failed."); }
@@ -33,15 +34,17 @@ class OnDevice {
   explicit OnDevice(const at::Tensor& t) : guard_(t.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
   // Bytes of shared memory that one block may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90.
-  int64_t shared_limit() const {
-    int bytes = 0;
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, guard_.current_device().index());
-    TORCH_CHECK(error == cudaSuccess, "engm: ", cudaGetErrorString(error));
-    return bytes;
-  }
+  int64_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
  private:
+  int attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&value, which, guard_.current_device().index());
+    TORCH_CHECK(error == cudaSuccess, "engm: ", cudaGetErrorString(error), ".");
+    return value;
+  }
+
   c10::cuda::CUDAGuard guard_;
 };
 

@@ -5,7 +5,7 @@
 namespace engm::cuda {
 namespace {
 
-constexpr int64_t kEnoughBlocks = 264;  // two to a multiprocessor
+constexpr int64_t kEnoughBlocks = 132;  // one to a multiprocessor of an H100
 constexpr int64_t kLeastSteps = 8;      // of a split
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -141,7 +141,7 @@ class AENGM(ExampleOptimizer):
         else:
             found = problem.input_norms()
         self.steps += 1
-        gamma = self.gamma.to(found.device)
+        gamma = self.gamma = self.gamma.to(found.device)  # loaded from elsewhere: copied once, not every step
         predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
         return Weighting(predicted_weights(predicted, alpha), predicted, found)

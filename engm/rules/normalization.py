@@ -34,13 +34,25 @@ def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
     return mean.detach(), rstd.detach()
 
 
+def saved_rstd(output: Tensor) -> Tensor | None:
+    """The same of an RMS norm. Autocast may have cast its input, and with that changed the default epsilon."""
+    node = output.grad_fn
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if packed or node is None or not node.name().startswith("FusedRmsNormBackward"):
+        return None
+    rstd = getattr(node, "_saved_result1", None)
+    return rstd.detach() if isinstance(rstd, Tensor) and rstd.numel() else None
+
+
 def affine_terms(
     views: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
     names: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
 ) -> dict[str, Term]:
     """Scale and shift terms from the arguments of :func:`engm.ops.affine_norm_sq`; ``shape`` is the parameters'."""
-    norm_sq, scale, shift = ops.affine_norm_sq(*views)
+    x, gy, mean, rstd, channel_dim = views
+    # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: the layer itself saw x cast.
+    norm_sq, scale, shift = ops.affine_norm_sq(x.to(gy.dtype), gy, mean, rstd, channel_dim)
     found = {"weight": (scale, norm_sq[0]), "bias": (shift, norm_sq[1])}
     if shape is not None:
         found = {name: (gradient.view(-1, *shape), norm) for name, (gradient, norm) in found.items()}
@@ -189,6 +201,9 @@ class RMSNormRule(_TrailingNormRule):
     input_name = "x"
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        rstd = saved_rstd(output)
+        if rstd is not None:
+            return None, rstd
         x = activations.detach()
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
         dims = list(range(-len(module.normalized_shape), 0))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from emulator.gram_library import PRECISIONS as GRAM_PRECISIONS
+from emulator.gram_library import Conv, Library
 from torch import Tensor
 
 from engm import reference
@@ -112,6 +114,40 @@ def gram_of_convolution(ops, dtype):
         conv(ops, x, gy, [3, 3], [1, 1], [1, 1], [1, 1], form="gram")
         last = [t.to(memory_format=torch.channels_last) for t in (x, gy)]
         conv(ops, *last, [3, 3], [1, 1], [1, 1], [1, 1], form="gram")
+
+
+@case
+def gram_by_itself(_, library):
+    """Without the way back to the direct form, which would hide faults that make the sums NaN or unreliable."""
+    gram = Library(library)
+    for name in ("float64", "float32", "bfloat16"):
+        precision = GRAM_PRECISIONS[name]
+        for channels, rows, size, conv in (
+            (20, 33, 5, Conv((3, 3), padding=(1, 1))),
+            (16, 8, 11, Conv((3, 3), padding=(1, 1))),
+            (150, 70, 20, Conv()),
+            (40, 24, 100, Conv()),
+        ):
+            shape = (size,) * len(conv.kernel)
+            x, gy = (
+                torch.randn(2, channels, *shape).to(precision.dtype),
+                torch.randn(2, rows, *shape).to(precision.dtype),
+            )
+            for last in (False, True):
+                result = gram.check(*((channels_last(x), channels_last(gy)) if last else (x, gy)), conv, precision)
+                assert result.reliable == [1, 1]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@case
+def many_unreliable(ops, _):
+    """Gram terms of constant activations cancel: a few blocks go through all tiles of the direct form."""
+    a, b = torch.full((6, 120, 70), 8.0), operand(6, 120, 70, dtype=torch.float32)
+    b[:, -1] -= b.sum(1) - 1
+    check(ops.linear_norm_sq(a, b, "gram"), reference.linear_norm_sq(a.double(), b.double()))
 
 
 @for_each_dtype

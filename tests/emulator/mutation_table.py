@@ -13,9 +13,17 @@ def each(*names: str) -> tuple[str, ...]:
 
 # Cases of mutation_cases.py, cheapest first; also the list of files whose barriers and waits are looked for.
 CASES = {
-    "direct_norm.cuh": (*each("linear", "convolution", "strided_convolution"), "corrected", "rounded_to_tf32"),
-    "gram_norm.cuh": each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
-    "gram_product.cuh": each("gram_of_linear", "gram_of_convolution"),
+    "direct_norm.cuh": (
+        *each("linear", "convolution", "strided_convolution"),
+        "corrected",
+        "rounded_to_tf32",
+        "many_unreliable",
+    ),
+    "gram_norm.cuh": (
+        *each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
+        "gram_by_itself",
+    ),
+    "gram_product.cuh": (*each("gram_of_linear", "gram_of_convolution"), "gram_by_itself"),
     "depthwise_norm.cuh": each("depthwise"),
     "affine_norm.cuh": each("affine"),
     "embedding_norm.cuh": each("embedding"),
@@ -97,7 +105,8 @@ WRITTEN: dict[str, list[tuple]] = {
             "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, bytes);",
             "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, 16);",
         ),
-        ("elements without zero fill", "from != nullptr && c < channels", "from != nullptr"),
+        ("elements without zero fill", "from != nullptr && c < channels", "from != nullptr", 0),
+        ("small elements without zero fill", "from != nullptr && c < channels", "from != nullptr", 1),
         ("one pixel too many", "unsigned(x) < unsigned(w)", "unsigned(x) <= unsigned(w)"),
         ("one row of pixels too few", "unsigned(y) < unsigned(h)", "unsigned(y) + 1 < unsigned(h)"),
         ("rows that are none", "position_pixel[e] = inside ? y << 16 | x : -1;", "position_pixel[e] = y << 16 | x;"),
@@ -139,7 +148,7 @@ WRITTEN: dict[str, list[tuple]] = {
     ],
     "gram_product.cuh": [
         ("vectors without zero fill", "valid * int(sizeof(E))", "16"),
-        ("elements without zero fill", "at >= 0 && c < left", "at >= 0"),
+        ("elements without zero fill", "(at >= 0) & (c < left)", "(at >= 0)"),
         ("only the last turn", "to = now == 0 ? sum : to + sum;", "to = sum;"),
         ("one row too few", "m >= rows_u || n >= rows_v", "m >= rows_u - 1 || n >= rows_v"),
         ("only the first side's rows", "offset + side * tile_rows", "offset"),

@@ -126,7 +126,9 @@ def build_mutants(mutations: Sequence[Mutation]) -> Path:
     with FileLock(BUILD / "mutants_tree.lock"):
         write_mutants([m for m in mutations if is_up_to_date(m)], tree)
         touched = [path for path in sorted(tree.glob("*.cu")) if not path.name.endswith(UNTOUCHED)]
-        units: list[Unit] = [kernel_unit(path, tree) for path in (EMULATOR / "fragments.cpp", *touched)]
+        units: list[Unit] = [
+            kernel_unit(path, tree) for path in (EMULATOR / "fragments.cpp", EMULATOR / "gram_cases.cpp", *touched)
+        ]
         units.append(kernel_unit(EMULATOR / "mutant.cpp", tree))
         # The mutants first: of an inline function that both have, the linker takes theirs.
         names = {path.name for path in touched}

@@ -228,3 +228,32 @@ def test_empty_operands(emulated, shape):
     norm_sq, grads = emulated.linear_grads(torch.randn(shape), b)
     assert norm_sq.tolist() == [0] * shape[0]
     assert grads.shape == (shape[0], 5, shape[2])
+
+
+@pytest.mark.parametrize("form", ["direct", "gram"])
+def test_factors_at_both_ends_of_the_range(emulated, form):
+    """P or Q alone overflows or vanishes; the norm does not."""
+    for a_size, b_size in ((1e19, 1e-19), (1e-21, 1e19)):
+        for T in (1, 6):
+            a, b = torch.randn(2, T, 9) * a_size, torch.randn(2, T, 7) * b_size
+            want = reference.linear_norm_sq(a.double(), b.double())
+            torch.testing.assert_close(emulated.linear_norm_sq(a, b, form).double(), want, rtol=1e-5, atol=0)
+
+
+def test_positions_far_apart(emulated):
+    """A view of [T, n, p] whose example spans more than 2^31 elements: Gram says no, auto takes the direct form."""
+    storage = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, hardly touched
+    a = storage.as_strided((1, 33, 8), (8, 2**26, 1))
+    a.copy_(torch.randn(1, 33, 8))
+    b = torch.randn(1, 33, 8).half()
+    want = reference.linear_norm_sq(a.double(), b.double())
+    for form in ("direct", "auto"):
+        torch.testing.assert_close(emulated.linear_norm_sq(a, b, form).double(), want, rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match=r"linear_norm_sq: form=.gram. cannot take this layer: an example's pixels"):
+        emulated.linear_norm_sq(a, b, "gram")
+
+
+def test_a_geometry_beyond_32_bits_is_one_clear_error(emulated):
+    x, gy = torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="more than the CUDA kernels count to"):
+        emulated.conv_norm_sq(x, gy, [1, 1], [2**30] * 2, [2**30] * 2, ONES)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,15 +91,15 @@ def main() -> None:
             sys.executable, __file__, "--inside", "--dtypes", *(arguments.dtypes or DTYPES[tool]),
         ]  # fmt: skip
         print("==", tool, flush=True)
+        running = subprocess.Popen(
+            command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command,
-                env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                timeout=arguments.seconds,
-                check=False,
-            )
-            outcome = "" if done.returncode == 0 else f"exit status {done.returncode}"
+            status = running.wait(arguments.seconds)
+            outcome = "" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # the tool's own child would live on, and hold the GPU
+            running.wait()
             outcome = f"not finished after {arguments.seconds:.0f} s"
         print(f"== {tool}: {outcome or 'no error found'}", flush=True)
         if outcome:

@@ -168,6 +168,21 @@ def test_autocast_and_a_gradient_scaler():
         assert error(found, norms) < 0.1, dtype
 
 
+@cuda_only
+def test_a_calibrated_model_is_copied_and_a_calibration_does_not_wait():
+    model, x, y = on_device(network("batch"), torch.float32)
+    opt = engm.ENGM(model, sgd(model), alpha=1.0)
+    for _ in range(2):  # the second has calibrated before: pinned memory and the strict verdict are there
+        model.calibration.forget()
+        opt.backward(losses_of(model, x, y))
+    losses = losses_of(model, x, y)
+    model.calibration.forget()
+    with no_synchronisation():
+        opt.backward(losses)
+    copied = copy.deepcopy(model)
+    assert copied.calibration.state_dict()["draws"] == 3
+
+
 def bits_of_a_step(norm):
     model, x, y = on_device(network(norm), torch.float32)
     opt = engm.ENGM(model, sgd(model), alpha=1.0)
