@@ -215,10 +215,15 @@ class Session:
             return zero.new_zeros(0, self.n)
         return torch.stack([zero if row is None else row.to(dtype) for row in self.squared])
 
-    def weighted_sums(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used."""
+    def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.
+
+        Args:
+            weights: ``[n]``.
+            only: ids of the parameters to sum for; default all.
+        """
         reached: list[tuple[Tensor, Term]] = []
         for parameter in self.parameters:
-            if id(parameter) in self.terms:
+            if id(parameter) in self.terms and (only is None or id(parameter) in only):
                 reached.append((parameter, self.terms.pop(id(parameter))))
         return weighted_sums(reached, weights, SCALED_AT_ONCE if weights.is_cuda else 0)

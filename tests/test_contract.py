@@ -54,7 +54,7 @@ SIGNATURES = {
     "per_example_grad_norms": "(model, losses, *, loss_scale=1.0, check=None)",
     "measure": "(model, losses, inputs=None, *, norms=True, loss_scale=1.0, check=None)",
     "naive_grad_norms": "(model, losses)",
-    "ENGM": "(model, optimizer, alpha)",
+    "ENGM": "(model, optimizer, alpha, *, clip_fraction=0.5, weigh=None, groups=None)",
     "AENGM": "(model, optimizer, alpha, *, tau=50, beta_gamma=0.7, average_first_fit=False)",
     "NENGM": "(model, optimizer, alpha)",
     "MSGD": "(model, optimizer)",

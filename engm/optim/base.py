@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,19 @@ class StepStats:
         weights: ``[n]``, ``w_i``.
         norms: ``[n]``, the norms the weights were made from (a prediction for N- and A-ENGM); None for MSGD.
         input_norms: ``[n]``, norms of the input gradients, where they were used.
+
+    Weights and norms are ``[groups, n]`` where :class:`engm.ENGM` clips by groups.
     """
 
     losses: Tensor
     weights: Tensor
     norms: Tensor | None = None
     input_norms: Tensor | None = None
+
+    @property
+    def clipped_fraction(self) -> Tensor:
+        """Share of the weights below 1, 0-dimensional."""
+        return (self.weights < 1).to(self.weights.dtype).mean()
 
 
 class ExampleOptimizer(torch.optim.Optimizer):
@@ -120,7 +127,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
             )
         problem.one_pass = not problem.has_hooks()
         weighting = self._weights(problem)
-        problem.accumulate(weighting.weights, losses.shape[0] if divisor is None else divisor)
+        problem.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
         return self._record(problem, weighting)
 
     def reweight(
@@ -167,6 +174,30 @@ class ExampleOptimizer(torch.optim.Optimizer):
         self.model.calibration.advance()
         self.stats = StepStats(problem.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
         return self.stats
+
+    def gradient_noise_scale(self) -> Tensor:
+        """The simple noise scale ``tr(Sigma) / ||G||^2`` of the weighted gradients of the last ``backward``.
+
+        In examples, 0-dimensional: the batch size about where larger batches stop paying (McCandlish et al. 2018,
+        Eq. 2.9 and appendix A.1). Unbiased estimates of both terms come from the norms at hand and from ``p.grad``,
+        which has to hold that one batch's mean alone: ask between ``backward`` and ``step``, without accumulation.
+        Where ``||G||^2`` comes out negative, so does the scale: the batch is too small to tell.
+
+        Raises:
+            RuntimeError: the last call was not a ``backward`` with norms of at least two examples, or there are no
+                gradients.
+        """
+        stats = self.stats
+        gradients = [p.grad for _, p in self.model.trainable_parameters() if p.grad is not None]
+        if stats is None or not self.uses_norms or stats.norms is None or stats.losses.shape[0] < 2 or not gradients:
+            raise RuntimeError(
+                "gradient_noise_scale needs the norms and the gradient of one batch of two examples or more: call it "
+                "between opt.backward(losses) and opt.step(), with an optimizer that reads norms."
+            )
+        n = stats.losses.shape[0]
+        each = (stats.weights * stats.norms).square().reshape(-1, n).sum(0).mean()
+        mean = total_norm(gradients).square()
+        return (each - mean) * n / (n * mean - each)
 
     # -- the inner optimizer's -------------------------------------------------------------------------------
 
@@ -253,3 +284,9 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         options = "".join(f"{name}={getattr(self, name)!r}, " for name in self._shown)
         return f"{type(self).__name__}({options}{self.optimizer!r})"
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """``sqrt(sum ||t||^2)``, 0-dimensional, in float32 or better, without synchronisation."""
+    norms = torch._foreach_norm([t if t.dtype == torch.float64 else t.float() for t in tensors])
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()

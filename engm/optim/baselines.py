@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..measurement import check_positive
-from .base import ExampleOptimizer
+from .base import ExampleOptimizer, total_norm
 from .engm import check_alpha
 from .problem import Problem, Weighting
 
@@ -61,12 +61,6 @@ class WholeGradientOptimizer(MSGD):
                 for gradient in gradients:
                     gradient.mul_(factor.to(gradient))
         return super().step(closure)
-
-
-def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """``sqrt(sum ||t||^2)``, in float32 or better, without synchronisation."""
-    norms = torch._foreach_norm([t if t.dtype == torch.float64 else t.float() for t in tensors])
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
 
 
 class SNGM(WholeGradientOptimizer):

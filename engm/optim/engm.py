@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable, Sequence
+from math import inf, sqrt
+from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+
+from ..measurement import Inputs, Measurement
 from .base import ExampleOptimizer
 from .problem import Problem, Weighting
+from .threshold import RunningQuantile
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""``(norms [n], alpha []) -> weights [n]``."""
 
 
-def check_alpha(alpha: float) -> float:
+def check_alpha(alpha: Any) -> float:
     """``alpha`` as a positive float (``inf`` is allowed and clips nothing).
 
     Raises:
@@ -34,21 +43,127 @@ class ENGM(ExampleOptimizer):
         model: a :class:`engm.GradNormModule`.
         optimizer: any torch optimizer; the paper's is SGD with momentum 0.9 and weight decay 5e-4. Weight decay is the
             optimizer's and no part of the norm.
-        alpha: the largest norm an example's gradient may have; 5 for ResNet-18, see :func:`engm.alpha_for`.
+        alpha: the largest norm an example's gradient may have; 5 for ResNet-18, see :func:`engm.alpha_for`. ``"auto"``:
+            a running quantile of the norms, see ``clip_fraction``. With ``groups`` also one number a group.
+        clip_fraction: with ``alpha="auto"``, the fraction of the examples to clip.
+        weigh: another weight function, ``(norms [n], alpha []) -> weights [n]``, in place of ``min(alpha / norms, 1)``;
+            ``lambda norms, alpha: alpha / (alpha + norms)``, say. It must not wait for the device.
+        groups: clip group by group: sequences of parameter names, every trained parameter in one of them, or
+            ``"parameter"`` for every tensor by itself. One ``alpha`` is then the bound of the whole gradient, and
+            every group's is ``alpha / sqrt(number of groups)``. ``stats.norms`` and ``stats.weights`` are
+            ``[groups, n]``. Free where nothing couples the examples, one more backward pass a group where batch norm
+            does; not for ``reweight``, whose losses have one weight each.
 
     Raises:
         TypeError: as :class:`ExampleOptimizer`.
-        ValueError: ``alpha`` is not positive.
+        ValueError: ``alpha`` is not positive, or an option does not fit.
     """
 
     uses_norms = True
     _shown = ("alpha",)
     _hyperparameters = ("alpha",)
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float) -> None:
-        self.alpha = check_alpha(alpha)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        alpha: float | Sequence[float] | Literal["auto"],
+        *,
+        clip_fraction: float = 0.5,
+        weigh: Weigh | None = None,
+        groups: Sequence[Sequence[str]] | Literal["parameter"] | None = None,
+    ) -> None:
         super().__init__(model, optimizer)
+        self.alpha = alpha
+        self.weigh = weigh
+        self.groups = None if groups is None else self._rows_of(groups)
+        self._rows: list[Tensor] = []
+        self.quantile = RunningQuantile(clip_fraction) if isinstance(alpha, str) else None
+        if self.quantile is not None and (alpha != "auto" or groups is not None):
+            raise ValueError(f"alpha must be a positive number or 'auto' (without groups), got {alpha!r}.")
+        self._alphas()
+
+    def _rows_of(self, groups: Sequence[Sequence[str]] | str) -> list[list[int]]:
+        names = [name for name, _ in self.model.trainable_parameters()]
+        if isinstance(groups, str):
+            if groups != "parameter":
+                raise ValueError(f"groups must be 'parameter' or sequences of parameter names, got {groups!r}.")
+            return [[row] for row in range(len(names))]
+        given = [name for group in groups for name in group]
+        odd = sorted({n for n in given if given.count(n) > 1} | (set(given) ^ set(names)))
+        if odd or any(not group for group in groups):
+            look = odd[:5] or "the empty one"
+            raise ValueError(f"groups must name every trained parameter once, with no empty group; look at {look}.")
+        return [[names.index(name) for name in group] for group in groups]
+
+    def _rows_on(self, device: torch.device) -> list[Tensor]:
+        """The groups as index tensors, copied to the device once."""
+        if not self._rows or self._rows[0].device != device:
+            self._rows = [torch.tensor(rows, device=device) for rows in self.groups or ()]
+        return self._rows
+
+    def _alphas(self) -> list[float]:
+        """The bound of every group (of the one there is without groups)."""
+        if self.quantile is not None:
+            return [inf]
+        if isinstance(self.alpha, Sequence) and not isinstance(self.alpha, str):
+            if self.groups is None or len(self.alpha) != len(self.groups):
+                wanted = "only with groups" if self.groups is None else f"one for each of the {len(self.groups)} groups"
+                raise ValueError(f"several alphas are taken {wanted}, got {self.alpha!r}.")
+            return [check_alpha(alpha) for alpha in self.alpha]
+        alpha = check_alpha(self.alpha)
+        return [alpha] if self.groups is None else [alpha / sqrt(len(self.groups))] * len(self.groups)
+
+    def reweight(
+        self,
+        losses: Tensor,
+        inputs: Inputs = None,
+        *,
+        measurement: Measurement | None = None,
+        loss_scale: float = 1.0,
+        check: bool | None = None,
+    ) -> Tensor:
+        if self.groups is not None:
+            raise ValueError("reweight gives every loss one weight: clipping by groups needs opt.backward(losses).")
+        return super().reweight(losses, inputs, measurement=measurement, loss_scale=loss_scale, check=check)
 
     def _weights(self, problem: Problem) -> Weighting:
-        norms, weights = problem.clipped(check_alpha(self.alpha))
+        alphas = self._alphas()
+        if self.groups is not None:
+            pairs = problem.clipped_by_group(self._rows_on(problem.losses.device), alphas)
+            each = [self._weigh(norms, alpha, own) for (norms, own), alpha in zip(pairs, alphas, strict=True)]
+            return Weighting(torch.stack(each), torch.stack([norms for norms, _ in pairs]), groups=self.groups)
+        norms, weights = problem.clipped(alphas[0])
+        if self.quantile is None:
+            return Weighting(self._weigh(norms, alphas[0], weights), norms)
+        following = self.quantile.following(norms)
+        weights = torch.where(norms <= following, torch.ones_like(norms), following / norms)
+        weights = torch.where(norms.isfinite(), weights, torch.full_like(norms, torch.nan))
+        weights = self._weigh(norms, following, weights)
+        self.quantile.value = following
         return Weighting(weights, norms)
+
+    def _weigh(self, norms: Tensor, alpha: float | Tensor, clipped: Tensor) -> Tensor:
+        """The user's weights, or the ones there are."""
+        if self.weigh is None:
+            return clipped
+        weights = self.weigh(norms, torch.as_tensor(alpha, dtype=norms.dtype))
+        if not isinstance(weights, Tensor) or weights.shape != norms.shape:
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"weigh must return one weight for each of the {len(norms)} norms, got {got}.")
+        return weights.detach()
+
+    def _own_state(self) -> dict[str, Any]:
+        state = super()._own_state()
+        return state if self.quantile is None else {**state, "quantile": self.quantile.value}
+
+    def _load_own_state(self, state: dict[str, Any]) -> None:
+        alpha = state["hyperparameters"]["alpha"]
+        if (alpha == "auto") != (self.quantile is not None):
+            raise ValueError(
+                f"this state_dict has alpha={alpha!r}, this optimizer {self.alpha!r}: make it alike first."
+            )
+        value = None if self.quantile is None else state["quantile"]
+        super()._load_own_state(state)
+        if self.quantile is not None:
+            self.quantile.value = value

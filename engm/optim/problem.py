@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -33,6 +34,7 @@ class Weighting:
     weights: Tensor
     norms: Tensor | None = None
     input_norms: Tensor | None = None
+    groups: Sequence[Sequence[int]] | None = None  # rows of parameters, where weights are [groups, n]
 
 
 class Problem:
@@ -103,6 +105,14 @@ class Problem:
         """Norms ``[n]`` and ``min(alpha / norm, 1)``, ``[n]``."""
         stacked, factors, _ = self._norms(with_inputs=False)
         return ops.clip_weights(stacked, alpha, factors)
+
+    def clipped_by_group(self, groups: Sequence[Tensor], alphas: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+        """The same for every group of parameter rows (indices on the losses' device), each with its own bound."""
+        stacked, factors, _ = self._norms(with_inputs=False)
+        return [
+            ops.clip_weights(stacked[rows], alpha, None if factors is None else factors[rows])
+            for rows, alpha in zip(groups, alphas, strict=True)
+        ]
 
     def norms(self) -> Tensor:
         """Norms ``[n]``."""
@@ -207,30 +217,46 @@ class Problem:
 
     # -- gradient --------------------------------------------------------------------------------------------
 
-    def accumulate(self, weights: Tensor, divisor: float) -> None:
+    def accumulate(self, weighting: Weighting, divisor: float) -> None:
         """Add ``loss_scale / divisor * sum_i weights_i dL_i/dtheta`` to ``p.grad``; the graph is used up."""
+        parts = self._parts(weighting)
         if self._session is None:
-            self._backpropagate(weights * (self.loss_scale / divisor))
+            reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.uses]
+            if not reached:
+                raise RuntimeError(
+                    "the losses reach no trained parameter of this model: pass the model that computed them."
+                )
+            parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
+            for i, (weights, own) in enumerate(parts):
+                targets = [p for p in reached if own is None or id(p) in own]
+                seeds = (weights * (self.loss_scale / divisor)).to(self.losses.dtype)
+                torch.autograd.backward(self.losses, seeds, inputs=targets, retain_graph=i < len(parts) - 1)
         else:  # its backprops carry the loss scale already
-            gradients = list(self._session.weighted_sums(weights / divisor))
-            for parameter, gradient in gradients:
-                gradient = gradient.to(parameter.dtype).view_as(parameter)
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                else:
-                    parameter.grad.add_(gradient)
+            sums = [pair for w, own in parts for pair in self._session.weighted_sums(w / divisor, own)]
+            for parameter, gradient in sums:  # nothing is half changed, should one of the sums have failed
+                _add_gradient(parameter, gradient)
         self.release()
 
-    def _backpropagate(self, weights: Tensor) -> None:
-        reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.uses]
-        if not reached:
-            raise RuntimeError(
-                "the losses reach no trained parameter of this model: pass the model that computed them."
-            )
-        torch.autograd.backward(self.losses, weights.to(self.losses.dtype), inputs=reached)
+    def _parts(self, weighting: Weighting) -> list[tuple[Tensor, set[int] | None]]:
+        """Weights ``[n]`` and the parameters (by id) that they are for; None: all."""
+        if weighting.groups is None:
+            return [(weighting.weights, None)]
+        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        return [
+            (weights, {id(parameters[row]) for row in rows})
+            for weights, rows in zip(weighting.weights.unbind(0), weighting.groups, strict=True)
+        ]
 
     def release(self) -> None:
         """Let go of everything that was captured for this batch."""
         for call in self.traced.calls:
             if call.capture.owner is self.model:
                 call.release()
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    gradient = gradient.to(parameter.dtype).view_as(parameter)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)
