@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
+import output
 import pytest
 import torch
 
@@ -36,18 +36,10 @@ def pytest_sessionfinish() -> None:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(OUT.read_text())["benchmarks"] if OUT.exists() else {}
     document = {
-        "machine": _processor(),
+        "machine": output.processor(),
         "threads": THREADS,
         "torch": torch.__version__,
         "engm": engm.build_info(),
         "benchmarks": {**earlier, **_FIGURES},
     }
     OUT.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

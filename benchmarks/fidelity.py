@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import engm
 from engm.exact import exact_squared_norms
 from engm.graph import trace
 from engm.measurement import calibrated_squared_norms, measure_traced
-from engm.recipes.models.resnet import resnet18, small_resnet
+from engm.recipes.models.resnet import NormName, resnet18, small_resnet
 from engm.session import Session
 
 
@@ -43,6 +44,23 @@ def load(name: str) -> tuple[Tensor, Tensor]:
     archive = np.load(name)
     images = torch.tensor(archive["x_train"][:8000]).permute(0, 3, 1, 2).float() / 255
     return images, torch.tensor(archive["y_train"][:8000]).long()
+
+
+def network(args: argparse.Namespace, channels: int, norm: NormName = "batch") -> nn.Module:
+    """The small ResNet for digits, ResNet-18 for anything else."""
+    make = small_resnet if args.data == "digits" else resnet18
+    return make(width=args.width, in_channels=channels, norm=norm)
+
+
+def batches_of(count: int, n: int, generator: torch.Generator) -> list[Tensor]:
+    """Indices of whole batches of ``n`` in a drawn order."""
+    order = torch.randperm(count, generator=generator)
+    return [order[i : i + n] for i in range(0, count - n + 1, n)]
+
+
+def inner_sgd(model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    """The optimizer of the run."""
+    return torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
 
 
 def attack(
@@ -68,7 +86,7 @@ def attack(
     return (x + delta).clamp(0, 1).detach(), measured
 
 
-def exact_gradients(losses: Tensor, parameters: list[Tensor]) -> Tensor:
+def exact_gradients(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """``[n, P]``, every example's gradient through the batch's statistics."""
     rows = []
     for loss in losses.unbind():
@@ -182,15 +200,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole study; returns what the JSON holds."""
     torch.manual_seed(args.seed)
     images, labels = load(args.data)
-    make = small_resnet if args.data == "digits" else resnet18
-    net: nn.Module = make(width=args.width, in_channels=images.shape[1])
+    net = network(args, images.shape[1])
     model = engm.GradNormModule(net)  # trains, with norms borrowed from an attack in evaluation mode
     own = engm.GradNormModule(net)  # calibrates as a run with its own norm pass would
-    sgd = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
-    opt = engm.ENGM(model, sgd, alpha=args.alpha)
+    opt = engm.ENGM(model, inner_sgd(model, args), alpha=args.alpha)
     generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(labels), generator=generator)
-    batches = [order[i : i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
+    batches = batches_of(len(labels), args.batch, generator)
     records = []
     for step in range(args.steps + 1):
         chosen = batches[step % len(batches)]
@@ -239,9 +254,9 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of an adversarial run that is looked at now and then."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, or an .npz with x_train and y_train")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64)
@@ -249,12 +264,18 @@ def main() -> None:
     parser.add_argument("--at", type=int, nargs="*", default=[20, 75, 130, 185, 240, 299])
     parser.add_argument("--attack-steps", type=int, default=5)
     parser.add_argument("--alpha", type=float, default=5.0, help="what the run trains with; half of an early mean norm")
-    parser.add_argument("--statistics", choices=["evaluation", "training"], default="training")
     parser.add_argument("--eps", type=float, default=8 / 255)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    parser = options(__doc__)
+    parser.add_argument("--statistics", choices=["evaluation", "training"], default="training")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = run(args)

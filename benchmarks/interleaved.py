@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Timing:
         seconds: median over the rounds.
         ratio: median over the rounds of its time over the reference's time in the same round.
         spread: half the interquartile range of those ratios.
-        peak_bytes: peak of what a step allocated from torch's CPU allocator, above what lived before it.
+        peak_bytes: peak of what a step allocated from torch's allocator, above what lived before it.
     """
 
     seconds: float
@@ -36,28 +38,37 @@ class Timing:
         }
 
 
-def compare(steps: Mapping[str, Callable[[], object]], *, reference: str, rounds: int) -> dict[str, Timing]:
+def compare(
+    steps: Mapping[str, Step], *, reference: str, rounds: int, few: Collection[str] = (), few_rounds: int = 2
+) -> dict[str, Timing]:
     """Run every step once to warm up, once for its memory, then ``rounds`` times in turn.
 
     Args:
         steps: name to a function that does one training step.
-        reference: the name that ratios are to.
+        reference: the name that ratios are to; not one of ``few``.
         rounds: how many turns.
+        few: slow contenders, which take part in the first ``few_rounds`` turns only and are warmed up once.
+        few_rounds: for them.
     """
     peaks = {}
     for name, step in steps.items():
-        step()
+        if name not in few:
+            step()
         peaks[name] = peak_allocation(step)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if name in few and turn >= few_rounds:
+                continue
+            synchronize()
             start = time.perf_counter()
             steps[name]()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     timings = {}
     for name, measured in seconds.items():
-        ratios = [own / other for own, other in zip(measured, seconds[reference], strict=True)]
+        ratios = [own / other for own, other in zip(measured, seconds[reference], strict=False)]
         quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0.0, 0.0, 0.0]
         timings[name] = Timing(
             statistics.median(measured), statistics.median(ratios), (quartiles[2] - quartiles[0]) / 2, peaks[name]
@@ -65,11 +76,38 @@ def compare(steps: Mapping[str, Callable[[], object]], *, reference: str, rounds
     return timings
 
 
-def peak_allocation(step: Callable[[], object]) -> int:
-    """Peak of the bytes that ``step`` holds at once, as torch's profiler sees allocations on the CPU.
+def runnable(makers: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:
+    """Make every contender and let it do one step: the steps that work, and for the others the reason."""
+    steps, reasons = {}, {}
+    for name, maker in makers.items():
+        try:
+            step = maker()
+            step()
+        except Exception as error:
+            first = str(error).strip().splitlines() or [""]
+            reasons[name] = f"{type(error).__name__}: {first[0][:300]}"
+        else:
+            steps[name] = step
+    return steps, reasons
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_allocation(step: Step) -> int:
+    """Peak of the bytes that ``step`` holds at once: torch's profiler on the CPU, on a GPU its caching allocator.
 
     Scratch that libraries take from elsewhere (oneDNN, MKL, the per-thread buffers of engm's kernels) is not in it.
     """
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():  # whoever computes there has tensors there
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     result = profile.profiler.kineto_results

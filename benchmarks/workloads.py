@@ -37,10 +37,10 @@ def network(name: str, width: int, norm: str) -> nn.Module:
     return resnet18(width=width, norm=norm) if name == "resnet18" else vgg(width, norm)
 
 
-def batch(n: int) -> tuple[Tensor, Tensor]:
-    """Random images ``[n, 3, 32, 32]`` in [0, 1] and labels; time does not depend on what they show."""
+def batch(n: int, side: int = 32) -> tuple[Tensor, Tensor]:
+    """Random images ``[n, 3, side, side]`` in [0, 1] and labels; time does not depend on what they show."""
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(n, 3, 32, 32, generator=generator), torch.randint(10, (n,), generator=generator)
+    return torch.rand(n, 3, side, side, generator=generator), torch.randint(10, (n,), generator=generator)
 
 
 def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def engm_step(net: nn.Module, x: Tensor, y: Tensor, method: str, **options: object) -> Step:
-    """One of ours. ``method``: engm, aengm, nengm, msgd. A step that calibrates is timed apart: see ``calibrating``."""
+    """One of ours, ``method`` as in ``outer``. A step that calibrates is timed apart: see ``calibrating``."""
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, **options)
     opt = outer(model, method)
 
@@ -79,16 +79,19 @@ def engm_step(net: nn.Module, x: Tensor, y: Tensor, method: str, **options: obje
     return step
 
 
-def outer(model: engm.GradNormModule, method: str) -> engm.ExampleOptimizer:
-    """An outer optimizer by name."""
+def outer(model: engm.GradNormModule, method: str, *, tau: int = 10**9) -> engm.ExampleOptimizer:
+    """An outer optimizer by name; A-ENGM regresses every ``tau`` steps."""
     inner = sgd(model)
-    if method == "msgd":
-        return engm.MSGD(model, inner)
-    if method == "nengm":
-        return engm.NENGM(model, inner, alpha=0.05)
-    if method == "aengm":
-        return engm.AENGM(model, inner, alpha=1.0, tau=10**9)
-    return engm.ENGM(model, inner, alpha=1.0)
+    makers: dict[str, Callable[[], engm.ExampleOptimizer]] = {
+        "msgd": lambda: engm.MSGD(model, inner),
+        "gnc": lambda: engm.GNC(model, inner),
+        "sngm": lambda: engm.SNGM(model, inner),
+        "fengm": lambda: engm.FENGM(model, inner),
+        "nengm": lambda: engm.NENGM(model, inner, alpha=0.05),
+        "aengm": lambda: engm.AENGM(model, inner, alpha=1.0, tau=tau),
+        "engm": lambda: engm.ENGM(model, inner, alpha=1.0),
+    }
+    return makers[method]()
 
 
 def naive_engm(net: nn.Module, x: Tensor, y: Tensor) -> Step:
@@ -131,14 +134,29 @@ def opacus_ghost(net: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def pgd_step(net: nn.Module, x: Tensor, y: Tensor, method: str, *, borrowed: bool) -> Step:
-    """A whole adversarial training step: PGD-10, then one of our optimizers with borrowed norms or its own pass."""
+def pgd_step(
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: str,
+    *,
+    borrowed: bool,
+    rare: bool = False,
+    attack_steps: int = 10,
+) -> Step:
+    """A whole adversarial training step: PGD, then one of our optimizers with borrowed norms or its own pass.
+
+    ``rare``: every step calibrates, and A-ENGM regresses, as otherwise only the first does.
+    """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
-    opt = outer(model, method)
-    attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
+    opt = outer(model, method, tau=1 if rare else 10**9)
+    attack = PGD(eps=8 / 255, step_size=2 / 255, steps=attack_steps)
+    generator = torch.Generator(x.device).manual_seed(0)
     measured = opt if borrowed else False
 
     def step() -> None:
+        if rare:
+            model.calibration.forget()
         found = attack(model, x, y, generator=generator, measure=measured)
         opt.backward(losses_of(model, found.inputs, y), inputs=found.inputs, measurement=found.measurement)
         opt.step()
