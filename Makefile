@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 .DELETE_ON_ERROR:
 
 demo: .make/build
-	$(BIN)/engm demo
+	$(BIN)/engm demo $(ARGS)
 
 # One thread a worker: two workers with two threads each would only get in each other's way.
 test: .make/build

@@ -171,10 +171,11 @@ def run(
         for run, record, scheduler in zip(demo.runs, records, schedulers, strict=True):
             run.epochs.append(record)
             scheduler.step()
-            if look:
-                accuracy = evaluate(run.trainer.model, dataset.validation, evaluation)
+            accuracy = evaluate(run.trainer.model, dataset.validation, evaluation) if look else None
+            if accuracy is not None:
                 run.validation[epoch] = accuracy
                 run.trainer.keep_checkpoint(epoch, accuracy.robust or 0.0)
+            run.trainer.log_epoch(epoch, record, accuracy)
         if on_epoch is not None:
             on_epoch(epoch)
     for run in demo.runs:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+WHOLE_GRADIENT = " w is an example's own weight: MGNC and SNGM scale the mean gradient instead, and leave w at 1."
+
+
 def overfit(best: float, last: float) -> float:
     """Robust overfitting as the paper defines it: (best - last) / best, robust accuracies of the two checkpoints."""
     return (best - last) / best if best > 0 else 0.0
@@ -115,7 +118,7 @@ def table(demo: Demo) -> Table:
             f"{row.step_seconds:.3f}",
             "-" if row.time_ratio is None else f"{row.time_ratio:.2f}",
             "-" if row.total_time_ratio is None else f"{row.total_time_ratio:.2f}",
-            f"{row.mean_weight:.2f}",
+            f"{row.mean_weight:.2f}" if row.mean_weight < 1000 else f"{row.mean_weight:.0e}",
             f"{row.fraction_clipped:.0%}",
         )
     return result
@@ -131,6 +134,7 @@ def caption(demo: Demo) -> str:
         "was best on the validation set, and of the last; Natural: of the best. One standard error of these is "
         f"{error:.1%}, and this is one seed: a few points of difference say nothing. x MSGD: median over the batches; "
         "in all: total training time."
+        + (WHOLE_GRADIENT if any(run.name in ("gnc", "sngm") for run in demo.runs) else "")
     )
 
 
@@ -192,8 +196,11 @@ def draw_curves(demo: Demo, path: Path) -> None:
     _dress(loss, "adversarial training loss, nats", demo)
     _dress(weight, "mean weight w of the examples", demo)
     loss.set_ylim(bottom=0)
-    weight.set_ylim(0, 1.05)
-    robust.legend(loc="lower right")
+    if all(record.mean_weight <= 1 for run in demo.runs for record in run.epochs):
+        weight.set_ylim(0, 1.05)
+    else:  # F-ENGM lengthens short gradients, without bound
+        weight.set_yscale("log")
+    robust.legend(loc="lower right", ncols=1 if len(demo.runs) < 5 else 2, fontsize="small")
     figure.suptitle(
         f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, "
         f"alpha {demo.alpha:.2f}, seed {demo.settings.training.seed} (dotted: learning rate divided by 10)"

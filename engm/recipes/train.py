@@ -20,6 +20,9 @@ from engm.adversarial import PGD, VANILLA, Objective, paused
 
 from .clock import StepClock
 from .data import Split
+from .evaluate import Accuracy
+from .figures import Examples, StepFigures, together
+from .loggers import Logger
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class EpochRecord:
         mean_norm: mean of the norms that the weights were made from, or ``None`` for methods without.
         lr: learning rate of the epoch.
         step_seconds: seconds of every step: attack, backward pass and update.
+        summary: these and more, by the names that logs use: quantiles of weights, norms and input norms.
     """
 
     loss: float
@@ -79,6 +83,7 @@ class EpochRecord:
     mean_norm: float | None
     lr: float
     step_seconds: list[float]
+    summary: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -96,15 +101,6 @@ class Checkpoint:
     state: dict[str, Tensor]
 
 
-@dataclass
-class _Figures:
-    """Per-example figures of an epoch, left on their device until somebody asks."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-
-
 class Trainer:
     """One model, its outer optimizer and its attack.
 
@@ -116,8 +112,16 @@ class Trainer:
         seed: of the attack noise; trainers with the same seed draw the same noise.
         borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
             runs a norm pass of its own.
+        logger: takes the figures of every step and, by :meth:`log_epoch`, of every epoch.
+        log_every: steps between two writes. Figures stay on the device until then, and writing waits for it;
+            ``None`` writes at the end of the epoch, which waits anyway.
+
+    Raises:
+        ValueError: ``log_every`` is not positive.
 
     Attributes:
+        logger: as above; may be set or replaced between epochs.
+        steps: taken so far.
         best: the checkpoint with the highest score so far (the first of equals).
         last: the latest one.
     """
@@ -131,20 +135,29 @@ class Trainer:
         objective: Objective = VANILLA,
         seed: int = 0,
         borrow: bool = True,
+        logger: Logger | None = None,
+        log_every: int | None = None,
     ) -> None:
+        if log_every is not None and log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {log_every}")
         self.model = model
         self.optimizer = optimizer
         self.attack = attack
         self.objective = objective
         self.generator = torch.Generator().manual_seed(seed)
+        self.logger = logger
+        self.steps = 0
         self.best: Checkpoint | None = None
         self.last: Checkpoint | None = None
+        self._log_every = log_every
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._borrow = borrow and objective.attack_maximises_it and self._captures
         self._measures = optimizer if self._borrow and isinstance(optimizer, engm.ExampleOptimizer) else False
         self._clock = StepClock(next(model.parameters()).device)
-        self._figures = _Figures()
+        self._figures = StepFigures()
+        self._epoch: list[Examples] = []  # of the steps that were looked at already
+        self._seconds: list[float] = []  # theirs
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Attacks one batch and updates the weights on it."""
@@ -161,25 +174,64 @@ class Trainer:
             )
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self._figures.losses.append(stats.losses)
-        self._figures.weights.append(stats.weights)
-        if stats.norms is not None:
-            self._figures.norms.append(stats.norms)
+        self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
+        self.steps += 1
+        if self.logger is not None and self._log_every is not None and self.steps % self._log_every == 0:
+            self._look()
 
     def finish_epoch(self) -> EpochRecord:
         """The figures since the last call; this is where the device is waited for."""
-        figures, self._figures = self._figures, _Figures()
-        if not figures.losses:
+        self._look()
+        steps, self._epoch = self._epoch, []
+        seconds, self._seconds = self._seconds, []
+        if not steps:
             raise RuntimeError("no step since the last epoch: is the training set smaller than one batch?")
-        weights = torch.cat(figures.weights)
+        summary = together(steps).summary()
         return EpochRecord(
-            loss=torch.cat(figures.losses).mean().item(),
-            mean_weight=weights.mean().item(),
-            fraction_clipped=(weights < 1).double().mean().item(),
-            mean_norm=torch.cat(figures.norms).mean().item() if figures.norms else None,
-            lr=self.optimizer.param_groups[0]["lr"],
-            step_seconds=self._clock.take(),
+            loss=summary["loss"],
+            mean_weight=summary["weight_mean"],
+            fraction_clipped=summary["clipped"],
+            mean_norm=summary.get("norm_mean"),
+            lr=self._lr,
+            step_seconds=seconds,
+            summary=summary,
         )
+
+    def log_epoch(self, epoch: int, record: EpochRecord, accuracy: Accuracy | None = None) -> None:
+        """Hands an epoch's figures to the logger, if there is one.
+
+        Args:
+            epoch: number of finished epochs.
+            record: from :meth:`finish_epoch`.
+            accuracy: on the validation set, if it was looked at.
+        """
+        if self.logger is None:
+            return
+        self.logger.log(
+            "epoch",
+            epoch,
+            {
+                **record.summary,
+                "lr": record.lr,
+                "seconds": sum(record.step_seconds),
+                "natural": None if accuracy is None else accuracy.natural,
+                "robust": None if accuracy is None else accuracy.robust,
+            },
+        )
+
+    @property
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _look(self) -> None:
+        """Fetches the figures of the latest steps from the device, and logs them."""
+        steps, seconds = self._figures.take(), self._clock.take()
+        self._epoch += steps
+        self._seconds += seconds
+        if self.logger is not None:
+            first = self.steps - len(steps) + 1
+            for index, (figures, time) in enumerate(zip(steps, seconds, strict=True), start=first):
+                self.logger.log("step", index, {**figures.summary(), "lr": self._lr, "seconds": time})
 
     def keep_checkpoint(self, epoch: int, score: float) -> None:
         """Notes the present weights as the last ones, and as the best ones if ``score`` is the highest so far."""

@@ -95,6 +95,51 @@ def test_summaries_need_a_finished_run() -> None:
         report.summarise(prepare(tiny_settings(), tiny_dataset()).runs)
 
 
+@pytest.fixture(scope="module")
+def all_seven() -> Demo:
+    demo = prepare(tiny_settings(evaluate_every=1, methods=tuple(METHODS)), tiny_dataset())
+    run(demo)
+    return demo
+
+
+def test_all_seven_of_the_paper(all_seven: Demo, tmp_path: Path) -> None:
+    labels = ["MSGD", "MGNC", "SNGM", "F-ENGM", "N-ENGM", "A-ENGM", "ENGM"]
+    assert [row.label for row in report.summarise(all_seven.runs)] == labels
+    text = io.StringIO()
+    console = Console(file=text, width=80)
+    console.print(report.table(all_seven))
+    with LiveView(all_seven, console) as view:
+        view.on_epoch(2)
+    lines = text.getvalue().splitlines()
+    for label in labels:
+        assert any(re.match(rf" *{label} .*%.*%", line) for line in lines), f"{label} in one line of the table"
+    assert "MGNC and SNGM scale the mean gradient" in report.caption(all_seven)
+    report.write_json(all_seven, tmp_path / "results.json", seconds=1.0)
+    assert [row["label"] for row in json.loads((tmp_path / "results.json").read_text())["summaries"]] == labels
+    report.draw_curves(all_seven, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_thresholds_follow_alpha() -> None:
+    """One number, in units of a gradient's norm, so that a network of another size needs no second thought."""
+    options = [
+        {
+            method.name: method.trainer.optimizer
+            for method in prepare(tiny_settings(methods=tuple(METHODS), alpha=alpha)).runs
+        }
+        for alpha in (1.0, 3.0)
+    ]
+    for name, threshold in (
+        ("gnc", lambda opt: opt.max_norm),
+        ("sngm", lambda opt: opt.param_groups[0]["lr"]),
+        ("fengm", lambda opt: opt.alpha),
+        ("nengm", lambda opt: opt.alpha),
+        ("engm", lambda opt: opt.alpha),
+    ):
+        assert threshold(options[1][name]) == pytest.approx(3 * threshold(options[0][name])), name
+    assert {opt.param_groups[0]["lr"] for name, opt in options[0].items() if name != "sngm"} == {0.1}
+
+
 def test_files(finished: Demo, tmp_path: Path) -> None:
     report.write_json(finished, tmp_path / "results.json", seconds=1.5)
     content = json.loads((tmp_path / "results.json").read_text())
@@ -134,6 +179,31 @@ def test_command(tmp_path: Path) -> None:
     assert content["settings"]["alpha"] == 0.5
 
 
+def test_command_with_all_methods_and_a_log(tmp_path: Path) -> None:
+    arguments = ["demo", "--all", "--epochs", "2", "--width", "2", "--batch-size", "320", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, "--log", "csv"])
+    assert result.exit_code == 0, result.output
+    assert all(method.label in result.output for method in METHODS.values())
+    for name in METHODS:
+        steps, epochs = (
+            (tmp_path / "log" / name / f"{kind}.csv").read_text().splitlines() for kind in ("step", "epoch")
+        )
+        assert steps[0].startswith("step,loss,weight_mean,clipped,weight_min")
+        assert (len(steps), len(epochs)) == (5, 3)
+        columns = epochs[0].split(",")
+        assert columns[-4:] == ["lr", "seconds", "natural", "robust"]
+        assert [line.endswith(",,") for line in epochs[1:]] == [True, False], "looked at every second epoch"
+        assert ("norm_mean" in columns) == (name not in ("msgd", "gnc", "sngm"))
+
+
+def test_command_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = CliRunner().invoke(app, ["demo", "--log", "tensorboard", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2, result.output
+    assert "tensorboard" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -143,6 +213,7 @@ def test_command(tmp_path: Path) -> None:
         ["--epochs", "0"],
         ["--alpha", "-1"],
         ["--batch-size", "641"],
+        ["--log", "xml"],
     ],
 )
 def test_command_with_bad_arguments(arguments: list[str], tmp_path: Path) -> None:

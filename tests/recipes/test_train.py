@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 import engm
 from engm.adversarial import PGD, evaluation_mode, vanilla
 from engm.recipes.data import Split
+from engm.recipes.evaluate import Accuracy
+from engm.recipes.figures import StepFigures
+from engm.recipes.methods import METHODS
 from engm.recipes.train import Trainer, Training, mean_over_epochs, train_epoch
 
 ATTACK = PGD(0.1, 0.03, 3)
@@ -30,7 +34,20 @@ def network(norm: bool = True) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 3))
 
 
-def trainer(make: Callable[..., torch.optim.Optimizer], norm: bool = True, **options: bool) -> Trainer:
+class Rows:
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, dict[str, float | None]]] = []
+
+    def log(self, kind: str, index: int, figures: Mapping[str, float | None]) -> None:
+        self.rows.append((kind, index, dict(figures)))
+
+    def close(self) -> None:
+        pass
+
+
+def trainer(make: Callable[..., torch.optim.Optimizer], norm: bool = True, **options: Any) -> Trainer:
     model = engm.GradNormModule(network(norm))
     return Trainer(model, make(model, ONE_STEP.sgd(model)), ATTACK, seed=5, **options)
 
@@ -100,8 +117,20 @@ def test_borrowed_norms_are_those_before_the_last_attack_step(split: Split) -> N
 
 
 @pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_paper_trains(split: Split, method: str, borrow: bool) -> None:
+    trained = trainer(lambda model, sgd: METHODS[method].make(model, sgd, 0.5, 10), borrow=borrow)
+    before = copy.deepcopy(trained.model.state_dict())
+    (record,) = train_epoch([trained], split, batch_size=8, generator=order())
+    assert all(torch.isfinite(tensor).all() for tensor in trained.model.state_dict().values())
+    assert not torch.equal(trained.model.state_dict()["0.weight"], before["0.weight"])
+    assert (record.mean_weight == 1) == (method in ("msgd", "gnc", "sngm"))
+    assert ("gradient_norm" in record.summary) == (method in ("gnc", "sngm"))
+
+
+@pytest.mark.parametrize("borrow", [False, True])
 @pytest.mark.parametrize("method", ["AENGM", "NENGM", "ENGM"])
-def test_every_method_trains(split: Split, method: str, borrow: bool) -> None:
+def test_every_method_weighs(split: Split, method: str, borrow: bool) -> None:
     trained = trainer(lambda model, sgd: getattr(engm, method)(model, sgd, 0.05), borrow=borrow)
     (record,) = train_epoch([trained], split, batch_size=8, generator=order())
     assert 0 < record.mean_weight < 1
@@ -143,6 +172,8 @@ def test_the_learning_rate_decays_where_the_paper_says() -> None:
 
 
 def test_bad_arguments(split: Split) -> None:
+    with pytest.raises(ValueError, match="log_every must be at least 1, got 0"):
+        trainer(engm.MSGD, log_every=0)
     for settings in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "lr": 0.0}):
         with pytest.raises(ValueError, match="expected epochs"):
             Training(**settings)  # type: ignore[arg-type]
@@ -157,3 +188,43 @@ def test_mean_over_epochs(split: Split) -> None:
     records = [train_epoch([trained], split, batch_size=8, generator=order(e))[0] for e in (1, 2)]
     expected = (records[0].mean_weight + records[1].mean_weight) / 2
     assert mean_over_epochs(records, "mean_weight") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("log_every", [None, 1, 2, 3])
+def test_the_logger_gets_every_step_and_epoch_once(split: Split, log_every: int | None) -> None:
+    rows = Rows()
+    trained = trainer(engm_of(0.05), logger=rows, log_every=log_every)
+    records = []
+    for epoch in (1, 2):
+        records += train_epoch([trained], split, batch_size=8, generator=order(epoch))
+        trained.log_epoch(epoch, records[-1], Accuracy(0.5, 0.25, 4) if epoch == 2 else None)
+    places = [(kind, index) for kind, index, _ in rows.rows]
+    assert places == [("step", 1), ("step", 2), ("epoch", 1), ("step", 3), ("step", 4), ("epoch", 2)]
+    steps = [figures for kind, _, figures in rows.rows if kind == "step"]
+    first, second = (figures for kind, _, figures in rows.rows if kind == "epoch")
+    assert first["loss"] == records[0].loss == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
+    assert first["norm_max"] == max(steps[0]["norm_max"], steps[1]["norm_max"])
+    assert [figures["seconds"] for figures in steps] == records[0].step_seconds + records[1].step_seconds
+    assert (first["robust"], second["natural"], second["robust"]) == (None, 0.5, 0.25)
+    assert list(first) == list(second), "one set of columns"
+    assert {figures["lr"] for figures in (*steps, first, second)} == {0.05}
+
+
+@pytest.mark.parametrize(("log_every", "looks"), [(None, 1), (1, 3), (2, 2)])
+def test_figures_are_fetched_only_when_written(
+    split: Split, monkeypatch: pytest.MonkeyPatch, log_every: int | None, looks: int
+) -> None:
+    fetched = []
+    take = StepFigures.take
+    monkeypatch.setattr(StepFigures, "take", lambda figures: fetched.append(1) or take(figures))
+    trained = trainer(engm_of(0.05), logger=Rows(), log_every=log_every)
+    train_epoch([trained], split, batch_size=8, generator=order())
+    assert len(fetched) == looks
+
+
+def test_logging_changes_nothing(split: Split) -> None:
+    quiet, logged = trainer(engm_of(0.05)), trainer(engm_of(0.05), logger=Rows(), log_every=1)
+    one, other = (train_epoch([each], split, batch_size=8, generator=order())[0] for each in (quiet, logged))
+    assert one.summary == other.summary
+    for name, tensor in quiet.model.state_dict().items():
+        assert torch.equal(logged.model.state_dict()[name], tensor), name

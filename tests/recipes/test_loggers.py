@@ -1,0 +1,103 @@
+"""Every logger's files, read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engm.recipes.loggers import CsvLogger, JsonLinesLogger, LogFormat, Logger, TensorBoardLogger
+
+ROWS = [
+    ("step", 1, {"loss": 1.5, "norm_max": 3.0}),
+    ("step", 2, {"loss": 1.25, "norm_max": 2.0}),
+    ("epoch", 1, {"loss": 1.375, "robust": None}),
+    ("step", 3, {"loss": 0.5, "norm_max": math.inf}),
+    ("epoch", 2, {"loss": math.nan, "robust": 0.75}),
+]
+
+
+def write(logger: Logger, rows: list = ROWS) -> None:
+    for kind, index, figures in rows:
+        logger.log(kind, index, figures)
+    logger.close()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_csv(tmp_path: Path) -> None:
+    write(CsvLogger(tmp_path / "new" / "run"))
+    steps = (tmp_path / "new" / "run" / "step.csv").read_text().splitlines()
+    assert steps == ["step,loss,norm_max", "1,1.5,3.0", "2,1.25,2.0", "3,0.5,inf"]
+    with (tmp_path / "new" / "run" / "epoch.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["robust"] for row in rows] == ["", "0.75"]
+    assert math.isnan(float(rows[1]["loss"]))
+
+
+def test_csv_has_the_columns_of_its_first_row(tmp_path: Path) -> None:
+    logger = CsvLogger(tmp_path)
+    logger.log("step", 1, {"loss": 1.0, "lr": 0.1})
+    logger.log("step", 2, {"loss": 2.0})
+    with pytest.raises(ValueError, match=r"step.csv has no column late, later"):
+        logger.log("step", 3, {"loss": 1.0, "late": 1.0, "later": 1.0})
+    logger.close()
+    assert (tmp_path / "step.csv").read_text().splitlines() == ["step,loss,lr", "1,1.0,0.1", "2,2.0,"]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    write(JsonLinesLogger(tmp_path))
+    rows = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert rows[0] == {"kind": "step", "index": 1, "loss": 1.5, "norm_max": 3.0}
+    assert rows[2] == {"kind": "epoch", "index": 1, "loss": 1.375, "robust": None}
+    assert rows[3]["norm_max"] == "inf"
+    assert math.isnan(float(rows[4]["loss"]))
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    write(TensorBoardLogger(tmp_path))
+    found = scalars(tmp_path)
+    assert found["step/loss"] == [(1, 1.5), (2, 1.25), (3, 0.5)]
+    assert found["step/norm_max"] == [(1, 3.0), (2, 2.0), (3, math.inf)]
+    assert found["epoch/robust"] == [(2, 0.75)]
+
+
+@pytest.mark.parametrize("name", list(LogFormat))
+def test_a_second_run_in_the_same_folder_replaces_the_first(name: LogFormat, tmp_path: Path) -> None:
+    name.check()
+    write(name.open(tmp_path))
+    write(name.open(tmp_path), [("step", 1, {"loss": 7.0})])
+    if name is LogFormat.CSV:
+        assert (tmp_path / "step.csv").read_text().splitlines() == ["step,loss", "1,7.0"]
+    elif name is LogFormat.JSON:
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+    else:
+        assert scalars(tmp_path)["step/loss"] == [(1, 7.0)]
+
+
+def test_tensorboard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for attempt in (LogFormat.TENSORBOARD.check, lambda: LogFormat.TENSORBOARD.open(tmp_path / "log")):
+        with pytest.raises(ModuleNotFoundError, match=r"needs the package tensorboard: pip install 'engm\[recipes\]'"):
+            attempt()
+    assert not (tmp_path / "log").exists()
+    LogFormat.CSV.check()
+
+
+def test_tensorboard_is_imported_by_nobody_who_does_not_ask() -> None:
+    code = "import sys, engm.recipes.cli, engm.recipes.train; print('tensorboard' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
