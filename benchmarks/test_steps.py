@@ -1,4 +1,4 @@
-"""Cost of exact clipping: whole training steps, interleaved with plain SGD (or MSGD) in one run.
+"""Cost of exact clipping: plain training steps, interleaved with SGD in one run; table1.py has the adversarial ones.
 
 make bench                         all of it, and benchmarks/results/cpu/steps.json
 ENGM_BENCH_ROUNDS=3 make bench     quicker and noisier
@@ -13,7 +13,6 @@ import workloads
 from interleaved import Timing, compare
 
 ROUNDS = int(os.environ.get("ENGM_BENCH_ROUNDS", "7"))
-CALIBRATE_EVERY = 50  # the default: one step in fifty pays for a calibration
 
 PLAIN = [("resnet18", 16), ("resnet18", 32), ("vgg", 32)]
 
@@ -48,37 +47,3 @@ def test_plain_step(benchmark, record, name: str, width: int, norm: str) -> None
         }
     report(benchmark, record, timings, "sgd", steps["sgd"])
     assert timings["engm"].ratio > 1.0  # it does strictly more work
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_pgd_step(benchmark, record, norm: str) -> None:
-    """One adversarial training step with PGD-10, ResNet-18 of width 16, n = 64, norms borrowed and from an own pass."""
-    net, (x, y) = workloads.network("resnet18", 16, norm), workloads.batch(64)
-    steps = {"msgd": workloads.pgd_step(net, x, y, "msgd", borrowed=False)}
-    for method in ("engm", "aengm", "nengm"):
-        for borrowed in (True, False):
-            label = f"{method} ({'borrowed' if borrowed else 'own pass'})"
-            steps[label] = workloads.pgd_step(net, x, y, method, borrowed=borrowed)
-    timings = compare(steps, reference="msgd", rounds=max(3, ROUNDS - 2))
-    if norm == "batch":
-        plain = {
-            "engm (own pass)": workloads.engm_step(net, x, y, "engm"),
-            "calibrating": workloads.calibrating(net, x, y),
-        }
-        plain_timings = compare(plain, reference="engm (own pass)", rounds=2)
-        extra = plain_timings["calibrating"].seconds - plain_timings["engm (own pass)"].seconds
-        for label in ("engm (borrowed)", "engm (own pass)"):
-            timings[f"{label}, calibration included"] = amortised(timings[label], extra, timings["msgd"])
-    timings |= {
-        "naive engm": compare(
-            {"msgd": steps["msgd"], "naive engm": workloads.pgd_naive(net, x, y)}, reference="msgd", rounds=1
-        )["naive engm"]
-    }
-    report(benchmark, record, timings, "msgd", steps["msgd"])
-    assert timings["engm (borrowed)"].ratio < timings["naive engm"].ratio
-
-
-def amortised(timing: Timing, extra_seconds: float, reference: Timing) -> Timing:
-    """The mean step of a run in which one step in fifty takes ``extra_seconds`` more."""
-    extra = extra_seconds / CALIBRATE_EVERY
-    return Timing(timing.seconds + extra, timing.ratio + extra / reference.seconds, timing.spread, timing.peak_bytes)
