@@ -174,29 +174,31 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
   const int first_tap = taps.z * g.kernel[1] * g.kernel[2] + taps.first;
   const bool plain = p.shift == nullptr && p.grads == nullptr;
   Sum total = 0;
+  // Taps innermost: they are neighbours in memory and share their addresses.
 #pragma unroll
-  for (int tap = 0; tap < Tile::kTaps; ++tap)
+  for (int m = 0; m < Tile::kD; ++m)
 #pragma unroll
-    for (int m = 0; m < Tile::kD; ++m)
+    for (int n = 0; n < Tile::kC; ++n)
 #pragma unroll
-      for (int n = 0; n < Tile::kC; ++n)
+      for (int e = 0; e < P::kSums; ++e) {
+        const int row = first_row + m * P::kM + P::sum_m(lane, e), c = first_channel + n * P::kN + P::sum_n(lane, e);
+        if (!plain && (c >= g.channels || row >= g.rows)) continue;
+        const int64_t o = group * g.rows + row, at = (o * g.channels + c) * all_taps + first_tap;
+        const int64_t io = example * all_rows + o, mean = int64_t(group * g.channels + c) * all_taps + first_tap;
 #pragma unroll
-        for (int e = 0; e < P::kSums; ++e) {
+        for (int tap = 0; tap < Tile::kTaps; ++tap) {
           Sum v = sums[tap][m][n][e];
           if (!plain) {
-            const int row = first_row + m * P::kM + P::sum_m(lane, e), c = first_channel + n * P::kN + P::sum_n(lane, e);
-            if (tap >= taps.count || c >= g.channels || row >= g.rows) continue;
-            const int64_t o = group * g.rows + row, at = (o * g.channels + c) * all_taps + first_tap + tap;
-            if (p.shift != nullptr) {
-              const int64_t io = example * all_rows + o, mean = int64_t(group * g.channels + c) * all_taps + first_tap + tap;
-              v -= static_cast<const Sum*>(p.shift)[io] * static_cast<const Sum*>(p.patch_mean)[mean] +
-                   static_cast<const Sum*>(p.scale)[io] * static_cast<const Sum*>(p.correlation)[at];
-            }
+            if (tap >= taps.count) break;
+            if (p.shift != nullptr)
+              v -= static_cast<const Sum*>(p.shift)[io] * static_cast<const Sum*>(p.patch_mean)[mean + tap] +
+                   static_cast<const Sum*>(p.scale)[io] * static_cast<const Sum*>(p.correlation)[at + tap];
             if (p.grads != nullptr)
-              static_cast<Sum*>(p.grads)[example * all_rows * g.channels * all_taps + at] = v;
+              static_cast<Sum*>(p.grads)[example * all_rows * g.channels * all_taps + at + tap] = v;
           }
           total += v * v;
         }
+      }
   return total;
 }
 
