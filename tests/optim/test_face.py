@@ -7,6 +7,7 @@ import io
 import pickle
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
@@ -57,6 +58,7 @@ INNER = {
     "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "timm's lamb": lambda p: timm.optim.Lamb(p, lr=0.01, weight_decay=0.01),
 }
 
 
