@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .base import ExampleOptimizer
-from .engm import check_alpha
+from .engm import check_alpha, predicted_weights
 from .problem import Problem, Weighting
 
 LEAST_SPREAD = 16  # of the inputs of a fit, relative, in units of the rounding of their type
-
-
-def predicted_weights(predicted: Tensor, alpha: float) -> Tensor:
-    """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
-    weights = (alpha / predicted).clamp(max=1)
-    weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
-    return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))
 
 
 def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,13 @@ def check_alpha(alpha: Any) -> float:
     return value
 
 
+def predicted_weights(predicted: Tensor, alpha: float | Tensor) -> Tensor:
+    """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
+    weights = (alpha / predicted).clamp(max=1)
+    weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
+    return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))
+
+
 class ENGM(ExampleOptimizer):
     """Example-normalised gradient descent with momentum, ``w_i = min(alpha / ||dL_i/dtheta||, 1)`` (Eq. 5).
 
@@ -137,9 +144,7 @@ class ENGM(ExampleOptimizer):
         if self.quantile is None:
             return Weighting(self._weigh(norms, alphas[0], weights), norms)
         following = self.quantile.following(norms)
-        weights = torch.where(norms <= following, torch.ones_like(norms), following / norms)
-        weights = torch.where(norms.isfinite(), weights, torch.full_like(norms, torch.nan))
-        weights = self._weigh(norms, following, weights)
+        weights = self._weigh(norms, following, predicted_weights(norms, following))
         self.quantile.value = following
         return Weighting(weights, norms)
 
