@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .distributed import total
 from .exact import exact_squared_norms
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ALL_RANKS = ", all ranks"  # ends the mode of factors that were taken together
 
 
 class Probe:
@@ -40,13 +46,16 @@ class Probe:
 
 
 class DeviceFlag:
-    """A truth value computed on the device, which the host reads once it has arrived and never waits for.
+    """A truth value computed on the device, which the host reads once it has arrived.
 
     Args:
         value: boolean, 0-dimensional.
+        wait: wait for it when it is asked for. Where several processes must draw the same conclusion at the same step,
+            its arrival, which no two devices time alike, must not decide.
     """
 
-    def __init__(self, value: Tensor) -> None:
+    def __init__(self, value: Tensor, *, wait: bool = False) -> None:
+        self._wait = wait
         self._arrived: torch.cuda.Event | None = None
         if not value.is_cuda:
             self._value = value
@@ -59,7 +68,11 @@ class DeviceFlag:
         """Whether the value has arrived and is false."""
         if self._arrived is not None:
             # Asking an event is not allowed while a graph is captured.
-            if torch.cuda.is_current_stream_capturing() or not self._arrived.query():
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            if self._wait:
+                self._arrived.synchronize()
+            elif not self._arrived.query():
                 return False
             self._arrived = None
         return not bool(self._value)
@@ -67,7 +80,7 @@ class DeviceFlag:
     def __getstate__(self) -> dict[str, Any]:  # an event can neither be copied nor pickled
         if self._arrived is not None:
             self._arrived.synchronize()
-        return {"_arrived": None, "_value": self._value}
+        return {"_arrived": None, "_value": self._value, "_wait": self._wait}
 
 
 @dataclass(frozen=True)
@@ -103,12 +116,17 @@ class Calibration:
     it, the next for a quarter, and so on: three probes more in a whole run. With factors of step 0 the weights were
     7 % off at step 20 of a CIFAR-10 run, with fresh ones 2 %.
 
+    Under ``DistributedDataParallel`` every rank probes examples of its own, and the factors of training steps are taken
+    from all of them. All ranks have the same factors then, and agree on when the next are due. They are kept apart,
+    draws included, from those that a rank takes by itself (for a norm to be logged, say), which others may not take.
+
     Args:
         every: training steps after which factors are taken afresh, once the network has settled.
-        examples: examples in a probe.
+        examples: examples in a probe, on every rank.
 
     Attributes:
-        probe: the :class:`Probe`.
+        probe: the :class:`Probe` of factors that are this process's own.
+        shared_probe: that of the factors of all ranks.
         steps: training steps so far.
     """
 
@@ -116,6 +134,7 @@ class Calibration:
         self.every = every
         self._first = every // 8 if every >= 16 else every
         self.probe = Probe(examples)
+        self.shared_probe = Probe(examples)
         self.steps = 0
         self._factors: dict[str, Factors] = {}
 
@@ -132,18 +151,28 @@ class Calibration:
         *,
         count: bool,
         loss_scale: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
         """The factors ``[L]`` for norms measured in ``mode``, probed afresh when they are due.
+
+        With a ``group`` all of its ranks have to call it: those that probe do so together.
 
         Args:
             mode: how the norms were measured; each mode has factors of its own.
             squared_norms: ``[L, n]``, measured.
             losses: ``[n]``, the same examples' losses on the training graph.
             parameters: names and tensors of the ``L`` rows.
-            count: whether this is a training step, which replaces factors that are too old; if not, any will do.
+            count: whether this is a training step, which replaces factors that are too old; if not, any will do, the
+                latest of this rank's and of all ranks'.
             loss_scale: factor on the losses inside the exact passes, divided out again (float16).
+            group: the ranks to take the factors with; None: by itself.
         """
         names = tuple(name for name, _ in parameters)
+        probe = self.probe
+        if group is not None:
+            mode, probe = mode + ALL_RANKS, self.shared_probe
+        elif not count:
+            mode = self._latest(mode, names)
         known = self._factors.get(mode)
         if known is not None and known.names != names:
             known = None
@@ -151,15 +180,27 @@ class Calibration:
             old = None if known is None else known.values
             lifetime = 0 if known is None else known.lifetime()
             good_for = min(2 * lifetime, self.every) if lifetime else self._first
-            indices, exact = self.probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
-            values, sound = _ratio(exact, squared_norms.index_select(1, indices), old)
-            known = self._factors[mode] = Factors(names, values, self.steps, good_for, DeviceFlag(sound))
+            indices, exact = probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
+            values, sound = _ratio(exact, squared_norms.index_select(1, indices), old, group)
+            flag = DeviceFlag(sound, wait=group is not None)
+            known = self._factors[mode] = Factors(names, values, self.steps, good_for, flag)
         if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
             known = self._factors[mode] = replace(known, values=known.values.to(squared_norms.device))
         return known.values.to(squared_norms)
 
+    def _latest(self, mode: str, names: tuple[str, ...]) -> str:
+        """The key of the latest factors for ``mode``, of this process or of all ranks."""
+        shared, own = self._factors.get(mode + ALL_RANKS), self._factors.get(mode)
+        if shared is None or shared.names != names:
+            return mode
+        older = own is None or own.names != names or own.taken <= shared.taken
+        return mode + ALL_RANKS if older else mode
+
     def forget(self) -> None:
-        """Drop all factors, so that the next request probes afresh (the weights were replaced, say)."""
+        """Drop all factors, so that the next request probes afresh (the weights were replaced, say).
+
+        In a distributed run all ranks have to: those that still had factors would not probe.
+        """
         self._factors.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,31 +214,34 @@ class Calibration:
             }
             for mode, known in self._factors.items()
         }
-        return {"draws": self.probe.draws, "steps": self.steps, "factors": factors}
+        draws = {"draws": self.probe.draws, "shared_draws": self.shared_probe.draws}
+        return {**draws, "steps": self.steps, "factors": factors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; nothing is changed if ``state`` is no such dict."""
-        draws, steps = int(state["draws"]), int(state["steps"])
+        draws, shared, steps = int(state["draws"]), int(state["shared_draws"]), int(state["steps"])
         factors = {
             mode: Factors(tuple(entry["names"]), entry["values"], int(entry["taken"]), int(entry["good_for"]))
             for mode, entry in state["factors"].items()
         }
-        self.probe.draws, self.steps, self._factors = draws, steps, factors
+        self.probe.draws, self.shared_probe.draws = draws, shared
+        self.steps, self._factors = steps, factors
 
 
-def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor]:
+def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound (boolean, 0-dimensional).
 
     Each example's squares are divided by its whole exact squared norm first, so that every example counts alike. Plain
     sums follow the few with the largest gradients, and 16 examples are few: over a CIFAR-10 run the mean error of the
     weights was 4.0 % this way against 6.1 % (frozen) and 3.3 % against 4.0 % (with the local correction); on digits
     there was no difference (benchmarks/results/cpu/fidelity_*.json).
+    The sums run over the probes of all ranks of the ``group``, in one all-reduce of ``2 L`` numbers.
     Where a sum is not finite the old factor stays (without one: 1), and the caller should try again soon.
     """
     exact, measured = exact.double(), measured.double()
     whole = exact.sum(0)
     share = torch.where(whole > 0, 1 / whole, torch.zeros_like(whole))
-    exact_sum, measured_sum = (exact * share).sum(1), (measured * share).sum(1)
+    exact_sum, measured_sum = total(group, (exact * share).sum(1), (measured * share).sum(1))
     one = torch.ones_like(exact_sum)
     sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
     fresh = torch.where(measured_sum == 0, one, exact_sum / measured_sum)

@@ -20,6 +20,8 @@ from .rules import FunctionRule, Rule
 from .rules.normalization import BatchNormRule
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .session import Session
 
 CALLS_KEY = "engm"  # in the metadata of an autograd node
@@ -33,7 +35,8 @@ class Capture:
         session: the backward pass that presently collects from it, if any.
         frozen: while True, batch norms of this pass treat their statistics as constants in the backward pass.
         inputs: pairs of an input tensor as the user gave it (weakly) and the leaf put in its place.
-        distributed: whether the pass ran inside ``DistributedDataParallel``.
+        group: the processes of the ``DistributedDataParallel`` that the pass ran inside, if it did: their batches are
+            one batch.
     """
 
     def __init__(self, owner: object) -> None:
@@ -41,7 +44,7 @@ class Capture:
         self.session: Session | None = None
         self.frozen = False
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
-        self.distributed = False
+        self.group: ProcessGroup | None = None
 
     @contextmanager
     def hooked(self, plan: list[tuple[str, nn.Module, Rule]]) -> Iterator[None]:

@@ -16,6 +16,10 @@ BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmappe
 CHUNK = 16  # examples backpropagated at once
 
 
+class NonFiniteError(ValueError):
+    """A loss or a gradient is infinite or NaN; nothing was changed."""
+
+
 def exact_squared_norms(losses: Tensor, parameters: Sequence[Tensor], examples: Iterable[int] | None = None) -> Tensor:
     """Squared norms of ``dL_i/dtheta_l`` by one backpropagation an example, in chunks of batched passes where faster.
 
@@ -92,7 +96,8 @@ def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: not ``[n]`` with ``n >= 1``, no graph, or (with ``finite``) not finite.
+        ValueError: not ``[n]`` with ``n >= 1``, or no graph.
+        NonFiniteError: with ``finite``, a loss is not finite.
     """
     if not isinstance(losses, Tensor):
         raise TypeError(f"losses must be a tensor [n] with one loss an example, got {type(losses).__name__}.")
@@ -112,7 +117,7 @@ def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
         finite = losses.device.type == "cpu"
     if finite and not bool(torch.isfinite(losses.detach()).all()):
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
-        raise ValueError(
+        raise NonFiniteError(
             f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "
             "Skip the batch, lower the learning rate, or pass check=False to get NaN weights for them instead."
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .distributed import group_of
 from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
 from .module import GradNormModule
@@ -301,7 +302,8 @@ def calibrated_squared_norms(
     """``([L, n] squared norms, [L] factors)`` of a measurement, as norms of the training graph behind ``losses``.
 
     The factors are None where none are called for: nothing couples the examples, or the model asks for raw or exact
-    norms.
+    norms. Those of a training step (``count``) under ``DistributedDataParallel`` are taken by all ranks together, which
+    all have to call this then; without ``count`` nothing is sent.
 
     Raises:
         ValueError: an exact norm is asked for and the measurement is of another graph.
@@ -316,7 +318,13 @@ def calibrated_squared_norms(
         )
     mode = f"{measurement.mode}, {'borrowed' if borrowed else 'own pass'}"
     factors = model.calibration.factors(
-        mode, stacked, losses, model.trainable_parameters(), count=count, loss_scale=loss_scale
+        mode,
+        stacked,
+        losses,
+        model.trainable_parameters(),
+        count=count,
+        loss_scale=loss_scale,
+        group=group_of(model, traced.calls) if count else None,
     )
     return stacked, factors
 
@@ -326,6 +334,8 @@ def per_example_grad_norms(
 ) -> Tensor:
     """Norms of the per-example gradients ``||dL_i/dtheta||`` over all trained parameters, by one backward pass.
 
+    Under ``DistributedDataParallel`` they are of this rank's examples, and nothing is sent: any rank may ask alone.
+
     Args:
         model: a :class:`GradNormModule`.
         losses: ``[n]``, one loss an example, from a forward pass of ``model``; the graph stays usable.
@@ -334,7 +344,8 @@ def per_example_grad_norms(
 
     Returns:
         ``[n]``, float64 for float64 models, else float32. Exact where nothing couples the examples; in training-mode
-        batch norm as the model's ``batch_norm`` says, calibrated on first use if need be.
+        batch norm as the model's ``batch_norm`` says, with the latest calibration factors there are (taken from this
+        batch on first use).
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`measure`.

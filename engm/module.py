@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .calibration import Calibration
 from .capture import Capture
+from .distributed import active_group
 from .rules import Rule, find_rule
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
@@ -93,7 +94,7 @@ class GradNormModule(nn.Module):
         if self._paused or not torch.is_grad_enabled():
             return self._net(*args, **kwargs)
         capture = Capture(self)
-        capture.distributed = DistributedDataParallel._active_ddp_module is not None
+        capture.group = active_group()
         if self.input_grads_wanted:
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}

@@ -6,7 +6,7 @@ from oracle import random_losses, relative, tensor, trained
 from torch import nn
 
 import engm
-from engm.calibration import Calibration, Probe
+from engm.calibration import Calibration, DeviceFlag, Probe
 from engm.exact import exact_squared_norms
 from engm.measurement import calibrated_squared_norms, measure_traced, traced_losses
 
@@ -240,3 +240,42 @@ def test_a_young_network_is_probed_more_often():
         when += [step] * (calibration.probe.draws - before)
         calibration.advance()
     assert when == [0, 6, 18, 42, 90, 140]
+
+
+@pytest.mark.parametrize(("own", "shared", "expected"), [(3, 5, 2.0), (5, 3, 1.0), (4, 4, 2.0)])
+def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shared, expected):
+    names, losses, measured = ["a", "b"], independent_losses(), torch.ones(2, 8).double()
+    calibration = Calibration(50, 4)
+    factors = {
+        "m": {"names": names, "values": torch.ones(2).double(), "taken": own, "good_for": 50},
+        "m, all ranks": {"names": names, "values": torch.full((2,), 2.0).double(), "taken": shared, "good_for": 50},
+    }
+    calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
+    assert bool((calibration.factors("m", measured, losses, NAMED, count=False) == expected).all())
+    assert bool((calibration.factors("m", measured, losses, NAMED, count=True) == 1).all()), "a step without DDP"
+    factors["m, all ranks"]["names"] = ["b", "a"]
+    calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
+    assert bool((calibration.factors("m", measured, losses, NAMED, count=False) == 1).all()), "of other parameters"
+    assert calibration.probe.draws == calibration.shared_probe.draws == 1
+
+
+class TestFlagOfADevice:
+    class Event:
+        """Of a copy that arrives when somebody waits for it."""
+
+        arrived = False
+
+        def query(self):
+            return self.arrived
+
+        def synchronize(self):
+            self.arrived = True
+
+    @pytest.mark.parametrize("value", [True, False])
+    @pytest.mark.parametrize("wait", [True, False])
+    def test_is_waited_for_only_where_ranks_must_agree(self, value, wait, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # fails without a driver
+        flag = DeviceFlag(torch.tensor(value), wait=wait)
+        flag._arrived = event = self.Event()
+        assert flag.known_false() == (wait and not value)
+        assert event.arrived == wait

@@ -6,32 +6,40 @@ and ``||gamma_1 grad_x L + gamma_0||`` where Eq. 6 gives ``gamma_1 ||grad_x L|| 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import means, total
 from .base import ExampleOptimizer
 from .engm import check_alpha, predicted_weights
 from .problem import Problem, Weighting
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 LEAST_SPREAD = 16  # of the inputs of a fit, relative, in units of the rounding of their type
 
 
-def fit_line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares ``y = slope x + intercept`` in float64.
+def fit_line(x: Tensor, y: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares ``y = slope x + intercept`` in float64, through the points of all ranks of a ``group``.
+
+    Two all-reduces, of 3 and of 4 numbers: the means must be known before the centred sums, which do not cancel.
 
     Returns:
         ``([slope, intercept], R^2, usable)``; not usable if the inputs are all alike or anything is not finite.
     """
     least_spread = LEAST_SPREAD * torch.finfo(x.dtype).eps
     x, y = x.double(), y.double()
-    dx, dy = x - x.mean(), y - y.mean()
-    sxx, sxy, syy = dx.square().sum(), (dx * dy).sum(), dy.square().sum()
+    mean_x, mean_y = means(group, x, y)
+    dx, dy = x - mean_x, y - mean_y
+    sums = dx.square().sum(), (dx * dy).sum(), dy.square().sum(), x.square().sum()
+    sxx, sxy, syy, raw_sxx = total(group, *sums)
     slope = sxy / sxx
-    coefficients = torch.stack([slope, y.mean() - slope * x.mean()])
+    coefficients = torch.stack([slope, mean_y - slope * mean_x])
     r_squared = torch.where(syy > 0, sxy.square() / (sxx * syy), torch.ones_like(syy))
-    spread = sxx > x.square().sum() * least_spread**2  # nearer together than that, they differ by rounding
+    spread = sxx > raw_sxx * least_spread**2  # nearer together than that, they differ by rounding
     return coefficients, r_squared, spread & torch.isfinite(coefficients).all()
 
 
@@ -68,7 +76,8 @@ class AENGM(ExampleOptimizer):
     """Approximated ENGM: norms predicted as ``gamma_1 ||dL_i/dx_i|| + gamma_0`` (Eq. 6, Alg. 1).
 
     Every ``tau`` steps the engine's norms of the batch are regressed on the input-gradient norms and the coefficients
-    smoothed. ``backward`` needs ``inputs``, or a measurement taken with them.
+    smoothed. ``backward`` needs ``inputs``, or a measurement taken with them. Under ``DistributedDataParallel`` the
+    regression is through the examples of all ranks, so that all have the same coefficients.
 
     Args:
         model: a :class:`engm.GradNormModule`.
@@ -87,7 +96,7 @@ class AENGM(ExampleOptimizer):
         gamma: ``[2]``, float64: slope and intercept.
         r_squared: of the last fit.
         failed_fits: fits that could not be used (all inputs alike, not finite); the old coefficients stayed.
-        fallbacks: predictions that were not positive, so that the weight was 1.
+        fallbacks: predictions that were not positive, so that the weight was 1; of this rank's own examples.
     """
 
     uses_norms = True
@@ -130,7 +139,7 @@ class AENGM(ExampleOptimizer):
         alpha = check_alpha(self.alpha)
         if self.needs_norms:
             norms, found = problem.norms_and_input_norms()
-            self._fit(found, norms)
+            self._fit(found, norms, problem.group)
         else:
             found = problem.input_norms()
         self.steps += 1
@@ -139,8 +148,8 @@ class AENGM(ExampleOptimizer):
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
         return Weighting(predicted_weights(predicted, alpha), predicted, found)
 
-    def _fit(self, found: Tensor, norms: Tensor) -> None:
-        fresh, r_squared, usable = fit_line(found, norms)
+    def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> None:
+        fresh, r_squared, usable = fit_line(found, norms, group)
         old = self.gamma.to(fresh)
         smoothed = self.beta_gamma * old + (1 - self.beta_gamma) * fresh
         if not self.average_first_fit:

@@ -120,7 +120,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """
         divisor = None if divisor is None else check_positive("divisor", divisor)
         problem = self._problem(losses, inputs, measurement, loss_scale, check)
-        if any(call.capture.distributed for call in problem.traced.calls):
+        if problem.group is not None:
             raise RuntimeError(
                 "backward under DistributedDataParallel would leave the gradients unreduced: use "
                 "opt.reweight(losses).mean().backward() there."

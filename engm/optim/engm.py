@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..distributed import gathered
 from ..measurement import Inputs, Measurement
 from .base import ExampleOptimizer
 from .problem import Problem, Weighting
@@ -51,7 +52,8 @@ class ENGM(ExampleOptimizer):
         optimizer: any torch optimizer; the paper's is SGD with momentum 0.9 and weight decay 5e-4. Weight decay is the
             optimizer's and no part of the norm.
         alpha: the largest norm an example's gradient may have; 5 for ResNet-18, see :func:`engm.alpha_for`. ``"auto"``:
-            a running quantile of the norms, see ``clip_fraction``. With ``groups`` also one number a group.
+            a running quantile of the norms, see ``clip_fraction``; under ``DistributedDataParallel`` of all ranks'
+            norms, gathered at every step, for which the host waits. With ``groups`` also one number a group.
         clip_fraction: with ``alpha="auto"``, the fraction of the examples to clip.
         weigh: another weight function, ``(norms [n], alpha []) -> weights [n]``, in place of ``min(alpha / norms, 1)``;
             ``lambda norms, alpha: alpha / (alpha + norms)``, say. It must not wait for the device.
@@ -143,7 +145,7 @@ class ENGM(ExampleOptimizer):
         norms, weights = problem.clipped(alphas[0])
         if self.quantile is None:
             return Weighting(self._weigh(norms, alphas[0], weights), norms)
-        following = self.quantile.following(norms)
+        following = self.quantile.following(gathered(problem.group, norms))
         weights = self._weigh(norms, following, predicted_weights(norms, following))
         self.quantile.value = following
         return Weighting(weights, norms)

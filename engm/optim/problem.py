@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import group_of
 from ..exact import check_losses
 from ..graph import trace
 from ..measurement import (
@@ -25,6 +27,9 @@ from ..measurement import (
 )
 from ..module import GradNormModule
 from ..session import Session
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,11 @@ class Problem:
                 f"losses are of {self.losses.shape[0]} examples and {len(names)}: measure the same examples with the "
                 "same trained parameters."
             )
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes whose batches make up this one with it; None outside of ``DistributedDataParallel``."""
+        return group_of(self.model, self.traced.calls)
 
     # -- norms -----------------------------------------------------------------------------------------------
 

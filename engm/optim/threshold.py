@@ -27,7 +27,7 @@ class RunningQuantile:
         self.value: Tensor | None = None
 
     def following(self, norms: Tensor) -> Tensor:
-        """The value after a batch with these norms ``[n]``; ``value`` is left alone.
+        """The value after a batch with these norms ``[n]``, those of all ranks; ``value`` is left alone.
 
         The first is the batch's own quantile. A batch whose quantile is not finite changes nothing, and a value that is
         not finite (a first batch like that) is replaced whole.
