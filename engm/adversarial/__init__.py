@@ -1,17 +1,31 @@
 """Adversarial training on top of the engine: attacks (the inner problem) and the losses they are run against."""
 
-from .attacks import PGD, Adversarial, cross_entropy, evaluation_mode, margin, paused
-from .objectives import OBJECTIVES, VANILLA, Objective, vanilla
+from .attacks import PGD, Adversarial
+from .autoattack import AutoAttackResult, autoattack
+from .awp import AWP
+from .deepfool import DeepFool, DeepFoolResult
+from .losses import cross_entropy, kl_divergence, margin
+from .modes import evaluation_mode, paused
+from .objectives import OBJECTIVES, VANILLA, Objective, mart, objective, trades, vanilla
 
 __all__ = [
+    "AWP",
     "OBJECTIVES",
     "PGD",
     "VANILLA",
     "Adversarial",
+    "AutoAttackResult",
+    "DeepFool",
+    "DeepFoolResult",
     "Objective",
+    "autoattack",
     "cross_entropy",
     "evaluation_mode",
+    "kl_divergence",
     "margin",
+    "mart",
+    "objective",
     "paused",
+    "trades",
     "vanilla",
 ]

@@ -7,63 +7,25 @@ of paying for a backward pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engm
 
+from .ball import Norm, check_examples, per_example, project, unit
+from .losses import PerExampleLoss, cross_entropy, kl_divergence, log_probabilities, margin
+from .modes import evaluation_mode, paused
+
 if TYPE_CHECKING:
     from engm import ExampleOptimizer, Measurement
 
-PerExampleLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(logits [n, K], labels [n]) -> losses [n]``; the attack maximises each of them."""
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every example, in nats: logits ``[n, K]``, labels ``[n]`` to ``[n]``."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{k != y} z_k - z_y`` of every example: logits ``[n, K]``, labels ``[n]`` to ``[n]``.
-
-    Positive exactly where the example is misclassified. Unlike cross-entropy its gradient does not vanish when the
-    network is confident, which makes it the better loss to evaluate robustness with (Uesato et al., 2019).
-    """
-    own = labels.unsqueeze(1)
-    others = logits.scatter(1, own, float("-inf")).amax(dim=1)
-    return others - logits.gather(1, own).squeeze(1)
-
-
 _LOSSES: dict[str, PerExampleLoss] = {"ce": cross_entropy, "margin": margin}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module of ``model`` in evaluation mode and gives each its own mode back, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def paused(model: nn.Module) -> Iterator[None]:
-    """Captures nothing in here: pauses every ``GradNormModule`` at or below ``model``; plain modules pass through."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, engm.GradNormModule):
-                stack.enter_context(module.paused())
-        yield
 
 
 @dataclass(frozen=True)
@@ -100,6 +62,44 @@ class Adversarial:
 
 
 @dataclass(frozen=True)
+class _Problem:
+    """What one call attacks.
+
+    Attributes:
+        model: the network; called by the step that measures.
+        plain: called everywhere else; ``model`` itself unless there is a stand-in.
+        origin: natural inputs ``[n, ...]``.
+        labels: ``[n]``.
+        natural: log-probabilities ``[n, K]`` at ``origin``, if the loss compares with them.
+    """
+
+    model: nn.Module
+    plain: nn.Module
+    origin: Tensor
+    labels: Tensor
+    natural: Tensor | None = None
+
+    def take(self, rows: Tensor) -> _Problem:
+        natural = None if self.natural is None else self.natural[rows]
+        return _Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
+
+
+class _Standing:
+    """Which examples still move, ``moving [n]``: one that is found wrong with no patience left stays where it is."""
+
+    def __init__(self, labels: Tensor, patience: int) -> None:
+        self.moving = torch.ones_like(labels, dtype=torch.bool)
+        self._labels = labels
+        self._patience = torch.full_like(labels, patience, dtype=torch.long)
+
+    def look(self, logits: Tensor, rows: Tensor) -> None:
+        """Takes note of what the network says of ``rows`` where they are now."""
+        wrong = logits.argmax(dim=1) != self._labels[rows]
+        self.moving[rows] &= ~(wrong & (self._patience[rows] == 0))
+        self._patience[rows] -= wrong.long()
+
+
+@dataclass(frozen=True)
 class PGD:
     """Projected gradient descent inside ``{x' : ||x' - x|| <= eps} ∩ [0, 1]`` (Madry et al., 2018).
 
@@ -107,31 +107,43 @@ class PGD:
     (``"l2"``), then projects onto the ball and the box. Deterministic under a ``torch.Generator``.
 
     Attributes:
-        eps: radius of the ball, in units of the input (pixels live in [0, 1]).
+        eps: radius of the ball, in units of the input (pixels live in [0, 1]); with 0 the attack returns ``x``.
         step_size: length of a step, same units.
         steps: number of steps, at least one.
         norm: ``"linf"`` or ``"l2"`` (over all entries of an example).
         random_start: start at a uniform draw (``"l2"``: uniform direction, uniform radius) instead of at ``x``.
-        loss: ``"ce"``, ``"margin"`` or any function ``(logits, labels) -> [n]``; maximised.
+        loss: ``"ce"``, ``"margin"``, ``"kl"`` or any function ``(logits, labels) -> [n]``; maximised. ``"kl"`` is
+            ``KL(p(x) || p(x'))``, with the prediction at ``x`` taken once, without gradients, in the mode of the attack
+            (TRADES; Zhang et al., 2019). Its gradient is zero at ``x``, so it needs ``random_start``.
         eval_mode: attack the network in evaluation mode (running statistics, no dropout), as TRADES, AWP and most
             others do. ``False`` leaves every module as it is: training-mode batch norm then also updates its
             running statistics at each step, and the step that measures treats batch statistics as constants
             (``engm.measure``), which changes its direction a little.
             Norms borrowed while the network still changes fast are faithful in this mode only (see the README).
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
-        stop_when_broken: leave an example alone once it is misclassified. Cheaper, and meant for evaluation; reading
-            which examples are broken synchronises a CUDA device at each step.
+        stop_when_broken: leave an example alone once it is misclassified. For evaluation, where it is cheaper, and
+            for friendly adversarial training; reading which examples are broken synchronises a CUDA device at each
+            step. Examples that stopped drop out of the batch in evaluation mode. In training mode that would change
+            the batch statistics, and with a stand-in (``plain``) the shape it was compiled for, so all are computed
+            there and only those still standing move.
+        patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
+            Alg. 1 in Zhang et al., 2020: each step from a misclassified point uses one up; with none left the example
+            stays at that point).
+        start_noise: start at ``x`` plus a standard normal draw times this, projected, instead of at a uniform draw
+            (0.001 in TRADES, MART and AWP).
     """
 
     eps: float
     step_size: float
     steps: int
-    norm: Literal["linf", "l2"] = "linf"
+    norm: Norm = "linf"
     random_start: bool = True
-    loss: Literal["ce", "margin"] | PerExampleLoss = "ce"
+    loss: Literal["ce", "margin", "kl"] | PerExampleLoss = "ce"
     eval_mode: bool = True
     restarts: int = 1
     stop_when_broken: bool = False
+    patience: int = 0
+    start_noise: float | None = None
 
     def __post_init__(self) -> None:
         if not self.eps >= 0 or not self.step_size > 0:
@@ -140,10 +152,24 @@ class PGD:
             raise ValueError(f"PGD needs steps >= 1 and restarts >= 1, got {self.steps} and {self.restarts}")
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"PGD knows norm='linf' and norm='l2', got {self.norm!r}")
-        if isinstance(self.loss, str) and self.loss not in _LOSSES:
-            raise ValueError(f"PGD knows loss='ce', loss='margin' or a function of (logits, labels), got {self.loss!r}")
+        if isinstance(self.loss, str) and self.loss not in (*_LOSSES, "kl"):
+            raise ValueError(
+                f"PGD knows loss='ce', 'margin', 'kl' or a function of (logits, labels), got {self.loss!r}"
+            )
         if self.restarts > 1 and not self.random_start:
             raise ValueError("restarts without random_start would repeat the same run; set random_start=True")
+        if self.loss == "kl" and not self.random_start:
+            raise ValueError("PGD with loss='kl' would stay at x, where the loss is smallest; set random_start=True")
+        if self.start_noise is not None and not (0 < self.start_noise < inf and self.random_start):
+            raise ValueError(
+                "PGD needs start_noise > 0 and with it random_start=True (start_noise=None for a uniform start), got "
+                f"start_noise={self.start_noise} and random_start={self.random_start}"
+            )
+        if self.patience < 0 or (self.patience > 0 and not self.stop_when_broken):
+            raise ValueError(
+                "PGD needs patience >= 0, and stop_when_broken=True where it is positive, got "
+                f"patience={self.patience} and stop_when_broken={self.stop_when_broken}"
+            )
 
     def __call__(
         self,
@@ -153,6 +179,8 @@ class PGD:
         *,
         generator: torch.Generator | None = None,
         measure: bool | ExampleOptimizer = False,
+        noise: Tensor | None = None,
+        plain: nn.Module | None = None,
     ) -> Adversarial:
         """Attacks ``model`` at ``(x, y)``.
 
@@ -164,136 +192,177 @@ class PGD:
             measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. An optimizer
                 in place of ``True``: measure what its next ``backward`` reads and no more. Input gradients alone
                 (N-ENGM, A-ENGM between two regressions) cost nothing: the attack takes them anyway.
+                With ``stop_when_broken`` that step goes over all examples, also if every one has stopped: it measures
+                them where they are and moves those still standing.
+            noise: what the start adds to ``x``, shaped like ``x``, from :meth:`draw`; nothing is drawn then, and
+                ``generator`` is not read. For one process of several, which draws the noise of the whole batch and
+                takes its own rows.
+            plain: stand-in for ``model`` wherever nothing is captured, ``torch.compile(net)`` say, with the same
+                weights. The step that measures calls ``model``.
 
         Raises:
             ValueError: empty or out-of-range inputs (the range is looked at on the CPU only, where looking is cheap),
-                labels that do not match, or ``measure`` together with ``restarts`` or ``stop_when_broken``.
+                labels that do not match, ``measure`` or ``noise`` together with ``restarts``, noise unlike ``x``, or
+                a stand-in with weights of its own.
         """
         wanted = _Wanted.of(measure)
-        self._check(x, y, wanted)
+        self._check(x, y, wanted, noise)
+        if plain is None:
+            plain = model
+        elif [id(p) for p in plain.parameters()] != [id(p) for p in model.parameters()]:
+            raise ValueError("plain must have the very parameters of model, as torch.compile(net) has those of net.")
         origin = x.detach()
         with torch.enable_grad(), ExitStack() as stack:
             if self.eval_mode:
                 stack.enter_context(evaluation_mode(model))
-            best = self._run(model, origin, y, generator, wanted)
+                if plain is not model:
+                    stack.enter_context(evaluation_mode(plain))
+            problem = _Problem(model, plain, origin, y, self._natural(model, plain, origin))
+            best = self._run(problem, self._start(origin, generator, noise), wanted)
             if self.restarts == 1:
                 return best
-            best_loss = self._final_losses(model, best.inputs, y)
+            best_loss = self._final_losses(problem, best.inputs)
             for _ in range(self.restarts - 1):
-                other = self._run(model, origin, y, generator, wanted).inputs
-                loss = self._final_losses(model, other, y)
+                other = self._run(problem, self._start(origin, generator), wanted).inputs
+                loss = self._final_losses(problem, other)
                 better = loss > best_loss
-                best = Adversarial(torch.where(_per_example(better, other), other, best.inputs))
+                best = Adversarial(torch.where(per_example(better, other), other, best.inputs))
                 best_loss = torch.where(better, loss, best_loss)
         return best
 
-    def _check(self, x: Tensor, y: Tensor, wanted: _Wanted) -> None:
-        if x.dim() < 2 or x.shape[0] == 0 or not x.is_floating_point():
-            raise ValueError(f"expected floating-point inputs [n, ...] with n >= 1, got {x.dtype} {list(x.shape)}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"expected one label per example, [{x.shape[0]}], got {list(y.shape)}")
-        if x.device.type == "cpu":
-            low, high = (value.item() for value in torch.aminmax(x))
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"expected inputs in [0, 1], got values in [{low:.4g}, {high:.4g}]; "
-                    "put the normalisation inside the network, so that eps is in pixel units"
-                )
-        if wanted.anything and (self.restarts > 1 or self.stop_when_broken):
-            raise ValueError("measure needs one run over all examples: restarts=1 and stop_when_broken=False")
+    def draw(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Tensor:
+        """What a run's start adds to ``x`` before it projects; reads the generator as a run does.
 
-    def _run(
-        self, model: nn.Module, origin: Tensor, y: Tensor, generator: torch.Generator | None, wanted: _Wanted
-    ) -> Adversarial:
+        Args:
+            shape: of the inputs, ``[n, ...]``.
+            generator: may live on the CPU while the noise does not; default torch's own of ``device``.
+            dtype: of the inputs.
+            device: of the inputs.
+
+        Returns:
+            Noise shaped ``shape``, in units of the input; zero without ``random_start``.
+        """
+        if not self.random_start:
+            return torch.zeros(tuple(shape), dtype=dtype, device=device)
+        source = device if generator is None else generator.device
+
+        def normal() -> Tensor:
+            return torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype).to(device)
+
+        def uniform(size: Sequence[int]) -> Tensor:
+            return torch.rand(tuple(size), generator=generator, device=source, dtype=dtype).to(device)
+
+        if self.start_noise is not None:
+            return self.start_noise * normal()
+        if self.norm == "linf":
+            return (2 * uniform(shape) - 1) * self.eps
+        direction = normal()
+        return unit(direction) * per_example(uniform(shape[:1]) * self.eps, direction)
+
+    def _check(self, x: Tensor, y: Tensor, wanted: _Wanted, noise: Tensor | None) -> None:
+        check_examples(x, y)
+        if wanted.anything and self.restarts > 1:
+            raise ValueError(f"measure needs one run over all examples: restarts=1, not {self.restarts}")
+        if noise is None:
+            return
+        if self.restarts > 1:
+            raise ValueError(f"noise is the start of one run, and restarts={self.restarts}; pass a generator instead")
+        if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
+            raise ValueError(
+                f"expected noise like the inputs, {x.dtype} {list(x.shape)} on {x.device}, got {noise.dtype} "
+                f"{list(noise.shape)} on {noise.device}; draw it with attack.draw(x.shape, dtype=..., device=...)"
+            )
+
+    def _natural(self, model: nn.Module, plain: nn.Module, x: Tensor) -> Tensor | None:
+        if self.loss != "kl":
+            return None
+        with torch.no_grad(), paused(model):
+            return log_probabilities(plain(x))
+
+    def _run(self, problem: _Problem, x_adv: Tensor, wanted: _Wanted) -> Adversarial:
         """One run from one start."""
-        x_adv = self._start(origin, generator)
-        if self.stop_when_broken:
-            return Adversarial(self._run_until_broken(model, origin, x_adv, y))
-        for _ in range(self.steps - 1):
-            with paused(model):
-                x_adv, _ = self._step(model, origin, x_adv, y)
-        if not wanted.anything:
-            with paused(model):
-                return Adversarial(self._step(model, origin, x_adv, y)[0])
+        standing = _Standing(problem.labels, self.patience) if self.stop_when_broken else None
+        steps = self.steps - 1 if wanted.anything else self.steps
+        with paused(problem.model):
+            if standing is None:
+                for _ in range(steps):
+                    x_adv, _ = self._step(problem, x_adv)
+            else:
+                x_adv = self._run_until_broken(problem, x_adv, standing, steps)
+        return self._measuring_step(problem, x_adv, standing, wanted) if wanted.anything else Adversarial(x_adv)
+
+    def _run_until_broken(self, problem: _Problem, x_adv: Tensor, standing: _Standing, steps: int) -> Tensor:
+        """At most ``steps`` steps of every example; it stops as soon as ``standing`` says so."""
+        x_adv = x_adv.clone()
+        whole = not self.eval_mode or problem.plain is not problem.model
+        for _ in range(steps):
+            rows = standing.moving.nonzero().squeeze(1)
+            if not len(rows):
+                break
+            if whole:
+                rows = torch.arange(len(x_adv), device=x_adv.device)
+            present = x_adv[rows]
+            moved, logits = self._step(problem.take(rows), present)
+            standing.look(logits, rows)
+            x_adv[rows] = torch.where(per_example(standing.moving[rows], moved), moved, present)
+        return x_adv
+
+    def _measuring_step(
+        self, problem: _Problem, x_adv: Tensor, standing: _Standing | None, wanted: _Wanted
+    ) -> Adversarial:
+        """One update of all examples, or of those still standing, whose backward pass measures all of them."""
         x_adv = x_adv.detach().requires_grad_()
-        with nullcontext() if wanted.norms else paused(model):
-            losses = self._losses(model(x_adv), y)
-        measurement = engm.measure(model, losses, inputs=x_adv, norms=wanted.norms)
+        with nullcontext() if wanted.norms else paused(problem.model):
+            logits = problem.model(x_adv)
+            losses = self._losses(logits, problem)
+        measurement = engm.measure(problem.model, losses, inputs=x_adv, norms=wanted.norms)
         gradient = measurement.input_grads
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")
-        return Adversarial(self._ascend(origin, x_adv.detach(), gradient), measurement)
+        present = x_adv.detach()
+        moved = self._ascend(problem.origin, present, gradient)
+        if standing is not None:
+            standing.look(logits.detach(), torch.arange(len(present), device=present.device))
+            moved = torch.where(per_example(standing.moving, moved), moved, present)
+        return Adversarial(moved, measurement)
 
-    def _run_until_broken(self, model: nn.Module, origin: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        """Like ``_run``; examples drop out of the batch as soon as the network errs on them."""
-        x_adv = x_adv.clone()
-        rows = torch.arange(len(y), device=y.device)
-        with paused(model):
-            for _ in range(self.steps):
-                moved, logits = self._step(model, origin[rows], x_adv[rows], y[rows])
-                standing = logits.argmax(dim=1) == y[rows]
-                rows = rows[standing]
-                if not len(rows):
-                    break
-                x_adv[rows] = moved[standing]
-        return x_adv
-
-    def _step(self, model: nn.Module, origin: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, problem: _Problem, x_adv: Tensor) -> tuple[Tensor, Tensor]:
         """One update; the new point and the (detached) logits at the old one."""
         x_adv = x_adv.detach().requires_grad_()
-        logits = model(x_adv)
-        (gradient,) = torch.autograd.grad(self._losses(logits, y).sum(), x_adv)
-        return self._ascend(origin, x_adv.detach(), gradient), logits.detach()
+        logits = problem.plain(x_adv)
+        (gradient,) = torch.autograd.grad(self._losses(logits, problem).sum(), x_adv)
+        return self._ascend(problem.origin, x_adv.detach(), gradient), logits.detach()
 
-    def _losses(self, logits: Tensor, y: Tensor) -> Tensor:
+    def _losses(self, logits: Tensor, problem: _Problem) -> Tensor:
+        if problem.natural is not None:
+            return kl_divergence(problem.natural, log_probabilities(logits))
         function = _LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
-        losses = function(logits, y)
-        if losses.shape != y.shape:
+        losses = function(logits, problem.labels)
+        if losses.shape != problem.labels.shape:
             raise ValueError(
-                f"the attack needs one loss per example, [{len(y)}], got {list(losses.shape)}; use reduction='none'"
+                f"the attack needs one loss per example, [{len(problem.labels)}], got {list(losses.shape)}; use "
+                "reduction='none'"
             )
         return losses
 
-    def _final_losses(self, model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad(), paused(model):
-            return self._losses(model(x_adv), y)
+    def _final_losses(self, problem: _Problem, x_adv: Tensor) -> Tensor:
+        with torch.no_grad(), paused(problem.model):
+            return self._losses(problem.plain(x_adv), problem)
 
-    def _start(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        if not self.random_start:
-            return x.clone()
-        device = x.device if generator is None else generator.device
-        if self.norm == "linf":
-            noise = torch.rand(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-            return self._project(x, x + (2 * noise - 1) * self.eps)
-        direction = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
-        radius = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype).to(x.device)
-        return self._project(x, x + _unit(direction) * _per_example(radius * self.eps, x))
+    def _start(self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None = None) -> Tensor:
+        if noise is None:
+            if not self.random_start:
+                return x.clone()
+            noise = self.draw(x.shape, generator, dtype=x.dtype, device=x.device)
+        return project(x + noise, x, self.eps, self.norm)
 
     def _ascend(self, origin: Tensor, x_adv: Tensor, gradient: Tensor) -> Tensor:
-        direction = gradient.sign() if self.norm == "linf" else _unit(gradient)
-        return self._project(origin, x_adv + self.step_size * direction)
-
-    def _project(self, origin: Tensor, x_adv: Tensor) -> Tensor:
-        """Onto the ball, then onto the box; the box cannot lead out of the ball, because ``origin`` lies in it."""
-        if self.norm == "linf":
-            x_adv = torch.clamp(x_adv, origin - self.eps, origin + self.eps)
-        else:
-            delta = x_adv - origin
-            length = _lengths(delta)
-            x_adv = origin + delta * _per_example((self.eps / length).clamp(max=1.0), delta)
-        return x_adv.clamp(0.0, 1.0)
-
-
-def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    """``[n]`` to ``[n, 1, ...]``, to broadcast against ``like``."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """Euclidean length of every example ``[n]``; never zero, so that it may be divided by."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Every example scaled to length 1; a zero example stays zero."""
-    return x / _per_example(_lengths(x), x)
+        direction = gradient.sign() if self.norm == "linf" else unit(gradient)
+        return project(x_adv + self.step_size * direction, origin, self.eps, self.norm)

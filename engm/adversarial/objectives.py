@@ -1,18 +1,31 @@
 """Per-example training losses of adversarial training methods.
 
-A method is one function that a reader can hold against its paper. `Objective` says, beside the function, the one
-thing a trainer has to know about it: whether the attack maximises the very loss that training minimises, so that
-norms measured in the attack's last step may be borrowed for the update.
+A method is one function that a reader can hold against its paper. `Objective` says, beside the function, what a
+trainer has to know about it: the attack that the method trains against, and whether that attack maximises the very
+loss that training minimises, so that norms measured in its last step may be borrowed for the update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import cross_entropy
+from ..names import check_name
+from .attacks import PGD
+from .ball import Norm
+from .losses import cross_entropy, kl_divergence, log_probabilities
+
+AttackMaker = Callable[[float, float, int, Norm], PGD]
+"""``(eps, step_size, steps, norm) -> PGD``."""
+
+# Deviation of the normal draw that TRADES and MART start from: at x itself the gradient of TRADES' KL is zero.
+_START_NOISE = 0.001
 
 
 def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
@@ -26,21 +39,114 @@ def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(model(x_adv), y)
 
 
+def trades(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0) -> Tensor:
+    """``CE(F(x), y) + beta KL(p(x) || p(x'))`` of every example, ``[n]``, in nats (Zhang et al., TRADES, 2019).
+
+    The gradient flows through ``p(x)`` too. Two forward passes, the natural one first. Computed in float32
+    where the logits have less; finite however confident the network is.
+
+    Args:
+        model: maps inputs to logits ``[n, K]``.
+        x: natural inputs ``[n, ...]``.
+        x_adv: adversarial inputs, shaped alike.
+        y: labels ``[n]``.
+        beta: weight of the KL term, their ``1 / lambda``.
+    """
+    natural, adversarial = log_probabilities(model(x)), log_probabilities(model(x_adv))
+    return F.nll_loss(natural, y, reduction="none") + beta * kl_divergence(natural, adversarial)
+
+
+def mart(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0) -> Tensor:
+    """``BCE(p(x'), y) + beta (1 - p_y(x)) KL(p(x) || p(x'))`` of every example, ``[n]`` (Wang et al., MART, 2020).
+
+    ``BCE(p', y) = -log p'_y - log(1 - max_{k != y} p'_k)`` is their boosted cross-entropy. Both ``1 -`` carry the small
+    constants of the authors' code, which keep the logarithm finite: ``log(1.0001 - max p' + 1e-12)``, ``1.0000001 -
+    p_y``. Two forward passes, the natural one first; precision as in :func:`trades`.
+
+    Args:
+        model: maps inputs to logits ``[n, K]`` with ``K >= 2``.
+        x: natural inputs ``[n, ...]``.
+        x_adv: adversarial inputs, shaped alike.
+        y: labels ``[n]``.
+        beta: weight of the KL term, their ``lambda``.
+    """
+    natural, adversarial = log_probabilities(model(x)), log_probabilities(model(x_adv))
+    own = y.unsqueeze(1)
+    strongest_other = adversarial.exp().scatter(1, own, 0.0).amax(dim=1)
+    boosted = F.nll_loss(adversarial, y, reduction="none") - torch.log(1.0001 - strongest_other + 1e-12)
+    doubt = 1.0000001 - natural.exp().gather(1, own).squeeze(1)
+    return boosted + beta * doubt * kl_divergence(natural, adversarial)
+
+
 @dataclass(frozen=True)
 class Objective:
-    """A training loss, and what a trainer needs to know about it.
+    """A method of adversarial training: its loss, its attack, and what a trainer needs to know about them.
 
     Attributes:
         name: as users type it.
         losses: ``(model, x, x_adv, y) -> [n]`` with natural inputs ``x``, adversarial ones ``x_adv`` and labels ``y``.
         attack_maximises_it: the attack climbs this very loss, so its last step may measure the norms.
+        attack: ``(eps, step_size, steps, norm) -> PGD``, the method's own inner problem.
     """
 
     name: str
     losses: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
     attack_maximises_it: bool
+    attack: AttackMaker
 
 
-VANILLA = Objective("vanilla", lambda model, x, x_adv, y: vanilla(model, x_adv, y), attack_maximises_it=True)
+OBJECTIVES = ("pgd", "trades", "mart", "fat")
+"""Names that :func:`objective` knows; ``"vanilla"`` is another name of ``"pgd"``."""
 
-OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (VANILLA,)}
+
+def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: bool = True) -> Objective:
+    """A method by its name.
+
+    ======== ============================= ============================================= ==================
+    name     loss                          attack maximises, from                        norms may be borrowed
+    ======== ============================= ============================================= ==================
+    pgd      :func:`vanilla`               cross-entropy, uniform in the ball            yes
+    trades   :func:`trades`                KL(p(x) || p(x')), x + 0.001 normal           no
+    mart     :func:`mart`                  cross-entropy, x + 0.001 normal               no
+    fat      :func:`vanilla`               cross-entropy, uniform, stops when it has won yes
+    ======== ============================= ============================================= ==================
+
+    FAT (Zhang et al., *Attacks Which Do Not Kill Training Make Adversarial Learning Stronger*, 2020) trains on friendly
+    examples: an example takes ``patience`` more steps after it is misclassified, and then stays where it is.
+
+    Args:
+        name: one of :data:`OBJECTIVES`.
+        beta: of TRADES and MART; the others have none.
+        patience: of FAT, its ``tau``, in steps; the others have none. The authors' code raises it from 0 in the course
+            of training: make the objective anew.
+        eval_mode: attack the network in evaluation mode, as the authors of TRADES, MART and FAT do; see
+            :class:`PGD`.
+
+    Raises:
+        ValueError: the name is not known, ``beta`` is negative or not finite, or ``patience`` is negative.
+    """
+    if not (beta >= 0 and isfinite(beta)):
+        raise ValueError(f"beta must be a finite number >= 0, got {beta}")
+    if patience < 0:
+        raise ValueError(f"patience must be a number of steps >= 0, got {patience}")
+    if name != "vanilla":
+        check_name(name, OBJECTIVES, what="objective")
+    match name:
+        case "trades":
+            attack = partial(PGD, loss="kl", start_noise=_START_NOISE, eval_mode=eval_mode)
+            return Objective(name, partial(trades, beta=beta), False, attack)
+        case "mart":
+            attack = partial(PGD, start_noise=_START_NOISE, eval_mode=eval_mode)
+            return Objective(name, partial(mart, beta=beta), False, attack)
+        case "fat":
+            attack = partial(PGD, stop_when_broken=True, patience=patience, eval_mode=eval_mode)
+            return Objective(name, _vanilla, True, attack)
+        case _:
+            return Objective("pgd", _vanilla, True, partial(PGD, eval_mode=eval_mode))
+
+
+def _vanilla(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    return vanilla(model, x_adv, y)
+
+
+VANILLA = objective("pgd")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import PGD, cross_entropy, evaluation_mode, margin, paused
+from engm.adversarial import PGD, cross_entropy, evaluation_mode, kl_divergence, margin, paused
+from engm.adversarial.losses import log_probabilities
 
 
 @pytest.fixture
@@ -218,6 +225,12 @@ def test_paused_finds_wrappers_below(net: nn.Module, batch: tuple[Tensor, Tensor
         {"norm": "l1"},
         {"loss": "hinge"},
         {"restarts": 2, "random_start": False},
+        {"loss": "kl", "random_start": False},
+        {"start_noise": 0.0},
+        {"start_noise": float("nan")},
+        {"start_noise": 0.001, "random_start": False},
+        {"patience": -1, "stop_when_broken": True},
+        {"patience": 1},
     ],
 )
 def test_bad_settings(settings: dict[str, object]) -> None:
@@ -240,6 +253,13 @@ def test_bad_arguments(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         PGD(0.1, 0.03, 2, loss=F.cross_entropy)(net, x, y)
     with pytest.raises(ValueError, match="one run"):
         PGD(0.1, 0.03, 2, restarts=2)(engm.GradNormModule(net), x, y, measure=True)
+    with pytest.raises(ValueError, match="start of one run"):
+        PGD(0.1, 0.03, 2, restarts=2)(net, x, y, noise=torch.zeros_like(x))
+    for noise in (torch.zeros_like(x)[:5], torch.zeros_like(x).double()):
+        with pytest.raises(ValueError, match="noise like the inputs"):
+            attack(net, x, y, noise=noise)
+    with pytest.raises(ValueError, match="very parameters"):
+        attack(net, x, y, plain=copy.deepcopy(net))
 
 
 @pytest.mark.parametrize(
@@ -276,3 +296,213 @@ def test_measuring_for_something_else_is_refused():
         PGD(0.1, 0.03, 1)(
             model, torch.rand(2, 3, 2, 2), torch.zeros(2).long(), measure=torch.optim.SGD([torch.zeros(1)], 1)
         )
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """``sum p log(p / q)`` of probabilities, as the textbook has it."""
+    return (p * (p / q).log()).sum(dim=1)
+
+
+def test_kl_is_the_textbook_sum_and_finite_where_the_network_is_sure() -> None:
+    logits = torch.randn(2, 5, 4, dtype=torch.float64)
+    p, q = logits.softmax(dim=2)
+    torch.testing.assert_close(kl_divergence(p.log(), log_probabilities(logits[1])), divergence(p, q))
+    sure = torch.tensor([[1e4, 0.0, -1e4]])
+    other = sure.flip(1).requires_grad_()
+    found = kl_divergence(log_probabilities(sure), log_probabilities(other))
+    assert found.item() == 2e4
+    found.sum().backward()
+    assert other.grad is not None
+    assert other.grad.isfinite().all()
+    assert log_probabilities(sure.bfloat16()).dtype == torch.float32
+
+
+def test_kl_equals_a_written_out_trades_loop(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, y = batch[0].double(), batch[1]
+    net.double()
+    found = PGD(0.1, 0.03, 4, loss="kl", start_noise=0.001)(net, x, y, generator=seeded()).inputs
+    net.eval()
+    natural = net(x).softmax(dim=1).detach()
+    x_adv = (x + 0.001 * torch.randn(x.shape, generator=seeded(), dtype=torch.float64)).clamp(0, 1)
+    for _ in range(4):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(divergence(natural, net(x_adv).softmax(dim=1)).sum(), x_adv)
+        x_adv = x_adv.detach() + 0.03 * gradient.sign()
+        x_adv = torch.min(torch.max(x_adv, x - 0.1), x + 0.1).clamp(0, 1)
+    torch.testing.assert_close(found, x_adv, rtol=0, atol=1e-12)
+
+
+def test_kl_takes_the_natural_prediction_once_and_in_the_mode_of_the_attack(
+    net: nn.Module, batch: tuple[Tensor, Tensor]
+) -> None:
+    net.train()
+    PGD(0.1, 0.03, 3, loss="kl", eval_mode=False, restarts=2)(net, *batch)
+    assert net[1].num_batches_tracked == 1 + 2 * (3 + 1)  # steps and the comparison of the restarts
+    model = engm.GradNormModule(net)
+    assert PGD(0.1, 0.03, 2, loss="kl")(model, *batch, measure=True).measurement is not None
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "l2"}, {"start_noise": 0.5}, {"norm": "l2", "start_noise": 0.5}])
+def test_noise_drawn_before_is_the_noise_of_a_run(
+    net: nn.Module, batch: tuple[Tensor, Tensor], settings: dict[str, Any]
+) -> None:
+    x, y = batch
+    attack = PGD(0.1, 0.03, 2, **settings)
+    noise = attack.draw(x.shape, seeded(), dtype=x.dtype, device=x.device)
+    found = attack(net, x, y, noise=noise).inputs
+    used = seeded()
+    assert torch.equal(found, attack(net, x, y, generator=used).inputs)
+    drawn = seeded()
+    attack.draw(x.shape, drawn, dtype=x.dtype, device=x.device)
+    assert torch.equal(used.get_state(), drawn.get_state())
+    part = attack(net, x[4:], y[4:], noise=noise[4:]).inputs  # a process with its rows of the batch
+    torch.testing.assert_close(part, found[4:])
+
+
+def test_noise_is_zero_without_a_random_start(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    attack = PGD(0.1, 0.03, 2, random_start=False)
+    noise = attack.draw((12, 1, 5, 5), dtype=torch.float32, device="cpu")
+    assert not noise.any()
+    assert torch.equal(attack(net, *batch, noise=noise).inputs, attack(net, *batch).inputs)
+
+
+@given(
+    norm=st.sampled_from(["linf", "l2"]),
+    loss=st.sampled_from(["ce", "kl", "margin"]),
+    start_noise=st.sampled_from([None, 0.001]),
+    until_broken=st.booleans(),
+)
+def test_a_ball_of_no_size(norm: str, loss: str, start_noise: float | None, until_broken: bool) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))
+    x, y = torch.rand(5, 1, 3, 3), torch.randint(3, (5,))
+    attack = PGD(0.1, 0.03, 3, norm=norm, loss=loss, start_noise=start_noise, stop_when_broken=until_broken)  # type: ignore[arg-type]
+    assert torch.equal(replace(attack, eps=0)(net, x, y).inputs, x)
+
+
+def friendly(
+    net: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, tau: int
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """Zhang et al. (2020), Alg. 1, an example at a time: where it ends, where it was one step before, if it stopped."""
+    ends, before, stopped = [], [], []
+    for x_i, y_i, x_adv in zip(x.split(1), y.split(1), start.split(1), strict=True):
+        left, stop, previous = tau, False, x_adv
+        for _ in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            logits = net(x_adv)
+            previous = x_adv.detach()
+            if logits.argmax(dim=1) != y_i:
+                if left == 0:
+                    stop = True
+                    break
+                left -= 1
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y_i), x_adv)
+            x_adv = (x_adv.detach() + 0.03 * gradient.sign()).clamp(x_i - 0.15, x_i + 0.15).clamp(0, 1)
+        ends.append(x_adv.detach())
+        before.append(previous)
+        stopped.append(stop)
+    return torch.cat(ends), torch.cat(before), stopped
+
+
+class Standin(nn.Module):
+    """Counts the calls and the rows that it is asked for, and in which mode."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.rows: list[int] = []
+        self.modes: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        self.modes |= {self.training, self.net.training}
+        return self.net(x)
+
+
+@given(
+    n=st.integers(1, 9), steps=st.integers(1, 6), tau=st.integers(0, 3), seed=st.integers(0, 99), whole=st.booleans()
+)
+def test_stopping_is_algorithm_1_of_fat(n: int, steps: int, tau: int, seed: int, whole: bool) -> None:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x = torch.rand(n, 3, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        y = net(x).argmax(dim=1)
+    attack = PGD(0.15, 0.03, steps, stop_when_broken=True, patience=tau)
+    noise = attack.draw(x.shape, seeded(seed), dtype=x.dtype, device="cpu")
+    ends, before, stopped = friendly(net, x, y, (x + noise).clamp(0, 1), steps, tau)
+    plain = Standin(net) if whole else None
+    found = attack(net, x, y, noise=noise, plain=plain)
+    torch.testing.assert_close(found.inputs, ends, rtol=0, atol=1e-12)
+    if plain is not None:
+        assert set(plain.rows) == {n}
+
+    model = engm.GradNormModule(net)
+    measured = attack(model, x, y, noise=noise, plain=plain, measure=True)
+    torch.testing.assert_close(measured.inputs, ends, rtol=0, atol=1e-12)
+    assert measured.measurement is not None
+    # Those that stopped are measured where they are, the others where they took their last step from.
+    at = torch.where(torch.tensor(stopped).view(-1, 1, 1, 1), ends, before)
+    expected = engm.naive_grad_norms(model, cross_entropy(model(at), y))
+    torch.testing.assert_close(measured.measurement.norms, expected)
+
+
+def test_the_measuring_pass_runs_when_all_have_stopped(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x, _ = batch
+    model = engm.GradNormModule(net.eval())
+    wrong = (model(x).argmax(dim=1) + 1) % 3
+    attack = PGD(0.1, 0.03, 10, stop_when_broken=True, random_start=False)
+    plain = Standin(net)
+    found = attack(model, x, wrong, measure=True, plain=plain)
+    assert plain.rows == [12]  # one look, nobody left
+    assert torch.equal(found.inputs, x)
+    assert found.measurement is not None
+    torch.testing.assert_close(found.measurement.norms, engm.naive_grad_norms(model, cross_entropy(model(x), wrong)))
+
+
+def test_training_mode_computes_the_whole_batch_whoever_stopped(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    x = batch[0]
+    net[3].p = 0.0
+    rows: list[int] = []
+    net[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    net.train()
+    labels = net(x).argmax(dim=1)
+    labels[:3] = (labels[:3] + 1) % 3  # stop at once
+    rows.clear()
+    found = PGD(0.01, 0.001, 3, eval_mode=False, stop_when_broken=True, random_start=False)(net, x, labels).inputs
+    assert rows == [12] * 3
+    assert torch.equal(found[:3], x[:3])
+    whole = PGD(0.01, 0.001, 1, eval_mode=False, random_start=False)(net, x, labels).inputs
+    once = PGD(0.01, 0.001, 1, eval_mode=False, stop_when_broken=True, random_start=False)(net, x, labels).inputs
+    assert torch.equal(once[3:], whole[3:])
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_stand_in_takes_the_steps_that_capture_nothing(
+    net: nn.Module, batch: tuple[Tensor, Tensor], loss: str
+) -> None:
+    model = engm.GradNormModule(net.train())
+    plain = Standin(net)
+    attack = PGD(0.1, 0.03, 4, loss=loss)  # type: ignore[arg-type]
+    expected = attack(model, *batch, generator=seeded(), measure=True)
+    found = attack(model, *batch, generator=seeded(), measure=True, plain=plain)
+    assert torch.equal(found.inputs, expected.inputs)
+    assert found.measurement is not None
+    assert expected.measurement is not None
+    assert torch.equal(found.measurement.norms, expected.measurement.norms)
+    assert plain.rows == [12] * (3 + (loss == "kl"))
+    assert plain.modes == {False}
+    assert plain.training
+    assert all(module.training for module in net.modules())
+    plain.rows.clear()
+    attack(model, *batch, generator=seeded(), plain=plain)
+    assert len(plain.rows) == 4 + (loss == "kl")
+
+
+def test_a_compiled_stand_in(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    compiled = torch.compile(net.train(), backend="eager")
+    model = engm.GradNormModule(net)
+    attack = PGD(0.1, 0.03, 3)
+    expected = attack(model, *batch, generator=seeded(), measure=True)
+    found = attack(model, *batch, generator=seeded(), measure=True, plain=compiled)
+    torch.testing.assert_close(found.inputs, expected.inputs)
+    assert all(module.training for module in (net, compiled))
