@@ -1,19 +1,13 @@
-"""Networks that the recipes do not have: VGG-8, WRN-34-10 and vision transformers, made of layers that engm knows."""
+"""Networks that the recipes do not have: a wide VGG-8 and vision transformers, made of layers that engm knows."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engm.recipes.models.resnet import resnet18
-
-
-def normalisation(name: str, channels: int) -> nn.Module:
-    """Batch norm, or group norm of 8 groups where 8 divides the channels."""
-    return nn.BatchNorm2d(channels) if name == "batch" else nn.GroupNorm(math.gcd(8, channels), channels)
+from engm.recipes.models import resnet18, wide_resnet
+from engm.recipes.models.norms import norm_layer
 
 
 def vgg8(norm: str, width: int = 128) -> nn.Module:
@@ -21,42 +15,13 @@ def vgg8(norm: str, width: int = 128) -> nn.Module:
     layers: list[nn.Module] = []
     channels = 3
     for out in (width, width, 2 * width, 2 * width, 4 * width, 4 * width):
-        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), normalisation(norm, out), nn.ReLU()]
+        layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), norm_layer(norm)(out), nn.ReLU()]
         if channels == out:
             layers.append(nn.MaxPool2d(2))
         channels = out
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Linear(16 * channels, 8 * width), nn.ReLU(), nn.Linear(8 * width, 10)
     )
-
-
-class WideBlock(nn.Module):
-    """Pre-activation residual block of WideResNet (Zagoruyko and Komodakis, 2016)."""
-
-    def __init__(self, channels: int, out: int, stride: int, norm: str) -> None:
-        super().__init__()
-        self.bn1, self.bn2 = normalisation(norm, channels), normalisation(norm, out)
-        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(channels, out, 1, stride, bias=False) if channels != out else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(h)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(h))))
-
-
-def wide_resnet(norm: str, depth: int = 34, widen: int = 10) -> nn.Module:
-    """WRN-``depth``-``widen``; 46.16 M parameters at 34-10."""
-    blocks, channels = (depth - 4) // 6, 16
-    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
-    for stage in range(3):
-        out = 16 * widen * 2**stage
-        for block in range(blocks):
-            layers.append(WideBlock(channels, out, 2 if stage and not block else 1, norm))
-            channels = out
-    head = [normalisation(norm, channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
-    return nn.Sequential(*layers, *head)
 
 
 class EncoderLayer(nn.Module):
@@ -96,19 +61,6 @@ class VisionTransformer(nn.Module):
         return self.head(self.norm(tokens).mean(1))
 
 
-class Autocast(nn.Module):
-    """Runs a network under autocast, in the forward pass only, and returns float32 logits."""
-
-    def __init__(self, net: nn.Module, device: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.net, self.device, self.dtype = net, device, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(self.device, self.dtype):
-            out = self.net(x)
-        return out.float()
-
-
 SIDES = {"vit-s": 224, "vit-b": 224}
 
 
@@ -120,7 +72,7 @@ def network(name: str, norm: str, *, tiny: bool = False) -> nn.Module:
     if name == "vgg8":
         return vgg8(norm, 8 if tiny else 128)
     if name == "wrn34-10":
-        return wide_resnet(norm, 10 if tiny else 34, 1 if tiny else 10)
+        return wide_resnet(10 if tiny else 34, 1 if tiny else 10, norm=norm)  # type: ignore[arg-type]
     if name == "vit-cifar":
         return VisionTransformer(32, 4, *((24, 2, 2) if tiny else (384, 12, 6)), classes=10)
     width, heads = {"vit-s": (384, 6), "vit-b": (768, 12)}[name]

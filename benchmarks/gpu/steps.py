@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import engm
 from engm.adversarial import PGD
+from engm.recipes.precision import Autocast
 
 from . import models
 from .record import Stage
@@ -79,7 +80,7 @@ def problem(setting: Setting, bench: Bench, n: int) -> tuple[nn.Module, Tensor, 
     memory = FORMATS[setting.memory]
     net, x = net.to(memory_format=memory), x.contiguous(memory_format=memory)
     if setting.precision == "bf16":
-        net = models.Autocast(net, bench.device.type, torch.bfloat16)
+        net = Autocast(net, bench.device.type, torch.bfloat16)
     return net, x, y
 
 

@@ -6,18 +6,12 @@ checkpoints of TRADES, AWP and others load as they are; ``bn1`` keeps its name w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NormName = Literal["batch", "group"]
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(math.gcd(8, channels), channels),
-}
+from .norms import NormName, norm_layer
 
 
 class BasicBlock(nn.Module):
@@ -64,11 +58,9 @@ class ResNet(nn.Module):
         norm: NormName = "batch",
     ) -> None:
         super().__init__()
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {sorted(_NORMS)}, got {norm!r}")
+        make_norm = norm_layer(norm)
         if not blocks or min(*blocks, width, classes, in_channels) < 1:
             raise ValueError(f"every size must be at least 1, got {blocks=}, {width=}, {classes=}, {in_channels=}")
-        make_norm = _NORMS[norm]
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = make_norm(width)
         self.stages = len(blocks)
