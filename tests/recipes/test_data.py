@@ -1,4 +1,4 @@
-"""Loaders: what they return, and what they say about files that are not as described."""
+"""Splits, digits and `.npz` files: what they hold, and what is said of files that are not as described."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from engm.recipes.data import load_digits, load_npz
+from engm.recipes.data import Augmentation, Dataset, Split, load_digits, load_npz
+from engm.recipes.data.dataset import check_labels, hold_out
 
 
 def test_digits_are_split_once_and_for_all() -> None:
@@ -60,8 +63,9 @@ def test_npz(tmp_path: Path) -> None:
     assert data.name == "tiny"
     assert data.train.inputs.shape == (15, 3, 4, 5)
     assert data.train.labels.dtype == torch.int64
-    expected = torch.as_tensor(content["x_test"]).permute(0, 3, 1, 2).double() / 255
-    torch.testing.assert_close(data.test.inputs.double(), expected, rtol=1e-6, atol=0)
+    assert data.train.inputs.dtype == torch.uint8
+    assert torch.equal(data.test.inputs, torch.as_tensor(content["x_test"]).permute(0, 3, 1, 2))
+    assert (data.augment.padding, data.augment.flip) == (4, True)
     pixels = {tuple(image.flatten().tolist()) for image in torch.cat([data.train.inputs, data.validation.inputs])}
     assert len(pixels) == 20  # held out, not copied
     again = load_npz(tmp_path / "tiny.npz", validation_examples=5)
@@ -87,6 +91,29 @@ def test_npz_that_is_not_as_described(tmp_path: Path, changes: dict[str, np.ndar
         load_npz(path, validation_examples=5)
 
 
+def test_npz_with_validation_images_from_the_test_set(tmp_path: Path) -> None:
+    content = arrays()
+    path = write(tmp_path, **content)
+    data = load_npz(path, validation_examples=2, validation_from_test=True)
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 2, 5)
+    pixels = [tuple(image.flatten().tolist()) for split in (data.validation, data.test) for image in split.inputs]
+    test = torch.as_tensor(content["x_test"]).permute(0, 3, 1, 2)
+    assert sorted(pixels) == sorted(tuple(image.flatten().tolist()) for image in test)
+    with pytest.raises(ValueError, match="between 1 and 6"):
+        load_npz(path, validation_examples=7, validation_from_test=True)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_files_that_are_damaged(tmp_path: Path, compressed: bool) -> None:
+    path = tmp_path / "tiny.npz"
+    (np.savez_compressed if compressed else np.savez)(path, **arrays())
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], whole[:300] + bytes(200) + whole[500:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tiny\.npz: not an \.npz of plain arrays"):
+            load_npz(path, validation_examples=5)
+
+
 def test_npz_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="x_train"):
         load_npz(tmp_path / "nowhere.npz")
@@ -104,3 +131,74 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
         load_npz(single)
     with pytest.raises(ValueError, match="between 1 and 19"):
         load_npz(write(tmp_path, **arrays()), validation_examples=20)
+
+
+def test_bytes_become_the_floats_that_division_gives() -> None:
+    everything = torch.arange(256, dtype=torch.uint8).view(64, 1, 2, 2)
+    split = Split(everything, torch.arange(64))
+    x, y = split.batch(torch.arange(64).flip(0))
+    assert x.dtype == torch.float32
+    expected = (torch.arange(256, dtype=torch.float64) / 255).float().view(64, 1, 2, 2)
+    assert torch.equal(x, expected.flip(0))
+    assert torch.equal(y, torch.arange(64).flip(0))
+    assert torch.equal(split.inputs, everything)
+    assert split.shape == (1, 2, 2)
+    assert split.take(torch.tensor([3, 3])).inputs.dtype == torch.uint8
+    first, second = split.batches([torch.tensor([1]), torch.tensor([2, 0])])
+    assert torch.equal(first[0], expected[1:2])
+    assert second[1].tolist() == [2, 0]
+
+
+def test_float_images_are_left_alone() -> None:
+    images = torch.rand(5, 3, 2, 4)
+    x, _ = Split(images, torch.zeros(5, dtype=torch.int64)).batch(torch.tensor([4, 1]))
+    assert torch.equal(x, images[[4, 1]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), "inputs must be"),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), "inputs must be"),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(2, dtype=torch.int64), "labels must be"),
+        (torch.zeros(3, 1, 2, 2), torch.zeros(3), "labels must be"),
+    ],
+)
+def test_splits_of_other_types_or_shapes(inputs: torch.Tensor, labels: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Split(inputs, labels)
+
+
+def numbered(n: int, start: int = 0) -> Split:
+    return Split(torch.zeros(n, 1, 1, 1, dtype=torch.uint8), torch.arange(start, start + n))
+
+
+@given(st.integers(2, 30), st.integers(2, 30), st.data(), st.booleans(), st.integers(0, 5))
+def test_held_out_once_and_for_all(n: int, tested: int, data: st.DataObject, from_test: bool, seed: int) -> None:
+    count = data.draw(st.integers(1, (tested if from_test else n) - 1))
+    options = {"validation_examples": count, "split_seed": seed, "validation_from_test": from_test}
+    parts = hold_out(numbered(n), numbered(tested, 1000), **options)  # type: ignore[arg-type]
+    train, validation, test = (part.labels.tolist() for part in parts)
+    assert len(validation) == count
+    held_in, old = (test, range(1000, 1000 + tested)) if from_test else (train, range(n))
+    assert sorted(held_in + validation) == list(old)
+    assert sorted(train if from_test else test) == list(range(n) if from_test else range(1000, 1000 + tested))
+    assert test == sorted(test)
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    again = hold_out(numbered(n), numbered(tested, 1000), **options)  # type: ignore[arg-type]
+    assert all(torch.equal(part.labels, other.labels) for part, other in zip(parts, again, strict=True))
+
+
+def test_labels_that_are_no_classes() -> None:
+    check_labels(torch.tensor([0, 4, 2]), 5, Path("some.bin"))
+    for label in (-1, 5):
+        with pytest.raises(ValueError, match=f"some.bin.*from 0 to 4; 1 of 3 are not, the first {label} at row 1"):
+            check_labels(torch.tensor([0, label, 2]), 5, Path("some.bin"))
+
+
+def test_a_dataset_moves_as_a_whole() -> None:
+    data = Dataset("some", 2, numbered(3), numbered(2), numbered(1))
+    assert data.augment == Augmentation()
+    data = Dataset("some", 2, numbered(3), numbered(2), numbered(1), Augmentation(2, flip=True)).to("meta")
+    assert {split.labels.device.type for split in (data.train, data.validation, data.test)} == {"meta"}
+    assert data.augment == Augmentation(2, flip=True)

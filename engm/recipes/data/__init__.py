@@ -1,7 +1,30 @@
-"""Data for the recipes: every loader returns a `Dataset` of tensors in [0, 1]."""
+"""Data for the recipes: every loader returns a `Dataset` of three splits."""
 
-from .dataset import Dataset, Split
+from .augment import CROP_AND_FLIP, Augmentation, Draw
+from .dataset import Dataset, Source, Split
 from .digits import load_digits
+from .image_folder import load_image_folder
 from .npz import load_npz
+from .registry import DATASETS, load_data
+from .streamed import StreamedSplit
+from .tiny_imagenet import load_tiny_imagenet
+from .torchvision_sets import load_cifar10, load_cifar100, load_svhn
 
-__all__ = ["Dataset", "Split", "load_digits", "load_npz"]
+__all__ = [
+    "CROP_AND_FLIP",
+    "DATASETS",
+    "Augmentation",
+    "Dataset",
+    "Draw",
+    "Source",
+    "Split",
+    "StreamedSplit",
+    "load_cifar10",
+    "load_cifar100",
+    "load_data",
+    "load_digits",
+    "load_image_folder",
+    "load_npz",
+    "load_svhn",
+    "load_tiny_imagenet",
+]

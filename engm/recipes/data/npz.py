@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .dataset import Dataset, Split, shuffled_rows
+from .augment import CROP_AND_FLIP
+from .dataset import Dataset, Split, hold_out
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
-def load_npz(path: str | Path, *, validation_examples: int = 1000, split_seed: int = 0) -> Dataset:
-    """Reads ``x_train [N, H, W, C] uint8``, ``y_train [N]``, ``x_test``, ``y_test`` into tensors in [0, 1].
+def load_npz(
+    path: str | Path, *, validation_examples: int = 1000, split_seed: int = 0, validation_from_test: bool = False
+) -> Dataset:
+    """Reads ``x_train [N, H, W, C] uint8``, ``y_train [N]``, ``x_test``, ``y_test``.
 
     Args:
         path: the file.
         validation_examples: how many training examples to hold out (the paper takes 1,000).
         split_seed: seed of the draw of those.
+        validation_from_test: hold them out of the test set instead, the paper's other reading.
 
     Returns:
-        The dataset, with inputs ``[n, C, H, W]`` float32; as many classes as the largest label says.
+        The dataset, with inputs ``[n, C, H, W]`` uint8; as many classes as the largest label says.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,20 +39,20 @@ def load_npz(path: str | Path, *, validation_examples: int = 1000, split_seed: i
         raise FileNotFoundError(f"no data file at {path}; expected an .npz with the arrays {', '.join(_KEYS)}")
     arrays = _read(path)
     train, test = (_split(arrays[f"x_{part}"], arrays[f"y_{part}"], part, path) for part in ("train", "test"))
-    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+    if train.shape != test.shape:
         raise ValueError(
             f"{path}: training and test images differ in shape (as [C, H, W]): "
-            f"{list(train.inputs.shape[1:])} and {list(test.inputs.shape[1:])}"
+            f"{list(train.shape)} and {list(test.shape)}"
         )
-    if not 0 < validation_examples < len(train):
-        raise ValueError(
-            f"validation_examples must be between 1 and {len(train) - 1} "
-            f"(there are {len(train)} training examples), got {validation_examples}"
-        )
-    rows = shuffled_rows(len(train), split_seed)
     classes = int(torch.cat([train.labels, test.labels]).max()) + 1
-    validation, train = train.take(rows[:validation_examples]), train.take(rows[validation_examples:])
-    return Dataset(path.stem, classes, train, validation, test)
+    splits = hold_out(
+        train,
+        test,
+        validation_examples=validation_examples,
+        split_seed=split_seed,
+        validation_from_test=validation_from_test,
+    )
+    return Dataset(path.stem, classes, *splits, CROP_AND_FLIP)
 
 
 def _read(path: Path) -> dict[str, npt.NDArray[np.generic]]:
@@ -56,7 +62,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[np.generic]]:
             raise ValueError("it holds a single array")
         with file:
             found = {key: file[key] for key in _KEYS if key in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not an .npz of plain arrays {', '.join(_KEYS)}: {error}") from error
     missing = [key for key in _KEYS if key not in found]
     if missing:
@@ -76,5 +82,5 @@ def _split(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], par
         raise ValueError(
             f"{path}: y_{part} must hold class indices from 0, and at least one; nothing else is trained on"
         )
-    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
