@@ -19,6 +19,7 @@ import engm
 from engm.adversarial import paused
 from engm.recipes.data import load_npz
 from engm.recipes.evaluate import evaluate, pgd20
+from engm.recipes.precision import Autocast
 
 from . import models
 from .record import Absent, Stage
@@ -68,10 +69,10 @@ def _train(bench: Bench, stage: Stage, arguments: Any) -> dict[str, Any]:
             while not done:
                 rows = torch.randperm(len(data.train), generator=order).to(bench.device)
                 for index in range(per_epoch):
-                    part = data.train.take(rows[index * n : (index + 1) * n])
-                    x = part.inputs.contiguous(memory_format=memory)
+                    x, y = data.train.batch(rows[index * n : (index + 1) * n])
+                    x = x.contiguous(memory_format=memory)
                     for runner in runners[steps % len(runners) :] + runners[: steps % len(runners)]:
-                        _step(bench, runner, x, part.labels, steps)
+                        _step(bench, runner, x, y, steps)
                     steps += 1
                     if time.monotonic() - saved > SAVE_EVERY:
                         saved = time.monotonic()
@@ -96,7 +97,7 @@ def _train(bench: Bench, stage: Stage, arguments: Any) -> dict[str, Any]:
 def _runners(bench: Bench, arguments: Any, memory: torch.memory_format) -> list[Runner]:
     net: nn.Module = models.network("resnet18", arguments.norm, tiny=bench.tiny).to(bench.device, memory_format=memory)
     if arguments.training_precision == "bf16":
-        net = models.Autocast(net, bench.device.type, torch.bfloat16)
+        net = Autocast(net, bench.device.type, torch.bfloat16)
     runners = []
     for name in arguments.methods:
         model = engm.GradNormModule(copy.deepcopy(net))

@@ -5,28 +5,218 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(f"the engm command needs {error.name}: pip install 'engm[recipes]'") from error
 
 import torch
 
+from engm.names import check_name
+
+from .cli_errors import explained_failures
+from .cli_options import config_from, with_settings
+from .config import RunConfig, parse_number
+from .export import ExportFormat
 from .loggers import LogFormat
+from .methods import LABELS
+from .ranks import choose_device, from_environment
+
+if TYPE_CHECKING:
+    from .run_folder import Which
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Adversarial training with example-normalised gradients.",
 )
+Out = Annotated[Path, typer.Option(help="Folder of the run; one that exists is gone on with.")]
+RunPath = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
+]
+CheckpointName = Annotated[str, typer.Option(help="best or last.")]
 
 
-@app.callback()
-def main() -> None:
-    """Keeps subcommands subcommands, however many there are."""
+def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> None:
+    """Trains a robust network; the same command with the same --out goes on where it was left.
+
+    Under torchrun, every process takes its share of each batch: torchrun --nproc-per-node 2 -m engm.recipes train ...
+    """
+    from .progress import RunView
+    from .report import caption, draw, table
+    from .run_folder import RunFolder
+    from .run_folder import train as train_in
+
+    with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
+        folder = RunFolder(out)
+        chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
+        with from_environment(chosen.device) as ranks:
+            _set_machine(chosen)
+            console = Console(quiet=not ranks.first)
+            with RunView(console) as view:
+                results = train_in(chosen, out, ranks, view=view)
+            console.print(table([results]), caption([results]), sep="\n", highlight=False)
+            if ranks.first:
+                draw([results], out / "curves.png")
+                console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
+
+
+app.command()(with_settings(train))
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    attack: Annotated[
+        list[str], typer.Option(help="natural, pgdN, pgdN-ce, autoattack or deepfool; may be given several times.")
+    ] = ["pgd20"],  # noqa: B006
+    checkpoint: Annotated[str, typer.Option(help="best, last or both.")] = "both",
+    examples: Annotated[int | None, typer.Option(min=1, help="The first so many of the test set; default all.")] = None,
+    eps: Annotated[str | None, typer.Option(metavar="NUMBER", help="As 0.03 or 8/255; default the run's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 500,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
+    from .assess import assess
+    from .run_folder import RunFolder
+
+    with explained_failures("finished attacks are kept"):
+        console = Console()
+        table = Table("Checkpoint", "Epoch", "Attack", "Result", box=SIMPLE_HEAD)
+
+        def show(which: str, name: str, result: dict[str, Any]) -> None:
+            value = f"{result['accuracy']:.2%}" if "accuracy" in result else f"rho {result['rho']:.4f}"
+            table.add_row(which, str(result["epoch"]), name, value)
+            console.print(f"{which}, {name}: {value} of {result['examples']} examples", highlight=False)
+
+        assess(
+            RunFolder(run),
+            [name.lower() for name in attack],
+            checkpoints=_checkpoints(checkpoint),
+            examples=examples,
+            eps=None if eps is None else parse_number(eps),
+            batch_size=batch_size,
+            device=choose_device(device),
+            on_result=show,
+        )
+        console.print(table)
+
+
+def compare(
+    *,
+    out: Out,
+    optimizers: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(LABELS),
+    seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which, comma-separated.")] = "3",
+    config: ConfigFile = None,
+    settings: dict[str, Any],
+) -> None:
+    """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept."""
+    from .compare import compare as compare_in
+    from .progress import RunView
+    from .report import caption, table
+
+    with explained_failures("the same command goes on where it was left"):
+        chosen = config_from(settings, config)
+        with from_environment(chosen.device) as ranks:
+            _set_machine(chosen)
+            console = Console(quiet=not ranks.first)
+            results = compare_in(
+                chosen,
+                [name for name in optimizers.split(",") if name.strip()],
+                _seeds(seeds),
+                out,
+                ranks,
+                view=lambda name: RunView(console, f"{name}: "),
+            )
+            console.print(table(results), caption(results), sep="\n", highlight=False)
+            console.print(f"Table, figures and curves: {out}/comparison.md, .json, .png", highlight=False)
+
+
+app.command()(with_settings(compare, leave_out=("optimizer", "seed")))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.", metavar="DIR...")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and report.png; default: only print.")] = None,
+) -> None:
+    """One table of finished runs, mean and deviation over seeds, and their learning curves."""
+    from .atomic_files import make_folder, write_text_atomic
+    from .report import caption, collect, draw, markdown, table
+
+    with explained_failures():
+        results = collect(runs)
+        console = Console()
+        console.print(table(results), caption(results), sep="\n", highlight=False)
+        if out is not None:
+            make_folder(out)
+            write_text_atomic(out / "report.md", markdown(results))
+            draw(results, out / "report.png")
+            console.print(f"{out / 'report.md'} and {out / 'report.png'}", highlight=False)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    kind: Annotated[ExportFormat | None, typer.Option("--format", help="Default: by the ending of --out.")] = None,
+    checkpoint: CheckpointName = "best",
+) -> None:
+    """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
+    from .export import export as export_to
+    from .run_folder import RunFolder
+
+    with explained_failures():
+        check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")
+        (which,) = _checkpoints(checkpoint, both=False)
+        epoch = export_to(RunFolder(run), out, ExportFormat(kind or out.suffix[1:]), which)
+        Console().print(f"{which} weights (epoch {epoch}) in {out}", highlight=False)
+
+
+@app.command()
+def doctor(
+    data_root: Annotated[Path, typer.Option(help="Where named data sets would lie.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
+) -> None:
+    """Looks at build, GPU, packages, data and disk, and says what to do."""
+    from .doctor import examine
+
+    findings = examine(data_root, out)
+    colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
+    table = Table("", "", "", box=None, show_header=False)
+    for finding in findings:
+        table.add_row(finding.what, f"[{colours[finding.state]}]{finding.state}[/]", escape(finding.detail))
+    Console().print(table, highlight=False)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
+    check_name(name, ("best", "last", "both") if both else ("best", "last"), what="checkpoint (--checkpoint)")
+    return ("best", "last") if name == "both" else (name,)  # type: ignore[return-value]
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds: expected a number or numbers with commas between them, got {text!r}") from None
+    return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+
+
+def _set_machine(config: RunConfig) -> None:
+    """Threads and tensor cores, for the whole process."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = config.fast
 
 
 @app.command()
@@ -54,9 +244,9 @@ def demo(
     ] = None,
 ) -> None:
     """Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them."""
-    from . import report
+    from . import demo_report as report
     from .demo import DemoSettings, demo_training, prepare, run
-    from .live import LiveView
+    from .demo_live import LiveView
     from .methods import METHODS
 
     console = Console()

@@ -133,7 +133,7 @@ def prepare(settings: DemoSettings, dataset: Dataset | None = None) -> Demo:
     if len(dataset.train) < training.batch_size:
         raise ValueError(f"{len(dataset.train)} training examples are less than one batch of {training.batch_size}")
     torch.manual_seed(training.seed)
-    net = small_resnet(settings.width, classes=dataset.classes, in_channels=dataset.train.inputs.shape[1])
+    net = small_resnet(settings.width, classes=dataset.classes, in_channels=dataset.train.shape[0])
     alpha = default_alpha(net) if settings.alpha is None else settings.alpha
     # The attack runs in training mode, as in Rice et al. (2020). A run of a few hundred steps never leaves the phase in
     # which running statistics lag behind the weights, and borrowed norms with them: in evaluation mode the weights w

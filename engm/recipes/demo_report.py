@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
@@ -11,11 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .demo import Demo, MethodRun
+from .evaluate import overfit
+from .machine import machine_facts
 from .train import mean_over_epochs
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 
 WHOLE_GRADIENT = " w is an example's own weight: MGNC and SNGM scale the mean gradient instead, and leave w at 1."
-
-
-def overfit(best: float, last: float) -> float:
-    """Robust overfitting as the paper defines it: (best - last) / best, robust accuracies of the two checkpoints."""
-    return (best - last) / best if best > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -156,13 +151,7 @@ def write_json(demo: Demo, path: Path, *, seconds: float) -> None:
             "validation": len(dataset.validation),
             "test": len(dataset.test),
         },
-        "machine": {
-            "device": str(dataset.train.inputs.device),
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "machine": machine_facts(dataset.train.labels.device),
         "seconds": seconds,
         "summaries": [asdict(row) for row in summarise(demo.runs)],
         "runs": {

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from engm.adversarial import PGD, evaluation_mode, paused
 
-from .data import Split
+from .data import Source
+from .ranks import Ranks
 
 
-def pgd20(eps: float) -> PGD:
+def pgd20(eps: float, norm: Literal["linf", "l2"] = "linf", steps: int = 20) -> PGD:
     """The paper's evaluation attack: 20 steps of eps/10 on the margin loss from a random start.
 
     An example counts as broken once any step has broken it, which is a little stronger than looking at the last
     step alone, and cheaper.
+
+    Args:
+        eps: radius; with 0 the attack does nothing.
+        norm: of the ball.
+        steps: other than 20; the step size stays eps/10, or so that all steps together could cross the ball twice.
     """
-    return PGD(eps, eps / 10, 20, loss="margin", stop_when_broken=True)
+    step = max(eps / 10, 2 * eps / steps) if steps < 20 else eps / 10
+    return PGD(eps, step or 1.0, steps, norm=norm, loss="margin", stop_when_broken=True)
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,19 @@ class Accuracy:
     examples: int
 
 
+def overfit(best: float, last: float) -> float:
+    """Robust overfitting as the paper defines it: (best - last) / best, robust accuracies of the two checkpoints."""
+    return (best - last) / best if best > 0 else 0.0
+
+
 def evaluate(
-    model: nn.Module, split: Split, attack: PGD | None = None, *, batch_size: int = 500, seed: int = 0
+    model: nn.Module,
+    split: Source,
+    attack: PGD | None = None,
+    *,
+    batch_size: int = 500,
+    seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Accuracy:
     """Accuracy of ``model`` on ``split``, natural and under ``attack``.
 
@@ -47,6 +66,7 @@ def evaluate(
         attack: ``None`` for natural accuracy only. Should run in evaluation mode.
         batch_size: examples at a time.
         seed: of the attack's random starts; the same starts for every model.
+        ranks: several processes that share the batches; all of them get the accuracy of the whole split.
 
     Raises:
         ValueError: an empty split, or an attack that would run in training mode.
@@ -55,14 +75,19 @@ def evaluate(
         raise ValueError("expected at least one example to evaluate on, got none")
     if attack is not None and not attack.eval_mode:
         raise ValueError("evaluation needs an attack in evaluation mode: PGD(..., eval_mode=True)")
-    generator = torch.Generator().manual_seed(seed)
+    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    numbers = range(-(-len(split) // batch_size))[rank::world]
+    rows = [torch.arange(k * batch_size, min((k + 1) * batch_size, len(split))) for k in numbers]
     natural = robust = 0
     with evaluation_mode(model), paused(model):
-        for start in range(0, len(split), batch_size):
-            x, y = split.inputs[start : start + batch_size], split.labels[start : start + batch_size]
+        for number, (x, y) in zip(numbers, split.batches(rows), strict=True):
             natural += _correct(model, x, y)
             if attack is not None:
+                # A generator a batch, so that it does not matter which process has it.
+                generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 robust += _correct(model, attack(model, x, y, generator=generator).inputs, y)
+    if ranks is not None:
+        natural, robust = ranks.total([natural, robust])
     return Accuracy(natural / len(split), robust / len(split) if attack is not None else None, len(split))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,24 @@ class StepFigures:
         if len({len(parts) for parts in steps.values()}) > 1:
             raise ValueError("steps of different optimizers cannot be collected together")
         return [Examples(**dict(zip(steps, parts, strict=True))) for parts in zip(*steps.values(), strict=True)]
+
+
+def pack(steps: Sequence[Examples]) -> dict[str, Any]:
+    """The same figures as a few long tensors and the steps' lengths: what a checkpoint keeps of an unfinished epoch."""
+    if not steps:
+        return {}
+    joined = together(steps)
+    names = [name for name in Examples.__dataclass_fields__ if getattr(joined, name) is not None]
+    lengths = {name: [len(getattr(step, name)) for step in steps] for name in names}
+    return {"values": {name: getattr(joined, name) for name in names}, "lengths": lengths}
+
+
+def unpack(packed: Mapping[str, Any]) -> list[Examples]:
+    """The inverse of :func:`pack`."""
+    if not packed:
+        return []
+    parts = {name: values.split(packed["lengths"][name]) for name, values in packed["values"].items()}
+    return [Examples(**dict(zip(parts, step, strict=True))) for step in zip(*parts.values(), strict=True)]
 
 
 def together(steps: Sequence[Examples]) -> Examples:

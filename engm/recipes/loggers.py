@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -33,12 +33,16 @@ class Logger(Protocol):
 class CsvLogger:
     """One file a kind, ``step.csv`` and ``epoch.csv``, with the columns of its first row.
 
+    Rows are on disk as soon as they are logged.
+
     Args:
-        folder: made if need be; files of an earlier run are overwritten.
+        folder: made if need be.
+        keep: rows of an earlier run to go on from, as the last index of each kind; without it, files are overwritten.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
         self._folder = _made(folder)
+        self._keep = dict(keep or {})
         self._files: dict[str, IO[str]] = {}
         self._writers: dict[str, csv.DictWriter[str]] = {}
 
@@ -50,16 +54,28 @@ class CsvLogger:
         """
         row = {kind: index, **figures}
         if kind not in self._writers:
-            file = (self._folder / f"{kind}.csv").open("w", newline="", encoding="utf-8")
-            self._files[kind] = file
-            self._writers[kind] = csv.DictWriter(file, list(row))
-            self._writers[kind].writeheader()
+            self._open(kind, list(row))
         unknown = sorted(set(row) - set(self._writers[kind].fieldnames))
         if unknown:
             raise ValueError(
                 f"{kind}.csv has no column {', '.join(unknown)}: give it in the first row, as None if need be"
             )
         self._writers[kind].writerow(row)
+
+    def _open(self, kind: str, columns: list[str]) -> None:
+        path = self._folder / f"{kind}.csv"
+        rows: list[dict[str, str]] = []
+        if self._keep.get(kind) and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                columns = list(reader.fieldnames or columns)
+                rows = [row for row in reader if _index_of(row, kind, columns) <= self._keep[kind]]
+        fresh = path.with_suffix(".csv.new")  # moved into place when the kept rows are in it: none is ever missing
+        self._files[kind] = fresh.open("w", newline="", encoding="utf-8", buffering=1)
+        self._writers[kind] = csv.DictWriter(self._files[kind], columns)
+        self._writers[kind].writeheader()
+        self._writers[kind].writerows(rows)
+        fresh.replace(path)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -73,11 +89,18 @@ class JsonLinesLogger:
     ``float()`` reads.
 
     Args:
-        folder: made if need be; a file of an earlier run is overwritten.
+        folder: made if need be.
+        keep: rows of an earlier run to go on from, as the last index of each kind; without it, the file is overwritten.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (_made(folder) / "log.jsonl").open("w", encoding="utf-8")
+    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
+        path = _made(folder) / "log.jsonl"
+        lines = _kept_lines(path, keep) if keep and path.is_file() else []
+        fresh = path.with_suffix(".jsonl.new")  # moved into place when the kept rows are in it: none is ever missing
+        self._file = fresh.open("w", encoding="utf-8", buffering=1)
+        self._file.writelines(lines)
+        self._file.flush()
+        fresh.replace(path)
 
     def log(self, kind: str, index: int, figures: Figures) -> None:
         named = {name: _as_json(value) for name, value in figures.items()}
@@ -92,13 +115,15 @@ class TensorBoardLogger:
 
     Args:
         folder: the run's own; TensorBoard hides what an earlier run wrote there.
+        keep: rows of an earlier run to go on from, as the last index of each kind; later steps are hidden.
 
     Raises:
         ModuleNotFoundError: the package ``tensorboard`` is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = summary_writer()(str(folder), purge_step=0)
+    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
+        first = (keep or {}).get("step", -1) + 1
+        self._writer = summary_writer()(str(folder), purge_step=first, flush_secs=10)
 
     def log(self, kind: str, index: int, figures: Figures) -> None:
         for name, value in figures.items():
@@ -125,11 +150,29 @@ class LogFormat(StrEnum):
         if self is LogFormat.TENSORBOARD:
             summary_writer()
 
-    def open(self, folder: Path) -> Logger:
-        """A logger that writes under ``folder``."""
-        if self is LogFormat.CSV:
-            return CsvLogger(folder)
-        return JsonLinesLogger(folder) if self is LogFormat.JSON else TensorBoardLogger(folder)
+    def open(self, folder: Path, keep: Mapping[str, int] | None = None) -> Logger:
+        """A logger that writes under ``folder``, after the rows of an earlier run that ``keep`` names (if any)."""
+        kinds: dict[LogFormat, Callable[[Path, Mapping[str, int] | None], Logger]] = {
+            LogFormat.CSV: CsvLogger,
+            LogFormat.JSON: JsonLinesLogger,
+            LogFormat.TENSORBOARD: TensorBoardLogger,
+        }
+        return kinds[self](folder, keep)
+
+
+class Loggers:
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self._loggers = list(loggers)
+
+    def log(self, kind: str, index: int, figures: Figures) -> None:
+        for logger in self._loggers:
+            logger.log(kind, index, figures)
+
+    def close(self) -> None:
+        for logger in self._loggers:
+            logger.close()
 
 
 def summary_writer() -> Any:
@@ -145,6 +188,24 @@ def summary_writer() -> Any:
             "the TensorBoard logger needs the package tensorboard: pip install 'engm[recipes]', or log as csv or json"
         ) from error
     return SummaryWriter
+
+
+def _index_of(row: Mapping[str, Any], kind: str, columns: Sequence[str]) -> float:
+    """The row's number; a row that a killed process left unfinished counts as the last of all."""
+    whole = len(row) == len(columns) and None not in row.values()
+    return int(row[kind]) if whole and row[kind].isdigit() else math.inf
+
+
+def _kept_lines(path: Path, keep: Mapping[str, int]) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off when its process was killed
+            continue
+        if row["index"] <= keep.get(row["kind"], 0):
+            kept.append(line)
+    return kept
 
 
 def _made(folder: Path) -> Path:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 import engm
+from engm.names import check_name
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 Factory = Callable[["engm.GradNormModule", torch.optim.Optimizer, float, int], torch.optim.Optimizer]
 
@@ -68,3 +73,63 @@ def check_methods(names: tuple[str, ...]) -> None:
     unknown = [name for name in names if name not in METHODS]
     if not names or unknown or len(set(names)) < len(names):
         raise ValueError(f"expected different methods out of {', '.join(METHODS)}; got {', '.join(names) or 'none'}")
+
+
+LABELS = {
+    "msgd": "MSGD",
+    "mgnc": "MGNC",
+    "sngm": "SNGM",
+    "f-engm": "F-ENGM",
+    "n-engm": "N-ENGM",
+    "a-engm": "A-ENGM",
+    "engm": "ENGM",
+}
+"""The seven of the paper's Table 2 by the names that training takes, in its order, with the table's labels."""
+
+PAPER_METHODS = tuple(LABELS)
+_ALIASES = {"gnc": "mgnc", "fengm": "f-engm", "nengm": "n-engm", "aengm": "a-engm"}
+
+
+def canonical_method(name: str) -> str:
+    """The name as :data:`LABELS` has it; upper case, ``_`` and the names of :data:`METHODS` are understood.
+
+    Raises:
+        ValueError: unknown; says which is nearest.
+    """
+    typed = name.strip().lower().replace("_", "-")
+    typed = _ALIASES.get(typed, typed)
+    check_name(typed, PAPER_METHODS, what="optimizer")
+    return typed
+
+
+def paper_optimizer(
+    config: RunConfig, model: engm.GradNormModule, inner: torch.optim.Optimizer
+) -> engm.ExampleOptimizer:
+    """The outer optimizer that a configuration names, with the paper's thresholds where it names none.
+
+    The paper's are ``alpha`` of 5 for ENGM and A-ENGM, 0.5 for N-ENGM, scaled to the network by
+    :func:`engm.alpha_for`, and 25 for the global norm. F-ENGM normalises to 1 unless ``alpha`` is a number (design
+    2.7: 1 is the paper's formula).
+
+    Args:
+        config: names ``optimizer``, ``alpha`` and their like.
+        model: the wrapped network.
+        inner: the optimizer that steps.
+    """
+    name = canonical_method(config.optimizer)
+    if name == "msgd":
+        return engm.MSGD(model, inner)
+    if name == "sngm":
+        return engm.SNGM(model, inner)
+    if name == "mgnc":
+        return engm.GNC(model, inner, config.max_norm)
+    if config.alpha == "auto":
+        return engm.ENGM(model, inner, "auto", clip_fraction=config.clip_fraction)
+    if name == "f-engm":
+        return engm.FENGM(model, inner, 1.0 if config.alpha == "paper" else float(config.alpha))
+    alpha = engm.alpha_for(model, name.replace("-", "")) if config.alpha == "paper" else float(config.alpha)
+    if name == "n-engm":
+        return engm.NENGM(model, inner, alpha)
+    if name == "a-engm":
+        return engm.AENGM(model, inner, alpha, tau=config.tau, beta_gamma=config.beta_gamma)
+    return engm.ENGM(model, inner, alpha)

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import PGD, VANILLA, Objective, paused
+from engm.adversarial import AWP, PGD, VANILLA, Adversarial, Objective, paused
+from engm.exact import NonFiniteError
 
 from .clock import StepClock
-from .data import Split
+from .data import Source
 from .evaluate import Accuracy
-from .figures import Examples, StepFigures, together
+from .figures import Examples, StepFigures, pack, together, unpack
 from .loggers import Logger
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,17 @@ class Trainer:
         logger: takes the figures of every step and, by :meth:`log_epoch`, of every epoch.
         log_every: steps between two writes. Figures stay on the device until then, and writing waits for it;
             ``None`` writes at the end of the epoch, which waits anyway.
+        plain: a stand-in for ``model`` in the attack's steps that measure nothing: its network, compiled.
+        forward: how the training loss calls the model, ``DistributedDataParallel`` around it; default the model.
+        ranks: the processes that share every batch, each with its own rows and the same ``seed``.
 
     Raises:
         ValueError: ``log_every`` is not positive.
 
     Attributes:
+        attack: as above; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
+        awp: perturbs the weights around the objective, if set. Norms are then of the perturbed weights, so none are
+            borrowed from the attack.
         logger: as above; may be set or replaced between epochs.
         steps: taken so far.
         best: the checkpoint with the highest score so far (the first of equals).
@@ -137,6 +146,9 @@ class Trainer:
         borrow: bool = True,
         logger: Logger | None = None,
         log_every: int | None = None,
+        plain: nn.Module | None = None,
+        forward: nn.Module | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {log_every}")
@@ -144,7 +156,9 @@ class Trainer:
         self.optimizer = optimizer
         self.attack = attack
         self.objective = objective
-        self.generator = torch.Generator().manual_seed(seed)
+        self.awp: AWP | None = None
+        device = next(model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(seed)
         self.logger = logger
         self.steps = 0
         self.best: Checkpoint | None = None
@@ -153,31 +167,68 @@ class Trainer:
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._borrow = borrow and objective.attack_maximises_it and self._captures
-        self._measures = optimizer if self._borrow and isinstance(optimizer, engm.ExampleOptimizer) else False
-        self._clock = StepClock(next(model.parameters()).device)
+        self._plain = plain
+        self._forward = model if forward is None else forward
+        self._ranks = Ranks(device) if ranks is None else ranks
+        self._clock = StepClock(device)
         self._figures = StepFigures()
         self._epoch: list[Examples] = []  # of the steps that were looked at already
         self._seconds: list[float] = []  # theirs
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """Attacks one batch and updates the weights on it."""
+        """Attacks one batch and updates the weights on it.
+
+        Args:
+            x: natural inputs ``[n, ...]`` in [0, 1]; with several processes, this one's.
+            y: labels ``[n]``.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
+        """
+        try:
+            self._step(x, y)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"the training loss is not finite at step {self.steps + 1}") from error
+        self.steps += 1
+        if self._log_every is not None and self.steps % self._log_every == 0:
+            self._look()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
         with self._clock:
-            adversarial = self.attack(self.model, x, y, generator=self.generator, measure=self._measures)
-            x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._borrow)
+            borrow = self._borrow and self.awp is None and self.attack.eps > 0
+            adversarial = self._attacked(x, y, borrow)
+            x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not borrow)
             # A method that looks at no example is timed as anybody would run it: with nothing captured.
-            with nullcontext() if self._captures else paused(self.model):
-                losses = self.objective.losses(self.model, x, x_adv, y)
-            stats = self.optimizer.backward(  # type: ignore[attr-defined]
-                losses,
-                inputs=x_adv if x_adv.requires_grad else None,
-                measurement=adversarial.measurement,
-            )
+            with self._perturbed(x, x_adv, y), nullcontext() if self._captures else paused(self.model):
+                losses = self.objective.losses(self._forward, x, x_adv, y)
+                stats = self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
-        self.steps += 1
-        if self.logger is not None and self._log_every is not None and self.steps % self._log_every == 0:
-            self._look()
+
+    def _attacked(self, x: Tensor, y: Tensor, borrow: bool) -> Adversarial:
+        if self.attack.eps == 0:
+            return Adversarial(x.detach())
+        n = len(x) * self._ranks.world
+        noise = None
+        if self._ranks.world > 1 and self.attack.random_start:  # one draw for the whole batch, as one process makes it
+            noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
+            noise = noise[self._ranks.rows(n)]
+        measure = self.optimizer if borrow and isinstance(self.optimizer, engm.ExampleOptimizer) else False
+        generator = self.generator if noise is None else None
+        return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self._plain)
+
+    def _perturbed(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+        if self.awp is None:
+            return nullcontext()
+        return self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
+
+    def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
+        optimizer: Any = self.optimizer
+        if self._ranks.world == 1:
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement)
+        optimizer.reweight(losses, inputs, measurement=measurement).mean().backward()
+        return optimizer.stats
 
     def finish_epoch(self) -> EpochRecord:
         """The figures since the last call; this is where the device is waited for."""
@@ -228,10 +279,36 @@ class Trainer:
         steps, seconds = self._figures.take(), self._clock.take()
         self._epoch += steps
         self._seconds += seconds
+        first = self.steps - len(steps) + 1
+        for index, figures in enumerate(steps, start=first):
+            if not bool(figures.losses.isfinite().all()):
+                raise NonFiniteError(f"the training loss is not finite at step {index}")
         if self.logger is not None:
-            first = self.steps - len(steps) + 1
             for index, (figures, time) in enumerate(zip(steps, seconds, strict=True), start=first):
                 self.logger.log("step", index, {**figures.summary(), "lr": self._lr, "seconds": time})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on but the weights; plain containers and tensors.
+
+        Raises:
+            NonFiniteError: one of the latest losses was not finite, so that this state is not worth keeping.
+        """
+        self._look()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "noise": self.generator.get_state(),
+            "steps": self.steps,
+            "figures": pack(self._epoch),
+            "seconds": list(self._seconds),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["noise"])
+        self.steps = state["steps"]
+        self._epoch = unpack(state["figures"])
+        self._seconds = list(state["seconds"])
 
     def keep_checkpoint(self, epoch: int, score: float) -> None:
         """Notes the present weights as the last ones, and as the best ones if ``score`` is the highest so far."""
@@ -249,7 +326,7 @@ class Trainer:
 
 def train_epoch(
     trainers: Sequence[Trainer],
-    split: Split,
+    split: Source,
     *,
     batch_size: int,
     generator: torch.Generator,
@@ -273,10 +350,10 @@ def train_epoch(
         trainer.model.train()
     order = torch.randperm(len(split), generator=generator).to(split.labels.device)
     for index in range(len(split) // batch_size):
-        batch = split.take(order[index * batch_size : (index + 1) * batch_size])
+        x, y = split.batch(order[index * batch_size : (index + 1) * batch_size])
         first = index % len(trainers)
         for trainer in (*trainers[first:], *trainers[:first]):
-            trainer.step(batch.inputs, batch.labels)
+            trainer.step(x, y)
         if on_step is not None:
             on_step()
     return [trainer.finish_epoch() for trainer in trainers]

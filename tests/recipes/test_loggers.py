@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,27 @@ def test_tensorboard_is_imported_by_nobody_who_does_not_ask() -> None:
     code = "import sys, engm.recipes.cli, engm.recipes.train; print('tensorboard' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("kind", [LogFormat.CSV, LogFormat.JSON])
+def test_a_resumed_log_goes_on_after_the_rows_it_keeps(kind: LogFormat, tmp_path: Path) -> None:
+    def write(steps: range, keep: dict[str, int] | None = None) -> None:
+        with closing(kind.open(tmp_path, keep)) as logger:
+            for step in steps:
+                logger.log("step", step, {"loss": step / 8, "norm": None})
+                if step % 2 == 0:
+                    logger.log("epoch", step // 2, {"robust": step / 4})
+
+    write(range(1, 10))
+    if kind is LogFormat.CSV:
+        undisturbed = (tmp_path / "step.csv").read_text(), (tmp_path / "epoch.csv").read_text()
+        with (tmp_path / "step.csv").open("a") as file:
+            file.write("10,1.")  # cut off by a kill
+    else:
+        undisturbed = ((tmp_path / "log.jsonl").read_text(),)
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"kind": "step", "ind')
+    write(range(7, 10), {"step": 6, "epoch": 3})
+    files = ("step.csv", "epoch.csv") if kind is LogFormat.CSV else ("log.jsonl",)
+    assert tuple((tmp_path / file).read_text() for file in files) == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)

@@ -1,0 +1,51 @@
+"""Draws the README's pictures: the progress display and the learning curves of two short runs on digits.
+
+python docs/pictures.py            # three minutes; writes docs/pictures/progress.svg and curves.png
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from engm.recipes.config import RunConfig
+from engm.recipes.progress import RunView
+from engm.recipes.ranks import Ranks
+from engm.recipes.report import draw
+from engm.recipes.run_folder import train
+
+PICTURES = Path(__file__).parent / "pictures"
+SHOWN_AT = 18  # of 25 epochs, when the display is drawn
+COMMON = {"epochs": 25, "batch_size": 64, "lr": 0.2, "alpha": "5", "log": (), "threads": 1}
+
+
+class Recorded(RunView):
+    """Keeps a picture of itself."""
+
+    def on_epoch(self) -> None:
+        super().on_epoch()
+        if self.run is not None and self.run.epoch == SHOWN_AT:
+            recording = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
+            recording.print(self.picture())
+            recording.save_svg(str(PICTURES / "progress.svg"), title="engm train --optimizer engm")
+
+
+def main() -> None:
+    """Trains and draws."""
+    torch.set_num_threads(1)
+    PICTURES.mkdir(exist_ok=True)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for optimizer in ("msgd", "engm"):
+            config = RunConfig(optimizer=optimizer, **COMMON)  # type: ignore[arg-type]
+            with Recorded(Console(), f"{optimizer}: ") as view:
+                results.append(train(config, Path(folder) / optimizer, Ranks(torch.device("cpu")), view=view))
+    draw(results, PICTURES / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

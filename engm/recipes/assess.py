@@ -1,0 +1,135 @@
+"""Evaluating the checkpoints of a run on the test set, attack by attack, with results kept beside the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engm.adversarial import PGD, DeepFool, autoattack
+from engm.names import check_name
+
+from .atomic_files import read_json, write_json
+from .config import RunConfig
+from .data import Dataset, Source
+from .evaluate import evaluate, pgd20
+from .run import build_network, load_dataset
+from .run_folder import RunFolder, Which
+
+EVALUATIONS = "evaluation.json"
+ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")
+_PGD = re.compile(r"pgd(\d+)(-ce)?")
+
+
+def check_attacks(names: Sequence[str]) -> None:
+    """Looks the names up: those of :data:`ATTACKS`, with any number of steps behind ``pgd``.
+
+    Raises:
+        ValueError: unknown; says which is nearest.
+    """
+    for name in names:
+        match = _PGD.fullmatch(name)
+        if not (match and int(match[1]) >= 1):
+            check_name(name, ATTACKS, what="attack")
+
+
+def assess(
+    folder: RunFolder,
+    attacks: Sequence[str],
+    *,
+    checkpoints: Sequence[Which] = ("best", "last"),
+    examples: int | None = None,
+    eps: float | None = None,
+    batch_size: int = 500,
+    device: torch.device,
+    dataset: Dataset | None = None,
+    on_result: Callable[[str, str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Runs every attack on every checkpoint; each result is written to ``evaluation.json`` as soon as it is there.
+
+    A result that is there already, of the same weights, examples and radius, is not computed again.
+
+    Args:
+        folder: of the run.
+        attacks: ``"natural"``, ``"pgdN"`` (N steps of eps/10 on the margin loss), ``"pgdN-ce"`` (cross-entropy),
+            ``"autoattack"``, ``"deepfool"`` (mean l2 distance to the closest adversary, the paper's rho).
+        checkpoints: whose weights.
+        examples: the first so many of the test set; default all.
+        eps: radius; default the run's.
+        batch_size: examples at a time.
+        device: where to compute.
+        dataset: ``None`` to load the one that the run names.
+        on_result: called with checkpoint, attack and result.
+
+    Returns:
+        ``{checkpoint: {attack: result}}``; a result has ``accuracy`` (``rho`` for DeepFool), ``examples``, ``eps``,
+        ``epoch``.
+
+    Raises:
+        ValueError: an unknown attack, or data that does not fit the network.
+        FileNotFoundError: no run, or no such checkpoint.
+        CheckpointError: it is damaged.
+    """
+    check_attacks(attacks)
+    config = folder.config().resolved()
+    dataset = load_dataset(config, device) if dataset is None else dataset.to(device)
+    test: Source = dataset.test
+    if examples is not None:
+        if not 1 <= examples <= len(test):
+            raise ValueError(f"examples must lie between 1 and {len(test)}, the size of the test set; got {examples}")
+        test = test.take(torch.arange(examples))
+    radius = eps if eps is not None else config.eps or 0.0
+    path = folder.path / EVALUATIONS
+    found: dict[str, Any] = read_json(path) if path.is_file() else {}
+    net = build_network(config, dataset).to(device).eval()
+    for which in checkpoints:
+        epoch, weights = folder.weights(which)
+        net.load_state_dict(weights)
+        for attack in attacks:
+            settings = {"epoch": epoch, "examples": len(test), "eps": radius, "threat": config.threat}
+            known = found.get(which, {}).get(attack)
+            if known is None or any(known.get(key) != value for key, value in settings.items()):
+                result = {**settings, **_run(attack, net, test, radius, config, batch_size)}
+                found.setdefault(which, {})[attack] = result
+                write_json(path, found)
+            if on_result is not None:
+                on_result(which, attack, found[which][attack])
+    return found
+
+
+def _run(name: str, net: nn.Module, test: Source, eps: float, config: RunConfig, batch_size: int) -> dict[str, Any]:
+    if name == "natural":
+        return {"accuracy": evaluate(net, test, batch_size=batch_size).natural}
+    if name == "deepfool":
+        return _deepfool(net, test, batch_size)
+    if name == "autoattack":
+        x, y = _everything(test, batch_size)
+        outcome = autoattack(net, x, y, eps=eps, norm=config.ball, batch_size=batch_size)
+        return {"accuracy": outcome.robust, "reported": outcome.reported, "attacks": dict(outcome.per_attack)}
+    match = _PGD.fullmatch(name)
+    if match is None:
+        raise ValueError(f"unknown attack {name!r}")
+    steps = int(match[1])
+    attack = pgd20(eps, config.ball, steps)
+    if match[2]:
+        attack = PGD(eps, attack.step_size, steps, norm=config.ball, stop_when_broken=True)
+    return {"accuracy": evaluate(net, test, attack, batch_size=batch_size).robust, "step_size": attack.step_size}
+
+
+def _deepfool(net: nn.Module, test: Source, batch_size: int) -> dict[str, Any]:
+    """Mean distance from an example to the closest point that the network classifies otherwise."""
+    attack = DeepFool()
+    distances, broken = [], []
+    for x, _ in test.batches(torch.arange(len(test)).split(batch_size)):
+        result = attack(net, x)
+        distances.append(result.distances)
+        broken.append(result.broken)
+    return {"rho": float(torch.cat(distances).mean()), "found": float(torch.cat(broken).float().mean())}
+
+
+def _everything(test: Source, batch_size: int) -> tuple[Tensor, Tensor]:
+    parts = list(test.batches(torch.arange(len(test)).split(batch_size)))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])

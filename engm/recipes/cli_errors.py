@@ -1,0 +1,57 @@
+"""How commands fail: one clear message on standard error and a non-zero exit, for whatever a user can mend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from engm.exact import NonFiniteError
+
+from .checkpoint import CheckpointError
+from .folder_lock import FolderInUseError
+
+INTERRUPTED = 130  # what shells report for Ctrl-C
+_EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError)
+
+
+@contextmanager
+def explained_failures(resume: str = "") -> Iterator[None]:
+    """Around a command's work. Other exceptions are faults of ours and keep their traceback.
+
+    Args:
+        resume: how to go on after an interruption, for the message.
+
+    Raises:
+        typer.Exit: with status 1, or 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(f"interrupted{resume and f'; {resume}'}")
+        raise typer.Exit(INTERRUPTED) from None
+    except (torch.OutOfMemoryError, MemoryError):
+        _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
+        raise typer.Exit(1) from None
+    except NonFiniteError as error:
+        _say(f"{error}: training diverged; try a smaller --lr or --alpha. The last good checkpoint is kept.")
+        raise typer.Exit(1) from None
+    except _EXPECTED as error:
+        _say(str(error))
+        raise typer.Exit(1) from None
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
+        _say("out of memory: try a smaller --batch-size, a smaller --width or --in-memory no")
+        raise typer.Exit(1) from None
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" (process {rank})"
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]engm{where}:[/] {escape(message)}", highlight=False)

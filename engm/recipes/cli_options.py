@@ -1,0 +1,86 @@
+"""The settings of a run as options of a command, made from the fields of :class:`RunConfig`: each is written once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from .config import RunConfig, from_values, option, parse_number, read_toml, value_type
+
+
+def with_settings(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
+    """A command that takes every setting as an option beside its own parameters.
+
+    Args:
+        command: takes its own parameters by keyword, and the settings that were given as ``settings: dict``.
+        leave_out: settings that the command decides itself.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+    hints = inspect.get_annotations(command, eval_str=True)
+    names = [f.name for f in fields(RunConfig) if f.name not in leave_out]
+
+    def wrapper(**given: Any) -> None:
+        settings = {name: given.pop(name) for name in names}
+        command(**given, settings={name: value for name, value in settings.items() if value is not None})
+
+    options = [_option(f) for f in fields(RunConfig) if f.name in names]
+    parameters = [*[p.replace(annotation=hints[p.name], kind=p.KEYWORD_ONLY) for p in own], *options]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapper.__doc__ = command.__doc__
+    wrapper.__name__ = command.__name__
+    return wrapper
+
+
+def _option(f: Any) -> inspect.Parameter:
+    """``None`` means not given, so that a configuration file can tell defaults from choices."""
+    kind, _ = value_type(f.name)
+    default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+    details: dict[str, Any] = {
+        "help": f.metadata["help"],
+        "rich_help_panel": f.metadata["section"],
+        "show_default": str(default) if default is not None else False,
+    }
+    annotation: Any
+    if kind is bool:
+        annotation = Annotated[bool | None, typer.Option(f"{option(f.name)}/--no-{option(f.name)[2:]}", **details)]
+    elif kind is float or get_args(kind):
+        metavar = "NUMBER" if kind is float else "A,B,..."
+        annotation = Annotated[str | None, typer.Option(option(f.name), metavar=metavar, **details)]
+    else:
+        annotation = Annotated[kind | None, typer.Option(option(f.name), **details)]
+    return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def config_from(settings: dict[str, Any], file: Path | None) -> RunConfig:
+    """The configuration that a command line describes: the file's settings, overridden by the options given.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`.
+    """
+    base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
+    typed = {name: _typed(name, value) for name, value in settings.items()}
+    config = from_values(base, source=str(file))
+    return from_values({**config.as_dict(), **typed}, source="the command line")
+
+
+def _typed(name: str, value: Any) -> Any:
+    """An option's text as the setting's type."""
+    kind, _ = value_type(name)
+    if kind is float:
+        try:
+            return parse_number(value)
+        except ValueError as error:
+            raise ValueError(f"{option(name)}: {error}") from None
+    if get_args(kind):
+        parts = [part.strip() for part in value.split(",") if part.strip() and part.strip() != "none"]
+        try:
+            return [get_args(kind)[0](part) for part in parts]
+        except ValueError:
+            raise ValueError(f"{option(name)}: expected numbers with commas between them, got {value!r}") from None
+    return value

@@ -1,0 +1,303 @@
+"""Every setting of a training run: one dataclass, which the command line, TOML files and run folders share."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
+
+from engm.adversarial import OBJECTIVES
+from engm.names import check_name
+
+from .methods import canonical_method
+
+THREATS = ("linf", "l2")
+
+AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
+ATTACK_MODES = ("auto", "train", "eval")
+PRECISIONS = ("fp32", "bf16")
+BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
+LOG_FORMATS = ("csv", "json", "tensorboard")
+PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays at 100 and 150
+PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
+METHOD_TABLE_EPOCHS = 200
+PIXEL_EPS = {"linf": 8 / 255, "l2": 128 / 255}
+# The paper's step is a quarter of eps (2/255); for l2 it names none: 15/255, as Rice et al. (2020) take at 128/255.
+STEP_SHARE = {"linf": 1 / 4, "l2": 15 / 128}
+DIGITS_EPS = {"linf": 0.2, "l2": 1.0}  # 8x8 images of 16 grey levels; see engm.recipes.demo
+
+
+def setting(default: Any, text: str, section: str, *, outcome: bool = True) -> Any:
+    """A field: its help text, its heading on the help page, and whether it can change what a run computes."""
+    return field(default=default, metadata={"help": text, "section": section, "outcome": outcome})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one run; defaults are the paper's. ``None`` and ``"auto"`` are settled by :meth:`resolved`."""
+
+    data: str = setting("digits", "digits, cifar10, cifar100, svhn, tiny-imagenet, FILE.npz or a folder.", "Data")
+    data_root: str = setting("data", "Where named data sets lie.", "Data", outcome=False)
+    download: bool = setting(False, "Fetch a missing data set (CIFAR, SVHN).", "Data", outcome=False)
+    image_size: int | None = setting(None, "Side in pixels that an image folder is scaled to.", "Data")
+    validation_examples: int = setting(1000, "Held out of the training set (digits: their own 300).", "Data")
+    validation_from_test: bool = setting(False, "Hold them out of the test set, the paper's other reading.", "Data")
+    train_examples: int | None = setting(None, "Train on the first so many of the training examples only.", "Data")
+    augment: str = setting("auto", "crop-flip, crop, none; auto: as suits the data set.", "Data")
+    in_memory: str = setting("auto", "yes, no or auto: keep the images on the device as bytes.", "Data", outcome=False)
+    workers: int = setting(2, "Loader processes for data that does not fit in memory.", "Data", outcome=False)
+
+    model: str = setting("auto", "resnet18, preact-resnet18, vgg8, wrn-34-10, any torchvision or timm name.", "Model")
+    width: int | None = setting(None, "Channels of the stem, to shrink our own networks.", "Model")
+    norm: str = setting("batch", "batch or group.", "Model")
+
+    objective: str = setting("pgd", "pgd, trades, mart or fat.", "Objective")
+    beta: float = setting(6.0, "Weight of the KL term of TRADES and MART.", "Objective")
+    patience: int | None = setting(None, "FAT's tau; by default 0, 1, 2 in the course of training.", "Objective")
+    awp: bool = setting(False, "Adversarial weight perturbation around the objective.", "Objective")
+    awp_gamma: float = setting(5e-3, "Its size, relative to each weight tensor.", "Objective")
+    awp_warmup: int = setting(0, "Epochs without it at first.", "Objective")
+
+    threat: str = setting("linf", "Ball of the attack: linf or l2.", "Attack")
+    eps: float | None = setting(None, "Its radius, as 0.03 or 8/255 (the default; l2: 128/255; digits: 0.2).", "Attack")
+    step_size: float | None = setting(None, "By default a quarter of eps (l2: 15/128 of it).", "Attack")
+    attack_steps: int = setting(10, "Steps of the training attack.", "Attack")
+    attack_mode: str = setting(
+        "auto", "train or eval: which batch-norm statistics it sees; auto: train for pgd and fat, else eval.", "Attack"
+    )
+    eps_warmup: float = setting(0.0, "Epochs over which eps grows from 0 (progressive hardening).", "Attack")
+
+    optimizer: str = setting("engm", "engm, a-engm, n-engm, f-engm, sngm, mgnc or msgd.", "Optimizer")
+    alpha: str = setting(
+        "paper", "Threshold: a number, paper (scaled to the network by alpha_for) or auto (a quantile).", "Optimizer"
+    )
+    clip_fraction: float = setting(0.5, "With --alpha auto: share of the examples to clip.", "Optimizer")
+    tau: int = setting(50, "A-ENGM: steps between two regressions.", "Optimizer")
+    beta_gamma: float = setting(0.7, "A-ENGM: share of the old coefficients in the new ones.", "Optimizer")
+    max_norm: float = setting(25.0, "MGNC: largest norm of the mean gradient.", "Optimizer")
+    borrow: bool = setting(True, "Take the norms from the attack's last step, where it climbs the loss.", "Optimizer")
+    batch_norm: str = setting("calibrated", "Norms through batch statistics: calibrated, frozen, exact.", "Optimizer")
+    calibrate_every: int = setting(50, "Steps between two calibrations.", "Optimizer")
+    lr: float = setting(0.1, "Initial learning rate.", "Optimizer")
+    momentum: float = setting(0.9, "Of SGD.", "Optimizer")
+    weight_decay: float = setting(5e-4, "Of SGD.", "Optimizer")
+
+    epochs: int = setting(PAPER_EPOCHS, "Passes over the training set.", "Schedule")
+    decay_epochs: tuple[int, ...] | None = setting(
+        None, "Epochs after which the learning rate is divided by 10, as 75,90 (scaled with --epochs).", "Schedule"
+    )
+    batch_size: int = setting(128, "Examples a step, of all processes together.", "Schedule")
+    seed: int = setting(0, "Of weights, data order, augmentation and attack noise.", "Schedule")
+    ema: float = setting(0.0, "Decay of an average of the weights, which is evaluated then; 0: none.", "Schedule")
+    early_stop: int = setting(0, "Stop after so many epochs without a better validation; 0: never.", "Schedule")
+
+    evaluate_every: int = setting(1, "Epochs between two looks at the validation set.", "Evaluation")
+    evaluation_steps: int = setting(20, "Steps of the evaluation attack (margin loss, eps/10 each).", "Evaluation")
+    test: bool = setting(True, "Evaluate best and last on the test set at the end.", "Evaluation")
+
+    device: str = setting("auto", "cpu, cuda, cuda:1 ...", "Machine", outcome=False)
+    threads: int | None = setting(None, "CPU threads.", "Machine", outcome=False)
+    precision: str = setting("fp32", "fp32 or bf16 (autocast; norms stay in float32).", "Machine")
+    tf32: bool = setting(True, "TF32 tensor cores for fp32 on GPUs.", "Machine")
+    channels_last: bool = setting(False, "NHWC memory format.", "Machine")
+    compile_attack: bool = setting(False, "torch.compile for the attack steps; the rest stays eager.", "Machine")
+    fast: bool = setting(False, "All of bf16, channels-last and compile-attack.", "Machine")
+
+    save_every: int = setting(200, "Steps between two checkpoints; one an epoch in any case.", "Output", outcome=False)
+    log: tuple[str, ...] = setting(("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False)
+    log_every: int = setting(50, "Steps between two writes of step figures.", "Output", outcome=False)
+
+    def __post_init__(self) -> None:
+        """Looks at every value.
+
+        Raises:
+            ValueError: one is unknown or out of range; unknown names come with the nearest known one.
+        """
+        object.__setattr__(self, "optimizer", canonical_method(self.optimizer))
+        object.__setattr__(self, "objective", self.objective.lower())
+        for name, known in (
+            ("objective", OBJECTIVES),
+            ("threat", THREATS),
+            ("augment", AUGMENTATIONS),
+            ("attack_mode", ATTACK_MODES),
+            ("precision", PRECISIONS),
+            ("batch_norm", BATCH_NORM_MODES),
+            ("norm", ("batch", "group")),
+            ("in_memory", ("auto", "yes", "no")),
+        ):
+            check_name(getattr(self, name), known, what=option(name))
+        for name in self.log:
+            check_name(name, LOG_FORMATS, what=option("log"))
+        at_least = {
+            1: ("epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every"),
+            0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
+        }
+        at_least[1] += ("log_every", "evaluation_steps", "validation_examples", "train_examples", "width", "image_size")
+        at_least[1] += ("threads",)
+        for least, names in at_least.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (isfinite(value) and value >= least):
+                    raise ValueError(f"{option(name)} must be at least {least}, got {value}")
+        for name in ("lr", "max_norm", "awp_gamma", "step_size"):
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value > 0):
+                raise ValueError(f"{option(name)} must be positive, got {value}")
+        for name in ("momentum", "ema", "beta_gamma"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.clip_fraction < 1:
+            raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
+        self._check_alpha()
+        decays = self.decay_epochs
+        if decays is not None and (list(decays) != sorted(set(decays)) or any(epoch < 1 for epoch in decays)):
+            raise ValueError(f"{option('decay_epochs')} must be rising epoch numbers from 1, got {decays}")
+
+    def _check_alpha(self) -> None:
+        if self.alpha == "paper":
+            return
+        if self.alpha == "auto":
+            if self.optimizer != "engm":
+                raise ValueError(f"--alpha auto is for --optimizer engm, not for {self.optimizer}")
+            return
+        try:
+            good = float(self.alpha) > 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"--alpha must be a positive number, paper or auto, got {self.alpha!r}")
+
+    def resolved(self) -> RunConfig:
+        """The same with everything settled that depends on other settings; resolving twice changes nothing."""
+        digits = self.data.lower() == "digits"
+        decays = self.decay_epochs
+        if decays is None and self.epochs == METHOD_TABLE_EPOCHS:
+            decays = (100, 150)
+        elif decays is None:
+            decays = tuple(sorted({max(1, round(share * self.epochs)) for share in PAPER_DECAYS}))
+        eps = self.eps if self.eps is not None else (DIGITS_EPS if digits else PIXEL_EPS)[self.threat]
+        mode = self.attack_mode
+        if mode == "auto":
+            mode = "train" if self.objective in ("pgd", "fat") else "eval"
+        return replace(
+            self,
+            model=("small-resnet" if digits else "resnet18") if self.model == "auto" else self.model,
+            eps=eps,
+            step_size=self.step_size or (eps * STEP_SHARE[self.threat] or None),
+            decay_epochs=decays,
+            attack_mode=mode,
+            precision="bf16" if self.fast else self.precision,
+            channels_last=self.channels_last or self.fast,
+            compile_attack=self.compile_attack or self.fast,
+        )
+
+    @property
+    def ball(self) -> Literal["linf", "l2"]:
+        """``threat``, as attacks take it."""
+        return "l2" if self.threat == "l2" else "linf"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, without those that are ``None``; what TOML can hold."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items() if v is not None}
+
+    def differences(self, other: RunConfig) -> dict[str, tuple[Any, Any]]:
+        """Settings in which the two differ and which can change what a run computes: ``{name: (own, other's)}``."""
+        mine, theirs = self.resolved(), other.resolved()
+        return {
+            f.name: (getattr(mine, f.name), getattr(theirs, f.name))
+            for f in fields(self)
+            if f.metadata["outcome"] and getattr(mine, f.name) != getattr(theirs, f.name)
+        }
+
+
+def option(name: str) -> str:
+    """A setting as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def value_type(name: str) -> tuple[Any, bool]:
+    """The type of a setting without ``None``, and whether ``None`` is allowed."""
+    hint = get_type_hints(RunConfig)[name]
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = [part for part in parts if part is not type(None)]
+    return kinds[0], len(parts) > len(kinds)
+
+
+def parse_number(text: str | float) -> float:
+    """A number, or a fraction such as ``8/255``.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        top, _, bottom = str(text).partition("/")
+        return float(top) / float(bottom) if bottom else float(top)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+def from_values(values: Mapping[str, Any], *, source: str) -> RunConfig:
+    """A configuration from plain values, as TOML has them: fractions as strings, lists for tuples.
+
+    Args:
+        values: by name; both ``save_every`` and ``save-every`` are understood.
+        source: who says so, for messages.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), a wrong type or a value out of range.
+    """
+    known = tuple(f.name for f in fields(RunConfig))
+    given: dict[str, Any] = {}
+    for raw, value in values.items():
+        name = raw.replace("-", "_")
+        check_name(name, known, what=f"setting in {source}")
+        given[name] = _as_type(name, value, source)
+    try:
+        return RunConfig(**given)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _as_type(name: str, value: Any, source: str) -> Any:
+    kind, optional = value_type(name)
+    if value is None and optional:
+        return None
+    if kind is float and (isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))):
+        return parse_number(value)
+    if name == "alpha" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if get_args(kind):  # tuple[int, ...] or tuple[str, ...]
+        inner = get_args(kind)[0]
+        if isinstance(value, list | tuple) and all(type(entry) is inner for entry in value):
+            return tuple(value)
+        raise ValueError(f"{source}: {name} must be a list of {inner.__name__}, got {value!r}")
+    if type(value) is not kind:
+        raise ValueError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings that a TOML file names, as plain values.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no TOML.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """A TOML file that :func:`from_values` reads back to the same configuration."""
+    import tomli_w  # here: only a run that begins needs it
+
+    return tomli_w.dumps(config.as_dict())

@@ -1,0 +1,155 @@
+"""Is this machine fit for training? Build, GPU, packages, data and disk, each with what to do about it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import engm
+
+State = Literal["ok", "note", "bad"]
+# Package, what it is for, whether the recipes cannot do without.
+PACKAGES = (
+    ("torchvision", "data sets, models", True),
+    ("scikit-learn", "digits", True),
+    ("safetensors", "checkpoints", True),
+    ("tomli-w", "configurations", True),
+    ("matplotlib", "curves", True),
+    ("tensorboard", "logs", False),
+    ("timm", "models by timm's names", False),
+    ("pyautoattack", "AutoAttack: pip install 'engm[autoattack]'", False),
+)
+DATA = {
+    "cifar10": ("cifar-10-batches-py",),
+    "cifar100": ("cifar-100-python",),
+    "svhn": ("train_32x32.mat", "test_32x32.mat"),
+    "tiny-imagenet": ("tiny-imagenet-200",),
+}
+LITTLE_DISK = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        what: its name.
+        state: ``"ok"``, ``"note"`` (something is left out) or ``"bad"`` (training will fail).
+        detail: what was found, and what to do.
+    """
+
+    what: str
+    state: State
+    detail: str
+
+
+def examine(data_root: Path, out: Path) -> list[Finding]:
+    """Looks at everything; changes nothing but for a file written to ``out`` (or what exists of it) and removed.
+
+    Args:
+        data_root: where named data sets would lie.
+        out: where runs would be written.
+    """
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _build,
+        _kernels,
+        _gpu,
+        _packages,
+        lambda: _data(data_root),
+        lambda: _disk(out),
+    ]
+    return [finding for check in checks for finding in check()]
+
+
+def _build() -> Iterator[Finding]:
+    info = engm.build_info()
+    yield Finding("engm", "ok", f"{info['engm']}, built for torch {info.get('torch_built', info['torch'])}")
+    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+
+
+def _kernels() -> Iterator[Finding]:
+    """The extension against its reference, on one small layer a form."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 5, 4, generator=generator) for _ in range(2))
+    found, wanted = engm.ops.linear_norm_sq(a, b), engm.reference.linear_norm_sq(a.double(), b.double())
+    error = float(((found - wanted) / wanted).abs().max())
+    good = error < 1e-5
+    yield Finding(
+        "kernels",
+        "ok" if good else "bad",
+        f"relative error {error:.1e} against float64"
+        + ("" if good else ": rebuild with pip install -e . and report it"),
+    )
+
+
+def _gpu() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "torch sees none: look at nvidia-smi"
+        yield Finding("GPU", "note", f"none: {why}; training will run on the CPU")
+        return
+    compiled = str(engm.build_info().get("cuda_architectures") or "")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        detail = (
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free"
+        )
+        if not compiled:
+            yield Finding(f"GPU {index}", "bad", f"{detail}; engm was built without CUDA: rebuild with FORCE_CUDA=1")
+        else:
+            yield Finding(f"GPU {index}", "ok", f"{detail}; kernels for {compiled}")
+
+
+def _packages() -> Iterator[Finding]:
+    for name, purpose, needed in PACKAGES:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            remedy = "pip install 'engm[recipes]'" if needed else "optional"
+            yield Finding(name, "bad" if needed else "note", f"not installed ({purpose}): {remedy}")
+            continue
+        module = {"scikit-learn": "sklearn", "tomli-w": "tomli_w"}.get(name, name)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a broken package does on import is what is being asked here
+            yield Finding(name, "bad", f"{found} does not import: {error}; does it fit torch {torch.__version__}?")
+        else:
+            yield Finding(name, "ok", f"{found} ({purpose})")
+
+
+def _data(root: Path) -> Iterator[Finding]:
+    for name, files in DATA.items():
+        missing = [file for file in files if not (root / file).exists()]
+        if missing:
+            how = "put it there" if name == "tiny-imagenet" else "engm train --download fetches it"
+            yield Finding(name, "note", f"not under {root} ({', '.join(missing)} missing): {how}")
+        else:
+            yield Finding(name, "ok", f"under {root}")
+
+
+def _disk(out: Path) -> Iterator[Finding]:
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield Finding("output", "bad", f"{place} cannot be written ({error.strerror}): choose another --out")
+        return
+    free = shutil.disk_usage(place).free
+    yield Finding(
+        "output",
+        "ok" if free >= LITTLE_DISK else "note",
+        f"{place} can be written, {free / 1e9:.1f} GB free"
+        + ("" if free >= LITTLE_DISK else ": little for checkpoints"),
+    )

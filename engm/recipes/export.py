@@ -1,0 +1,63 @@
+"""A trained network out of its run folder, for people who do not have engm."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+from .atomic_files import replaced_when_whole
+from .data import Dataset
+from .run import build_network, load_dataset
+from .run_folder import RunFolder, Which
+
+
+class ExportFormat(StrEnum):
+    """What an export can be."""
+
+    SAFETENSORS = "safetensors"
+    PT = "pt"
+    PT2 = "pt2"
+
+
+def export(
+    folder: RunFolder, out: Path, kind: ExportFormat, which: Which = "best", dataset: Dataset | None = None
+) -> int:
+    """Writes the weights (``safetensors``, or ``pt``: a ``state_dict``) or the program (``pt2``: ``torch.export``).
+
+    A program takes float32 images ``[n, C, H, W]`` in [0, 1], any n, and returns logits.
+
+    Args:
+        folder: of the run.
+        out: file to write.
+        kind: its format.
+        which: whose weights.
+        dataset: ``None`` to load the one that the run names; it tells the shapes.
+
+    Returns:
+        The number of finished epochs of the weights.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no run, no such checkpoint, or a damaged one.
+    """
+    config = folder.config().resolved()
+    epoch, weights = folder.weights(which)
+    if kind is ExportFormat.PT2:
+        dataset = load_dataset(config, torch.device("cpu")) if dataset is None else dataset
+        net = build_network(config, dataset)
+        net.load_state_dict(weights)
+        batch = torch.export.Dim("n", min=1)
+        example = torch.zeros(2, *dataset.train.shape)
+        program = torch.export.export(net.eval(), (example,), dynamic_shapes=({0: batch},))
+    with replaced_when_whole(out) as temporary:
+        if kind is ExportFormat.SAFETENSORS:
+            from safetensors.torch import save_file
+
+            metadata = {"model": config.model, "epoch": str(epoch), "checkpoint": which}
+            save_file({name: t.contiguous() for name, t in weights.items()}, temporary, metadata)
+        elif kind is ExportFormat.PT:
+            torch.save(weights, temporary)
+        else:
+            torch.export.save(program, temporary)
+    return epoch

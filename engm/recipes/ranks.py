@@ -1,0 +1,123 @@
+"""The processes of a run: one, or as many as ``torchrun`` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        device: where this process computes.
+        rank: its number.
+        world: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks to the terminal."""
+        return self.rank == 0
+
+    def rows(self, n: int) -> slice:
+        """This process's share of ``n`` rows, in order of the ranks.
+
+        Raises:
+            ValueError: they cannot be shared evenly.
+        """
+        if n % self.world:
+            raise ValueError(f"a batch of {n} examples cannot be shared evenly by {self.world} processes")
+        share = n // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the training forward pass calls it: under ``DistributedDataParallel`` if there are several.
+
+        Buffers are not broadcast before each forward pass: TRADES and MART make two of them for one loss, and the
+        second broadcast would change what the first saved. :meth:`average_buffers` keeps them together instead.
+        """
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    def total(self, counts: Sequence[int]) -> list[int]:
+        """Sums over the processes."""
+        if self.world == 1:
+            return list(counts)
+        summed = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
+        dist.all_reduce(summed)
+        return [int(value) for value in summed.tolist()]
+
+    def average_buffers(self, net: nn.Module) -> None:
+        """Sets running statistics to their mean over the processes, each of which saw its own examples."""
+        if self.world == 1:
+            return
+        for buffer in net.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer.div_(self.world)
+
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """Every process's ``value`` (of one shape), on the CPU."""
+        if self.world == 1:
+            return [value.cpu()]
+        mine = value.to(self.device)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(found, mine)
+        return [entry.cpu() for entry in found]
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` is the GPU, if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown --device {name!r}: use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no GPU here (engm doctor says more); use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return device
+
+
+@contextmanager
+def from_environment(device: str = "auto") -> Iterator[Ranks]:
+    """The processes that ``torchrun`` describes in the environment, connected (gloo on CPUs, NCCL on GPUs), or one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device)
+    if world == 1:
+        yield Ranks(chosen)
+        return
+    rank = int(os.environ["RANK"])
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
+    try:
+        yield Ranks(chosen, rank, world)
+    finally:
+        dist.destroy_process_group()

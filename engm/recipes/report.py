@@ -1,0 +1,181 @@
+"""Tables and curves of run folders: one row a run, or one a setting with mean and deviation over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .atomic_files import read_json
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+EVALUATIONS = "evaluation.json"
+# Settings that a row's label names where rows differ in them; thresholds only where rows of one method do.
+ROW_SETTINGS = ("data", "train_examples", "model", "width", "norm", "objective", "awp", "threat", "eps", "epochs", "lr")
+METHOD_SETTINGS = ("alpha", "tau", "max_norm", "borrow", "batch_norm")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what they have in common and others have not.
+        results: of each.
+    """
+
+    label: str
+    results: list[dict[str, Any]]
+
+    def values(self, *path: str) -> list[float]:
+        """One figure of every run that has it."""
+        found = []
+        for result in self.results:
+            value: Any = result
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                found.append(float(value))
+        return found
+
+
+COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "Natural": (("test", "best", "natural"), "%"),
+    "Best": (("test", "best", "robust"), "%"),
+    "Last": (("test", "last", "robust"), "%"),
+    "Overfit": (("overfit",), "%"),
+    "AA": (("evaluation", "best", "autoattack", "accuracy"), "%"),
+    "Best epoch": (("best_epoch",), "f"),
+    "s/step": (("step_seconds",), "s"),
+}
+"""The paper's Table 2 with times: heading, where the figure lies in a result, its unit."""
+
+
+def collect(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The results of run folders, and of the run folders directly below folders that are none.
+
+    Raises:
+        FileNotFoundError: a path is no run folder and has none below it, or a run is not over.
+    """
+    found = []
+    for path in paths:
+        folders = [path] if RunFolder(path).exists else sorted(p.parent for p in path.glob("*/config.toml"))
+        if not folders:
+            raise FileNotFoundError(f"{path} is no run folder, and there is none in it")
+        for folder in folders:
+            result = RunFolder(folder).results()
+            evaluations = folder / EVALUATIONS
+            found.append({**result, "evaluation": read_json(evaluations) if evaluations.is_file() else {}})
+    return found
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """Results grouped by everything but the seed, labelled by the settings in which the groups differ."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        key = repr(sorted((k, v) for k, v in result["config"].items() if k != "seed"))
+        groups.setdefault(key, []).append(result)
+    firsts = [group[0] for group in groups.values()]
+    rows = []
+    for group in groups.values():
+        method, config = group[0]["method"], group[0]["config"]
+        shown = [f"{k} {config.get(k)}" for k in ROW_SETTINGS if len({repr(r["config"].get(k)) for r in firsts}) > 1]
+        own = [r["config"] for r in firsts if r["method"] == method]
+        shown += [f"{k} {config.get(k)}" for k in METHOD_SETTINGS if len({repr(c.get(k)) for c in own}) > 1]
+        rows.append(Row(", ".join([method, *shown]), group))
+    return rows
+
+
+def _cell(values: Sequence[float], unit: str) -> str:
+    if not values:
+        return "-"
+    scale, digits = (100, 1) if unit == "%" else (1, 3 if unit == "s" else 0)
+    scaled = [scale * value for value in values]
+    text = f"{mean(scaled):.{digits}f}"
+    return text if len(scaled) < 2 else f"{text} ± {stdev(scaled):.{digits}f}"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table: mean, and deviation where there are several seeds. Accuracies in per cent."""
+    figures = [_cell(row.values(*path), unit) for path, unit in COLUMNS.values()]
+    return [row.label, str(len(row.results)), *figures]
+
+
+HEADINGS = ("Run", "Seeds", *COLUMNS)
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """For a terminal."""
+    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(HEADINGS):
+        drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows_of(results):
+        drawn.add_row(*cells(row))
+    return drawn
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The same table in Markdown, with what its figures are."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows_of(results)]
+    return "\n".join([*lines, "", caption(results)]) + "\n"
+
+
+def caption(results: Sequence[dict[str, Any]]) -> str:
+    """How to read the table."""
+    tests = sorted({result["data"]["test"] for result in results})
+    steps = sorted({result["config"].get("evaluation_steps", 20) for result in results})
+    return (
+        f"Per cent of {' or '.join(map(str, tests))} test images. Natural and Best: the checkpoint that was best on "
+        f"the validation set; Last: the last one; robust accuracies under PGD-{'/'.join(map(str, steps))} on the "
+        "margin loss; AA: AutoAttack, by engm evaluate. Overfit: (best - last) / best. Means ± standard deviation over "
+        "seeds."
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Learning curves as a PNG: validation accuracy, training loss, weights, norms; a row's seeds in one colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    titles = (
+        "validation accuracy, %  (—: under PGD, ···: natural)",
+        "adversarial training loss, nats",
+        "mean weight w of the examples",
+        "mean gradient norm of the examples",
+    )
+    for index, row in enumerate(rows_of(results)):
+        for number, result in enumerate(row.results):
+            style: dict[str, Any] = {"color": f"C{index}", "alpha": 0.8}
+            name = row.label if number == 0 else None
+            _curve(axes[0], result, "robust", scale=100, label=name, **style)
+            _curve(axes[0], result, "natural", scale=100, linestyle=":", **style)
+            _curve(axes[1], result, "loss", **style)
+            _curve(axes[2], result, "weight_mean", **style)
+            _curve(axes[3], result, "norm_mean", **style)
+    decays = {epoch for result in results for epoch in result["config"].get("decay_epochs", [])}
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        for epoch in decays:
+            axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axes: Axes, result: dict[str, Any], name: str, *, scale: float = 1.0, **style: Any) -> None:
+    points = [(row["epoch"], scale * row[name]) for row in result["history"] if row.get(name) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

@@ -1,0 +1,338 @@
+"""One training run: built from a configuration, trained epoch by epoch, its state taken and put back.
+
+A run is a function of its configuration. Everything that later steps depend on is in :meth:`Run.state_dict`, and
+everything else is a function of seed and position, so a run that was killed and resumed ends with the same bits as one
+that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recipes.run_folder` keeps it on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import engm
+from engm.adversarial import AWP, PGD, Objective, objective
+
+from .batches import TrainingBatches, seed_for
+from .config import RunConfig, option
+from .data import Augmentation, Dataset, load_data
+from .evaluate import Accuracy, evaluate, pgd20
+from .methods import paper_optimizer
+from .models import build_model
+from .precision import Autocast, check_channels_last
+from .ranks import Ranks
+from .schedule import Schedule
+from .train import EpochRecord, Trainer
+
+
+@dataclass
+class Best:
+    """The best look at the validation set so far.
+
+    Attributes:
+        epoch: number of finished epochs.
+        accuracy: on the validation set.
+    """
+
+    epoch: int
+    accuracy: Accuracy
+
+    @property
+    def score(self) -> float:
+        """See :func:`robust_of`."""
+        return robust_of(self.accuracy)
+
+
+def robust_of(accuracy: Accuracy) -> float:
+    """What checkpoints are chosen by: accuracy under the evaluation attack (natural accuracy if there is none)."""
+    return accuracy.natural if accuracy.robust is None else accuracy.robust
+
+
+def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
+    """The data that a configuration names, on ``device`` where they fit.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
+    """
+    # The digits have a split of their own, in which nothing is to choose.
+    digits = config.data.lower() == "digits"
+    dataset = load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        validation_examples=1000 if digits else config.validation_examples,
+        validation_from_test=config.validation_from_test,
+        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
+        device=device,
+        workers=config.workers,
+    ).to(device)
+    if config.train_examples is None:
+        return dataset
+    if config.train_examples > len(dataset.train):
+        raise ValueError(
+            f"{option('train_examples')} {config.train_examples}: there are {len(dataset.train)} training examples"
+        )
+    return replace(dataset, train=dataset.train.take(torch.arange(config.train_examples)))
+
+
+def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
+    channels, height, _ = dataset.train.shape
+    torch.manual_seed(config.seed)
+    return build_model(
+        config.model,
+        classes=dataset.classes,
+        in_channels=channels,
+        image_size=height,
+        norm=config.norm,
+        width=config.width,
+    )
+
+
+def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
+    """What a configuration asks for; by default the data set's own."""
+    chosen = {
+        "auto": dataset.augment,
+        "crop-flip": Augmentation(padding=4, flip=True),
+        "crop": Augmentation(padding=4, flip=False),
+        "none": Augmentation(padding=0, flip=False),
+    }
+    return chosen[config.augment]
+
+
+class Run:
+    """A run, before, while and after it trains.
+
+    Args:
+        config: of the run; resolved here.
+        ranks: the processes.
+        dataset: ``None`` to load the one that the configuration names.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: something in the configuration does not fit; nothing has been
+            written then.
+
+    Attributes:
+        config: resolved.
+        dataset: on the device.
+        net: the network; its ``state_dict`` is what checkpoints hold.
+        average: the running average of its weights, if the configuration asks for one.
+        trainer: takes the steps.
+        schedule: of learning rate and attack.
+        epoch: finished epochs.
+        batch: finished batches of the epoch that is under way.
+        history: a row of figures for every finished epoch.
+        best: the best look at the validation set so far.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, dataset: Dataset | None = None) -> None:
+        self.config = config = config.resolved()
+        self.ranks = ranks
+        self.dataset = load_dataset(config, ranks.device) if dataset is None else dataset.to(ranks.device)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.batches = TrainingBatches(
+            self.dataset.train,
+            config.batch_size,
+            augmentation_of(config, self.dataset),
+            config.seed,
+            ranks,
+            memory_format,
+        )
+        self.schedule = Schedule(config, self.batches.steps)
+        self.net = build_network(config, self.dataset).to(ranks.device).to(memory_format=memory_format)
+        if config.channels_last:
+            check_channels_last(self.net, ranks.device)
+        if ranks.rank:
+            torch.manual_seed(seed_for("dropout", config.seed, ranks.rank))
+        self.average = (
+            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.trainer = self._trainer()
+        self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
+        self.epoch = 0
+        self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: Best | None = None
+
+    def _trainer(self) -> Trainer:
+        config, device = self.config, self.ranks.device
+        forward = self.net
+        if config.precision == "bf16":
+            forward = Autocast(self.net, device.type, torch.bfloat16)
+        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
+        sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        training_model = self.ranks.wrap(model)
+        self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
+        return Trainer(
+            model,
+            paper_optimizer(config, model, sgd),
+            self._attack(0, 0),
+            objective=self._objective(0),
+            seed=seed_for("noise", config.seed),
+            borrow=config.borrow,
+            log_every=config.log_every,
+            plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
+            forward=training_model,
+            ranks=self.ranks,
+        )
+
+    def _objective(self, epoch: int) -> Objective:
+        return objective(
+            self.config.objective,
+            beta=self.config.beta,
+            patience=self.schedule.patience(epoch),
+            eval_mode=self.config.attack_mode == "eval",
+        )
+
+    def _attack(self, epoch: int, step: int) -> PGD:
+        """The training attack at a position; ``step`` counts over the whole run."""
+        config, full = self.config, self.config.eps or 0.0
+        eps = self.schedule.eps(step)
+        step_size = (config.step_size or 1.0) * (eps / full if full else 1.0)
+        return self._objective(epoch).attack(eps, step_size or 1.0, config.attack_steps, config.ball)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and kept: the averaged one, if there is one."""
+        return self.net if self.average is None else self.average.module
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.batches.steps
+
+    @property
+    def alpha(self) -> float | str | None:
+        """The threshold in use."""
+        return getattr(self.trainer.optimizer, "alpha", None)
+
+    @property
+    def over(self) -> bool:
+        """Whether training is finished, by its length or by early stopping."""
+        return self.epoch >= self.config.epochs or self._stale()
+
+    def _stale(self) -> bool:
+        patience = self.config.early_stop
+        return bool(patience and self.best and self.epoch - self.best.epoch >= patience)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, on_step: Callable[[], None]) -> EpochRecord:
+        """Trains to the end of the epoch under way, from the batch that the run stands at.
+
+        Args:
+            on_step: called after every batch, with ``batch`` counted up; a checkpoint may be taken there.
+
+        Raises:
+            NonFiniteError: a loss was not finite.
+        """
+        trainer = self.trainer
+        trainer.model.train()
+        trainer.objective = self._objective(self.epoch)
+        trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch)
+        for x, y in self.batches.epoch(self.epoch, start=self.batch):
+            trainer.attack = self._attack(self.epoch, trainer.steps)
+            trainer.step(x, y)
+            if self.average is not None:
+                self.average.update_parameters(self.net)
+            self.batch += 1
+            on_step()
+        return trainer.finish_epoch()
+
+    def finish_epoch(self, record: EpochRecord) -> bool:
+        """Looks at the validation set if it is time, and notes the epoch.
+
+        Returns:
+            Whether the weights are the best so far.
+        """
+        self.synchronise()
+        self.epoch, self.batch = self.epoch + 1, 0
+        accuracy = None
+        if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
+            accuracy = self.evaluate("validation")
+        better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
+        if accuracy is not None and better:
+            self.best = Best(self.epoch, accuracy)
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                **record.summary,
+                "lr": record.lr,
+                "seconds": sum(record.step_seconds),
+                "step_seconds": median(record.step_seconds),
+                "natural": None if accuracy is None else accuracy.natural,
+                "robust": None if accuracy is None else accuracy.robust,
+            }
+        )
+        self.trainer.log_epoch(self.epoch, record, accuracy)
+        return better
+
+    def evaluate(self, split: str, net: nn.Module | None = None) -> Accuracy:
+        """Natural accuracy and accuracy under the evaluation attack, in float32 and evaluation mode.
+
+        Args:
+            split: ``"validation"`` or ``"test"``.
+            net: other weights than the present ones.
+        """
+        examples = getattr(self.dataset, split)
+        return evaluate(net or self.evaluated, examples, self.evaluation, ranks=self.ranks)
+
+    def synchronise(self) -> None:
+        """Brings the running statistics of several processes together."""
+        self.ranks.average_buffers(self.net)
+        if self.average is not None:
+            self.ranks.average_buffers(self.average.module)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on; plain containers and tensors. Every process must call it.
+
+        Raises:
+            NonFiniteError: one of the latest losses was not finite, so that this state is not worth keeping.
+        """
+        self.synchronise()
+        cuda = self.ranks.device.type == "cuda"
+        return {
+            "net": self.net.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "history": self.history,
+            "best": None if self.best is None else asdict(self.best),
+            "random": self.ranks.gather(torch.get_rng_state()),
+            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device)) if cuda else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it was taken with another number of processes.
+        """
+        if len(state["random"]) != self.ranks.world:
+            raise ValueError(
+                f"this run was trained by {len(state['random'])} processes; go on with as many, not {self.ranks.world}"
+            )
+        self.net.load_state_dict(state["net"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.trainer.load_state_dict(state["trainer"])
+        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        best = state["best"]
+        self.best = None if best is None else Best(best["epoch"], Accuracy(**best["accuracy"]))
+        torch.set_rng_state(state["random"][self.ranks.rank])
+        if state["random_cuda"] is not None and self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"][self.ranks.rank], self.ranks.device)

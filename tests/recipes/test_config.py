@@ -1,0 +1,160 @@
+"""Settings: what is settled, what is refused, and that nothing is lost on the way through TOML and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engm.recipes.cli_options import config_from
+from engm.recipes.config import RunConfig, from_values, parse_number, read_toml, to_toml
+from engm.recipes.schedule import Schedule
+
+floats = st.floats(1e-6, 0.9, allow_subnormal=False)
+configs = st.builds(
+    RunConfig,
+    data=st.sampled_from(["digits", "cifar10", 'odd "name".npz', "ünïcode/päth"]),
+    eps=st.none() | floats,
+    lr=floats,
+    awp=st.booleans(),
+    patience=st.none() | st.integers(0, 5),
+    epochs=st.integers(1, 300),
+    decay_epochs=st.none() | st.lists(st.integers(1, 300), unique=True, max_size=4).map(lambda e: tuple(sorted(e))),
+    log=st.lists(st.sampled_from(["csv", "json", "tensorboard"]), unique=True).map(tuple),
+    optimizer=st.sampled_from(["engm", "a-engm", "mgnc"]),
+    alpha=st.sampled_from(["paper", "5.0", "0.25"]),
+    objective=st.sampled_from(["pgd", "trades", "mart", "fat"]),
+    threat=st.sampled_from(["linf", "l2"]),
+    fast=st.booleans(),
+    width=st.none() | st.integers(1, 64),
+)
+
+
+@given(configs)
+def test_toml_keeps_every_setting(config: RunConfig) -> None:
+    import tomllib
+
+    for one in (config, config.resolved()):
+        assert from_values(tomllib.loads(to_toml(one)), source="a file") == one
+
+
+@given(configs)
+def test_resolving_twice_changes_nothing_and_leaves_nothing_open(config: RunConfig) -> None:
+    resolved = config.resolved()
+    assert resolved.resolved() == resolved
+    assert not resolved.differences(config)
+    assert resolved.eps is not None
+    assert resolved.decay_epochs is not None
+    assert "auto" not in (resolved.model, resolved.attack_mode)
+
+
+def test_defaults_are_the_papers() -> None:
+    config = RunConfig(data="cifar10").resolved()
+    assert (config.epochs, config.decay_epochs, config.batch_size) == (120, (75, 90), 128)
+    assert (config.lr, config.momentum, config.weight_decay) == (0.1, 0.9, 5e-4)
+    assert config.eps == 8 / 255
+    assert config.step_size == pytest.approx(2 / 255)
+    assert config.attack_steps == 10
+    assert config.model == "resnet18"
+    assert (config.tau, config.beta_gamma, config.max_norm, config.beta, config.awp_gamma) == (50, 0.7, 25, 6, 5e-3)
+    assert config.validation_examples == 1000
+    assert RunConfig(data="cifar10", threat="l2").resolved().eps == 128 / 255
+    assert RunConfig(epochs=200).resolved().decay_epochs == (100, 150)
+    assert RunConfig(epochs=24).resolved().decay_epochs == (15, 18)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objectiv": "pgd"}, "unknown setting in a file: 'objectiv'; did you mean objective"),
+        ({"objective": "tradse"}, "unknown --objective: 'tradse'; did you mean trades"),
+        ({"optimizer": "emgm"}, "unknown optimizer: 'emgm'; did you mean engm"),
+        ({"threat": "l1"}, "unknown --threat: 'l1'.*known: linf, l2"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"epochs": "ten"}, "epochs must be int, got 'ten'"),
+        ({"epochs": True}, "epochs must be int, got True"),
+        ({"lr": -0.1}, "--lr must be positive, got -0.1"),
+        ({"lr": float("nan")}, "--lr must be positive, got nan"),
+        ({"eps": -1.0}, "--eps must be at least 0"),
+        ({"eps": "8/0"}, "number or a fraction such as 8/255, got '8/0'"),
+        ({"ema": 1.0}, r"--ema must lie in \[0, 1\), got 1.0"),
+        ({"alpha": "-3"}, "--alpha must be a positive number, paper or auto, got '-3'"),
+        ({"alpha": "auto", "optimizer": "n-engm"}, "--alpha auto is for --optimizer engm, not for n-engm"),
+        ({"decay_epochs": [9, 3]}, "--decay-epochs must be rising"),
+        ({"log": ["csw"]}, "unknown --log: 'csw'; did you mean csv"),
+        ({"log": "csv"}, "log must be a list of str"),
+        ({"clip_fraction": 1.0}, "--clip-fraction must lie between 0 and 1"),
+    ],
+)
+def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_values(values, source="a file")
+
+
+def test_numbers() -> None:
+    assert parse_number("8/255") == 8 / 255
+    assert parse_number(" 1e-3 ") == 1e-3
+    with pytest.raises(ValueError, match="got 'x'"):
+        parse_number("x")
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('data = "cifar10"\neps = "4/255"\nlr = 1\nbatch-size = 32\nalpha = 2\n')
+    config = config_from({"lr": "0.2", "decay_epochs": "5, 7", "log": "none"}, file)
+    assert (config.data, config.eps, config.lr, config.batch_size) == ("cifar10", 4 / 255, 0.2, 32)
+    assert (config.decay_epochs, config.log, config.alpha) == ((5, 7), (), "2")
+    with pytest.raises(ValueError, match="--decay-epochs: expected numbers with commas between them, got '5;7'"):
+        config_from({"decay_epochs": "5;7"}, file)
+    with pytest.raises(ValueError, match="--lr: expected a number"):
+        config_from({"lr": "fast"}, None)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no configuration file at"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("lr = = 1")
+    with pytest.raises(ValueError, match=r"bad.toml is not a TOML file"):
+        read_toml(tmp_path / "bad.toml")
+
+
+def test_differences_are_of_what_can_change_the_outcome() -> None:
+    one = RunConfig(lr=0.1, threads=1, log=("csv",), save_every=10)
+    other = RunConfig(lr=0.2, threads=2, log=(), save_every=99, device="cpu")
+    assert one.differences(other) == {"lr": (0.1, 0.2)}
+    assert RunConfig(fast=True).differences(RunConfig(fast=False)).keys() == {
+        "fast",
+        "precision",
+        "channels_last",
+        "compile_attack",
+    }
+
+
+def test_every_setting_has_a_help_text() -> None:
+    assert all(f.metadata["help"].endswith((".", ")")) for f in fields(RunConfig))
+
+
+class TestSchedule:
+    config = RunConfig(epochs=12, decay_epochs=(6, 9), lr=0.4, eps=0.3, eps_warmup=2.5, objective="fat").resolved()
+
+    def test_learning_rate(self) -> None:
+        rates = [Schedule(self.config, 4).lr(epoch) for epoch in range(12)]
+        assert rates == pytest.approx([0.4] * 6 + [0.04] * 3 + [0.004] * 3)
+
+    def test_radius_grows_linearly(self) -> None:
+        schedule = Schedule(self.config, 4)
+        assert [schedule.eps(step) for step in (0, 5, 10, 11)] == pytest.approx([0.0, 0.15, 0.3, 0.3])
+        assert Schedule(replace(self.config, eps_warmup=0.0), 4).eps(0) == 0.3
+
+    def test_patience_of_fat(self) -> None:
+        assert [Schedule(self.config, 4).patience(epoch) for epoch in range(12)] == [0] * 5 + [1] * 4 + [2] * 3
+        assert Schedule(replace(self.config, patience=3), 4).patience(0) == 3
+
+    def test_awp_waits(self) -> None:
+        schedule = Schedule(replace(self.config, awp=True, awp_warmup=2), 4)
+        assert [schedule.awp(epoch) for epoch in range(4)] == [False, False, True, True]
+        assert not Schedule(self.config, 4).awp(11)
