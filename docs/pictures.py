@@ -6,6 +6,7 @@ python docs/pictures.py            # three minutes; writes docs/pictures/progres
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Recorded(RunView):
         if self.run is not None and self.run.epoch == SHOWN_AT:
             recording = Console(record=True, width=100, force_terminal=True, file=io.StringIO())
             recording.print(self.picture())
-            recording.save_svg(str(PICTURES / "progress.svg"), title="engm train --optimizer engm")
+            svg = recording.export_svg(title="engm train --optimizer engm")
+            (PICTURES / "progress.svg").write_text(re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL))
 
 
 def main() -> None:

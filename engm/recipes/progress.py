@@ -97,9 +97,8 @@ class RunView:
             return
         row = self.run.history[-1]
         figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
-        self._console.print(
-            f"{self._title}epoch {row['epoch']:3d}/{self.run.config.epochs}  {figures}", highlight=False
-        )
+        number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
+        self._console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
 
     def on_test(self) -> None:
         """Training is over."""
