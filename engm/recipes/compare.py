@@ -13,7 +13,7 @@ from .config import RunConfig
 from .methods import canonical_method
 from .ranks import Ranks
 from .report import draw, markdown
-from .run import load_dataset
+from .run import load_in_turn
 from .run_folder import RunFolder, View, train
 
 
@@ -69,7 +69,7 @@ def compare(
     cells = cells_of(config, optimizers, seeds)
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
-    dataset = load_dataset(config.resolved(), ranks.device)
+    dataset = load_in_turn(config.resolved(), ranks)
     results = []
     for name, cell in cells.items():
         with view(name) as watching:

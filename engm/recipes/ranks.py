@@ -71,6 +71,11 @@ class Ranks:
                 dist.all_reduce(buffer)
                 buffer.div_(self.world)
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """Every process's ``value`` (of one shape), on the CPU."""
         if self.world == 1:

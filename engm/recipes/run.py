@@ -82,6 +82,16 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
     return replace(dataset, train=dataset.train.take(torch.arange(config.train_examples)))
 
 
+def load_in_turn(config: RunConfig, ranks: Ranks) -> Dataset:
+    """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
+    if config.download and not ranks.first:
+        ranks.wait()
+    dataset = load_dataset(config, ranks.device)
+    if config.download and ranks.first:
+        ranks.wait()
+    return dataset
+
+
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
     """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
     channels, height, _ = dataset.train.shape
@@ -135,7 +145,7 @@ class Run:
     def __init__(self, config: RunConfig, ranks: Ranks, dataset: Dataset | None = None) -> None:
         self.config = config = config.resolved()
         self.ranks = ranks
-        self.dataset = load_dataset(config, ranks.device) if dataset is None else dataset.to(ranks.device)
+        self.dataset = load_in_turn(config, ranks) if dataset is None else dataset.to(ranks.device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.batches = TrainingBatches(
             self.dataset.train,
