@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from .evaluate import evaluate, pgd20
 from .run import build_network, load_dataset
 from .run_folder import RunFolder, Which
 
-EVALUATIONS = "evaluation.json"
 ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")
 _PGD = re.compile(r"pgd(\d+)(-ce)?")
 
@@ -44,6 +44,7 @@ def assess(
     examples: int | None = None,
     eps: float | None = None,
     batch_size: int = 500,
+    data_root: Path | None = None,
     device: torch.device,
     dataset: Dataset | None = None,
     on_result: Callable[[str, str, dict[str, Any]], None] | None = None,
@@ -54,19 +55,21 @@ def assess(
 
     Args:
         folder: of the run.
-        attacks: ``"natural"``, ``"pgdN"`` (N steps of eps/10 on the margin loss), ``"pgdN-ce"`` (cross-entropy),
+        attacks: ``"natural"``, ``"pgdN"`` (N steps on the margin loss, see
+            :func:`engm.recipes.evaluate.pgd20`), ``"pgdN-ce"`` (cross-entropy),
             ``"autoattack"``, ``"deepfool"`` (mean l2 distance to the closest adversary, the paper's rho).
         checkpoints: whose weights.
         examples: the first so many of the test set; default all.
         eps: radius; default the run's.
         batch_size: examples at a time.
+        data_root: where a named data set lies, if not where it lay in training.
         device: where to compute.
         dataset: ``None`` to load the one that the run names.
         on_result: called with checkpoint, attack and result.
 
     Returns:
-        ``{checkpoint: {attack: result}}``; a result has ``accuracy`` (``rho`` for DeepFool), ``examples``, ``eps``,
-        ``epoch``.
+        ``{checkpoint: {attack: [result, ...]}}``, a result for each choice of weights, examples and radius; it has
+        ``accuracy`` (``rho`` for DeepFool), ``examples``, ``eps``, ``epoch`` and the name of the ``checkpoint``.
 
     Raises:
         ValueError: an unknown attack, or data that does not fit the network.
@@ -74,7 +77,7 @@ def assess(
         CheckpointError: it is damaged.
     """
     check_attacks(attacks)
-    config = folder.config().resolved()
+    config = folder.config(data_root)
     dataset = load_dataset(config, device) if dataset is None else dataset.to(device)
     test: Source = dataset.test
     if examples is not None:
@@ -82,21 +85,22 @@ def assess(
             raise ValueError(f"examples must lie between 1 and {len(test)}, the size of the test set; got {examples}")
         test = test.take(torch.arange(examples))
     radius = eps if eps is not None else config.eps or 0.0
-    path = folder.path / EVALUATIONS
+    path = folder.evaluations_file
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     net = build_network(config, dataset).to(device).eval()
     for which in checkpoints:
-        epoch, weights = folder.weights(which)
-        net.load_state_dict(weights)
+        kept = folder.weights(which)
+        net.load_state_dict(kept.weights)
         for attack in attacks:
-            settings = {"epoch": epoch, "examples": len(test), "eps": radius, "threat": config.threat}
-            known = found.get(which, {}).get(attack)
-            if known is None or any(known.get(key) != value for key, value in settings.items()):
+            settings = {"checkpoint": kept.checkpoint, "epoch": kept.epoch, "examples": len(test), "eps": radius}
+            known = found.setdefault(which, {}).setdefault(attack, [])
+            result = next((entry for entry in known if settings.items() <= entry.items()), None)
+            if result is None:
                 result = {**settings, **_run(attack, net, test, radius, config, batch_size)}
-                found.setdefault(which, {})[attack] = result
+                known.append(result)
                 write_json(path, found)
             if on_result is not None:
-                on_result(which, attack, found[which][attack])
+                on_result(which, attack, result)
     return found
 
 

@@ -12,15 +12,13 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .atomic_files import explained, make_folder, synced, write_synced
 from .checkpoint_files import CheckpointError, decoded, encoded, read
-from .folder_lock import locked
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 
@@ -131,7 +129,7 @@ class CheckpointStore:
             )
         return None
 
-    def prune(self, prefix: str = "step-", keep: int | None = None, spare: Collection[str] = ()) -> None:
+    def prune(self, prefix: str = "step-", keep: int | None = None) -> None:
         """Deletes old checkpoints of a series, and what killed processes left half-written.
 
         Only checkpoints that verify count as kept, so a damaged one never pushes out a good one.
@@ -139,7 +137,6 @@ class CheckpointStore:
         Args:
             prefix: of the series.
             keep: how many of the newest stay; ``None`` for the store's own ``keep``.
-            spare: names that stay in any case.
 
         Raises:
             ValueError: ``keep`` is not positive.
@@ -150,7 +147,7 @@ class CheckpointStore:
         for name in self._series(prefix):
             if left > 0:
                 left -= self._verifies(name)
-            elif name not in spare:
+            else:
                 self._delete(name)
 
     def drop_after(self, prefix: str, number: int) -> None:
@@ -162,14 +159,6 @@ class CheckpointStore:
         for name in self._series(prefix):
             if int(name.removeprefix(prefix)) > number:
                 self._delete(name)
-
-    def lock(self) -> AbstractContextManager[None]:
-        """Makes this the only process that trains in the folder; the kernel releases it however the process ends.
-
-        Raises:
-            RuntimeError: on entering, another one holds it.
-        """
-        return locked(self.folder)
 
     # -- places -------------------------------------------------------------------------------------------------
 

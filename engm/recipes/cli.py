@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -36,11 +37,13 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Adversarial training with example-normalised gradients.",
 )
+PIPE_COLUMNS = 160
 Out = Annotated[Path, typer.Option(help="Folder of the run; one that exists is gone on with.")]
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
 ]
+DataRoot = Annotated[Path | None, typer.Option(help="Where named data sets lie; default: where they lay in training.")]
 CheckpointName = Annotated[str, typer.Option(help="best or last.")]
 
 
@@ -59,11 +62,14 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
         with from_environment(chosen.device) as ranks:
             _set_machine(chosen)
-            console = Console(quiet=not ranks.first)
+            console = _console(quiet=not ranks.first)
+            finished = folder.results_file.is_file()
             with RunView(console) as view:
                 results = train_in(chosen, out, ranks, view=view)
+            if finished:
+                console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
-            if ranks.first:
+            if ranks.first and not finished:
                 draw([results], out / "curves.png")
                 console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
 
@@ -81,6 +87,7 @@ def evaluate(
     examples: Annotated[int | None, typer.Option(min=1, help="The first so many of the test set; default all.")] = None,
     eps: Annotated[str | None, typer.Option(metavar="NUMBER", help="As 0.03 or 8/255; default the run's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 500,
+    data_root: DataRoot = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
@@ -88,7 +95,7 @@ def evaluate(
     from .run_folder import RunFolder
 
     with explained_failures("finished attacks are kept"):
-        console = Console()
+        console = _console()
         table = Table("Checkpoint", "Epoch", "Attack", "Result", box=SIMPLE_HEAD)
 
         def show(which: str, name: str, result: dict[str, Any]) -> None:
@@ -103,6 +110,7 @@ def evaluate(
             examples=examples,
             eps=None if eps is None else parse_number(eps),
             batch_size=batch_size,
+            data_root=data_root,
             device=choose_device(device),
             on_result=show,
         )
@@ -113,7 +121,7 @@ def compare(
     *,
     out: Out,
     optimizers: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(LABELS),
-    seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which, comma-separated.")] = "3",
+    seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which: 4,7 or 4, alone.")] = "3",
     config: ConfigFile = None,
     settings: dict[str, Any],
 ) -> None:
@@ -123,10 +131,10 @@ def compare(
     from .report import caption, table
 
     with explained_failures("the same command goes on where it was left"):
-        chosen = config_from(settings, config)
+        chosen = config_from(settings, config, compared=True)
         with from_environment(chosen.device) as ranks:
             _set_machine(chosen)
-            console = Console(quiet=not ranks.first)
+            console = _console(quiet=not ranks.first)
             results = compare_in(
                 chosen,
                 [name for name in optimizers.split(",") if name.strip()],
@@ -152,8 +160,12 @@ def report(
     from .report import caption, collect, draw, markdown, table
 
     with explained_failures():
-        results = collect(runs)
-        console = Console()
+        results, unfinished = collect(runs)
+        console = _console()
+        if unfinished:
+            console.print(f"Not finished, so not shown: {', '.join(map(str, unfinished))}", highlight=False)
+        if not results:
+            raise FileNotFoundError("none of these runs is finished")
         console.print(table(results), caption(results), sep="\n", highlight=False)
         if out is not None:
             make_folder(out)
@@ -168,6 +180,7 @@ def export(
     out: Annotated[Path, typer.Option(help="File to write.")],
     kind: Annotated[ExportFormat | None, typer.Option("--format", help="Default: by the ending of --out.")] = None,
     checkpoint: CheckpointName = "best",
+    data_root: DataRoot = None,
 ) -> None:
     """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
     from .export import export as export_to
@@ -176,8 +189,8 @@ def export(
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")
         (which,) = _checkpoints(checkpoint, both=False)
-        epoch = export_to(RunFolder(run), out, ExportFormat(kind or out.suffix[1:]), which)
-        Console().print(f"{which} weights (epoch {epoch}) in {out}", highlight=False)
+        epoch = export_to(RunFolder(run), out, ExportFormat(kind or out.suffix[1:]), which, data_root)
+        _console().print(f"{which} weights (epoch {epoch}) in {out}", highlight=False)
 
 
 @app.command()
@@ -193,7 +206,7 @@ def doctor(
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:
         table.add_row(finding.what, f"[{colours[finding.state]}]{finding.state}[/]", escape(finding.detail))
-    Console().print(table, highlight=False)
+    _console().print(table, highlight=False)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
 
@@ -203,12 +216,19 @@ def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
     return ("best", "last") if name == "both" else (name,)  # type: ignore[return-value]
 
 
+def _console(*, quiet: bool = False) -> Console:
+    """Where nobody looks (a file, a pipe), wide enough for every table."""
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+
+
 def _seeds(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--seeds: expected a number or numbers with commas between them, got {text!r}") from None
-    return list(range(numbers[0])) if len(numbers) == 1 and "," not in text else numbers
+        numbers = []
+    if not numbers or min(numbers) < 0 or (numbers == [0] and "," not in text):
+        raise ValueError(f"--seeds: expected how many (at least 1), or which with commas between them, got {text!r}")
+    return list(range(numbers[0])) if "," not in text else numbers
 
 
 def _set_machine(config: RunConfig) -> None:
@@ -224,7 +244,9 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training set.")] = 25,
     seed: Annotated[int, typer.Option(help="Of weights, data order and attack noise.")] = 0,
     width: Annotated[int, typer.Option(min=1, help="Channels of the network's stem.")] = 16,
-    methods: Annotated[str, typer.Option(help="Comma-separated; msgd makes time ratios possible.")] = "msgd,aengm,engm",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; msgd makes time ratios possible.")
+    ] = "msgd,a-engm,engm",
     every_method: Annotated[
         bool, typer.Option("--all", help="All seven methods of the paper, about ten minutes.")
     ] = False,
@@ -247,12 +269,13 @@ def demo(
     from . import demo_report as report
     from .demo import DemoSettings, demo_training, prepare, run
     from .demo_live import LiveView
-    from .methods import METHODS
+    from .methods import METHODS, canonical_method
 
     console = Console()
     torch.set_num_threads(threads)
-    names = tuple(METHODS) if every_method else tuple(n.strip().lower() for n in methods.split(",") if n.strip())
     try:
+        typed = tuple(canonical_method(name) for name in methods.split(",") if name.strip())
+        names = tuple(METHODS) if every_method else typed
         if log is not None:
             log.check()
         settings = DemoSettings(names, demo_training(epochs, batch_size, seed), width=width, alpha=alpha)

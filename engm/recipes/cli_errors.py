@@ -15,9 +15,10 @@ from engm.exact import NonFiniteError
 
 from .checkpoint import CheckpointError
 from .folder_lock import FolderInUseError
+from .ranks import OtherProcessError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
-_EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError)
+_EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError, OtherProcessError)
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
         raise typer.Exit(1) from None
     except NonFiniteError as error:
-        _say(f"{error}: training diverged; try a smaller --lr or --alpha. The last good checkpoint is kept.")
+        _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
         raise typer.Exit(1) from None
     except _EXPECTED as error:
         _say(str(error))

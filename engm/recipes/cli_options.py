@@ -57,16 +57,45 @@ def _option(f: Any) -> inspect.Parameter:
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def config_from(settings: dict[str, Any], file: Path | None) -> RunConfig:
+FETCHED = ("cifar10", "cifar100", "svhn")
+# Settings that say something only beside others, and when they do.
+_APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
+    "beta": (lambda c: c.objective in ("trades", "mart"), "--objective trades or mart"),
+    "patience": (lambda c: c.objective == "fat", "--objective fat"),
+    "awp_gamma": (lambda c: c.awp, "--awp"),
+    "awp_warmup": (lambda c: c.awp and c.awp_warmup < c.epochs, "--awp, and for fewer epochs than --epochs"),
+    "eps_warmup": (lambda c: c.eps_warmup <= c.epochs, "at most as many epochs as --epochs"),
+    "validation_examples": (lambda c: c.data != "digits", "other data than the digits, whose split is given"),
+    "download": (lambda c: not c.download or c.data in FETCHED, f"--data {', '.join(FETCHED)}"),
+}
+_OPTIMIZERS: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
+    "alpha": (lambda c: c.optimizer in ("engm", "a-engm", "n-engm", "f-engm"), "ENGM and its relatives"),
+    "clip_fraction": (lambda c: c.alpha == "auto", "--alpha auto"),
+    "tau": (lambda c: c.optimizer == "a-engm", "--optimizer a-engm"),
+    "beta_gamma": (lambda c: c.optimizer == "a-engm", "--optimizer a-engm"),
+    "max_norm": (lambda c: c.optimizer == "mgnc", "--optimizer mgnc"),
+}
+
+
+def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool = False) -> RunConfig:
     """The configuration that a command line describes: the file's settings, overridden by the options given.
 
+    Args:
+        settings: the options that were given.
+        file: a TOML file.
+        compared: the options are for several optimizers, of which each takes what is its own.
+
     Raises:
-        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`.
+        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`; or an option would change nothing.
     """
     base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
-    return from_values({**config.as_dict(), **typed}, source="the command line")
+    chosen = from_values({**config.as_dict(), **typed}, source="the command line")
+    for name, (applies, where) in ({} if compared else _OPTIMIZERS).items() | _APPLIES.items():
+        if name in settings and not applies(chosen):
+            raise ValueError(f"{option(name)} is for {where}; as it is it would change nothing")
+    return chosen
 
 
 def _typed(name: str, value: Any) -> Any:

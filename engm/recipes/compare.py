@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engm.exact import NonFiniteError
+
 from .atomic_files import write_json, write_text_atomic
 from .config import RunConfig
 from .methods import canonical_method
 from .ranks import Ranks
-from .report import draw, markdown
+from .report import collect, draw, markdown
 from .run import load_in_turn
 from .run_folder import RunFolder, View, train
 
@@ -61,21 +63,30 @@ def compare(
         view: makes a view of the cell with the given name.
 
     Returns:
-        The results of all cells.
+        The results of all cells (in other processes than the first: none).
 
     Raises:
+        NonFiniteError: cells diverged; the others were trained and compared.
         ValueError, FileNotFoundError: as :func:`engm.recipes.run_folder.train`; before anything is trained.
     """
     cells = cells_of(config, optimizers, seeds)
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
     dataset = load_in_turn(config.resolved(), ranks)
-    results = []
+    diverged = []
     for name, cell in cells.items():
-        with view(name) as watching:
-            results.append(train(cell, out / name, ranks, view=watching, dataset=dataset))
-    if ranks.first:
+        try:
+            with view(name) as watching:
+                train(cell, out / name, ranks, view=watching, dataset=dataset)
+        except NonFiniteError:
+            if ranks.world > 1:  # the others may not have noticed
+                raise
+            diverged.append(name)
+    results, _ = collect([out / name for name in cells if name not in diverged]) if ranks.first else ([], [])
+    if results:
         write_text_atomic(out / "comparison.md", markdown(results))
         write_json(out / "comparison.json", results)
         draw(results, out / "comparison.png")
+    if diverged:
+        raise NonFiniteError(f"{', '.join(diverged)} diverged; the others are in {out}")
     return results

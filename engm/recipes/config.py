@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from engm.adversarial import OBJECTIVES
 from engm.names import check_name
 
+from .data import DATASETS
 from .methods import canonical_method
 
 THREATS = ("linf", "l2")
@@ -96,7 +97,7 @@ class RunConfig:
     early_stop: int = setting(0, "Stop after so many epochs without a better validation; 0: never.", "Schedule")
 
     evaluate_every: int = setting(1, "Epochs between two looks at the validation set.", "Evaluation")
-    evaluation_steps: int = setting(20, "Steps of the evaluation attack (margin loss, eps/10 each).", "Evaluation")
+    evaluation_steps: int = setting(20, "Steps of the evaluation attack; of eps/10 from 20 on.", "Evaluation")
     test: bool = setting(True, "Evaluate best and last on the test set at the end.", "Evaluation")
 
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "Machine", outcome=False)
@@ -119,6 +120,8 @@ class RunConfig:
         """
         object.__setattr__(self, "optimizer", canonical_method(self.optimizer))
         object.__setattr__(self, "objective", self.objective.lower())
+        if self.data.lower() in DATASETS:
+            object.__setattr__(self, "data", self.data.lower())
         for name, known in (
             ("objective", OBJECTIVES),
             ("threat", THREATS),
@@ -132,6 +135,10 @@ class RunConfig:
             check_name(getattr(self, name), known, what=option(name))
         for name in self.log:
             check_name(name, LOG_FORMATS, what=option("log"))
+        if len(set(self.log)) < len(self.log):
+            raise ValueError(f"--log names a format twice: {','.join(self.log)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
         at_least = {
             1: ("epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every"),
             0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
@@ -153,9 +160,19 @@ class RunConfig:
         if not 0 < self.clip_fraction < 1:
             raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
         self._check_alpha()
+        self._check_norms()
         decays = self.decay_epochs
         if decays is not None and (list(decays) != sorted(set(decays)) or any(epoch < 1 for epoch in decays)):
             raise ValueError(f"{option('decay_epochs')} must be rising epoch numbers from 1, got {decays}")
+
+    def _check_norms(self) -> None:
+        """Norms through the statistics cannot come from an attack that does not see them."""
+        borrows = self.borrow and self.objective in ("pgd", "fat") and self.optimizer in ("engm", "a-engm", "f-engm")
+        if self.batch_norm == "exact" and self.norm == "batch" and self.attack_mode == "eval" and borrows:
+            raise ValueError(
+                "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "
+                "eval does not see: add --no-borrow, or leave one of the two out"
+            )
 
     def _check_alpha(self) -> None:
         if self.alpha == "paper":
@@ -165,15 +182,16 @@ class RunConfig:
                 raise ValueError(f"--alpha auto is for --optimizer engm, not for {self.optimizer}")
             return
         try:
-            good = float(self.alpha) > 0
+            value = parse_number(self.alpha)
         except ValueError:
-            good = False
-        if not good:
+            value = nan
+        if not (isfinite(value) and value > 0):
             raise ValueError(f"--alpha must be a positive number, paper or auto, got {self.alpha!r}")
+        object.__setattr__(self, "alpha", repr(value))  # so that 5 and 5.0 are the same run
 
     def resolved(self) -> RunConfig:
         """The same with everything settled that depends on other settings; resolving twice changes nothing."""
-        digits = self.data.lower() == "digits"
+        digits = self.data == "digits"
         decays = self.decay_epochs
         if decays is None and self.epochs == METHOD_TABLE_EPOCHS:
             decays = (100, 150)
@@ -183,8 +201,12 @@ class RunConfig:
         mode = self.attack_mode
         if mode == "auto":
             mode = "train" if self.objective in ("pgd", "fat") else "eval"
+        is_path = self.data not in DATASETS and Path(self.data).expanduser().exists()
         return replace(
             self,
+            # Found again from another working directory.
+            data=str(Path(self.data).expanduser().absolute()) if is_path else self.data,
+            data_root=str(Path(self.data_root).expanduser().absolute()),
             model=("small-resnet" if digits else "resnet18") if self.model == "auto" else self.model,
             eps=eps,
             step_size=self.step_size or (eps * STEP_SHARE[self.threat] or None),

@@ -47,7 +47,7 @@ class DemoSettings:
         evaluate_every: epochs between two looks at the validation set.
     """
 
-    methods: tuple[str, ...] = ("msgd", "aengm", "engm")
+    methods: tuple[str, ...] = ("msgd", "a-engm", "engm")
     training: Training = field(default_factory=demo_training)
     width: int = 16
     eps: float = 0.2

@@ -129,7 +129,7 @@ def caption(demo: Demo) -> str:
         "was best on the validation set, and of the last; Natural: of the best. One standard error of these is "
         f"{error:.1%}, and this is one seed: a few points of difference say nothing. x MSGD: median over the batches; "
         "in all: total training time."
-        + (WHOLE_GRADIENT if any(run.name in ("gnc", "sngm") for run in demo.runs) else "")
+        + (WHOLE_GRADIENT if any(run.name in ("mgnc", "sngm") for run in demo.runs) else "")
     )
 
 

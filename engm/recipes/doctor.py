@@ -26,7 +26,7 @@ PACKAGES = (
     ("matplotlib", "curves", True),
     ("tensorboard", "logs", False),
     ("timm", "models by timm's names", False),
-    ("pyautoattack", "AutoAttack: pip install 'engm[autoattack]'", False),
+    ("pyautoattack", "AutoAttack", False),
 )
 DATA = {
     "cifar10": ("cifar-10-batches-py",),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engm.adversarial import PGD, evaluation_mode, paused
+from engm.exact import NonFiniteError
 
 from .data import Source
 from .ranks import Ranks
@@ -70,6 +71,7 @@ def evaluate(
 
     Raises:
         ValueError: an empty split, or an attack that would run in training mode.
+        NonFiniteError: the network gives outputs that are not finite, so that its classes mean nothing.
     """
     if not len(split):
         raise ValueError("expected at least one example to evaluate on, got none")
@@ -78,19 +80,28 @@ def evaluate(
     rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
     numbers = range(-(-len(split) // batch_size))[rank::world]
     rows = [torch.arange(k * batch_size, min((k + 1) * batch_size, len(split))) for k in numbers]
-    natural = robust = 0
+    natural = robust = broken = 0
     with evaluation_mode(model), paused(model):
         for number, (x, y) in zip(numbers, split.batches(rows), strict=True):
-            natural += _correct(model, x, y)
-            if attack is not None:
+            correct, finite = _look(model, x, y)
+            natural += correct
+            broken += not finite
+            if attack is not None and finite:
                 # A generator a batch, so that it does not matter which process has it.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                robust += _correct(model, attack(model, x, y, generator=generator).inputs, y)
+                correct, finite = _look(model, attack(model, x, y, generator=generator).inputs, y)
+                robust += correct
+                broken += not finite
     if ranks is not None:
-        natural, robust = ranks.total([natural, robust])
+        natural, robust, broken = ranks.total([natural, robust, broken])
+    if broken:
+        raise NonFiniteError("the network's outputs are not finite, so its accuracy means nothing")
     return Accuracy(natural / len(split), robust / len(split) if attack is not None else None, len(split))
 
 
 @torch.no_grad()
-def _correct(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> int:
-    return int((model(x).argmax(dim=1) == y).sum())
+def _look(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[int, bool]:
+    """How many are classified correctly, and whether all outputs are finite."""
+    logits = model(x)
+    correct, finite = torch.stack([(logits.argmax(dim=1) == y).sum(), logits.isfinite().all().long()]).tolist()
+    return correct, bool(finite)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .atomic_files import replaced_when_whole
-from .data import Dataset
+from .atomic_files import make_folder, replaced_when_whole
 from .run import build_network, load_dataset
 from .run_folder import RunFolder, Which
 
@@ -22,7 +21,7 @@ class ExportFormat(StrEnum):
 
 
 def export(
-    folder: RunFolder, out: Path, kind: ExportFormat, which: Which = "best", dataset: Dataset | None = None
+    folder: RunFolder, out: Path, kind: ExportFormat, which: Which = "best", data_root: Path | None = None
 ) -> int:
     """Writes the weights (``safetensors``, or ``pt``: a ``state_dict``) or the program (``pt2``: ``torch.export``).
 
@@ -33,7 +32,7 @@ def export(
         out: file to write.
         kind: its format.
         which: whose weights.
-        dataset: ``None`` to load the one that the run names; it tells the shapes.
+        data_root: where a named data set lies, if not where it lay in training; a program needs its shapes.
 
     Returns:
         The number of finished epochs of the weights.
@@ -41,23 +40,24 @@ def export(
     Raises:
         FileNotFoundError, CheckpointError: no run, no such checkpoint, or a damaged one.
     """
-    config = folder.config().resolved()
-    epoch, weights = folder.weights(which)
+    config = folder.config(data_root)
+    kept = folder.weights(which)
     if kind is ExportFormat.PT2:
-        dataset = load_dataset(config, torch.device("cpu")) if dataset is None else dataset
+        dataset = load_dataset(config, torch.device("cpu"))
         net = build_network(config, dataset)
-        net.load_state_dict(weights)
+        net.load_state_dict(kept.weights)
         batch = torch.export.Dim("n", min=1)
         example = torch.zeros(2, *dataset.train.shape)
         program = torch.export.export(net.eval(), (example,), dynamic_shapes=({0: batch},))
+    make_folder(out.absolute().parent)
     with replaced_when_whole(out) as temporary:
         if kind is ExportFormat.SAFETENSORS:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            metadata = {"model": config.model, "epoch": str(epoch), "checkpoint": which}
-            save_file({name: t.contiguous() for name, t in weights.items()}, temporary, metadata)
+            metadata = {"model": config.model, "epoch": str(kept.epoch), "checkpoint": which}
+            temporary.write_bytes(save({name: t.contiguous() for name, t in kept.weights.items()}, metadata))
         elif kind is ExportFormat.PT:
-            torch.save(weights, temporary)
+            torch.save(kept.weights, temporary)
         else:
             torch.export.save(program, temporary)
-    return epoch
+    return kept.epoch

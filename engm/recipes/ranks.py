@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
+class OtherProcessError(RuntimeError):
+    """Something failed in another process of the same run."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run.
@@ -71,10 +75,33 @@ class Ranks:
                 dist.all_reduce(buffer)
                 buffer.div_(self.world)
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.world > 1:
-            dist.barrier()
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in here in one process fails in all, instead of leaving the others waiting for it.
+
+        Raises:
+            OtherProcessError: in the processes where nothing failed.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failed = self.total([failure is not None])[0]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise OtherProcessError("another process of this run failed; it says why")
+
+    def gather_buffers(self, net: nn.Module) -> list[dict[str, Tensor]]:
+        """Every process's running statistics by name, where there are several processes."""
+        if self.world == 1:
+            return []
+        named = [(name, buffer) for name, buffer in net.named_buffers() if buffer.is_floating_point()]
+        gathered = [self.gather(buffer) for _, buffer in named]
+        return [
+            {name: parts[rank] for (name, _), parts in zip(named, gathered, strict=True)} for rank in range(self.world)
+        ]
 
     def gather(self, value: Tensor) -> list[Tensor]:
         """Every process's ``value`` (of one shape), on the CPU."""
@@ -110,16 +137,30 @@ def from_environment(device: str = "auto") -> Iterator[Ranks]:
     """The processes that ``torchrun`` describes in the environment, connected (gloo on CPUs, NCCL on GPUs), or one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or an environment that is not torchrun's.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
     if world == 1:
         yield Ranks(chosen)
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {world} and {', '.join(missing)} not set: start several processes with torchrun"
+        )
     rank = int(os.environ["RANK"])
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if chosen.index is not None:
+            raise ValueError(
+                f"--device {device}: with several processes each takes a GPU of its own; use --device cuda"
+            )
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} has no GPU: start no more than {torch.cuda.device_count()} on this machine"
+            )
+        chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .atomic_files import read_json
+from .atomic_files import read_json, replaced_when_whole
+from .config import RunConfig
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EVALUATIONS = "evaluation.json"
-# Settings that a row's label names where rows differ in them; thresholds only where rows of one method do.
-ROW_SETTINGS = ("data", "train_examples", "model", "width", "norm", "objective", "awp", "threat", "eps", "epochs", "lr")
-METHOD_SETTINGS = ("alpha", "tau", "max_norm", "borrow", "batch_norm")
+# Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
+ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
+METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
 
 @dataclass(frozen=True)
@@ -52,60 +52,85 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "Best": (("test", "best", "robust"), "%"),
     "Last": (("test", "last", "robust"), "%"),
     "Overfit": (("overfit",), "%"),
-    "AA": (("evaluation", "best", "autoattack", "accuracy"), "%"),
+    "AA": (("autoattack",), "%"),
     "Best epoch": (("best_epoch",), "f"),
     "s/step": (("step_seconds",), "s"),
 }
 """The paper's Table 2 with times: heading, where the figure lies in a result, its unit."""
 
 
-def collect(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of run folders, and of the run folders directly below folders that are none.
+def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The results of run folders, and of the finished ones directly below folders that are none.
+
+    Returns:
+        The results, with the ``autoattack`` accuracy of the best checkpoint where all test images were attacked at the
+        run's own radius; and the runs below a path that are not finished.
 
     Raises:
-        FileNotFoundError: a path is no run folder and has none below it, or a run is not over.
+        FileNotFoundError: a path is no run folder and has none below it, or a run that was named is not over.
     """
-    found = []
+    found: dict[Path, dict[str, Any]] = {}
+    unfinished = []
     for path in paths:
-        folders = [path] if RunFolder(path).exists else sorted(p.parent for p in path.glob("*/config.toml"))
-        if not folders:
+        below = [] if RunFolder(path).exists else sorted(p.parent for p in path.glob("*/config.toml"))
+        if not RunFolder(path).exists and not below:
             raise FileNotFoundError(f"{path} is no run folder, and there is none in it")
-        for folder in folders:
+        for folder in below or [path]:
+            if below and not RunFolder(folder).results_file.is_file():
+                unfinished.append(folder)
+                continue
             result = RunFolder(folder).results()
-            evaluations = folder / EVALUATIONS
-            found.append({**result, "evaluation": read_json(evaluations) if evaluations.is_file() else {}})
-    return found
+            found[folder.resolve()] = {**result, "autoattack": _autoattack(RunFolder(folder), result)}
+    return list(found.values()), unfinished
+
+
+def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
+    known = read_json(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
+    wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
+    entries = known.get("best", {}).get("autoattack", [])
+    return next((entry["accuracy"] for entry in entries if wanted.items() <= entry.items()), None)
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """Results grouped by everything but the seed, labelled by the settings in which the groups differ."""
+    """Results grouped by everything but the seed that can change a result, labelled by what the groups differ in.
+
+    Raises:
+        ValueError: two runs of one row have the same seed.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        key = repr(sorted((k, v) for k, v in result["config"].items() if k != "seed"))
+        key = repr([result["config"].get(name) for name in ("optimizer", *ROW_SETTINGS)])
         groups.setdefault(key, []).append(result)
     firsts = [group[0] for group in groups.values()]
     rows = []
     for group in groups.values():
         method, config = group[0]["method"], group[0]["config"]
-        shown = [f"{k} {config.get(k)}" for k in ROW_SETTINGS if len({repr(r["config"].get(k)) for r in firsts}) > 1]
-        own = [r["config"] for r in firsts if r["method"] == method]
-        shown += [f"{k} {config.get(k)}" for k in METHOD_SETTINGS if len({repr(c.get(k)) for c in own}) > 1]
+        seeds = [result["config"]["seed"] for result in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of {method} have the same settings and the same seed; leave one of them out")
+        shown = []
+        for name in ROW_SETTINGS:
+            peers = [r for r in firsts if r["method"] == method or name not in METHOD_SETTINGS]
+            if len({repr(r["config"].get(name)) for r in peers}) > 1:
+                shown.append(f"{name} {config.get(name)}")
         rows.append(Row(", ".join([method, *shown]), group))
     return rows
 
 
-def _cell(values: Sequence[float], unit: str) -> str:
+def _cell(values: Sequence[float], unit: str, runs: int) -> str:
+    """Mean and deviation; behind them of how many runs, if not of all."""
     if not values:
         return "-"
     scale, digits = (100, 1) if unit == "%" else (1, 3 if unit == "s" else 0)
     scaled = [scale * value for value in values]
     text = f"{mean(scaled):.{digits}f}"
-    return text if len(scaled) < 2 else f"{text} ± {stdev(scaled):.{digits}f}"
+    text = text if len(scaled) < 2 else f"{text} ± {stdev(scaled):.{digits}f}"
+    return text if len(scaled) == runs else f"{text} (of {len(scaled)})"
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table: mean, and deviation where there are several seeds. Accuracies in per cent."""
-    figures = [_cell(row.values(*path), unit) for path, unit in COLUMNS.values()]
+    figures = [_cell(row.values(*path), unit, len(row.results)) for path, unit in COLUMNS.values()]
     return [row.label, str(len(row.results)), *figures]
 
 
@@ -136,8 +161,8 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
     return (
         f"Per cent of {' or '.join(map(str, tests))} test images. Natural and Best: the checkpoint that was best on "
         f"the validation set; Last: the last one; robust accuracies under PGD-{'/'.join(map(str, steps))} on the "
-        "margin loss; AA: AutoAttack, by engm evaluate. Overfit: (best - last) / best. Means ± standard deviation over "
-        "seeds."
+        "margin loss; AA: AutoAttack on all of them, by engm evaluate. Overfit: (best - last) / best. Means ± standard "
+        "deviation over seeds."
     )
 
 
@@ -172,10 +197,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         for epoch in decays:
             axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
     axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with replaced_when_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _curve(axes: Axes, result: dict[str, Any], name: str, *, scale: float = 1.0, **style: Any) -> None:
-    points = [(row["epoch"], scale * row[name]) for row in result["history"] if row.get(name) is not None]
+    points = [(row["epoch"], scale * float(row[name])) for row in result["history"] if row.get(name) is not None]
     if points:
         axes.plot(*zip(*points, strict=True), **style)

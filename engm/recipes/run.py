@@ -37,10 +37,12 @@ class Best:
 
     Attributes:
         epoch: number of finished epochs.
+        steps: of the run, at that moment.
         accuracy: on the validation set.
     """
 
     epoch: int
+    steps: int
     accuracy: Accuracy
 
     @property
@@ -61,7 +63,7 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
         ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
     """
     # The digits have a split of their own, in which nothing is to choose.
-    digits = config.data.lower() == "digits"
+    digits = config.data == "digits"
     dataset = load_data(
         config.data,
         root=config.data_root,
@@ -84,12 +86,11 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
 
 def load_in_turn(config: RunConfig, ranks: Ranks) -> Dataset:
     """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
-    if config.download and not ranks.first:
-        ranks.wait()
-    dataset = load_dataset(config, ranks.device)
-    if config.download and ranks.first:
-        ranks.wait()
-    return dataset
+    if config.download and ranks.world > 1:
+        with ranks.together():
+            if ranks.first:
+                load_dataset(config, ranks.device)
+    return load_dataset(config, ranks.device)
 
 
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
@@ -207,8 +208,9 @@ class Run:
         """The training attack at a position; ``step`` counts over the whole run."""
         config, full = self.config, self.config.eps or 0.0
         eps = self.schedule.eps(step)
-        step_size = (config.step_size or 1.0) * (eps / full if full else 1.0)
-        return self._objective(epoch).attack(eps, step_size or 1.0, config.attack_steps, config.ball)
+        # With eps of 0 there is no attack, whatever its step.
+        step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
+        return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -232,7 +234,8 @@ class Run:
 
     def _stale(self) -> bool:
         patience = self.config.early_stop
-        return bool(patience and self.best and self.epoch - self.best.epoch >= patience)
+        looked = max((row["epoch"] for row in self.history if row["natural"] is not None), default=0)
+        return bool(patience and self.best and looked - self.best.epoch >= patience)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -273,7 +276,7 @@ class Run:
             accuracy = self.evaluate("validation")
         better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
         if accuracy is not None and better:
-            self.best = Best(self.epoch, accuracy)
+            self.best = Best(self.epoch, self.trainer.steps, accuracy)
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -312,9 +315,10 @@ class Run:
         Raises:
             NonFiniteError: one of the latest losses was not finite, so that this state is not worth keeping.
         """
-        self.synchronise()
         cuda = self.ranks.device.type == "cuda"
+        networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {
+            "device": self.ranks.device.type,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -322,6 +326,7 @@ class Run:
             "batch": self.batch,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
+            "buffers": [self.ranks.gather_buffers(net) for net in networks],
             "random": self.ranks.gather(torch.get_rng_state()),
             "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device)) if cuda else None,
         }
@@ -330,19 +335,28 @@ class Run:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it was taken with another number of processes.
+            ValueError: it was taken with another number of processes, or on another kind of device.
         """
         if len(state["random"]) != self.ranks.world:
             raise ValueError(
                 f"this run was trained by {len(state['random'])} processes; go on with as many, not {self.ranks.world}"
             )
+        if state["device"] != self.ranks.device.type:  # whose generators have another kind of state
+            raise ValueError(
+                f"this run was trained on {state['device']}; go on there, with --device {state['device']}, or begin "
+                "another run on this device"
+            )
         self.net.load_state_dict(state["net"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        networks = [self.net] if self.average is None else [self.net, self.average.module]
+        for net, every_rank in zip(networks, state["buffers"], strict=True):
+            if every_rank:
+                net.load_state_dict(every_rank[self.ranks.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         best = state["best"]
-        self.best = None if best is None else Best(best["epoch"], Accuracy(**best["accuracy"]))
+        self.best = None if best is None else Best(best["epoch"], best["steps"], Accuracy(**best["accuracy"]))
         torch.set_rng_state(state["random"][self.ranks.rank])
         if state["random_cuda"] is not None and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"][self.ranks.rank], self.ranks.device)

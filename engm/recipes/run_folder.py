@@ -11,18 +11,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from .atomic_files import make_folder, read_json, write_json, write_text_atomic
+from .atomic_files import read_json, write_json, write_text_atomic
 from .checkpoint import CheckpointStore
 from .config import RunConfig, from_values, option, read_toml, to_toml
 from .data import Dataset
 from .evaluate import Accuracy, overfit
+from .folder_lock import locked
 from .loggers import LogFormat, Loggers
 from .machine import machine_facts
 from .methods import LABELS
@@ -97,8 +98,11 @@ class RunFolder:
         """Whether a run lives here already."""
         return self.config_file.is_file()
 
-    def config(self) -> RunConfig:
-        """The configuration of the run that lives here.
+    def config(self, data_root: Path | None = None) -> RunConfig:
+        """The resolved configuration of the run that lives here.
+
+        Args:
+            data_root: where named data sets lie now, if not where they lay in training.
 
         Raises:
             FileNotFoundError: none does.
@@ -106,7 +110,8 @@ class RunFolder:
         """
         if not self.exists:
             raise FileNotFoundError(f"{self.path} is no run folder: there is no {self.config_file.name} in it")
-        return from_values(read_toml(self.config_file), source=str(self.config_file))
+        config = from_values(read_toml(self.config_file), source=str(self.config_file)).resolved()
+        return config if data_root is None else replace(config, data_root=str(data_root.absolute()))
 
     def check_free_for(self, config: RunConfig) -> None:
         """Looks whether ``config`` may train here: in a new or empty folder, or going on with its own run.
@@ -125,6 +130,11 @@ class RunFolder:
         elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
             raise ValueError(f"{self.path} exists and is no run folder: choose another --out")
 
+    @property
+    def evaluations_file(self) -> Path:
+        """What ``engm evaluate`` found."""
+        return self.path / "evaluation.json"
+
     def results(self) -> dict[str, Any]:
         """What the run came to.
 
@@ -136,42 +146,50 @@ class RunFolder:
         found: dict[str, Any] = read_json(self.results_file)
         return found
 
-    def weights(self, which: Which) -> tuple[int, dict[str, Tensor]]:
-        """Weights that were kept, on the CPU.
+    def weights(self, which: Which) -> Kept:
+        """Weights that were kept.
 
         Args:
-            which: ``"best"`` on the validation set, or ``"last"``.
-
-        Returns:
-            The number of finished epochs, and the network's ``state_dict`` (averaged weights, if the run averages).
+            which: ``"best"`` on the validation set so far, or ``"last"``.
 
         Raises:
             FileNotFoundError: no such checkpoint yet.
             CheckpointError: it is damaged; names the file.
         """
-        found = self.store.latest(BEST if which == "best" else LAST)
-        if found is None:
+        found = self.store.latest(LAST)
+        if found is None or (which == "best" and found[1]["best"] is None):
             raise FileNotFoundError(f"{self.path} has no {which} checkpoint yet")
-        _, state = found
-        return (state["epoch"], state["net"]) if which == "best" else (state["epoch"], evaluated_weights(state))
+        name, state = found
+        if which == "last":
+            return Kept(name, state["epoch"], evaluated_weights(state))
+        name = best_name(state["best"]["steps"])
+        return Kept(name, state["best"]["epoch"], self.store.load(name)["net"])
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def save(self, run: Run) -> None:
         """A periodic checkpoint. Every process must call it; the first one writes."""
         state = run.state_dict()
+        with run.ranks.together():
+            self._save(run, state)
+
+    def _save(self, run: Run, state: dict[str, Any]) -> None:
         if run.ranks.first:
             self.store.save(f"{LAST}{run.trainer.steps:08d}", state)
-            self.store.prune(LAST, KEPT, spare=set())
+            self.store.prune(LAST)
 
     def save_best(self, run: Run) -> None:
-        """The weights that were just found to be the best."""
+        """The weights that were just found to be the best. Every process must call it; the first one writes."""
+        with run.ranks.together():
+            self._save_best(run)
+
+    def _save_best(self, run: Run) -> None:
         if run.ranks.first and run.best is not None:
             weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": asdict(run.best.accuracy)}
-            self.store.save(f"{BEST}{run.trainer.steps:08d}", weights)
+            self.store.save(best_name(run.best.steps), weights)
             # One more than needed: a periodic checkpoint from before this one may still be what a resumed run starts
             # from, and its best is the one before.
-            self.store.prune(BEST, KEPT, spare=set())
+            self.store.prune(BEST)
 
     def restore(self, run: Run) -> bool:
         """Puts the run where its latest good checkpoint left it; a damaged one is named in a warning and passed over.
@@ -190,6 +208,26 @@ class RunFolder:
         if run.ranks.first:  # what is newer belongs to a future that this run may not repeat
             self.store.drop_after(BEST, run.trainer.steps)
         return True
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights out of a checkpoint.
+
+    Attributes:
+        checkpoint: its name.
+        epoch: number of finished epochs.
+        weights: the network's ``state_dict`` (averaged weights, if the run averages), on the CPU.
+    """
+
+    checkpoint: str
+    epoch: int
+    weights: dict[str, Tensor]
+
+
+def best_name(steps: int) -> str:
+    """The checkpoint of weights that were the best after so many steps."""
+    return f"{BEST}{steps:08d}"
 
 
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -233,11 +271,12 @@ def train(
     run = Run(config, ranks, dataset)
     view = view if view is not None and ranks.first else NoView()
     with ExitStack() as stack:
-        if ranks.first:
-            if not folder.exists:  # first of all: a folder with anything else in it is not taken for a run
-                make_folder(path)
-                write_text_atomic(folder.config_file, to_toml(config))
-            stack.enter_context(folder.store.lock())
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(locked(path))
+                folder.check_free_for(config)  # again: somebody may have begun meanwhile
+                if not folder.exists:
+                    write_text_atomic(folder.config_file, to_toml(config))
         resumed = folder.restore(run)
         if ranks.first and formats:
             keep = {"step": run.trainer.steps, "epoch": run.epoch} if resumed else None
@@ -271,13 +310,13 @@ def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
 def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
     """Test accuracies of best and last (the one look at the test set), and everything a report needs."""
     config, dataset = run.config, run.dataset
-    epoch, weights = folder.weights("best")
-    best = copy.deepcopy(run.net)
-    best.load_state_dict(weights)
     looks: dict[str, Accuracy] = {}
     if config.test:
-        looks["last"] = run.evaluate("test")
-        looks["best"] = looks["last"] if epoch == run.epoch else run.evaluate("test", best)
+        looks["last"] = looks["best"] = run.evaluate("test")
+        if run.best is not None and run.best.epoch < run.epoch:
+            best = copy.deepcopy(run.net)
+            best.load_state_dict(folder.weights("best").weights)
+            looks["best"] = run.evaluate("test", best)
     seconds = [row["step_seconds"] for row in run.history]
     return {
         "format": 1,
@@ -294,7 +333,7 @@ def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
         },
         "epochs": run.epoch,
         "stopped_early": run.epoch < config.epochs,
-        "best_epoch": epoch,
+        "best_epoch": None if run.best is None else run.best.epoch,
         "validation": None if run.best is None else asdict(run.best.accuracy),
         "test": {which: asdict(accuracy) for which, accuracy in looks.items()},
         "overfit": overfit(robust_of(looks["best"]), robust_of(looks["last"])) if looks else None,

@@ -235,11 +235,11 @@ def test_latest_refuses_when_all_are_damaged(store: CheckpointStore) -> None:
 # -- pruned ---------------------------------------------------------------------------------------------------------
 
 
-def test_prune_keeps_the_newest_and_the_spared(store: CheckpointStore) -> None:
+def test_prune_keeps_the_newest(store: CheckpointStore) -> None:
     fill(store, 1, 2, 3, 4, 10)
     fill(store, 1, prefix="best-")
-    store.prune("step-", spare={"step-00000001"})
-    assert names(store) == ["best-00000001", "step-00000001", "step-00000004", "step-00000010"]
+    store.prune("step-")
+    assert names(store) == ["best-00000001", "step-00000004", "step-00000010"]
     store.prune("step-", keep=1)
     assert names(store) == ["best-00000001", "step-00000010"]
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from engm.recipes.checkpoint import CheckpointStore
+from engm.recipes.folder_lock import locked
 
 # Importing torch takes seconds, so one process does it and forks the victims.
 NURSERY = """
@@ -23,6 +24,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from engm.recipes.checkpoint import CheckpointStore
+from engm.recipes.folder_lock import locked
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
@@ -38,7 +40,7 @@ def die_before_change(number):
     sys.addaudithook(hook)
 
 def save_on_and_on(store):
-    with store.lock():
+    with locked(store.folder):
         found = store.latest()
         number = 0 if found is None else found[1]["number"]
         while True:
@@ -50,7 +52,7 @@ def save_on_and_on(store):
             say("saved", number)
 
 def hold(store):
-    with store.lock():
+    with locked(store.folder):
         worker = os.fork()
         if worker == 0:
             time.sleep(60)
@@ -169,19 +171,18 @@ def test_killed_before_each_change_of_the_disk(nursery: Nursery, tmp_path: Path)
 
 
 def test_one_process_at_a_time_and_the_kernel_unlocks(nursery: Nursery, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
     victim = nursery.start(tmp_path, "hold")
     worker = nursery.read("worker")[-1]
-    with pytest.raises(RuntimeError, match=f"another process is training in {tmp_path}"), store.lock():
+    with pytest.raises(RuntimeError, match=f"another process is training in {tmp_path}"), locked(tmp_path):
         pass
     os.kill(victim, signal.SIGKILL)
     nursery.ended()
     try:
-        with store.lock():  # though the worker that it forked is alive
+        with locked(tmp_path):  # though the worker that it forked is alive
             os.kill(worker, 0)
-            with pytest.raises(RuntimeError, match="another process"), CheckpointStore(tmp_path).lock():
+            with pytest.raises(RuntimeError, match="another process"), locked(tmp_path):
                 pass
-        with store.lock():
+        with locked(tmp_path):
             pass
     finally:
         os.kill(worker, signal.SIGKILL)

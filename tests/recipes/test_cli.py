@@ -15,8 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from engm.exact import NonFiniteError
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig, option
+from engm.recipes.config import RunConfig, option, to_toml
+from engm.recipes.folder_lock import locked
+from engm.recipes.report import collect, markdown
 from engm.recipes.run_folder import RunFolder
 
 _TINY = "--width 2 --epochs 2 --batch-size 32 --attack-steps 2 --evaluation-steps 3 --train-examples 64 --threads 1"
@@ -70,6 +73,7 @@ def test_the_same_command_and_the_folder_alone_go_on(trained: Path) -> None:
         result = engm("train", *arguments)
         assert result.exit_code == 0, result.output
         assert "A-ENGM" in result.output
+    assert "was finished before; nothing was done" in result.output
     assert "--optimizer a-engm (now engm)" in failed("train", "--out", trained, "--optimizer", "engm")
 
 
@@ -95,9 +99,10 @@ def test_evaluate_keeps_what_it_found(trained: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((trained / "evaluation.json").read_text())
     for which in ("best", "last"):
-        assert 0 <= found[which]["pgd3"]["accuracy"] <= found[which]["pgd3-ce"]["accuracy"] + 0.2
-        assert found[which]["deepfool"]["rho"] > 0
-        assert found[which]["pgd3"]["examples"] == 20
+        pgd, ce, deepfool = (found[which][name][0] for name in ("pgd3", "pgd3-ce", "deepfool"))
+        assert 0 <= pgd["accuracy"] <= ce["accuracy"] + 0.2
+        assert deepfool["rho"] > 0
+        assert pgd["examples"] == 20
     with mock.patch("engm.recipes.assess._run", side_effect=AssertionError("computed again")):
         assert engm(*arguments).exit_code == 0
     assert engm("evaluate", trained, "--attack", "natural", "--examples", "20", "--checkpoint", "last").exit_code == 0
@@ -110,7 +115,7 @@ def test_evaluate_with_autoattack(trained: Path) -> None:
         "evaluate", trained, "--attack", "autoattack", "--examples", 4, "--checkpoint", "last", "--device", "cpu"
     )
     assert result.exit_code == 0, result.output
-    found = json.loads((trained / "evaluation.json").read_text())["last"]["autoattack"]
+    found = json.loads((trained / "evaluation.json").read_text())["last"]["autoattack"][0]
     assert found["accuracy"] == pytest.approx(found["reported"])
 
 
@@ -142,12 +147,85 @@ def test_compare(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.md").read_text().splitlines()[2:4] == table[2:4]
 
 
+def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
+    arguments = [*TINY, "--out", tmp_path / "all", "--optimizers", "msgd,sngm", "--seeds", "4,"]
+    with mock.patch("engm.recipes.methods.engm.MSGD", side_effect=NonFiniteError("not finite")):
+        message = failed("compare", *arguments)
+    assert "msgd-seed4 diverged; the others are in" in message
+    assert "| SNGM | 1 |" in (tmp_path / "all" / "comparison.md").read_text()
+
+
+class TestReport:
+    """Rows of made-up runs."""
+
+    @staticmethod
+    def run(
+        folder: Path, *, best: float = 0.5, evaluations: list[dict[str, object]] | None = None, **config: object
+    ) -> Path:
+        folder.mkdir(parents=True)
+        whole = RunConfig(**config).resolved()  # type: ignore[arg-type]
+        (folder / "config.toml").write_text(to_toml(whole))
+        accuracy = {"natural": 0.9, "robust": best, "examples": 100}
+        results = {
+            "method": whole.optimizer.upper(),
+            "config": whole.as_dict(),
+            "data": {"test": 100},
+            "test": {"best": accuracy, "last": accuracy},
+            "overfit": 0.0,
+            "best_epoch": 3,
+            "step_seconds": 0.1,
+            "history": [{"epoch": 1, "loss": "nan", "robust": best, "natural": "inf", "weight_mean": 1.0}],
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+        if evaluations is not None:
+            (folder / "evaluation.json").write_text(json.dumps({"best": {"autoattack": evaluations}}))
+        return folder
+
+    def test_seeds_are_averaged_whatever_cannot_change_a_result(self, tmp_path: Path) -> None:
+        self.run(tmp_path / "runs" / "a", best=0.4, seed=0, log_every=50)
+        self.run(tmp_path / "runs" / "b", best=0.6, seed=1, log_every=51, threads=1)
+        self.run(tmp_path / "runs" / "c", seed=0, objective="trades", beta=3.0)
+        (tmp_path / "runs" / "d").mkdir()
+        (tmp_path / "runs" / "d" / "config.toml").write_text("")
+        result = engm("report", tmp_path / "runs", tmp_path / "runs" / "a", "--out", tmp_path / "report")
+        assert result.exit_code == 0, result.output
+        assert "Not finished, so not shown" in result.output
+        rows = (tmp_path / "report" / "report.md").read_text().splitlines()[2:4]
+        cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows]
+        assert cells[0][1] == "2"
+        assert cells[0][3] == "50.0 ± 14.1"
+        assert cells[0][0].startswith("ENGM, objective pgd, beta 6.0")
+        assert cells[1][0].startswith("ENGM, objective trades, beta 3.0")
+        assert (tmp_path / "report" / "report.png").exists()
+
+    def test_the_same_seed_twice_is_refused(self, tmp_path: Path) -> None:
+        runs = [self.run(tmp_path / name, seed=2) for name in ("a", "b")]
+        assert "the same settings and the same seed" in failed("report", *runs)
+
+    def test_only_a_whole_autoattack_of_the_best_weights_counts(self, tmp_path: Path) -> None:
+        right = {"examples": 100, "eps": 0.2, "epoch": 3, "accuracy": 0.25}
+        wrong = [
+            {**right, key: value, "accuracy": 0.99} for key, value in (("examples", 20), ("eps", 0.1), ("epoch", 2))
+        ]
+        self.run(tmp_path / "runs" / "a", seed=0, evaluations=[*wrong, right])
+        self.run(tmp_path / "runs" / "b", seed=1, evaluations=wrong)
+        results, _ = collect([tmp_path / "runs"])
+        assert [result["autoattack"] for result in results] == [0.25, None]
+        assert "25.0 (of 1)" in markdown(results)
+
+    def test_unfinished_runs_alone_are_no_report(self, tmp_path: Path) -> None:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "config.toml").write_text("")
+        assert "none of these runs is finished" in failed("report", tmp_path)
+        assert "has no results yet" in failed("report", tmp_path / "a")
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "pt2"])
 def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
-    file = tmp_path / f"net.{kind}"
+    file = tmp_path / "new" / f"net.{kind}"
     result = engm("export", trained, "--out", file, "--checkpoint", "last")
     assert result.exit_code == 0, result.output
-    weights = RunFolder(trained).weights("last")[1]
+    weights = RunFolder(trained).weights("last").weights
     if kind == "safetensors":
         from safetensors.torch import load_file
 
@@ -210,7 +288,7 @@ class TestFailures:
         options = ["--lr", "1e30", "--weight-decay", "0", "--optimizer", "msgd"]
         message = failed("train", *TINY, *options, "--out", tmp_path / "run")
         assert "finite" in message
-        assert "--lr" in message
+        assert "a smaller --lr" in message
 
     def test_out_of_memory(self, tmp_path: Path) -> None:
         for error in (
@@ -233,13 +311,21 @@ class TestFailures:
     def test_a_folder_in_use(self, tmp_path: Path) -> None:
         with mock.patch("engm.recipes.train.Trainer.step", side_effect=KeyboardInterrupt):
             engm("train", *TINY, "--out", tmp_path / "run")
-        with RunFolder(tmp_path / "run").store.lock():
+        with locked(tmp_path / "run"):
             assert "another process is training in" in failed("train", *TINY, "--out", tmp_path / "run")
 
     def test_an_interruption(self, tmp_path: Path) -> None:
         with mock.patch("engm.recipes.train.Trainer.step", side_effect=KeyboardInterrupt):
             message = failed("train", *TINY, "--out", tmp_path / "run", status=130)
         assert "goes on where it was left" in message
+
+    def test_processes_that_nobody_started(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert "start several processes with torchrun" in failed("train", *TINY, "--out", tmp_path / "run")
+
+    def test_seeds(self, tmp_path: Path) -> None:
+        for seeds in ("0", "three", ","):
+            assert "at least 1" in failed("compare", *TINY, "--seeds", seeds, "--out", tmp_path / "all")
 
     def test_folders_that_are_no_runs(self, tmp_path: Path, trained: Path) -> None:
         assert "is no run folder" in failed("evaluate", tmp_path)

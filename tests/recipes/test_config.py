@@ -88,6 +88,11 @@ def test_defaults_are_the_papers() -> None:
         ({"log": ["csw"]}, "unknown --log: 'csw'; did you mean csv"),
         ({"log": "csv"}, "log must be a list of str"),
         ({"clip_fraction": 1.0}, "--clip-fraction must lie between 0 and 1"),
+        ({"alpha": "inf"}, "--alpha must be a positive number, paper or auto, got 'inf'"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": 2**63}, "--seed must be at least 0 and below"),
+        ({"log": ["csv", "csv"]}, "--log names a format twice: csv,csv"),
+        ({"batch_norm": "exact", "attack_mode": "eval"}, "add --no-borrow, or leave one of the two out"),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
@@ -107,11 +112,49 @@ def test_options_override_the_file(tmp_path: Path) -> None:
     file.write_text('data = "cifar10"\neps = "4/255"\nlr = 1\nbatch-size = 32\nalpha = 2\n')
     config = config_from({"lr": "0.2", "decay_epochs": "5, 7", "log": "none"}, file)
     assert (config.data, config.eps, config.lr, config.batch_size) == ("cifar10", 4 / 255, 0.2, 32)
-    assert (config.decay_epochs, config.log, config.alpha) == ((5, 7), (), "2")
+    assert (config.decay_epochs, config.log, config.alpha) == ((5, 7), (), "2.0")
     with pytest.raises(ValueError, match="--decay-epochs: expected numbers with commas between them, got '5;7'"):
         config_from({"decay_epochs": "5;7"}, file)
     with pytest.raises(ValueError, match="--lr: expected a number"):
         config_from({"lr": "fast"}, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": "2"}, "--beta is for --objective trades or mart; as it is it would change nothing"),
+        ({"tau": 7}, "--tau is for --optimizer a-engm"),
+        ({"alpha": "3", "optimizer": "mgnc"}, "--alpha is for ENGM and its relatives"),
+        ({"awp": True, "awp_warmup": 9, "epochs": 9}, "--awp-warmup is for --awp, and for fewer epochs"),
+        ({"validation_examples": 10}, "--validation-examples is for other data than the digits"),
+        ({"download": True}, "--download is for --data cifar10"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from(options, None)
+
+
+def test_options_of_several_optimizers_are_each_ones_own() -> None:
+    assert config_from({"tau": 7, "max_norm": "3"}, None, compared=True).tau == 7
+    with pytest.raises(ValueError, match="--beta is for"):
+        config_from({"beta": "2"}, None, compared=True)
+
+
+def test_spelling_does_not_make_another_run() -> None:
+    assert RunConfig(alpha="5") == RunConfig(alpha="5.0")
+    assert RunConfig(data="CIFAR10", objective="PGD", optimizer="A_ENGM") == RunConfig(
+        data="cifar10", objective="pgd", optimizer="a-engm"
+    )
+
+
+def test_paths_are_found_again_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.npz").write_text("")
+    monkeypatch.chdir(tmp_path)
+    resolved = RunConfig(data="data.npz", data_root="sets").resolved()
+    assert (resolved.data, resolved.data_root) == (str(tmp_path / "data.npz"), str(tmp_path / "sets"))
+    monkeypatch.chdir("/")
+    assert resolved.resolved() == resolved
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ def test_thresholds_follow_alpha() -> None:
         for alpha in (1.0, 3.0)
     ]
     for name, threshold in (
-        ("gnc", lambda opt: opt.max_norm),
+        ("mgnc", lambda opt: opt.max_norm),
         ("sngm", lambda opt: opt.param_groups[0]["lr"]),
-        ("fengm", lambda opt: opt.alpha),
-        ("nengm", lambda opt: opt.alpha),
+        ("f-engm", lambda opt: opt.alpha),
+        ("n-engm", lambda opt: opt.alpha),
         ("engm", lambda opt: opt.alpha),
     ):
         assert threshold(options[1][name]) == pytest.approx(3 * threshold(options[0][name])), name
@@ -146,7 +146,7 @@ def test_files(finished: Demo, tmp_path: Path) -> None:
     assert content["settings"]["training"]["epochs"] == 2
     assert content["settings"]["alpha"] == finished.alpha
     assert content["data"] == {"name": "halves", "train": 32, "validation": 14, "test": 14}
-    assert len(content["runs"]["aengm"]["epochs"]) == 2
+    assert len(content["runs"]["a-engm"]["epochs"]) == 2
     assert content["summaries"][2]["method"] == "engm"
     report.draw_curves(finished, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -193,7 +193,7 @@ def test_command_with_all_methods_and_a_log(tmp_path: Path) -> None:
         columns = epochs[0].split(",")
         assert columns[-4:] == ["lr", "seconds", "natural", "robust"]
         assert [line.endswith(",,") for line in epochs[1:]] == [True, False], "looked at every second epoch"
-        assert ("norm_mean" in columns) == (name not in ("msgd", "gnc", "sngm"))
+        assert ("norm_mean" in columns) == (name not in ("msgd", "mgnc", "sngm"))
 
 
 def test_command_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

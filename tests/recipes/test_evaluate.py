@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import engm
 from engm.adversarial import PGD
+from engm.exact import NonFiniteError
 from engm.recipes.data import Split
 from engm.recipes.evaluate import evaluate, pgd20
 
@@ -22,6 +25,15 @@ def split() -> Split:
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_have_no_accuracy(net: nn.Module, split: Split, value: float) -> None:
+    with torch.no_grad():
+        net[4].weight[0, 0] = value  # type: ignore[index]
+    for attack in (None, PGD(0.1, 0.05, 2)):
+        with pytest.raises(NonFiniteError, match="its accuracy means nothing"):
+            evaluate(net, split, attack)
 
 
 def test_counts_in_evaluation_mode_and_restores(net: nn.Module, split: Split) -> None:

@@ -12,7 +12,7 @@ import engm
 from engm.adversarial import OBJECTIVES
 from engm.recipes.config import RunConfig
 from engm.recipes.data import load_digits
-from engm.recipes.methods import PAPER_METHODS
+from engm.recipes.methods import METHOD_NAMES
 from engm.recipes.ranks import Ranks
 from engm.recipes.run import Run
 
@@ -30,7 +30,7 @@ def weights(run: Run) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.net.parameters()])
 
 
-@pytest.mark.parametrize("optimizer", PAPER_METHODS)
+@pytest.mark.parametrize("optimizer", METHOD_NAMES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_pair_learns_digits(objective: str, optimizer: str) -> None:
     """Twenty steps on real digits: the objective's own loss of fixed examples falls."""
@@ -165,6 +165,12 @@ def test_auto_alpha_follows_the_norms() -> None:
     assert isinstance(run.trainer.optimizer, engm.ENGM)
     clipped = [row["clipped"] for row in run.history[2:]]
     assert 0.1 < sum(clipped) / len(clipped) < 0.45
+
+
+def test_state_of_another_kind_of_device_is_refused() -> None:
+    run = trained(PLAIN, epochs=1)
+    with pytest.raises(ValueError, match="trained on cuda; go on there"):
+        run.load_state_dict({**run.state_dict(), "device": "cuda"})
 
 
 def test_state_of_another_number_of_processes_is_refused() -> None:

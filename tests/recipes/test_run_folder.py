@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tiny_runs import PLAIN, tiny_dataset
 
+from engm.recipes.checkpoint import CheckpointError
 from engm.recipes.config import RunConfig
 from engm.recipes.ranks import Ranks
 from engm.recipes.run_folder import NoView, RunFolder, train
@@ -81,8 +83,9 @@ def test_results(whole: Path) -> None:
 def test_the_weights_that_are_kept_are_the_averaged_ones(whole: Path) -> None:
     folder = RunFolder(whole)
     _, state = folder.store.latest() or ("", {})
-    epoch, last = folder.weights("last")
-    assert epoch == 3
+    kept = folder.weights("last")
+    last = kept.weights
+    assert (kept.epoch, kept.checkpoint) == (3, "step-00000012")
     assert last.keys() == state["net"].keys()
     assert not torch.equal(last["linear.weight"], state["net"]["linear.weight"])
     assert torch.equal(last["linear.weight"], state["average"]["module.linear.weight"])
@@ -163,7 +166,17 @@ class TestDamage:
         store = RunFolder(stopped).store
         store.save("best-00000099", {"epoch": 99, "net": {}, "accuracy": {}})
         train_tiny(EVERYTHING, stopped)
-        assert RunFolder(stopped).weights("best")[0] <= 3
+        assert RunFolder(stopped).weights("best").epoch <= 3
+        assert not (stopped / "checkpoints" / "best-00000099").exists()
+
+    def test_a_damaged_best_checkpoint_is_not_replaced_by_an_older_one(self, whole: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(whole, copy)
+        best = RunFolder(copy).weights("best")
+        tensors = copy / "checkpoints" / best.checkpoint / "tensors.safetensors"
+        tensors.write_bytes(tensors.read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match=f"{best.checkpoint}/tensors.safetensors: checksum differs"):
+            RunFolder(copy).weights("best")
 
 
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
@@ -179,6 +192,9 @@ def test_early_stopping(tmp_path: Path) -> None:
     results = train_tiny(replace(PLAIN, epochs=50, early_stop=2, lr=1e-9), tmp_path / "run")
     assert results["stopped_early"]
     assert results["epochs"] == results["best_epoch"] + 2
+    rare = replace(PLAIN, epochs=50, early_stop=1, evaluate_every=3, lr=1e-9)  # counts looks, not epochs without one
+    results = train_tiny(rare, tmp_path / "rare")
+    assert results["epochs"] == results["best_epoch"] + 3
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def work(rank: int, port: int, folder: Path) -> None:
             train(config, folder / name, ranks, dataset=tiny_dataset())
         # Batch norm: statistics are each process's own, so only resuming is compared.
         train(BATCH_NORM, folder / "batch norm", ranks, dataset=tiny_dataset())
+        train(replace(BATCH_NORM, save_every=100), folder / "batch norm, rarely saved", ranks, dataset=tiny_dataset())
         stopped = folder / "batch norm, stopped"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engm.recipes.run_folder.NoView", Stops)
@@ -91,6 +92,11 @@ def test_two_processes_are_one(pair: Path, tmp_path: Path, name: str) -> None:
     assert two["machine"]["processes"] == 2
     for mine, other in zip(two["history"], one["history"], strict=True):
         assert abs(mine["robust"] - other["robust"]) <= 1 / 14 + 1e-9  # one of 14 validation images at most
+
+
+def test_saving_changes_nothing(pair: Path) -> None:
+    often, rarely = kept(pair / "batch norm"), kept(pair / "batch norm, rarely saved")
+    assert all(torch.equal(rarely["net"][key], tensor) for key, tensor in often["net"].items())
 
 
 def test_resuming_two_processes_ends_in_the_same_bits(pair: Path) -> None:
