@@ -251,7 +251,8 @@ class TestLifetimes:
                 opt.zero_grad()
             gc.collect()
             objects = gc.get_objects()
-            return len(objects), sum(o.untyped_storage().nbytes() for o in objects if isinstance(o, torch.Tensor))
+            tensors = [o for o in objects if isinstance(o, torch.Tensor) and o.layout == torch.strided]
+            return len(objects), sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
         steps(30)
         first = steps(20)
