@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from engm.adversarial import PGD, DeepFool, autoattack
 from engm.names import check_name
 
-from .atomic_files import read_json, write_json
 from .config import RunConfig
 from .data import Dataset, Source
 from .evaluate import evaluate, pgd20
 from .run import build_network, load_dataset
 from .run_folder import RunFolder, Which
+from .storage.atomic_files import read_json, write_json
 
 ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")
 _PGD = re.compile(r"pgd(\d+)(-ce)?")

@@ -10,13 +10,13 @@ from typing import Any
 
 from engm.exact import NonFiniteError
 
-from .atomic_files import write_json, write_text_atomic
 from .config import RunConfig
 from .methods import canonical_method
 from .ranks import Ranks
 from .report import collect, draw, markdown
 from .run import load_in_turn
 from .run_folder import RunFolder, View, train
+from .storage.atomic_files import write_json, write_text_atomic
 
 
 def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int]) -> dict[str, RunConfig]:

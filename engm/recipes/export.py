@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from .atomic_files import make_folder, replaced_when_whole
 from .run import build_network, load_dataset
 from .run_folder import RunFolder, Which
+from .storage.atomic_files import make_folder, replaced_when_whole
 
 
 class ExportFormat(StrEnum):

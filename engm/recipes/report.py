@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from .atomic_files import read_json, replaced_when_whole
 from .config import RunConfig
 from .run_folder import RunFolder
+from .storage.atomic_files import read_json, replaced_when_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,17 +18,17 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from .atomic_files import read_json, write_json, write_text_atomic
-from .checkpoint import CheckpointStore
 from .config import RunConfig, from_values, option, read_toml, to_toml
 from .data import Dataset
 from .evaluate import Accuracy, overfit
-from .folder_lock import locked
 from .loggers import LogFormat, Loggers
 from .machine import machine_facts
 from .methods import LABELS
 from .ranks import Ranks
 from .run import Run, robust_of
+from .storage.atomic_files import read_json, write_json, write_text_atomic
+from .storage.checkpoint import CheckpointStore
+from .storage.folder_lock import locked
 
 LAST = "step-"
 BEST = "best-"

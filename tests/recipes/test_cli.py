@@ -18,9 +18,9 @@ from typer.testing import CliRunner, Result
 from engm.exact import NonFiniteError
 from engm.recipes.cli import app
 from engm.recipes.config import RunConfig, option, to_toml
-from engm.recipes.folder_lock import locked
 from engm.recipes.report import collect, markdown
 from engm.recipes.run_folder import RunFolder
+from engm.recipes.storage.folder_lock import locked
 
 _TINY = "--width 2 --epochs 2 --batch-size 32 --attack-steps 2 --evaluation-steps 3 --train-examples 64 --threads 1"
 TINY = _TINY.split()
@@ -300,7 +300,7 @@ class TestFailures:
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
         full = OSError(errno.ENOSPC, "No space left on device")
-        with mock.patch("engm.recipes.checkpoint.write_synced", side_effect=full):
+        with mock.patch("engm.recipes.storage.checkpoint.write_synced", side_effect=full):
             message = failed("train", *TINY, "--out", tmp_path / "run")
         assert "No space left on device" in message
         assert "free some space" in message

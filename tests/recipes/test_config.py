@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engm.recipes.cli_options import config_from
+from engm.recipes.cli.options import config_from
 from engm.recipes.config import RunConfig, from_values, parse_number, read_toml, to_toml
 from engm.recipes.schedule import Schedule
 

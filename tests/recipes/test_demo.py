@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from engm.recipes import demo_report as report
 from engm.recipes.cli import app
 from engm.recipes.data import Dataset, Split
-from engm.recipes.demo import Demo, DemoSettings, prepare, run
-from engm.recipes.demo_live import LiveView
+from engm.recipes.demo import Demo, DemoSettings, prepare, report, run
+from engm.recipes.demo.live import LiveView
 from engm.recipes.methods import METHODS, check_methods
 from engm.recipes.train import Training
 

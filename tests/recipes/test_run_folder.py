@@ -17,10 +17,10 @@ import pytest
 import torch
 from tiny_runs import PLAIN, tiny_dataset
 
-from engm.recipes.checkpoint import CheckpointError
 from engm.recipes.config import RunConfig
 from engm.recipes.ranks import Ranks
 from engm.recipes.run_folder import NoView, RunFolder, train
+from engm.recipes.storage.checkpoint import CheckpointError
 
 CPU = Ranks(torch.device("cpu"))
 EVERYTHING = replace(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..atomic_files import explained, make_folder
+from ..storage.atomic_files import explained, make_folder
 from .augment import CROP_AND_FLIP
 from .dataset import Dataset, Split, check_labels, hold_out
 from .extras import import_extra

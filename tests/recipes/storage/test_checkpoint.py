@@ -20,7 +20,7 @@ import pytest
 import torch
 from training import assert_same
 
-from engm.recipes.checkpoint import CheckpointError, CheckpointStore
+from engm.recipes.storage.checkpoint import CheckpointError, CheckpointStore
 
 FILES = ("tensors.safetensors", "state.json", "SHA256SUMS")
 TREE = {"number": 7, "pair": (1.5, None), "t": torch.tensor([1.0, float("nan")])}

@@ -51,7 +51,7 @@ class CheckpointStore:
 
         Args:
             name: of letters, digits, ``.``, ``_`` and ``-``, such as ``step-00000200``.
-            tree: what :func:`engm.recipes.tensor_tree.flatten` takes. Copied to the CPU first.
+            tree: what :func:`engm.recipes.storage.tensor_tree.flatten` takes. Copied to the CPU first.
 
         Returns:
             The checkpoint's folder.

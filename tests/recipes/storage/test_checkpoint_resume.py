@@ -10,7 +10,7 @@ import torch
 from training import assert_same, batch, losses_of, network, sgd
 
 import engm
-from engm.recipes.checkpoint import CheckpointStore
+from engm.recipes.storage.checkpoint import CheckpointStore
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engm.recipes.atomic_files import read_json, replaced_when_whole, write_json, write_text_atomic
+from engm.recipes.storage.atomic_files import read_json, replaced_when_whole, write_json, write_text_atomic
 
 
 def test_json_comes_back_with_nan_and_infinities_as_strings(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engm.recipes.checkpoint_files import decoded, encoded
-from engm.recipes.tensor_tree import flatten, unflatten
+from engm.recipes.storage.checkpoint_files import decoded, encoded
+from engm.recipes.storage.tensor_tree import flatten, unflatten
 
 DTYPES = [
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32),

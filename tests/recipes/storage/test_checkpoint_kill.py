@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from engm.recipes.checkpoint import CheckpointStore
-from engm.recipes.folder_lock import locked
+from engm.recipes.storage.checkpoint import CheckpointStore
+from engm.recipes.storage.folder_lock import locked
 
 # Importing torch takes seconds, so one process does it and forks the victims.
 NURSERY = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from engm.recipes.checkpoint import CheckpointStore
-from engm.recipes.folder_lock import locked
+from engm.recipes.storage.checkpoint import CheckpointStore
+from engm.recipes.storage.folder_lock import locked
 
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())

@@ -21,16 +21,16 @@ import torch
 
 from engm.names import check_name
 
-from .cli_errors import explained_failures
-from .cli_options import config_from, with_settings
-from .config import RunConfig, parse_number
-from .export import ExportFormat
-from .loggers import LogFormat
-from .methods import LABELS
-from .ranks import choose_device, from_environment
+from ..config import RunConfig, parse_number
+from ..export import ExportFormat
+from ..loggers import LogFormat
+from ..methods import LABELS
+from ..ranks import choose_device, from_environment
+from .errors import explained_failures
+from .options import config_from, with_settings
 
 if TYPE_CHECKING:
-    from .run_folder import Which
+    from ..run_folder import Which
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,10 +52,10 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
 
     Under torchrun, every process takes its share of each batch: torchrun --nproc-per-node 2 -m engm.recipes train ...
     """
-    from .progress import RunView
-    from .report import caption, draw, table
-    from .run_folder import RunFolder
-    from .run_folder import train as train_in
+    from ..progress import RunView
+    from ..report import caption, draw, table
+    from ..run_folder import RunFolder
+    from ..run_folder import train as train_in
 
     with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
         folder = RunFolder(out)
@@ -91,8 +91,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
-    from .assess import assess
-    from .run_folder import RunFolder
+    from ..assess import assess
+    from ..run_folder import RunFolder
 
     with explained_failures("finished attacks are kept"):
         console = _console()
@@ -126,9 +126,9 @@ def compare(
     settings: dict[str, Any],
 ) -> None:
     """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept."""
-    from .compare import compare as compare_in
-    from .progress import RunView
-    from .report import caption, table
+    from ..compare import compare as compare_in
+    from ..progress import RunView
+    from ..report import caption, table
 
     with explained_failures("the same command goes on where it was left"):
         chosen = config_from(settings, config, compared=True)
@@ -156,8 +156,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and report.png; default: only print.")] = None,
 ) -> None:
     """One table of finished runs, mean and deviation over seeds, and their learning curves."""
-    from .atomic_files import make_folder, write_text_atomic
-    from .report import caption, collect, draw, markdown, table
+    from ..report import caption, collect, draw, markdown, table
+    from ..storage.atomic_files import make_folder, write_text_atomic
 
     with explained_failures():
         results, unfinished = collect(runs)
@@ -183,8 +183,8 @@ def export(
     data_root: DataRoot = None,
 ) -> None:
     """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
-    from .export import export as export_to
-    from .run_folder import RunFolder
+    from ..export import export as export_to
+    from ..run_folder import RunFolder
 
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")
@@ -199,7 +199,7 @@ def doctor(
     out: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
 ) -> None:
     """Looks at build, GPU, packages, data and disk, and says what to do."""
-    from .doctor import examine
+    from ..doctor import examine
 
     findings = examine(data_root, out)
     colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -266,10 +266,9 @@ def demo(
     ] = None,
 ) -> None:
     """Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them."""
-    from . import demo_report as report
-    from .demo import DemoSettings, demo_training, prepare, run
-    from .demo_live import LiveView
-    from .methods import METHODS, canonical_method
+    from ..demo import DemoSettings, demo_training, prepare, report, run
+    from ..demo.live import LiveView
+    from ..methods import METHODS, canonical_method
 
     console = Console()
     torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from .config import RunConfig, from_values, option, parse_number, read_toml, value_type
+from ..config import RunConfig, from_values, option, parse_number, read_toml, value_type
 
 
 def with_settings(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:

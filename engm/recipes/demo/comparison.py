@@ -15,11 +15,11 @@ import torch
 import engm
 from engm.adversarial import PGD
 
-from .data import Dataset, load_digits
-from .evaluate import Accuracy, evaluate, pgd20
-from .methods import METHODS, check_methods
-from .models import small_resnet
-from .train import Checkpoint, EpochRecord, Trainer, Training, train_epoch
+from ..data import Dataset, load_digits
+from ..evaluate import Accuracy, evaluate, pgd20
+from ..methods import METHODS, check_methods
+from ..models import small_resnet
+from ..train import Checkpoint, EpochRecord, Trainer, Training, train_epoch
 
 
 def demo_training(epochs: int = 25, batch_size: int = 64, seed: int = 0) -> Training:

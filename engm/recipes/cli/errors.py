@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from engm.exact import NonFiniteError
 
-from .checkpoint import CheckpointError
-from .folder_lock import FolderInUseError
-from .ranks import OtherProcessError
+from ..ranks import OtherProcessError
+from ..storage.checkpoint import CheckpointError
+from ..storage.folder_lock import FolderInUseError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError, OtherProcessError)

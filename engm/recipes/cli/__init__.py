@@ -1,0 +1,5 @@
+"""The ``engm`` command."""
+
+from .commands import app
+
+__all__ = ["app"]

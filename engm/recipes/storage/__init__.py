@@ -1,0 +1,1 @@
+"""Files that survive: checkpoints with checksums, atomic writes, one process a folder."""
