@@ -16,6 +16,7 @@ from .methods import LABELS
 from .run import Run
 
 SHOWN_EPOCHS = 8
+LITTLE_WEIGHT = 0.1  # mean, of the examples of the first epoch
 RATE_OVER = 50  # steps that the rate is taken over
 
 
@@ -92,6 +93,7 @@ class RunView:
         self._stamps.clear()  # the evaluation is no part of the rate
         if self.run is None:
             return
+        self._hint(self.run)
         if self._live is not None:
             self._live.update(self.picture())
             return
@@ -99,6 +101,19 @@ class RunView:
         figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
         number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
         self._console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+
+    def _hint(self, run: Run) -> None:
+        """Says once if next to nothing is left of the gradients: then the learning rate means something else."""
+        weight = run.history[-1]["weight_mean"]
+        if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
+            self._console.print(
+                f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a far "
+                "smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows the "
+                "norms of this network.",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def on_test(self) -> None:
         """Training is over."""
