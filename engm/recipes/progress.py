@@ -108,8 +108,8 @@ class RunView:
         if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
             self._console.print(
                 f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
-                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows the "
-                "norms of this network.",
+                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
+                "the norms of this network.",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,
