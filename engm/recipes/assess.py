@@ -124,14 +124,15 @@ def _run(name: str, net: nn.Module, test: Source, eps: float, config: RunConfig,
 
 
 def _deepfool(net: nn.Module, test: Source, batch_size: int) -> dict[str, Any]:
-    """Mean distance from an example to the closest point that the network classifies otherwise."""
+    """Mean distance to the closest point that is classified otherwise, of the examples where one was found."""
     attack = DeepFool()
     distances, broken = [], []
     for x, _ in test.batches(torch.arange(len(test)).split(batch_size)):
         result = attack(net, x)
         distances.append(result.distances)
         broken.append(result.broken)
-    return {"rho": float(torch.cat(distances).mean()), "found": float(torch.cat(broken).float().mean())}
+    far, found = torch.cat(distances), torch.cat(broken)
+    return {"rho": float(far[found].mean()), "found": float(found.float().mean())}
 
 
 def _everything(test: Source, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,15 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .methods import LABELS
@@ -18,6 +26,12 @@ from .run import Run
 SHOWN_EPOCHS = 8
 LITTLE_WEIGHT = 0.1  # mean, of the examples of the first epoch
 RATE_OVER = 50  # steps that the rate is taken over
+
+
+def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """What is going on, how far it is, ``columns`` of one's own, time taken and time left."""
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*first, *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
 class RunView:
@@ -38,15 +52,7 @@ class RunView:
         self._title = title
         self.run: Run | None = None
         self._stamps: deque[float] = deque(maxlen=RATE_OVER)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = progress_bar(console, TextColumn("{task.fields[rate]}"))
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> RunView:

@@ -7,9 +7,9 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..progress import progress_bar
 from .comparison import Demo
 
 
@@ -24,14 +24,7 @@ class LiveView:
         self._console = console
         training = demo.settings.training
         steps = training.epochs * (len(demo.dataset.train) // training.batch_size)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
+        self._progress = progress_bar(console)
         self._task = self._progress.add_task(f"epoch 1/{training.epochs}", total=steps)
         self._live = Live(self._picture(), console=console, refresh_per_second=4) if console.is_terminal else None
 
