@@ -16,7 +16,7 @@ from engm.names import check_name
 from .config import RunConfig
 from .data import Dataset, Source
 from .evaluate import evaluate, pgd20
-from .run import build_network, load_dataset
+from .run import build_network, load_dataset, load_weights
 from .run_folder import RunFolder, Which
 from .storage.atomic_files import read_json, write_json
 
@@ -90,7 +90,7 @@ def assess(
     net = build_network(config, dataset).to(device).eval()
     for which in checkpoints:
         kept = folder.weights(which)
-        net.load_state_dict(kept.weights)
+        load_weights(net, kept.weights, dataset)
         for attack in attacks:
             settings = {"checkpoint": kept.checkpoint, "epoch": kept.epoch, "examples": len(test), "eps": radius}
             known = found.setdefault(which, {}).setdefault(attack, [])

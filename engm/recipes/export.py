@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .run import build_network, load_dataset
+from .run import build_network, load_dataset, load_weights
 from .run_folder import RunFolder, Which
 from .storage.atomic_files import make_folder, replaced_when_whole
 
@@ -45,7 +45,7 @@ def export(
     if kind is ExportFormat.PT2:
         dataset = load_dataset(config, torch.device("cpu"))
         net = build_network(config, dataset)
-        net.load_state_dict(kept.weights)
+        load_weights(net, kept.weights, dataset)
         batch = torch.export.Dim("n", min=1)
         example = torch.zeros(2, *dataset.train.shape)
         program = torch.export.export(net.eval(), (example,), dynamic_shapes=({0: batch},))

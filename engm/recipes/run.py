@@ -7,13 +7,13 @@ that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recip
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engm
@@ -105,6 +105,23 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
         norm=config.norm,
         width=config.width,
     )
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:
+    """Puts weights that were kept into the network that was built for a data set.
+
+    Raises:
+        ValueError: they are of another network: the data have other classes or shapes than in training, say.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        details = " ".join(str(error).splitlines()[1:3]).strip()
+        raise ValueError(
+            f"the weights are of another network than the one for {dataset.name} with its {dataset.classes} classes "
+            f"and images of shape {list(dataset.train.shape)} ({details}): are these the data that the run was trained "
+            "on?"
+        ) from error
 
 
 def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
@@ -346,7 +363,7 @@ class Run:
                 f"this run was trained on {state['device']}; go on there, with --device {state['device']}, or begin "
                 "another run on this device"
             )
-        self.net.load_state_dict(state["net"])
+        load_weights(self.net, state["net"], self.dataset)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         networks = [self.net] if self.average is None else [self.net, self.average.module]

@@ -284,6 +284,18 @@ class TestFailures:
         assert "class indices from 0" in message
         assert not (tmp_path / "run").exists()
 
+    def test_data_that_are_others_than_in_training(self, npz: Path, tmp_path: Path) -> None:
+        options = ["--data", npz, "--validation-examples", 10, "--model", "small-resnet", "--train-examples", 64]
+        run = tmp_path / "run"
+        assert engm("train", *TINY, *options, "--epochs", 1, "--out", run).exit_code == 0
+        arrays = dict(np.load(npz))
+        arrays["y_test"][0] = 3  # one class more
+        np.savez(npz, **arrays)
+        for command in (["evaluate", run, "--attack", "natural"], ["export", run, "--out", tmp_path / "net.pt2"]):
+            message = failed(*command)
+            assert "for data with its 4 classes" in message
+            assert "are these the data that the run was trained on?" in message
+
     def test_a_loss_that_is_not_finite(self, tmp_path: Path) -> None:
         options = ["--lr", "1e30", "--weight-decay", "0", "--optimizer", "msgd"]
         message = failed("train", *TINY, *options, "--out", tmp_path / "run")
