@@ -21,7 +21,7 @@ from engm.recipes.run_folder import train
 
 PICTURES = Path(__file__).parent / "pictures"
 SHOWN_AT = 18  # of 25 epochs, when the display is drawn
-COMMON = {"epochs": 25, "batch_size": 64, "lr": 0.2, "alpha": "5", "log": (), "threads": 1}
+COMMON = {"epochs": 25, "batch_size": 64, "lr": 0.2, "alpha": "5", "loggers": (), "threads": 1}
 
 
 class Recorded(RunView):

@@ -15,7 +15,7 @@ PLAIN = RunConfig(
     attack_steps=2,
     evaluation_steps=3,
     calibrate_every=4,
-    log=("csv",),
+    loggers=("csv",),
     log_every=2,
     save_every=2,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def assess(
 
     Returns:
         ``{checkpoint: {attack: [result, ...]}}``, a result for each choice of weights, examples and radius; it has
-        ``accuracy`` (``rho`` for DeepFool), ``examples``, ``eps``, ``epoch`` and the name of the ``checkpoint``.
+        ``accuracy`` (DeepFool: ``rho``, ``None`` if it found no adversary), ``examples``, ``eps``, ``epoch`` and the
+        name of the ``checkpoint``.
 
     Raises:
         ValueError: an unknown attack, or data that does not fit the network.
@@ -84,10 +86,13 @@ def assess(
         if not 1 <= examples <= len(test):
             raise ValueError(f"examples must lie between 1 and {len(test)}, the size of the test set; got {examples}")
         test = test.take(torch.arange(examples))
+    if eps is not None and not (isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     radius = eps if eps is not None else config.eps or 0.0
     path = folder.evaluations_file
     found: dict[str, Any] = read_json(path) if path.is_file() else {}
     net = build_network(config, dataset).to(device).eval()
+    attacks = [re.sub(r"pgd0*(?=\d)", "pgd", name) for name in attacks]
     for which in checkpoints:
         kept = folder.weights(which)
         load_weights(net, kept.weights, dataset)
@@ -132,7 +137,8 @@ def _deepfool(net: nn.Module, test: Source, batch_size: int) -> dict[str, Any]:
         distances.append(result.distances)
         broken.append(result.broken)
     far, found = torch.cat(distances), torch.cat(broken)
-    return {"rho": float(far[found].mean()), "found": float(found.float().mean())}
+    rho = float(far[found].mean()) if bool(found.any()) else None
+    return {"rho": rho, "found": float(found.float().mean())}
 
 
 def _everything(test: Source, batch_size: int) -> tuple[Tensor, Tensor]:

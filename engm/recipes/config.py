@@ -109,7 +109,10 @@ class RunConfig:
     fast: bool = setting(False, "All of bf16, channels-last and compile-attack.", "Machine")
 
     save_every: int = setting(200, "Steps between two checkpoints; one an epoch in any case.", "Output", outcome=False)
-    log: tuple[str, ...] = setting(("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False)
+    # Not --log: torchrun takes that for an abbreviation of options of its own, even behind the module's name.
+    loggers: tuple[str, ...] = setting(
+        ("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False
+    )
     log_every: int = setting(50, "Steps between two writes of step figures.", "Output", outcome=False)
 
     def __post_init__(self) -> None:
@@ -133,10 +136,10 @@ class RunConfig:
             ("in_memory", ("auto", "yes", "no")),
         ):
             check_name(getattr(self, name), known, what=option(name))
-        for name in self.log:
-            check_name(name, LOG_FORMATS, what=option("log"))
-        if len(set(self.log)) < len(self.log):
-            raise ValueError(f"--log names a format twice: {','.join(self.log)}")
+        for name in self.loggers:
+            check_name(name, LOG_FORMATS, what=option("loggers"))
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"--loggers names a format twice: {','.join(self.loggers)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
         at_least = {

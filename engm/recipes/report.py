@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
+# Settings that usually follow from another one: not named where they do.
+FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
 
@@ -60,7 +62,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The results of run folders, and of the finished ones directly below folders that are none.
+    """The results of run folders, and of the finished ones anywhere below folders that are none.
 
     Returns:
         The results, with the ``autoattack`` accuracy of the best checkpoint where all test images were attacked at the
@@ -72,7 +74,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
     found: dict[Path, dict[str, Any]] = {}
     unfinished = []
     for path in paths:
-        below = [] if RunFolder(path).exists else sorted(p.parent for p in path.glob("*/config.toml"))
+        below = [] if RunFolder(path).exists else sorted(p.parent for p in path.rglob("config.toml"))
         if not RunFolder(path).exists and not below:
             raise FileNotFoundError(f"{path} is no run folder, and there is none in it")
         for folder in below or [path]:
@@ -99,7 +101,8 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        key = repr([result["config"].get(name) for name in ("optimizer", *ROW_SETTINGS)])
+        # With batch norm the number of processes is part of what is computed.
+        key = repr([_processes(result), *(result["config"].get(name) for name in ("optimizer", *ROW_SETTINGS))])
         groups.setdefault(key, []).append(result)
     firsts = [group[0] for group in groups.values()]
     rows = []
@@ -108,13 +111,22 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
         seeds = [result["config"]["seed"] for result in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"two runs of {method} have the same settings and the same seed; leave one of them out")
-        shown = []
+        shown: list[str] = []
         for name in ROW_SETTINGS:
             peers = [r for r in firsts if r["method"] == method or name not in METHOD_SETTINGS]
-            if len({repr(r["config"].get(name)) for r in peers}) > 1:
+            leader = FOLLOW.get(name, "")
+            led = {repr(r["config"].get(leader)) for r in peers}
+            both = {repr((r["config"].get(leader), r["config"].get(name))) for r in peers}
+            if len(both) > len(led):
                 shown.append(f"{name} {config.get(name)}")
+        if len({_processes(r) for r in firsts}) > 1:
+            shown.append(f"processes {_processes(group[0])}")
         rows.append(Row(", ".join([method, *shown]), group))
     return rows
+
+
+def _processes(result: Mapping[str, Any]) -> int:
+    return int(result["machine"]["processes"])
 
 
 def _cell(values: Sequence[float], unit: str, runs: int) -> str:
@@ -141,7 +153,8 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     """For a terminal."""
     drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(HEADINGS):
-        drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
+        # Labels wrap, figures never do.
+        drawn.add_column(name, justify="right" if index else "left", no_wrap=index > 0, min_width=0 if index else 20)
     for row in rows_of(results):
         drawn.add_row(*cells(row))
     return drawn

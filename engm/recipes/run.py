@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engm
 from engm.adversarial import AWP, PGD, Objective, objective
+from engm.exact import NonFiniteError
 
 from .batches import TrainingBatches, seed_for
 from .config import RunConfig, option
@@ -330,8 +331,10 @@ class Run:
         """Everything that the rest of the run depends on; plain containers and tensors. Every process must call it.
 
         Raises:
-            NonFiniteError: one of the latest losses was not finite, so that this state is not worth keeping.
+            NonFiniteError: one of the latest losses, or a weight, is not finite: this state is not worth keeping.
         """
+        if not bool(torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()):
+            raise NonFiniteError(f"the weights are not finite after step {self.trainer.steps}")
         cuda = self.ranks.device.type == "cuda"
         networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {

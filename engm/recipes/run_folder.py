@@ -9,6 +9,7 @@ DIR/results.json      when it is over: test accuracy of best and last, every epo
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from .methods import LABELS
 from .ranks import Ranks
 from .run import Run, robust_of
 from .storage.atomic_files import read_json, write_json, write_text_atomic
-from .storage.checkpoint import CheckpointStore
+from .storage.checkpoint import CheckpointError, CheckpointStore
 from .storage.folder_lock import locked
 
 LAST = "step-"
@@ -119,7 +120,7 @@ class RunFolder:
         Raises:
             ValueError: another run lives here, or something else.
         """
-        if self.exists:
+        if self.exists and (self.results_file.is_file() or self.store.names(LAST)):
             differences = config.differences(self.config())
             if differences:
                 listed = ", ".join(f"{option(k)} {old} (now {new})" for k, (new, old) in differences.items())
@@ -127,7 +128,7 @@ class RunFolder:
                     f"{self.path} holds a run with other settings: {listed}. Choose another --out, or leave these "
                     "settings out to go on with it."
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
+        elif not self.exists and self.path.exists() and not _is_empty_folder(self.path):
             raise ValueError(f"{self.path} exists and is no run folder: choose another --out")
 
     @property
@@ -201,13 +202,15 @@ class RunFolder:
             CheckpointError: there are checkpoints, and all of them are damaged.
         """
         found = self.store.latest(LAST)
-        if found is None:
-            return False
-        _, state = found
-        run.load_state_dict(state)
+        if found is not None:
+            run.load_state_dict(found[1])
         if run.ranks.first:  # what is newer belongs to a future that this run may not repeat
             self.store.drop_after(BEST, run.trainer.steps)
-        return True
+        return found is not None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ def train(
     folder.check_free_for(config)
     if folder.results_file.is_file():
         return folder.results()
-    formats = [LogFormat(name) for name in config.log]
+    formats = [LogFormat(name) for name in config.loggers]
     for kind in formats:
         kind.check()
     run = Run(config, ranks, dataset)
@@ -275,7 +278,7 @@ def train(
             if ranks.first:
                 stack.enter_context(locked(path))
                 folder.check_free_for(config)  # again: somebody may have begun meanwhile
-                if not folder.exists:
+                if not folder.exists or not folder.store.names(LAST):  # nothing was trained with another one
                     write_text_atomic(folder.config_file, to_toml(config))
         resumed = folder.restore(run)
         if ranks.first and formats:
@@ -307,16 +310,24 @@ def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
         view.on_epoch()
 
 
+def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
+    """The one look at the test set; without the best weights, and with a warning, if their checkpoint is damaged."""
+    last = run.evaluate("test")
+    if run.best is None or run.best.epoch == run.epoch:
+        return {"last": last, "best": last}
+    best = copy.deepcopy(run.net)
+    try:
+        best.load_state_dict(folder.weights("best").weights)
+    except CheckpointError as error:
+        warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
+        return {"last": last}
+    return {"last": last, "best": run.evaluate("test", best)}
+
+
 def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
     """Test accuracies of best and last (the one look at the test set), and everything a report needs."""
     config, dataset = run.config, run.dataset
-    looks: dict[str, Accuracy] = {}
-    if config.test:
-        looks["last"] = looks["best"] = run.evaluate("test")
-        if run.best is not None and run.best.epoch < run.epoch:
-            best = copy.deepcopy(run.net)
-            best.load_state_dict(folder.weights("best").weights)
-            looks["best"] = run.evaluate("test", best)
+    looks = _test(run, folder) if config.test else {}
     seconds = [row["step_seconds"] for row in run.history]
     return {
         "format": 1,
@@ -336,7 +347,7 @@ def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
         "best_epoch": None if run.best is None else run.best.epoch,
         "validation": None if run.best is None else asdict(run.best.accuracy),
         "test": {which: asdict(accuracy) for which, accuracy in looks.items()},
-        "overfit": overfit(robust_of(looks["best"]), robust_of(looks["last"])) if looks else None,
+        "overfit": overfit(robust_of(looks["best"]), robust_of(looks["last"])) if "best" in looks else None,
         "seconds": sum(row["seconds"] for row in run.history),
         "step_seconds": median(seconds) if seconds else None,
         "history": run.history,

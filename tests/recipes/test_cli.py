@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from engm.exact import NonFiniteError
 from engm.recipes.cli import app
 from engm.recipes.config import RunConfig, option, to_toml
-from engm.recipes.report import collect, markdown
+from engm.recipes.report import collect, markdown, rows_of
 from engm.recipes.run_folder import RunFolder
 from engm.recipes.storage.folder_lock import locked
 
@@ -44,7 +44,7 @@ def failed(*arguments: object, status: int = 1) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    result = engm("train", *TINY, "--out", path, "--optimizer", "a-engm", "--log", "csv,json,tensorboard")
+    result = engm("train", *TINY, "--out", path, "--optimizer", "a-engm", "--loggers", "csv,json,tensorboard")
     assert result.exit_code == 0, result.output
     return path
 
@@ -160,7 +160,12 @@ class TestReport:
 
     @staticmethod
     def run(
-        folder: Path, *, best: float = 0.5, evaluations: list[dict[str, object]] | None = None, **config: object
+        folder: Path,
+        *,
+        best: float = 0.5,
+        processes: int = 1,
+        evaluations: list[dict[str, object]] | None = None,
+        **config: object,
     ) -> Path:
         folder.mkdir(parents=True)
         whole = RunConfig(**config).resolved()  # type: ignore[arg-type]
@@ -174,6 +179,7 @@ class TestReport:
             "overfit": 0.0,
             "best_epoch": 3,
             "step_seconds": 0.1,
+            "machine": {"processes": processes},
             "history": [{"epoch": 1, "loss": "nan", "robust": best, "natural": "inf", "weight_mean": 1.0}],
         }
         (folder / "results.json").write_text(json.dumps(results))
@@ -194,9 +200,24 @@ class TestReport:
         cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows]
         assert cells[0][1] == "2"
         assert cells[0][3] == "50.0 ± 14.1"
-        assert cells[0][0].startswith("ENGM, objective pgd, beta 6.0")
-        assert cells[1][0].startswith("ENGM, objective trades, beta 3.0")
+        assert cells[0][0] == "ENGM, objective pgd, beta 6.0"  # and not its attack_mode, which follows
+        assert cells[1][0] == "ENGM, objective trades, beta 3.0"
         assert (tmp_path / "report" / "report.png").exists()
+
+    def test_runs_of_a_comparison_and_of_other_processes(self, tmp_path: Path) -> None:
+        self.run(tmp_path / "runs" / "table2" / "a", seed=0)
+        self.run(tmp_path / "runs" / "b", seed=1, processes=4)
+        results, unfinished = collect([tmp_path / "runs"])
+        assert (len(results), unfinished) == (2, [])
+        assert [row.label for row in rows_of(results)] == ["ENGM, processes 4", "ENGM, processes 1"]
+
+    def test_figures_are_never_cut(self, tmp_path: Path) -> None:
+        for index, model in enumerate(("resnet18", "preact-resnet18", "vgg8", "wrn-34-10")):
+            options = {"width": index + 1, "objective": "trades", "beta": 1.0 + index, "epochs": 10 + index}
+            self.run(tmp_path / "runs" / model, model=model, **options)
+        output = engm("report", tmp_path / "runs").output
+        assert "…" not in output
+        assert output.count("50.0") == 8
 
     def test_the_same_seed_twice_is_refused(self, tmp_path: Path) -> None:
         runs = [self.run(tmp_path / name, seed=2) for name in ("a", "b")]
@@ -252,6 +273,42 @@ def test_python_m_is_the_same_command() -> None:
     assert "Usage: engm train" in done.stdout
 
 
+def test_a_mistyped_folder_begins_no_run(tmp_path: Path) -> None:
+    assert "there is no run in" in failed("train", "--out", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_lost_picture_is_drawn_again_and_brackets_stay(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run[/x]"
+    shutil.copytree(trained, copy)
+    (copy / "curves.png").unlink()
+    result = engm("train", "--out", copy)
+    assert result.exit_code == 0, result.output
+    assert (copy / "curves.png").is_file()
+    assert "run[/x]" in "".join(result.output.split())
+
+
+def test_a_network_that_nothing_fools(trained: Path, tmp_path: Path) -> None:
+    with mock.patch("engm.recipes.assess.DeepFool.__call__") as attack:
+        attack.side_effect = lambda net, x: mock.Mock(distances=torch.ones(len(x)), broken=torch.zeros(len(x)).bool())
+        for _ in range(2):  # computed, and read back
+            arguments = ["--attack", "deepfool", "--examples", 7, "--checkpoint", "last"]
+            result = engm("evaluate", trained, *arguments)
+            assert "no adversary found" in result.output, result.output
+    assert "eps must be a finite number" in failed("evaluate", trained, "--eps", "inf")
+
+
+def test_no_option_is_an_abbreviation_for_torchrun() -> None:
+    """torchrun refuses an option that several of its own begin with, even behind the module's name."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = [name for action in get_args_parser()._actions for name in action.option_strings]
+    for f in fields(RunConfig):
+        assert sum(name.startswith(option(f.name)) for name in theirs) < 2, f.name
+
+
 class TestFailures:
     """Each is one message that says what to do, a non-zero exit, and nothing half-written."""
 
@@ -269,7 +326,7 @@ class TestFailures:
             (["--device", "cuda:7"], "--device cuda:7"),
             (["--device", "gpu"], "unknown --device 'gpu'"),
             (["--config", "none.toml"], "no configuration file at none.toml"),
-            (["--log", "cvs"], "did you mean csv"),
+            (["--loggers", "cvs"], "did you mean csv"),
         ],
     )
     def test_wrong_settings(self, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -24,7 +24,7 @@ configs = st.builds(
     patience=st.none() | st.integers(0, 5),
     epochs=st.integers(1, 300),
     decay_epochs=st.none() | st.lists(st.integers(1, 300), unique=True, max_size=4).map(lambda e: tuple(sorted(e))),
-    log=st.lists(st.sampled_from(["csv", "json", "tensorboard"]), unique=True).map(tuple),
+    loggers=st.lists(st.sampled_from(["csv", "json", "tensorboard"]), unique=True).map(tuple),
     optimizer=st.sampled_from(["engm", "a-engm", "mgnc"]),
     alpha=st.sampled_from(["paper", "5.0", "0.25"]),
     objective=st.sampled_from(["pgd", "trades", "mart", "fat"]),
@@ -85,13 +85,13 @@ def test_defaults_are_the_papers() -> None:
         ({"alpha": "-3"}, "--alpha must be a positive number, paper or auto, got '-3'"),
         ({"alpha": "auto", "optimizer": "n-engm"}, "--alpha auto is for --optimizer engm, not for n-engm"),
         ({"decay_epochs": [9, 3]}, "--decay-epochs must be rising"),
-        ({"log": ["csw"]}, "unknown --log: 'csw'; did you mean csv"),
-        ({"log": "csv"}, "log must be a list of str"),
+        ({"loggers": ["csw"]}, "unknown --loggers: 'csw'; did you mean csv"),
+        ({"loggers": "csv"}, "loggers must be a list of str"),
         ({"clip_fraction": 1.0}, "--clip-fraction must lie between 0 and 1"),
         ({"alpha": "inf"}, "--alpha must be a positive number, paper or auto, got 'inf'"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"seed": 2**63}, "--seed must be at least 0 and below"),
-        ({"log": ["csv", "csv"]}, "--log names a format twice: csv,csv"),
+        ({"loggers": ["csv", "csv"]}, "--loggers names a format twice: csv,csv"),
         ({"batch_norm": "exact", "attack_mode": "eval"}, "add --no-borrow, or leave one of the two out"),
     ],
 )
@@ -110,9 +110,9 @@ def test_numbers() -> None:
 def test_options_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('data = "cifar10"\neps = "4/255"\nlr = 1\nbatch-size = 32\nalpha = 2\n')
-    config = config_from({"lr": "0.2", "decay_epochs": "5, 7", "log": "none"}, file)
+    config = config_from({"lr": "0.2", "decay_epochs": "5, 7", "loggers": "none"}, file)
     assert (config.data, config.eps, config.lr, config.batch_size) == ("cifar10", 4 / 255, 0.2, 32)
-    assert (config.decay_epochs, config.log, config.alpha) == ((5, 7), (), "2.0")
+    assert (config.decay_epochs, config.loggers, config.alpha) == ((5, 7), (), "2.0")
     with pytest.raises(ValueError, match="--decay-epochs: expected numbers with commas between them, got '5;7'"):
         config_from({"decay_epochs": "5;7"}, file)
     with pytest.raises(ValueError, match="--lr: expected a number"):
@@ -166,8 +166,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_differences_are_of_what_can_change_the_outcome() -> None:
-    one = RunConfig(lr=0.1, threads=1, log=("csv",), save_every=10)
-    other = RunConfig(lr=0.2, threads=2, log=(), save_every=99, device="cpu")
+    one = RunConfig(lr=0.1, threads=1, loggers=("csv",), save_every=10)
+    other = RunConfig(lr=0.2, threads=2, loggers=(), save_every=99, device="cpu")
     assert one.differences(other) == {"lr": (0.1, 0.2)}
     assert RunConfig(fast=True).differences(RunConfig(fast=False)).keys() == {
         "fast",

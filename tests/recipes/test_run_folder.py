@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 import torch
 from tiny_runs import PLAIN, tiny_dataset
 
+from engm.exact import NonFiniteError
 from engm.recipes.config import RunConfig
 from engm.recipes.ranks import Ranks
+from engm.recipes.run import Run
 from engm.recipes.run_folder import NoView, RunFolder, train
 from engm.recipes.storage.checkpoint import CheckpointError
 
@@ -119,7 +122,7 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
 
 def test_other_settings_are_refused_by_name(whole: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run with other settings: --lr 0.1 \(now 0.2\), --seed 0 \(now 1\)"):
-        train_tiny(replace(EVERYTHING, lr=0.2, seed=1, log=()), whole)
+        train_tiny(replace(EVERYTHING, lr=0.2, seed=1, loggers=()), whole)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -127,6 +130,34 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists and is no run folder"):
         train_tiny(PLAIN, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_settings_may_be_mended_while_nothing_is_trained(tmp_path: Path) -> None:
+    class Fails(NoView):
+        def begin(self, run: Run) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train_tiny(replace(PLAIN, batch_size=64), tmp_path / "run", view=Fails())
+    assert RunFolder(tmp_path / "run").config().batch_size == 64
+    assert train_tiny(PLAIN, tmp_path / "run")["config"]["batch_size"] == 16
+    assert RunFolder(tmp_path / "run").config() == PLAIN.resolved()
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    class Breaks(NoView):
+        def begin(self, run: Run) -> None:
+            self.run = run
+
+        def on_step(self) -> None:
+            if self.run.trainer.steps == 3:
+                with torch.no_grad():
+                    self.run.net.get_parameter("linear.bias").fill_(math.inf)
+
+    with pytest.raises(NonFiniteError):
+        train_tiny(replace(PLAIN, epochs=1, save_every=1), tmp_path / "run", view=Breaks())
+    kept = RunFolder(tmp_path / "run").weights("last").weights
+    assert all(bool(t.isfinite().all()) for t in kept.values())
 
 
 def test_nothing_is_written_before_everything_was_checked(tmp_path: Path) -> None:
@@ -168,6 +199,22 @@ class TestDamage:
         train_tiny(EVERYTHING, stopped)
         assert RunFolder(stopped).weights("best").epoch <= 3
         assert not (stopped / "checkpoints" / "best-00000099").exists()
+
+    def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_its_end(self, whole: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(whole, copy)
+        before = RunFolder(copy).results()
+        (copy / "results.json").unlink()
+        name = RunFolder(copy).weights("best").checkpoint
+        (copy / "checkpoints" / name / "tensors.safetensors").write_bytes(b"")
+        if before["best_epoch"] == before["epochs"]:  # then the weights are at hand
+            after = train_tiny(EVERYTHING, copy)
+        else:
+            with pytest.warns(UserWarning, match="results are of the last weights only"):
+                after = train_tiny(EVERYTHING, copy)
+            assert after["overfit"] is None
+            assert after["test"].keys() == {"last"}
+        assert after["test"]["last"] == before["test"]["last"]
 
     def test_a_damaged_best_checkpoint_is_not_replaced_by_an_older_one(self, whole: Path, tmp_path: Path) -> None:
         copy = tmp_path / "copy"
@@ -226,7 +273,7 @@ from engm.recipes.ranks import Ranks
 from engm.recipes.run_folder import RunFolder, train
 
 path, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(7)
-config = replace(PLAIN, epochs=40, save_every=2, log=("csv",))
+config = replace(PLAIN, epochs=40, save_every=2, loggers=("csv",))
 warnings.simplefilter("ignore")
 
 def child():

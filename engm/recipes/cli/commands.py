@@ -12,8 +12,8 @@ try:
     import typer
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 except ModuleNotFoundError as error:
     raise SystemExit(f"the engm command needs {error.name}: pip install 'engm[recipes]'") from error
 
@@ -59,6 +59,8 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
 
     with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
         folder = RunFolder(out)
+        if not folder.exists and config is None and not settings:
+            raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
         with from_environment(chosen.device) as ranks:
             _set_machine(chosen)
@@ -69,7 +71,7 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
             if finished:
                 console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
-            if ranks.first and not finished:
+            if ranks.first and not (out / "curves.png").is_file():
                 draw([results], out / "curves.png")
                 console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
 
@@ -99,7 +101,7 @@ def evaluate(
         table = Table("Checkpoint", "Epoch", "Attack", "Result", box=SIMPLE_HEAD)
 
         def show(which: str, name: str, result: dict[str, Any]) -> None:
-            value = f"{result['accuracy']:.2%}" if "accuracy" in result else f"rho {result['rho']:.4f}"
+            value = f"{result['accuracy']:.2%}" if "accuracy" in result else _rho(result)
             table.add_row(which, str(result["epoch"]), name, value)
             console.print(f"{which}, {name}: {value} of {result['examples']} examples", highlight=False)
 
@@ -205,7 +207,7 @@ def doctor(
     colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:
-        table.add_row(finding.what, f"[{colours[finding.state]}]{finding.state}[/]", escape(finding.detail))
+        table.add_row(finding.what, Text(finding.state, style=colours[finding.state]), finding.detail)
     _console().print(table, highlight=False)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
@@ -218,7 +220,11 @@ def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
 
 def _console(*, quiet: bool = False) -> Console:
     """Where nobody looks (a file, a pipe), wide enough for every table."""
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+    return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
+
+
+def _rho(result: dict[str, Any]) -> str:
+    return "no adversary found" if result["rho"] is None else f"rho {result['rho']:.4f}"
 
 
 def _seeds(text: str) -> list[int]:

@@ -92,7 +92,8 @@ def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool =
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
     chosen = from_values({**config.as_dict(), **typed}, source="the command line")
-    for name, (applies, where) in ({} if compared else _OPTIMIZERS).items() | _APPLIES.items():
+    rules = _APPLIES if compared else {**_APPLIES, **_OPTIMIZERS}
+    for name, (applies, where) in rules.items():
         if name in settings and not applies(chosen):
             raise ValueError(f"{option(name)} is for {where}; as it is it would change nothing")
     return chosen

@@ -150,6 +150,10 @@ class CheckpointStore:
             else:
                 self._delete(name)
 
+    def names(self, prefix: str) -> list[str]:
+        """The checkpoints of a series, newest first, damaged ones included."""
+        return self._series(prefix)
+
     def drop_after(self, prefix: str, number: int) -> None:
         """Deletes the checkpoints of a series whose number is greater than ``number``, damaged ones included.
 
