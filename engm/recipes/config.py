@@ -48,6 +48,7 @@ class RunConfig:
     validation_examples: int = setting(1000, "Held out of the training set (digits: their own 300).", "Data")
     validation_from_test: bool = setting(False, "Hold them out of the test set, the paper's other reading.", "Data")
     train_examples: int | None = setting(None, "Train on the first so many of the training examples only.", "Data")
+    test_examples: int | None = setting(None, "Test on the first so many of the test examples only.", "Data")
     augment: str = setting("auto", "crop-flip, crop, none; auto: as suits the data set.", "Data")
     in_memory: str = setting("auto", "yes, no or auto: keep the images on the device as bytes.", "Data", outcome=False)
     workers: int = setting(2, "Loader processes for data that does not fit in memory.", "Data", outcome=False)
@@ -114,6 +115,9 @@ class RunConfig:
         ("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False
     )
     log_every: int = setting(50, "Steps between two writes of step figures.", "Output", outcome=False)
+    keep_epochs: tuple[int, ...] = setting(
+        (), "Epochs whose weights are kept as well, as 1,10,75 (for engm reproduce).", "Output", outcome=False
+    )
 
     def __post_init__(self) -> None:
         """Looks at every value.
@@ -146,8 +150,15 @@ class RunConfig:
             1: ("epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every"),
             0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
         }
-        at_least[1] += ("log_every", "evaluation_steps", "validation_examples", "train_examples", "width", "image_size")
-        at_least[1] += ("threads",)
+        at_least[1] += (
+            "log_every",
+            "evaluation_steps",
+            "validation_examples",
+            "train_examples",
+            "test_examples",
+            "width",
+        )
+        at_least[1] += ("image_size", "threads")
         for least, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
@@ -164,9 +175,10 @@ class RunConfig:
             raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
         self._check_alpha()
         self._check_norms()
-        decays = self.decay_epochs
-        if decays is not None and (list(decays) != sorted(set(decays)) or any(epoch < 1 for epoch in decays)):
-            raise ValueError(f"{option('decay_epochs')} must be rising epoch numbers from 1, got {decays}")
+        for name in ("decay_epochs", "keep_epochs"):
+            epochs = getattr(self, name) or ()
+            if list(epochs) != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
+                raise ValueError(f"{option(name)} must be rising epoch numbers from 1, got {epochs}")
 
     def _check_norms(self) -> None:
         """Norms through the statistics cannot come from an attack that does not see them."""

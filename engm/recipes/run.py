@@ -22,7 +22,7 @@ from engm.exact import NonFiniteError
 
 from .batches import TrainingBatches, seed_for
 from .config import RunConfig, option
-from .data import Augmentation, Dataset, load_data
+from .data import Augmentation, Dataset, Source, load_data
 from .evaluate import Accuracy, evaluate, pgd20
 from .methods import paper_optimizer
 from .models import build_model
@@ -76,13 +76,20 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
         device=device,
         workers=config.workers,
     ).to(device)
-    if config.train_examples is None:
-        return dataset
-    if config.train_examples > len(dataset.train):
-        raise ValueError(
-            f"{option('train_examples')} {config.train_examples}: there are {len(dataset.train)} training examples"
-        )
-    return replace(dataset, train=dataset.train.take(torch.arange(config.train_examples)))
+    return replace(
+        dataset,
+        train=_first(dataset.train, config.train_examples, "train_examples"),
+        test=_first(dataset.test, config.test_examples, "test_examples"),
+    )
+
+
+def _first(source: Source, count: int | None, name: str) -> Source:
+    """The first so many examples, or all of them."""
+    if count is None:
+        return source
+    if count > len(source):
+        raise ValueError(f"{option(name)} {count}: there are {len(source)} of these examples")
+    return source.take(torch.arange(count))
 
 
 def load_in_turn(config: RunConfig, ranks: Ranks) -> Dataset:

@@ -1,7 +1,7 @@
 """A run on disk: where things lie, how it is resumed, and the loop that trains it to the end.
 
 DIR/config.toml       the resolved configuration
-DIR/checkpoints/      step-NNNNNNNN (the last two) and best-NNNNNNNN (by validation)
+DIR/checkpoints/      step-NNNNNNNN (the last two), best-NNNNNNNN (by validation) and epoch-NNNNNN (--keep-epochs)
 DIR/log/              step.csv, epoch.csv, TensorBoard events
 DIR/results.json      when it is over: test accuracy of best and last, every epoch's figures, the machine
 """
@@ -33,6 +33,7 @@ from .storage.folder_lock import locked
 
 LAST = "step-"
 BEST = "best-"
+EPOCH = "epoch-"
 KEPT = 2  # periodic checkpoints: the latest, and one to fall back on
 Which = Literal["best", "last"]
 
@@ -166,6 +167,15 @@ class RunFolder:
         name = best_name(state["best"]["steps"])
         return Kept(name, state["best"]["epoch"], self.store.load(name)["net"])
 
+    def weights_after(self, epoch: int) -> Kept:
+        """The weights after an epoch of ``--keep-epochs``.
+
+        Raises:
+            CheckpointError: they were not kept, or are damaged.
+        """
+        name = f"{EPOCH}{epoch:06d}"
+        return Kept(name, epoch, self.store.load(name)["net"])
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def save(self, run: Run) -> None:
@@ -191,6 +201,13 @@ class RunFolder:
             # One more than needed: a periodic checkpoint from before this one may still be what a resumed run starts
             # from, and its best is the one before.
             self.store.prune(BEST)
+
+    def save_epoch(self, run: Run) -> None:
+        """The weights that evaluation looks at after the epoch just finished. Every process must call it."""
+        with run.ranks.together():
+            if run.ranks.first:
+                weights = {"epoch": run.epoch, "net": run.evaluated.state_dict()}
+                self.store.save(f"{EPOCH}{run.epoch:06d}", weights)
 
     def restore(self, run: Run) -> bool:
         """Puts the run where its latest good checkpoint left it; a damaged one is named in a warning and passed over.
@@ -306,6 +323,8 @@ def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
         record = run.train_epoch(on_step)
         if run.finish_epoch(record):
             folder.save_best(run)
+        if run.epoch in config.keep_epochs:
+            folder.save_epoch(run)
         folder.save(run)
         view.on_epoch()
 

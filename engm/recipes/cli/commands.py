@@ -27,7 +27,7 @@ from ..loggers import LogFormat
 from ..methods import LABELS
 from ..ranks import choose_device, from_environment
 from .errors import explained_failures
-from .options import config_from, with_settings
+from .options import chosen_settings, config_from, with_settings
 
 if TYPE_CHECKING:
     from ..run_folder import Which
@@ -150,6 +150,61 @@ def compare(
 
 
 app.command()(with_settings(compare, leave_out=("optimizer", "seed")))
+
+
+def reproduce(
+    name: Annotated[str, typer.Argument(help="table1 to table5, fig2 to fig5; fig5a, d, f, g: one panel.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for runs and results; what is in it is gone on with.")] = Path(
+        "runs/reproduce"
+    ),
+    budget: Annotated[str, typer.Option(help="smoke, small or paper.")] = "small",
+    seeds: Annotated[str | None, typer.Option(help="How many, or which: 4,7. Default: the budget's.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cells at once; default: as many as there is room for.")
+    ] = None,
+    optimizers: Annotated[str | None, typer.Option(help="Those of Table 2 to compare; default: all seven.")] = None,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
+    config: ConfigFile = None,
+    settings: dict[str, Any],
+) -> None:
+    """Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture."""
+    from ..progress import RunView, progress_bar
+    from ..reproduce import Request, analysis, carry_out, plan
+    from ..reproduce import budget as budget_named
+
+    with explained_failures("the same command goes on where it was left"):
+        chosen = budget_named(budget)
+        numbers = list(range(chosen.seeds)) if seeds is None else _seeds(seeds)
+        what = analysis(name)
+        compared = tuple(LABELS) if optimizers is None else tuple(o for o in optimizers.split(",") if o.strip())
+        request = Request(chosen, chosen_settings(settings, config), numbers, compared)
+        cells = what.cells(request)
+        device = choose_device(cells[0].config.device)
+        _set_machine(cells[0].config)
+        console = _console()
+        console.print(f"{what.title}; budget {chosen.name}: {chosen.purpose}.", highlight=False, soft_wrap=True)
+        planned = plan(cells, out / "runs", device, jobs)
+        console.print(str(planned), highlight=False, soft_wrap=True)
+        if plan_only:
+            return
+        with progress_bar(console) as bar:
+            task = bar.add_task("cells", total=len(cells))
+            outcome = carry_out(
+                what,
+                request,
+                cells,
+                out,
+                device,
+                jobs=planned.jobs,
+                view=lambda title: RunView(console, f"{title}: "),
+                on_cell=lambda record, done: bar.update(task, completed=done),
+            )
+        console.print(outcome.markdown(), highlight=False, soft_wrap=True)
+        console.print(f"Table, figures, picture: {out / name}", highlight=False)
+
+
+app.command()(with_settings(reproduce, leave_out=("optimizer", "seed", "alpha", "keep_epochs")))
 
 
 @app.command()

@@ -99,6 +99,18 @@ def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool =
     return chosen
 
 
+def chosen_settings(settings: dict[str, Any], file: Path | None) -> dict[str, Any]:
+    """Only what a file and the options name, as :class:`RunConfig` takes it.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`.
+    """
+    base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
+    given = {**base, **{name: _typed(name, value) for name, value in settings.items()}}
+    checked = from_values(given, source="the command line" if file is None else f"{file} or the command line")
+    return {name: getattr(checked, name) for name in given}
+
+
 def _typed(name: str, value: Any) -> Any:
     """An option's text as the setting's type."""
     kind, _ = value_type(name)

@@ -1,0 +1,20 @@
+"""The figures and tables of the paper as commands, at a cost that the user chooses."""
+
+from .analysis import Analysis, Request
+from .budgets import BUDGETS, Budget, budget
+from .plan import Plan, plan
+from .registry import ANALYSES, analysis
+from .sweep import carry_out
+
+__all__ = [
+    "ANALYSES",
+    "BUDGETS",
+    "Analysis",
+    "Budget",
+    "Plan",
+    "Request",
+    "analysis",
+    "budget",
+    "carry_out",
+    "plan",
+]

@@ -1,0 +1,224 @@
+"""Fig. 5: what one setting does, everything else alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..methods import LABELS
+from .accuracy_tables import (
+    AUTOATTACK,
+    BEST,
+    LAST,
+    NATURAL,
+    OVERFIT,
+    Figure_,
+    Row,
+    accuracy_rows,
+    accuracy_table,
+    autoattack,
+)
+from .analysis import Analysis, Request
+from .cells import Cell
+from .outcome import Outcome, Table
+from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VALIDATION: Figure_ = figure("validation", "robust")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A panel of the figure.
+
+    Attributes:
+        name: as the command takes it.
+        setting: its name in :class:`~engm.recipes.config.RunConfig`.
+        shown: its name in text.
+        values: by optimizer.
+        special: settings of the runs.
+    """
+
+    name: str
+    setting: str
+    shown: str
+    values: dict[str, tuple[float, ...]]
+    special: dict[str, Any]
+
+    def cells(self, request: Request) -> list[Cell]:
+        """Optimizer by optimizer, value by value."""
+        return [
+            request.cell(
+                {"panel": self.name, self.setting: value},
+                optimizer=optimizer,
+                seed=seed,
+                measures=lambda config: autoattack(request.budget),
+                **{**self.special, self.setting: self._typed(value)},
+            )
+            for seed in request.seeds
+            for optimizer, values in self.values.items()
+            for value in values
+        ]
+
+    def _typed(self, value: float) -> Any:
+        if self.setting == "alpha":
+            return str(value)
+        return int(value) if self.setting == "tau" else value
+
+
+# The paper's axes are pictures; its best are 5 for ENGM and 0.5 for N-ENGM. MSGD is ENGM without a threshold.
+_ALPHAS = (0.75, 1.5, 3.0, 6.0, 12.0)
+ABLATIONS = (
+    Ablation("fig5a", "alpha", "α", {"engm": _ALPHAS, "n-engm": tuple(round(a / 10, 4) for a in _ALPHAS)}, {}),
+    Ablation("fig5d", "tau", "τ", {"a-engm": (1, 10, 50, 100, 300)}, {}),
+    Ablation(
+        "fig5f",
+        "beta",
+        "λ of TRADES",
+        {"msgd": (1.0, 3.0, 6.0, 9.0), "engm": (1.0, 3.0, 6.0, 9.0)},
+        {"objective": "trades"},
+    ),
+    Ablation(
+        "fig5g",
+        "weight_decay",
+        "weight decay",
+        {"msgd": (0.0, 1e-4, 5e-4, 1e-3, 5e-3), "engm": (0.0, 1e-4, 5e-4, 1e-3, 5e-3)},
+        {},
+    ),
+)
+PANELS: dict[str, tuple[Figure_, str]] = {
+    "natural": (NATURAL, "natural, test, %"),
+    "best": (BEST, "PGD-20, best, test, %"),
+    "last": (LAST, "PGD-20, last, test, %"),
+    "aa": (AUTOATTACK, "AutoAttack, best, test, %"),
+    "overfit": (OVERFIT, "overfit, %"),
+    "validation": (VALIDATION, "PGD-20, best, validation, %"),
+}
+
+
+def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS) -> Outcome:
+    """Of one panel or of all."""
+    shown = [panel for panel in panels if selected(records, {"panel": panel.name})]
+    tables, findings = [], []
+    for panel in shown:
+        mine = selected(records, {"panel": panel.name})
+        rows = [
+            Row(f"{LABELS[optimizer]}, {panel.shown} {value:g}", {"optimizer": optimizer, panel.setting: value}, None)
+            for optimizer, values in panel.values.items()
+            for value in values
+        ]
+        tables.append(accuracy_table(mine, rows, "optimizer, value"))
+        if panel.setting == "alpha":
+            tables.append(_validation_table(mine, rows))
+            findings += [_small_alpha(mine, panel, optimizer) for optimizer in panel.values]
+        elif panel.setting == "weight_decay":
+            findings.append(_sensitivity(mine, panel))
+    return Outcome(
+        tables, findings, accuracy_rows(records), lambda drawn: _draw(records, shown, drawn), (16, 3.2 * len(shown))
+    )
+
+
+def _validation_table(records: Sequence[Record], rows: Sequence[Row]) -> Table:
+    """What a threshold may be chosen by."""
+    lines = []
+    for row in rows:
+        runs = selected(records, row.labels)
+        if runs:
+            best = mean_of(records, row.labels, VALIDATION)
+            last = mean_of(records, row.labels, _last_validation)
+            weight = mean_of(records, row.labels, _mean_weight)
+            both = 50 * (best.value + last.value)
+            lines.append([row.label, best.text(scale=100), last.text(scale=100), f"{both:.1f}", weight.text(2)])
+    return Table(
+        "The same runs on the validation set, by which a threshold is chosen: robust accuracy in per cent, best and "
+        "last, their mean, and the mean weight over the run.",
+        ["optimizer, value", "best", "last", "mean of both", "mean w"],
+        lines,
+    )
+
+
+def _last_validation(record: Record) -> float | None:
+    looks = [row["robust"] for row in record["history"] if "robust" in row]
+    return float(looks[-1]) if looks else None
+
+
+def _mean_weight(record: Record) -> float:
+    weights = [float(row["weight_mean"]) for row in record["history"]]
+    return sum(weights) / len(weights)
+
+
+def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
+    values = panel.values[optimizer]
+    return paired_finding(
+        f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
+        records,
+        {"optimizer": optimizer, panel.setting: values[0]},
+        {"optimizer": optimizer, panel.setting: values[-1]},
+        OVERFIT,
+        expected="less",
+        unit=" %",
+        scale=100,
+    )
+
+
+def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
+    """The range of the best robust accuracy over the values, seed by seed."""
+    ranges: list[Record] = []
+    for optimizer in panel.values:
+        for seed in {r["labels"]["seed"] for r in records}:
+            mine = selected(records, {"optimizer": optimizer, "seed": seed})
+            found = [value for r in mine if (value := BEST(r)) is not None]
+            if found:
+                labels = {"optimizer": optimizer, "seed": seed}
+                ranges.append({"labels": labels, "range": max(found) - min(found)})
+    return paired_finding(
+        "ENGM is less sensitive to weight decay than MSGD (range of the best robust accuracy over the values)",
+        ranges,
+        {"optimizer": "engm"},
+        {"optimizer": "msgd"},
+        figure("range"),
+        expected="less",
+        unit=" %",
+        scale=100,
+    )
+
+
+def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure) -> None:
+    axes = drawn.subplots(len(panels), len(PANELS), squeeze=False)
+    for line, panel in zip(axes, panels, strict=True):
+        for axis, (read, title) in zip(line, PANELS.values(), strict=True):
+            for index, (optimizer, values) in enumerate(panel.values.items()):
+                labels = {"panel": panel.name, "optimizer": optimizer}
+                means = [mean_of(records, {**labels, panel.setting: value}, read) for value in values]
+                axis.errorbar(
+                    range(len(values)),
+                    [100 * m.value for m in means],
+                    [0.0 if m.n < 2 else 100 * m.deviation for m in means],
+                    marker="o",
+                    capsize=3,
+                    color=f"C{index}",
+                    label=LABELS[optimizer],
+                )
+            first = next(iter(panel.values.values()))
+            axis.set_xticks(range(len(first)), [f"{value:g}" for value in first], fontsize=8)
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel(panel.shown if panel.setting != "alpha" else "α of ENGM (N-ENGM: a tenth)")
+            axis.grid(alpha=0.3)
+        line[0].legend(fontsize="small")
+
+
+def _every_panel(request: Request) -> list[Cell]:
+    return [cell for panel in ABLATIONS for cell in panel.cells(request)]
+
+
+FIG_5 = [
+    Analysis("fig5", "Thresholds, intervals, λ of TRADES, weight decay (Fig. 5)", _every_panel, summarise),
+    *(
+        Analysis(panel.name, f"{panel.shown} alone (Fig. 5)", panel.cells, partial(summarise, panels=[panel]))
+        for panel in ABLATIONS
+    ),
+]

@@ -1,0 +1,332 @@
+"""Tables 2, 3 and 4: accuracies and robust overfitting by optimizer, training method and network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..methods import LABELS
+from .analysis import Analysis, Request, data_name
+from .budgets import Budget
+from .cells import Cell
+from .measures import AutoAttack, Measure
+from .outcome import Outcome, Table
+from .published import TABLE2, TABLE3, TABLE4, Accuracies
+from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Figure_ = Callable[[Record], float | None]
+NATURAL: Figure_ = figure("test", "best", "natural")
+BEST: Figure_ = figure("test", "best", "robust")
+LAST: Figure_ = figure("test", "last", "robust")
+OVERFIT: Figure_ = figure("overfit")
+AUTOATTACK: Figure_ = figure("measures", "autoattack")
+COLUMNS: dict[str, tuple[Figure_, str]] = {
+    "Natural": (NATURAL, "natural"),
+    "Best": (BEST, "best"),
+    "Last": (LAST, "last"),
+    "AA": (AUTOATTACK, "autoattack"),
+    "Overfit": (OVERFIT, "overfit"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Of a table of accuracies.
+
+    Attributes:
+        label: its name.
+        labels: of its cells.
+        published: the paper's row, if there is one.
+    """
+
+    label: str
+    labels: Mapping[str, Any]
+    published: Accuracies | None
+
+
+def accuracy_table(records: Sequence[Record], rows: Sequence[Row], first: str) -> Table:
+    """Measured, mean ± standard deviation over seeds, with the paper's figure in brackets."""
+    shown = [row for row in rows if selected(records, row.labels) or _diverged(records, row.labels)]
+    lines = []
+    for row in shown:
+        cells = []
+        for read, name in COLUMNS.values():
+            paper = None if row.published is None else getattr(row.published, name)
+            measured = mean_of(records, row.labels, read).text(scale=100)
+            cells.append(measured if paper is None else f"{measured} ({paper:g})")
+        n, lost = len(selected(records, row.labels)), _diverged(records, row.labels)
+        lines.append([row.label, *cells, f"{n}{f', {lost} diverged' if lost else ''}"])
+    return Table(_caption(records), [first, *COLUMNS, "runs"], lines)
+
+
+def _diverged(records: Sequence[Record], labels: Mapping[str, Any]) -> int:
+    return sum(labels.items() <= r["labels"].items() and "diverged" in r for r in records)
+
+
+def _caption(records: Sequence[Record]) -> str:
+    done = selected(records, {})
+    tests = "/".join(str(n) for n in sorted({r["data"]["test"] for r in done}))
+    return (
+        f"Per cent of {tests} test images, mean ± standard deviation of single runs, in brackets the paper's. Natural, "
+        "Best and AA: the checkpoint that was best on the validation set, on clean images, under the evaluation attack "
+        "(PGD-20 on the margin loss) and under AutoAttack (on fewer images where the budget says so); Last: the last "
+        "checkpoint. Overfit: (best - last) / best."
+    )
+
+
+def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One a run, for the CSV file."""
+    names = sorted({name for r in records for name in r["labels"]})
+    return [
+        {
+            **{name: r["labels"].get(name) for name in names},
+            **{key: read(r) for key, (read, _) in COLUMNS.items()},
+            "best_epoch": r.get("best_epoch"),
+            "alpha": r.get("alpha"),
+            "seconds": r.get("seconds"),
+            "diverged": "diverged" in r,
+        }
+        for r in records
+    ]
+
+
+def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -> None:
+    """Validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
+    left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
+    shown = [row for row in rows if selected(records, row.labels)]
+    for index, row in enumerate(shown):
+        runs = selected(records, row.labels)
+        for run in runs:
+            _curve(left, [run], color=f"C{index}", alpha=0.25, linewidth=0.8)
+        _curve(left, runs, color=f"C{index}", label=row.label)
+        for shift, read, hatch in ((-0.2, BEST, ""), (0.2, LAST, "//")):
+            mean = mean_of(records, row.labels, read)
+            right.bar(index + shift, 100 * mean.value, 0.38, color=f"C{index}", hatch=hatch, alpha=0.8)
+            if mean.n > 1:
+                right.errorbar(index + shift, 100 * mean.value, 100 * mean.deviation, color="black", capsize=3)
+    for decay in {epoch for r in selected(records, {}) for epoch in r["config"]["decay_epochs"]}:
+        left.axvline(decay + 0.5, color="grey", linestyle=":", linewidth=1)
+    left.set(xlabel="epoch", title="robust accuracy, validation set, % (thin: single runs)")
+    left.legend(fontsize="small")
+    right.set_xticks(range(len(shown)), [row.label for row in shown], rotation=30, ha="right")
+    right.set_title("PGD-20, test set, %: best, and last (hatched)", fontsize=10)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+
+
+def _curve(axis: Any, runs: Sequence[Record], **style: Any) -> None:
+    """The mean of runs at the epochs that all of them looked at."""
+    looks = [{row["epoch"]: row["robust"] for row in run["history"] if "robust" in row} for run in runs]
+    epochs = sorted(set.intersection(*(set(look) for look in looks)))
+    axis.plot(epochs, [100 * sum(look[e] for look in looks) / len(looks) for e in epochs], **style)
+
+
+def autoattack(budget: Budget) -> tuple[Measure, ...]:
+    """The measure of these tables."""
+    return (AutoAttack(budget.attacked),)
+
+
+# -- Table 2 -----------------------------------------------------------------------------------------------------------
+
+
+def optimizer_cells(request: Request) -> list[Cell]:
+    """Every optimizer, seed by seed."""
+    return [
+        request.cell({}, optimizer=name, seed=seed, measures=lambda config: autoattack(request.budget))
+        for seed in request.seeds
+        for name in request.optimizers
+    ]
+
+
+def optimizer_rows() -> list[Row]:
+    """In the order of the paper."""
+    return [Row(label, {"optimizer": name}, TABLE2.get(name)) for name, label in LABELS.items()]
+
+
+def summarise_optimizers(records: Sequence[Record]) -> Outcome:
+    """Of Table 2."""
+    rows = optimizer_rows()
+    findings = [overfitting_finding(records), *_against_msgd(records)]
+    return Outcome(
+        [accuracy_table(records, rows, "optimizer")],
+        findings,
+        accuracy_rows(records),
+        lambda drawn: draw_curves(records, rows, drawn),
+        (12, 4.5),
+    )
+
+
+def overfitting_finding(records: Sequence[Record]) -> Finding:
+    """Whether MSGD overfits at all, without which its reduction means nothing."""
+    both = [{**r, "labels": {**r["labels"], "look": look}} for r in records for look in ("best", "last")]
+    return paired_finding(
+        "Training with MSGD overfits: robust accuracy falls from the best to the last checkpoint (50.9 to 44.2)",
+        both,
+        {"optimizer": "msgd", "look": "best"},
+        {"optimizer": "msgd", "look": "last"},
+        lambda r: figure("test", r["labels"]["look"], "robust")(r),
+        expected="greater",
+        unit=" %",
+        scale=100,
+    )
+
+
+def _against_msgd(records: Sequence[Record], optimizers: Sequence[str] = ("engm", "a-engm", "n-engm")) -> list[Finding]:
+    """What the paper says of ENGM and its two approximations."""
+    found = []
+    for name in optimizers:
+        if not selected(records, {"optimizer": name}):
+            continue
+        label = LABELS[name]
+        mine, msgd = TABLE2[name], TABLE2["msgd"]
+        claims: list[tuple[str, Figure_, str, float | None, float | None]] = [
+            (f"{label} overfits less than MSGD", OVERFIT, "less", mine.overfit, msgd.overfit),
+            (f"{label}'s last checkpoint is more robust than MSGD's", LAST, "greater", mine.last, msgd.last),
+            (f"{label}'s best checkpoint is more robust than MSGD's", BEST, "greater", mine.best, msgd.best),
+            (f"the same under AutoAttack, {label}", AUTOATTACK, "greater", mine.autoattack, msgd.autoattack),
+        ]
+        for claim, read, expected, ours, theirs in claims:
+            found.append(
+                paired_finding(
+                    f"{claim} ({ours} against {theirs} %)",
+                    records,
+                    {"optimizer": name},
+                    {"optimizer": "msgd"},
+                    read,
+                    expected="less" if expected == "less" else "greater",
+                    unit=" %",
+                    scale=100,
+                )
+            )
+    return found
+
+
+TABLE_2 = Analysis(
+    "table2", "Optimizers: accuracy and robust overfitting (Table 2, Fig. 5h)", optimizer_cells, summarise_optimizers
+)
+
+# -- Table 3 -----------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vanilla": ("Vanilla", {"objective": "pgd"}),
+    "trades": ("TRADES", {"objective": "trades"}),
+    "mart": ("MART", {"objective": "mart"}),
+    "awp": ("TRADES + AWP", {"objective": "trades", "awp": True}),
+}
+
+
+def method_cells(request: Request) -> list[Cell]:
+    """Four training methods, two optimizers, two threats, every data set."""
+    length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
+    return [
+        request.cell(
+            {"data": data_name(data), "method": method, "threat": threat},
+            optimizer=optimizer,
+            seed=seed,
+            measures=lambda config: autoattack(request.budget),
+            data=data,
+            threat=threat,
+            defaults=length,
+            **special,
+        )
+        for seed in request.seeds
+        for data in request.data
+        for threat in ("linf", "l2")
+        for method, (_, special) in METHODS.items()
+        for optimizer in ("msgd", "engm")
+    ]
+
+
+def summarise_methods(records: Sequence[Record]) -> Outcome:
+    """Of Table 3."""
+    labels = {(r["labels"]["data"], r["labels"]["threat"]): None for r in records}
+    rows = [
+        Row(
+            f"{data}, {threat}, {METHODS[method][0]}, {LABELS[optimizer]}",
+            {"data": data, "threat": threat, "method": method, "optimizer": optimizer},
+            TABLE3.get((data, method, optimizer)) if threat == "linf" else None,
+        )
+        for data, threat in labels
+        for method in METHODS
+        for optimizer in ("msgd", "engm")
+    ]
+    findings = [
+        paired_finding(
+            f"With {METHODS[method][0]} on {data} ({threat}), ENGM's best checkpoint is more robust (AutoAttack)",
+            records,
+            {"data": data, "threat": threat, "method": method, "optimizer": "engm"},
+            {"data": data, "threat": threat, "method": method, "optimizer": "msgd"},
+            AUTOATTACK,
+            expected="greater",
+            unit=" %",
+            scale=100,
+        )
+        for data, threat in labels
+        for method in METHODS
+    ]
+    return Outcome(
+        [accuracy_table(records, rows, "data, threat, method, optimizer")],
+        findings,
+        accuracy_rows(records),
+        lambda drawn: draw_curves(records, rows, drawn),
+        (14, 6),
+    )
+
+
+TABLE_3 = Analysis(
+    "table3", "Training methods with MSGD and ENGM, l-inf and l2 (Table 3)", method_cells, summarise_methods
+)
+
+# -- Table 4 -----------------------------------------------------------------------------------------------------------
+
+
+def wide_cells(request: Request) -> list[Cell]:
+    """TRADES with AWP on a wide network."""
+    length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
+    return [
+        request.cell(
+            {"model": request.budget.wide_model},
+            optimizer=optimizer,
+            seed=seed,
+            measures=lambda config: autoattack(request.budget),
+            model=request.budget.wide_model,
+            width=None,
+            defaults=length,
+            **METHODS["awp"][1],
+        )
+        for seed in request.seeds
+        for optimizer in ("msgd", "n-engm", "engm")
+    ]
+
+
+def summarise_wide(records: Sequence[Record]) -> Outcome:
+    """Of Table 4."""
+    rows = [Row(f"AWP, {LABELS[name]}", {"optimizer": name}, TABLE4[name]) for name in ("msgd", "n-engm", "engm")]
+    findings = [
+        paired_finding(
+            f"AWP with {LABELS[name]} is more robust than with MSGD (AutoAttack, {TABLE4[name].autoattack} against "
+            f"{TABLE4['msgd'].autoattack} %)",
+            records,
+            {"optimizer": name},
+            {"optimizer": "msgd"},
+            AUTOATTACK,
+            expected="greater",
+            unit=" %",
+            scale=100,
+        )
+        for name in ("n-engm", "engm")
+    ]
+    return Outcome(
+        [accuracy_table(records, rows, "method")],
+        findings,
+        accuracy_rows(records),
+        lambda drawn: draw_curves(records, rows, drawn),
+        (12, 4.5),
+    )
+
+
+TABLE_4 = Analysis("table4", "A wide network with AWP (Table 4)", wide_cells, summarise_wide)

@@ -1,0 +1,121 @@
+"""What an analysis is: the cells that it needs, and what to make of their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig, option
+from ..methods import LABELS, canonical_method, check_methods
+from .budgets import Budget
+from .cells import Cell
+from .measures import Gradients, Measure
+from .outcome import Outcome
+from .statistics import Record
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        budget: its scale.
+        settings: of the runs, which go before the budget's and the analysis's.
+        seeds: of the runs.
+        optimizers: of Table 2.
+
+    Raises:
+        ValueError: an optimizer that is unknown or named twice.
+    """
+
+    budget: Budget
+    settings: dict[str, Any]
+    seeds: Sequence[int]
+    optimizers: Sequence[str] = tuple(LABELS)
+
+    def __post_init__(self) -> None:
+        names = tuple(canonical_method(name) for name in self.optimizers)
+        check_methods(names)
+        object.__setattr__(self, "optimizers", names)
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The data sets, for analyses that look at several."""
+        return (self.settings["data"],) if "data" in self.settings else self.budget.data
+
+    @property
+    def first_data(self) -> str:
+        """The data set of the others."""
+        return self.data[0]
+
+    def cell(
+        self,
+        labels: dict[str, Any],
+        *,
+        optimizer: str,
+        seed: int,
+        measures: Callable[[RunConfig], Sequence[Measure]] = lambda config: (),
+        keep: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+        **axes: Any,
+    ) -> Cell:
+        """A run with the optimizer's threshold.
+
+        Args:
+            labels: see :class:`Cell`; optimizer and seed are put to them.
+            optimizer: its name.
+            seed: of the run.
+            measures: given the run's resolved configuration.
+            keep: whether they look at weights in the course of training.
+            defaults: settings of the analysis that the user's go before.
+            axes: settings that the analysis varies.
+
+        Raises:
+            ValueError: the user chose one of these.
+        """
+        user = {name: value for name, value in self.settings.items() if name != "data"}
+        for taken in axes.keys() & user.keys():
+            raise ValueError(f"{option(taken)} is what this analysis varies, so it cannot be chosen")
+        axes.setdefault("data", self.first_data)
+        axes.setdefault("alpha", self.budget.threshold(optimizer))
+        config = self.budget.config({**(defaults or {}), **user}, optimizer=optimizer, seed=seed, **axes)
+        if keep or self.budget.keep_always:
+            config = replace(config, keep_epochs=self.budget.kept_epochs(config))
+        shown = {name: value for name, value in labels.items() if name not in ("data", "optimizer")}
+        told = [f"{key} {_short(value)}" for key, value in shown.items()]
+        name = ", ".join([data_name(config.data), optimizer, *told, f"seed {seed}"])
+        every = {**labels, "optimizer": optimizer, "seed": seed}
+        return Cell(name, every, config, tuple(measures(config.resolved())))
+
+    def gradients(self, config: RunConfig) -> tuple[Gradients]:
+        """The measure of Fig. 2 and Table 5."""
+        return (Gradients(self.budget.looked_at, self.budget.batch, self.budget.kept_epochs(config)),)
+
+
+def data_name(data: str) -> str:
+    """A data set's name without its folder and ending."""
+    return Path(data).stem
+
+
+def _short(value: Any) -> str:
+    """Of a label, in the name of a cell."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A figure or table of the paper.
+
+    Attributes:
+        name: as the command takes it.
+        title: what it shows.
+        cells: what has to be computed.
+        summarise: tables, findings and picture of the records.
+    """
+
+    name: str
+    title: str
+    cells: Callable[[Request], list[Cell]]
+    summarise: Callable[[Sequence[Record]], Outcome]

@@ -1,0 +1,155 @@
+"""How much an analysis may cost: the settings that stand for the paper's where those are out of reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engm.names import check_name
+
+from ..config import RunConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A scale at which everything runs.
+
+    Attributes:
+        name: as the command takes it.
+        purpose: in a few words.
+        settings: of every training run; what is not named is as in the paper.
+        seeds: independent runs of every cell.
+        alpha: thresholds by optimizer, where the paper's, scaled to the network, are not taken.
+        step_share: step of the training attack as a share of eps; ``None`` for the paper's quarter.
+        long_epochs: of Tables 3 and 4 (200 in the paper); ``None``: as long as the others.
+        wide_model: stands for WRN-34-10.
+        data: default data sets of Fig. 2, 3 and Table 3.
+        attacked: test images that AutoAttack sees; ``None``: all.
+        fooled: test images that DeepFool sees; ``None``: all.
+        looked_at: training images whose gradients are measured; with ``batch`` of them at a time.
+        batch: see above.
+        kept: every so many epochs weights are kept for such measurements, and around each decay.
+        keep_always: keep them in every run, so that analyses share their runs; at full size it would fill disks.
+        timed_steps: of Table 1.
+    """
+
+    name: str
+    purpose: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+    alpha: dict[str, str] = field(default_factory=dict)
+    step_share: float | None = None
+    long_epochs: int | None = None
+    wide_model: str = "wrn-34-10"
+    data: tuple[str, ...] = ("cifar10",)
+    attacked: int | None = None
+    fooled: int | None = None
+    looked_at: int = 1000
+    batch: int = 125
+    kept: int = 5
+    keep_always: bool = True
+    timed_steps: int = 20
+
+    def config(self, settings: dict[str, Any], **special: Any) -> RunConfig:
+        """A run of this budget.
+
+        Args:
+            settings: the user's and the analysis's choices, before the budget's.
+            special: what tells the run from the others.
+        """
+        merged = {**self.settings, **settings, **special}
+        config = RunConfig(**merged)
+        eps = config.resolved().eps
+        if self.step_share is not None and eps and "step_size" not in merged:
+            config = replace(config, step_size=self.step_share * eps)
+        return config
+
+    def threshold(self, optimizer: str) -> str:
+        """``--alpha`` of an optimizer."""
+        return self.alpha.get(optimizer, "paper")
+
+    def kept_epochs(self, config: RunConfig) -> tuple[int, ...]:
+        """The epochs whose weights measurements look at: evenly spaced, and the ends of both sides of each decay."""
+        decays = config.resolved().decay_epochs or ()
+        chosen = {1, config.epochs, *range(self.kept, config.epochs, self.kept)}
+        chosen |= {epoch for decay in decays[:1] for epoch in (decay, decay + 1)}
+        return tuple(sorted(epoch for epoch in chosen if 1 <= epoch <= config.epochs))
+
+
+BUDGETS = {
+    "smoke": Budget(
+        "smoke",
+        "every command in seconds, on 8x8 digits: shows that it runs, and nothing else",
+        {
+            "data": "digits",
+            "model": "small-resnet",
+            "width": 4,
+            "epochs": 2,
+            "decay_epochs": (1,),
+            "train_examples": 64,
+            "test_examples": 40,
+            "batch_size": 32,
+            "attack_steps": 2,
+            "evaluation_steps": 3,
+            "calibrate_every": 2,
+            "tau": 2,
+            "threads": 1,
+            "loggers": (),
+        },
+        seeds=1,
+        alpha={"engm": "5.0", "a-engm": "5.0", "n-engm": "0.5"},
+        wide_model="wrn-10-1",
+        data=("digits",),
+        attacked=4,
+        fooled=20,
+        looked_at=32,
+        batch=16,
+        kept=1,
+        timed_steps=2,
+    ),
+    "small": Budget(
+        "small",
+        "a first answer on CPU cores: 1,024 images, VGG-8 of width 16, 30 epochs without augmentation",
+        {
+            "model": "vgg8",
+            "width": 16,
+            "epochs": 30,
+            "decay_epochs": (19, 23),
+            "train_examples": 1024,
+            "validation_examples": 500,
+            "test_examples": 1000,
+            "augment": "none",
+            "batch_size": 64,
+            "attack_steps": 5,
+            "evaluate_every": 2,
+            "save_every": 100_000,
+            "threads": 1,
+            "loggers": (),
+        },
+        step_share=0.4,
+        # By validation robust accuracy, the mean of best and last, in the sweep of Fig. 5a (docs/results/fig5a).
+        alpha={"engm": "1.5", "a-engm": "1.5", "n-engm": "0.3"},
+        wide_model="wrn-16-1",
+        attacked=200,
+        fooled=500,
+        looked_at=256,
+        batch=64,
+    ),
+    "paper": Budget(
+        "paper",
+        "the paper's own set-up",
+        long_epochs=200,
+        data=("cifar10", "cifar100", "tiny-imagenet"),
+        keep_always=False,
+    ),
+}
+
+
+def budget(name: str) -> Budget:
+    """A budget by name.
+
+    Raises:
+        ValueError: unknown; says which is nearest.
+    """
+    check_name(name, tuple(BUDGETS), what="budget (--budget)")
+    return BUDGETS[name]

@@ -1,0 +1,306 @@
+"""Fig. 2 and Table 5: norm and variance of the gradients, in natural and adversarial training and by radius."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from ..methods import LABELS
+from .analysis import Analysis, Request, data_name
+from .cells import Cell
+from .measures import DeepFool
+from .outcome import Outcome, Table
+from .published import TABLE5
+from .statistics import Record, figure, mean_of, paired_finding, selected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NATURAL, ADVERSARIAL = "natural", "adversarial"
+QUANTITIES = {"mean_norm": "expected norm μ", "variance": "variance σ²"}
+EPS = (0, 2, 4, 6, 8, 10)  # of Table 5, in 1/255 of the largest pixel value
+
+
+# -- Fig. 2 ------------------------------------------------------------------------------------------------------------
+
+
+def training_cells(request: Request) -> list[Cell]:
+    """Natural and adversarial training with MSGD; VGG-8 on SVHN beside the first data set, if nobody chose others."""
+    return [
+        request.cell(
+            {"data": data_name(data), "training": training},
+            optimizer="msgd",
+            seed=seed,
+            measures=request.gradients,
+            keep=True,
+            data=data,
+            **special,
+            **radius(training),
+        )
+        for seed in request.seeds
+        for data, special in networks(request).items()
+        for training in (NATURAL, ADVERSARIAL)
+    ]
+
+
+def radius(training: str) -> dict[str, Any]:
+    """Natural training is adversarial training with a radius of 0."""
+    return {"eps": 0.0} if training == NATURAL else {}
+
+
+def networks(request: Request) -> dict[str, dict[str, Any]]:
+    """The paper's two data sets with their networks, or the one that was chosen."""
+    if request.budget.name != "paper" or "data" in request.settings:
+        return {request.first_data: {}}
+    return {"cifar10": {"model": "resnet18"}, "svhn": {"model": "vgg8"}}
+
+
+def at_epoch(epoch: int, quantity: str) -> Callable[[Record], float | None]:
+    """One figure of the measured gradients."""
+
+    def read(record: Record) -> float | None:
+        rows = record.get("measures", {}).get("gradients", [])
+        return next((float(row[quantity]) for row in rows if row["epoch"] == epoch), None)
+
+    return read
+
+
+def over_epochs(quantity: str) -> Callable[[Record], float | None]:
+    """The mean over the epochs that were looked at."""
+
+    def read(record: Record) -> float | None:
+        rows = record.get("measures", {}).get("gradients", [])
+        return fmean(row[quantity] for row in rows) if rows else None
+
+    return read
+
+
+def summarise_training(records: Sequence[Record]) -> Outcome:
+    """Of Fig. 2."""
+    sets = list(dict.fromkeys(r["labels"]["data"] for r in selected(records, {})))
+    findings, tables = [], []
+    for data in sets:
+        runs = selected(records, {"data": data})
+        decay = runs[0]["config"]["decay_epochs"][0]
+        last = runs[0]["config"]["epochs"]
+        for quantity, name in QUANTITIES.items():
+            findings.append(
+                paired_finding(
+                    f"{data}: the {name} is higher in adversarial than in natural training (mean over epochs)",
+                    records,
+                    {"data": data, "training": ADVERSARIAL},
+                    {"data": data, "training": NATURAL},
+                    over_epochs(quantity),
+                    expected="greater",
+                )
+            )
+        for training, expected in ((NATURAL, "falls"), (ADVERSARIAL, "grows")):
+            for quantity, name in QUANTITIES.items():
+                findings.append(_across_decay(records, data, training, quantity, name, expected, decay, last))
+        tables.append(_epochs_table(records, data))
+    return Outcome(
+        tables,
+        findings,
+        gradient_rows(records),
+        lambda drawn: _draw_training(records, sets, drawn),
+        (10, 4 * len(sets)),
+    )
+
+
+def _across_decay(
+    records: Sequence[Record], data: str, training: str, quantity: str, name: str, expected: str, decay: int, last: int
+) -> Any:
+    both = [
+        {**r, "labels": {**r["labels"], "at": at}}
+        for r in selected(records, {"data": data, "training": training})
+        for at in (decay, last)
+    ]
+    return paired_finding(
+        f"{data}, {training} training: the {name} {expected} after the learning rate's decay "
+        f"(epoch {decay} against {last})",
+        both,
+        {"at": last},
+        {"at": decay},
+        lambda r: at_epoch(r["labels"]["at"], quantity)(r),
+        expected="greater" if expected == "grows" else "less",
+    )
+
+
+def _epochs_table(records: Sequence[Record], data: str) -> Table:
+    runs = selected(records, {"data": data})
+    epochs = sorted({row["epoch"] for r in runs for row in r["measures"]["gradients"]})
+    lines = [
+        [
+            str(epoch),
+            *(
+                mean_of(records, {"data": data, "training": training}, at_epoch(epoch, quantity)).text(2)
+                for quantity in QUANTITIES
+                for training in (NATURAL, ADVERSARIAL)
+            ),
+        ]
+        for epoch in epochs
+    ]
+    count = runs[0]["measures"]["gradients"][0]["examples"]
+    return Table(
+        f"{data}, {runs[0]['config']['model']}: gradients of {count} training images after an epoch, batch norm in "
+        "training mode, mean ± standard deviation of single runs. The paper prints curves without numbers.",
+        ["epoch", *(f"{name}, {training}" for name in QUANTITIES.values() for training in (NATURAL, ADVERSARIAL))],
+        lines,
+    )
+
+
+def gradient_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One a run and epoch, for the CSV file."""
+    names = sorted({name for r in records for name in r["labels"]})
+    return [
+        {**{name: r["labels"].get(name) for name in names}, **row}
+        for r in selected(records, {})
+        for row in r["measures"]["gradients"]
+    ]
+
+
+def _draw_training(records: Sequence[Record], sets: Sequence[str], drawn: Figure) -> None:
+    axes = drawn.subplots(len(sets), 2, squeeze=False)
+    for row, data in enumerate(sets):
+        for axis, (quantity, name) in zip(axes[row], QUANTITIES.items(), strict=True):
+            for index, training in enumerate((NATURAL, ADVERSARIAL)):
+                runs = selected(records, {"data": data, "training": training})
+                for run in runs:
+                    points = run["measures"]["gradients"]
+                    axis.plot(
+                        [p["epoch"] for p in points],
+                        [p[quantity] for p in points],
+                        "o-",
+                        color=f"C{index}",
+                        alpha=0.7,
+                        markersize=3,
+                        label=f"{training} training" if run is runs[0] else None,
+                    )
+            for decay in {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]}:
+                axis.axvline(decay + 0.5, color="grey", linestyle=":", linewidth=1)
+            axis.set(title=f"{data}: {name}", xlabel="epoch", yscale="log")
+            axis.grid(alpha=0.3)
+        axes[row][0].legend(fontsize="small")
+
+
+FIG_2 = Analysis("fig2", "Norm and variance of gradients over training (Fig. 2)", training_cells, summarise_training)
+
+# -- Table 5 -----------------------------------------------------------------------------------------------------------
+
+
+def radius_cells(request: Request) -> list[Cell]:
+    """MSGD and ENGM at every radius; gradients of MSGD's runs, rho of both."""
+    scale = 1 / 255
+    return [
+        request.cell(
+            {"eps": eps},
+            optimizer=optimizer,
+            seed=seed,
+            measures=lambda config: [*request.gradients(config), DeepFool(request.budget.fooled)],
+            keep=True,
+            eps=eps * scale,
+        )
+        for seed in request.seeds
+        for eps in EPS
+        for optimizer in ("msgd", "engm")
+    ]
+
+
+RHO = figure("measures", "deepfool")
+
+
+def summarise_radii(records: Sequence[Record]) -> Outcome:
+    """Of Table 5."""
+    lines = []
+    for eps in EPS:
+        mu, sigma2, rho_msgd, rho_engm = TABLE5[eps]
+        msgd, engm_ = {"eps": eps, "optimizer": "msgd"}, {"eps": eps, "optimizer": "engm"}
+        if not selected(records, {"eps": eps}):
+            continue
+        lines.append(
+            [
+                str(eps),
+                f"{mean_of(records, msgd, over_epochs('mean_norm')).text(2)} ({mu:g})",
+                f"{mean_of(records, msgd, over_epochs('variance')).text(1)} ({sigma2:g})",
+                f"{mean_of(records, msgd, RHO).text(3)} ({rho_msgd:g})",
+                f"{mean_of(records, engm_, RHO).text(3)} ({rho_engm:g})",
+                f"{mean_of(records, engm_, over_epochs('mean_norm')).text(2)}",
+                f"{mean_of(records, engm_, over_epochs('variance')).text(1)}",
+            ]
+        )
+    done = selected(records, {})
+    count = done[0]["measures"]["gradients"][0]["examples"] if done else 0
+    table = Table(
+        "Mean ± standard deviation of single runs, in brackets the paper's (of another network: compare the trend). μ "
+        f"and σ²: of {count} training images, attacked as in training, mean over the epochs that were looked at. ρ: "
+        "mean l2 distance to the closest adversary by DeepFool, last checkpoint.",
+        ["ε · 255", "μ, MSGD", "σ², MSGD", "ρ, MSGD", "ρ, ENGM", "μ, ENGM", "σ², ENGM"],
+        lines,
+    )
+    present = [eps for eps in EPS if selected(records, {"eps": eps, "optimizer": "msgd"})]
+    findings = []
+    if len(present) > 1:
+        low, high = present[0], present[-1]
+        for quantity, name in QUANTITIES.items():
+            findings.append(
+                paired_finding(
+                    f"The {name} grows with the radius (ε of {high} against {low}, MSGD)",
+                    records,
+                    {"eps": high, "optimizer": "msgd"},
+                    {"eps": low, "optimizer": "msgd"},
+                    over_epochs(quantity),
+                    expected="greater",
+                )
+            )
+    for eps in present:
+        *_, rho_msgd, rho_engm = TABLE5[eps]
+        more = rho_engm > rho_msgd
+        findings.append(
+            paired_finding(
+                f"At ε of {eps}, ENGM's ρ is {'larger' if more else 'smaller'} than MSGD's "
+                f"({rho_engm} against {rho_msgd})",
+                records,
+                {"eps": eps, "optimizer": "engm"},
+                {"eps": eps, "optimizer": "msgd"},
+                RHO,
+                expected="greater" if more else "less",
+                digits=3,
+            )
+        )
+    rows = [
+        {
+            **{name: r["labels"][name] for name in ("eps", "optimizer", "seed")},
+            "mean_norm": over_epochs("mean_norm")(r),
+            "variance": over_epochs("variance")(r),
+            "rho": RHO(r),
+        }
+        for r in done
+    ]
+    return Outcome([table], findings, rows, lambda drawn: _draw_radii(records, present, drawn), (12, 4))
+
+
+def _draw_radii(records: Sequence[Record], present: Sequence[int], drawn: Figure) -> None:
+    axes = drawn.subplots(1, 3)
+    reads = {**{name: over_epochs(q) for q, name in QUANTITIES.items()}, "ρ (DeepFool)": RHO}
+    for axis, (column, (name, read)) in zip(axes, enumerate(reads.items()), strict=True):
+        for index, optimizer in enumerate(("msgd", "engm")):
+            means = [mean_of(records, {"eps": eps, "optimizer": optimizer}, read) for eps in present]
+            axis.errorbar(
+                present,
+                [m.value for m in means],
+                [0.0 if m.n < 2 else m.deviation for m in means],
+                marker="o",
+                capsize=3,
+                color=f"C{index}",
+                label=LABELS[optimizer],
+            )
+            paper = [TABLE5[eps][column] if column < 2 else TABLE5[eps][2 + index] for eps in present]
+            if column == 2 or index == 0:
+                axis.plot(present, paper, "--", color=f"C{index}", alpha=0.5, label=f"{LABELS[optimizer]}, the paper")
+        axis.set(title=name, xlabel="ε · 255")
+        axis.grid(alpha=0.3)
+    axes[2].legend(fontsize="small")
+
+
+TABLE_5 = Analysis("table5", "Gradients and robustness by radius (Table 5)", radius_cells, summarise_radii)

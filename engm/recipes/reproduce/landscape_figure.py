@@ -1,0 +1,95 @@
+"""Fig. 4: the loss around test images, for networks trained with MSGD and with ENGM, at the same levels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..analysis import level_sets
+from ..methods import LABELS
+from .analysis import Analysis, Request
+from .cells import Cell
+from .measures import LossLandscape
+from .outcome import Outcome, Table
+from .statistics import Record, mean_of, paired_finding, selected
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+OPTIMIZERS = ("msgd", "engm")
+EXAMPLES, POINTS, ROUGH = 4, 21, 64
+LEVELS = 13
+
+
+def landscape_cells(request: Request) -> list[Cell]:
+    """The runs of Table 2 with these two optimizers."""
+    return [
+        request.cell({}, optimizer=name, seed=seed, measures=lambda config: [LossLandscape(EXAMPLES, POINTS, ROUGH)])
+        for seed in request.seeds
+        for name in OPTIMIZERS
+    ]
+
+
+def mean_roughness(record: Record) -> float | None:
+    """Over the images."""
+    return fmean(record["measures"]["landscape"]["roughness"])
+
+
+def summarise_landscapes(records: Sequence[Record]) -> Outcome:
+    """Of Fig. 4."""
+    finding = paired_finding(
+        "The loss landscape of ENGM is smoother than MSGD's (shown by pictures; here: mean absolute curvature)",
+        records,
+        {"optimizer": "engm"},
+        {"optimizer": "msgd"},
+        mean_roughness,
+        expected="less",
+        unit=" nats",
+        digits=3,
+    )
+    done = selected(records, {})
+    count = len(done[0]["measures"]["landscape"]["roughness"]) if done else 0
+    table = Table(
+        f"Roughness of the loss around {count} test images: mean absolute second derivative along the adversarial "
+        "perturbation and across it, nats per squared length of the perturbation (ours; the paper shows pictures).",
+        ["optimizer", "roughness", "runs"],
+        [
+            [LABELS[name], mean_of(records, {"optimizer": name}, mean_roughness).text(4), str(len(found))]
+            for name in OPTIMIZERS
+            if (found := selected(records, {"optimizer": name}))
+        ],
+    )
+    rows: list[dict[str, Any]] = [
+        {"optimizer": r["labels"]["optimizer"], "seed": r["labels"]["seed"], "image": k, "roughness": value}
+        for r in done
+        for k, value in enumerate(r["measures"]["landscape"]["roughness"])
+    ]
+    return Outcome([table], [finding], rows, lambda drawn: _draw(records, drawn), (12, 6.5))
+
+
+def _draw(records: Sequence[Record], drawn: Figure) -> None:
+    """The first seed's images, a column each; the same levels in a column."""
+    first = [found[0] for name in OPTIMIZERS if (found := selected(records, {"optimizer": name}))]
+    losses = [torch.tensor(r["measures"]["landscape"]["losses"]) for r in first]
+    axes = drawn.subplots(len(first), len(losses[0]), squeeze=False, sharex=True, sharey=True)
+    levels = level_sets(losses, LEVELS)
+    for row, record in enumerate(first):
+        steps = record["measures"]["landscape"]["coordinates"]
+        for column, plane in enumerate(losses[row]):
+            axis = axes[row][column]
+            marks = levels[column].tolist()
+            shown = axis.contourf(steps, steps, plane.T.tolist(), levels=marks, cmap="viridis", extend="both")
+            axis.contour(steps, steps, plane.T.tolist(), levels=marks, colors="black", linewidths=0.4)
+            axis.plot(0, 0, "rx")
+            if row == len(first) - 1:
+                axis.set_xlabel("along the perturbation")
+            if column == 0:
+                axis.set_ylabel(f"{LABELS[record['labels']['optimizer']]}\nacross it")
+            drawn.colorbar(shown, ax=axis, shrink=0.8)
+    drawn.suptitle("loss, nats; × is the image; levels are the same within a column", fontsize=10)
+
+
+FIG_4 = Analysis("fig4", "Loss landscapes (Fig. 4)", landscape_cells, summarise_landscapes)

@@ -1,0 +1,243 @@
+"""What is computed from a finished run: each a small description that can be called, kept beside the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engm.adversarial import PGD
+
+from ..analysis import gradient_statistics, loss_landscape, norm_correlation, roughness
+from ..assess import assess
+from ..config import RunConfig
+from ..data import Dataset
+from ..evaluate import pgd20
+from ..run import build_network, load_weights
+from ..run_folder import RunFolder
+from ..storage.atomic_files import make_folder, read_json, write_json
+
+
+class Measure(Protocol):
+    """A frozen dataclass; its fields say what is measured, ``kind`` under which name it is reported."""
+
+    kind: ClassVar[str]
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> Any:
+        """The result, as JSON can hold it."""
+
+    def passes(self, config: RunConfig) -> float:
+        """About how many forward and backward passes of single images it takes, for the plan."""
+
+
+def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Dataset) -> Any:
+    """The result: read, if it was computed before with the same settings, or computed and written."""
+    settings = {**asdict(measure), "run": fingerprint_of(folder)}  # type: ignore[call-overload]
+    path = folder.path / "measures" / f"{measure.kind}.json"
+    known: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    wanted = _plain(settings)
+    for entry in known:
+        if entry["settings"] == wanted:
+            return entry["result"]
+    result = measure.compute(folder, config, dataset)
+    make_folder(path.parent)
+    write_json(
+        path, [*(e for e in known if e["settings"]["run"] == wanted["run"]), {"settings": wanted, "result": result}]
+    )
+    return result
+
+
+def fingerprint_of(folder: RunFolder) -> str:
+    """Tells one training of the same folder from another: the last checkpoint's checksums."""
+    name = folder.weights("last").checkpoint
+    return (folder.path / "checkpoints" / name / "SHA256SUMS").read_text(encoding="utf-8").split()[0]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """Accuracy of the best checkpoint under AutoAttack, in [0, 1].
+
+    Attributes:
+        examples: the first so many of the test set; ``None``: all.
+    """
+
+    examples: int | None
+    kind: ClassVar[str] = "autoattack"
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> float:
+        """By the package ``pyautoattack``."""
+        count = _at_most(self.examples, dataset)
+        device = dataset.test.labels.device
+        found = assess(folder, ["autoattack"], checkpoints=["best"], examples=count, device=device, dataset=dataset)
+        return float(found["best"]["autoattack"][-1]["accuracy"])
+
+    def passes(self, config: RunConfig) -> float:
+        """100 steps of one attack, nine times 100 of two others, 5,000 queries, on the images that still stand."""
+        return 600.0 * (self.examples or 10_000)
+
+
+@dataclass(frozen=True)
+class DeepFool:
+    """Mean l2 distance to the closest adversary of the last checkpoint, the paper's rho.
+
+    Attributes:
+        examples: the first so many of the test set; ``None``: all.
+    """
+
+    examples: int | None
+    kind: ClassVar[str] = "deepfool"
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> float | None:
+        """``None`` if there was no adversary."""
+        count = _at_most(self.examples, dataset)
+        device = dataset.test.labels.device
+        found = assess(folder, ["deepfool"], checkpoints=["last"], examples=count, device=device, dataset=dataset)
+        rho: float | None = found["last"]["deepfool"][-1]["rho"]
+        return rho
+
+    def passes(self, config: RunConfig) -> float:
+        """Ten backward passes a step, a handful of steps."""
+        return 40.0 * (self.examples or 10_000)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Norm and variance of the gradients of training images, attacked as in training, after each kept epoch.
+
+    Attributes:
+        examples: the first so many of the training set.
+        batch_size: of them at a time.
+        statistics: see :func:`engm.recipes.analysis.gradient_statistics`.
+        epochs: after which.
+    """
+
+    examples: int
+    batch_size: int
+    epochs: tuple[int, ...]
+    statistics: Literal["training", "evaluation"] = "training"
+    kind: ClassVar[str] = "gradients"
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> list[dict[str, float]]:
+        """A row an epoch."""
+        rows = []
+        for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
+            found = gradient_statistics(net, x, y, batch_size=self.batch_size, statistics=self.statistics)
+            rows.append({"epoch": epoch, **asdict(found), "variance": found.variance})
+        return rows
+
+    def passes(self, config: RunConfig) -> float:
+        """The attack, three passes, and sixteen of the whole batch for calibration."""
+        return len(self.epochs) * self.examples * (config.attack_steps * (config.eps != 0) + 3 + 16)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Input-gradient norms and the engine's against exact norms, after each kept epoch, in both modes.
+
+    Attributes:
+        examples: the first so many of the training set.
+        batch_size: of them at a time.
+        epochs: after which.
+        alphas: thresholds for the weights.
+    """
+
+    examples: int
+    batch_size: int
+    epochs: tuple[int, ...]
+    alphas: tuple[float, ...] = (0.1, 1.0, 3.0)
+    kind: ClassVar[str] = "correlation"
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> list[dict[str, Any]]:
+        """Two rows an epoch."""
+        rows = []
+        modes: tuple[Literal["training", "evaluation"], ...] = ("training", "evaluation")
+        for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
+            for mode in modes:
+                found = norm_correlation(net, x, y, batch_size=self.batch_size, statistics=mode, alphas=self.alphas)
+                rows.append({"epoch": epoch, "statistics": mode, **asdict(found)})
+        return rows
+
+    def passes(self, config: RunConfig) -> float:
+        """One backpropagation of the whole batch for every example."""
+        return len(self.epochs) * self.examples * (config.attack_steps + 2 * self.batch_size)
+
+
+@dataclass(frozen=True)
+class LossLandscape:
+    """Losses around test images for the best checkpoint.
+
+    Attributes:
+        examples: the first so many test images.
+        points: a side of the plane.
+        rough: test images, the first so many, whose roughness is averaged.
+    """
+
+    examples: int
+    points: int
+    rough: int
+    kind: ClassVar[str] = "landscape"
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+        """Landscapes, coordinates and the roughness of every image."""
+        net = _network(folder.weights("best").weights, config, dataset)
+        count = min(self.rough, len(dataset.test))
+        x, y = dataset.test.batch(torch.arange(count))
+        attack = PGD(config.eps or 0.0, (config.eps or 0.0) / 10, 20, norm=config.ball)
+        found = loss_landscape(net, x, y, attack, points=self.points)
+        return {
+            "coordinates": found.coordinates.tolist(),
+            "losses": _rounded(found.losses[: self.examples]),
+            "roughness": _rounded(roughness(found.losses, found.coordinates)),
+        }
+
+    def passes(self, config: RunConfig) -> float:
+        """A forward pass a point."""
+        return self.rough * self.points**2 / 3
+
+
+def _rounded(values: Tensor) -> Any:
+    """Six figures are more than a picture shows."""
+    return torch.tensor([float(f"{v:.6g}") for v in values.double().flatten()]).reshape(values.shape).tolist()
+
+
+def _at_most(examples: int | None, dataset: Dataset) -> int | None:
+    return None if examples is None else min(examples, len(dataset.test))
+
+
+def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset) -> nn.Module:
+    net = build_network(config, dataset).to(dataset.test.labels.device)
+    load_weights(net, weights, dataset)
+    return net.eval()
+
+
+def _attacked(
+    folder: RunFolder, config: RunConfig, dataset: Dataset, epochs: Sequence[int], examples: int, batch_size: int
+) -> Any:
+    """``(epoch, network, x, y)`` with training images as training sees them but for augmentation.
+
+    The images are the same for every run and epoch, and so are the attack's starts.
+    """
+    count = min(examples, len(dataset.train)) // batch_size * batch_size
+    x, y = dataset.train.batch(torch.arange(count))
+    for epoch in epochs:
+        net = _network(folder.weights_after(epoch).weights, config, dataset)
+        attacked = x
+        if config.eps:
+            attack = PGD(config.eps, config.step_size or config.eps / 4, config.attack_steps, norm=config.ball)
+            generator = torch.Generator(x.device).manual_seed(0)
+            attacked = torch.cat(
+                [attack(net, a, b, generator=generator).inputs for a, b in zip(x.split(500), y.split(500), strict=True)]
+            )
+        yield epoch, net, attacked, y
+
+
+def evaluation_passes(config: RunConfig, examples: int) -> float:
+    """About how many passes natural accuracy and the evaluation attack take: most images fall at once."""
+    return examples * (1 + 0.4 * pgd20(1.0, steps=config.evaluation_steps).steps * (config.eps != 0))

@@ -1,0 +1,115 @@
+"""What an analysis comes to, and the files it is written to: JSON, CSV, a Markdown table, a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..storage.atomic_files import replaced_when_whole, write_json, write_text_atomic
+from .statistics import Finding
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under headings.
+
+    Attributes:
+        caption: how to read it.
+        headings: of the columns.
+        rows: as many cells each.
+    """
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """With the caption above."""
+        lines = ["| " + " | ".join(self.headings) + " |", "|---|" + "---:|" * (len(self.headings) - 1)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join([self.caption, "", *lines]) + "\n"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of an analysis.
+
+    Attributes:
+        tables: measured beside published.
+        findings: the paper's claims, one by one.
+        rows: the figures one by one, for the CSV file: the same keys in all.
+        draw: puts the picture into an empty figure.
+        size: of the figure, inches.
+    """
+
+    tables: Sequence[Table]
+    findings: Sequence[Finding]
+    rows: Sequence[dict[str, Any]]
+    draw: Callable[[Figure], None]
+    size: tuple[float, float] = field(default=(10.0, 4.0))
+
+    def markdown(self) -> str:
+        """Tables and findings."""
+        parts = [table.markdown() for table in self.tables]
+        if self.findings:
+            parts.append(findings_table(self.findings))
+        return "\n".join(parts)
+
+
+def findings_table(findings: Sequence[Finding]) -> str:
+    """As Markdown."""
+    rows = [(f.claim, f.measured, f"**{f.verdict}**") for f in findings]
+    return Table("What the paper says, and what these runs say:", ("the paper", "measured", "verdict"), rows).markdown()
+
+
+def write_outcome(outcome: Outcome, folder: Path, document: dict[str, Any], heading: str) -> None:
+    """Writes ``results.json``, ``table.csv``, ``table.md`` and ``picture.png``.
+
+    Args:
+        outcome: of an analysis.
+        folder: exists.
+        document: everything that the outcome was made from.
+        heading: first lines of the Markdown file.
+
+    Raises:
+        OSError: a file could not be written; the others are whole.
+    """
+    write_json(folder / "results.json", document)
+    text = io.StringIO()
+    if outcome.rows:
+        writer = csv.DictWriter(text, list(outcome.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(outcome.rows)
+    write_text_atomic(folder / "table.csv", text.getvalue())
+    write_text_atomic(folder / "table.md", f"{heading}\n\n{outcome.markdown()}")
+    save_picture(outcome, folder / "picture.png")
+
+
+def save_picture(outcome: Outcome, path: Path) -> None:
+    """Draws the outcome's picture.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with _picture(path, outcome.size) as drawn:
+        outcome.draw(drawn)
+
+
+@contextmanager
+def _picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawn)
+    yield drawn
+    with replaced_when_whole(path) as temporary:
+        drawn.savefig(temporary, dpi=110, format="png")
