@@ -35,7 +35,7 @@ COMMANDS = [
 
 
 def test_there_are_some() -> None:
-    assert {"train", "evaluate", "compare", "report", "export", "doctor", "demo"} <= {
+    assert {"train", "evaluate", "compare", "report", "export", "doctor", "demo", "reproduce"} <= {
         command.split()[0] for _, command in COMMANDS
     }
 

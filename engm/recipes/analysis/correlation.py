@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import engm
+from engm.graph import trace
 from engm.optim.aengm import fit_line
-from engm.optim.engm import predicted_weights
+from engm.optim.engm import check_alpha, predicted_weights
 
 from .batches import Statistics, copied, losses_of, split, wrapped
 
@@ -61,7 +62,7 @@ def norm_correlation(
     """Compares norms of input gradients and the engine's estimates with exact norms of parameter gradients.
 
     The line and the engine's calibration factors come from the first batch; all figures are of the others. Exact norms
-    take one backpropagation an example, through the batch statistics in training mode.
+    take one backpropagation an example where batch statistics couple them; elsewhere the engine is exact.
 
     Args:
         net: the network; it is copied, and nothing of it changes.
@@ -72,9 +73,11 @@ def norm_correlation(
         alphas: thresholds to judge the weights at.
 
     Raises:
-        ValueError: fewer than two batches, examples that do not fill whole batches, or input-gradient norms that are
-            all alike, so that no line goes through them.
+        ValueError: fewer than two batches, examples that do not fill whole batches, a threshold that is not positive,
+            input-gradient norms that are all alike, so that no line goes through them, or a first batch half of which
+            has no gradient.
     """
+    alphas = [check_alpha(alpha) for alpha in alphas]
     batches = split(x, y, batch_size)
     if len(batches) < 2:
         raise ValueError(f"expected at least two batches, one to fit on, got {len(x)} examples in one of {batch_size}")
@@ -86,11 +89,13 @@ def norm_correlation(
     if not bool(usable):
         raise ValueError("the input gradients of the first batch are all equally long: no line goes through them")
     slope, intercept = coefficients.tolist()
-    median = first.exact.median()
+    median, input_median = first.exact.median(), first.input.median()
+    if not (median > 0 and input_median > 0):
+        raise ValueError("half of the first batch have no gradient: there is no median norm to compare at")
     predictors = {
         "line": slope * held.input + intercept,
         "engine": held.engine,
-        "input": held.input * (median / first.input.median()),
+        "input": held.input * (median / input_median),
     }
     errors = {}
     for key, alpha in {**{f"{alpha:g}": alpha for alpha in alphas}, MEDIAN: median.item()}.items():
@@ -113,7 +118,7 @@ def _norms(model: engm.GradNormModule, x: Tensor, y: Tensor) -> _Norms:
     losses = losses_of(model, inputs, y)
     engine = engm.per_example_grad_norms(model, losses)
     (gradients,) = torch.autograd.grad(losses.sum(), inputs, retain_graph=True)
-    exact = engm.naive_grad_norms(model, losses)
+    exact = engm.naive_grad_norms(model, losses) if trace(losses).couples else engine
     return _Norms(exact.double(), gradients.double().flatten(1).norm(dim=1), engine.double())
 
 

@@ -63,7 +63,8 @@ def gradient_statistics(
             found = losses_of(model, inputs, labels)
             norms.append(engm.per_example_grad_norms(model, found).double())
             losses.append(found.detach().double())
-            for summed, gradient in zip(total, torch.autograd.grad(found.sum(), parameters), strict=True):
+            gradients = torch.autograd.grad(found.sum(), parameters, materialize_grads=True)
+            for summed, gradient in zip(total, gradients, strict=True):
                 summed += gradient
     every = torch.cat(norms)
     mean_gradient = torch.stack([(summed / len(x)).square().sum() for summed in total]).sum().sqrt()

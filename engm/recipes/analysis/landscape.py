@@ -64,15 +64,16 @@ def loss_landscape(
         raise ValueError(f"expected an odd number of at least 3 points and a positive span, got {points} and {span}")
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    start = torch.Generator(x.device).manual_seed(seed)
-    along = attack(net, x, y, generator=start).inputs - x
+    with evaluation_mode(net):  # whatever mode the attack would leave the network in
+        along = attack(net, x, y, generator=generator).inputs - x  # the start is drawn after v, not once more
     size = lengths(along)
     if bool((size == 0).any()):
         raise ValueError(f"the attack did not move example {int((size == 0).nonzero()[0])}: there is no direction")
     share = (noise * along).flatten(1).sum(1) / size.square()
     across = noise - per_example(share, noise) * along
     across = across * per_example(size / lengths(across), across)
-    steps = torch.linspace(-1, 1, points, dtype=x.dtype, device=x.device) * span
+    half = points // 2
+    steps = torch.arange(-half, half + 1, dtype=x.dtype, device=x.device) / half * span  # linspace can miss the 0
     a, b = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
     rows = []
     with evaluation_mode(net), paused(net):

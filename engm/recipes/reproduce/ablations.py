@@ -18,10 +18,11 @@ from .accuracy_tables import (
     Row,
     accuracy_rows,
     accuracy_table,
-    autoattack,
 )
 from .analysis import Analysis, Request
+from .budgets import Budget
 from .cells import Cell
+from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
 from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
 
@@ -56,7 +57,7 @@ class Ablation:
                 {"panel": self.name, self.setting: value},
                 optimizer=optimizer,
                 seed=seed,
-                measures=lambda config: autoattack(request.budget),
+                measures=lambda config: _autoattack(request.budget),
                 **{**self.special, self.setting: self._typed(value)},
             )
             for seed in request.seeds
@@ -90,6 +91,13 @@ ABLATIONS = (
         {},
     ),
 )
+
+
+def _autoattack(budget: Budget) -> tuple[Measure, ...]:
+    """The measure of these figures, where the budget has it."""
+    return () if budget.attacked_in_sweeps == 0 else (AutoAttack(budget.attacked_in_sweeps),)
+
+
 PANELS: dict[str, tuple[Figure_, str]] = {
     "natural": (NATURAL, "natural, test, %"),
     "best": (BEST, "PGD-20, best, test, %"),

@@ -25,6 +25,7 @@ class Budget:
         wide_model: stands for WRN-34-10.
         data: default data sets of Fig. 2, 3 and Table 3.
         attacked: test images that AutoAttack sees; ``None``: all.
+        attacked_in_sweeps: the same for Fig. 5; 0: not at all.
         fooled: test images that DeepFool sees; ``None``: all.
         looked_at: training images whose gradients are measured; with ``batch`` of them at a time.
         batch: see above.
@@ -43,6 +44,7 @@ class Budget:
     wide_model: str = "wrn-34-10"
     data: tuple[str, ...] = ("cifar10",)
     attacked: int | None = None
+    attacked_in_sweeps: int | None = None
     fooled: int | None = None
     looked_at: int = 1000
     batch: int = 125
@@ -57,7 +59,10 @@ class Budget:
             settings: the user's and the analysis's choices, before the budget's.
             special: what tells the run from the others.
         """
-        merged = {**self.settings, **settings, **special}
+        own = dict(self.settings)
+        if {"epochs", "decay_epochs"} & settings.keys():  # the decays belong to the length
+            own.pop("decay_epochs", None)
+        merged = {**own, **settings, **special}
         config = RunConfig(**merged)
         eps = config.resolved().eps
         if self.step_share is not None and eps and "step_size" not in merged:
@@ -101,6 +106,7 @@ BUDGETS = {
         wide_model="wrn-10-1",
         data=("digits",),
         attacked=4,
+        attacked_in_sweeps=0,
         fooled=20,
         looked_at=32,
         batch=16,
@@ -131,6 +137,7 @@ BUDGETS = {
         alpha={"engm": "1.5", "a-engm": "1.5", "n-engm": "0.3"},
         wide_model="wrn-16-1",
         attacked=200,
+        attacked_in_sweeps=0,
         fooled=500,
         looked_at=256,
         batch=64,

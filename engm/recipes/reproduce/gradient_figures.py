@@ -191,7 +191,6 @@ FIG_2 = Analysis("fig2", "Norm and variance of gradients over training (Fig. 2)"
 
 def radius_cells(request: Request) -> list[Cell]:
     """MSGD and ENGM at every radius; gradients of MSGD's runs, rho of both."""
-    scale = 1 / 255
     return [
         request.cell(
             {"eps": eps},
@@ -199,7 +198,7 @@ def radius_cells(request: Request) -> list[Cell]:
             seed=seed,
             measures=lambda config: [*request.gradients(config), DeepFool(request.budget.fooled)],
             keep=True,
-            eps=eps * scale,
+            eps=eps / 255,
         )
         for seed in request.seeds
         for eps in EPS

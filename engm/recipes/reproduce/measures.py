@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -165,8 +166,8 @@ class Correlation:
         return rows
 
     def passes(self, config: RunConfig) -> float:
-        """One backpropagation of the whole batch for every example."""
-        return len(self.epochs) * self.examples * (config.attack_steps + 2 * self.batch_size)
+        """One backpropagation of the whole batch for every example, in training mode."""
+        return len(self.epochs) * self.examples * (config.attack_steps + self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,9 @@ class LossLandscape:
         net = _network(folder.weights("best").weights, config, dataset)
         count = min(self.rough, len(dataset.test))
         x, y = dataset.test.batch(torch.arange(count))
-        attack = PGD(config.eps or 0.0, (config.eps or 0.0) / 10, 20, norm=config.ball)
+        if not config.eps:
+            raise ValueError("a loss landscape lies along an adversarial perturbation: it needs a radius above 0")
+        attack = PGD(config.eps, config.eps / 10, 20, norm=config.ball)
         found = loss_landscape(net, x, y, attack, points=self.points)
         return {
             "coordinates": found.coordinates.tolist(),
@@ -219,7 +222,7 @@ def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset) ->
 
 def _attacked(
     folder: RunFolder, config: RunConfig, dataset: Dataset, epochs: Sequence[int], examples: int, batch_size: int
-) -> Any:
+) -> Iterator[tuple[int, nn.Module, Tensor, Tensor]]:
     """``(epoch, network, x, y)`` with training images as training sees them but for augmentation.
 
     The images are the same for every run and epoch, and so are the attack's starts.
@@ -230,11 +233,17 @@ def _attacked(
         net = _network(folder.weights_after(epoch).weights, config, dataset)
         attacked = x
         if config.eps:
-            attack = PGD(config.eps, config.step_size or config.eps / 4, config.attack_steps, norm=config.ball)
-            generator = torch.Generator(x.device).manual_seed(0)
-            attacked = torch.cat(
-                [attack(net, a, b, generator=generator).inputs for a, b in zip(x.split(500), y.split(500), strict=True)]
+            attack = PGD(
+                config.eps,
+                config.step_size or config.eps / 4,
+                config.attack_steps,
+                norm=config.ball,
+                eval_mode=config.attack_mode == "eval",
             )
+            generator = torch.Generator(x.device).manual_seed(0)
+            victim = copy.deepcopy(net).train()  # in training mode the attack moves its running statistics
+            batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+            attacked = torch.cat([attack(victim, a, b, generator=generator).inputs for a, b in batches])
         yield epoch, net, attacked, y
 
 

@@ -71,8 +71,8 @@ class Plan:
         wall = self.seconds / max(1, min(self.jobs, self.cells))
         return (
             f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}, "
-            f"{self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, so good to "
-            "a factor of two."
+            f"{self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, so good "
+            "to a factor of two."
         )
 
 

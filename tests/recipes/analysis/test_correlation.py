@@ -142,5 +142,12 @@ def test_bad_arguments() -> None:
         norm_correlation(net, x, y, batch_size=3)
     with pytest.raises(ValueError, match="equally long"):
         norm_correlation(net, x[:1].expand(8, -1, -1, -1), y[:1].expand(8), batch_size=4, statistics="evaluation")
+    with pytest.raises(ValueError, match="alpha must be positive"):
+        norm_correlation(net, x, y, batch_size=4, alphas=(1.0, -1.0))
+    sure = nn.Sequential(nn.Flatten(), nn.Linear(60, 3)).double()
+    with torch.no_grad():
+        sure[1].bias.copy_(torch.tensor([900.0, 0, 0]))
+    with pytest.raises(ValueError, match="half of the first batch have no gradient"):
+        norm_correlation(sure, x, torch.tensor([0, 0, 0, 1, 0, 1, 0, 1]), batch_size=4)
     with pytest.raises(ValueError, match="statistics"):
         norm_correlation(net, x, y, batch_size=4, statistics="eval")  # type: ignore[arg-type]

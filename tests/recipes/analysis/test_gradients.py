@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -112,6 +113,14 @@ def test_frozen_parameters_do_not_count() -> None:
     net, (x, y) = network(norm=False), examples(6)
     net[0].requires_grad_(False)
     assert_exact(gradient_statistics(net, x, y, batch_size=3), *stored(net, x, y, 6))
+
+
+def test_parameters_that_the_losses_do_not_reach_have_no_gradient() -> None:
+    net, (x, y) = network(), examples(6)
+    wanted = gradient_statistics(net, x, y, batch_size=3)
+    net[0].register_module("spare", nn.Linear(2, 2).double())
+    found = gradient_statistics(net, x, y, batch_size=3)
+    assert asdict(found) == pytest.approx(asdict(wanted), rel=1e-12)
 
 
 def test_float32_agrees_with_float64() -> None:

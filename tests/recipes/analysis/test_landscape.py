@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_centre_and_edge_are_the_natural_and_the_adversarial_loss() -> None:
         natural = F.cross_entropy(net(x), y, reduction="none")
         adversarial = F.cross_entropy(net(x + found.along), y, reduction="none")
         across = F.cross_entropy(net(x + 0.5 * found.across), y, reduction="none")
-    assert found.coordinates.tolist() == pytest.approx([-1, -0.5, 0, 0.5, 1])
+    assert found.coordinates.tolist() == [-1, -0.5, 0, 0.5, 1]
     torch.testing.assert_close(found.losses[:, 2, 2], natural)
     torch.testing.assert_close(found.losses[:, 4, 2], adversarial)
     torch.testing.assert_close(found.losses[:, 2, 3], across)
@@ -103,6 +104,23 @@ def test_the_seed_decides_and_the_chunks_do_not() -> None:
     assert abs(cosine) < 0.6
 
 
+@pytest.mark.parametrize("points", [7, 11, 21])
+def test_the_middle_is_the_example_itself(points: int) -> None:
+    x, y = examples(1)
+    found = loss_landscape(network(), x, y, ATTACK, span=0.7, points=points)
+    assert found.coordinates[points // 2] == 0
+    assert torch.equal(found.coordinates, -found.coordinates.flip(0))
+
+
+def test_the_random_direction_is_not_that_of_the_start() -> None:
+    """One weak l2 step: u is nearly the start, so v would be nothing but what rounding leaves of it."""
+    x = torch.full((3, 1, 8, 8), 0.5, dtype=torch.float64)
+    attack = PGD(0.1, 1e-6, 1, norm="l2")
+    found = loss_landscape(Bowl(), x, torch.ones(3).long(), attack, span=1.0, points=3)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    assert (F.cosine_similarity(found.across.flatten(1), noise.flatten(1)) > 0.9).all()
+
+
 def test_two_networks_are_cut_along_one_random_direction() -> None:
     x, _ = examples(2, 3, 8, 8)
     label = torch.ones(2).long()
@@ -112,11 +130,12 @@ def test_two_networks_are_cut_along_one_random_direction() -> None:
     torch.testing.assert_close(one.across, other.across)
 
 
-def test_leaves_everything_as_it_was(untouched: Untouched) -> None:
+@pytest.mark.parametrize("eval_mode", [True, False])
+def test_leaves_everything_as_it_was(eval_mode: bool, untouched: Untouched) -> None:
     net, (x, y) = network(), examples(3)
-    net[1].eval()
+    net[3].eval()
     with untouched(net):
-        found = loss_landscape(net, x, y, ATTACK, span=1.0, points=3)
+        found = loss_landscape(net, x, y, replace(ATTACK, eval_mode=eval_mode), span=1.0, points=3)
     assert not found.losses.requires_grad
     assert not found.along.requires_grad
     assert x.grad is None

@@ -1,0 +1,33 @@
+"""The paper's figures, against each other and the text."""
+
+from __future__ import annotations
+
+from engm.recipes.reproduce.published import TABLE1_SECONDS, TABLE2, TABLE3, TABLE4, TABLE5
+
+
+def test_overfit_follows_from_best_and_last_but_for_one_misprint() -> None:
+    for name, row in TABLE2.items():
+        follows = 100 * (row.best - row.last) / row.best
+        assert (abs(follows - row.overfit) < 0.15) == (name != "engm")
+
+
+def test_table_3_repeats_table_2_and_has_every_row() -> None:
+    for optimizer in ("msgd", "engm"):
+        mine, theirs = TABLE3["cifar10", "vanilla", optimizer], TABLE2[optimizer]
+        assert (mine.natural, mine.best, mine.autoattack, mine.overfit) == (
+            theirs.natural,
+            theirs.best,
+            theirs.autoattack,
+            theirs.overfit,
+        )
+    assert len(TABLE3) == 3 * 4 * 2
+    for data, reduction in (("cifar10", 9.3), ("cifar100", 13.5), ("tiny-imagenet", 16.27)):
+        msgd, engm = (TABLE3[data, "vanilla", optimizer].overfit for optimizer in ("msgd", "engm"))
+        assert round(msgd - engm, 2) == reduction
+
+
+def test_the_texts_figures() -> None:
+    assert round(TABLE1_SECONDS["engm"] / TABLE1_SECONDS["msgd"], 1) == 8.4
+    assert round(TABLE4["engm"].autoattack - TABLE4["msgd"].autoattack, 2) == 1.28
+    assert round(TABLE4["n-engm"].autoattack - TABLE4["msgd"].autoattack, 2) == 0.94
+    assert sorted(TABLE5) == [0, 2, 4, 6, 8, 10]
