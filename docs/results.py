@@ -47,6 +47,9 @@ def main() -> None:
             for file in COPIED:
                 shutil.copy(source / name / file, HERE / name / file)
     found = documents(HERE)
+    others = [name for name, document in found.items() if document["budget"] != "small"]
+    if others or "table2" not in found:
+        raise SystemExit(f"this page is of the budget small and needs table2; of another budget: {others or 'none'}")
     draw_pictures(found, HERE)
     write_text_atomic(HERE / "README.md", page(found, TITLE, INTRODUCTION))
     block = readme_block(found["table2"], "docs/results/table2/picture.png", "docs/results/README.md")

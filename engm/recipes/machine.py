@@ -1,4 +1,4 @@
-"""What a run ran on, for its results."""
+"""What a run runs on: for its results, and set as its configuration asks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 import engm
+
+from .config import RunConfig
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -22,3 +24,11 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "engm": engm.__version__,
     }
+
+
+def set_machine(config: RunConfig) -> None:
+    """Threads and tensor cores as a configuration asks, for the whole process."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cudnn.benchmark = config.fast

@@ -21,13 +21,14 @@ import torch
 
 from engm.names import check_name
 
-from ..config import RunConfig, parse_number
+from ..config import parse_number
 from ..export import ExportFormat
 from ..loggers import LogFormat
+from ..machine import set_machine
 from ..methods import LABELS
 from ..ranks import choose_device, from_environment
 from .errors import explained_failures
-from .options import chosen_settings, config_from, with_settings
+from .options import DECIDED, chosen_settings, config_from, with_settings
 
 if TYPE_CHECKING:
     from ..run_folder import Which
@@ -63,7 +64,7 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
         with from_environment(chosen.device) as ranks:
-            _set_machine(chosen)
+            set_machine(chosen)
             console = _console(quiet=not ranks.first)
             finished = folder.results_file.is_file()
             with RunView(console) as view:
@@ -135,7 +136,7 @@ def compare(
     with explained_failures("the same command goes on where it was left"):
         chosen = config_from(settings, config, compared=True)
         with from_environment(chosen.device) as ranks:
-            _set_machine(chosen)
+            set_machine(chosen)
             console = _console(quiet=not ranks.first)
             results = compare_in(
                 chosen,
@@ -177,11 +178,13 @@ def reproduce(
         chosen = budget_named(budget)
         numbers = list(range(chosen.seeds)) if seeds is None else _seeds(seeds)
         what = analysis(name)
+        if optimizers is not None and name != "table2":
+            raise ValueError(f"--optimizers is for table2; {name} has its own")
         compared = tuple(LABELS) if optimizers is None else tuple(o for o in optimizers.split(",") if o.strip())
         request = Request(chosen, chosen_settings(settings, config), numbers, compared)
         cells = what.cells(request)
         device = choose_device(cells[0].config.device)
-        _set_machine(cells[0].config)
+        set_machine(cells[0].config.resolved())
         console = _console()
         console.print(f"{what.title}; budget {chosen.name}: {chosen.purpose}.", highlight=False, soft_wrap=True)
         planned = plan(cells, out / "runs", device, jobs)
@@ -204,7 +207,7 @@ def reproduce(
         console.print(f"Table, figures, picture: {out / name}", highlight=False)
 
 
-app.command()(with_settings(reproduce, leave_out=("optimizer", "seed", "alpha", "keep_epochs")))
+app.command()(with_settings(reproduce, leave_out=DECIDED))
 
 
 @app.command()
@@ -290,14 +293,6 @@ def _seeds(text: str) -> list[int]:
     if not numbers or min(numbers) < 0 or (numbers == [0] and "," not in text):
         raise ValueError(f"--seeds: expected how many (at least 1), or which with commas between them, got {text!r}")
     return list(range(numbers[0])) if "," not in text else numbers
-
-
-def _set_machine(config: RunConfig) -> None:
-    """Threads and tensor cores, for the whole process."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    torch.backends.cudnn.benchmark = config.fast
 
 
 @app.command()

@@ -57,6 +57,7 @@ def _option(f: Any) -> inspect.Parameter:
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+DECIDED = ("optimizer", "seed", "alpha", "keep_epochs")  # by an analysis of engm reproduce
 FETCHED = ("cifar10", "cifar100", "svhn")
 # Settings that say something only beside others, and when they do.
 _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
@@ -107,6 +108,9 @@ def chosen_settings(settings: dict[str, Any], file: Path | None) -> dict[str, An
     """
     base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
     given = {**base, **{name: _typed(name, value) for name, value in settings.items()}}
+    decided = sorted(given.keys() & set(DECIDED))
+    if decided:
+        raise ValueError(f"{file} has {', '.join(decided)}, which an analysis decides itself: leave them out")
     checked = from_values(given, source="the command line" if file is None else f"{file} or the command line")
     return {name: getattr(checked, name) for name in given}
 

@@ -40,7 +40,7 @@ class Ablation:
         name: as the command takes it.
         setting: its name in :class:`~engm.recipes.config.RunConfig`.
         shown: its name in text.
-        values: by optimizer.
+        values: by optimizer; empty for the thresholds, which are the budget's.
         special: settings of the runs.
     """
 
@@ -51,30 +51,43 @@ class Ablation:
     special: dict[str, Any]
 
     def cells(self, request: Request) -> list[Cell]:
-        """Optimizer by optimizer, value by value."""
+        """Seed by seed, optimizer by optimizer, value by value."""
+        axis = self.values or _thresholds(request.budget)
         return [
             request.cell(
                 {"panel": self.name, self.setting: value},
                 optimizer=optimizer,
                 seed=seed,
                 measures=lambda config: _autoattack(request.budget),
-                **{**self.special, self.setting: self._typed(value)},
+                **{**self.special, **self._axis(value)},
             )
             for seed in request.seeds
-            for optimizer, values in self.values.items()
+            for optimizer, values in axis.items()
             for value in values
         ]
 
-    def _typed(self, value: float) -> Any:
-        if self.setting == "alpha":
-            return str(value)
-        return int(value) if self.setting == "tau" else value
+    def _axis(self, value: float | None) -> dict[str, Any]:
+        if value is None:
+            return {}
+        typed = {"alpha": str, "tau": int}.get(self.setting, float)
+        return {self.setting: typed(value)}
+
+    def found(self, records: Sequence[Record]) -> dict[str, list[float]]:
+        """The values that there are runs of (diverged ones too), by optimizer; without MSGD's for no threshold."""
+        mine = [r["labels"] for r in records if r["labels"]["panel"] == self.name]
+        names = dict.fromkeys(labels["optimizer"] for labels in mine if labels[self.setting] is not None)
+        return {
+            name: sorted({labels[self.setting] for labels in mine if labels["optimizer"] == name}) for name in names
+        }
 
 
-# The paper's axes are pictures; its best are 5 for ENGM and 0.5 for N-ENGM. MSGD is ENGM without a threshold.
-_ALPHAS = (0.75, 1.5, 3.0, 6.0, 12.0)
+def _thresholds(budget: Budget) -> dict[str, tuple[float | None, ...]]:
+    """ENGM's, a tenth of them for N-ENGM, and MSGD, which is ENGM without one."""
+    return {"engm": budget.alphas, "n-engm": tuple(round(a / 10, 6) for a in budget.alphas), "msgd": (None,)}
+
+
 ABLATIONS = (
-    Ablation("fig5a", "alpha", "α", {"engm": _ALPHAS, "n-engm": tuple(round(a / 10, 4) for a in _ALPHAS)}, {}),
+    Ablation("fig5a", "alpha", "α", {}, {}),
     Ablation("fig5d", "tau", "τ", {"a-engm": (1, 10, 50, 100, 300)}, {}),
     Ablation(
         "fig5f",
@@ -110,19 +123,21 @@ PANELS: dict[str, tuple[Figure_, str]] = {
 
 def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS) -> Outcome:
     """Of one panel or of all."""
-    shown = [panel for panel in panels if selected(records, {"panel": panel.name})]
+    shown = [panel for panel in panels if panel.found(records)]
     tables, findings = [], []
     for panel in shown:
-        mine = selected(records, {"panel": panel.name})
+        mine = [r for r in records if r["labels"]["panel"] == panel.name]
         rows = [
             Row(f"{LABELS[optimizer]}, {panel.shown} {value:g}", {"optimizer": optimizer, panel.setting: value}, None)
-            for optimizer, values in panel.values.items()
+            for optimizer, values in panel.found(mine).items()
             for value in values
         ]
+        if panel.setting == "alpha":
+            rows.insert(0, Row(LABELS["msgd"], {"optimizer": "msgd", "alpha": None}, None))
         tables.append(accuracy_table(mine, rows, "optimizer, value"))
         if panel.setting == "alpha":
             tables.append(_validation_table(mine, rows))
-            findings += [_small_alpha(mine, panel, optimizer) for optimizer in panel.values]
+            findings += [_small_alpha(mine, panel, optimizer) for optimizer in panel.found(mine)]
         elif panel.setting == "weight_decay":
             findings.append(_sensitivity(mine, panel))
     return Outcome(
@@ -160,7 +175,7 @@ def _mean_weight(record: Record) -> float:
 
 
 def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
-    values = panel.values[optimizer]
+    values = panel.found(records)[optimizer]
     return paired_finding(
         f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
         records,
@@ -176,11 +191,11 @@ def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> 
 def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
     """The range of the best robust accuracy over the values, seed by seed."""
     ranges: list[Record] = []
-    for optimizer in panel.values:
+    for optimizer, values in panel.found(records).items():
         for seed in {r["labels"]["seed"] for r in records}:
             mine = selected(records, {"optimizer": optimizer, "seed": seed})
             found = [value for r in mine if (value := BEST(r)) is not None]
-            if found:
+            if len(found) == len(values):  # a range without the value that diverged would be too small
                 labels = {"optimizer": optimizer, "seed": seed}
                 ranges.append({"labels": labels, "range": max(found) - min(found)})
     return paired_finding(
@@ -199,7 +214,7 @@ def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure) 
     axes = drawn.subplots(len(panels), len(PANELS), squeeze=False)
     for line, panel in zip(axes, panels, strict=True):
         for axis, (read, title) in zip(line, PANELS.values(), strict=True):
-            for index, (optimizer, values) in enumerate(panel.values.items()):
+            for index, (optimizer, values) in enumerate(panel.found(records).items()):
                 labels = {"panel": panel.name, "optimizer": optimizer}
                 means = [mean_of(records, {**labels, panel.setting: value}, read) for value in values]
                 axis.errorbar(
@@ -211,7 +226,10 @@ def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure) 
                     color=f"C{index}",
                     label=LABELS[optimizer],
                 )
-            first = next(iter(panel.values.values()))
+            first = next(iter(panel.found(records).values()))
+            reference = mean_of(records, {"panel": panel.name, "optimizer": "msgd", panel.setting: None}, read)
+            if reference.n:
+                axis.axhline(100 * reference.value, color="black", linestyle=":", label="MSGD")
             axis.set_xticks(range(len(first)), [f"{value:g}" for value in first], fontsize=8)
             axis.set_title(title, fontsize=9)
             axis.set_xlabel(panel.shown if panel.setting != "alpha" else "α of ENGM (N-ENGM: a tenth)")

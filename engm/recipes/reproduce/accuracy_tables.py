@@ -70,10 +70,14 @@ def _diverged(records: Sequence[Record], labels: Mapping[str, Any]) -> int:
 def _caption(records: Sequence[Record]) -> str:
     done = selected(records, {})
     tests = "/".join(str(n) for n in sorted({r["data"]["test"] for r in done}))
+    attacked = {r["measured_on"]["autoattack"] or r["data"]["test"] for r in done if "autoattack" in r["measured_on"]}
+    under = (
+        f"under AutoAttack (on {'/'.join(map(str, sorted(attacked)))} of them)" if attacked else "AutoAttack (not run)"
+    )
     return (
-        f"Per cent of {tests} test images, mean ± standard deviation of single runs, in brackets the paper's. Natural, "
-        "Best and AA: the checkpoint that was best on the validation set, on clean images, under the evaluation attack "
-        "(PGD-20 on the margin loss) and under AutoAttack (on fewer images where the budget says so); Last: the last "
+        f"Per cent of {tests} test images, mean ± standard deviation of single runs; in brackets the paper's, of its "
+        "own network and all of its data. Natural, Best and AA: the checkpoint that was best on the validation "
+        f"set, on clean images, under the evaluation attack (PGD-20 on the margin loss) and {under}; Last: the last "
         "checkpoint. Overfit: (best - last) / best."
     )
 
@@ -187,7 +191,13 @@ def _against_msgd(records: Sequence[Record], optimizers: Sequence[str] = ("engm"
             (f"{label} overfits less than MSGD", OVERFIT, "less", mine.overfit, msgd.overfit),
             (f"{label}'s last checkpoint is more robust than MSGD's", LAST, "greater", mine.last, msgd.last),
             (f"{label}'s best checkpoint is more robust than MSGD's", BEST, "greater", mine.best, msgd.best),
-            (f"the same under AutoAttack, {label}", AUTOATTACK, "greater", mine.autoattack, msgd.autoattack),
+            (
+                f"{label}'s best checkpoint is more robust than MSGD's under AutoAttack",
+                AUTOATTACK,
+                "greater",
+                mine.autoattack,
+                msgd.autoattack,
+            ),
         ]
         for claim, read, expected, ours, theirs in claims:
             found.append(
@@ -248,7 +258,7 @@ def summarise_methods(records: Sequence[Record]) -> Outcome:
         Row(
             f"{data}, {threat}, {METHODS[method][0]}, {LABELS[optimizer]}",
             {"data": data, "threat": threat, "method": method, "optimizer": optimizer},
-            TABLE3.get((data, method, optimizer)) if threat == "linf" else None,
+            TABLE3.get((data.lower(), method, optimizer)) if threat == "linf" else None,
         )
         for data, threat in labels
         for method in METHODS

@@ -79,8 +79,10 @@ class Request:
         for taken in axes.keys() & user.keys():
             raise ValueError(f"{option(taken)} is what this analysis varies, so it cannot be chosen")
         axes.setdefault("data", self.first_data)
-        axes.setdefault("alpha", self.budget.threshold(optimizer))
         config = self.budget.config({**(defaults or {}), **user}, optimizer=optimizer, seed=seed, **axes)
+        if "alpha" not in axes:
+            config = replace(config, alpha=self.budget.threshold(optimizer, config))
+        self._check(config, keep)
         if keep or self.budget.keep_always:
             config = replace(config, keep_epochs=self.budget.kept_epochs(config))
         shown = {name: value for name, value in labels.items() if name not in ("data", "optimizer")}
@@ -88,6 +90,22 @@ class Request:
         name = ", ".join([data_name(config.data), optimizer, *told, f"seed {seed}"])
         every = {**labels, "optimizer": optimizer, "seed": seed}
         return Cell(name, every, config, tuple(measures(config.resolved())))
+
+    def _check(self, config: RunConfig, keep: bool) -> None:
+        """What would only come out when everything is trained.
+
+        Raises:
+            ValueError: a setting that the analysis's measures cannot do with.
+        """
+        if not keep:
+            return
+        if config.early_stop:
+            raise ValueError("--early-stop: this analysis looks at weights of epochs that might never come")
+        if config.train_examples is not None and config.train_examples < 2 * self.budget.batch:
+            raise ValueError(
+                f"--train-examples {config.train_examples}: this analysis measures gradients on {self.budget.batch} "
+                "images at a time, and needs two such batches"
+            )
 
     def gradients(self, config: RunConfig) -> tuple[Gradients]:
         """The measure of Fig. 2 and Table 5."""

@@ -20,6 +20,7 @@ class Budget:
         settings: of every training run; what is not named is as in the paper.
         seeds: independent runs of every cell.
         alpha: thresholds by optimizer, where the paper's, scaled to the network, are not taken.
+        alphas: ENGM's of Fig. 5a; N-ENGM has a tenth.
         step_share: step of the training attack as a share of eps; ``None`` for the paper's quarter.
         long_epochs: of Tables 3 and 4 (200 in the paper); ``None``: as long as the others.
         wide_model: stands for WRN-34-10.
@@ -39,6 +40,7 @@ class Budget:
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 3
     alpha: dict[str, str] = field(default_factory=dict)
+    alphas: tuple[float, ...] = (1.0, 2.5, 5.0, 10.0, 25.0)
     step_share: float | None = None
     long_epochs: int | None = None
     wide_model: str = "wrn-34-10"
@@ -69,9 +71,10 @@ class Budget:
             config = replace(config, step_size=self.step_share * eps)
         return config
 
-    def threshold(self, optimizer: str) -> str:
-        """``--alpha`` of an optimizer."""
-        return self.alpha.get(optimizer, "paper")
+    def threshold(self, optimizer: str, config: RunConfig) -> str:
+        """``--alpha`` of an optimizer: what was found for the budget's own network, for another the paper's, scaled."""
+        own = all(getattr(config, name) == self.settings.get(name) for name in ("model", "width"))
+        return self.alpha.get(optimizer, "paper") if own and config.norm == "batch" else "paper"
 
     def kept_epochs(self, config: RunConfig) -> tuple[int, ...]:
         """The epochs whose weights measurements look at: evenly spaced, and the ends of both sides of each decay."""
@@ -103,6 +106,7 @@ BUDGETS = {
         },
         seeds=1,
         alpha={"engm": "5.0", "a-engm": "5.0", "n-engm": "0.5"},
+        alphas=(2.5, 5.0),
         wide_model="wrn-10-1",
         data=("digits",),
         attacked=4,
@@ -133,6 +137,7 @@ BUDGETS = {
             "loggers": (),
         },
         step_share=0.4,
+        alphas=(0.75, 1.5, 3.0, 6.0, 12.0),  # multiples of what alpha_for gives
         # By validation robust accuracy, the mean of best and last, in the sweep of Fig. 5a (docs/results/fig5a).
         alpha={"engm": "1.5", "a-engm": "1.5", "n-engm": "0.3"},
         wide_model="wrn-16-1",

@@ -15,6 +15,7 @@ from engm.exact import NonFiniteError
 
 from ..config import RunConfig
 from ..data import Dataset
+from ..machine import set_machine
 from ..ranks import Ranks
 from ..run import load_dataset
 from ..run_folder import RunFolder, View, train
@@ -71,15 +72,15 @@ class Cell:
             The cell's record: ``name``, ``labels``, what the run came to, and ``measures`` by kind. A run that
             diverged has ``diverged`` instead.
         """
-        if self.config.threads is not None and device.type == "cpu":
-            torch.set_num_threads(self.config.threads)
         config = self.config.resolved()
+        set_machine(config)
         dataset = dataset_of(config, device)
         folder = RunFolder(runs / self.folder_name)
         record: Record = {"name": self.name, "labels": self.labels, "folder": self.folder_name}
         try:
             with view() as watching:
                 results = train(config, folder.path, Ranks(device), view=watching, dataset=dataset)
+            measures = {measure.kind: measured(measure, folder, config, dataset, device) for measure in self.measures}
         except NonFiniteError as error:
             return {**record, "diverged": str(error)}
         # The path of a data file is the machine's, not the result's.
@@ -89,7 +90,8 @@ class Cell:
             **{k: results[k] for k in KEPT_RESULTS},
             "config": shown,
             "history": [{k: row[k] for k in HISTORY if row.get(k) is not None} for row in results["history"]],
-            "measures": {measure.kind: measured(measure, folder, config, dataset) for measure in self.measures},
+            "measures": measures,
+            "measured_on": {measure.kind: measure.examples for measure in self.measures},
         }
 
     def is_trained(self, runs: Path) -> bool:

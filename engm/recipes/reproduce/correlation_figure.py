@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.correlation import MEDIAN
 from ..config import RunConfig
 from .analysis import Analysis, Request, data_name
 from .cells import Cell
-from .gradient_figures import ADVERSARIAL, NATURAL, networks, radius
+from .gradient_figures import ADVERSARIAL, NATURAL, networks, radius, schedule
 from .measures import Correlation
 from .outcome import Outcome, Table
 from .statistics import Finding, Mean, Record, Verdict, mean_of, paired_finding, selected
@@ -39,6 +40,7 @@ def correlation_cells(request: Request) -> list[Cell]:
             measures=measures,
             keep=True,
             data=data,
+            defaults=schedule(request),
             **special,
             **radius(training),
         )
@@ -137,10 +139,10 @@ def _findings(records: Sequence[Record], data: str) -> list[Finding]:
             mean = mean_of(records, labels, pearson(mode, "input"))
             found.append(
                 Finding(
-                    f"{data}, {training} training, {mode} mode: input and parameter gradient norms correlate "
-                    "significantly",
+                    f"{data}, {training} training, {mode} mode: input and parameter gradient norms correlate (judged: "
+                    "above 0)",
                     f"correlation {mean.text(2)} (mean over epochs)",
-                    _beyond(mean, 0.5, above=True),
+                    _beyond(mean, 0.0, above=True),
                 )
             )
     runs = selected(records, {"data": data, "training": ADVERSARIAL})
@@ -164,14 +166,17 @@ def _findings(records: Sequence[Record], data: str) -> list[Finding]:
     )
     worst = {
         r["labels"]["seed"]: max(
-            errors["line"] for row in _rows(r, "training") for errors in row["weight_errors"].values()
+            errors["line"]
+            for row in _rows(r, "training")
+            for alpha, errors in row["weight_errors"].items()
+            if alpha != MEDIAN  # not the paper's
         )
         for r in runs
     }
     mean = Mean.of([100 * v for v in worst.values()])
     found.append(
         Finding(
-            f"{data}: the error of A-ENGM's weights is below 10 % everywhere (training mode)",
+            f"{data}: the error of A-ENGM's weights is below 10 % at α of 0.1, 1 and 3 (training mode)",
             f"largest mean error over epochs and α: {mean.text(1)} hundredths",
             _beyond(mean, 100 * LARGEST_ERROR, above=False),
         )

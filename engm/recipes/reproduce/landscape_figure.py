@@ -26,6 +26,8 @@ LEVELS = 13
 
 def landscape_cells(request: Request) -> list[Cell]:
     """The runs of Table 2 with these two optimizers."""
+    if request.settings.get("eps") == 0:
+        raise ValueError("--eps 0: a loss landscape lies along an adversarial perturbation, which needs a radius")
     return [
         request.cell({}, optimizer=name, seed=seed, measures=lambda config: [LossLandscape(EXAMPLES, POINTS, ROUGH)])
         for seed in request.seeds

@@ -18,7 +18,7 @@ from ..config import RunConfig
 from ..data import Dataset
 from ..evaluate import pgd20
 from ..run import build_network, load_weights
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
 
 
@@ -27,14 +27,18 @@ class Measure(Protocol):
 
     kind: ClassVar[str]
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> Any:
+    @property
+    def examples(self) -> int | None:
+        """How many images it looks at; ``None``: all."""
+
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> Any:
         """The result, as JSON can hold it."""
 
     def passes(self, config: RunConfig) -> float:
         """About how many forward and backward passes of single images it takes, for the plan."""
 
 
-def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Dataset) -> Any:
+def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> Any:
     """The result: read, if it was computed before with the same settings, or computed and written."""
     settings = {**asdict(measure), "run": fingerprint_of(folder)}  # type: ignore[call-overload]
     path = folder.path / "measures" / f"{measure.kind}.json"
@@ -43,7 +47,7 @@ def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Da
     for entry in known:
         if entry["settings"] == wanted:
             return entry["result"]
-    result = measure.compute(folder, config, dataset)
+    result = measure.compute(folder, config, dataset, device)
     make_folder(path.parent)
     write_json(
         path, [*(e for e in known if e["settings"]["run"] == wanted["run"]), {"settings": wanted, "result": result}]
@@ -72,12 +76,9 @@ class AutoAttack:
     examples: int | None
     kind: ClassVar[str] = "autoattack"
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> float:
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> float:
         """By the package ``pyautoattack``."""
-        count = _at_most(self.examples, dataset)
-        device = dataset.test.labels.device
-        found = assess(folder, ["autoattack"], checkpoints=["best"], examples=count, device=device, dataset=dataset)
-        return float(found["best"]["autoattack"][-1]["accuracy"])
+        return float(_assessed("autoattack", "best", self.examples, folder, dataset, device)["accuracy"])
 
     def passes(self, config: RunConfig) -> float:
         """100 steps of one attack, nine times 100 of two others, 5,000 queries, on the images that still stand."""
@@ -95,12 +96,9 @@ class DeepFool:
     examples: int | None
     kind: ClassVar[str] = "deepfool"
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> float | None:
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> float | None:
         """``None`` if there was no adversary."""
-        count = _at_most(self.examples, dataset)
-        device = dataset.test.labels.device
-        found = assess(folder, ["deepfool"], checkpoints=["last"], examples=count, device=device, dataset=dataset)
-        rho: float | None = found["last"]["deepfool"][-1]["rho"]
+        rho: float | None = _assessed("deepfool", "last", self.examples, folder, dataset, device)["rho"]
         return rho
 
     def passes(self, config: RunConfig) -> float:
@@ -125,7 +123,9 @@ class Gradients:
     statistics: Literal["training", "evaluation"] = "training"
     kind: ClassVar[str] = "gradients"
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> list[dict[str, float]]:
+    def compute(
+        self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
+    ) -> list[dict[str, float]]:
         """A row an epoch."""
         rows = []
         for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
@@ -155,7 +155,9 @@ class Correlation:
     alphas: tuple[float, ...] = (0.1, 1.0, 3.0)
     kind: ClassVar[str] = "correlation"
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> list[dict[str, Any]]:
+    def compute(
+        self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
+    ) -> list[dict[str, Any]]:
         """Two rows an epoch."""
         rows = []
         modes: tuple[Literal["training", "evaluation"], ...] = ("training", "evaluation")
@@ -185,9 +187,9 @@ class LossLandscape:
     rough: int
     kind: ClassVar[str] = "landscape"
 
-    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
         """Landscapes, coordinates and the roughness of every image."""
-        net = _network(folder.weights("best").weights, config, dataset)
+        net = _network(folder.weights("best").weights, config, dataset, device)
         count = min(self.rough, len(dataset.test))
         x, y = dataset.test.batch(torch.arange(count))
         if not config.eps:
@@ -210,12 +212,18 @@ def _rounded(values: Tensor) -> Any:
     return torch.tensor([float(f"{v:.6g}") for v in values.double().flatten()]).reshape(values.shape).tolist()
 
 
-def _at_most(examples: int | None, dataset: Dataset) -> int | None:
-    return None if examples is None else min(examples, len(dataset.test))
+def _assessed(
+    attack: str, which: Which, examples: int | None, folder: RunFolder, dataset: Dataset, device: torch.device
+) -> dict[str, Any]:
+    """What ``engm evaluate`` finds, or has found, on the first so many test images at the run's radius."""
+    count = len(dataset.test) if examples is None else min(examples, len(dataset.test))
+    found = assess(folder, [attack], checkpoints=[which], examples=count, device=device, dataset=dataset)
+    wanted = {"examples": count, "eps": folder.config().eps or 0.0, "checkpoint": folder.weights(which).checkpoint}
+    return next(entry for entry in found[which][attack] if wanted.items() <= entry.items())
 
 
-def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset) -> nn.Module:
-    net = build_network(config, dataset).to(dataset.test.labels.device)
+def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset, device: torch.device) -> nn.Module:
+    net = build_network(config, dataset).to(device)
     load_weights(net, weights, dataset)
     return net.eval()
 
@@ -228,9 +236,11 @@ def _attacked(
     The images are the same for every run and epoch, and so are the attack's starts.
     """
     count = min(examples, len(dataset.train)) // batch_size * batch_size
+    if count < batch_size:
+        raise ValueError(f"gradients are measured on {batch_size} images at a time, and there are {len(dataset.train)}")
     x, y = dataset.train.batch(torch.arange(count))
     for epoch in epochs:
-        net = _network(folder.weights_after(epoch).weights, config, dataset)
+        net = _network(folder.weights_after(epoch).weights, config, dataset, x.device)
         attacked = x
         if config.eps:
             attack = PGD(

@@ -17,6 +17,7 @@ import torch
 
 from ..config import RunConfig
 from ..data.memory import free_bytes
+from ..machine import set_machine
 from ..methods import LABELS
 from ..ranks import Ranks
 from ..run import Run
@@ -58,6 +59,7 @@ class Plan:
         seconds: expected for the rest, one cell at a time; measures of trained cells are counted in.
         peak_bytes: the most that one cell holds, on the GPU if there is one.
         jobs: cells at once.
+        on_gpu: where they compute.
     """
 
     cells: int
@@ -65,10 +67,12 @@ class Plan:
     seconds: float
     peak_bytes: int
     jobs: int
+    on_gpu: bool
 
     def __str__(self) -> str:
         left = self.cells - self.trained
-        wall = self.seconds / max(1, min(self.jobs, self.cells))
+        # On one GPU cells share what one of them leaves idle: nobody knows how much that is.
+        wall = self.seconds / (1 if self.on_gpu else max(1, min(self.jobs, self.cells)))
         return (
             f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}, "
             f"{self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, so good "
@@ -100,7 +104,8 @@ def plan(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | No
     trained = sum(cell.is_trained(runs) for cell in cells)
     seconds = sum(_seconds(cell, costs[_kind(cell.config)], runs) for cell in cells)
     threads = max((cell.config.threads or _cores() for cell in cells), default=1)
-    return Plan(len(cells), trained, seconds, peak, jobs or _room(device, peak, threads, len(cells)))
+    room = jobs or _room(device, peak, threads, len(cells))
+    return Plan(len(cells), trained, seconds, peak, room, device.type == "cuda")
 
 
 def _kind(config: RunConfig) -> tuple[Any, ...]:
@@ -122,8 +127,7 @@ def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[t
     """In a fresh process: the cost of every kind, and the peak of memory of the hungriest."""
     where, found, peak = torch.device(device), {}, 0
     for kind, config in kinds.items():
-        if config.threads is not None and where.type == "cpu":
-            torch.set_num_threads(config.threads)
+        set_machine(config.resolved())
         found[kind], held = _time(config, where)
         peak = max(peak, held)
     return found, peak

@@ -60,8 +60,8 @@ class Finding:
     Attributes:
         claim: in a sentence.
         measured: in another.
-        verdict: ``"agrees"`` or ``"contradicts"`` where the 95 % interval of the paired difference leaves out zero,
-            else ``"cannot say"``.
+        verdict: ``"agrees"`` or ``"contradicts"`` where the 95 % interval lies on one side of what the claim says
+            (zero, for a paired difference), else ``"cannot say"``.
     """
 
     claim: str
@@ -107,7 +107,8 @@ def paired_finding(
     if isnan(differences.half_width):
         return Finding(claim, f"{measured}, one pair of runs", "cannot say")
     measured += f" ± {differences.half_width:.{digits}f} (95 %, {len(seeds)} pairs)"
-    if abs(differences.value) <= differences.half_width:
+    # Accuracies are counts: equal differences of a few pairs are no sign of certainty.
+    if differences.deviation == 0 or abs(differences.value) <= differences.half_width:
         return Finding(claim, measured, "cannot say")
     agrees = (differences.value > 0) == (expected == "greater")
     return Finding(claim, measured, "agrees" if agrees else "contradicts")
@@ -123,7 +124,7 @@ def by_seed(
 ) -> dict[int, float]:
     """A figure of each run with these labels, by seed; runs without it are left out."""
     found = {r["labels"]["seed"]: value(r) for r in selected(records, labels)}
-    return {seed: float(figure) for seed, figure in found.items() if figure is not None}
+    return {seed: float(figure) for seed, figure in found.items() if figure is not None and not isnan(float(figure))}
 
 
 def mean_of(records: Sequence[Record], labels: Mapping[str, Any], value: Callable[[Record], float | None]) -> Mean:

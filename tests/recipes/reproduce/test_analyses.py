@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engm.exact import NonFiniteError
 from engm.recipes.reproduce import ANALYSES, analysis
+from engm.recipes.reproduce.outcome import save_picture
 from engm.recipes.reproduce.page import documents, draw_pictures, outcome_of, page
 from engm.recipes.storage.atomic_files import read_json
 
@@ -23,12 +25,12 @@ def figures(path: Path) -> object:
     """Everything in ``results.json`` but times."""
     document = read_json(path / "results.json")
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in document["records"]]
-    return [document["analysis"], document["seeds"], records]
+    return [document["analysis"], records]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_analysis_runs_and_writes_its_files(name: str, out: Path, carried: Carry) -> None:
+def test_every_analysis_runs_and_writes_its_files(name: str, out: Path, tmp_path: Path, carried: Carry) -> None:
     outcome = carried(name, out)
     folder = out / name
     assert {path.name for path in folder.iterdir()} == FILES
@@ -45,6 +47,23 @@ def test_every_analysis_runs_and_writes_its_files(name: str, out: Path, carried:
     assert outcome_of(json.loads((folder / "results.json").read_text())).markdown() == outcome.markdown()
     for finding in outcome.findings:  # one seed has no interval
         assert finding.verdict == "cannot say" or name == "table1"
+    if name != "table1":
+        check_divergence(name, document["records"], tmp_path / "picture.png")
+
+
+def check_divergence(name: str, records: list[dict], picture: Path) -> None:
+    """With any kind of run lost, the others are shown."""
+    for lost in {0, 1, len(records) - 1}:
+        told = {key: records[lost][key] for key in ("name", "labels", "folder")}
+        some = [*records[:lost], {**told, "diverged": "at step 3"}, *records[lost + 1 :]]
+        outcome = analysis(name).summarise(some)
+        assert "nan" not in outcome.markdown()
+        save_picture(outcome, picture)
+
+
+def test_nothing_but_diverged_runs_is_an_error(tmp_path: Path, carried: Carry) -> None:
+    with pytest.raises(NonFiniteError, match="every run of fig2 diverged"):
+        carried("fig2", tmp_path, asked=request(lr=1e30))
 
 
 def test_published_figures_stand_beside_the_measured(out: Path, carried: Carry) -> None:

@@ -19,6 +19,8 @@ from engm.recipes.run_folder import RunFolder, train
 
 from .conftest import request as smoke
 
+CPU = torch.device("cpu")
+
 
 def folders(name: str, budget_name: str) -> set[str]:
     return {cell.folder_name for cell in analysis(name).cells(Request(budget(budget_name), {}, (0, 1)))}
@@ -97,19 +99,19 @@ def test_kept_epochs_are_the_weights_of_those_epochs(trained: RunFolder) -> None
 def test_measures_are_computed_once_for_their_settings(trained: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     config, dataset = trained.config(), tiny_runs.tiny_dataset()
     measure = Gradients(examples=32, batch_size=16, epochs=(1, 3))
-    found = measured(measure, trained, config, dataset)
+    found = measured(measure, trained, config, dataset, CPU)
     assert [row["epoch"] for row in found] == [1, 3]
     assert all(row["variance"] >= 0 and row["examples"] == 32 for row in found)
-    other = measured(replace(measure, epochs=(3,)), trained, config, dataset)
+    other = measured(replace(measure, epochs=(3,)), trained, config, dataset, CPU)
     assert other == found[1:]
 
     def never(*_: object) -> None:
         raise AssertionError("computed again")
 
     monkeypatch.setattr(Gradients, "compute", never)
-    assert measured(measure, trained, config, dataset) == found
+    assert measured(measure, trained, config, dataset, CPU) == found
     with pytest.raises(AssertionError, match="computed again"):
-        measured(replace(measure, examples=16), trained, config, dataset)
+        measured(replace(measure, examples=16), trained, config, dataset, CPU)
 
 
 def test_measures_of_another_training_are_not_believed(tmp_path: Path) -> None:
@@ -121,20 +123,20 @@ def test_measures_of_another_training_are_not_believed(tmp_path: Path) -> None:
         train(config, folder.path, Ranks(torch.device("cpu")), dataset=tiny_runs.tiny_dataset())
         if seed:  # as if the folder had held the other run before
             (tmp_path / "0" / "measures").rename(folder.path / "measures")
-        found[seed] = measured(measure, folder, folder.config(), tiny_runs.tiny_dataset())
+        found[seed] = measured(measure, folder, folder.config(), tiny_runs.tiny_dataset(), CPU)
     assert found[0] != found[1]
 
 
 def test_correlation_and_landscape_read_the_kept_weights(trained: RunFolder) -> None:
     config, dataset = trained.config(), tiny_runs.tiny_dataset()
-    rows = Correlation(examples=40, batch_size=16, epochs=(1,)).compute(trained, config, dataset)
+    rows = Correlation(examples=40, batch_size=16, epochs=(1,)).compute(trained, config, dataset, CPU)
     assert [(row["epoch"], row["statistics"]) for row in rows] == [(1, "training"), (1, "evaluation")]
     assert rows[1]["pearson"]["engine"] == pytest.approx(1.0, abs=1e-5)
-    plane = LossLandscape(examples=2, points=3, rough=4).compute(trained, config, dataset)
+    plane = LossLandscape(examples=2, points=3, rough=4).compute(trained, config, dataset, CPU)
     assert len(plane["roughness"]) == 4
     assert torch.tensor(plane["losses"]).shape == (2, 3, 3)
     with pytest.raises(ValueError, match="radius above 0"):
-        LossLandscape(2, 3, 4).compute(trained, replace(config, eps=0.0), dataset)
+        LossLandscape(2, 3, 4).compute(trained, replace(config, eps=0.0), dataset, CPU)
 
 
 def test_a_run_that_diverges_is_told_and_not_an_error(tmp_path: Path) -> None:
