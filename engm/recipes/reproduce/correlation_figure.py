@@ -243,7 +243,8 @@ def _draw(records: Sequence[Record], sets: Sequence[str], drawn: Figure) -> None
         axis.set(title="mean |ŵ − w|, hundredths (training mode)", xlabel="epoch")
         for axis in axes[line]:
             axis.grid(alpha=0.3)
-            axis.legend(fontsize="x-small")
+            if axis.lines:
+                axis.legend(fontsize="x-small")
 
 
 FIG_3 = Analysis(

@@ -1,0 +1,49 @@
+"""The committed page of results and the README say what the committed JSON says, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from engm.recipes.reproduce.page import documents, page, readme_block, with_block
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_the_generated_one(script: ModuleType) -> None:
+    found = documents(RESULTS)
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(found, script.TITLE, script.INTRODUCTION)
+    for name, document in found.items():
+        assert document["budget"] == "small"
+        assert (RESULTS / name / "picture.png").is_file()
+
+
+def test_the_readme_has_the_generated_block(script: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = readme_block(documents(RESULTS)["table2"], script.PICTURE, script.LINK)
+    assert with_block(readme, block) == readme
+    assert with_block(readme, block.replace("MSGD", "SGD")) != readme
+    with pytest.raises(ValueError, match="no part between"):
+        with_block("# engm", block)
+
+
+def test_no_path_of_a_machine_is_published() -> None:
+    for path in RESULTS.rglob("*"):
+        if path.suffix in (".json", ".toml", ".csv", ".md"):
+            text = path.read_text(encoding="utf-8")
+            assert "/tmp/" not in text
+            assert "data_root" not in text
