@@ -211,9 +211,11 @@ def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
 
 
 def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure) -> None:
-    axes = drawn.subplots(len(panels), len(PANELS), squeeze=False)
+    done = selected(records, {})
+    figures = [(read, title) for read, title in PANELS.values() if any(read(r) is not None for r in done)]
+    axes = drawn.subplots(len(panels), len(figures), squeeze=False)
     for line, panel in zip(axes, panels, strict=True):
-        for axis, (read, title) in zip(line, PANELS.values(), strict=True):
+        for axis, (read, title) in zip(line, figures, strict=True):
             for index, (optimizer, values) in enumerate(panel.found(records).items()):
                 labels = {"panel": panel.name, "optimizer": optimizer}
                 means = [mean_of(records, {**labels, panel.setting: value}, read) for value in values]
