@@ -89,7 +89,7 @@ def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool =
     Raises:
         FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`; or an option would change nothing.
     """
-    base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
+    base = _of_file(file)
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
     chosen = from_values({**config.as_dict(), **typed}, source="the command line")
@@ -106,13 +106,17 @@ def chosen_settings(settings: dict[str, Any], file: Path | None) -> dict[str, An
     Raises:
         FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`.
     """
-    base = {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
-    given = {**base, **{name: _typed(name, value) for name, value in settings.items()}}
+    given = {**_of_file(file), **{name: _typed(name, value) for name, value in settings.items()}}
     decided = sorted(given.keys() & set(DECIDED))
     if decided:
         raise ValueError(f"{file} has {', '.join(decided)}, which an analysis decides itself: leave them out")
     checked = from_values(given, source="the command line" if file is None else f"{file} or the command line")
     return {name: getattr(checked, name) for name in given}
+
+
+def _of_file(file: Path | None) -> dict[str, Any]:
+    """What a TOML file names, by the settings' own names."""
+    return {} if file is None else {k.replace("-", "_"): v for k, v in read_toml(file).items()}
 
 
 def _typed(name: str, value: Any) -> Any:

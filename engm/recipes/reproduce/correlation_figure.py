@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.correlation import MEDIAN
 from ..config import RunConfig
-from .analysis import Analysis, Request, data_name
+from .analysis import Analysis, Request
 from .cells import Cell
-from .gradient_figures import ADVERSARIAL, NATURAL, networks, radius, schedule
+from .gradient_figures import ADVERSARIAL, NATURAL, natural_and_adversarial
 from .measures import Correlation
 from .outcome import Outcome, Table
 from .statistics import Finding, Mean, Record, Verdict, mean_of, paired_finding, selected
@@ -32,22 +32,7 @@ def correlation_cells(request: Request) -> list[Cell]:
         # Exact norms through batch statistics cost one backpropagation an example: every other epoch.
         return [Correlation(budget.looked_at, budget.batch, tuple(sorted({*kept[::2], kept[-1]})))]
 
-    return [
-        request.cell(
-            {"data": data_name(data), "training": training},
-            optimizer="msgd",
-            seed=seed,
-            measures=measures,
-            keep=True,
-            data=data,
-            defaults=schedule(request),
-            **special,
-            **radius(training),
-        )
-        for seed in request.seeds
-        for data, special in networks(request).items()
-        for training in (NATURAL, ADVERSARIAL)
-    ]
+    return natural_and_adversarial(request, measures)
 
 
 def _rows(record: Record, mode: str) -> list[dict[str, Any]]:

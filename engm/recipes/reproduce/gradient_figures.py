@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ..config import RunConfig
 from ..methods import LABELS
 from .analysis import Analysis, Request, data_name
 from .cells import Cell
-from .measures import DeepFool
+from .measures import DeepFool, Measure
 from .outcome import Outcome, Table
 from .published import TABLE5
 from .statistics import Record, figure, mean_of, paired_finding, selected
@@ -26,13 +27,18 @@ EPS = (0, 2, 4, 6, 8, 10)  # of Table 5, in 1/255 of the largest pixel value
 
 
 def training_cells(request: Request) -> list[Cell]:
+    """The runs of Fig. 2 with their gradients."""
+    return natural_and_adversarial(request, request.gradients)
+
+
+def natural_and_adversarial(request: Request, measures: Callable[[RunConfig], Sequence[Measure]]) -> list[Cell]:
     """Natural and adversarial training with MSGD; VGG-8 on SVHN beside the first data set, if nobody chose others."""
     return [
         request.cell(
             {"data": data_name(data), "training": training},
             optimizer="msgd",
             seed=seed,
-            measures=request.gradients,
+            measures=measures,
             keep=True,
             data=data,
             defaults=schedule(request),
