@@ -1,12 +1,14 @@
 # Needs python3, pip, g++ and make; nvcc if CUDA kernels are wanted. Stamp files in .make keep the second run fast.
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.1
+# Asks for a requests of 2021, which it never imports.
+NO_DEPS := torchattacks==3.5.1
 BIN := .venv/bin
 export MAX_JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint bench gpu sanitize clean
+.PHONY: demo test lint docs wheel bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
@@ -20,6 +22,17 @@ lint: .make/venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Warnings are errors: a broken link, a reference to a name that is not documented, a parameter that does not exist.
+docs: .make/venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# dist/ with a source distribution and the wheel built from it, looked through and tried in an environment of its own.
+wheel: .make/build
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/check-wheel-contents dist/*.whl
+	ENGM_DIST=dist $(BIN)/python -m pytest -q tests/ecosystem/test_distribution.py
 
 bench: .make/build
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group
@@ -36,6 +49,7 @@ sanitize:
 .make/venv: requirements-dev.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(NO_DEPS)
 	@mkdir -p .make && touch $@
 
 .make/build: .make/venv $(SOURCES)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .distributed import total
+from .distributed import fewest, total
 from .exact import exact_squared_norms
 
 if TYPE_CHECKING:
@@ -36,11 +36,17 @@ class Probe:
         self.seed = seed
         self.draws = 0
 
-    def draw(self, losses: Tensor, parameters: Sequence[Tensor], loss_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Returns ``(indices [k], exact squared norms [L, k])``; ``loss_scale`` is divided out of the norms."""
+    def draw(
+        self, losses: Tensor, parameters: Sequence[Tensor], loss_scale: float = 1.0, most: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns ``(indices [k], exact squared norms [L, k])``; ``loss_scale`` is divided out of the norms.
+
+        ``k`` is ``examples``, or fewer where the batch has fewer or only ``most`` are allowed.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
         self.draws += 1
-        indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")[: self.examples].sort().values
+        indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")
+        indices = indices[: self.examples if most is None else min(most, self.examples)].sort().values
         exact = exact_squared_norms(losses * loss_scale, parameters, indices.tolist()) / loss_scale**2
         return indices.to(losses.device, non_blocking=True), exact
 
@@ -152,6 +158,7 @@ class Calibration:
         count: bool,
         loss_scale: float = 1.0,
         group: ProcessGroup | None = None,
+        in_step: bool = False,
     ) -> Tensor:
         """The factors ``[L]`` for norms measured in ``mode``, probed afresh when they are due.
 
@@ -166,6 +173,8 @@ class Calibration:
                 latest of this rank's and of all ranks'.
             loss_scale: factor on the losses inside the exact passes, divided out again (float16).
             group: the ranks to take the factors with; None: by itself.
+            in_step: with a group, all of its ranks take part in every backward pass of each, as under ``fully_shard``:
+                each then probes as many examples as the rank with the fewest can.
         """
         names = tuple(name for name, _ in parameters)
         probe = self.probe
@@ -180,7 +189,8 @@ class Calibration:
             old = None if known is None else known.values
             lifetime = 0 if known is None else known.lifetime()
             good_for = min(2 * lifetime, self.every) if lifetime else self._first
-            indices, exact = probe.draw(losses, [parameter for _, parameter in parameters], loss_scale)
+            most = fewest(group, losses.shape[0], losses.device) if in_step and group is not None else None
+            indices, exact = probe.draw(losses, [parameter for _, parameter in parameters], loss_scale, most)
             values, sound = _ratio(exact, squared_norms.index_select(1, indices), old, group)
             flag = DeviceFlag(sound, wait=group is not None)
             known = self._factors[mode] = Factors(names, values, self.steps, good_for, flag)

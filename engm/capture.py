@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .rules import FunctionRule, Rule
 from .rules.normalization import BatchNormRule
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
+    from .distributed import Ranks
     from .session import Session
 
 CALLS_KEY = "engm"  # in the metadata of an autograd node
+CAPTURES_KEY = "engm captures"
 
 
 class Capture:
@@ -35,8 +36,9 @@ class Capture:
         session: the backward pass that presently collects from it, if any.
         frozen: while True, batch norms of this pass treat their statistics as constants in the backward pass.
         inputs: pairs of an input tensor as the user gave it (weakly) and the leaf put in its place.
-        group: the processes of the ``DistributedDataParallel`` that the pass ran inside, if it did: their batches are
-            one batch.
+        ranks: the processes that the pass ran among, if it did: their batches are one batch.
+        input_shape: shape of the first tensor that the network was called with; empty without one.
+        input_storages: addresses of the memory of all tensors that it was called with.
     """
 
     def __init__(self, owner: object) -> None:
@@ -44,7 +46,22 @@ class Capture:
         self.session: Session | None = None
         self.frozen = False
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
-        self.group: ProcessGroup | None = None
+        self.ranks: Ranks | None = None
+        self.input_shape: tuple[int, ...] = ()
+        self.input_storages: frozenset[int] = frozenset()
+
+    def note_inputs(self, inputs: Any) -> None:
+        """Remember the tensors (in any nest) that the network is called with, without keeping them."""
+        tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
+        self.input_shape = tuple(tensors[0].shape) if tensors else ()
+        self.input_storages = frozenset(value.untyped_storage().data_ptr() for value in tensors)
+
+    def mark(self, outputs: Any) -> None:
+        """Note in the graph behind ``outputs`` (any nest of tensors) that this was a captured forward pass."""
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                node: Any = output.grad_fn
+                node.metadata.setdefault(CAPTURES_KEY, []).append(self)
 
     @contextmanager
     def hooked(self, plan: list[tuple[str, nn.Module, Rule]]) -> Iterator[None]:
@@ -109,6 +126,8 @@ class Call:
         output_nr: which output of the node it is.
         hook: handle of the hook on its output.
         input_node: the node that made its input, if any.
+        input_storage: address of the input's memory.
+        input_is_index: whether the input holds integers.
         producer: the call whose output was this call's input, if any.
         reads: whether the rule needs the activations again.
     """
@@ -131,6 +150,8 @@ class Call:
         self.output_nr = output.output_nr
         self.hook: RemovableHandle | None = None
         self.input_node = activations.grad_fn
+        self.input_storage = activations.untyped_storage().data_ptr()
+        self.input_is_index = not (activations.is_floating_point() or activations.is_complex())
         self.producer = self._find_producer(activations) if self.couples else None
         self.reads = self.couples or (bool(self.parameters) and rule.reads_activations(tuple(self.parameters)))
         self._activations: Tensor | None = activations if self.reads else None

@@ -11,6 +11,7 @@ the values come back as they are. With a group each is a collective: all of its 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,30 +22,71 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .capture import Call
+    from .capture import Capture
+
+# A call of the autograd engine costs tens of microseconds, a reduction waits for a bucket of 25 MB (the first: 1 MB).
+HANDED_OVER_AT_ONCE = 4 << 20
 
 
-def active_group() -> ProcessGroup | None:
-    """The process group of the ``DistributedDataParallel`` whose forward pass is running, if one is.
+@dataclass(frozen=True)
+class Ranks:
+    """The processes whose batches are one batch, as a forward pass found them.
+
+    Attributes:
+        group: the processes.
+        reduces: whether the backward pass of this forward pass will average gradients over them: not under ``no_sync``.
+        joining: inside ``join()``, where a rank that ran out of batches answers the reduction of gradients alone.
+    """
+
+    group: ProcessGroup
+    reduces: bool = True
+    joining: bool = False
+
+
+def active_ranks(shards: ProcessGroup | None = None) -> Ranks | None:
+    """Those of the ``DistributedDataParallel`` whose forward pass is running, if one is; else those of ``shards``.
+
+    Args:
+        shards: the processes that ``fully_shard`` split the network over, if it did.
 
     Raises:
-        RuntimeError: it takes the graph to be static, and the backward pass that measures would use up its one look.
+        RuntimeError: ``DistributedDataParallel`` takes the graph to be static, and the backward pass that measures
+            would use up its one look.
     """
     active = DistributedDataParallel._active_ddp_module
     if active is None:
-        return None
+        return None if shards is None else Ranks(shards)
     if active.static_graph:
         raise RuntimeError(
             "DistributedDataParallel(static_graph=True) would leave the gradients unreduced: it prepares for the first "
             "backward pass it sees, and that is the one that measures norms. Leave static_graph out."
         )
-    return active.process_group
+    return Ranks(active.process_group, active.require_backward_grad_sync, active._join_config.enable)
 
 
-def group_of(owner: object, calls: Iterable[Call]) -> ProcessGroup | None:
-    """The process group that the forward pass of ``owner`` behind these calls ran under; None outside of DDP."""
-    groups = (call.capture.group for call in calls if call.capture.owner is owner)
-    return next((group for group in groups if group is not None), None)
+def ranks_of(owner: object, captures: Iterable[Capture]) -> Ranks | None:
+    """The ranks that a forward pass of ``owner`` ran among; None where it ran alone."""
+    found = (capture.ranks for capture in captures if capture.owner is owner)
+    return next((ranks for ranks in found if ranks is not None), None)
+
+
+def group_of(owner: object, captures: Iterable[Capture]) -> ProcessGroup | None:
+    """Their process group, to estimate from the batch of all of them; None where the batch lies in this process whole.
+
+    Raises:
+        RuntimeError: inside ``join()``, where not all of them would answer.
+    """
+    ranks = ranks_of(owner, captures)
+    if ranks is None:
+        return None
+    if ranks.joining:
+        raise RuntimeError(
+            "inside join() ranks that ran out of batches take part in the reduction of gradients alone, and this step "
+            "estimates from the batch of all ranks (A-ENGM's regression, alpha='auto', the calibration of batch norm). "
+            "Give every rank as many batches (DistributedSampler), or use ENGM with a fixed alpha and no batch norm in "
+            "training mode."
+        )
+    return ranks.group
 
 
 def total(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
@@ -54,6 +96,13 @@ def total(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
     summed = torch.stack(values)
     dist.all_reduce(summed, group=group)
     return summed.unbind(0)
+
+
+def fewest(group: ProcessGroup, number: int, device: torch.device) -> int:
+    """The least of the ranks' numbers; the host waits for it."""
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group)
+    return int(least)
 
 
 def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
@@ -81,3 +130,31 @@ def gathered(group: ProcessGroup | None, values: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+
+
+def backpropagate_leaves(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give parameters their gradients by the way of autograd, where ``DistributedDataParallel`` waits for them.
+
+    It then does what it does in any backward pass: adds to ``p.grad``, and as soon as a bucket of parameters is
+    complete reduces it, while the gradients that follow are still to be computed; under ``no_sync`` it adds alone.
+
+    Args:
+        gradients: ``(parameter, gradient)``, each parameter once; consumed as it comes, a few megabytes at a time.
+    """
+    held: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for parameter, gradient in gradients:
+        held.append((parameter, gradient))
+        size += gradient.numel() * gradient.element_size()
+        if size >= HANDED_OVER_AT_ONCE:
+            _backpropagate(held)
+            size = 0
+    _backpropagate(held)
+
+
+def _backpropagate(held: list[tuple[Tensor, Tensor]]) -> None:
+    """Hand over and empty the list."""
+    if held:
+        parameters, gradients = zip(*held, strict=True)
+        held.clear()
+        torch.autograd.backward(parameters, gradients)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .rules.operators import adds_up
 from .terms import accumulation_dtype
 
 BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmapped chunks beat the loop on a CPU
@@ -56,15 +57,23 @@ def _next_gradients(
         rows[range(len(chunk)), chunk] = 1
         rows = rows.to(losses.device, non_blocking=True)
         try:
-            return chunk, list(
-                torch.autograd.grad(
-                    losses, parameters, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
-                )
+            batched = torch.autograd.grad(
+                losses, parameters, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
         except RuntimeError:
             pass  # something in the graph cannot be batched, or cannot be backpropagated at all: the loop will tell
+        else:
+            if _all_add_up(batched, losses, parameters, rows):
+                return chunk, list(batched)
     found = torch.autograd.grad(losses[indices[0]], parameters, retain_graph=True, allow_unused=True)
-    return indices[:1], [None if gradient is None else gradient.unsqueeze(0) for gradient in found]
+    dense = [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
+    return indices[:1], [None if gradient is None else gradient.unsqueeze(0) for gradient in dense]
+
+
+def _all_add_up(batched: Sequence[Tensor | None], losses: Tensor, parameters: Sequence[Tensor], rows: Tensor) -> bool:
+    """Whether batched gradients sum to the gradients of the summed losses: for some operators torch's do not."""
+    whole = torch.autograd.grad(losses, parameters, rows.sum(0), retain_graph=True, allow_unused=True)
+    return all(b is None or w is None or adds_up(b, w) for b, w in zip(batched, whole, strict=True))
 
 
 def naive_grad_norms(model: nn.Module, losses: Tensor) -> Tensor:

@@ -9,21 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .cost_table import describe, device_text
-from .module import GradNormModule
-from .rules import Rule, find_rule
+from .graph import trace
+from .layout import layouts_of
+from .module import GradNormModule, capture_plan
+from .rules import Rule
+from .rules.operators import operator_name
+from .strict import make_plan
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One call of one layer.
+    """One call of one layer, or a parameter that is used outside of such calls.
 
     Attributes:
-        name: the module's name in the network.
-        kind: its type.
-        rule: the rule's name, or ``"-"``.
-        form: ``"direct"``, ``"gram"``, ``"sum"``, or ``"-"`` if the layer is not supported.
+        name: the module's name in the network; or the parameter's.
+        kind: the module's type; or the operator by which the parameter enters the batch's computation.
+        rule: the rule's name, or ``"-"``; for a parameter ``"operator"``, or ``"operator, once an example"`` where the
+            operator's own backward pass is run for every example.
+        form: ``"direct"``, ``"gram"``, ``"sum"``, or ``"-"`` if the layer is not supported or not priced; for a
+            parameter ``"pulled back"`` if what enters is computed from it and its gradient comes by autograd, per
+            example.
         flops: of the norm, for one example, in the chosen form.
         direct_flops: in the direct form.
         gram_flops: in the Gram form.
@@ -109,12 +117,16 @@ class Explanation:
 
 
 def explain(model: nn.Module, x: Any) -> Explanation:
-    """Runs ``model`` once on ``x`` without gradients and tells, per layer, which rule and form its norm will take.
+    """Runs ``model`` once on ``x`` and tells, per layer, which rule and form its norm will take.
+
+    Parameters that no layer call accounts for (a class token, a layer scale, the projections of
+    ``nn.MultiheadAttention``, a weight under ``weight_norm``) are listed after the layers, each with the operator by
+    which it enters.
 
     Args:
-        model: a network or a :class:`GradNormModule`; unlike the wrapper, a plain network may hold layers without a
-            rule, which are then listed with the reason. Mode, buffers and random state are left as they were.
-        x: the input batch; a tuple is passed as positional, a dict as keyword arguments.
+        model: a network or a :class:`GradNormModule`. Mode, buffers and random state are left as they were.
+        x: the input batch, examples along the first dimension; a tuple is passed as positional, a dict as keyword
+            arguments.
 
     Returns:
         An :class:`Explanation`; ``print`` it.
@@ -127,33 +139,23 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     net = model.unwrap() if isinstance(model, GradNormModule) else model
     plans: list[LayerPlan] = []
     handles = []
-    called = set()
     devices: set[str] = set()
     try:
-        for name, module in net.named_modules():
-            rule = find_rule(module)
-            trained = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-            if not trained and (isinstance(rule, str) or not rule.couples(module)):
-                continue
+        for name, module, rule in capture_plan(net):
 
             def record(
-                module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, rule: Rule | str = rule
+                module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, rule: Rule = rule
             ) -> None:
-                called.add(name)
                 plans.append(_plan(name, module, rule, args, kwargs, output))
                 if isinstance(output, Tensor):
                     devices.add(device_text(output.device))
 
-            handles.append(module.register_forward_hook(record, with_kwargs=True))
-            if isinstance(rule, str):
-                called.add(name)
-                plans.append(LayerPlan(name, type(module).__name__, "-", "-", problem=rule))
-                handles.pop().remove()
-        with torch.no_grad(), untouched(net):
-            if isinstance(x, dict):
-                net(**x)
-            else:
-                net(*x) if isinstance(x, tuple) else net(x)
+            if rule.couples(module) or any(p.requires_grad for p in module.parameters(recurse=False)):
+                handles.append(module.register_forward_hook(record, with_kwargs=True))
+        wrapped = GradNormModule(net, strict=False)
+        with torch.enable_grad(), untouched(net):
+            outputs = wrapped(**x) if isinstance(x, dict) else wrapped(*x) if isinstance(x, tuple) else wrapped(x)
+            plans += _operators(wrapped, outputs, x)
     finally:
         for handle in handles:
             handle.remove()
@@ -161,10 +163,35 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     return Explanation(tuple(plans), batch_norm, describe(devices))
 
 
-def _plan(name: str, module: nn.Module, rule: Rule | str, args: Any, kwargs: Any, output: Any) -> LayerPlan:
+def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
+    """The parameters that enter outside of layer calls, and those that are not reached because of some problem."""
+    inputs = [value for value in tree_leaves(x) if isinstance(value, Tensor) and value.dim()]
+    found = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.grad_fn is not None and inputs]
+    if not found:
+        return []
+    n = inputs[0].shape[0]
+    rows = [o.movedim(layouts_of(o.shape, n)[0].dim, 0) for o in found if layouts_of(o.shape, n)]
+    if not rows:
+        return []
+    losses = torch.stack([o.reshape(-1, n, o[0].numel()).sum((0, 2)) for o in rows]).sum(0)
+    traced = trace(losses)
+    names = {id(parameter): name for name, parameter in model.trainable_parameters()}
+    try:
+        plan, _ = make_plan(model, traced, losses)
+    except RuntimeError as error:
+        return [LayerPlan("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
+    plans = []
+    for entry in plan.entries:
+        kind = operator_name(traced.order[entry.position])
+        rule = "operator" if entry.ruled else "operator, once an example"
+        for source in entry.sources:
+            form = "sum" if source.rearranged else "pulled back"
+            plans.append(LayerPlan(names[source.parameter], kind, rule, form))
+    return plans
+
+
+def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerPlan:
     kind = type(module).__name__
-    if isinstance(rule, str):
-        return LayerPlan(name, kind, "-", "-", problem=rule)
     activations = rule.activations(args, kwargs)
     if not isinstance(activations, Tensor) or not isinstance(output, Tensor):
         return LayerPlan(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")

@@ -15,7 +15,7 @@ from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
 from .module import GradNormModule
 from .session import Session
-from .strict import check_rows, check_uses, structure_of
+from .strict import make_plan, structure_of
 from .terms import accumulation_dtype
 
 Inputs = Tensor | Sequence[Tensor] | None
@@ -118,21 +118,24 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
         RuntimeError: no captured call of this model, or a strict check fails.
     """
     check_losses(losses, finite=check)
+    if not model.trainable_parameters():
+        raise ValueError("none of the model's parameters require grad, so there is no norm to take.")
     traced = trace(losses)
-    if not any(call.capture.owner is model for call in traced.calls):
-        if traced.calls:
+    captures = traced.captures()
+    if not any(capture.owner is model for capture in captures):
+        if captures:
             raise RuntimeError("these losses belong to another GradNormModule: pass the model that computed them.")
         raise RuntimeError(
             "these losses were not computed by a captured forward pass of this model. Call the GradNormModule itself "
             "(not the network inside it), with gradients enabled, outside of model.paused()."
         )
-    if model.strict:
-        structure = structure_of(traced, losses.shape[0])
-        if structure not in model.checked_structures:
-            check_uses(model, traced)
-            check_rows(model, traced, losses)
-            if bool(torch.isfinite(losses.detach()).all()):  # a NaN proves nothing, so look again next time
-                model.checked_structures.add(structure)
+    together = model.shard_group is not None  # in every backward pass: all ranks have to look alike
+    structure = structure_of(traced, losses.shape[0], together)
+    traced.plan = model.plans.get(structure)
+    if traced.plan is None:
+        traced.plan, sure = make_plan(model, traced, losses)
+        if together or (sure and bool(torch.isfinite(losses.detach()).all())):  # a NaN proves nothing: look again
+            model.plans[structure] = traced.plan
     return traced
 
 
@@ -146,8 +149,8 @@ def resolve_inputs(traced: Trace | None, inputs: Inputs) -> tuple[Tensor, ...]:
     if inputs is None:
         return ()
     given = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
-    calls = [] if traced is None else traced.calls
-    seen = [pair for capture in {id(c.capture): c.capture for c in calls}.values() for pair in capture.inputs]
+    captures = [] if traced is None else traced.captures()
+    seen = [pair for capture in captures for pair in capture.inputs]
     found = []
     for tensor in given:
         if not isinstance(tensor, Tensor):
@@ -303,7 +306,7 @@ def calibrated_squared_norms(
 
     The factors are None where none are called for: nothing couples the examples, or the model asks for raw or exact
     norms. Those of a training step (``count``) under ``DistributedDataParallel`` are taken by all ranks together, which
-    all have to call this then; without ``count`` nothing is sent.
+    all have to call this then; without ``count`` nothing is sent. Under ``fully_shard`` all ranks always have to.
 
     Raises:
         ValueError: an exact norm is asked for and the measurement is of another graph.
@@ -324,7 +327,8 @@ def calibrated_squared_norms(
         model.trainable_parameters(),
         count=count,
         loss_scale=loss_scale,
-        group=group_of(model, traced.calls) if count else None,
+        group=group_of(model, traced.captures()) if count or model.shard_group is not None else None,
+        in_step=model.shard_group is not None,
     )
     return stacked, factors
 
@@ -335,6 +339,7 @@ def per_example_grad_norms(
     """Norms of the per-example gradients ``||dL_i/dtheta||`` over all trained parameters, by one backward pass.
 
     Under ``DistributedDataParallel`` they are of this rank's examples, and nothing is sent: any rank may ask alone.
+    Under ``fully_shard``, where a backward pass gathers the parameters, all ranks have to ask.
 
     Args:
         model: a :class:`GradNormModule`.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,13 +16,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .calibration import Calibration
 from .capture import Capture
-from .distributed import active_group
+from .distributed import active_ranks
+from .plan import Plan
 from .rules import Rule, find_rule
+from .sharding import ORDER, noting_leaves, shards_of
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 _OWN = frozenset(
-    ["batch_norm", "strict", "views", "calibration", "checked_structures", "input_grads_wanted", "_net", "_paused"]
+    [
+        *("batch_norm", "strict", "views", "calibration", "plans", "input_grads_wanted", "_net"),
+        *("shard_group", "_leaves"),
+        *("forward", "_is_full_backward_hook", "_compiled_call_impl"),  # what a call of this very module runs
+    ]
 )
+_SHARED = (  # with the network, so that all of torch sees and changes the same
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class _Quiet(threading.local):
+    """By id, the wrappers whose calls in this thread are plain calls of their network, and how often that was asked."""
+
+    def __init__(self) -> None:
+        self.depth: Counter[int] = Counter()
+
+
+_QUIET = _Quiet()
 
 
 class GradNormModule(nn.Module):
@@ -62,9 +91,6 @@ class GradNormModule(nn.Module):
             raise TypeError("this network is wrapped in a GradNormModule already; use it as it is, or .unwrap() it.")
         if isinstance(net, DistributedDataParallel):
             raise TypeError("wrap the other way round: DistributedDataParallel(engm.GradNormModule(net)).")
-        inner = [name for name, module in net.named_modules() if isinstance(module, GradNormModule)]
-        if inner:
-            raise TypeError(f"its module '{inner[0]}' is wrapped in a GradNormModule already; .unwrap() that one.")
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm must be one of {BATCH_NORM_MODES}, got {batch_norm!r}.")
         for name, value in (
@@ -74,49 +100,70 @@ class GradNormModule(nn.Module):
         ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        shard_group = shards_of(net)
+        if shard_group is not None and batch_norm == "exact":
+            raise ValueError(
+                "batch_norm='exact' backpropagates once an example, and under fully_shard every process would have to "
+                "do so equally often. Leave it at 'calibrated'."
+            )
         capture_plan(net)
         super().__init__()
         object.__setattr__(self, "_net", net)
-        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            object.__setattr__(self, name, net.__dict__[name])  # shared, so that all of torch sees the network
+        for name in _SHARED:
+            object.__setattr__(self, name, net.__dict__[name])
         self.batch_norm = batch_norm
         self.strict = strict
         self.views = views
         self.calibration = Calibration(calibrate_every, calibrate_examples)
-        self.checked_structures: set[Any] = set()
+        self.plans: dict[Any, Plan] = {}
         self.input_grads_wanted = False
-        self._paused = 0
+        self.shard_group = shard_group
+        self._leaves: dict[str, nn.Parameter] = {}
 
     # -- capturing -------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The network's forward; its layer calls are captured if gradients are enabled and capture is not paused."""
-        if self._paused or not torch.is_grad_enabled():
+        """The network's forward; its layer calls are captured if gradients are enabled and capture is not paused.
+
+        A call from within the forward pass of this very wrapper is captured with that.
+        """
+        if _QUIET.depth[id(self)] or not torch.is_grad_enabled():
             return self._net(*args, **kwargs)
         capture = Capture(self)
-        capture.group = active_group()
+        capture.ranks = active_ranks(self.shard_group)
+        capture.note_inputs((args, kwargs))
         if self.input_grads_wanted:
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
-        with capture.hooked(capture_plan(self._net)):
-            return self._net(*args, **kwargs)
+        noting = noting_leaves(self._net, self.shard_group, self._leaves)
+        with capture.hooked(capture_plan(self._net)), self.paused(), noting:
+            outputs = self._net(*args, **kwargs)
+        capture.mark(outputs)
+        return outputs
 
     @contextmanager
     def paused(self) -> Iterator[GradNormModule]:
-        """While this context is open, calls of the wrapper are plain calls of the network."""
-        self._paused += 1
+        """While this context is open, calls of the wrapper in this thread are plain calls of the network."""
+        depth, key = _QUIET.depth, id(self)
+        depth[key] += 1
         try:
             yield self
         finally:
-            self._paused -= 1
+            depth[key] -= 1
+            if not depth[key]:
+                del depth[key]
 
     def unwrap(self) -> nn.Module:
         """The network, as clean as it was."""
         return self._net
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and tensors of the parameters that norms are taken over, in the network's order."""
-        return [(name, parameter) for name, parameter in self._net.named_parameters() if parameter.requires_grad]
+        """Names and tensors of the parameters that norms are taken over, in the network's order.
+
+        Under ``fully_shard`` the whole copies that the latest forward pass ran with, not the shards.
+        """
+        named = self._net.named_parameters()
+        return [(name, self._leaves.get(name, parameter)) for name, parameter in named if parameter.requires_grad]
 
     # -- transparency ----------------------------------------------------------------------------------------
 
@@ -127,13 +174,20 @@ class GradNormModule(nn.Module):
         return getattr(net, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "_net" not in self.__dict__ or (name in _OWN and not isinstance(value, nn.Module)):
+        if name == "__class__":  # how fully_shard and parametrizations take hold of a module
+            raise TypeError(f"a GradNormModule keeps its class. With fully_shard, {ORDER}")
+        ours = name in _OWN and not isinstance(value, nn.Module)
+        bound = isinstance(value, MethodType) and value.__self__ is self  # Accelerate gives the wrapper a new forward
+        if "_net" not in self.__dict__ or ours or bound:
             object.__setattr__(self, name, value)
         else:
             setattr(self._net, name, value)
 
     def __delattr__(self, name: str) -> None:
-        delattr(self._net, name)
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self._net, name)
 
     @property
     def training(self) -> bool:
@@ -171,6 +225,9 @@ class GradNormModule(nn.Module):
         """The network's ``load_state_dict``."""
         return self._net.load_state_dict(state_dict, *args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "plans": {}}  # they know modules and parameters by id
+
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, views={self.views}): {self._net!r}"
 
@@ -179,28 +236,34 @@ def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
     """``(name, module, rule)`` of the modules whose calls matter: trained parameters, or batch statistics.
 
     Raises:
-        ValueError: a module with trained parameters has no rule.
+        TypeError: a module is wrapped by itself.
+        ValueError: a trained parameter is complex.
     """
     plan = []
     for name, module in net.named_modules():
+        if isinstance(module, GradNormModule):
+            raise TypeError(f"module '{name}' is wrapped in a GradNormModule already; .unwrap() that one.")
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        if any(p.is_complex() for p in own):
+            raise ValueError(
+                f"layer '{name}' ({type(module).__name__}) has complex parameters, whose gradients the rules do not "
+                "know. Keep real and imaginary parts as parameters, or freeze it with .requires_grad_(False)."
+            )
         rule = find_rule(module)
         if isinstance(rule, str):
-            if own:
-                raise ValueError(
-                    f"layer '{name}' ({type(module).__name__}) has trained parameters, and {rule}. Give it one with "
-                    f"@engm.register_rule({type(module).__name__}), or freeze it with .requires_grad_(False)."
-                )
-            continue
-        if own or rule.couples(module):
+            continue  # its parameters are found where they enter the graph
+        if own or rule.couples(module) or rule.always:
             plan.append((name, module, rule))
     return plan
 
 
 def _with_leaf(value: Any, capture: Capture) -> Any:
-    """A leaf that requires grad in place of a floating tensor that does not, noted in the capture."""
+    """In place of a floating tensor that requires no grad: one behind a leaf that does, noted in the capture.
+
+    It is no leaf and no view of one, so that a network may change its input in place, as it may without us.
+    """
     if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
         return value
     leaf = value.detach().requires_grad_()
     capture.inputs.append((weakref.ref(value), leaf))
-    return leaf
+    return torch.ops.aten._unsafe_view(leaf, leaf.shape)

@@ -1,23 +1,29 @@
-"""One backward pass that collects terms: no parameter gradient is computed, every captured call is visited.
+"""One backward pass that collects terms: no parameter gradient is computed, every use of a parameter is visited.
 
-The pass goes to the *sinks* of the graph (:mod:`engm.graph`), so autograd skips all weight gradients. Each call's
-terms are formed when its backprops arrive, turned into squared norms as soon as all uses of the parameter are in,
-and let go unless one-pass accumulation wants them.
+The pass goes to the *sinks* of the graph (:mod:`engm.plan`), so autograd skips all weight gradients. The terms of a
+call, or of a tensor that enters outside of calls, are formed when its backprops arrive, turned into squared norms as
+soon as all uses of the parameter are in, and let go unless one-pass accumulation wants them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from .capture import Call
 from .correction import correct_terms, correctable
+from .derived import Origin, derived_term
 from .graph import Trace
-from .terms import Term, UnsupportedTieError, accumulation_dtype, combine, weighted_sums
+from .layout import PLAIN, Layout
+from .plan import PlannedEntry
+from .rules.operators import entry_term, masked_gradients
+from .strict import collecting, frozen_statistics
+from .terms import Term, accumulation_dtype, weighted_sums
 
 if TYPE_CHECKING:
     from .module import GradNormModule
@@ -37,8 +43,6 @@ class Session:
         norms: compute squared norms.
         keep: keep the terms for :meth:`weighted_sums`.
         correct: apply the local batch-norm correction where a layer feeds a batch norm directly.
-        idle_rows: if given, rows (bool ``[n]``) whose losses took no part; their backprops must be zero, and
-            nothing else is done (strict check).
     """
 
     def __init__(
@@ -50,7 +54,6 @@ class Session:
         norms: bool = True,
         keep: bool = False,
         correct: bool = False,
-        idle_rows: Tensor | None = None,
     ) -> None:
         self.model = model
         self.traced = traced
@@ -59,7 +62,6 @@ class Session:
         self.norms = norms
         self.keep = keep
         self.correct = correct
-        self.idle_rows = idle_rows
         self.names = [name for name, _ in model.trainable_parameters()]
         parameters = [parameter for _, parameter in model.trainable_parameters()]
         self.rows = {id(parameter): row for row, parameter in enumerate(parameters)}
@@ -67,18 +69,33 @@ class Session:
         self.squared = [None] * len(parameters)  # type: list[Tensor | None]
         self.terms: dict[int, Term] = {}
         self._consume = False  # the graph is freed as the pass goes; let go of activations with it
-        self._pending: dict[int, list[Term]] = {}
+        self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._expected: dict[int, int] = {}
+        self.plan = traced.require_plan()
+        self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
+        self._layouts: dict[int, Layout] = {}  # id(call) -> of its output; none for a call that sees no batch
         self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
         self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
-        for call in traced.calls:
-            if call.capture.owner is not model:
+        for call, layout in zip(traced.calls, self.plan.layouts, strict=True):
+            if call.capture.owner is not model or layout is None:
                 continue
+            self._layouts[id(call)] = layout
             for parameter in call.parameters.values():
-                self._expected[id(parameter)] = self._expected.get(id(parameter), 0) + self.views
-            if correct and self.views == 1 and correctable(call):
+                self._expect(id(parameter), self.views if layout == self._announced else 1)
+            if correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
+        for entry in self.plan.entries:
+            for source in entry.sources:
+                self._expect(source.parameter, 1)
         self._feeding = {id(batch_norm) for batch_norm in self._batch_norm_of.values()}
+
+    @property
+    def _announced(self) -> Layout:
+        """Where the examples lie in ``views`` repetitions of the batch."""
+        return Layout(0, self.views, 1)
+
+    def _expect(self, key: int, uses: int) -> None:
+        self._expected[key] = self._expected.get(key, 0) + uses
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -86,28 +103,56 @@ class Session:
         self, losses: Tensor, weights: Tensor, inputs: Sequence[Tensor] = (), *, frozen: bool, retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``sum_i weights_i losses_i`` to the sinks and ``inputs``; returns the inputs' gradients."""
-        targets: list[Any] = [*self.traced.sinks, *inputs]
+        sinks = [GradientEdge(self.traced.order[position], number) for position, number in self.plan.sinks]
+        targets: list[Any] = [*sinks, *inputs]
         self._consume = not retain_graph
-        with self._collecting(frozen):
-            gradients = torch.autograd.grad(losses, targets, weights, retain_graph=retain_graph, allow_unused=True)
+        retain_graph = retain_graph or not all(entry.ruled for entry in self.plan.entries)
+        captured = self._captured_entries()
+        statistics = frozen_statistics(self.traced, self.plan.couplings) if frozen else nullcontext()
+        with collecting(self.traced, self), statistics, self._watching(captured):
+            gradients: Sequence[Tensor | None] = ()
+            if targets:
+                gradients = torch.autograd.grad(losses, targets, weights, retain_graph=retain_graph, allow_unused=True)
+        for position, entries in captured.items():
+            outputs = {number: gradients[k] for k, (sink, number) in enumerate(self.plan.sinks) if sink == position}
+            self._enter(entries, [outputs[number] for number in sorted(outputs)])
+        for entry, passed in self._deferred:
+            self._take(entry, masked_gradients(entry.at(self.traced, self.n), passed))
+        self._deferred.clear()
         for key in list(self._pending):  # a use that got no gradient at all never arrived
             self._finish(key)
-        return gradients[len(self.traced.sinks) :]
+        return tuple(gradients[len(sinks) :])
+
+    def _captured_entries(self) -> dict[int, list[PlannedEntry]]:
+        """Entries at the sinks by position: autograd hands their gradients out and does not run their nodes."""
+        sinks = {position for position, _ in self.plan.sinks}
+        found: dict[int, list[PlannedEntry]] = {}
+        for entry in self.plan.entries:
+            if entry.position in sinks:
+                found.setdefault(entry.position, []).append(entry)
+        return found
 
     @contextmanager
-    def _collecting(self, frozen: bool) -> Iterator[None]:
-        captures = {id(call.capture): call.capture for call in self.traced.calls}
-        if any(capture.session is not None for capture in captures.values()):
-            raise RuntimeError("engm: this graph is being measured already (a measurement inside a backward hook?).")
-        for call in self.traced.calls:
-            call.put_hook_last()
+    def _watching(self, captured: dict[int, list[PlannedEntry]]) -> Iterator[None]:
+        """Hooks on the nodes of the other entries."""
+        handles = []
+        others: dict[int, list[PlannedEntry]] = {}
+        for entry in self.plan.entries:
+            if entry.position not in captured:
+                others.setdefault(entry.position, []).append(entry)
         try:
-            for capture in captures.values():
-                capture.session, capture.frozen = self, frozen
+            for position, entries in others.items():
+                handles.append(self.traced.order[position].register_prehook(self._prehook(entries)))
             yield
         finally:
-            for capture in captures.values():
-                capture.session, capture.frozen = None, False
+            for handle in handles:
+                handle.remove()
+
+    def _prehook(self, entries: list[PlannedEntry]) -> Callable[[tuple[Any, ...]], None]:
+        def before(gradients: tuple[Any, ...]) -> None:
+            self._enter(entries, gradients)
+
+        return before
 
     # -- collecting ------------------------------------------------------------------------------------------
 
@@ -116,17 +161,17 @@ class Session:
         if call.capture.owner is not self.model:
             return
         backprops = backprops.detach()
-        rows = self.n * self.views
-        if backprops.dim() == 0 or backprops.shape[0] != rows:
-            raise RuntimeError(self._wrong_batch(call, backprops))
-        if self.idle_rows is not None:
-            self._check_idle_rows(call, backprops, self.idle_rows)
+        layout = self._layouts.get(id(call))
+        if layout is None:
             return
         corrected = self._batch_norm_of.get(id(call))
         feeds_correction = id(call) in self._feeding
         if not call.parameters and not feeds_correction:
             return
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
+        if layout not in (PLAIN, self._announced):
+            self._receive_rows(call, layout, activations, backprops)
+            return
         names = ("weight", "bias") if feeds_correction else tuple(call.parameters)
         for view in range(self.views):
             part = slice(view * self.n, (view + 1) * self.n)
@@ -145,30 +190,55 @@ class Session:
             if corrected is not None:
                 self._correct(terms, call, corrected)
             for key, parameter in call.parameters.items():
-                self._add(parameter, terms[key])
+                self._add(id(parameter), None, terms[key])
         if self._consume:
             call.release()
 
-    def _add(self, parameter: Tensor, term: Term) -> None:
-        key = id(parameter)
+    def _receive_rows(self, call: Call, layout: Layout, activations: Tensor, backprops: Tensor) -> None:
+        """A call with several rows an example: its terms are formed row by row, and those of an example added."""
+        flat = layout.flattened(tuple(backprops.shape))
+        if layout.dim == 1:
+            activations, backprops = (t.flatten(0, 1) for t in (activations, backprops))
+        every = slice(0, flat.outer * self.n * flat.inner)
+        terms = call.rule.terms(call.module, activations, backprops, call.saved, every, tuple(call.parameters))
+        for key, parameter in call.parameters.items():
+            self._add(id(parameter), None, terms[key].fold(flat.outer, self.n, flat.inner))
+        if self._consume:
+            call.release()
+
+    def _enter(self, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients of the outputs of a node by which shared tensors enter."""
+        if all(gradient is None for gradient in gradients):
+            return
+        for entry in entries:
+            term = entry_term(entry.at(self.traced, self.n), gradients)
+            if term is None:
+                self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
+            else:
+                self._take(entry, term)
+
+    def _take(self, entry: PlannedEntry, term: Term) -> None:
+        """Add the term of a shared tensor to those of the parameters that it was computed from."""
+        child, number = entry.at(self.traced, self.n).child
+        for source in entry.sources:
+            origin = Origin(child, number, source.rearranged)
+            self._add(source.parameter, None if origin.is_leaf else origin, term)
+
+    def _add(self, key: int, origin: Origin | None, term: Term) -> None:
         if key not in self.rows:
             return  # frozen between the forward and the backward pass
         pending = self._pending.setdefault(key, [])
-        pending.append(term)
+        pending.append((origin, term))
         if len(pending) == self._expected[key]:
             self._finish(key)
 
     def _finish(self, key: int) -> None:
-        terms = self._pending.pop(key)
-        name = self.names[self.rows[key]]
-        try:
-            term = combine(terms, name)
-        except UnsupportedTieError as error:
-            raise RuntimeError(f"engm: {error}") from None
+        row = self.rows[key]
+        term = derived_term(self._pending.pop(key), self.parameters[row])
         if self.keep:
             term = term.compact()
         if self.norms:
-            self.squared[self.rows[key]] = term.squared_norm()
+            self.squared[row] = term.squared_norm()
         if self.keep:
             self.terms[key] = term
 
@@ -178,32 +248,6 @@ class Session:
         alone = [key for key, parameter in call.parameters.items() if self._expected[id(parameter)] == 1]
         if sums is not None:
             correct_terms({key: terms[key] for key in alone}, batch_norm, *sums)
-
-    def _check_idle_rows(self, call: Call, backprops: Tensor, idle_rows: Tensor) -> None:
-        idle = backprops.reshape(self.views, self.n, -1)[:, idle_rows]
-        if bool(((idle != 0) & ~idle.isnan()).any()):  # 0 times a NaN or an infinity says nothing about influence
-            raise RuntimeError(
-                f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) for some examples "
-                "influences the losses of other examples, so per-example gradients are not defined there. Something "
-                "between this layer and the losses mixes the batch (x - x.mean(0), a batch statistic outside "
-                "nn.BatchNorm, losses in another order than the inputs, a layout whose first dimension is not the "
-                "batch). Replace it, or wrap with strict=False if you know that the mixing does not matter."
-            )
-
-    def _wrong_batch(self, call: Call, backprops: Tensor) -> str:
-        message = (
-            f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) has shape "
-            f"{tuple(backprops.shape)}, but there are {self.n} losses"
-        )
-        if self.views > 1:
-            message += f" and views={self.views}, so its first dimension must be {self.n * self.views}"
-        message += ". Examples must lie along the first dimension, one loss each"
-        if backprops.dim() and self.n and backprops.shape[0] % self.n == 0 and self.views == 1:
-            message += (
-                f"; if every example has {backprops.shape[0] // self.n} rows, as in model(torch.cat([x, x_adv])), "
-                f"wrap with GradNormModule(net, views={backprops.shape[0] // self.n})"
-            )
-        return message + "."
 
     # -- results ---------------------------------------------------------------------------------------------
 

@@ -1,67 +1,373 @@
 """Strict checks: is the graph behind these losses one whose per-example gradients the engine can see whole?
 
 Run once for every structure of a graph (which layers were called, in which order and mode), because a graph of the
-same structure gives the same answer. They cost one backward pass without weight gradients.
+same structure gives the same answer: a :class:`engm.plan.Plan`. Half of the losses, drawn by a fixed seed, are
+backpropagated with frozen statistics and without weight gradients. Every row of the other half must then have a
+gradient of exactly zero, which finds what mixes examples, and tells in which rows of a tensor an example lies where the
+shape leaves that open. Where it is still open the other half of the losses decides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
+from .capture import Call
 from .graph import Trace
-from .session import Session
+from .layout import Layout
+from .plan import Choices, Kind, Plan, Structure, likely_batch, output_shape, undecided_calls
+from .rules.operators import batch_norm_gain, enters_by_broadcast
 
 if TYPE_CHECKING:
     from .module import GradNormModule
 
 
-def structure_of(traced: Trace, n: int) -> tuple[Any, ...]:
-    """What a strict verdict depends on: the calls in order, their modes, uses of leaves, and whether n > 1."""
-    uses = sum(len(users) for _, users in traced.uses.values())
-    return (n > 1, uses, tuple((id(call.module), call.couples, len(call.parameters)) for call in traced.calls))
+def structure_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ...]:
+    """What a plan depends on: the nodes and leaves in order, the calls, their modes, and rows an example.
+
+    With ``together`` several processes look at once, each at its own batch; one of one example is as good as any.
+    """
+    kinds = hash(tuple(map(type, traced.order)))
+    calls = tuple((id(call.module), call.couples, len(call.parameters), divmod(call.batch, n)) for call in traced.calls)
+    leaves = tuple(key if isinstance(leaf, nn.Parameter) else None for key, leaf in traced.leaves.items())  # not inputs
+    return (n > 1 or together, len(traced.order), kinds, leaves, calls)
 
 
-def check_uses(model: GradNormModule, traced: Trace) -> None:
-    """Every use of a trained parameter must lie inside a captured call.
+def check_reach(traced: Trace) -> None:
+    """No part of the graph may hide the layers inside.
 
     Raises:
-        RuntimeError: names the parameters and the autograd nodes that use them, or what hides them.
+        RuntimeError: names what hides them.
     """
-    hidden = [node.name() for node in traced.consumers() if node.name().startswith("CheckpointFunction")]
+    hidden = [node.name() for node in traced.order if node.name().startswith("CheckpointFunction")]
     if hidden:
         raise RuntimeError(
             f"engm: the losses run through {hidden[0]}, torch.utils.checkpoint with use_reentrant=True, which hides "
             "the layers inside from the graph. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
-    unseen = traced.unseen_uses(model.trainable_parameters())
-    if unseen:
-        shown = ", ".join(f"'{name}' (by {node})" for name, node in unseen[:5])
-        raise RuntimeError(
+
+
+def make_plan(model: GradNormModule, traced: Trace, losses: Tensor) -> tuple[Plan, bool]:
+    """The plan of a graph, and whether it will do for every graph of the same structure.
+
+    With ``model.strict`` it is checked on gradients; without, what shapes leave open is taken to be as it usually is.
+
+    Raises:
+        RuntimeError: something mixes the examples, or a parameter is used where its per-example gradients cannot be
+            told; names the layer or the parameter, and says what to do.
+    """
+    if model.strict:
+        check_reach(traced)
+    return _Search(model, traced, losses).plan()
+
+
+class _Search:
+    """Finds the choices under which every example's gradient lies in its own rows."""
+
+    def __init__(self, model: GradNormModule, traced: Trace, losses: Tensor) -> None:
+        self.model, self.traced, self.losses = model, traced, losses
+        self.n = losses.shape[0]
+        self.names = {id(parameter): name for name, parameter in model.trainable_parameters()}
+        self.choices = Choices(undecided_calls(traced, self.n, model.views))
+        self.together = model.shard_group is not None  # every pass is of all processes, whatever their data
+        self.sure = True
+
+    def plan(self) -> tuple[Plan, bool]:
+        self._check_batch()
+        probe = self.model.strict and (self.n > 1 or self.together)
+        while True:
+            structure = self._structure()
+            if not probe:
+                for position in structure.undecided():
+                    self.choices.batch[position] = likely_batch(structure, position)
+                    structure = self._structure()
+                break
+            if not self._probe(structure):
+                break
+        structure = self._structure()
+        self._check_entries(structure)
+        return structure.plan(), self.sure
+
+    def _structure(self) -> Structure:
+        return Structure(self.traced, self.n, self.model.views, set(self.names), self.choices)
+
+    # -- looking at gradients ----------------------------------------------------------------------------------
+
+    def _probe(self, structure: Structure) -> bool:
+        """Decide by gradients what is undecided; returns whether a call turned out not to be of the batch."""
+        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.n), device="cpu")
+        active = torch.zeros(self.n, dtype=torch.bool, device="cpu")
+        active[order[: (self.n + 1) // 2]] = True
+        active = active.to(self.losses.device)
+        undecided = structure.undecided()
+        wanted = sorted({*undecided, *(position for position, _ in structure.entering)})
+        watched = [position for position in wanted if structure.layouts(position)]
+        first = _Look(self.traced, self.losses, active, structure, watched)
+        first.run()
+        if first.open() or self.together:
+            first.again(~active)
+        mixed = []
+        for number, call in enumerate(self.traced.calls):
+            if call.capture.owner is not self.model or not self.choices.calls[number]:
+                continue
+            if number not in first.touched_calls:
+                self.sure = self.sure and self.choices.calls[number][0].plain
+            elif first.calls[number]:
+                self.choices.calls[number] = first.calls[number]
+            else:
+                mixed.append(number)
+        self._set_apart(mixed)
+        for position in watched:
+            if position not in first.touched:
+                self.sure = self.sure and position not in undecided and structure.layouts(position)[0].plain
+            else:
+                self.choices.nodes[position] = first.nodes[position]
+        for position in undecided:
+            if position in first.touched:
+                self.choices.batch[position] = bool(first.nodes[position])
+            else:
+                self.choices.batch[position] = likely_batch(structure, position)
+        return bool(mixed)
+
+    def _set_apart(self, mixed: Sequence[int]) -> None:
+        """Calls in whose rows the examples meet must compute something that all examples share.
+
+        Raises:
+            RuntimeError: one probably computes from the batch; names the one nearest to the losses.
+        """
+        refused = []
+        for number in reversed(mixed):
+            if self._is_table(number):
+                self.choices.calls[number] = []
+            else:
+                refused.append(number)
+        if refused:
+            raise RuntimeError(self._mixing_message(min(refused)))
+
+    def _is_table(self, number: int) -> bool:
+        """Whether a call computes from parameters, from a buffer, or from indices that are not the user's input.
+
+        Also where the first dimension has no room for the examples: then only the second was a guess.
+        """
+        call, node = self.traced.calls[number], self.traced.nodes[number]
+        if output_shape(node, call.output_nr)[0] % self.n:
+            return True
+        if call.input_node is not None:
+            kind = self._structure().kinds[self.traced.positions[call.input_node]]
+            return kind in (Kind.SHARED, Kind.UNDECIDED)
+        buffers = {buffer.untyped_storage().data_ptr() for buffer in self.model.buffers()}
+        own = call.input_is_index and call.input_storage not in call.capture.input_storages
+        return own or call.input_storage in buffers
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def _check_batch(self) -> None:
+        """The forward pass must have been of as many rows as there are losses (times the announced views)."""
+        for capture in self.traced.captures():
+            shape = capture.input_shape
+            if capture.owner is not self.model or len(shape) < 2 or self.n in shape[:2]:
+                continue
+            rows = shape[0]
+            if rows != self.n * self.model.views and rows % self.n == 0 and rows > self.n:
+                raise RuntimeError(self._wrong_rows(rows, "the input of the model", shape))
+
+    def _check_entries(self, structure: Structure) -> None:
+        for number, operator in structure.broken.items():
+            used = self.traced.calls[number].parameters.values()
+            shown = sorted(f"'{self.names[id(p)]}' (by {operator})" for p in used if id(p) in self.names)
+            raise RuntimeError(self._outside_message(", ".join(shown[:5])))
+        for position, slot in structure.entering:
+            node = self.traced.order[position]
+            child = node.next_functions[slot][0]
+            possible = structure.layouts(position)
+            behind = structure.calls_behind(child)
+            names = ", ".join(f"'{self.names[source.parameter]}'" for source in structure.sources(child)[:5])
+            if not possible:
+                if behind:
+                    self._refuse_call(behind)
+                raise RuntimeError(
+                    f"engm: the losses use {names} in {node.name()}, whose output {output_shape(node)} does not hold "
+                    f"the {self.n} examples along its first or second dimension, or mixes them. Put the "
+                    "computation into a module and give it a rule with engm.register_rule, or freeze the parameter."
+                )
+            planned = structure.entry(position, slot, possible[0])
+            if behind and self.n > 1 and not enters_by_broadcast(planned.at(self.traced, self.n)):
+                self._refuse_call(behind)
+        reached = {source.parameter for p, s in structure.entering for source in self._sources(structure, p, s)}
+        for number, call in enumerate(self.traced.calls):
+            if call.capture.owner is self.model and not self.choices.calls[number]:
+                unreached = [p for p in call.parameters.values() if id(p) not in reached and id(p) in self.names]
+                if unreached:
+                    self._refuse_call([number])
+
+    def _sources(self, structure: Structure, position: int, slot: int) -> Sequence[Any]:
+        return structure.sources(self.traced.order[position].next_functions[slot][0])
+
+    def _refuse_call(self, numbers: Sequence[int]) -> None:
+        """Raise for a call that sees the batch, but not in rows of its examples."""
+        number = min(numbers)
+        call = self.traced.calls[number]
+        shape = output_shape(self.traced.nodes[number], call.output_nr)
+        what = f"the output of layer '{call.name}' ({type(call.module).__name__})"
+        raise RuntimeError(self._wrong_rows(shape[0] if shape else 0, what, shape))
+
+    def _mixing_message(self, number: int) -> str:
+        call = self.traced.calls[number]
+        return (
+            f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) for some examples "
+            "influences the losses of other examples, so per-example gradients are not defined there. Something "
+            "between this layer and the losses mixes the batch (x - x.mean(0), a batch statistic outside "
+            "nn.BatchNorm, losses in another order than the inputs, a layout whose first dimension is not the "
+            "batch). Replace it, or wrap with strict=False if you know that the mixing does not matter."
+        )
+
+    def _wrong_rows(self, rows: int, what: str, shape: tuple[int, ...]) -> str:
+        views = self.model.views
+        message = f"engm: {what} has shape {tuple(shape)}, but there are {self.n} losses"
+        if views > 1:
+            message += f" and views={views}, so its first dimension must be {self.n * views}"
+        message += ". Examples must lie along the first dimension, one loss each"
+        if rows and rows % self.n == 0 and views == 1:
+            message += (
+                f"; if every example has {rows // self.n} rows, as in model(torch.cat([x, x_adv])), wrap with "
+                f"GradNormModule(net, views={rows // self.n})"
+            )
+        return message + "."
+
+    def _outside_message(self, shown: str) -> str:
+        return (
             f"engm: the losses use {shown} outside of the layer calls that were captured, so a part of these "
-            "parameters' per-example gradients cannot be seen. Call the layer itself instead of "
-            "F.linear(x, layer.weight) and the like, call the wrapped model rather than the network inside it, freeze "
-            "the parameter, or put the computation into a module and give it a rule with engm.register_rule."
+            "parameters' per-example gradients cannot be seen. Call the layer itself instead of computing with what is "
+            "inside it, freeze the parameter, or put the computation into a module of its own."
         )
 
 
-def check_rows(model: GradNormModule, traced: Trace, losses: Tensor) -> None:
-    """Losses of some examples must not reach the rows of others, batch norms aside.
+class _Look:
+    """A backward pass of some of the losses, which collects the layouts that agree with it.
 
-    Half of the losses, drawn by a fixed seed, are backpropagated with frozen statistics; every captured layer's
-    backprops must be exactly zero in the other rows.
+    Attributes:
+        calls: by number of the call, its layouts in which examples without a loss have no gradient.
+        nodes: by position, the same for other nodes.
+        touched_calls: calls that received a gradient other than zero.
+        touched: the same for nodes.
+    """
+
+    def __init__(
+        self, traced: Trace, losses: Tensor, active: Tensor, structure: Structure, watched: Sequence[int]
+    ) -> None:
+        self.traced, self.losses, self.active = traced, losses, active
+        self.calls = {number: list(possible) for number, possible in enumerate(structure.choices.calls)}
+        self.nodes = {position: list(structure.layouts(position)) for position in watched}
+        self.touched_calls: set[int] = set()
+        self.touched: set[int] = set()
+        self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
+        self._couplings = structure.couplings()
+        self._sinks = [GradientEdge(traced.order[position], k) for position, k in structure.sinks(watched)]
+
+    def run(self) -> None:
+        edges = [GradientEdge(self.traced.order[position], 0) for position in self.nodes]
+        if not edges and not self._sinks:
+            return
+        with collecting(self.traced, self), frozen_statistics(self.traced, self._couplings):
+            found = torch.autograd.grad(
+                self.losses,
+                [*edges, *self._sinks],
+                self.active.to(self.losses.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+        for position, gradient in zip(self.nodes, found, strict=False):
+            if gradient is not None and self._keep(self.nodes[position], gradient):
+                self.touched.add(position)
+
+    def again(self, active: Tensor) -> None:
+        """The same with other losses."""
+        self.active = active
+        self.run()
+
+    def open(self) -> bool:
+        """Whether several layouts agree somewhere."""
+        return any(len(possible) > 1 for possible in (*self.calls.values(), *self.nodes.values()))
+
+    def receive(self, call: Call, backprops: Tensor) -> None:
+        """The gradient of a call's output."""
+        number = self._numbers.get(id(call))
+        if number is not None and self._keep(self.calls[number], backprops.detach()):
+            self.touched_calls.add(number)
+
+    def _keep(self, possible: list[Layout], gradient: Tensor) -> bool:
+        """Strike out the layouts that do not agree; returns whether there is any gradient.
+
+        0 times a NaN or an infinity says nothing about influence.
+        """
+        n = self.active.shape[0]
+        given = (gradient != 0) & ~gradient.isnan()
+        if not bool(given.any()):
+            return False
+        for layout in list(possible):
+            rows = layout.examples_first(given, n).reshape(n, -1).any(1)
+            if bool(rows[~self.active].any()):
+                possible.remove(layout)
+        return True
+
+
+@contextmanager
+def collecting(traced: Trace, session: Any) -> Iterator[None]:
+    """Hand the gradients of all captured calls of a graph to ``session.receive`` while a backward pass runs.
 
     Raises:
-        RuntimeError: names the layer nearest to the losses where they are not.
+        RuntimeError: somebody collects from it already.
     """
-    n = losses.shape[0]
-    if n < 2:
-        return
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(n), device="cpu")
-    active = torch.zeros(n, dtype=torch.bool, device="cpu")
-    active[order[: (n + 1) // 2]] = True
-    active = active.to(losses.device)
-    session = Session(model, traced, n, norms=False, idle_rows=~active)
-    session.run(losses, active.to(losses.dtype), frozen=True, retain_graph=True)
+    captures = traced.captures()
+    if any(capture.session is not None for capture in captures):
+        raise RuntimeError("engm: this graph is being measured already (a measurement inside a backward hook?).")
+    for call in traced.calls:
+        call.put_hook_last()
+    try:
+        for capture in captures:
+            capture.session = session
+        yield
+    finally:
+        for capture in captures:
+            capture.session = None
+
+
+@contextmanager
+def frozen_statistics(traced: Trace, couplings: Iterable[int]) -> Iterator[None]:
+    """Backward passes take the statistics of all batch norms of a graph for constants.
+
+    Args:
+        traced: the graph.
+        couplings: positions of those outside of captured calls.
+    """
+    handles = []
+    try:
+        for capture in traced.captures():
+            capture.frozen = True
+        for position in couplings:
+            node = traced.order[position]
+            handles.append(node.register_hook(_with_constant_statistics(node)))
+        yield
+    finally:
+        for capture in traced.captures():
+            capture.frozen = False
+        for handle in handles:
+            handle.remove()
+
+
+def _with_constant_statistics(node: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]:
+    """Node hook of a batch norm outside of calls: ``scale / sigma * gy`` instead of its input gradient."""
+
+    def after(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if grad_inputs[0] is None:
+            return None
+        gy = grad_outputs[0]
+        gain = batch_norm_gain(node).view([1, -1] + [1] * (gy.dim() - 2))
+        return ((gy * gain).to(grad_inputs[0].dtype), *grad_inputs[1:])
+
+    return after

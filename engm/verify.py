@@ -15,6 +15,7 @@ from .explain import untouched
 from .graph import Trace
 from .measurement import as_wrapped, calibrated_squared_norms, measure_traced, traced_losses
 from .module import GradNormModule
+from .strict import frozen_statistics
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 SMALL_LAYER = 1e-2  # a layer's error is measured against no less than this share of the example's whole norm
@@ -101,14 +102,14 @@ def verify(
     """
     wrapped = as_wrapped(model)
     calibration = wrapped.calibration.state_dict()
-    checked = set(wrapped.checked_structures)
+    plans = dict(wrapped.plans)
     try:
         with untouched(wrapped.unwrap()), torch.enable_grad():
             losses = _losses(wrapped, loss_fn, batch)
             report = _compare(wrapped, traced_losses(wrapped, losses, check=True), losses)
     finally:
         wrapped.calibration.load_state_dict(calibration)
-        wrapped.checked_structures = checked
+        wrapped.plans = plans
     if raise_on_error and not report.passed:
         raise RuntimeError(f"engm.verify: the engine does not agree with the oracle.\n{report}")
     return report
@@ -151,7 +152,7 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     frozen = traced.couples and not exact_mode
     calibrated_error = None
     if frozen:
-        with _Frozen(traced):
+        with frozen_statistics(traced, traced.require_plan().couplings):
             oracle = exact_squared_norms(losses, parameters)
         exact = exact_squared_norms(losses, parameters).sum(0).sqrt()
         measurement = measure_traced(model, traced, losses, correct=model.batch_norm == "calibrated")
@@ -179,18 +180,3 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     )
     tolerance = TOLERANCE.get(parameters[0].dtype, 1e-4)
     return VerifyReport(layers, float(total.max()), tolerance, traced.couples, calibrated_error)
-
-
-class _Frozen:
-    """Freeze the batch statistics of a graph's backward passes."""
-
-    def __init__(self, traced: Trace) -> None:
-        self.captures = {id(call.capture): call.capture for call in traced.calls}.values()
-
-    def __enter__(self) -> None:
-        for capture in self.captures:
-            capture.frozen = True
-
-    def __exit__(self, *_: object) -> None:
-        for capture in self.captures:
-            capture.frozen = False

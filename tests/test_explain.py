@@ -74,23 +74,49 @@ def test_a_layer_called_twice_has_two_rows():
     assert plan.layers[0].direct_flops == 3 * plan.layers[1].direct_flops
 
 
-def test_what_is_not_supported_and_why():
-    class Loud(nn.Linear):
-        def forward(self, input):
-            return super().forward(input) * 2
+class Mixed(nn.Module):
+    """A layer, parameters that enter by operators with a rule and without, and one behind a computation."""
 
-    net = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), Loud(4, 4), nn.Linear(4, 2))
-    plan = engm.explain(net, torch.randn(2, 4))
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.gain, self.power, self.raw = (nn.Parameter(torch.rand(4) + 1) for _ in range(3))
+
+    def forward(self, x):
+        return (self.layer(x) * self.gain).abs() ** self.power + torch.cumsum(self.raw, 0)
+
+
+def test_parameters_outside_of_layer_calls():
+    plan = engm.explain(Mixed(), torch.randn(3, 4))
+    assert plan.supported
+    rows = {layer.name: (layer.kind, layer.rule, layer.form) for layer in plan.layers}
+    assert rows["layer"][:2] == ("Linear", "LinearRule")
+    assert rows["gain"] == ("Mul", "operator", "sum")
+    assert rows["power"] == ("Pow", "operator, once an example", "sum")
+    assert rows["raw"] == ("Add", "operator", "pulled back")
+
+
+def test_what_mixes_the_batch_is_told_by_the_strict_check_alone():
+    """Nothing is backpropagated here."""
+    net = Mixed()
+    plan = engm.explain(net, torch.randn(3, 4))
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert not any(layer.problem for layer in plan.layers)
+
+
+def test_a_parameter_where_no_example_can_be_told():
+    class Wrong(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.cat([self.layer(x[:2]), x[2:]])
+
+    plan = engm.explain(Wrong(), torch.randn(3, 4))
     assert not plan.supported
-    problems = {layer.name: layer.problem for layer in plan.layers if layer.problem}
-    assert set(problems) == {"1", "2"}
-    assert "no rule for PReLU" in problems["1"]
-    assert "overrides the forward of Linear" in problems["2"]
-    text = str(plan)
-    assert "not supported" in text
-    assert "register_rule" in text
-    net[1].requires_grad_(False)
-    assert {layer.name for layer in engm.explain(net, torch.randn(2, 4)).layers if layer.problem} == {"2"}
+    assert "there are 3 losses" in str(plan)
+    assert "not supported" in str(plan)
 
 
 def test_prints_as_a_table():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engm
-from engm.graph import trace
+from engm.measurement import traced_losses
 
 
 class Operators(TorchDispatchMode):
@@ -126,10 +126,10 @@ def test_every_call_is_visited():
 def test_sinks_are_the_calls_with_none_behind_them():
     net = Branches().double()
     model = engm.GradNormModule(net)
-    found = trace(random_losses(model(tensor(3, 4))))
+    found = traced_losses(model, random_losses(model(tensor(3, 4))))
     assert [call.name for call in found.calls].index("head") == 0
     assert len(found.calls) == 5
-    assert len(found.sinks) == 2
+    assert len(found.plan.sinks) == 2
 
 
 def test_input_gradients_come_from_the_same_pass():

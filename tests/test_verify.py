@@ -203,7 +203,7 @@ def test_everything_is_left_as_it_was(fails):
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    calibration, checked = model.calibration.state_dict(), set(model.checked_structures)
+    calibration, checked = model.calibration.state_dict(), set(model.plans)
     rng, training = torch.get_rng_state(), [module.training for module in net.modules()]
 
     def loss(outputs, targets):
@@ -221,7 +221,7 @@ def test_everything_is_left_as_it_was(fails):
     for mode, entry in calibration["factors"].items():
         assert torch.equal(after["factors"][mode]["values"], entry["values"])
     assert set(after["factors"]) == set(calibration["factors"])
-    assert model.checked_structures == checked
+    assert set(model.plans) == checked
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in net.modules()] == training
 

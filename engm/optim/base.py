@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed import Ranks, total
 from ..measurement import Inputs, Measurement, as_wrapped, check_positive
 from .problem import Problem, Weighting
 
@@ -60,6 +61,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
     uses_input_grads = False
     _shown: tuple[str, ...] = ()  # options that repr shows
     _hyperparameters: tuple[str, ...] = ()  # numbers that a checkpoint restores, as torch's optimizers restore lr
+    _ranks: Ranks | None = None  # of the last call
     _step_supports_amp_scaling = False  # GradScaler unscales and skips itself: it cannot reach into a fused inner step
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -101,13 +103,16 @@ class ExampleOptimizer(torch.optim.Optimizer):
     ) -> StepStats:
         """Add ``loss_scale / divisor * sum_i w_i dL_i/dtheta`` to ``p.grad`` of the model's trained parameters.
 
+        Under ``DistributedDataParallel`` gradients are averaged over the ranks as in its own backward pass, while they
+        are still being summed; under ``no_sync`` they wait, accumulated, for the next pass outside of it.
+
         Args:
             losses: ``[n]``, one loss an example, undivided, from a forward pass of the model. Its graph is freed.
             inputs: the tensor (or tuple) whose gradient N- and A-ENGM read; it must require grad or be the very
                 tensor the wrapped model was called with. The others ignore it.
             measurement: of the same examples, in any statistics mode, as :func:`engm.measure` returned it; no norm
                 pass is run then.
-            divisor: ``n`` unless given; micro-batches give the whole batch's ``n``.
+            divisor: ``n`` unless given; micro-batches give the whole batch's ``n``, on this rank.
             loss_scale: factor on the gradient (and inside the norm pass, where it is divided out again).
             check: look for non-finite losses; default on the CPU only.
 
@@ -115,19 +120,20 @@ class ExampleOptimizer(torch.optim.Optimizer):
             The step's :class:`StepStats`, also kept as ``stats``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: bad arguments, as :func:`engm.measure`; parameters, gradients and
-                optimizer state are as they were.
+            TypeError, ValueError, RuntimeError: bad arguments, as :func:`engm.measure`, or a network split by
+                ``fully_shard``; parameters, gradients and optimizer state are as they were.
         """
         divisor = None if divisor is None else check_positive("divisor", divisor)
-        problem = self._problem(losses, inputs, measurement, loss_scale, check)
-        if problem.group is not None:
+        if self.model.shard_group is not None:
             raise RuntimeError(
-                "backward under DistributedDataParallel would leave the gradients unreduced: use "
+                "under fully_shard gradients are reduced in a backward pass of its own, to the shards: use "
                 "opt.reweight(losses).mean().backward() there."
             )
+        problem = self._problem(losses, inputs, measurement, loss_scale, check)
         problem.one_pass = not problem.has_hooks()
-        weighting = self._weights(problem)
-        problem.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
+        with torch.autocast(losses.device.type, enabled=False):  # the caller's may still be on, as in Lightning
+            weighting = self._weights(problem)
+            problem.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
         return self._record(problem, weighting)
 
     def reweight(
@@ -141,7 +147,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
     ) -> Tensor:
         """``w_i L_i`` with the weights detached and the graph kept, for loops that call ``.backward()`` themselves.
 
-        The way for ``DistributedDataParallel``, ``GradScaler`` and anything else that owns the backward pass:
+        The way for ``fully_shard``, ``GradScaler`` and anything else that owns the backward pass:
         ``opt.reweight(losses).mean().backward()``.
 
         Args:
@@ -158,7 +164,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
         problem = self._problem(losses, inputs, measurement, loss_scale, check)
-        weighting = self._weights(problem)
+        with torch.autocast(losses.device.type, enabled=False):
+            weighting = self._weights(problem)
         problem.release()
         self._record(problem, weighting)
         return losses * weighting.weights.to(losses.dtype)
@@ -166,6 +173,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def _problem(
         self, losses: Tensor, inputs: Inputs, measurement: Measurement | None, loss_scale: float, check: bool | None
     ) -> Problem:
+        if "optimizer" not in self.__dict__:
+            raise TypeError(
+                f"this {type(self).__name__} only stands for an engm optimizer, as Lightning's wrapper does, and what "
+                "a step notes would be lost on it: call backward and reweight of the optimizer itself, opt.optimizer."
+            )
         captured = self.uses_norms or self.uses_input_grads
         scale = check_positive("loss_scale", loss_scale)
         return Problem(self.model, losses, inputs, measurement, loss_scale=scale, check=check, captured=captured)
@@ -173,31 +185,44 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def _record(self, problem: Problem, weighting: Weighting) -> StepStats:
         self.model.calibration.advance()
         self.stats = StepStats(problem.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
+        self._ranks = problem.ranks
         return self.stats
 
     def gradient_noise_scale(self) -> Tensor:
-        """The simple noise scale ``tr(Sigma) / ||G||^2`` of the weighted gradients of the last ``backward``.
+        """The simple noise scale ``tr(Sigma) / ||G||^2`` of the weighted gradients of the last step's batch.
 
         In examples, 0-dimensional: the batch size about where larger batches stop paying (McCandlish et al. 2018,
         Eq. 2.9 and appendix A.1). Unbiased estimates of both terms come from the norms at hand and from ``p.grad``,
         which has to hold that one batch's mean alone: ask between ``backward`` and ``step``, without accumulation.
-        Where ``||G||^2`` comes out negative, so does the scale: the batch is too small to tell.
+        Where ``||G||^2`` comes out negative, so does the scale: the batch is too small to tell. Where gradients are
+        averaged over ranks the batch is that of all ranks, and all of them have to ask (two numbers are sent).
 
         Raises:
-            RuntimeError: the last call was not a ``backward`` with norms of at least two examples, or there are no
-                gradients.
+            RuntimeError: the last call was not a ``backward`` (or ``reweight``, with a backward pass of its mean) with
+                norms of at least two examples, there are no gradients, or they were not reduced (``no_sync``).
         """
         stats = self.stats
-        gradients = [p.grad for _, p in self.model.trainable_parameters() if p.grad is not None]
-        if stats is None or not self.uses_norms or stats.norms is None or stats.losses.shape[0] < 2 or not gradients:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        ranks = self._ranks
+        alone = ranks is None and stats is not None and stats.losses.shape[0] < 2
+        if stats is None or not self.uses_norms or stats.norms is None or alone or not gradients:
             raise RuntimeError(
                 "gradient_noise_scale needs the norms and the gradient of one batch of two examples or more: call it "
                 "between opt.backward(losses) and opt.step(), with an optimizer that reads norms."
             )
+        if ranks is not None and not ranks.reduces:
+            raise RuntimeError(
+                "gradient_noise_scale under no_sync would compare this rank's gradient with the norms of all ranks: "
+                "ask after a step whose gradients are reduced."
+            )
         n = stats.losses.shape[0]
         each = (stats.weights * stats.norms).square().reshape(-1, n).sum(0).mean()
+        group, size = (None, 1) if ranks is None else (ranks.group, ranks.group.size())
+        # The mean's coefficients are 1 / (ranks * n) of each rank: |mean|^2 holds the sum of their squares times the
+        # trace, which is 1 / examples where n is the same on all.
+        each, share = total(group, each.double() / size, torch.full_like(each, 1 / (size**2 * n)).double())
         mean = total_norm(gradients).square()
-        return (each - mean) * n / (n * mean - each)
+        return ((each - mean) / (mean - share * each)).to(stats.norms.dtype)
 
     # -- the inner optimizer's -------------------------------------------------------------------------------
 
@@ -217,7 +242,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def __getstate__(self) -> dict[str, Any]:  # Optimizer's own keeps three attributes, all of them the inner one's
-        return {key: value for key, value in self.__dict__.items() if key != "step"}  # a scheduler's wrapper
+        # "step" is a scheduler's wrapper, and a process group cannot leave its process.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_ranks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -289,4 +315,5 @@ class ExampleOptimizer(torch.optim.Optimizer):
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """``sqrt(sum ||t||^2)``, 0-dimensional, in float32 or better, without synchronisation."""
     norms = torch._foreach_norm([t if t.dtype == torch.float64 else t.float() for t in tensors])
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, see engm.sharding

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed import group_of
+from ..distributed import Ranks, backpropagate_leaves, group_of, ranks_of
 from ..exact import check_losses
 from ..graph import trace
 from ..measurement import (
@@ -105,9 +106,14 @@ class Problem:
             )
 
     @property
+    def ranks(self) -> Ranks | None:
+        """The processes whose batches make up this one with it; None where the losses were computed by one alone."""
+        return ranks_of(self.model, self.traced.captures())
+
+    @property
     def group(self) -> ProcessGroup | None:
-        """The processes whose batches make up this one with it; None outside of ``DistributedDataParallel``."""
-        return group_of(self.model, self.traced.calls)
+        """Their process group, to estimate from all of their batches."""
+        return group_of(self.model, self.traced.captures())
 
     # -- norms -----------------------------------------------------------------------------------------------
 
@@ -231,7 +237,7 @@ class Problem:
         """Add ``loss_scale / divisor * sum_i weights_i dL_i/dtheta`` to ``p.grad``; the graph is used up."""
         parts = self._parts(weighting)
         if self._session is None:
-            reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.uses]
+            reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.leaves]
             if not reached:
                 raise RuntimeError(
                     "the losses reach no trained parameter of this model: pass the model that computed them."
@@ -242,10 +248,23 @@ class Problem:
                 seeds = (weights * (self.loss_scale / divisor)).to(self.losses.dtype)
                 torch.autograd.backward(self.losses, seeds, inputs=targets, retain_graph=i < len(parts) - 1)
         else:  # its backprops carry the loss scale already
-            sums = [pair for w, own in parts for pair in self._session.weighted_sums(w / divisor, own)]
-            for parameter, gradient in sums:  # nothing is half changed, should one of the sums have failed
-                _add_gradient(parameter, gradient)
+            sums = (
+                (parameter, _in_form_of(parameter, gradient))
+                for w, own in parts
+                for parameter, gradient in self._session.weighted_sums(w / divisor, own)
+            )
+            if self.ranks is None:
+                for parameter, gradient in list(sums):  # nothing is half changed, should one of the sums have failed
+                    _add_gradient(parameter, gradient)
+            else:
+                backpropagate_leaves(chain(self._zeros_of_reached(), sums))
         self.release()
+
+    def _zeros_of_reached(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters in the graph that no gradient arrived at, which ``DistributedDataParallel`` waits for, and 0."""
+        arrived = self._session.terms if self._session is not None else {}
+        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        return [(p, torch.zeros_like(p)) for p in parameters if id(p) in self.traced.leaves and id(p) not in arrived]
 
     def _parts(self, weighting: Weighting) -> list[tuple[Tensor, set[int] | None]]:
         """Weights ``[n]`` and the parameters (by id) that they are for; None: all."""
@@ -264,9 +283,17 @@ class Problem:
                 call.release()
 
 
+def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's type and, unless it is sparse, shape."""
+    gradient = gradient.to(parameter.dtype)
+    return gradient if gradient.is_sparse else gradient.view_as(parameter)
+
+
 def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    gradient = gradient.to(parameter.dtype).view_as(parameter)
+    """Accumulate as autograd does: a gradient stays sparse until a dense one is added."""
     if parameter.grad is None:
         parameter.grad = gradient
+    elif parameter.grad.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + parameter.grad
     else:
         parameter.grad.add_(gradient)

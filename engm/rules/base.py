@@ -48,10 +48,15 @@ class Rule:
     Attributes:
         parameter_names: the parameters of the module that the rule knows; a module with others is refused.
         input_name: the name of the module's tensor argument when it is given as a keyword.
+        positionwise: whether every position of every example is treated alike, so that leading dimensions may be
+            flattened into one.
+        always: whether calls without trained parameters are captured too, so that what happens inside is accounted for.
     """
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
     input_name = "input"
+    positionwise = False
+    always = False
 
     def couples(self, module: nn.Module) -> bool:
         """Whether the module, in its present mode, makes one example's output depend on the others."""

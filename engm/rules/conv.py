@@ -1,4 +1,8 @@
-"""Convolutions in one, two and three dimensions: linear layers over patches that are never unfolded."""
+"""Convolutions in one, two and three dimensions: linear layers over patches that are never unfolded.
+
+In a transposed convolution input and output change places: its weight gradient is that of a convolution which reads the
+gradient of the output and whose backprops are the input.
+"""
 
 from __future__ import annotations
 
@@ -88,3 +92,76 @@ class ConvRule(Rule):
                 **cost_arguments(device, dtype, convolution=True),
             )
         )
+
+
+def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> ConvFactors:
+    """Factors of a transposed convolution's weight ``[C, d / groups, *kernel]``.
+
+    Args:
+        inputs: of the transposed convolution, ``[n, C, *S]``.
+        backprops: gradient of its output, ``[n, d, *S_out]``.
+        geometry: its own kernel, stride, padding, dilation and groups.
+    """
+    missing = []
+    for k in reversed(range(len(geometry.kernel_size))):
+        read = backprops.shape[2 + k] + 2 * geometry.padding[k] - geometry.extent(k)
+        missing += [0, read // geometry.stride[k] + 1 - inputs.shape[2 + k]]
+    if any(missing):  # output padding of a stride or more: places of the output that no input has a part in
+        inputs = F.pad(inputs, missing)
+    return ConvFactors(backprops, inputs, geometry, transposed=True)
+
+
+@add_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+class ConvTransposeRule(Rule):
+    """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding, output padding and output size."""
+
+    def reads_activations(self, names: tuple[str, ...]) -> bool:
+        return "weight" in names
+
+    def terms(
+        self,
+        module: Any,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        terms: dict[str, Term] = {}
+        if "weight" in names:
+            geometry = transposed_geometry(module)
+            terms["weight"] = transposed_factors(activations.to(backprops.dtype), backprops, geometry)
+        if "bias" in names:
+            terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
+        return terms
+
+    def cost(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        inputs, backprops = (torch.empty(shape, device="meta") for shape in (input_shape, output_shape))
+        factors = transposed_factors(inputs, backprops, transposed_geometry(module))
+        geometry = factors.geometry
+        return Cost.from_model(
+            _C.conv_cost(
+                output_shape[1],
+                input_shape[1],
+                geometry.kernel_size,
+                geometry.stride,
+                geometry.padding,
+                geometry.dilation,
+                geometry.groups,
+                output_shape[2:],
+                tuple(factors.backprops.shape[2:]),
+                **cost_arguments(device, dtype, convolution=True),
+            )
+        )
+
+
+def transposed_geometry(module: Any) -> ConvGeometry:
+    """Geometry of a transposed convolution."""
+    return ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)

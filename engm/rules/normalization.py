@@ -19,14 +19,18 @@ from .base import Rule, add_rule
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
 
+def hooks_pack_what_is_saved() -> bool:
+    """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
     """Mean and rstd that autograd saved for the layer, detached (attached, they would keep the graph alive).
 
-    Not where hooks pack what is saved: unpacking may mean to run the forward pass again (activation checkpointing).
+    Not where hooks pack what is saved (activation checkpointing).
     """
     node = output.grad_fn
-    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if packed or node is None or not node.name().startswith(node_name):
+    if hooks_pack_what_is_saved() or node is None or not node.name().startswith(node_name):
         return None
     mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
     if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0:
@@ -37,11 +41,39 @@ def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
 def saved_rstd(output: Tensor) -> Tensor | None:
     """The same of an RMS norm. Autocast may have cast its input, and with that changed the default epsilon."""
     node = output.grad_fn
-    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if packed or node is None or not node.name().startswith("FusedRmsNormBackward"):
+    if hooks_pack_what_is_saved() or node is None or not node.name().startswith("FusedRmsNormBackward"):
         return None
     rstd = getattr(node, "_saved_result1", None)
     return rstd.detach() if isinstance(rstd, Tensor) and rstd.numel() else None
+
+
+BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
+
+
+def batch_norm_statistics(node: Any) -> tuple[Tensor, Tensor, bool] | None:
+    """What the batch norm behind an autograd node normalised with; no module is needed.
+
+    Reading it unpacks what the node saved, as its backward pass does: that runs hooks on saved tensors, and fails if
+    running statistics in use have been changed in place since.
+
+    Args:
+        node: of ``F.batch_norm`` on any device, or of ``nn.SyncBatchNorm`` over several processes.
+
+    Returns:
+        Mean ``[C]`` and reciprocal standard deviation ``[C]``, detached, and whether they are the batch's (in training
+        mode, or without running statistics) and thus couple the examples. None for other nodes.
+    """
+    name = node.name()
+    if name.startswith(SYNC_BATCH_NORM_NODE):
+        _, _, mean, rstd, _ = node.saved_tensors
+        return mean.detach(), rstd.detach(), True
+    if not name.startswith(BATCH_NORM_NODES):
+        return None
+    if node._saved_training:
+        return node._saved_result1.detach(), node._saved_result2.detach(), True
+    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+    return node._saved_running_mean.detach(), torch.rsqrt(node._saved_running_var.detach() + eps), False
 
 
 def affine_terms(
@@ -86,11 +118,9 @@ class BatchNormRule(Rule):
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if not uses_batch_statistics(module):
             return module.running_mean.clone(), torch.rsqrt(module.running_var + module.eps)
-        saved = saved_statistics(output, "NativeBatchNormBackward") or saved_statistics(
-            output, "CudnnBatchNormBackward"
-        )
+        saved = None if hooks_pack_what_is_saved() else batch_norm_statistics(output.grad_fn)
         if saved is not None:
-            return saved
+            return saved[:2]
         x = activations.detach()
         x = x.to(accumulation_dtype(x))
         var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
@@ -107,6 +137,24 @@ class BatchNormRule(Rule):
     ) -> dict[str, Term]:
         mean, rstd = saved
         return affine_terms(by_channel(activations, backprops, mean.unsqueeze(0), rstd.unsqueeze(0)), names)
+
+
+@add_rule(nn.SyncBatchNorm)
+class SyncBatchNormRule(BatchNormRule):
+    """A batch norm whose batch is that of all processes of a group, in training mode; else as any other.
+
+    Frozen statistics are those of all processes, so frozen norms are the same however the batch is split.
+    """
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
+        name = "" if output.grad_fn is None else output.grad_fn.name()
+        if name.startswith(SYNC_BATCH_NORM_NODE) and hooks_pack_what_is_saved():
+            raise RuntimeError(
+                "engm: nn.SyncBatchNorm over several processes runs where hooks pack what autograd saves "
+                "(torch.utils.checkpoint, save_on_cpu), which hides the statistics of all processes. Leave the layer "
+                "out of the checkpointed part, or use nn.BatchNorm."
+            )
+        return super().save(module, activations, output)
 
 
 @add_rule(nn.GroupNorm)
@@ -140,6 +188,8 @@ class GroupNormRule(Rule):
 class InstanceNormRule(Rule):
     """Statistics of each example's channels, or running ones in evaluation mode; ``[n, C, *S]``."""
 
+    always = True  # torch computes it as a batch norm of one example
+
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if module.running_mean is not None and not module.training:
             return module.running_mean.clone().unsqueeze(0), torch.rsqrt(module.running_var + module.eps).unsqueeze(0)
@@ -162,6 +212,8 @@ class InstanceNormRule(Rule):
 
 class _TrailingNormRule(Rule):
     """Shared by the norms over trailing dimensions: positions are the dimensions between batch and those."""
+
+    positionwise = True
 
     def terms(
         self,

@@ -191,3 +191,70 @@ def test_the_shift_of_a_softmax_has_gradient_zero():
     model = engm.GradNormModule(net)
     measured = engm.measure(model, F.cross_entropy(model(x).squeeze(2), torch.tensor([0, 1, 2, 3]), reduction="none"))
     assert float(measured.squared_norms["0.bias"].sqrt().max()) <= 1e-6
+
+
+# -- bilinear --------------------------------------------------------------------------------------------------------
+
+
+class Pairing(nn.Module):
+    """A bilinear layer on two views of the input, with layers on both sides."""
+
+    def __init__(self, p, q, d, bias=True, keywords=False):
+        super().__init__()
+        self.left, self.right = nn.Linear(p, p), nn.Linear(p, q)
+        self.pair, self.keywords = nn.Bilinear(p, q, d, bias=bias), keywords
+
+    def forward(self, x):
+        first, second = torch.tanh(self.left(x)), torch.tanh(self.right(x))
+        if self.keywords:
+            return self.pair(input2=second, input1=first)
+        return self.pair(first, second)
+
+
+@given(
+    n=st.integers(1, 4),
+    lead=st.lists(st.integers(1, 5), max_size=2),
+    sizes=st.tuples(*[st.integers(1, 5)] * 3),
+    bias=st.booleans(),
+    keywords=st.booleans(),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+)
+def test_bilinear(n, lead, sizes, bias, keywords, dtype, seed):
+    torch.manual_seed(seed)
+    net = Pairing(*sizes, bias=bias, keywords=keywords).to(dtype)
+    check(net, losses_of(tensor(n, *lead, sizes[0], seed=seed, dtype=dtype), seed))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_bilinear_with_one_parameter_frozen(frozen):
+    net = Pairing(3, 4, 2).double()
+    getattr(net.pair, frozen).requires_grad_(False)
+    check(net, losses_of(tensor(3, 2, 3)))
+
+
+def test_bilinear_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair = nn.Bilinear(3, 3, 3)
+
+        def forward(self, x):
+            return self.pair(x, self.pair(x[:, :1], x[:, 1:2]).expand_as(x))
+
+    check(Twice().double(), losses_of(tensor(3, 4, 3)))
+
+
+def test_bilinear_in_chunks(monkeypatch):
+    monkeypatch.setattr("engm.terms.linear.CHUNK_BYTES", 1)
+    check(Pairing(3, 4, 2).double(), losses_of(tensor(5, 3, 3)))
+
+
+def test_bilinear_of_two_views_of_an_example():
+    x = tensor(6, 2, 3)
+
+    def losses(m):
+        first, second = m(x).chunk(2)
+        return random_losses(first) + (first * second).flatten(1).sum(1)
+
+    check(Pairing(3, 4, 2).double(), losses, views=2)

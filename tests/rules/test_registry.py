@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_measured, check, random_losses, tensor, truth
+from oracle import assert_measured, check, random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
 from engm.rules import base
+
+X = tensor(4, 5)
 
 
 class Scale(nn.Module):
@@ -58,14 +60,14 @@ class TestUserRules:
         engm.register_rule(Scale)(scale_rule)
         check(nn.Sequential(Mine()).double(), lambda m: random_losses(m(tensor(4, 3, 5))))
 
-    def test_subclass_that_overrides_forward_is_refused(self):
+    def test_subclass_that_overrides_forward_is_seen_in_the_graph(self):
         class Double(Scale):
             def forward(self, x):
                 return super().forward(x) * 2
 
         engm.register_rule(Scale)(scale_rule)
-        with pytest.raises(ValueError, match=r"layer '0' \(Double\).*overrides the forward of Scale"):
-            engm.GradNormModule(nn.Sequential(Double()))
+        assert isinstance(base.find_rule(Double()), str)
+        check(nn.Sequential(Double()).double(), lambda m: random_losses(m(tensor(4, 3, 5))))
 
     def test_registering_again_replaces(self):
         engm.register_rule(Scale)(lambda m, a, b: {})
@@ -104,7 +106,7 @@ class TestUserRules:
         engm.register_rule(Scale)(scale_rule)
         check(Twice().double(), lambda m: random_losses(m(tensor(4, 3, 5))))
 
-    def test_sharing_with_a_layer_of_another_kind_is_refused_by_name(self):
+    def test_sharing_with_a_layer_of_another_kind(self):
         class Projection(nn.Module):
             def __init__(self, weight):
                 super().__init__()
@@ -126,9 +128,7 @@ class TestUserRules:
         def rule(module, activations, backprops):
             return {"weight": torch.einsum("np,nd->npd", activations, backprops)}
 
-        model = engm.GradNormModule(Tied().double())
-        with pytest.raises(RuntimeError, match=r"'fc\.weight' is used by layers whose gradients cannot be combined"):
-            engm.measure(model, random_losses(model(tensor(4, 5))))
+        check(Tied().double(), lambda m: random_losses(m(tensor(4, 5))))
 
     def test_output_that_is_a_view_of_a_saved_tensor(self):
         """tanh saves its result; an in-place operation on what the layer returned must not change it unnoticed."""
@@ -181,10 +181,10 @@ class TestUserRules:
 
         check(nn.Sequential(nn.Linear(5, 5), Shift()).double(), lambda m: random_losses(m(tensor(4, 5))))
 
-    def test_parameters_option_refuses_others(self):
+    def test_parameters_option_leaves_modules_with_others_alone(self):
         engm.register_rule(Scale, parameters=("factor",))(scale_rule)
-        with pytest.raises(ValueError, match="shift"):
-            engm.GradNormModule(nn.Sequential(Scale()))
+        assert isinstance(base.find_rule(Scale()), str)
+        check(nn.Sequential(Scale()).double(), lambda m: random_losses(m(tensor(4, 3, 5))))
 
     def test_two_outputs_are_refused(self):
         class Pair(Scale):
@@ -215,35 +215,21 @@ def test_register_rule_wants_a_module_type(wrong):
 def test_register_rule_wants_a_callable():
     with pytest.raises(TypeError, match="callable"):
         engm.register_rule(Scale)(None)
-    with pytest.raises(ValueError, match="no rule for Scale"):
-        engm.GradNormModule(Scale())
-
-
-def test_layer_without_a_rule_is_refused_by_name_and_kind():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc, self.odd = nn.Linear(5, 5), nn.Bilinear(5, 5, 5)
-
-    net = nn.Module()
-    net.inner = Block()
-    with pytest.raises(ValueError, match=r"'inner\.odd' \(Bilinear\).*register_rule\(Bilinear\).*requires_grad_"):
-        engm.GradNormModule(net)
+    assert isinstance(base.find_rule(Scale()), str)
 
 
 def test_frozen_layer_without_a_rule_is_welcome():
-    net = nn.Sequential(nn.Linear(5, 5), nn.PReLU(), nn.Linear(5, 5)).double()
+    net = nn.Sequential(nn.Linear(5, 5), Scale(), nn.Linear(5, 5)).double()
     net[1].requires_grad_(False)
     check(net, lambda m: random_losses(m(tensor(4, 5))))
 
 
-def test_layer_unfrozen_after_wrapping_is_refused_at_the_next_call():
-    net = nn.Sequential(nn.Linear(5, 5), nn.PReLU())
+def test_layer_unfrozen_after_wrapping_counts_from_the_next_call():
+    net = nn.Sequential(nn.Linear(5, 5), Scale()).double()
     net[1].requires_grad_(False)
     model = engm.GradNormModule(net)
     net[1].requires_grad_(True)
-    with pytest.raises(ValueError, match=r"'1' \(PReLU\)"):
-        model(torch.randn(2, 5))
+    assert_measured(engm.measure(model, random_losses(model(X))), truth(net, lambda m: random_losses(m(X))))
 
 
 class LoudLinear(nn.Linear):
@@ -251,36 +237,25 @@ class LoudLinear(nn.Linear):
         return super().forward(input) * 2
 
 
-def test_subclass_that_overrides_forward_is_refused():
-    with pytest.raises(ValueError, match="LoudLinear overrides the forward of Linear"):
-        engm.GradNormModule(nn.Sequential(LoudLinear(2, 2)))
+class Extra(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gate = nn.Parameter(torch.ones(1))
 
 
-def test_forward_replaced_on_the_object_is_refused():
-    layer = nn.Linear(2, 2)
+def replaced():
+    layer = nn.Linear(5, 5)
     layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
-    with pytest.raises(ValueError, match="replaced on the object"):
-        engm.GradNormModule(nn.Sequential(layer))
+    return layer
 
 
-def test_subclass_with_another_parameter_is_refused():
-    class Extra(nn.Linear):
-        def __init__(self):
-            super().__init__(2, 2)
-            self.gate = nn.Parameter(torch.ones(1))
-
-    with pytest.raises(ValueError, match="gate"):
-        engm.GradNormModule(nn.Sequential(Extra()))
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "normed",
-    [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm],
-)
-def test_computed_weights_are_refused(normed):
-    with pytest.raises(ValueError, match="'0"):
-        engm.GradNormModule(nn.Sequential(normed(nn.Linear(3, 3))))
+@pytest.mark.parametrize("make", [lambda: LoudLinear(5, 5), lambda: Extra(5, 5), replaced])
+def test_layer_that_is_not_what_its_rule_knows_is_seen_in_the_graph(make):
+    layer = make().double()
+    assert isinstance(base.find_rule(layer), str)
+    model = engm.GradNormModule(nn.Sequential(layer))
+    losses = random_losses(model(X))
+    assert relative(engm.measure(model, losses).norms, engm.naive_grad_norms(model, losses)) <= 1e-9
 
 
 def test_lazy_layers_after_their_first_call():

@@ -29,11 +29,11 @@ _ASIDE = re.compile(rf"\.(tmp|old)-({_NAME.pattern})-([0-9]{{1,9}})", re.ASCII)
 class CheckpointStore:
     """The checkpoints of one run, by name, in one folder.
 
-    One process writes, under :meth:`lock`; any number may read. Names end in a number, ``step-00000200``, and what
-    stands before the number is the prefix of a series, ``step-``.
+    One process writes, under :func:`engm.recipes.storage.folder_lock.locked`; any number may read. Names end in a
+    number, ``step-00000200``, and what stands before the number is the prefix of a series, ``step-``.
 
     Args:
-        folder: where they are; made by the first :meth:`save` or :meth:`lock`.
+        folder: where they are; made by the first :meth:`save`.
         keep: how many of a series :meth:`prune` leaves, unless told otherwise.
 
     Raises:

@@ -1,0 +1,67 @@
+"""Where the examples of a batch lie in a tensor: along the first dimension, in blocks of it, or along the second.
+
+A layer inside a network often sees more rows than there are examples: attention windows ``[n * windows, ...]``,
+patches, time-major sequences ``[T, n, ...]``, or such a thing flattened for a matrix product, ``[T * n, ...]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Dimension ``dim`` of a tensor has length ``outer * n * inner``; the middle factor counts the examples.
+
+    Attributes:
+        dim: 0 or 1.
+        outer: how often the whole batch is repeated (views, time steps).
+        inner: how many rows of one example lie side by side (windows, patches, tokens).
+    """
+
+    dim: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor is ``[n, ...]``."""
+        return self == PLAIN
+
+    @property
+    def rows(self) -> int:
+        """Rows of one example."""
+        return self.outer * self.inner
+
+    def examples_first(self, tensor: Tensor, n: int) -> Tensor:
+        """``[n, rows, *the other dimensions]``."""
+        moved = tensor.movedim(self.dim, 0)
+        return moved.reshape(self.outer, n, self.inner, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+    def from_examples(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`examples_first`."""
+        n, rest = tensor.shape[0], tensor.shape[2:]
+        split = tensor.reshape(n, self.outer, self.inner, *rest).transpose(0, 1)
+        return split.reshape(self.outer * n * self.inner, *rest).movedim(0, self.dim)
+
+    def flattened(self, shape: tuple[int, ...]) -> Layout:
+        """The layout after a tensor of ``shape`` had its first two dimensions flattened."""
+        return self if self.dim == 0 else Layout(0, shape[0] * self.outer, self.inner)
+
+
+PLAIN = Layout()
+
+
+def layouts_of(shape: tuple[int, ...], n: int, views: int = 1) -> list[Layout]:
+    """Every layout that a tensor of ``shape`` may have for ``n`` examples, the likeliest first."""
+    found = []
+    for dim in range(min(2, len(shape))):
+        rows, rest = divmod(shape[dim], n)
+        if rest or rows == 0:
+            continue
+        outers = [outer for outer in range(1, rows + 1) if rows % outer == 0]
+        outers.sort(key=lambda outer: (outer != views, outer not in (1, rows), outer))
+        found += [Layout(dim, outer, rows // outer) for outer in outers]
+    return found

@@ -1,0 +1,33 @@
+"""Activations with a trained slope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..terms import Term
+from .base import Rule, add_rule
+from .normalization import affine_terms, by_channel
+
+
+@add_rule(nn.PReLU)
+class PReLURule(Rule):
+    """One slope for all, ``[n, *]``, or one a channel, ``[n, C, *]``: ``sum_t min(x_t, 0) gy_t``."""
+
+    parameter_names = ("weight",)
+
+    def terms(
+        self,
+        module: Any,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        x, gy = activations.clamp(max=0), backprops
+        if module.num_parameters == 1:
+            x, gy = (t.reshape(t.shape[0], 1, -1) for t in (x, gy))
+        # The scale of a norm whose statistics are 0 and 1.
+        return affine_terms(by_channel(x, gy, None, gy.new_ones(1, 1)), names)

@@ -1,0 +1,139 @@
+"""Look-ups in a table: a row of the table gets the backprops of the positions that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..terms import EmbeddingFactors, Term
+from .base import Rule, add_rule
+
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # input, offsets, per_sample_weights
+
+
+def inverse_counts(indices: Tensor, num_embeddings: int) -> Tensor:
+    """One over how often each index occurs among all of ``indices``, in their shape: ``scale_grad_by_freq``."""
+    flat = indices.detach().flatten().long()
+    counts = torch.zeros(num_embeddings, dtype=torch.long, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    return (1 / counts.to(torch.float64))[flat].view(indices.shape)
+
+
+@add_rule(nn.Embedding)
+class EmbeddingRule(Rule):
+    """``[n, *] -> [n, *, d]``, with every option of the module.
+
+    ``scale_grad_by_freq`` divides by counts over the whole batch of the call, as the gradient of any loss behind it is.
+    ``max_norm`` changes the table before it is read, and no gradient.
+    """
+
+    parameter_names = ("weight",)
+    positionwise = True
+
+    def save(self, module: Any, activations: Tensor, output: Tensor) -> Tensor | None:
+        return inverse_counts(activations, module.num_embeddings) if module.scale_grad_by_freq else None
+
+    def terms(
+        self,
+        module: Any,
+        activations: Tensor,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        n, d = backprops.shape[0], backprops.shape[-1]
+        indices, gy = activations.reshape(n, -1), backprops.reshape(n, -1, d)
+        if saved is not None:
+            gy = gy * saved.view(-1, indices.shape[1])[rows].unsqueeze(2).to(gy.dtype)
+        padding = -1 if module.padding_idx is None else module.padding_idx
+        return {"weight": EmbeddingFactors(indices, gy, module.num_embeddings, padding, module.sparse)}
+
+
+@add_rule(nn.EmbeddingBag)
+class EmbeddingBagRule(Rule):
+    """``[n, T]``, or ``[all positions]`` with offsets, ``-> [n, d]``: an example is a bag, in every mode.
+
+    ``per_sample_weights`` belong to the data, whether they require a gradient or not.
+    """
+
+    parameter_names = ("weight",)
+
+    def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        names = ("input", "offsets", "per_sample_weights")
+        return tuple(args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
+
+    def save(self, module: Any, activations: Any, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        counts = inverse_counts(activations[0], module.num_embeddings) if module.scale_grad_by_freq else None
+        return counts, largest(module, activations) if module.mode == "max" else None
+
+    def terms(
+        self,
+        module: Any,
+        activations: Any,
+        backprops: Tensor,
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        counts, winners = saved
+        source, offsets, weights = activations
+        size, dtype = module.num_embeddings, backprops.dtype
+        inside, indices = bags(module, source, offsets)
+        if winners is not None:  # a feature's gradient goes to the position that has its maximum
+            empty = ~inside[rows].any(1, keepdim=True)
+            gy = backprops.new_zeros(backprops.shape[0], indices.shape[1], backprops.shape[1])
+            gy.scatter_(1, winners[rows].unsqueeze(1), backprops.masked_fill(empty, 0).unsqueeze(1))
+            return {"weight": EmbeddingFactors(indices[rows], gy, size)}
+        share = inside.to(torch.promote_types(dtype, torch.float32))
+        if module.mode == "mean":
+            share = share / share.sum(1, keepdim=True).clamp_min(1)
+        for factor in (counts, weights):
+            if factor is not None:
+                share = share * laid_out(module, factor.detach(), offsets).to(share.dtype)
+        gy = (backprops.unsqueeze(1) * share[rows].unsqueeze(2)).to(dtype)
+        return {"weight": EmbeddingFactors(indices[rows], gy, size, sparse=module.sparse)}
+
+
+def laid_out(module: Any, values: Tensor, offsets: Tensor | None) -> Tensor:
+    """One row a bag, ``[n, T]`` with ``T`` the length of the longest (at least 1); whatever lies behind the shorter."""
+    return values if offsets is None else _padded(values, *_extents(module, values, offsets))
+
+
+def bags(module: Any, source: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which positions ``[n, T]`` lie inside their bags, without padding, and the indices there (elsewhere any)."""
+    indices = laid_out(module, source, offsets)
+    inside = torch.ones_like(indices, dtype=torch.bool)
+    if offsets is not None:
+        _, lengths = _extents(module, source, offsets)
+        inside = torch.arange(indices.shape[1], device=indices.device) < lengths.unsqueeze(1)
+    if module.padding_idx is not None:
+        inside = inside & (indices != module.padding_idx)
+    return inside, indices
+
+
+def _extents(module: Any, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and length of every bag, ``[n]``."""
+    ends = offsets[1:]
+    if not module.include_last_offset:
+        ends = torch.cat([ends, ends.new_full((1,), values.shape[0])])
+    starts = offsets[: ends.shape[0]]
+    return starts, ends - starts
+
+
+def _padded(values: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    longest = max(1, int(lengths.max()))
+    if values.shape[0] == 0:
+        return values.new_zeros(starts.shape[0], longest)
+    positions = starts.unsqueeze(1) + torch.arange(longest, device=starts.device)
+    return values[positions.clamp(max=values.shape[0] - 1)]
+
+
+def largest(module: Any, inputs: Inputs) -> Tensor:
+    """Position in the bag of every feature's maximum, ``[n, d]``; the first of equals, as in the layer itself."""
+    inside, indices = bags(module, inputs[0], inputs[1])
+    read = module.weight.detach()[indices.long()]
+    return read.masked_fill(~inside.unsqueeze(2), -torch.inf).argmax(1)

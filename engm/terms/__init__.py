@@ -1,0 +1,57 @@
+"""What one layer call contributes to the gradient of each of its parameters, in the form it is cheapest to keep.
+
+A *term* stands for the per-example gradients ``g_i`` of one parameter tensor without (usually) holding them:
+
+==========================  =====================================  =========================================
+term                        per-example gradient                   kept
+==========================  =====================================  =========================================
+:class:`PerExampleGradient` ``g_i`` itself                         ``[n, *shape]``: bias, scale, shift
+:class:`LinearFactors`      ``B_i^T A_i``                          activations and backprops
+:class:`BilinearFactors`    ``sum_t b_t (x) x_t (x) y_t``          both inputs and backprops
+:class:`ConvFactors`        ``B_i^T patches(X_i)``                 input and output gradient, never patches
+:class:`EmbeddingFactors`   backprops summed by index              indices and backprops
+:class:`TiedTable`          of an embedding and a projection       the factors of both
+:class:`MixedTerm`          the sum of any terms                   those terms
+==========================  =====================================  =========================================
+
+A parameter used more than once has one term a use. :func:`combine` adds them *before* the norm is taken, which is
+where the cross terms come from (design: adding the squared norms of the uses is wrong).
+"""
+
+from .base import (
+    CHUNK_BYTES,
+    Factors,
+    LocalCorrection,
+    PerExampleGradient,
+    PositionFactors,
+    Term,
+    accumulation_dtype,
+    squared_norm_of_dense,
+)
+from .combination import MixedTerm, UnsupportedTieError, combine
+from .convolution import ConvFactors, ConvGeometry, conv_weight_gradient
+from .embedding import EmbeddingFactors, TiedTable
+from .linear import BilinearFactors, LinearFactors
+from .sums import weighted_sums
+
+__all__ = [
+    "CHUNK_BYTES",
+    "BilinearFactors",
+    "ConvFactors",
+    "ConvGeometry",
+    "EmbeddingFactors",
+    "Factors",
+    "LinearFactors",
+    "LocalCorrection",
+    "MixedTerm",
+    "PerExampleGradient",
+    "PositionFactors",
+    "Term",
+    "TiedTable",
+    "UnsupportedTieError",
+    "accumulation_dtype",
+    "combine",
+    "conv_weight_gradient",
+    "squared_norm_of_dense",
+    "weighted_sums",
+]

@@ -1,0 +1,203 @@
+"""What every term can do, the term that holds its gradients whole, and what terms of factors share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+CHUNK_BYTES = 64 << 20  # of per-example gradients that are formed at once where nothing but forming them will do
+
+
+@dataclass
+class LocalCorrection:
+    """What one training-mode batch norm behind the layer subtracts from each ``G_i`` (design section 2.5).
+
+    ``G_i[o] - shift[i, o] * patch_mean - scale[i, o] * correlation[o]``.
+
+    Attributes:
+        shift: ``[n, d]``, ``k m_i`` with ``k = scale / sigma`` of the batch norm and ``m_i`` its shift gradient.
+        patch_mean: ``[C, *kernel]`` (linear: ``[p]``), the mean patch over batch and positions.
+        scale: ``[n, d]``, ``k v_i`` with ``v_i`` the batch norm's scale gradient.
+        correlation: ``[d, C / groups, *kernel]`` (linear: ``[d, p]``), the mean of ``xhat a^T``.
+    """
+
+    shift: Tensor
+    patch_mean: Tensor
+    scale: Tensor
+    correlation: Tensor
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of :func:`engm.ops.linear_norm_sq` and :func:`engm.ops.conv_norm_sq`."""
+        return {
+            "shift": self.shift,
+            "patch_mean": self.patch_mean,
+            "scale": self.scale,
+            "correlation": self.correlation,
+        }
+
+    def corrected(self, gradients: Tensor, rows: slice) -> Tensor:
+        """``gradients`` (``[rows, d, *]``, uncorrected) of the examples in ``rows`` less what is subtracted."""
+        d, *own = self.correlation.shape
+        groups = self.patch_mean.shape[0] // own[0]
+        patches = self.patch_mean.reshape(groups, *own).repeat_interleave(d // groups, 0)
+        shape = [-1, d] + [1] * len(own)
+        shift, scale = self.shift[rows].view(shape), self.scale[rows].view(shape)
+        return gradients - shift * patches - scale * self.correlation
+
+
+class Term:
+    """Per-example gradients of one parameter, implicit. See :mod:`engm.terms`."""
+
+    @property
+    def examples(self) -> int:
+        """Number of examples ``n``."""
+        raise TypeError(f"{type(self).__name__} must define examples")
+
+    def squared_norm(self) -> Tensor:
+        """``||g_i||^2``, ``[n]``, in float32 or better."""
+        raise TypeError(f"{type(self).__name__} must define squared_norm")
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_i weights_i g_i`` in the parameter's own shape."""
+        raise TypeError(f"{type(self).__name__} must define weighted_sum")
+
+    def dense(self, rows: slice) -> Tensor:
+        """The per-example gradients themselves of the examples in ``rows``, ``[rows, *parameter.shape]``."""
+        raise TypeError(f"{type(self).__name__} must define dense")
+
+    def fold(self, outer: int, n: int, inner: int) -> Term:
+        """The term of ``n`` examples, where this one counts ``outer * n * inner`` rows of a batch as examples.
+
+        An example's gradient is the sum over its rows, which are laid out ``[outer, n, inner]``: repetitions of the
+        whole batch outside, rows of one example side by side inside. Returns the term itself if both are 1.
+
+        Raises:
+            ValueError: the term has not ``outer * n * inner`` rows, or carries a local correction, which holds for
+                the gradients of its rows alone.
+        """
+        if outer * n * inner != self.examples:
+            raise ValueError(
+                f"a term of {self.examples} rows cannot be folded to {outer} x {n} x {inner} (outer, examples, inner)."
+            )
+        return self if outer * inner == 1 else self._folded(outer, n, inner)
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        raise TypeError(f"{type(self).__name__} must define fold")
+
+    def compact(self) -> Term:
+        """The smallest equivalent to keep until the weights are known.
+
+        Where an example's gradient has fewer elements than its factors (a 3x3 convolution of 32 channels at 32x32:
+        9,216 against 65,536) the gradient itself is formed, in the same pass that yields its norm. It takes less
+        memory, and its weighted sum is one matrix-vector product instead of a second convolution.
+        """
+        return self
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64 tensors, float32 for everything narrower."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def squared_norm_of_dense(term: Term) -> Tensor:
+    """``||g_i||^2``, ``[n]``, from the gradients themselves, at most :data:`CHUNK_BYTES` of them at once."""
+    n, start, chunk = term.examples, 0, 1
+    found = []
+    while start < n:
+        gradients = term.dense(slice(start, min(start + chunk, n))).flatten(1)
+        start += len(gradients)
+        found.append(gradients.to(accumulation_dtype(gradients)).square().sum(1))
+        chunk = max(1, CHUNK_BYTES // max(1, gradients[0].nbytes))
+    return torch.cat(found)
+
+
+@dataclass
+class PerExampleGradient(Term):
+    """The per-example gradients themselves, ``[n, *parameter.shape]``; for small parameters."""
+
+    gradient: Tensor
+    norm_sq: Tensor | None = None
+
+    @property
+    def examples(self) -> int:
+        return self.gradient.shape[0]
+
+    def squared_norm(self) -> Tensor:
+        if self.norm_sq is not None:
+            return self.norm_sq
+        flat = self.gradient.flatten(1)
+        return flat.to(accumulation_dtype(flat)).square().sum(1)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return ops.weighted_sums([self.gradient], weights)[0]
+
+    def dense(self, rows: slice) -> Tensor:
+        return self.gradient[rows]
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        split = self.gradient.unflatten(0, (outer, n, inner))
+        return PerExampleGradient(split.sum((0, 2), dtype=accumulation_dtype(split)))
+
+
+def cheaper_to_scale(backprops: Tensor, activations: Tensor) -> Tensor:
+    """The smaller one; in float16 the backprops, which the loss scale keeps clear of underflow."""
+    if backprops.dtype == torch.float16 or backprops.numel() <= activations.numel():
+        return backprops
+    return activations
+
+
+class Factors(Term):
+    """Factors whose product is the gradient: weighting the examples of one weights the gradients."""
+
+    def to_scale(self) -> Tensor:
+        """The factor whose examples are weighted."""
+        raise TypeError(f"{type(self).__name__} must define to_scale")
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        """The sum over examples, given :meth:`to_scale` times the examples' weights."""
+        raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.sum_of_scaled(ops.scale_examples([self.to_scale()], weights)[0])
+
+
+class PositionFactors(Factors):
+    """Factors that are sums over positions: every tensor in :attr:`by_position` is ``[n, T, ...]``.
+
+    Uses of one parameter are joined, and rows of one example folded, by laying their positions side by side.
+    """
+
+    by_position: ClassVar[tuple[str, ...]]
+
+    @property
+    def examples(self) -> int:
+        return getattr(self, self.by_position[0]).shape[0]
+
+    def joined(self, others: Sequence[Self]) -> Self:
+        """The term of all positions of this term and of ``others``, which are of the same kind."""
+        tensors = {name: torch.cat([getattr(t, name) for t in (self, *others)], 1) for name in self.by_position}
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+    def _folded(self, outer: int, n: int, inner: int) -> Self:
+        tensors = {}
+        for name in self.by_position:
+            tensor = getattr(self, name)
+            split = tensor.unflatten(0, (outer, n, inner)).transpose(0, 1)
+            tensors[name] = split.flatten(1, 3)
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
+def refuse_correction(correction: LocalCorrection | None) -> None:
+    """For terms about to be folded.
+
+    Raises:
+        ValueError: there is a correction.
+    """
+    if correction is not None:
+        raise ValueError("a term with a local batch-norm correction cannot be folded: correct the folded term instead.")

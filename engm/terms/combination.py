@@ -1,0 +1,84 @@
+"""Several uses of one parameter: their gradients added before a norm is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .base import PerExampleGradient, PositionFactors, Term, squared_norm_of_dense
+from .convolution import ConvFactors, joined_convolutions
+from .embedding import EmbeddingFactors, TiedTable
+from .linear import LinearFactors
+
+
+class UnsupportedTieError(RuntimeError):
+    """Uses of a parameter cannot be combined."""
+
+
+@dataclass
+class MixedTerm(Term):
+    """The sum of terms of different kinds; only for its norm are per-example gradients formed, a chunk at a time."""
+
+    parts: Sequence[Term]
+
+    @property
+    def examples(self) -> int:
+        return self.parts[0].examples
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm_of_dense(self)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return sum_of([part.weighted_sum(weights) for part in self.parts])
+
+    def dense(self, rows: slice) -> Tensor:
+        return sum_of([part.dense(rows) for part in self.parts])
+
+    def compact(self) -> Term:
+        return combine([part.compact() for part in self.parts])
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        return MixedTerm([part.fold(outer, n, inner) for part in self.parts])
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; sparse ones come last, so that the sum is dense if any of them is."""
+    first, *others = sorted(tensors, key=lambda tensor: tensor.is_sparse)
+    for other in others:
+        first = first + other
+    return first
+
+
+def combine(terms: Sequence[Term], name: str = "") -> Term:
+    """One term whose per-example gradient is the sum of the given ones (several uses of one parameter).
+
+    Uses of one kind are joined in factored form. An embedding tied to a projection has its own term; what else is mixed
+    (two convolutions of different stride, a user's rule and a linear layer) becomes a :class:`MixedTerm`.
+
+    Args:
+        terms: one term a use, of the same parameter and the same examples.
+        name: the parameter's, for errors.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    whole = [term for term in terms if isinstance(term, PerExampleGradient)]
+    joined: list[Term] = []
+    if whole:
+        joined.append(PerExampleGradient(sum_of([term.gradient for term in whole])) if len(whole) > 1 else whole[0])
+    by_kind: dict[type[PositionFactors], list[PositionFactors]] = {}
+    for term in terms:
+        if isinstance(term, PositionFactors):
+            by_kind.setdefault(type(term), []).append(term)
+    joined += [first.joined(others) if others else first for first, *others in by_kind.values()]
+    joined += joined_convolutions([term for term in terms if isinstance(term, ConvFactors)])
+    joined += [term for term in terms if not isinstance(term, PerExampleGradient | PositionFactors | ConvFactors)]
+    match joined:
+        case [term]:
+            return term
+        case [EmbeddingFactors() as table, LinearFactors() as projection]:
+            return TiedTable(table, projection)
+        case [LinearFactors() as projection, EmbeddingFactors() as table]:
+            return TiedTable(table, projection)
+    return MixedTerm(joined)

@@ -1,0 +1,171 @@
+"""Terms of convolutions, and the ways to lay several uses or rows of one weight in one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from .base import Factors, LocalCorrection, PerExampleGradient, Term, cheaper_to_scale, refuse_correction
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution reads its (zero padded) input; one entry a spatial dimension."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def extent(self, dim: int) -> int:
+        """Pixels that one output position spans along ``dim``."""
+        return self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
+
+    def without_padding(self) -> ConvGeometry:
+        """The same convolution of an input that is padded already."""
+        return ConvGeometry(self.kernel_size, self.stride, (0,) * len(self.padding), self.dilation, self.groups)
+
+    def of_stack(self) -> ConvGeometry:
+        """The same convolution of every image in a stack ``[n, C, images, *S]``."""
+        return ConvGeometry(
+            (1, *self.kernel_size), (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+        )
+
+
+@dataclass
+class ConvFactors(Factors):
+    """``g_i = B_i^T patches(X_i)`` with input ``[n, C, *S]`` and output gradient ``[n, d, *S_out]``.
+
+    Attributes:
+        inputs: of the convolution.
+        backprops: the gradient of its output.
+        geometry: of the convolution.
+        correction: what a batch norm behind it subtracts.
+        transposed: the weight is that of a transposed convolution, in which ``inputs`` is the gradient of the output
+            and ``backprops`` the input.
+        stacked: the first spatial dimension counts images of one example and is none of the weight's.
+    """
+
+    inputs: Tensor
+    backprops: Tensor
+    geometry: ConvGeometry
+    correction: LocalCorrection | None = None
+    transposed: bool = False
+    stacked: bool = False
+
+    @property
+    def examples(self) -> int:
+        return self.inputs.shape[0]
+
+    def _read(self) -> tuple[Any, ...]:
+        """The geometry as the operators take it."""
+        geometry = self.geometry
+        return geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+
+    def squared_norm(self) -> Tensor:
+        correction = self.correction.as_arguments() if self.correction else {}
+        return ops.conv_norm_sq(self.inputs, self.backprops, *self._read(), **correction)
+
+    def compact(self) -> Term:
+        geometry = self.geometry
+        gradient = self.backprops.shape[1] * (self.inputs.shape[1] // geometry.groups) * prod(geometry.kernel_size)
+        if gradient * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
+            return self
+        norm_sq, gradients = ops.conv_grads(self.inputs, self.backprops, *self._read())
+        return PerExampleGradient(self._unstacked(gradients), norm_sq)
+
+    def to_scale(self) -> Tensor:
+        if self.transposed:
+            return cheaper_to_scale(self.inputs, self.backprops)
+        return cheaper_to_scale(self.backprops, self.inputs)
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        inputs, backprops = self.inputs, self.backprops
+        inputs, backprops = (inputs, scaled) if self.to_scale() is backprops else (scaled, backprops)
+        return self._unstacked(conv_weight_gradient(inputs, backprops, self.geometry))
+
+    def dense(self, rows: slice) -> Tensor:
+        gradients = ops.conv_grads(self.inputs[rows], self.backprops[rows], *self._read())[1]
+        gradients = self._unstacked(gradients)
+        return gradients if self.correction is None else self.correction.corrected(gradients, rows)
+
+    def _unstacked(self, gradient: Tensor) -> Tensor:
+        """A gradient ``[..., *kernel]`` in the weight's own dimensions."""
+        return gradient.squeeze(-len(self.geometry.kernel_size)) if self.stacked else gradient
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        refuse_correction(self.correction)
+        x, gy = (t.unflatten(0, (outer, n, inner)) for t in (self.inputs, self.backprops))
+        if len(self.geometry.kernel_size) < 3 and not self.stacked:
+            x, gy = (t.transpose(0, 1).flatten(1, 2).transpose(1, 2) for t in (x, gy))
+            return replace(self, inputs=x, backprops=gy, geometry=self.geometry.of_stack(), stacked=True)
+        rows = [(o, i) for o in range(outer) for i in range(inner)]
+        return side_by_side([replace(self, inputs=x[o, :, i], backprops=gy[o, :, i]) for o, i in rows])
+
+
+def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Weight gradient summed over the batch, ``[d, C / groups, *kernel]``, by ATen (oneDNN, cuDNN)."""
+    shape = (backprops.shape[1], inputs.shape[1] // geometry.groups, *geometry.kernel_size)
+    weight = inputs.new_empty(1).expand(shape)  # only its shape is read
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        backprops,
+        inputs,
+        weight,
+        None,
+        list(geometry.stride),
+        list(geometry.padding),
+        list(geometry.dilation),
+        False,
+        [0] * len(geometry.kernel_size),
+        geometry.groups,
+        [False, True, False],
+    )
+    return gradient
+
+
+def joined_convolutions(terms: Sequence[ConvFactors]) -> list[ConvFactors]:
+    """The uses of one weight in as few terms as their geometries allow."""
+    alike: dict[Any, list[ConvFactors]] = {}
+    for term in terms:
+        alike.setdefault((term.geometry.without_padding(), term.transposed, term.stacked), []).append(term)
+    return [side_by_side(group) if len(group) > 1 else group[0] for group in alike.values()]
+
+
+def side_by_side(terms: Sequence[ConvFactors]) -> ConvFactors:
+    """Lay the uses of one convolution weight along the first spatial dimension of one image.
+
+    Each input is padded, trimmed to the pixels that are read, and rounded up to a multiple of the stride, so that
+    every use keeps its own output rows; the output rows that straddle two uses get a zero gradient. Norms and
+    weighted sums of the result then hold the cross terms in every form.
+    """
+    geometry = terms[0].geometry.without_padding()
+    dims = len(geometry.kernel_size)
+    spatial = [max(term.backprops.shape[2 + k] for term in terms) for k in range(dims)]
+    inputs, backprops = [], []
+    for term in terms:
+        x, gy, own = term.inputs, term.backprops, term.geometry
+        x_pad, gy_pad = [0, 0] * dims, [0, 0] * dims
+        for k in range(dims):
+            rows = gy.shape[2 + k] if k == 0 else spatial[k]
+            wanted = (rows - 1) * geometry.stride[k] + geometry.extent(k)
+            if k == 0:
+                wanted = -(-wanted // geometry.stride[0]) * geometry.stride[0]
+                out_rows = wanted // geometry.stride[0]
+            else:
+                out_rows = rows
+            slot = 2 * (dims - 1 - k)  # F.pad counts dimensions from the last
+            x_pad[slot], x_pad[slot + 1] = own.padding[k], wanted - own.padding[k] - x.shape[2 + k]
+            gy_pad[slot + 1] = out_rows - gy.shape[2 + k]
+        inputs.append(F.pad(x, x_pad))
+        backprops.append(F.pad(gy, gy_pad))
+    x, gy = torch.cat(inputs, 2), torch.cat(backprops, 2)
+    rows = (x.shape[2] - geometry.extent(0)) // geometry.stride[0] + 1
+    return replace(terms[0], inputs=x, backprops=gy[:, :, :rows], geometry=geometry)

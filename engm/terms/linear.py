@@ -1,0 +1,103 @@
+"""Terms that are sums of outer products over positions: linear layers, and bilinear ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import (
+    CHUNK_BYTES,
+    LocalCorrection,
+    PerExampleGradient,
+    PositionFactors,
+    Term,
+    accumulation_dtype,
+    cheaper_to_scale,
+    refuse_correction,
+)
+
+
+@dataclass
+class LinearFactors(PositionFactors):
+    """``g_i = B_i^T A_i`` with activations ``[n, T, p]`` and backprops ``[n, T, d]``."""
+
+    by_position: ClassVar[tuple[str, ...]] = ("activations", "backprops")
+
+    activations: Tensor
+    backprops: Tensor
+    correction: LocalCorrection | None = None
+
+    def squared_norm(self) -> Tensor:
+        correction = self.correction.as_arguments() if self.correction else {}
+        return ops.linear_norm_sq(self.activations, self.backprops, **correction)
+
+    def compact(self) -> Term:
+        positions, p, d = *self.activations.shape[1:], self.backprops.shape[2]
+        if p * d >= positions * (p + d):
+            return self
+        norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
+        return PerExampleGradient(gradients, norm_sq)
+
+    def to_scale(self) -> Tensor:
+        return cheaper_to_scale(self.backprops, self.activations)
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        left, right = self.backprops, self.activations
+        left, right = (scaled, right) if self.to_scale() is left else (left, scaled)
+        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+
+    def dense(self, rows: slice) -> Tensor:
+        gradients = ops.linear_grads(self.activations[rows], self.backprops[rows])[1]
+        return gradients if self.correction is None else self.correction.corrected(gradients, rows)
+
+    def _folded(self, outer: int, n: int, inner: int) -> Self:
+        refuse_correction(self.correction)
+        return super()._folded(outer, n, inner)
+
+
+@dataclass
+class BilinearFactors(PositionFactors):
+    """``g_i[o] = sum_t b_to x_t y_t^T`` with ``first [n, T, p]``, ``second [n, T, q]`` and backprops ``[n, T, d]``."""
+
+    by_position: ClassVar[tuple[str, ...]] = ("first", "second", "backprops")
+
+    first: Tensor
+    second: Tensor
+    backprops: Tensor
+
+    def squared_norm(self) -> Tensor:
+        if self.backprops.shape[1] == 1:
+            factors = (t.to(accumulation_dtype(t)) for t in (self.first, self.second, self.backprops))
+            first, second, backprops = (t.square().sum((1, 2)) for t in factors)
+            return first * second * backprops
+        return torch.cat([ops.linear_norm_sq(self._pairs(rows), self.backprops[rows]) for rows in self._chunks()])
+
+    def to_scale(self) -> Tensor:
+        return self.backprops
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        total = None
+        for rows in self._chunks():
+            part = scaled[rows].flatten(0, 1).t() @ self._pairs(rows).flatten(0, 1)
+            total = part if total is None else total + part
+        shape = (self.backprops.shape[2], self.first.shape[2], self.second.shape[2])
+        return scaled.new_zeros(shape) if total is None else total.view(shape)
+
+    def dense(self, rows: slice) -> Tensor:
+        gradients = ops.linear_grads(self._pairs(rows), self.backprops[rows])[1]
+        return gradients.unflatten(2, (self.first.shape[2], self.second.shape[2]))
+
+    def _pairs(self, rows: slice) -> Tensor:
+        """Products of the two inputs at every position, ``[rows, T, p q]``: the weight is linear in them."""
+        return (self.first[rows].unsqueeze(3) * self.second[rows].unsqueeze(2)).flatten(2)
+
+    def _chunks(self) -> Iterator[slice]:
+        positions, p, q = *self.first.shape[1:], self.second.shape[2]
+        chunk = max(1, CHUNK_BYTES // max(1, positions * p * q * self.first.element_size()))
+        for start in range(0, self.examples, chunk):
+            yield slice(start, start + chunk)

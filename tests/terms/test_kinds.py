@@ -1,0 +1,280 @@
+"""Every kind of term against its own gradients, formed by autograd: dense, norms, sums, folding of rows, uses added."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import relative, tensor
+
+import engm.terms.base
+import engm.terms.combination
+import engm.terms.embedding
+import engm.terms.linear
+from engm.terms import (
+    BilinearFactors,
+    ConvFactors,
+    ConvGeometry,
+    EmbeddingFactors,
+    LinearFactors,
+    LocalCorrection,
+    MixedTerm,
+    PerExampleGradient,
+    Term,
+    TiedTable,
+    combine,
+)
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def gradients(shape, function, backprops):
+    """``[n, *shape]``: of ``<function(weight, i), backprops[i]>``, one example at a time."""
+    weight = tensor(*shape).requires_grad_()
+    return torch.stack(
+        [torch.autograd.grad((function(weight, i) * gy).sum(), weight)[0] for i, gy in enumerate(backprops)]
+    )
+
+
+def whole(n, seed=0):
+    g = tensor(n, 4, 6, seed=seed)
+    return PerExampleGradient(g), g
+
+
+def linear(n, positions=3, seed=0, shape=(4, 6)):
+    a, b = tensor(n, positions, shape[1], seed=seed), tensor(n, positions, shape[0], seed=seed + 1)
+    return LinearFactors(a, b), gradients(shape, lambda w, i: a[i] @ w.t(), b)
+
+
+def bilinear(n, positions=3, seed=0):
+    x, y, b = (tensor(n, positions, size, seed=seed + size) for size in (2, 3, 4))
+    return BilinearFactors(x, y, b), gradients((4, 2, 3), lambda w, i: F.bilinear(x[i], y[i], w), b)
+
+
+def embedding(n, positions=3, seed=0, padding=-1, shape=(4, 6)):
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(shape[0], (n, positions), generator=generator)
+    b = tensor(n, positions, shape[1], seed=seed)
+    want = gradients(shape, lambda w, i: F.embedding(indices[i], w, None if padding < 0 else padding), b)
+    return EmbeddingFactors(indices, b, shape[0], padding), want
+
+
+def tied(n, positions=3, seed=0, padding=-1, shape=(4, 6)):
+    table, of_table = embedding(n, positions, seed, padding, shape)
+    projection, of_projection = linear(n, positions + 1, seed, shape)
+    return TiedTable(table, projection), of_table + of_projection
+
+
+def mixed(n, seed=0):
+    (first, of_first), (second, of_second) = linear(n, 3, seed), whole(n, seed)
+    return MixedTerm([first, second]), of_first + of_second
+
+
+def convolution(n, dims=2, stride=1, seed=0, groups=1, transposed=False):
+    geometry = ConvGeometry((2,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims, groups)
+    options = {"stride": stride, "padding": 1, "groups": groups}
+    x = tensor(n, 2, *[4, 3, 3][:dims], seed=seed)
+    apply = (TRANSPOSE if transposed else CONVOLVE)[dims]
+    shape = (2, 4 // groups, *geometry.kernel_size) if transposed else (4, 2 // groups, *geometry.kernel_size)
+    gy = tensor(*apply(x, tensor(*shape), **options).shape, seed=seed + 1)
+    want = gradients(shape, lambda w, i: apply(x[i : i + 1], w, **options), gy.unsqueeze(1))
+    if transposed:
+        return ConvFactors(gy, x, geometry, transposed=True), want
+    return ConvFactors(x, gy, geometry), want
+
+
+KINDS = {
+    "whole": whole,
+    "linear": linear,
+    "bilinear": bilinear,
+    "embedding": embedding,
+    "embedding with padding": lambda n, seed=0: embedding(n, padding=2, seed=seed),
+    "tied": tied,
+    "tied, large table": lambda n, seed=0: tied(n, padding=1, seed=seed, shape=(30, 6)),
+    "mixed": mixed,
+    "conv1d": lambda n, seed=0: convolution(n, 1, 2, seed),
+    "conv2d": lambda n, seed=0: convolution(n, 2, 1, seed, groups=2),
+    "conv3d": lambda n, seed=0: convolution(n, 3, 2, seed),
+    "transposed": lambda n, seed=0: convolution(n, 2, 2, seed, transposed=True),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def assert_term(term, want):
+    """All that a term can be asked for."""
+    n = len(want)
+    weights = tensor(n, seed=7)
+    assert term.examples == n
+    assert relative(term.squared_norm(), want.flatten(1).square().sum(1)) <= 1e-9
+    torch.testing.assert_close(term.weighted_sum(weights).view(want.shape[1:]), torch.tensordot(weights, want, 1))
+    for rows in (slice(0, n), slice(1, 2), slice(n - 1, n)):
+        torch.testing.assert_close(term.dense(rows), want[rows])
+
+
+@every_kind
+@pytest.mark.parametrize("n", [1, 5])
+def test_agrees_with_autograd(kind, n):
+    term, want = KINDS[kind](n)
+    assert_term(term, want)
+    compact = term.compact()
+    assert_term(compact, want)
+
+
+@every_kind
+@pytest.mark.parametrize(("outer", "inner"), [(1, 1), (3, 1), (1, 3), (2, 2)])
+def test_folding_rows_of_one_example(kind, outer, inner):
+    n = 2
+    term, rows = KINDS[kind](outer * n * inner)
+    term.compact().squared_norm()  # what is kept of the rows' norms must not survive
+    want = rows.unflatten(0, (outer, n, inner)).sum((0, 2))
+    folded = term.fold(outer, n, inner)
+    assert (folded is term) == (outer * inner == 1)
+    assert_term(folded, want)
+    assert_term(folded.compact(), want)
+    if outer == inner == 2:
+        assert_term(term.fold(1, 4, 2).fold(2, 2, 1), want)
+
+
+def test_norms_of_rows_do_not_survive_folding():
+    g = tensor(6, 3)
+    folded = PerExampleGradient(g, g.square().sum(1)).fold(1, 2, 3)
+    assert relative(folded.squared_norm(), g.view(2, 3, 3).sum(1).square().sum(1)) <= 1e-12
+
+
+def test_folding_wants_the_number_of_rows():
+    with pytest.raises(ValueError, match="6 rows cannot be folded to 2 x 2 x 2"):
+        whole(6)[0].fold(2, 2, 2)
+
+
+@every_kind
+def test_formed_in_chunks(kind, monkeypatch):
+    for module in (engm.terms.base, engm.terms.embedding, engm.terms.linear):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1)
+    assert_term(*KINDS[kind](3))
+
+
+# -- several uses -----------------------------------------------------------------------------------------------------
+
+OF_ONE_SHAPE = {
+    "whole": whole,
+    "linear": linear,
+    "embedding": embedding,
+    "padded": lambda n, seed=0: embedding(n, padding=2, seed=seed),
+    "mixed": mixed,
+}
+
+
+@given(
+    uses=st.lists(st.sampled_from(sorted(OF_ONE_SHAPE)), min_size=1, max_size=4),
+    n=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_any_mixture_of_uses_of_a_matrix(uses, n, seed):
+    pairs = [OF_ONE_SHAPE[kind](n, seed=seed + 3 * k) for k, kind in enumerate(uses)]
+    want = torch.stack([gradient for _, gradient in pairs]).sum(0)
+    term = combine([term for term, _ in pairs])
+    assert_term(term, want)
+    assert_term(term.compact(), want)
+
+
+@pytest.mark.parametrize(
+    ("uses", "kind"),
+    [
+        ([linear, linear], LinearFactors),
+        ([embedding, embedding], EmbeddingFactors),
+        ([whole, whole], PerExampleGradient),
+        ([embedding, linear, embedding], TiedTable),
+        ([linear, embedding], TiedTable),
+        ([linear, whole], MixedTerm),
+        ([linear, whole, embedding], MixedTerm),
+    ],
+)
+def test_kept_in_factors_where_that_can_be(uses, kind):
+    assert type(combine([use(3)[0] for use in uses])) is kind
+
+
+@given(
+    uses=st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=2, max_size=4),
+    dims=st.integers(1, 3),
+    n=st.integers(1, 3),
+    seed=st.integers(0, 9),
+)
+def test_convolutions_of_different_strides_and_directions(uses, dims, n, seed):
+    """The weight ``[2, 2, *kernel]`` of a convolution is also that of a transposed one."""
+
+    def use(stride, transposed, seed):
+        apply = (TRANSPOSE if transposed else CONVOLVE)[dims]
+        x, geometry = tensor(n, 2, *[4, 3, 3][:dims], seed=seed), ((2,) * dims, (stride,) * dims, (1,) * dims)
+        options = {"stride": stride, "padding": 1}
+        gy = tensor(*apply(x, tensor(2, 2, *geometry[0]), **options).shape, seed=seed + 1)
+        want = gradients((2, 2, *geometry[0]), lambda w, i: apply(x[i : i + 1], w, **options), gy.unsqueeze(1))
+        pair = (gy, x) if transposed else (x, gy)
+        return ConvFactors(*pair, ConvGeometry(*geometry, (1,) * dims, 1), transposed=transposed), want
+
+    pairs = [use(stride, transposed, seed + 2 * k) for k, (stride, transposed) in enumerate(uses)]
+    assert_term(combine([term for term, _ in pairs]), torch.stack([want for _, want in pairs]).sum(0))
+
+
+def test_folded_and_plain_uses_of_a_convolution():
+    (rows, of_rows), (plain, of_plain) = convolution(6, seed=3), convolution(2)
+    term = combine([rows.fold(1, 2, 3), plain])
+    assert_term(term, of_rows.unflatten(0, (2, 3)).sum(1) + of_plain)
+
+
+def test_float32_norms_of_a_tied_table():
+    term, want = tied(4, 6, shape=(200, 8))
+    low = TiedTable(
+        EmbeddingFactors(term.embedding.indices, term.embedding.backprops.float(), 200),
+        LinearFactors(term.linear.activations.float(), term.linear.backprops.float()),
+    )
+    assert low.squared_norm().dtype == torch.float32
+    assert relative(low.squared_norm(), want.flatten(1).square().sum(1)) <= 2e-5
+
+
+def test_a_tied_table_forms_no_gradient_of_its_size(monkeypatch):
+    term, _ = tied(2, 3, shape=(500, 8))
+    monkeypatch.setattr(TiedTable, "dense", lambda *_: pytest.fail("formed"))
+    term.squared_norm()
+
+
+# -- local correction -------------------------------------------------------------------------------------------------
+
+
+def correction(n, d, channels, own):
+    return LocalCorrection(
+        tensor(n, d, seed=1), tensor(*channels, seed=2), tensor(n, d, seed=3), tensor(d, *own, seed=4)
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_dense_gradients_are_corrected(groups):
+    conv, _ = convolution(3, groups=groups)
+    conv.correction = correction(3, 4, (2, 2, 2), (2 // groups, 2, 2))
+    fc, _ = linear(3)
+    fc.correction = correction(3, 4, (6,), (6,))
+    for term in (conv, fc):
+        dense = term.dense(slice(0, 3))
+        assert relative(term.squared_norm(), dense.flatten(1).square().sum(1)) <= 1e-9
+        torch.testing.assert_close(term.dense(slice(1, 3)), dense[1:])
+        with pytest.raises(ValueError, match="correction cannot be folded"):
+            term.fold(1, 1, 3)
+        assert term.fold(1, 3, 1) is term
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda term: term.squared_norm(),
+        lambda term: term.weighted_sum(torch.ones(1)),
+        lambda term: term.dense(slice(0, 1)),
+        lambda term: term.examples,
+        lambda term: term.fold(1, 1, 1),
+    ],
+)
+def test_a_term_of_ones_own_says_what_it_lacks(ask):
+    class Mine(Term):
+        pass
+
+    with pytest.raises(TypeError, match="Mine must define"):
+        ask(Mine())
