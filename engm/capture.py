@@ -10,21 +10,21 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .rules import FunctionRule, Rule
-from .rules.normalization import BatchNormRule
+from .arguments import Arguments
+from .calls import CALLS_KEY, Call, WholeCall, address_of
+from .rules import FunctionRule, Rule, WholeCallRule
 
 if TYPE_CHECKING:
     from .distributed import Ranks
     from .session import Session
 
-CALLS_KEY = "engm"  # in the metadata of an autograd node
 CAPTURES_KEY = "engm captures"
 
 
@@ -54,7 +54,7 @@ class Capture:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
         tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
         self.input_shape = tuple(tensors[0].shape) if tensors else ()
-        self.input_storages = frozenset(value.untyped_storage().data_ptr() for value in tensors)
+        self.input_storages = frozenset(map(address_of, tensors))
 
     def mark(self, outputs: Any) -> None:
         """Note in the graph behind ``outputs`` (any nest of tensors) that this was a captured forward pass."""
@@ -70,7 +70,11 @@ class Capture:
         handles = []
         try:
             for name, module, rule in plan:
-                hook = self._hook(name, rule, thread)
+                if isinstance(rule, WholeCallRule):
+                    before, hook = self._whole_call_hooks(name, rule, thread)
+                    handles.append(module.register_forward_pre_hook(before))
+                else:
+                    hook = self._hook(name, rule, thread)
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
             yield
         finally:
@@ -83,7 +87,8 @@ class Capture:
             if threading.get_ident() != thread or not torch.is_grad_enabled():
                 return None
             activations = rule.activations(args, kwargs)
-            if not isinstance(output, Tensor) or not isinstance(activations, Tensor):
+            several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
+            if not isinstance(output, Tensor) or not (several or isinstance(activations, Tensor)):
                 raise RuntimeError(
                     f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
                     f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
@@ -103,126 +108,72 @@ class Capture:
             call = Call(self, name, module, rule, activations, output)
             calls = node.metadata.setdefault(CALLS_KEY, [])
             calls.append(call)
-            call.hook = output.register_hook(call.on_backprop)
+            call.hooks.append(output.register_hook(call.on_backprop))
             if call.couples:
                 node.register_hook(call.freeze_statistics)
             return replaced
 
         return record
 
+    def _whole_call_hooks(
+        self, name: str, rule: WholeCallRule, thread: int
+    ) -> tuple[Callable[..., None], Callable[..., Any]]:
+        """A forward pre-hook and a forward hook for a module that takes and returns any nest of tensors."""
+        prepared: list[Any] = []  # more than one entry where a module calls itself
 
-class Call:
-    """One call of a module with a rule. Owned by the autograd node of its output, through the node's metadata.
+        def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if threading.get_ident() == thread and torch.is_grad_enabled():
+                prepared.append(rule.before(module))
 
-    Attributes:
-        capture: the forward pass it belongs to.
-        name: the module's name in the network.
-        module: the module.
-        rule: its rule.
-        parameters: those of its own parameters that are trained, by their name in the module.
-        couples: whether the call took statistics from the batch.
-        saved: what the rule saved.
-        batch: length of the output's first dimension.
-        output_nr: which output of the node it is.
-        hook: handle of the hook on its output.
-        input_node: the node that made its input, if any.
-        input_storage: address of the input's memory.
-        input_is_index: whether the input holds integers.
-        producer: the call whose output was this call's input, if any.
-        reads: whether the rule needs the activations again.
-    """
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+            if threading.get_ident() != thread or not torch.is_grad_enabled():
+                return None
+            before = prepared.pop() if prepared else None
+            arguments = Arguments(args, kwargs)
+            leaves, spec = tree_flatten(output)
+            places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            batch = rule.batch(module, arguments, leaves) if places else 0
+            if batch == 0:  # nothing here is trained, or nothing of it is about the examples
+                return None
+            saved = rule.save_call(module, name, arguments, leaves, before)
+            call = WholeCall(self, name, module, rule, arguments, len(leaves), places, batch, saved)
+            for place, tapped in zip(places, Tap.apply(*(_unviewed(leaves[p], rule) for p in places)), strict=True):
+                leaves[place] = tapped
+            node = leaves[places[0]].grad_fn
+            node.metadata.setdefault(CALLS_KEY, []).append(call)
+            for number, place in enumerate(places):
+                call.hooks.append(leaves[place].register_hook(partial(call.on_output, number)))
+            return tree_unflatten(leaves, spec)
 
-    def __init__(
-        self, capture: Capture, name: str, module: nn.Module, rule: Rule, activations: Tensor, output: Tensor
-    ) -> None:
-        self.capture = capture
-        self.name = name
-        self.module = module
-        self.rule = rule
-        self.parameters = {
-            key: parameter
-            for key, parameter in module._parameters.items()
-            if parameter is not None and parameter.requires_grad
-        }
-        self.couples = rule.couples(module)
-        self.saved: Any = rule.save(module, activations, output) if self.parameters or self.couples else None
-        self.batch = output.shape[0] if output.dim() else 0
-        self.output_nr = output.output_nr
-        self.hook: RemovableHandle | None = None
-        self.input_node = activations.grad_fn
-        self.input_storage = activations.untyped_storage().data_ptr()
-        self.input_is_index = not (activations.is_floating_point() or activations.is_complex())
-        self.producer = self._find_producer(activations) if self.couples else None
-        self.reads = self.couples or (bool(self.parameters) and rule.reads_activations(tuple(self.parameters)))
-        self._activations: Tensor | None = activations if self.reads else None
-        self._weak = weakref.ref(activations)
-        self._version = activations._version
+        return prepare, record
+
+
+class Tap(torch.autograd.Function):
+    """Hands tensors on as they are, so that one node of the graph gets the gradients of all of them."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def _find_producer(activations: Tensor) -> Call | None:
-        if activations.grad_fn is None:
-            return None
-        node: Any = activations.grad_fn
-        calls = node.metadata.get(CALLS_KEY, [])
-        return next((call for call in calls if call.output_nr == activations.output_nr), None)
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # Detached, not as they are: autograd would call those views, and forbid in-place operations on them.
+        return tuple(tensor.detach() for tensor in tensors)
 
-    def put_hook_last(self) -> None:
-        """Let hooks that the user put on the output go first: the gradient that they return is the one that counts."""
-        hooks = None if self.hook is None else self.hook.hooks_dict_ref()
-        if self.hook is not None and hooks is not None and len(hooks) > 1:
-            hooks[self.hook.id] = hooks.pop(self.hook.id)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
 
-    def on_backprop(self, backprops: Tensor | None) -> None:
-        """Tensor hook: hand the gradient of the output to the session; in any other backward pass, let go.
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
 
-        A backward pass that frees the graph has no more use for the activations either.
-        """
-        session = self.capture.session
-        if session is not None:
-            if backprops is not None:  # None: something downstream passes no gradient on
-                session.receive(self, backprops)
-        elif not torch._C._autograd._get_current_graph_task_keep_graph():
-            self._activations = None
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tangents
 
-    def activations(self) -> Tensor:
-        """The module's input, detached.
 
-        Raises:
-            RuntimeError: it was freed by an earlier backward pass, or changed in place.
-        """
-        activations = self._activations if self._activations is not None else self._weak()
-        if activations is None:
-            raise RuntimeError(
-                f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is freed. "
-                "Take the norms before `.backward()`, or run the forward pass again."
-            )
-        if activations._version != self._version:
-            raise RuntimeError(
-                f"engm: the input of layer '{self.name}' was modified in place after the layer read it, so its "
-                "per-example gradient is gone. Use the out-of-place operation there."
-            )
-        return activations.detach()
+def _unviewed(output: Tensor, rule: Rule) -> Tensor:
+    """An output to tap. In-place operations on a tapped view would not show in its base, so it is a copy.
 
-    def release(self) -> None:
-        """Drop the activations: whoever calls this is done with the graph."""
-        self._activations = None
-
-    def freeze_statistics(self, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Node hook of a batch norm: in a frozen pass its input gradient is ``scale / sigma * gy`` (design 2.5)."""
-        if not self.capture.frozen or grad_inputs[0] is None:
-            return None
-        gain = self.gain()
-        gy = grad_outputs[0]
-        shape = [1, -1] + [1] * (gy.dim() - 2)
-        return ((gy * gain.view(shape)).to(grad_inputs[0].dtype), *grad_inputs[1:])
-
-    def gain(self) -> Tensor:
-        """``scale / sigma`` of a batch norm, ``[C]``."""
-        _, rstd = self.saved
-        weight = self.module._parameters.get("weight")
-        return rstd if weight is None else rstd * weight.detach()
-
-    @property
-    def is_batch_norm(self) -> bool:
-        """Whether the rule of batch normalisation made this call."""
-        return isinstance(self.rule, BatchNormRule)
+    The layers with a rule of their own hand out views of tensors that nobody else sees.
+    """
+    return output.clone() if rule.generic and output._is_view() else output

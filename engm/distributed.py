@@ -1,11 +1,12 @@
-"""What ``DistributedDataParallel`` splits over its ranks, put together again: the batch that estimates are made from.
+"""What is split over ranks, put together again: the batch that estimates are made from.
 
 An example's weight is of its own gradient, so it needs no other rank. What is *estimated* from a batch (A-ENGM's line,
 the calibration factors, the quantile behind ``alpha="auto"``) is estimated from the examples of all ranks: every rank
 then holds the same numbers, bit for bit, and a run in k processes is the run in one.
 
-Every function takes the process group, or None for a batch that lies in this process whole; then nothing is sent and
-the values come back as they are. With a group each is a collective: all of its ranks have to call it.
+What reduces takes the process group, or None for a batch that lies in this process whole; then nothing is sent and the
+values come back as they are. With a group it is a collective: all of its ranks have to call it. Gradients are left to
+``DistributedDataParallel`` itself, to which :func:`backpropagate_leaves` hands them.
 """
 
 from __future__ import annotations

@@ -147,10 +147,10 @@ def explain(model: nn.Module, x: Any) -> Explanation:
                 module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, rule: Rule = rule
             ) -> None:
                 plans.append(_plan(name, module, rule, args, kwargs, output))
-                if isinstance(output, Tensor):
-                    devices.add(device_text(output.device))
+                devices.update(device_text(o.device) for o in tree_leaves(output) if isinstance(o, Tensor))
 
-            if rule.couples(module) or any(p.requires_grad for p in module.parameters(recurse=False)):
+            trained = any(p.requires_grad for p in module.parameters(recurse=False))
+            if not rule.generic and (trained or rule.couples(module)):
                 handles.append(module.register_forward_hook(record, with_kwargs=True))
         wrapped = GradNormModule(net, strict=False)
         with torch.enable_grad(), untouched(net):
@@ -180,7 +180,11 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
         plan, _ = make_plan(model, traced, losses)
     except RuntimeError as error:
         return [LayerPlan("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
-    plans = []
+    plans = [
+        LayerPlan(call.name, type(call.module).__name__, "module run again", "sum")
+        for call, layout in zip(traced.calls, plan.layouts, strict=True)
+        if call.rule.generic and layout is not None
+    ]
     for entry in plan.entries:
         kind = operator_name(traced.order[entry.position])
         rule = "operator" if entry.ruled else "operator, once an example"
@@ -192,10 +196,11 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
 
 def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerPlan:
     kind = type(module).__name__
-    activations = rule.activations(args, kwargs)
-    if not isinstance(activations, Tensor) or not isinstance(output, Tensor):
+    taken = [value for value in tree_leaves(rule.activations(args, kwargs)) if isinstance(value, Tensor)]
+    given = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
+    if not taken or not given or not (rule.whole_call or isinstance(output, Tensor)):
         return LayerPlan(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")
-    cost = rule.cost(module, tuple(activations.shape), tuple(output.shape), output.device, output.dtype)
+    cost = rule.cost(module, tuple(taken[0].shape), tuple(given[0].shape), given[0].device, given[0].dtype)
     return LayerPlan(
         name,
         kind,

@@ -19,6 +19,7 @@ from .capture import Capture
 from .distributed import active_ranks
 from .plan import Plan
 from .rules import Rule, find_rule
+from .rules.fallback import GENERIC
 from .sharding import ORDER, noting_leaves, shards_of
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
@@ -251,7 +252,7 @@ def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
             )
         rule = find_rule(module)
         if isinstance(rule, str):
-            continue  # its parameters are found where they enter the graph
+            rule = GENERIC  # used where its parameters cannot be told from the graph
         if own or rule.couples(module) or rule.always:
             plan.append((name, module, rule))
     return plan

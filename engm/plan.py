@@ -40,6 +40,7 @@ REARRANGING = frozenset(
         "Clone",
         "Alias",
         "ToCopy",
+        "Tap",
     ]
 )
 
@@ -371,7 +372,8 @@ class Structure:
 
 def reads_more(node: Node) -> bool:
     """Whether an operator may read data that are none of its differentiable inputs."""
-    return operator_name(node) in INDEXING or hasattr(node, "saved_tensors")  # the latter: a user's own function
+    own = hasattr(node, "saved_tensors") and operator_name(node) != "Tap"  # a user's own function
+    return own or operator_name(node) in INDEXING
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -391,9 +393,9 @@ def _inside(node: Node, call: Call) -> list[Node]:
         child
         for child, _ in node.next_functions
         if child is not None
-        and child is not call.input_node
+        and child not in call.input_nodes
         and leaf_of(child) is None
-        and CALLS_KEY not in child.metadata
+        and (call.rule.generic or CALLS_KEY not in child.metadata)
     ]
 
 
@@ -417,6 +419,7 @@ def undecided_calls(traced: Trace, n: int, views: int) -> list[list[Layout]]:
     """Layouts that the calls of a graph may have by their shapes."""
     found = []
     for call, node in zip(traced.calls, traced.nodes, strict=True):
-        possible = layouts_of(output_shape(node, call.output_nr), n, views)
+        shape = (call.batch,) if call.rule.whole_call else output_shape(node, call.output_nr)
+        possible = layouts_of(shape, n, views)
         found.append([layout for layout in possible if layout.dim == 0 or call.rule.positionwise])
     return found

@@ -81,7 +81,8 @@ class Session:
                 continue
             self._layouts[id(call)] = layout
             for parameter in call.parameters.values():
-                self._expect(id(parameter), self.views if layout == self._announced else 1)
+                by_view = layout == self._announced and not call.rule.whole_call
+                self._expect(id(parameter), self.views if by_view else 1)
             if correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
         for entry in self.plan.entries:
@@ -156,14 +157,17 @@ class Session:
 
     # -- collecting ------------------------------------------------------------------------------------------
 
-    def receive(self, call: Call, backprops: Tensor) -> None:
+    def receive(self, call: Call, backprops: Any) -> None:
         """Take the gradient of one call's output; called from its tensor hook."""
         if call.capture.owner is not self.model:
             return
-        backprops = backprops.detach()
         layout = self._layouts.get(id(call))
         if layout is None:
             return
+        if call.rule.whole_call:
+            self._receive_whole(call, layout, backprops)
+            return
+        backprops = backprops.detach()
         corrected = self._batch_norm_of.get(id(call))
         feeds_correction = id(call) in self._feeding
         if not call.parameters and not feeds_correction:
@@ -178,7 +182,7 @@ class Session:
             whole = self.views == 1
             terms = call.rule.terms(
                 call.module,
-                activations if whole else activations[part],
+                activations if whole or isinstance(activations, tuple) else activations[part],
                 backprops if whole else backprops[part],
                 call.saved,
                 part,
@@ -191,6 +195,16 @@ class Session:
                 self._correct(terms, call, corrected)
             for key, parameter in call.parameters.items():
                 self._add(id(parameter), None, terms[key])
+        if self._consume:
+            call.release()
+
+    def _receive_whole(self, call: Call, layout: Layout, backprops: Sequence[Tensor | None]) -> None:
+        """A call whose rule arranges its examples by itself: those of all rows, then those of an example added."""
+        given = tuple(None if gradient is None else gradient.detach() for gradient in backprops)
+        every, names = slice(0, call.batch), tuple(call.parameters)
+        terms = call.rule.terms(call.module, call.activations(), given, call.saved, every, names)
+        for key, parameter in call.parameters.items():
+            self._add(id(parameter), None, terms[key].fold(layout.outer, self.n, layout.inner))
         if self._consume:
             call.release()
 

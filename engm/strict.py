@@ -66,6 +66,19 @@ def make_plan(model: GradNormModule, traced: Trace, losses: Tensor) -> tuple[Pla
     return _Search(model, traced, losses).plan()
 
 
+def set_aside(traced: Trace, choices: Choices) -> dict[int, list[Layout]]:
+    """Take calls of the generic rule for calls that see no batch: operators account for what happens inside.
+
+    That is cheaper than to run a module again, and goes where a module draws random numbers. Returns the layouts that
+    those calls may have, by number.
+    """
+    found = {}
+    for number, call in enumerate(traced.calls):
+        if call.rule.generic and choices.calls[number]:
+            found[number], choices.calls[number] = choices.calls[number], []
+    return found
+
+
 class _Search:
     """Finds the choices under which every example's gradient lies in its own rows."""
 
@@ -74,6 +87,7 @@ class _Search:
         self.n = losses.shape[0]
         self.names = {id(parameter): name for name, parameter in model.trainable_parameters()}
         self.choices = Choices(undecided_calls(traced, self.n, model.views))
+        self.aside = set_aside(traced, self.choices)
         self.together = model.shard_group is not None  # every pass is of all processes, whatever their data
         self.sure = True
 
@@ -82,16 +96,35 @@ class _Search:
         probe = self.model.strict and (self.n > 1 or self.together)
         while True:
             structure = self._structure()
-            if not probe:
+            if probe:
+                if self._probe(structure):
+                    continue
+            else:
                 for position in structure.undecided():
                     self.choices.batch[position] = likely_batch(structure, position)
                     structure = self._structure()
+            structure = self._structure()
+            if not self._bring_in(structure):
                 break
-            if not self._probe(structure):
-                break
-        structure = self._structure()
         self._check_entries(structure)
         return structure.plan(), self.sure
+
+    def _bring_in(self, structure: Structure) -> bool:
+        """Let calls that were set aside account for parameters that enter where no layout fits, if there are any."""
+        lost = {
+            source.parameter
+            for position, slot in structure.entering
+            if not structure.layouts(position)
+            for source in self._sources(structure, position, slot)
+        }
+        needed = [
+            number
+            for number in self.aside
+            if any(id(parameter) in lost for parameter in self.traced.calls[number].parameters.values())
+        ]
+        for number in needed:
+            self.choices.calls[number] = self.aside.pop(number)
+        return bool(needed)
 
     def _structure(self) -> Structure:
         return Structure(self.traced, self.n, self.model.views, set(self.names), self.choices)
@@ -154,15 +187,16 @@ class _Search:
 
         Also where the first dimension has no room for the examples: then only the second was a guess.
         """
-        call, node = self.traced.calls[number], self.traced.nodes[number]
-        if output_shape(node, call.output_nr)[0] % self.n:
+        call = self.traced.calls[number]
+        if call.batch % self.n:
             return True
-        if call.input_node is not None:
-            kind = self._structure().kinds[self.traced.positions[call.input_node]]
-            return kind in (Kind.SHARED, Kind.UNDECIDED)
+        if call.input_nodes:
+            structure = self._structure()
+            kinds = {structure.kinds[self.traced.positions[made]] for made in call.input_nodes}
+            return kinds <= {Kind.SHARED, Kind.UNDECIDED}
         buffers = {buffer.untyped_storage().data_ptr() for buffer in self.model.buffers()}
-        own = call.input_is_index and call.input_storage not in call.capture.input_storages
-        return own or call.input_storage in buffers
+        own = call.input_is_index and not call.input_storages & call.capture.input_storages
+        return own or call.input_storages <= buffers
 
     # -- checks ------------------------------------------------------------------------------------------------
 
@@ -185,7 +219,7 @@ class _Search:
             node = self.traced.order[position]
             child = node.next_functions[slot][0]
             possible = structure.layouts(position)
-            behind = structure.calls_behind(child)
+            behind = [k for k in structure.calls_behind(child) if not self.traced.calls[k].rule.generic]
             names = ", ".join(f"'{self.names[source.parameter]}'" for source in structure.sources(child)[:5])
             if not possible:
                 if behind:
@@ -200,7 +234,7 @@ class _Search:
                 self._refuse_call(behind)
         reached = {source.parameter for p, s in structure.entering for source in self._sources(structure, p, s)}
         for number, call in enumerate(self.traced.calls):
-            if call.capture.owner is self.model and not self.choices.calls[number]:
+            if call.capture.owner is self.model and not self.choices.calls[number] and number not in self.aside:
                 unreached = [p for p in call.parameters.values() if id(p) not in reached and id(p) in self.names]
                 if unreached:
                     self._refuse_call([number])
@@ -214,7 +248,7 @@ class _Search:
         call = self.traced.calls[number]
         shape = output_shape(self.traced.nodes[number], call.output_nr)
         what = f"the output of layer '{call.name}' ({type(call.module).__name__})"
-        raise RuntimeError(self._wrong_rows(shape[0] if shape else 0, what, shape))
+        raise RuntimeError(self._wrong_rows(call.batch, what, shape))
 
     def _mixing_message(self, number: int) -> str:
         call = self.traced.calls[number]
@@ -294,11 +328,14 @@ class _Look:
         """Whether several layouts agree somewhere."""
         return any(len(possible) > 1 for possible in (*self.calls.values(), *self.nodes.values()))
 
-    def receive(self, call: Call, backprops: Tensor) -> None:
+    def receive(self, call: Call, backprops: Any) -> None:
         """The gradient of a call's output."""
         number = self._numbers.get(id(call))
-        if number is not None and self._keep(self.calls[number], backprops.detach()):
-            self.touched_calls.add(number)
+        if number is None:
+            return
+        for gradient in call.by_example(backprops):
+            if self._keep(self.calls[number], gradient):
+                self.touched_calls.add(number)
 
     def _keep(self, possible: list[Layout], gradient: Tensor) -> bool:
         """Strike out the layouts that do not agree; returns whether there is any gradient.

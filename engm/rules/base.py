@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import Arguments
 from ..terms import PerExampleGradient, Term
 
 CPU = torch.device("cpu")
 
+Activations = Tensor | tuple[Tensor | None, ...]
 UserRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 
 
@@ -50,35 +52,43 @@ class Rule:
         input_name: the name of the module's tensor argument when it is given as a keyword.
         positionwise: whether every position of every example is treated alike, so that leading dimensions may be
             flattened into one.
-        always: whether calls without trained parameters are captured too, so that what happens inside is accounted for.
+        always: whether calls without trained parameters are captured too, so that what is inside is accounted for.
+        whole_call: whether it is a :class:`WholeCallRule`.
+        generic: whether it stands in for a rule that nobody wrote.
     """
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
     input_name = "input"
     positionwise = False
     always = False
+    whole_call = False
+    generic = False
+
+    def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of ``module`` that the rule accounts for."""
+        return self.parameter_names
 
     def couples(self, module: nn.Module) -> bool:
         """Whether the module, in its present mode, makes one example's output depend on the others."""
         return False
 
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The tensor argument that the rule needs again in the backward pass."""
+        """The tensor argument that the rule needs again in the backward pass, or a tuple of several (or None)."""
         return args[0] if args else kwargs.get(self.input_name)
 
     def reads_activations(self, names: tuple[str, ...]) -> bool:
         """Whether the terms of the parameters in ``names`` need the activations (those of a lone bias do not)."""
         return True
 
-    def save(self, module: nn.Module, activations: Tensor, output: Tensor) -> Any:
+    def save(self, module: nn.Module, activations: Any, output: Tensor) -> Any:
         """Small tensors of the forward pass worth keeping (statistics), or None."""
         return None
 
     def terms(
         self,
         module: nn.Module,
-        activations: Tensor,
-        backprops: Tensor,
+        activations: Any,
+        backprops: Any,
         saved: Any,
         rows: slice,
         names: tuple[str, ...],
@@ -88,6 +98,7 @@ class Rule:
         Args:
             module: the layer.
             activations: its input, already cut to ``rows``, ``[n, ...]``; meaningless if not :meth:`reads_activations`.
+                Of several inputs nothing is cut: the rule knows which of them have rows.
             backprops: gradient of the summed losses with respect to its output, cut to ``rows``, ``[n, ...]``.
             saved: what :meth:`save` returned, not cut.
             rows: which rows of the batch these are.
@@ -108,6 +119,41 @@ class Rule:
         for length in output_shape[1:]:
             size *= length
         return Cost("sum", 4 * size, 4 * size, 4 * size, 2 * size * 4)
+
+
+class WholeCallRule(Rule):
+    """A rule for modules that take and return any nest of tensors; it sees the call as a whole.
+
+    For ``activations`` its :meth:`terms` get the :class:`engm.arguments.Arguments` of the call, tensors detached, and
+    for ``backprops`` one gradient (or None) for every leaf of the output, flattened as ``torch.utils._pytree`` does it.
+    They are asked for all rows of the call at once.
+    """
+
+    whole_call = True
+
+    def before(self, module: nn.Module) -> Any:
+        """Called right before the module's forward; what it returns is handed to :meth:`save_call`."""
+        return None
+
+    def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
+        """Number of examples of a call, from its arguments and the leaves of its output; 0 if it has none."""
+        raise TypeError(f"{type(self).__name__} must define batch")
+
+    def save_call(self, module: nn.Module, name: str, arguments: Arguments, outputs: Sequence[Any], before: Any) -> Any:
+        """Whatever else than the arguments the terms need: small, and without a reference to the graph.
+
+        Args:
+            module: the layer.
+            name: its name in the network, for errors.
+            arguments: what it was called with.
+            outputs: leaves of the flattened output.
+            before: what :meth:`before` returned.
+        """
+        return None
+
+    def by_example(self, module: nn.Module, saved: Any, backprops: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of the outputs, those that there are, as ``[batch, ...]`` each."""
+        raise TypeError(f"{type(self).__name__} must define by_example")
 
 
 class FunctionRule(Rule):
@@ -220,12 +266,12 @@ def find_rule(module: nn.Module) -> Rule | str:
             return "its forward was replaced on the object itself, where the rule of its type may not hold"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
             own = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-            unknown = own - set(rule.parameter_names)
+            unknown = own - set(rule.known_parameters(module))
             if unknown:
                 return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
             hidden = [
                 name
-                for name in rule.parameter_names
+                for name in rule.known_parameters(module)
                 if name not in module._parameters and getattr(module, name, None) is not None
             ]
             if hidden:

@@ -114,7 +114,8 @@ def enters_by_broadcast(entry: Entry) -> bool:
     slots = weights.get(operator_name(entry.node))
     if slots is not None:
         return entry.slot in slots
-    return _aligned(entry)[entry.layout.dim] == 1
+    rank = len(entry.node._input_metadata[0].shape)
+    return len(entry.shape) <= rank and _aligned(entry)[entry.layout.dim] == 1
 
 
 def _aligned(entry: Entry) -> tuple[int, ...]:

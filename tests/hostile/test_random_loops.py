@@ -148,6 +148,8 @@ class HostileLoop(RuleBasedStateMachine):
 
     @rule(n=st.integers(2, 5), context=st.sampled_from([torch.no_grad, torch.inference_mode]))
     def forward_without_gradients(self, n: int, context: Any) -> None:
+        if context is torch.inference_mode:
+            self.model.eval()  # torch does not notice there that running statistics change which a graph has saved
         twin = copy.deepcopy(self.net)
         with context():
             assert_same(self.model(tensor(n, 3)), twin(tensor(n, 3)))
@@ -322,6 +324,7 @@ class HostileLoop(RuleBasedStateMachine):
         elif kind == "full backward":  # torch refuses them where the output is changed in place
             handle = self.net.middle.register_full_backward_hook(lambda module, before, after: None)
         else:
+            self.net.last.requires_grad_()
             handle = self.net.last.weight.register_post_accumulate_grad_hook(lambda parameter: None)
         self.user_hooks.append(handle)
         self.hooks = hooks_of(self.net)
@@ -418,4 +421,4 @@ def _copied(model: engm.GradNormModule, how: str) -> engm.GradNormModule:
 
 
 TestRandomLoops = HostileLoop.TestCase
-TestRandomLoops.settings = settings(max_examples=2 * settings.default.max_examples, stateful_step_count=30)
+TestRandomLoops.settings = settings(max_examples=settings.default.max_examples, stateful_step_count=40)

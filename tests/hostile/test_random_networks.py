@@ -45,7 +45,7 @@ def assert_step(model: engm.GradNormModule, losses: Tensor, expected: Truth) -> 
     opt.zero_grad()
 
 
-@settings(max_examples=4 * EXAMPLES)
+@settings(max_examples=2 * EXAMPLES)
 @given(problems())
 def test_norms_and_steps(problem):
     """One wrapper, several forward passes with other steps skipped: nothing of one must turn up in the next."""
@@ -69,7 +69,7 @@ def test_norms_and_steps(problem):
     assert hooks_of(problem.net) == before
 
 
-@settings(max_examples=2 * EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(problems(batch_norm=False, outside=True))
 def test_parameters_outside_of_layers_and_other_layouts(problem):
     """Where it is not certain what belongs to which example, the engine may say so, but not guess."""
@@ -87,7 +87,7 @@ def test_parameters_outside_of_layers_and_other_layouts(problem):
         assert_step(model, losses, expected)
 
 
-@settings(max_examples=2 * EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(problems())
 def test_plain_results_are_the_same_bits(problem):
     """Outputs, gradients, batch statistics, random numbers and refusals are those of the network without a wrapper."""
@@ -104,7 +104,7 @@ def test_plain_results_are_the_same_bits(problem):
     assert_same(*found)
 
 
-@settings(max_examples=2 * EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(problems(batch_norm=False))
 def test_a_step_between_forward_passes(problem):
     """Norms follow the weights: what was captured before a step has no part in what is measured after it."""

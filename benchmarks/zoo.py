@@ -1,0 +1,204 @@
+"""Which models engm measures exactly, how it does, and what a step costs: one JSON a model, so that a run can go on.
+
+python benchmarks/zoo.py check [--only SUBSTRING] [--mode eval]     exactness in float64, and ENGM/SGD in float32
+python benchmarks/zoo.py time  [--models NAME ...] [--batch 16]     ten models beside Opacus and torch.func
+python docs/coverage.py                                             the pages made from both
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import interleaved
+import output
+import peers
+import torch
+import workloads
+import zoo_models
+from torch import nn
+from zoo_models import Case
+
+import engm
+
+EXACT = 1e-9  # relative error of a norm in float64 up to which a model counts as exact
+TEN = (
+    "resnet18",
+    "resnet50",
+    "vgg11_bn",
+    "densenet121",
+    "mobilenet_v3_small",
+    "convnext_tiny",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "BertForSequenceClassification",
+    "GPT2LMHeadModel",
+)
+
+
+def calm(net: nn.Module) -> nn.Module:
+    """The network without randomness: dropout and stochastic depth off, which no oracle could repeat."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        if type(module).__name__ in ("StochasticDepth", "DropPath"):
+            module.eval()
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return net
+
+
+def check(case: Case, mode: str) -> dict[str, Any]:
+    """Rules, error and time ratio of one model; or why it is refused."""
+    torch.manual_seed(0)
+    net = calm(case.make()).train(mode == "train")
+    if mode == "train":
+        calm(net)
+    found: dict[str, Any] = {"family": case.family, "name": case.name, "options": case.options, "mode": mode}
+    found["parameters"] = sum(p.numel() for p in net.parameters())
+    start = time.perf_counter()
+    try:
+        found |= _verified(copy.deepcopy(net).double(), case)
+    except Exception as error:
+        found["refused"] = f"{type(error).__name__}: {error}"
+        found["trace"] = traceback.format_exc().splitlines()[-3:]
+        return found
+    gc.collect()
+    found |= _timed(net, case)
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    return found
+
+
+def _verified(net: nn.Module, case: Case) -> dict[str, Any]:
+    model = engm.GradNormModule(net)
+    x = case.batch(2)
+    x = x.double() if x.is_floating_point() else x
+    report = engm.verify(model, lambda m, batch: zoo_models.losses_of(m, batch), x)
+    kinds = Counter(layer.rule for layer in report.layers)
+    worst = max(report.layers, key=lambda layer: layer.error)
+    return {
+        "rules": dict(kinds.most_common()),
+        "error": report.error,
+        "worst": {"name": worst.name, "error": worst.error},
+        "exact": report.error <= EXACT and worst.error <= EXACT,
+        "couples": report.couples,
+        "calibrated_error": report.calibrated_error,
+    }
+
+
+def _timed(net: nn.Module, case: Case, n: int = 4, rounds: int = 5) -> dict[str, Any]:
+    """ENGM's plain step over SGD's."""
+    x = case.batch(n)
+    steps = {"sgd": _sgd_step(net, x), "engm": _engm_step(net, x)}
+    timings = interleaved.compare(steps, reference="sgd", rounds=rounds)
+    return {"ratio": timings["engm"].as_json(), "sgd": timings["sgd"].as_json(), "batch": n}
+
+
+def _sgd_step(net: nn.Module, x: torch.Tensor) -> interleaved.Step:
+    model = copy.deepcopy(net)
+    optimizer = workloads.sgd(model)
+
+    def step() -> None:
+        zoo_models.losses_of(model, x).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _engm_step(net: nn.Module, x: torch.Tensor) -> interleaved.Step:
+    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
+    opt = engm.ENGM(model, workloads.sgd(model), alpha=1.0)
+
+    def step() -> None:
+        opt.backward(zoo_models.losses_of(model, x))
+        opt.step()
+        opt.zero_grad()
+
+    return step
+
+
+# -- beside others -------------------------------------------------------------------------------------------------
+
+
+class Tensors(nn.Module):
+    """A model whose output is the one tensor that the peers can differentiate."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = zoo_models.output_of(self.net(x))
+        return out if out.dim() == 2 else out.flatten(1, -2).mean(1)
+
+
+def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
+    """Seconds and peak memory of a plain step as ratios to SGD's, or why a peer cannot do it. Evaluation mode."""
+    torch.manual_seed(0)
+    net = Tensors(calm(case.make())).eval()
+    x = case.batch(n)
+    with torch.no_grad():
+        y = torch.arange(n) % net(x).shape[1]
+    makers = {
+        "SGD": lambda: workloads.plain_sgd(net, x, y),
+        "ENGM": lambda: workloads.engm_step(net, x, y, "engm"),
+        "Opacus ghost": lambda: workloads.opacus_ghost(net, x, y),
+        "torch.func vmap": lambda: peers.vmap_grad(net, x, y),
+    }
+    steps, reasons = interleaved.runnable(makers)
+    timings = interleaved.compare(steps, reference="SGD", rounds=rounds, few=("Opacus ghost", "torch.func vmap"))
+    memory = {name: t.peak_bytes / timings["SGD"].peak_bytes for name, t in timings.items()}
+    return {
+        "name": case.name,
+        "family": case.family,
+        "batch": n,
+        "steps": {name: t.as_json() | {"memory_ratio": round(memory[name], 3)} for name, t in timings.items()},
+        "not_run": reasons,
+    }
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    checking = commands.add_parser("check")
+    checking.add_argument("--only", default="", help="models whose family or name holds this")
+    checking.add_argument("--mode", choices=["eval", "train"], default="eval")
+    checking.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    timing = commands.add_parser("time")
+    timing.add_argument("--models", nargs="*", default=list(TEN))
+    timing.add_argument("--batch", type=int, default=16)
+    timing.add_argument("--rounds", type=int, default=5)
+    for command in (checking, timing):
+        command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--out", type=Path, default=output.RESULTS / "zoo")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    cases = zoo_models.every()
+    if args.command == "check":
+        for case in cases:
+            path = args.out / args.mode / f"{case.family} {case.name}.json".replace(" ", "_")
+            if args.only not in f"{case.family} {case.name}" or (path.exists() and not args.again):
+                continue
+            found = check(case, args.mode)
+            output.save(path, {"machine": output.machine(), **found})
+            shown = found.get("refused") or f"error {found['error']:.0e}, {found['ratio']['ratio']:.2f} times SGD"
+            print(f"{case.name}: {shown}", flush=True)
+    else:
+        for case in cases:
+            if case.name in args.models:
+                found = beside_others(case, args.batch, args.rounds)
+                output.save(args.out / "time" / f"{case.name}.json", {"machine": output.machine(), **found})
+                print(json.dumps({name: step["ratio"] for name, step in found["steps"].items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

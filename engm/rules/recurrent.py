@@ -1,0 +1,332 @@
+"""Recurrent layers and cells: the forward pass is run again, step by step, and backpropagated to the pre-activations.
+
+With the pre-activations ``P_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` of a step, ``dL_i/dW_ih = sum_t dP_t x_t^T``
+and ``dL_i/dW_hh = sum_t dP_t h_{t-1}^T``: a linear layer over the positions ``t``. Neither the fused kernels nor the
+graph give the ``dP_t``, so the layer is computed once more in plain operations (the input's part of all steps in one
+matrix product) and backpropagated from the gradients of its outputs to the ``P_t`` alone, which is exact. In the GRU
+the new gate reads ``r (W_hn h + b_hn)``, so there the two parts of ``P_t`` have gradients of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from .. import _C
+from ..arguments import Arguments
+from ..cost_table import cost_arguments
+from ..terms import Term, accumulation_dtype
+from .base import CPU, Cost, WholeCallRule, add_rule
+from .recurrence import Recorded, State, Weights, backpropagated, layer_terms, run_layer
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What it takes to draw the masks between the layers again, and to see that they are the same.
+
+    Attributes:
+        random_state: of the CPU's generator before the call; None where it drew its masks elsewhere.
+        last_hidden: ``h_n`` of the call, ``[layers * directions, n, H]``: it depends on every element of every mask.
+    """
+
+    random_state: Tensor | None
+    last_hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What is kept of a call besides its arguments.
+
+    Attributes:
+        name: of the layer in the network.
+        packing: of packed sequences, their ``batch_sizes``, ``sorted_indices`` and ``unsorted_indices``.
+        batched: whether there was a dimension of examples; a single sequence is a batch of one.
+        dropout: if the layer dropped out between its layers.
+    """
+
+    name: str
+    packing: tuple[Any, ...] | None = None
+    batched: bool = True
+    dropout: Dropout | None = None
+
+    def packed(self, data: Tensor) -> PackedSequence:
+        """``data`` packed as the call's input was."""
+        return PackedSequence(data, *(self.packing or ()))
+
+
+def matrices_cost(length: int, shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Cost:
+    """Cost of the norms of weight matrices over ``length`` positions; running the layer again is not counted."""
+    where = cost_arguments(device, dtype, convolution=False)
+    costs = [Cost.from_model(_C.linear_cost(length, p, d, **where)) for d, p in shapes]
+    dearest = max(costs, key=lambda cost: cost.flops)
+    sums = [sum(getattr(c, name) for c in costs) for name in ("flops", "direct_flops", "gram_flops", "bytes")]
+    return Cost(dearest.form, *sums)
+
+
+@add_rule(nn.LSTM, nn.GRU, nn.RNN)
+class RecurrentRule(WholeCallRule):
+    """``[n, T, p]``, ``[T, n, p]``, ``[T, p]`` or packed sequences; any number of layers, one direction or both.
+
+    Initial states belong to the data: they are read, and gradients flow to them by autograd as ever. In training mode
+    dropout between the layers is drawn again from the random state before the call, which works on the CPU.
+    """
+
+    def known_parameters(self, module: Any) -> tuple[str, ...]:
+        return tuple(name for names in module._all_weights for name in names)
+
+    def before(self, module: Any) -> Tensor | None:
+        on_cpu = module.weight_ih_l0.device.type == "cpu"
+        return torch.get_rng_state() if _drops_out(module) and on_cpu else None
+
+    def batch(self, module: Any, arguments: Arguments, outputs: Sequence[Any]) -> int:
+        inputs = arguments.get(0, "input")
+        if isinstance(inputs, PackedSequence):
+            return int(inputs.batch_sizes[0])
+        if inputs.dim() == 2:
+            return 1
+        return int(inputs.shape[0 if module.batch_first else 1])
+
+    def save_call(
+        self, module: Any, name: str, arguments: Arguments, outputs: Sequence[Any], before: Any
+    ) -> Remembered:
+        inputs = arguments.get(0, "input")
+        packing = tuple(inputs[1:]) if isinstance(inputs, PackedSequence) else None
+        hidden = outputs[1] if packing is None else outputs[4]
+        dropout = Dropout(before, hidden.detach().clone()) if _drops_out(module) else None
+        return Remembered(name, packing, packing is not None or inputs.dim() == 3, dropout)
+
+    def by_example(self, module: Any, saved: Remembered, backprops: Sequence[Tensor | None]) -> list[Tensor]:
+        return [g for g in self._backprops(module, saved, backprops) if g is not None]
+
+    def terms(
+        self,
+        module: Any,
+        activations: Arguments,
+        backprops: Sequence[Tensor | None],
+        saved: Remembered,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        gradients = self._backprops(module, saved, backprops)
+        dtype = accumulation_dtype(next(g for g in gradients if g is not None))
+        with torch.enable_grad(), torch.autocast(module.weight_ih_l0.device.type, enabled=False):
+            run = _Run(module, saved, activations, dtype)
+            outputs = run.forward()
+            found = backpropagated(run.recorded, outputs[: len(gradients)], gradients)
+        terms: dict[str, Term] = {}
+        for recorded, targets, suffix in zip(run.recorded, found, run.suffixes, strict=True):
+            terms.update(layer_terms(recorded, targets, suffix, names))
+        return terms
+
+    def cost(
+        self,
+        module: Any,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        length = input_shape[1 if module.batch_first and len(input_shape) == 3 else 0]
+        shapes = [tuple(p.shape) for p in module.parameters() if p.dim() == 2]
+        return matrices_cost(length, shapes, device, dtype)
+
+    def _backprops(self, module: Any, saved: Remembered, backprops: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of the output ``[n, T, H]`` and of the last states, ``[n, layers * directions, H]`` each."""
+        first, *states = backprops if saved.packing is None else (backprops[0], *backprops[4:])
+        if first is not None:
+            first = _examples_first(module, saved, first)
+        return [first, *(None if g is None else _state_examples_first(saved, g) for g in states)]
+
+
+def _drops_out(module: Any) -> bool:
+    return bool(module.training and module.dropout > 0 and module.num_layers > 1)
+
+
+def _examples_first(module: Any, saved: Remembered, sequences: Tensor) -> Tensor:
+    """``[n, T, p]`` from sequences as the layer takes and returns them."""
+    if saved.packing is not None:
+        return pad_packed_sequence(saved.packed(sequences), batch_first=True)[0]
+    if not saved.batched:
+        return sequences.unsqueeze(0)
+    return sequences if module.batch_first else sequences.transpose(0, 1)
+
+
+def _state_examples_first(saved: Remembered, state: Tensor) -> Tensor:
+    """``[n, layers * directions, H]`` from a state as the layer takes and returns it."""
+    return state.transpose(0, 1) if saved.batched else state.unsqueeze(0)
+
+
+class _Run:
+    """A layer's forward pass, once more.
+
+    Attributes:
+        recorded: for every layer and direction.
+        suffixes: those of their parameters' names.
+    """
+
+    def __init__(self, module: Any, saved: Remembered, arguments: Arguments, dtype: torch.dtype) -> None:
+        self.module, self.saved, self.dtype = module, saved, dtype
+        inputs, initial = arguments.get(0, "input"), arguments.get(1, "hx")
+        self.present: Tensor | None = None
+        if isinstance(inputs, PackedSequence):
+            padded, lengths = pad_packed_sequence(inputs, batch_first=True)
+            positions = torch.arange(padded.shape[1], device=lengths.device)
+            self.present = (positions < lengths.unsqueeze(1)).to(padded.device)
+        else:
+            padded = _examples_first(module, saved, inputs)
+        self.inputs = padded.to(dtype)
+        self.directions = 2 if module.bidirectional else 1
+        self.suffixes = [
+            f"_l{layer}" + ("_reverse" if direction else "")
+            for layer in range(module.num_layers)
+            for direction in range(self.directions)
+        ]
+        self.initial = self._states(initial)
+        self.recorded: list[Recorded] = []
+
+    def _states(self, given: Any) -> list[Tensor]:
+        """Initial states ``[n, layers * directions, H]``."""
+        if given is not None:
+            states = given if isinstance(given, tuple | list) else (given,)
+            return [_state_examples_first(self.saved, state).to(self.dtype) for state in states]
+        module, shape = self.module, (self.inputs.shape[0], len(self.suffixes))
+        hidden = self.inputs.new_zeros(*shape, module.proj_size or module.hidden_size)
+        return [hidden, self.inputs.new_zeros(*shape, module.hidden_size)] if module.mode == "LSTM" else [hidden]
+
+    def forward(self) -> list[Tensor]:
+        """The output ``[n, T, H]`` and the last states, ``[n, layers * directions, H]`` each."""
+        masks = self._masks()
+        flowing, ends = self.inputs, []
+        for first in range(0, len(self.suffixes), self.directions):
+            outputs = []
+            for number in range(first, first + self.directions):
+                steps = range(flowing.shape[1])
+                output, end, recorded = run_layer(
+                    self.module.mode,
+                    Weights(self.module, self.suffixes[number], self.dtype),
+                    flowing,
+                    tuple(state[:, number] for state in self.initial),
+                    steps[::-1] if number > first else steps,
+                    self.present,
+                )
+                outputs.append(output)
+                ends.append(end)
+                self.recorded.append(recorded)
+            flowing = torch.cat(outputs, 2)
+            if masks is not None and number + 1 < len(self.suffixes):
+                flowing = flowing * masks.draw(flowing)
+        states = [torch.stack(parts, 1) for parts in zip(*ends, strict=True)]
+        if masks is not None:
+            masks.check(states[0])
+        return [flowing, *states]
+
+    def _masks(self) -> _Masks | None:
+        return None if self.saved.dropout is None else _Masks(self.module, self.saved, self.saved.dropout)
+
+
+class _Masks:
+    """Draws the dropout masks between the layers as the layer itself drew them."""
+
+    def __init__(self, module: Any, saved: Remembered, dropout: Dropout) -> None:
+        self.module, self.saved, self.dropout = module, saved, dropout
+        if dropout.random_state is None:
+            raise self._unknown("on a CUDA device it draws them where nobody can see them")
+        self.generator = torch.Generator().set_state(dropout.random_state)
+
+    def draw(self, flowing: Tensor) -> Tensor:
+        """The mask of ``[n, T, H]``, ``1 / (1 - p)`` where it keeps; drawn in the layout that the layer draws in."""
+        n, length, size = flowing.shape
+        if self.saved.packing is None:
+            mask = self._drawn(length, n, size).transpose(0, 1)
+        else:
+            packed = self.saved.packed(self._drawn(int(self.saved.packing[0].sum()), size))
+            mask, _ = pad_packed_sequence(packed, batch_first=True)
+        return mask.to(flowing.dtype)
+
+    def _drawn(self, *shape: int) -> Tensor:
+        mask = torch.zeros(shape, dtype=self.module.weight_ih_l0.dtype)
+        keep = 1 - self.module.dropout
+        return mask.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else mask
+
+    def check(self, hidden: Tensor) -> None:
+        """``hidden`` must be what the layer returned, ``[n, layers * directions, H]``.
+
+        Raises:
+            RuntimeError: it is not, so the masks are not the layer's.
+        """
+        expected = _state_examples_first(self.saved, self.dropout.last_hidden)
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        if not bool(((hidden.detach() - expected).abs() <= tolerance * expected.abs().max()).all()):
+            raise self._unknown("drawing them again from the random state before the call gave others")
+
+    def _unknown(self, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"engm: layer '{self.saved.name}' ({type(self.module).__name__}) drops out between its layers, and the "
+            f"masks that it drew cannot be told: {why}. Use separate layers with num_layers=1 and nn.Dropout between "
+            "them."
+        )
+
+
+@add_rule(nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+class CellRule(WholeCallRule):
+    """One step, ``[n, p]`` or ``[p]``; called in a loop, every call is a use of the parameters."""
+
+    parameter_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
+        inputs = arguments.get(0, "input")
+        return 1 if inputs.dim() == 1 else int(inputs.shape[0])
+
+    def by_example(self, module: Any, saved: Any, backprops: Sequence[Tensor | None]) -> list[Tensor]:
+        return [_rows(g) for g in backprops if g is not None]
+
+    def terms(
+        self,
+        module: Any,
+        activations: Arguments,
+        backprops: Sequence[Tensor | None],
+        saved: Any,
+        rows: slice,
+        names: tuple[str, ...],
+    ) -> dict[str, Term]:
+        gradients = [None if g is None else _rows(g) for g in backprops]
+        dtype = accumulation_dtype(next(g for g in gradients if g is not None))
+        inputs = _rows(activations.get(0, "input")).to(dtype)
+        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+            state = self._state(module, activations.get(1, "hx"), inputs)
+            weights = Weights(module, "", dtype)
+            _, end, recorded = run_layer(_kind(module), weights, inputs.unsqueeze(1), state, range(1), None)
+            (found,) = backpropagated([recorded], end, gradients)
+        return layer_terms(recorded, found, "", names)
+
+    def cost(
+        self,
+        module: Any,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        return matrices_cost(1, [tuple(p.shape) for p in module.parameters() if p.dim() == 2], device, dtype)
+
+    def _state(self, module: Any, given: Any, inputs: Tensor) -> State:
+        if given is None:
+            zero = inputs.new_zeros(inputs.shape[0], module.hidden_size)
+            return (zero, zero) if isinstance(module, nn.LSTMCell) else (zero,)
+        states = given if isinstance(given, tuple | list) else (given,)
+        return tuple(_rows(state).to(inputs.dtype) for state in states)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+
+
+def _kind(module: Any) -> str:
+    if isinstance(module, nn.RNNCell):
+        return f"RNN_{module.nonlinearity.upper()}"
+    return "LSTM" if isinstance(module, nn.LSTMCell) else "GRU"
