@@ -90,8 +90,14 @@ def naive_grad_norms(model: nn.Module, losses: Tensor) -> Tensor:
 
     Raises:
         ValueError: ``losses`` is not a vector with a graph.
+        RuntimeError: the network is split by ``fully_shard``.
     """
     check_losses(losses)
+    if getattr(model, "shard_group", None) is not None:
+        raise RuntimeError(
+            "under fully_shard every process would have to backpropagate equally often, once an example: compare with "
+            "a copy of the network that is not split."
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return exact_squared_norms(losses, parameters).sum(0).sqrt()
 

@@ -34,7 +34,9 @@ def structure_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ..
     """
     kinds = hash(tuple(map(type, traced.order)))
     calls = tuple((id(call.module), call.couples, len(call.parameters), divmod(call.batch, n)) for call in traced.calls)
-    leaves = tuple(key if isinstance(leaf, nn.Parameter) else None for key, leaf in traced.leaves.items())  # not inputs
+    leaves = tuple(
+        (key, leaf.shape) if isinstance(leaf, nn.Parameter) else None for key, leaf in traced.leaves.items()
+    )  # not inputs
     return (n > 1 or together, len(traced.order), kinds, leaves, calls)
 
 
