@@ -87,7 +87,7 @@ class Call:
         self.input_is_index = not any(t.is_floating_point() or t.is_complex() for t in tensors)
         self._activations: Activations | None = activations if self.reads else None
         self._weak = _each(weakref.ref, activations)
-        self._versions = _each(lambda tensor: tensor._version, activations)
+        self._versions = _each(version_of, activations)
 
     @staticmethod
     def _find_producer(activations: Activations) -> Call | None:
@@ -135,7 +135,7 @@ class Call:
                     f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is "
                     "freed. Take the norms before `.backward()`, or run the forward pass again."
                 )
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 raise RuntimeError(
                     f"engm: the input of layer '{self.name}' was modified in place after the layer read it, so its "
                     "per-example gradient is gone. Use the out-of-place operation there."
@@ -244,3 +244,8 @@ class WholeCall(Call):
                 f"engm: layer '{self.name}' cannot be run again for its per-example gradients: {error}. Pass tensors, "
                 "or give the layer a rule with engm.register_rule."
             ) from None
+
+
+def version_of(tensor: Tensor) -> int:
+    """Changes with every in-place operation on the tensor; those made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version

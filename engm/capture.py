@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .arguments import Arguments
 from .calls import CALLS_KEY, Call, WholeCall, address_of
@@ -37,7 +41,8 @@ class Capture:
         frozen: while True, batch norms of this pass treat their statistics as constants in the backward pass.
         inputs: pairs of an input tensor as the user gave it (weakly) and the leaf put in its place.
         ranks: the processes that the pass ran among, if it did: their batches are one batch.
-        input_shape: shape of the first tensor that the network was called with; empty without one.
+        input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
+            were packed.
         input_storages: addresses of the memory of all tensors that it was called with.
     """
 
@@ -53,7 +58,8 @@ class Capture:
     def note_inputs(self, inputs: Any) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
         tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
-        self.input_shape = tuple(tensors[0].shape) if tensors else ()
+        packed = any(isinstance(value, PackedSequence) for value in tree_leaves(inputs, is_leaf=_is_packed))
+        self.input_shape = tuple(tensors[0].shape) if tensors and not packed else ()
         self.input_storages = frozenset(map(address_of, tensors))
 
     def mark(self, outputs: Any) -> None:
@@ -68,14 +74,19 @@ class Capture:
         """Record the calls of the planned modules in this thread, first among their forward hooks."""
         thread = threading.get_ident()
         handles = []
+        records = {}
         try:
             for name, module, rule in plan:
                 if isinstance(rule, WholeCallRule):
-                    before, hook = self._whole_call_hooks(name, rule, thread)
+                    before, records[module] = self._whole_call_hooks(name, rule, thread)
                     handles.append(module.register_forward_pre_hook(before))
                 else:
-                    hook = self._hook(name, rule, thread)
-                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                    records[module] = self._hook(name, rule, thread)
+            if _global_forward_hooks:
+                handles.append(_before_all_hooks(records))
+            else:
+                for module, record in records.items():
+                    handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -177,3 +188,19 @@ def _unviewed(output: Tensor, rule: Rule) -> Tensor:
     The layers with a rule of their own hand out views of tensors that nobody else sees.
     """
     return output.clone() if rule.generic and output._is_view() else output
+
+
+def _before_all_hooks(records: dict[nn.Module, Callable[..., Any]]) -> RemovableHandle:
+    """A hook for all modules that runs first: those of the user run before a module's own, and may replace outputs."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        own = records.get(module)
+        return None if own is None else own(module, args, kwargs, output)
+
+    handle = register_module_forward_hook(record, with_kwargs=True)
+    cast(OrderedDict[int, Any], _global_forward_hooks).move_to_end(handle.id, last=False)
+    return handle
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)

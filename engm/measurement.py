@@ -19,6 +19,7 @@ from .strict import make_plan, structure_of
 from .terms import accumulation_dtype
 
 Inputs = Tensor | Sequence[Tensor] | None
+MOST_PLANS = 256  # remembered; layers that are skipped at random make a new structure at almost every step
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
     if traced.plan is None:
         traced.plan, sure = make_plan(model, traced, losses)
         if together or (sure and bool(torch.isfinite(losses.detach()).all())):  # a NaN proves nothing: look again
+            if len(model.plans) >= MOST_PLANS:
+                del model.plans[next(iter(model.plans))]
             model.plans[structure] = traced.plan
     return traced
 

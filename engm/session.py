@@ -168,6 +168,13 @@ class Session:
             self._receive_whole(call, layout, backprops)
             return
         backprops = backprops.detach()
+        if backprops.numel() == 0:
+            return
+        if call.rule.misses_batch(call.module, backprops):
+            raise RuntimeError(
+                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
+                f"output has shape {tuple(backprops.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
+            )
         corrected = self._batch_norm_of.get(id(call))
         feeds_correction = id(call) in self._feeding
         if not call.parameters and not feeds_correction:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from .capture import Call
-from .graph import Trace
+from .graph import Trace, leaf_of
 from .layout import Layout
 from .plan import Choices, Kind, Plan, Structure, likely_batch, output_shape, undecided_calls
 from .rules.operators import batch_norm_gain, enters_by_broadcast
@@ -34,9 +34,10 @@ def structure_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ..
     """
     kinds = hash(tuple(map(type, traced.order)))
     calls = tuple((id(call.module), call.couples, len(call.parameters), divmod(call.batch, n)) for call in traced.calls)
-    leaves = tuple(
-        (key, leaf.shape) if isinstance(leaf, nn.Parameter) else None for key, leaf in traced.leaves.items()
-    )  # not inputs
+    leaves = tuple(  # inputs are others at every step
+        (key, leaf.shape) if isinstance(leaf, nn.Parameter) else (leaf.dim(), leaf.shape[:1] == (n,))
+        for key, leaf in traced.leaves.items()
+    )
     return (n > 1 or together, len(traced.order), kinds, leaves, calls)
 
 
@@ -109,7 +110,36 @@ class _Search:
             if not self._bring_in(structure):
                 break
         self._check_entries(structure)
+        if probe and not self.together:
+            self._check_order(structure)
         return structure.plan(), self.sure
+
+    def _check_order(self, structure: Structure) -> None:
+        """Every loss must be of its own rows in the calls nearest to the losses.
+
+        One draw of half of the losses may hold two that stand in each other's place. Here each two are told apart, by
+        the digits of their numbers; a pass costs little, as it ends at those calls.
+        """
+        outermost, seen, pending = [], set(), [self.traced.order[-1]]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen or leaf_of(node) is not None:
+                continue
+            seen.add(node)
+            here = [k for k, other in enumerate(self.traced.nodes) if other is node and self.choices.calls[k]]
+            outermost += here
+            pending += [] if here else [child for child, _ in node.next_functions]
+        edges = [GradientEdge(self.traced.nodes[k], self.traced.calls[k].output_nr) for k in outermost]
+        numbers = torch.arange(self.n, device=self.losses.device)
+        for digit in range((self.n - 1).bit_length() if edges else 0):
+            for active in ((numbers >> digit) % 2 == side for side in (0, 1)):
+                layouts = {id(self.traced.calls[k]): (k, self.choices.calls[k][0]) for k in outermost}
+                look = _Order(active, layouts)
+                with collecting(self.traced, look), frozen_statistics(self.traced, structure.couplings()):
+                    weights = active.to(self.losses.dtype)
+                    torch.autograd.grad(self.losses, edges, weights, retain_graph=True, allow_unused=True)
+                if look.mixed:
+                    raise RuntimeError(self._mixing_message(min(look.mixed)))
 
     def _bring_in(self, structure: Structure) -> bool:
         """Let calls that were set aside account for parameters that enter where no layout fits, if there are any."""
@@ -344,15 +374,42 @@ class _Look:
 
         0 times a NaN or an infinity says nothing about influence.
         """
-        n = self.active.shape[0]
-        given = (gradient != 0) & ~gradient.isnan()
-        if not bool(given.any()):
+        if not bool(_given(gradient).any()):
             return False
         for layout in list(possible):
-            rows = layout.examples_first(given, n).reshape(n, -1).any(1)
-            if bool(rows[~self.active].any()):
+            if not _keeps_apart(layout, gradient, self.active):
                 possible.remove(layout)
         return True
+
+
+class _Order:
+    """Finds the calls in which examples without a loss have a gradient.
+
+    Attributes:
+        mixed: their numbers.
+    """
+
+    def __init__(self, active: Tensor, layouts: dict[int, tuple[int, Layout]]) -> None:
+        self.active, self.layouts = active, layouts
+        self.mixed: set[int] = set()
+
+    def receive(self, call: Call, backprops: Any) -> None:
+        """The gradient of a call's output."""
+        number, layout = self.layouts.get(id(call), (-1, None))
+        if layout is not None and not all(_keeps_apart(layout, g, self.active) for g in call.by_example(backprops)):
+            self.mixed.add(number)
+
+
+def _given(gradient: Tensor) -> Tensor:
+    """Where there is a gradient; 0 times a NaN or an infinity says nothing about influence."""
+    return (gradient != 0) & ~gradient.isnan()
+
+
+def _keeps_apart(layout: Layout, gradient: Tensor, active: Tensor) -> bool:
+    """Whether the rows of examples without a loss have no gradient."""
+    n = active.shape[0]
+    rows = layout.examples_first(_given(gradient), n).reshape(n, -1).any(1)
+    return not bool(rows[~active].any())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .explain import untouched
 from .graph import Trace
 from .measurement import as_wrapped, calibrated_squared_norms, measure_traced, traced_losses
 from .module import GradNormModule
+from .rules.operators import operator_name
 from .strict import frozen_statistics
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -27,7 +28,7 @@ class LayerError:
 
     Attributes:
         name: the parameter.
-        rule: the rule of the layer that used it.
+        rule: the rule of the layer that used it, or the operator by which it enters the batch's computation.
         error: the largest error of its per-example norms, relative to the layer's norm, or to 1 % of the example's
             whole norm where that is larger (a bias behind a batch norm has gradient 0 and norm errors to match).
     """
@@ -165,12 +166,7 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     floor = (SMALL_LAYER * whole).clamp_min(torch.finfo(whole.dtype).tiny)
     layer_errors = (raw.sqrt() - oracle.sqrt()).abs() / torch.maximum(oracle.sqrt(), floor)
     errors = layer_errors.nan_to_num(nan=torch.inf).amax(1).tolist()
-    by_definition = exact_mode and traced.couples
-    rules = {
-        id(p): "by definition" if by_definition else type(call.rule).__name__
-        for call in traced.calls
-        for p in call.parameters.values()
-    }
+    rules = _rules(traced, by_definition=exact_mode and traced.couples)
     layers = tuple(
         LayerError(name, rules.get(id(p), "not reached"), error)
         for name, p, error in zip(names, parameters, errors, strict=True)
@@ -180,3 +176,18 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     )
     tolerance = TOLERANCE.get(parameters[0].dtype, 1e-4)
     return VerifyReport(layers, float(total.max()), tolerance, traced.couples, calibrated_error)
+
+
+def _rules(traced: Trace, *, by_definition: bool) -> dict[int, str]:
+    """By id of a parameter, the rule of the layer that used it, or the operator by which it enters."""
+    plan = traced.require_plan()
+    found: dict[int, str] = {}
+    for call, layout in zip(traced.calls, plan.layouts, strict=True):
+        if layout is not None:
+            name = "by definition" if by_definition else type(call.rule).__name__
+            found.update((id(parameter), name) for parameter in call.parameters.values())
+    for entry in plan.entries:
+        operator = operator_name(traced.order[entry.position])
+        for source in entry.sources:
+            found.setdefault(source.parameter, "by definition" if by_definition else f"operator {operator}")
+    return found

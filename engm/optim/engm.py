@@ -86,6 +86,7 @@ class ENGM(ExampleOptimizer):
         self.alpha = alpha
         self.weigh = weigh
         self.groups = None if groups is None else self._rows_of(groups)
+        self._grouped = tuple(name for name, _ in self.model.trainable_parameters())
         self._rows: list[Tensor] = []
         self.quantile = RunningQuantile(clip_fraction) if isinstance(alpha, str) else None
         if self.quantile is not None and (alpha != "auto" or groups is not None):
@@ -139,6 +140,11 @@ class ENGM(ExampleOptimizer):
     def _weights(self, problem: Problem) -> Weighting:
         alphas = self._alphas()
         if self.groups is not None:
+            if tuple(name for name, _ in self.model.trainable_parameters()) != self._grouped:
+                raise RuntimeError(
+                    "groups were made for other trained parameters than the model has now: make a new ENGM after "
+                    "parameters were frozen, unfrozen, added or removed."
+                )
             pairs = problem.clipped_by_group(self._rows_on(problem.losses.device), alphas)
             each = [self._weigh(norms, alpha, own) for (norms, own), alpha in zip(pairs, alphas, strict=True)]
             return Weighting(torch.stack(each), torch.stack([norms for norms, _ in pairs]), groups=self.groups)

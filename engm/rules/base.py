@@ -76,6 +76,10 @@ class Rule:
         """The tensor argument that the rule needs again in the backward pass, or a tuple of several (or None)."""
         return args[0] if args else kwargs.get(self.input_name)
 
+    def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
+        """Whether the module was called on one example without a batch dimension, where it allows that."""
+        return False
+
     def reads_activations(self, names: tuple[str, ...]) -> bool:
         """Whether the terms of the parameters in ``names`` need the activations (those of a lone bias do not)."""
         return True

@@ -49,6 +49,9 @@ def _sides(module: Any) -> list[tuple[int, int, Any]]:
 class ConvRule(Rule):
     """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding and padding mode."""
 
+    def misses_batch(self, module: Any, output: Tensor) -> bool:
+        return output.dim() == len(module.kernel_size) + 1
+
     def reads_activations(self, names: tuple[str, ...]) -> bool:
         return "weight" in names
 
@@ -114,6 +117,9 @@ def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry
 @add_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvTransposeRule(Rule):
     """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding, output padding and output size."""
+
+    def misses_batch(self, module: Any, output: Tensor) -> bool:
+        return output.dim() == len(module.kernel_size) + 1
 
     def reads_activations(self, names: tuple[str, ...]) -> bool:
         return "weight" in names

@@ -165,7 +165,7 @@ class GroupNormRule(Rule):
         saved = saved_statistics(output, "NativeGroupNormBackward")
         if saved is None:
             x = activations.detach()
-            x = x.to(accumulation_dtype(x)).reshape(x.shape[0], module.num_groups, -1)
+            x = x.to(accumulation_dtype(x)).unflatten(1, (module.num_groups, -1)).flatten(2)
             var, mean = torch.var_mean(x, 2, correction=0)
             saved = mean, torch.rsqrt(var + module.eps)
         return saved
@@ -190,10 +190,14 @@ class InstanceNormRule(Rule):
 
     always = True  # torch computes it as a batch norm of one example
 
+    def misses_batch(self, module: Any, output: Tensor) -> bool:
+        return output.dim() == module._get_no_batch_dim()
+
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if module.running_mean is not None and not module.training:
             return module.running_mean.clone().unsqueeze(0), torch.rsqrt(module.running_var + module.eps).unsqueeze(0)
         x = activations.detach()
+        x = x.unsqueeze(0) if self.misses_batch(module, x) else x
         var, mean = torch.var_mean(x.to(accumulation_dtype(x)).flatten(2), 2, correction=0)
         return mean, torch.rsqrt(var + module.eps)
 

@@ -163,7 +163,6 @@ def test_memory_is_flat():
     assert grown < 500 * TRACED, f"{grown / TRACED:.0f} bytes a round; plain torch takes some 30 a step itself"
 
 
-@pytest.mark.xfail(strict=True, reason="plans are kept for ever")
 @pytest.mark.usefixtures("without_collector")
 def test_layers_that_are_skipped_at_random(monkeypatch):
     """Hardly two steps have the same structure; what is remembered of them must not grow for ever."""
