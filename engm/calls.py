@@ -174,7 +174,7 @@ class Call:
 class WholeCall(Call):
     """A call of a module that takes and returns any nest of tensors.
 
-    All its outputs come from one :class:`Tap`, whose node owns the call. ``batch`` is what the rule says it is, and the
+    All its outputs come from one ``Tap``, whose node owns the call. ``batch`` is what the rule says it is, and the
     backprops are a tuple: a gradient or None for every leaf of the flattened output.
 
     Args:

@@ -14,6 +14,7 @@ from .distributed import group_of
 from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
 from .module import GradNormModule
+from .rules.normalization import SYNC_BATCH_NORM_NODE
 from .session import Session
 from .strict import make_plan, structure_of
 from .terms import accumulation_dtype
@@ -272,6 +273,8 @@ def measure_traced(
     mode = "plain"
     if traced.couples:
         mode = "exact" if model.batch_norm == "exact" else "corrected" if correct else "frozen"
+    if mode in ("exact", "corrected"):
+        _refuse_other_ranks(traced)
     if mode == "exact":
         stacked = exact_squared_norms(losses * loss_scale, [p for _, p in model.trainable_parameters()])
         gradients = input_gradients(losses, leaves, loss_scale)
@@ -322,6 +325,7 @@ def calibrated_squared_norms(
             "batch_norm='exact' takes norms through the statistics of the training graph; a measurement of another "
             "graph cannot give them. Leave measurement out, or wrap with batch_norm='calibrated'."
         )
+    _refuse_other_ranks(traced)
     mode = f"{measurement.mode}, {'borrowed' if borrowed else 'own pass'}"
     factors = model.calibration.factors(
         mode,
@@ -334,6 +338,20 @@ def calibrated_squared_norms(
         in_step=model.shard_group is not None,
     )
     return stacked, factors
+
+
+def _refuse_other_ranks(traced: Trace) -> None:
+    """Exact gradients of a few examples cannot be taken where the examples of several processes are one batch.
+
+    Raises:
+        RuntimeError: ``nn.SyncBatchNorm`` over several processes.
+    """
+    if any(node.name().startswith(SYNC_BATCH_NORM_NODE) for node in traced.order):
+        raise RuntimeError(
+            "engm: nn.SyncBatchNorm over several processes couples the examples of all of them, and the exact "
+            "gradients that calibration takes of a few would be mixed with those of other processes. Wrap with "
+            "GradNormModule(net, batch_norm='frozen'), or leave nn.BatchNorm in place."
+        )
 
 
 def per_example_grad_norms(

@@ -386,3 +386,16 @@ def test_sync_batch_norm_of_all_processes_under_hooks_that_pack(first_of_two_ran
     packed = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     with packed, pytest.raises(RuntimeError, match=r"SyncBatchNorm over several processes.*hooks pack"):
         model(tensor(5, 3))
+
+
+@pytest.mark.parametrize("mode", ["calibrated", "exact"])
+def test_sync_batch_norm_of_all_processes_is_not_calibrated(first_of_two_ranks, mode):
+    """A few exact gradients of this process would hold the losses of the others."""
+    first_of_two_ranks.append(tensor(5, 4))
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)).double(), batch_norm=mode)
+    losses = random_losses(model(tensor(5, 3)))
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
+    for call in (engm.per_example_grad_norms, lambda _, found: opt.backward(found)):
+        with pytest.raises(RuntimeError, match=r"SyncBatchNorm over several processes.*batch_norm='frozen'"):
+            call(model, losses)
+    assert all(parameter.grad is None for parameter in model.parameters())
