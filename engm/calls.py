@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .arguments import Arguments, Frame
@@ -46,6 +47,7 @@ class Call:
         parameters: those of its own parameters that are trained, by their name in the module.
         couples: whether the call took statistics from the batch.
         saved: what the rule saved.
+        shape: of the output; of a whole call its batch alone.
         batch: length of the output's first dimension.
         output_nr: which output of the node it is.
         hooks: handles of the hooks on its outputs.
@@ -61,12 +63,16 @@ class Call:
     ) -> None:
         self._belongs_to(capture, name, module, rule)
         self.couples = rule.couples(module)
-        self.saved: Any = rule.save(module, activations, output) if self.parameters or self.couples else None
+        self.saved: Any = self._save(activations, output) if self.parameters or self.couples else None
+        self.shape = tuple(output.shape)
         self.batch = output.shape[0] if output.dim() else 0
         self.output_nr = output.output_nr
         self.producer = self._find_producer(activations) if self.couples else None
         self.reads = self.couples or (bool(self.parameters) and rule.reads_activations(tuple(self.parameters)))
         self._keep(activations)
+
+    def _save(self, activations: Activations, output: Tensor) -> Any:
+        return self.rule.save(self.module, activations, output)
 
     def _belongs_to(self, capture: Capture, name: str, module: nn.Module, rule: Rule) -> None:
         self.capture = capture
@@ -150,14 +156,23 @@ class Call:
         """Drop the activations: whoever calls this is done with the graph."""
         self._activations = None
 
-    def freeze_statistics(self, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Node hook of a batch norm: in a frozen pass its input gradient is ``scale / sigma * gy`` (design 2.5)."""
-        if not self.capture.frozen or grad_inputs[0] is None:
+    def freeze_statistics(
+        self, slot: int, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Node hook of a batch norm: in a frozen pass its input gradient is ``scale / sigma * gy`` (design 2.5).
+
+        Args:
+            slot: which of the node's inputs is the layer's.
+            grad_inputs: gradients of the node's inputs.
+            grad_outputs: gradients of its outputs.
+        """
+        if not self.capture.frozen or grad_inputs[slot] is None:
             return None
         gain = self.gain()
-        gy = grad_outputs[0]
+        gy = grad_outputs[self.output_nr]
         shape = [1, -1] + [1] * (gy.dim() - 2)
-        return ((gy * gain.view(shape)).to(grad_inputs[0].dtype), *grad_inputs[1:])
+        frozen = (gy * gain.view(shape)).to(grad_inputs[slot].dtype)
+        return (*grad_inputs[:slot], frozen, *grad_inputs[slot + 1 :])
 
     def gain(self) -> Tensor:
         """``scale / sigma`` of a batch norm, ``[C]``."""
@@ -206,6 +221,7 @@ class WholeCall(Call):
         self.producer = None
         self.output_nr = 0
         self.batch = batch
+        self.shape = (batch,)
         self.saved = saved
         self._frame, tensors = Frame.split(arguments)
         self._keep(tensors)
@@ -249,3 +265,13 @@ class WholeCall(Call):
 def version_of(tensor: Tensor) -> int:
     """Changes with every in-place operation on the tensor; those made in inference mode do not count them."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def slot_of(node: Any, activations: Any) -> int:
+    """Which input of a node a layer's input is: the first of an operator's, any of a compiled region's."""
+    if isinstance(activations, Tensor) and activations.requires_grad:
+        edge = get_gradient_edge(activations)
+        for slot, (child, number) in enumerate(node.next_functions):
+            if child == edge.node and number == edge.output_nr:
+                return slot
+    return 0  # cast on the way, or no gradient goes there

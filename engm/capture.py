@@ -22,12 +22,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from .arguments import Arguments
-from .calls import CALLS_KEY, Call, WholeCall, address_of
+from .calls import CALLS_KEY, Call, WholeCall, address_of, slot_of
 from .rules import FunctionRule, Rule, WholeCallRule
 
 if TYPE_CHECKING:
     from .distributed import Ranks
     from .session import Session
+
+Adapter = Callable[..., tuple[Callable[..., None] | None, Callable[..., Any]]]
 
 CAPTURES_KEY = "engm captures"
 
@@ -70,18 +72,28 @@ class Capture:
                 node.metadata.setdefault(CAPTURES_KEY, []).append(self)
 
     @contextmanager
-    def hooked(self, plan: list[tuple[str, nn.Module, Rule]]) -> Iterator[None]:
-        """Record the calls of the planned modules in this thread, first among their forward hooks."""
+    def hooked(self, plan: list[tuple[str, nn.Module, Rule]], adapt: Adapter | None = None) -> Iterator[None]:
+        """Record the calls of the planned modules in this thread, first among their forward hooks.
+
+        Args:
+            plan: name, module and rule of each.
+            adapt: gives hooks to use instead, where the network may be compiled.
+        """
         thread = threading.get_ident()
         handles = []
         records = {}
         try:
             for name, module, rule in plan:
+                before: Callable[..., None] | None = None
                 if isinstance(rule, WholeCallRule):
-                    before, records[module] = self._whole_call_hooks(name, rule, thread)
-                    handles.append(module.register_forward_pre_hook(before))
+                    before, hook = self._whole_call_hooks(name, rule, thread)
                 else:
-                    records[module] = self._hook(name, rule, thread)
+                    hook = self._hook(name, rule, thread)
+                if adapt is not None:
+                    before, hook = adapt(before, hook, name, module, rule)
+                if before is not None:
+                    handles.append(module.register_forward_pre_hook(before))
+                records[module] = hook
             if _global_forward_hooks:
                 handles.append(_before_all_hooks(records))
             else:
@@ -121,7 +133,7 @@ class Capture:
             calls.append(call)
             call.hooks.append(output.register_hook(call.on_backprop))
             if call.couples:
-                node.register_hook(call.freeze_statistics)
+                node.register_hook(partial(call.freeze_statistics, slot_of(node, activations)))
             return replaced
 
         return record

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .capture import CALLS_KEY, CAPTURES_KEY, Call, Capture
+from .compiled import NODE_NAME as COMPILED_NODE
+from .compiled import attach, keep, segment_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -32,6 +35,7 @@ class Trace:
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
         leaves: every leaf (by ``id``), in the order they were met.
+        tokens: by compiled region, the leaf that a backward pass must go to for it to run (:mod:`engm.compiled`).
         plan: how the examples lie in it, once :mod:`engm.strict` has looked.
     """
 
@@ -41,6 +45,7 @@ class Trace:
     nodes: list[Node] = field(default_factory=list)
     marked: list[Capture] = field(default_factory=list)
     leaves: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[Node, Tensor] = field(default_factory=dict)
     plan: Plan | None = None
 
     @property
@@ -51,6 +56,11 @@ class Trace:
     def captures(self) -> list[Capture]:
         """The captured forward passes behind the losses."""
         return list({id(c): c for c in (*self.marked, *(call.capture for call in self.calls))}.values())
+
+    def edge(self, position: int, number: int) -> GradientEdge:
+        """What to differentiate with respect to for a backward pass to reach an output of a node."""
+        token = self.tokens.get(self.order[position])
+        return GradientEdge(self.order[position], number) if token is None else get_gradient_edge(token)
 
     def require_plan(self) -> Plan:
         """The plan.
@@ -88,6 +98,8 @@ def trace(losses: Tensor) -> Trace:
             result.calls.append(call)
             result.nodes.append(node)
         result.marked += metadata.get(CAPTURES_KEY, ())
+        if node.name() == COMPILED_NODE:
+            keep(node)
     return result
 
 
@@ -100,6 +112,9 @@ def _next_nodes(node: Node, result: Trace) -> list[Node]:
         leaf = leaf_of(child)
         if leaf is None:
             inner.append(child)
+        elif (segment := segment_of(leaf)) is not None:
+            attach(segment, node)
+            result.tokens[node] = leaf
         else:
             result.leaves.setdefault(id(leaf), leaf)
     return inner

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .crosscheck import check_sums
 from .distributed import group_of
 from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
@@ -97,13 +98,16 @@ def input_norms(gradients: Tensor | Sequence[Tensor], n: int) -> Tensor:
 
 
 def as_wrapped(model: nn.Module) -> GradNormModule:
-    """The wrapper behind ``model`` (itself, or inside ``DistributedDataParallel``).
+    """The wrapper behind ``model`` (itself, or inside ``DistributedDataParallel`` or ``torch.compile``).
 
     Raises:
         TypeError: nobody wrapped it.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module
+    inside = model.__dict__.get("_modules", {}).get("_orig_mod")  # of torch.compile(model)
+    if isinstance(inside, GradNormModule):
+        model = inside
     if not isinstance(model, GradNormModule):
         raise TypeError(
             f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}: wrap it, and compute "
@@ -136,6 +140,8 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
     traced.plan = model.plans.get(structure)
     if traced.plan is None:
         traced.plan, sure = make_plan(model, traced, losses)
+        if traced.tokens:
+            check_sums(model, traced, losses)
         if together or (sure and bool(torch.isfinite(losses.detach()).all())):  # a NaN proves nothing: look again
             if len(model.plans) >= MOST_PLANS:
                 del model.plans[next(iter(model.plans))]

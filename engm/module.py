@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .calibration import Calibration
 from .capture import Capture
+from .compiled import capturing, in_use, not_capturing, traceable
 from .distributed import active_ranks
 from .plan import Plan
 from .rules import Rule, find_rule
@@ -26,7 +28,7 @@ BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 _OWN = frozenset(
     [
         *("batch_norm", "strict", "views", "calibration", "plans", "input_grads_wanted", "_net"),
-        *("shard_group", "_leaves"),
+        *("shard_group", "_leaves", "_compiled_net"),
         *("forward", "_is_full_backward_hook", "_compiled_call_impl"),  # what a call of this very module runs
     ]
 )
@@ -120,16 +122,35 @@ class GradNormModule(nn.Module):
         self.input_grads_wanted = False
         self.shard_group = shard_group
         self._leaves: dict[str, nn.Parameter] = {}
+        self._compiled_net: nn.Module | None = None
 
     # -- capturing -------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's forward; its layer calls are captured if gradients are enabled and capture is not paused.
 
-        A call from within the forward pass of this very wrapper is captured with that.
+        A call from within the forward pass of this very wrapper is captured with that. Calls under the transforms of
+        ``torch.func`` (which have graphs of their own), and those that are traced or exported, are plain ones.
         """
-        if _QUIET.depth[id(self)] or not torch.is_grad_enabled():
-            return self._net(*args, **kwargs)
+        quiet = _QUIET.depth[id(self)] or not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if torch.compiler.is_compiling():
+            return self._net(*args, **kwargs) if quiet else self._captured_uncompiled(args, kwargs)
+        if quiet or _transformed():
+            with not_capturing():
+                return self._network()(*args, **kwargs)
+        return self._captured(args, kwargs)
+
+    @torch._disable_dynamo
+    def _captured_uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A captured call from inside a region that is compiled around the wrapper."""
+        warnings.warn(
+            "torch.compile around a GradNormModule leaves its captured forward passes uncompiled. Compile the network "
+            "inside instead: model.compile(), which takes the same arguments.",
+            stacklevel=2,
+        )
+        return self._captured(args, kwargs)
+
+    def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         capture = Capture(self)
         capture.ranks = active_ranks(self.shard_group)
         capture.note_inputs((args, kwargs))
@@ -137,8 +158,10 @@ class GradNormModule(nn.Module):
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
         noting = noting_leaves(self._net, self.shard_group, self._leaves)
-        with capture.hooked(capture_plan(self._net)), self.paused(), noting:
-            outputs = self._net(*args, **kwargs)
+        plan = capture_plan(self._net)
+        hooked = capture.hooked(plan, traceable if in_use() else None)
+        with capturing(capture, plan), hooked, self.paused(), noting:
+            outputs = self._network()(*args, **kwargs)
         capture.mark(outputs)
         return outputs
 
@@ -153,6 +176,18 @@ class GradNormModule(nn.Module):
             depth[key] -= 1
             if not depth[key]:
                 del depth[key]
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Run the network compiled from now on. Its layers stay captured, and the network itself stays as it is.
+
+        Args:
+            *args: those of :func:`torch.compile`.
+            **kwargs: those of :func:`torch.compile`.
+        """
+        object.__setattr__(self, "_compiled_net", torch.compile(self._net, *args, **kwargs))  # not a part of the net
+
+    def _network(self) -> nn.Module:
+        return self._net if self._compiled_net is None else self._compiled_net
 
     def unwrap(self) -> nn.Module:
         """The network, as clean as it was."""
@@ -227,7 +262,8 @@ class GradNormModule(nn.Module):
         return self._net.load_state_dict(state_dict, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "plans": {}}  # they know modules and parameters by id
+        # Plans know modules and parameters by id; and as everywhere in torch a copy is not compiled.
+        return {**super().__getstate__(), "plans": {}, "_compiled_net": None}
 
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, views={self.views}): {self._net!r}"
@@ -256,6 +292,11 @@ def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
         if own or rule.couples(module) or rule.always:
             plan.append((name, module, rule))
     return plan
+
+
+def _transformed() -> bool:
+    """Whether a call is of a ``torch.func`` transform, or is traced."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
 
 
 def _with_leaf(value: Any, capture: Capture) -> Any:

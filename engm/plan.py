@@ -16,7 +16,8 @@ from enum import Enum
 
 from torch import nn
 
-from .capture import CALLS_KEY, Call
+from .calls import CALLS_KEY, Call
+from .compiled import NODE_NAME as COMPILED_NODE
 from .graph import Node, Trace, leaf_of
 from .layout import PLAIN, Layout, layouts_of
 from .rules.operators import BATCH_NORMS, Entry, batch_norm_statistics, enters_by_broadcast, has_rule, operator_name
@@ -202,6 +203,8 @@ class Structure:
             return Kind.BATCH
         if Kind.SHARED not in kinds and Kind.UNDECIDED not in kinds:
             return Kind.NEUTRAL
+        if self.traced.order[position].name() == COMPILED_NODE:
+            return Kind.BATCH  # it does not tell what it does with them
         decided = self.choices.batch.get(position)
         if decided is not None:
             return Kind.BATCH if decided else Kind.SHARED
@@ -247,7 +250,8 @@ class Structure:
                 current = pending.pop()
                 if current not in within:
                     within.add(current)
-                    pending += _inside(current, call)
+                    region = current in self.traced.tokens and not call.rule.whole_call  # the call is all inside of it
+                    pending += [] if region else _inside(current, call)
             found.append(within)
         return found
 
@@ -418,8 +422,7 @@ def likely_batch(structure: Structure, position: int) -> bool:
 def undecided_calls(traced: Trace, n: int, views: int) -> list[list[Layout]]:
     """Layouts that the calls of a graph may have by their shapes."""
     found = []
-    for call, node in zip(traced.calls, traced.nodes, strict=True):
-        shape = (call.batch,) if call.rule.whole_call else output_shape(node, call.output_nr)
-        possible = layouts_of(shape, n, views)
+    for call in traced.calls:
+        possible = layouts_of(call.shape, n, views)
         found.append([layout for layout in possible if layout.dim == 0 or call.rule.positionwise])
     return found

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from .capture import Call
 from .correction import correct_terms, correctable
@@ -104,7 +103,7 @@ class Session:
         self, losses: Tensor, weights: Tensor, inputs: Sequence[Tensor] = (), *, frozen: bool, retain_graph: bool
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``sum_i weights_i losses_i`` to the sinks and ``inputs``; returns the inputs' gradients."""
-        sinks = [GradientEdge(self.traced.order[position], number) for position, number in self.plan.sinks]
+        sinks = [self.traced.edge(position, number) for position, number in self.plan.sinks]
         targets: list[Any] = [*sinks, *inputs]
         self._consume = not retain_graph
         retain_graph = retain_graph or not all(entry.ruled for entry in self.plan.entries)
@@ -156,6 +155,10 @@ class Session:
         return before
 
     # -- collecting ------------------------------------------------------------------------------------------
+
+    def holds(self, call: Call) -> bool:
+        """Whether the operands of a call are needed beyond :meth:`receive`."""
+        return self.keep or any(self._expected.get(id(p), 0) > 1 for p in call.parameters.values())
 
     def receive(self, call: Call, backprops: Any) -> None:
         """Take the gradient of one call's output; called from its tensor hook."""

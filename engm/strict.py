@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from .capture import Call
+from .compiled import NODE_NAME as COMPILED_NODE
 from .graph import Trace, leaf_of
 from .layout import Layout
 from .plan import Choices, Kind, Plan, Structure, likely_batch, output_shape, undecided_calls
+from .reach import check_parameters, check_reach, region_message
 from .rules.operators import batch_norm_gain, enters_by_broadcast
 
 if TYPE_CHECKING:
@@ -41,20 +43,6 @@ def structure_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ..
     return (n > 1 or together, len(traced.order), kinds, leaves, calls)
 
 
-def check_reach(traced: Trace) -> None:
-    """No part of the graph may hide the layers inside.
-
-    Raises:
-        RuntimeError: names what hides them.
-    """
-    hidden = [node.name() for node in traced.order if node.name().startswith("CheckpointFunction")]
-    if hidden:
-        raise RuntimeError(
-            f"engm: the losses run through {hidden[0]}, torch.utils.checkpoint with use_reentrant=True, which hides "
-            "the layers inside from the graph. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-        )
-
-
 def make_plan(model: GradNormModule, traced: Trace, losses: Tensor) -> tuple[Plan, bool]:
     """The plan of a graph, and whether it will do for every graph of the same structure.
 
@@ -64,8 +52,8 @@ def make_plan(model: GradNormModule, traced: Trace, losses: Tensor) -> tuple[Pla
         RuntimeError: something mixes the examples, or a parameter is used where its per-example gradients cannot be
             told; names the layer or the parameter, and says what to do.
     """
-    if model.strict:
-        check_reach(traced)
+    check_reach(traced)
+    check_parameters(model, traced)
     return _Search(model, traced, losses).plan()
 
 
@@ -146,7 +134,7 @@ class _Search:
         lost = {
             source.parameter
             for position, slot in structure.entering
-            if not structure.layouts(position)
+            if not structure.layouts(position) or self._is_region(position)
             for source in self._sources(structure, position, slot)
         }
         needed = [
@@ -157,6 +145,9 @@ class _Search:
         for number in needed:
             self.choices.calls[number] = self.aside.pop(number)
         return bool(needed)
+
+    def _is_region(self, position: int) -> bool:
+        return bool(self.traced.order[position].name() == COMPILED_NODE)
 
     def _structure(self) -> Structure:
         return Structure(self.traced, self.n, self.model.views, set(self.names), self.choices)
@@ -171,7 +162,7 @@ class _Search:
         active = active.to(self.losses.device)
         undecided = structure.undecided()
         wanted = sorted({*undecided, *(position for position, _ in structure.entering)})
-        watched = [position for position in wanted if structure.layouts(position)]
+        watched = [p for p in wanted if structure.layouts(p) and not self._is_region(p)]
         first = _Look(self.traced, self.losses, active, structure, watched)
         first.run()
         if first.open() or self.together:
@@ -247,6 +238,10 @@ class _Search:
             used = self.traced.calls[number].parameters.values()
             shown = sorted(f"'{self.names[id(p)]}' (by {operator})" for p in used if id(p) in self.names)
             raise RuntimeError(self._outside_message(", ".join(shown[:5])))
+        regions = [edge for edge in structure.entering if self._is_region(edge[0])]
+        if regions:
+            lost = {self.names[source.parameter] for edge in regions for source in self._sources(structure, *edge)}
+            raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
         for position, slot in structure.entering:
             node = self.traced.order[position]
             child = node.next_functions[slot][0]
@@ -278,7 +273,7 @@ class _Search:
         """Raise for a call that sees the batch, but not in rows of its examples."""
         number = min(numbers)
         call = self.traced.calls[number]
-        shape = output_shape(self.traced.nodes[number], call.output_nr)
+        shape = call.shape
         what = f"the output of layer '{call.name}' ({type(call.module).__name__})"
         raise RuntimeError(self._wrong_rows(call.batch, what, shape))
 
@@ -333,7 +328,7 @@ class _Look:
         self.touched: set[int] = set()
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._couplings = structure.couplings()
-        self._sinks = [GradientEdge(traced.order[position], k) for position, k in structure.sinks(watched)]
+        self._sinks = [traced.edge(position, k) for position, k in structure.sinks(watched)]
 
     def run(self) -> None:
         edges = [GradientEdge(self.traced.order[position], 0) for position in self.nodes]
@@ -359,6 +354,10 @@ class _Look:
     def open(self) -> bool:
         """Whether several layouts agree somewhere."""
         return any(len(possible) > 1 for possible in (*self.calls.values(), *self.nodes.values()))
+
+    def holds(self, call: Call) -> bool:
+        """Gradients are looked at and let go."""
+        return False
 
     def receive(self, call: Call, backprops: Any) -> None:
         """The gradient of a call's output."""

@@ -174,8 +174,14 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     total = ((raw.sum(0).sqrt() - whole).abs() / whole.clamp_min(torch.finfo(whole.dtype).tiny)).nan_to_num(
         nan=torch.inf
     )
-    tolerance = TOLERANCE.get(parameters[0].dtype, 1e-4)
-    return VerifyReport(layers, float(total.max()), tolerance, traced.couples, calibrated_error)
+    return VerifyReport(layers, float(total.max()), _tolerance(parameters, traced), traced.couples, calibrated_error)
+
+
+def _tolerance(parameters: Sequence[Tensor], traced: Trace) -> float:
+    """That of the narrowest type among parameters and results; autocast and mixed models have several."""
+    dtypes = {parameter.dtype for parameter in parameters}
+    dtypes.update(output.dtype for node in traced.order for output in node._input_metadata)
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
 def _rules(traced: Trace, *, by_definition: bool) -> dict[int, str]:

@@ -27,15 +27,21 @@ def hooks_pack_what_is_saved() -> bool:
 def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
     """Mean and rstd that autograd saved for the layer, detached (attached, they would keep the graph alive).
 
-    Not where hooks pack what is saved (activation checkpointing).
+    Not where hooks pack what is saved (activation checkpointing), nor where they were rounded to 16 bits: then they are
+    computed anew.
     """
     node = output.grad_fn
     if hooks_pack_what_is_saved() or node is None or not node.name().startswith(node_name):
         return None
     mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0:
+    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0 or is_narrow(rstd):
         return None
     return mean.detach(), rstd.detach()
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether the numbers have 16 bits."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def saved_rstd(output: Tensor) -> Tensor | None:
@@ -108,6 +114,11 @@ def uses_batch_statistics(module: nn.Module) -> bool:
     return module.training or getattr(module, "running_mean", None) is None
 
 
+def _running_rstd(module: Any) -> Tensor:
+    variance = module.running_var
+    return torch.rsqrt(variance.to(accumulation_dtype(variance)) + module.eps)
+
+
 @add_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class BatchNormRule(Rule):
     """Statistics of the batch (training mode, or none kept) or running ones; ``[n, C, *S]`` or ``[n, C]``."""
@@ -117,7 +128,7 @@ class BatchNormRule(Rule):
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if not uses_batch_statistics(module):
-            return module.running_mean.clone(), torch.rsqrt(module.running_var + module.eps)
+            return module.running_mean.clone(), _running_rstd(module)
         saved = None if hooks_pack_what_is_saved() else batch_norm_statistics(output.grad_fn)
         if saved is not None:
             return saved[:2]
@@ -195,7 +206,7 @@ class InstanceNormRule(Rule):
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if module.running_mean is not None and not module.training:
-            return module.running_mean.clone().unsqueeze(0), torch.rsqrt(module.running_var + module.eps).unsqueeze(0)
+            return module.running_mean.clone().unsqueeze(0), _running_rstd(module).unsqueeze(0)
         x = activations.detach()
         x = x.unsqueeze(0) if self.misses_batch(module, x) else x
         var, mean = torch.var_mean(x.to(accumulation_dtype(x)).flatten(2), 2, correction=0)
@@ -258,9 +269,10 @@ class RMSNormRule(_TrailingNormRule):
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         rstd = saved_rstd(output)
-        if rstd is not None:
+        if rstd is not None and not is_narrow(rstd):
             return None, rstd
         x = activations.detach()
+        x = x if rstd is None else x.to(rstd.dtype)  # what the layer saw
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
         dims = list(range(-len(module.normalized_shape), 0))
         mean_square = x.to(accumulation_dtype(x)).square().mean(dims, keepdim=True)
