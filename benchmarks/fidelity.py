@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 import engm
 from engm.exact import exact_squared_norms
-from engm.graph import trace
-from engm.measurement import calibrated_squared_norms, measure_traced
+from engm.measurement import calibrated_squared_norms, measure_traced, traced_losses
 from engm.recipes.models.resnet import NormName, resnet18, small_resnet
 from engm.session import Session
 
@@ -138,7 +137,7 @@ def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.G
     parameters = [p for _, p in own.trainable_parameters()]
     x = x.clone().requires_grad_()
     losses = F.cross_entropy(own(x), y, reduction="none")
-    traced = trace(losses)
+    traced = traced_losses(own, losses)
     judge = Judge(exact_gradients(losses, parameters))
     exact = exact_squared_norms(losses, parameters)
     fit = torch.randperm(len(y), generator=generator)[:16]
@@ -180,7 +179,9 @@ def judge_borrowed(
     judge = Judge(exact_gradients(losses, parameters))
     exact = exact_squared_norms(losses, parameters)
     fit = torch.randperm(len(y), generator=generator)[:16]
-    stacked, factors = calibrated_squared_norms(model, trace(losses), losses, measured, borrowed=True, count=False)
+    stacked, factors = calibrated_squared_norms(
+        model, traced_losses(model, losses), losses, measured, borrowed=True, count=False
+    )
     return {
         "borrowed, per tensor": judge(per_tensor(measured.stacked, exact, fit)),
         "default, borrowed": judge((stacked * factors[:, None]).sum(0).sqrt()),
@@ -190,7 +191,7 @@ def judge_borrowed(
 def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
     """Probe afresh for the own pass, as a run with one does when its factors are due."""
     losses = F.cross_entropy(model(x), y, reduction="none")
-    traced = trace(losses)
+    traced = traced_losses(model, losses)
     model.calibration.forget()
     pass_ = measure_traced(model, traced, losses, correct=True)
     calibrated_squared_norms(model, traced, losses, pass_, borrowed=False, count=False)

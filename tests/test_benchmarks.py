@@ -1,7 +1,9 @@
 """The benchmark scripts of the CPU, tiny: they run, their files hold what is drawn from them, and peers do the same."""
 
 import json
+import sys
 
+import fidelity
 import peers
 import pytest
 import scaling
@@ -88,6 +90,20 @@ def test_weights(tmp_path):
             own = record["modes"]["ENGM, own pass"]
             assert own["weight_error"] < (0.1 if name == "batch norm, training mode" else 1e-4)
             assert own["cosine"] > (0.99 if name == "batch norm, training mode" else 1 - 1e-6)
+
+
+def test_fidelity(tmp_path, monkeypatch):
+    path, threads = tmp_path / "figures.json", torch.get_num_threads()
+    sizes = ["--width", "4", "--batch", "8", "--steps", "3", "--at", "3", "--attack-steps", "1", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["fidelity.py", *sizes, "--out", str(path)])
+    try:
+        fidelity.main()
+    finally:
+        torch.set_num_threads(threads)
+    (record,) = json.loads(path.read_text())["records"]
+    assert record["step"] == 3
+    assert record["modes"]["default, own pass"]["cosine"] > 0.99
+    assert record["modes"]["default, borrowed"]["cosine"] > 0.9
 
 
 def test_a_contender_that_fails_is_named_with_the_reason():
