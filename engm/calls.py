@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .arguments import Arguments, Frame
 from .rules import Activations, Rule, WholeCallRule
-from .rules.normalization import BatchNormRule
+from .rules.normalization import BatchNormRule, with_constant_statistics
 
 if TYPE_CHECKING:
     from .capture import Capture
@@ -166,13 +166,9 @@ class Call:
             grad_inputs: gradients of the node's inputs.
             grad_outputs: gradients of its outputs.
         """
-        if not self.capture.frozen or grad_inputs[slot] is None:
+        if not self.capture.frozen:
             return None
-        gain = self.gain()
-        gy = grad_outputs[self.output_nr]
-        shape = [1, -1] + [1] * (gy.dim() - 2)
-        frozen = (gy * gain.view(shape)).to(grad_inputs[slot].dtype)
-        return (*grad_inputs[:slot], frozen, *grad_inputs[slot + 1 :])
+        return with_constant_statistics(grad_inputs, slot, grad_outputs[self.output_nr], self.gain())
 
     def gain(self) -> Tensor:
         """``scale / sigma`` of a batch norm, ``[C]``."""

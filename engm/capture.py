@@ -59,8 +59,10 @@ class Capture:
 
     def note_inputs(self, inputs: Any) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
-        tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor)]
-        packed = any(isinstance(value, PackedSequence) for value in tree_leaves(inputs, is_leaf=_is_packed))
+        leaves = tree_leaves(inputs, is_leaf=_is_packed)
+        packed = any(map(_is_packed, leaves))
+        parts = [part for leaf in leaves for part in (leaf if _is_packed(leaf) else (leaf,))]
+        tensors = [part for part in parts if isinstance(part, Tensor)]
         self.input_shape = tuple(tensors[0].shape) if tensors and not packed else ()
         self.input_storages = frozenset(map(address_of, tensors))
 

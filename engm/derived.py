@@ -81,26 +81,14 @@ class Derived(Term):
 
 
 @dataclass
-class Pieces(Term):
+class Pieces(MixedTerm):
     """Gradients of disjoint pieces of a parameter: their squared norms add up."""
 
-    terms: Sequence[Term]
-
-    @property
-    def examples(self) -> int:
-        return self.terms[0].examples
-
     def squared_norm(self) -> Tensor:
-        return torch.stack([term.squared_norm() for term in self.terms]).sum(0)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.stack([term.weighted_sum(weights) for term in self.terms]).sum(0)
-
-    def dense(self, rows: slice) -> Tensor:
-        return torch.stack([term.dense(rows) for term in self.terms]).sum(0)
+        return torch.stack([part.squared_norm() for part in self.parts]).sum(0)
 
     def compact(self) -> Term:
-        return Pieces([term.compact() for term in self.terms])
+        return Pieces([part.compact() for part in self.parts])
 
 
 def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) -> Term:

@@ -15,7 +15,6 @@ from .distributed import group_of
 from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
 from .module import GradNormModule
-from .rules.normalization import SYNC_BATCH_NORM_NODE
 from .session import Session
 from .strict import make_plan, structure_of
 from .terms import accumulation_dtype
@@ -352,7 +351,7 @@ def _refuse_other_ranks(traced: Trace) -> None:
     Raises:
         RuntimeError: ``nn.SyncBatchNorm`` over several processes.
     """
-    if any(node.name().startswith(SYNC_BATCH_NORM_NODE) for node in traced.order):
+    if traced.require_plan().of_all_ranks:
         raise RuntimeError(
             "engm: nn.SyncBatchNorm over several processes couples the examples of all of them, and the exact "
             "gradients that calibration takes of a few would be mixed with those of other processes. Wrap with "

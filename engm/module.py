@@ -62,20 +62,20 @@ class GradNormModule(nn.Module):
     or the wrapper under :meth:`paused` or ``torch.no_grad()``, does not. Nothing is left on the network between calls.
 
     Args:
-        net: the network. Every layer with trained parameters needs a rule (see :func:`engm.explain`).
+        net: the network. Parameters of layers without a rule are found in the graph (see :func:`engm.explain`).
         batch_norm: what a norm means where training-mode batch norm couples the examples. ``"calibrated"``: one
             backward pass with frozen statistics, mapped to the exact norms by one factor per parameter tensor;
             ``"frozen"``: that pass, raw; ``"exact"``: one backpropagation per example (the paper to the letter, slow).
         calibrate_every: training steps between two calibrations; at first an eighth, a quarter, a half of that.
         calibrate_examples: examples whose exact gradients a calibration computes.
-        strict: check each new graph structure once for influence between examples and for parameters used outside
-            of captured layers.
+        strict: check each new graph structure once, by gradients, for influence between examples and for the rows in
+            which each of them lies.
         views: rows per example, laid out as ``torch.cat([x, x_adv])`` lays them: row ``i``, ``n + i``, ... belong to
             example ``i``.
 
     Raises:
         TypeError: ``net`` is not a module, or is wrapped already.
-        ValueError: an option is out of range, or a layer has no rule; names the layer and says what to do.
+        ValueError: an option is out of range, or a trained parameter is complex; names the layer and says what to do.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from .calls import CALLS_KEY, Call
 from .compiled import NODE_NAME as COMPILED_NODE
 from .graph import Node, Trace, leaf_of
 from .layout import PLAIN, Layout, layouts_of
+from .rules.normalization import SYNC_BATCH_NORM_NODE
 from .rules.operators import BATCH_NORMS, Entry, batch_norm_statistics, enters_by_broadcast, has_rule, operator_name
 
 # Operators that hand on the elements of their input as they are, each at most once: norms of gradients survive them.
@@ -125,12 +126,14 @@ class Plan:
         sinks: ``(position, output number)`` such that a backward pass to them runs through everything of interest and
             computes no parameter gradient on the way.
         couplings: positions of batch norms outside of captured calls that take their statistics from the batch.
+        of_all_ranks: whether some batch norm takes its statistics from the batches of several processes.
     """
 
     layouts: tuple[Layout | None, ...]
     entries: tuple[PlannedEntry, ...] = ()
     sinks: tuple[tuple[int, int], ...] = ()
     couplings: tuple[int, ...] = ()
+    of_all_ranks: bool = False
 
 
 @dataclass
@@ -337,7 +340,9 @@ class Structure:
         planned = (self.entry(position, slot, self.layouts(position)[0]) for position, slot in self.entering)
         entries = tuple(replace(entry, ruled=has_rule(entry.at(self.traced, self.n))) for entry in planned)
         layouts = tuple(possible[0] if possible else None for possible in self.choices.calls)
-        return Plan(layouts, entries, self.sinks({entry.position for entry in entries}), self.couplings())
+        sinks = self.sinks({entry.position for entry in entries})
+        of_all_ranks = any(node.name().startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order)
+        return Plan(layouts, entries, sinks, self.couplings(), of_all_ranks)
 
     def sinks(self, positions: Iterable[int]) -> tuple[tuple[int, int], ...]:
         """Edges such that a pass to them runs through all calls of the batch and the nodes at ``positions``."""

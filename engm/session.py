@@ -7,8 +7,9 @@ soon as all uses of the parameter are in, and let go unless one-pass accumulatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,9 @@ from .correction import correct_terms, correctable
 from .derived import Origin, derived_term
 from .graph import Trace
 from .layout import PLAIN, Layout
+from .passes import collecting, frozen_statistics
 from .plan import PlannedEntry
 from .rules.operators import entry_term, masked_gradients
-from .strict import collecting, frozen_statistics
 from .terms import Term, accumulation_dtype, weighted_sums
 
 if TYPE_CHECKING:
@@ -60,8 +61,6 @@ class Session:
         self.views = model.views
         self.norms = norms
         self.keep = keep
-        self.correct = correct
-        self.names = [name for name, _ in model.trainable_parameters()]
         parameters = [parameter for _, parameter in model.trainable_parameters()]
         self.rows = {id(parameter): row for row, parameter in enumerate(parameters)}
         self.parameters = parameters
@@ -107,52 +106,43 @@ class Session:
         targets: list[Any] = [*sinks, *inputs]
         self._consume = not retain_graph
         retain_graph = retain_graph or not all(entry.ruled for entry in self.plan.entries)
-        captured = self._captured_entries()
+        captured, passed = self._entries_by_node()
         statistics = frozen_statistics(self.traced, self.plan.couplings) if frozen else nullcontext()
-        with collecting(self.traced, self), statistics, self._watching(captured):
+        with collecting(self.traced, self), statistics, self._watching(passed):
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, weights, retain_graph=retain_graph, allow_unused=True)
         for position, entries in captured.items():
             outputs = {number: gradients[k] for k, (sink, number) in enumerate(self.plan.sinks) if sink == position}
             self._enter(entries, [outputs[number] for number in sorted(outputs)])
-        for entry, passed in self._deferred:
-            self._take(entry, masked_gradients(entry.at(self.traced, self.n), passed))
+        for entry, arrived in self._deferred:
+            self._take(entry, masked_gradients(entry.at(self.traced, self.n), arrived))
         self._deferred.clear()
         for key in list(self._pending):  # a use that got no gradient at all never arrived
             self._finish(key)
         return tuple(gradients[len(sinks) :])
 
-    def _captured_entries(self) -> dict[int, list[PlannedEntry]]:
-        """Entries at the sinks by position: autograd hands their gradients out and does not run their nodes."""
+    def _entries_by_node(self) -> tuple[dict[int, list[PlannedEntry]], dict[int, list[PlannedEntry]]]:
+        """Entries by position: those at sinks, whose gradients autograd hands out without running the node; others."""
         sinks = {position for position, _ in self.plan.sinks}
-        found: dict[int, list[PlannedEntry]] = {}
+        captured: dict[int, list[PlannedEntry]] = {}
+        passed: dict[int, list[PlannedEntry]] = {}
         for entry in self.plan.entries:
-            if entry.position in sinks:
-                found.setdefault(entry.position, []).append(entry)
-        return found
+            found = captured if entry.position in sinks else passed
+            found.setdefault(entry.position, []).append(entry)
+        return captured, passed
 
     @contextmanager
-    def _watching(self, captured: dict[int, list[PlannedEntry]]) -> Iterator[None]:
-        """Hooks on the nodes of the other entries."""
+    def _watching(self, passed: dict[int, list[PlannedEntry]]) -> Iterator[None]:
+        """Hooks on the nodes of entries that the pass runs through."""
         handles = []
-        others: dict[int, list[PlannedEntry]] = {}
-        for entry in self.plan.entries:
-            if entry.position not in captured:
-                others.setdefault(entry.position, []).append(entry)
         try:
-            for position, entries in others.items():
-                handles.append(self.traced.order[position].register_prehook(self._prehook(entries)))
+            for position, entries in passed.items():
+                handles.append(self.traced.order[position].register_prehook(partial(self._enter, entries)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _prehook(self, entries: list[PlannedEntry]) -> Callable[[tuple[Any, ...]], None]:
-        def before(gradients: tuple[Any, ...]) -> None:
-            self._enter(entries, gradients)
-
-        return before
 
     # -- collecting ------------------------------------------------------------------------------------------
 
@@ -209,24 +199,23 @@ class Session:
             call.release()
 
     def _receive_whole(self, call: Call, layout: Layout, backprops: Sequence[Tensor | None]) -> None:
-        """A call whose rule arranges its examples by itself: those of all rows, then those of an example added."""
+        """A call whose rule arranges its examples by itself."""
         given = tuple(None if gradient is None else gradient.detach() for gradient in backprops)
-        every, names = slice(0, call.batch), tuple(call.parameters)
-        terms = call.rule.terms(call.module, call.activations(), given, call.saved, every, names)
-        for key, parameter in call.parameters.items():
-            self._add(id(parameter), None, terms[key].fold(layout.outer, self.n, layout.inner))
-        if self._consume:
-            call.release()
+        self._add_folded(call, layout, call.activations(), given)
 
     def _receive_rows(self, call: Call, layout: Layout, activations: Tensor, backprops: Tensor) -> None:
-        """A call with several rows an example: its terms are formed row by row, and those of an example added."""
+        """A call with several rows an example."""
         flat = layout.flattened(tuple(backprops.shape))
         if layout.dim == 1:
             activations, backprops = (t.flatten(0, 1) for t in (activations, backprops))
-        every = slice(0, flat.outer * self.n * flat.inner)
+        self._add_folded(call, flat, activations, backprops)
+
+    def _add_folded(self, call: Call, layout: Layout, activations: Any, backprops: Any) -> None:
+        """Form the terms of a call row by row, and add those of an example."""
+        every = slice(0, self.n * layout.rows)
         terms = call.rule.terms(call.module, activations, backprops, call.saved, every, tuple(call.parameters))
         for key, parameter in call.parameters.items():
-            self._add(id(parameter), None, terms[key].fold(flat.outer, self.n, flat.inner))
+            self._add(id(parameter), None, terms[key].fold(layout.outer, self.n, layout.inner))
         if self._consume:
             call.release()
 

@@ -9,8 +9,7 @@ shape leaves that open. Where it is still open the other half of the losses deci
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +20,10 @@ from .capture import Call
 from .compiled import NODE_NAME as COMPILED_NODE
 from .graph import Trace, leaf_of
 from .layout import Layout
+from .passes import collecting, frozen_statistics
 from .plan import Choices, Kind, Plan, Structure, likely_batch, output_shape, undecided_calls
 from .reach import check_parameters, check_reach, region_message
-from .rules.operators import batch_norm_gain, enters_by_broadcast
+from .rules.operators import enters_by_broadcast
 
 if TYPE_CHECKING:
     from .module import GradNormModule
@@ -117,17 +117,16 @@ class _Search:
             here = [k for k, other in enumerate(self.traced.nodes) if other is node and self.choices.calls[k]]
             outermost += here
             pending += [] if here else [child for child, _ in node.next_functions]
-        edges = [GradientEdge(self.traced.nodes[k], self.traced.calls[k].output_nr) for k in outermost]
+        calls, positions = self.traced.calls, self.traced.positions
+        edges = [self.traced.edge(positions[self.traced.nodes[k]], calls[k].output_nr) for k in outermost]
         numbers = torch.arange(self.n, device=self.losses.device)
         for digit in range((self.n - 1).bit_length() if edges else 0):
             for active in ((numbers >> digit) % 2 == side for side in (0, 1)):
-                layouts = {id(self.traced.calls[k]): (k, self.choices.calls[k][0]) for k in outermost}
-                look = _Order(active, layouts)
-                with collecting(self.traced, look), frozen_statistics(self.traced, structure.couplings()):
-                    weights = active.to(self.losses.dtype)
-                    torch.autograd.grad(self.losses, edges, weights, retain_graph=True, allow_unused=True)
-                if look.mixed:
-                    raise RuntimeError(self._mixing_message(min(look.mixed)))
+                look = _Look(self.traced, self.losses, active, structure, (), edges)
+                look.run()
+                mixed = [k for k in outermost if self.choices.calls[k][0] not in look.calls[k]]
+                if mixed:
+                    raise RuntimeError(self._mixing_message(min(mixed)))
 
     def _bring_in(self, structure: Structure) -> bool:
         """Let calls that were set aside account for parameters that enter where no layout fits, if there are any."""
@@ -311,6 +310,14 @@ class _Search:
 class _Look:
     """A backward pass of some of the losses, which collects the layouts that agree with it.
 
+    Args:
+        traced: the graph.
+        losses: ``[n]``.
+        active: ``[n]``, which of them are backpropagated.
+        structure: of the graph.
+        watched: positions of nodes to look at beside the calls.
+        sinks: where the pass ends; default: behind everything.
+
     Attributes:
         calls: by number of the call, its layouts in which examples without a loss have no gradient.
         nodes: by position, the same for other nodes.
@@ -319,7 +326,13 @@ class _Look:
     """
 
     def __init__(
-        self, traced: Trace, losses: Tensor, active: Tensor, structure: Structure, watched: Sequence[int]
+        self,
+        traced: Trace,
+        losses: Tensor,
+        active: Tensor,
+        structure: Structure,
+        watched: Sequence[int],
+        sinks: Sequence[GradientEdge] | None = None,
     ) -> None:
         self.traced, self.losses, self.active = traced, losses, active
         self.calls = {number: list(possible) for number, possible in enumerate(structure.choices.calls)}
@@ -328,7 +341,7 @@ class _Look:
         self.touched: set[int] = set()
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._couplings = structure.couplings()
-        self._sinks = [traced.edge(position, k) for position, k in structure.sinks(watched)]
+        self._sinks = [traced.edge(*sink) for sink in structure.sinks(watched)] if sinks is None else list(sinks)
 
     def run(self) -> None:
         edges = [GradientEdge(self.traced.order[position], 0) for position in self.nodes]
@@ -381,24 +394,6 @@ class _Look:
         return True
 
 
-class _Order:
-    """Finds the calls in which examples without a loss have a gradient.
-
-    Attributes:
-        mixed: their numbers.
-    """
-
-    def __init__(self, active: Tensor, layouts: dict[int, tuple[int, Layout]]) -> None:
-        self.active, self.layouts = active, layouts
-        self.mixed: set[int] = set()
-
-    def receive(self, call: Call, backprops: Any) -> None:
-        """The gradient of a call's output."""
-        number, layout = self.layouts.get(id(call), (-1, None))
-        if layout is not None and not all(_keeps_apart(layout, g, self.active) for g in call.by_example(backprops)):
-            self.mixed.add(number)
-
-
 def _given(gradient: Tensor) -> Tensor:
     """Where there is a gradient; 0 times a NaN or an infinity says nothing about influence."""
     return (gradient != 0) & ~gradient.isnan()
@@ -409,60 +404,3 @@ def _keeps_apart(layout: Layout, gradient: Tensor, active: Tensor) -> bool:
     n = active.shape[0]
     rows = layout.examples_first(_given(gradient), n).reshape(n, -1).any(1)
     return not bool(rows[~active].any())
-
-
-@contextmanager
-def collecting(traced: Trace, session: Any) -> Iterator[None]:
-    """Hand the gradients of all captured calls of a graph to ``session.receive`` while a backward pass runs.
-
-    Raises:
-        RuntimeError: somebody collects from it already.
-    """
-    captures = traced.captures()
-    if any(capture.session is not None for capture in captures):
-        raise RuntimeError("engm: this graph is being measured already (a measurement inside a backward hook?).")
-    for call in traced.calls:
-        call.put_hook_last()
-    try:
-        for capture in captures:
-            capture.session = session
-        yield
-    finally:
-        for capture in captures:
-            capture.session = None
-
-
-@contextmanager
-def frozen_statistics(traced: Trace, couplings: Iterable[int]) -> Iterator[None]:
-    """Backward passes take the statistics of all batch norms of a graph for constants.
-
-    Args:
-        traced: the graph.
-        couplings: positions of those outside of captured calls.
-    """
-    handles = []
-    try:
-        for capture in traced.captures():
-            capture.frozen = True
-        for position in couplings:
-            node = traced.order[position]
-            handles.append(node.register_hook(_with_constant_statistics(node)))
-        yield
-    finally:
-        for capture in traced.captures():
-            capture.frozen = False
-        for handle in handles:
-            handle.remove()
-
-
-def _with_constant_statistics(node: Any) -> Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, ...] | None]:
-    """Node hook of a batch norm outside of calls: ``scale / sigma * gy`` instead of its input gradient."""
-
-    def after(grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if grad_inputs[0] is None:
-            return None
-        gy = grad_outputs[0]
-        gain = batch_norm_gain(node).view([1, -1] + [1] * (gy.dim() - 2))
-        return ((gy * gain).to(grad_inputs[0].dtype), *grad_inputs[1:])
-
-    return after

@@ -15,8 +15,8 @@ from .explain import untouched
 from .graph import Trace
 from .measurement import as_wrapped, calibrated_squared_norms, measure_traced, traced_losses
 from .module import GradNormModule
+from .passes import frozen_statistics
 from .rules.operators import operator_name
-from .strict import frozen_statistics
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 SMALL_LAYER = 1e-2  # a layer's error is measured against no less than this share of the example's whole norm

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import threading
 import warnings
 
@@ -547,3 +548,17 @@ def test_inductor(make, shape):
         losses = random_losses(model(x))
         assert_measured(engm.measure(model, losses), expected)
         assert_step(model, losses, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_losses_in_each_others_place(compiled):
+    """Every pair of six, of which half of the losses, drawn once, would not tell all apart."""
+    x = tensor(6, 6)
+    for i, j in itertools.combinations(range(6), 2):
+        model = engm.GradNormModule(mlp())
+        if compiled:
+            model.compile(backend=BACKEND)
+        order = list(range(6))
+        order[i], order[j] = j, i
+        with pytest.raises(RuntimeError, match="influences the losses of other examples"):
+            engm.measure(model, random_losses(model(x))[order])

@@ -5,7 +5,6 @@ Processes are slow to start, so they are started once and work through everythin
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
@@ -13,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import found_by
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_same, batch, example_gradients, losses_of, network, sgd
 
@@ -209,12 +208,7 @@ def work(rank, port, results):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the processes found."""
-    results = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, results), nprocs=RANKS)
-    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return found_by(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,14 +5,13 @@ Processes are slow to start, so four are started once; smaller worlds are groups
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import found_by
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -248,12 +247,7 @@ def work(rank, port, results):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the processes found."""
-    results = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, results), nprocs=PROCESSES)
-    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return found_by(work, PROCESSES, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

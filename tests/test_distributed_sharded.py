@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import socket
 from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import found_by
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -223,12 +222,7 @@ def work(rank, port, results):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the processes found."""
-    results = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, results), nprocs=RANKS)
-    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return found_by(work, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

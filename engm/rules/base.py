@@ -48,7 +48,7 @@ class Rule:
     """How one layer family yields its per-example gradients; subclass it for a family.
 
     Attributes:
-        parameter_names: the parameters of the module that the rule knows; a module with others is refused.
+        parameter_names: the parameters of the module that the rule knows; it does not hold for a module with others.
         input_name: the name of the module's tensor argument when it is given as a keyword.
         positionwise: whether every position of every example is treated alike, so that leading dimensions may be
             flattened into one.

@@ -45,9 +45,12 @@ def _sides(module: Any) -> list[tuple[int, int, Any]]:
     return list(zip(module.kernel_size, module.dilation, padding, strict=True))
 
 
-@add_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-class ConvRule(Rule):
-    """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding and padding mode."""
+class _ConvolutionRule(Rule):
+    """Shared by convolutions and transposed ones."""
+
+    def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
+        """The weight's term, from the module's input and the gradient of its output (of one dtype)."""
+        raise TypeError(f"{type(self).__name__} must define factors")
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
         return output.dim() == len(module.kernel_size) + 1
@@ -66,8 +69,7 @@ class ConvRule(Rule):
     ) -> dict[str, Term]:
         terms: dict[str, Term] = {}
         if "weight" in names:
-            x, geometry = padded_input(module, activations.to(backprops.dtype))
-            terms["weight"] = ConvFactors(x, backprops, geometry)
+            terms["weight"] = self.factors(module, activations.to(backprops.dtype), backprops)
         if "bias" in names:
             terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
         return terms
@@ -80,21 +82,32 @@ class ConvRule(Rule):
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
-        padded, geometry = padded_input(module, torch.empty(input_shape, device="meta"))
+        inputs, backprops = (torch.empty(shape, device="meta") for shape in (input_shape, output_shape))
+        factors = self.factors(module, inputs, backprops)
+        geometry = factors.geometry
         return Cost.from_model(
             _C.conv_cost(
-                input_shape[1],
-                output_shape[1],
+                factors.inputs.shape[1],
+                factors.backprops.shape[1],
                 geometry.kernel_size,
                 geometry.stride,
                 geometry.padding,
                 geometry.dilation,
                 geometry.groups,
-                tuple(padded.shape[2:]),
-                output_shape[2:],
+                tuple(factors.inputs.shape[2:]),
+                tuple(factors.backprops.shape[2:]),
                 **cost_arguments(device, dtype, convolution=True),
             )
         )
+
+
+@add_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+class ConvRule(_ConvolutionRule):
+    """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding and padding mode."""
+
+    def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
+        x, geometry = padded_input(module, inputs)
+        return ConvFactors(x, backprops, geometry)
 
 
 def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> ConvFactors:
@@ -115,59 +128,9 @@ def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry
 
 
 @add_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-class ConvTransposeRule(Rule):
+class ConvTransposeRule(_ConvolutionRule):
     """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding, output padding and output size."""
 
-    def misses_batch(self, module: Any, output: Tensor) -> bool:
-        return output.dim() == len(module.kernel_size) + 1
-
-    def reads_activations(self, names: tuple[str, ...]) -> bool:
-        return "weight" in names
-
-    def terms(
-        self,
-        module: Any,
-        activations: Tensor,
-        backprops: Tensor,
-        saved: Any,
-        rows: slice,
-        names: tuple[str, ...],
-    ) -> dict[str, Term]:
-        terms: dict[str, Term] = {}
-        if "weight" in names:
-            geometry = transposed_geometry(module)
-            terms["weight"] = transposed_factors(activations.to(backprops.dtype), backprops, geometry)
-        if "bias" in names:
-            terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
-        return terms
-
-    def cost(
-        self,
-        module: nn.Module,
-        input_shape: tuple[int, ...],
-        output_shape: tuple[int, ...],
-        device: torch.device = CPU,
-        dtype: torch.dtype = torch.float32,
-    ) -> Cost:
-        inputs, backprops = (torch.empty(shape, device="meta") for shape in (input_shape, output_shape))
-        factors = transposed_factors(inputs, backprops, transposed_geometry(module))
-        geometry = factors.geometry
-        return Cost.from_model(
-            _C.conv_cost(
-                output_shape[1],
-                input_shape[1],
-                geometry.kernel_size,
-                geometry.stride,
-                geometry.padding,
-                geometry.dilation,
-                geometry.groups,
-                output_shape[2:],
-                tuple(factors.backprops.shape[2:]),
-                **cost_arguments(device, dtype, convolution=True),
-            )
-        )
-
-
-def transposed_geometry(module: Any) -> ConvGeometry:
-    """Geometry of a transposed convolution."""
-    return ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+    def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
+        geometry = ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        return transposed_factors(inputs, backprops, geometry)

@@ -82,6 +82,23 @@ def batch_norm_statistics(node: Any) -> tuple[Tensor, Tensor, bool] | None:
     return node._saved_running_mean.detach(), torch.rsqrt(node._saved_running_var.detach() + eps), False
 
 
+def with_constant_statistics(
+    grad_inputs: tuple[Any, ...], slot: int, gy: Tensor, gain: Tensor
+) -> tuple[Any, ...] | None:
+    """A batch norm's input gradients with its statistics taken for constants (design 2.5); None leaves them.
+
+    Args:
+        grad_inputs: gradients of the inputs of the batch norm's node, one of them ``[n, C, *S]``.
+        slot: which of them is the layer's input.
+        gy: gradient of its output, ``[n, C, *S]``.
+        gain: ``scale / sigma``, ``[C]``.
+    """
+    if grad_inputs[slot] is None:
+        return None
+    frozen = gy * gain.view([1, -1] + [1] * (gy.dim() - 2))
+    return (*grad_inputs[:slot], frozen.to(grad_inputs[slot].dtype), *grad_inputs[slot + 1 :])
+
+
 def affine_terms(
     views: tuple[Tensor, Tensor, Tensor | None, Tensor, int],
     names: tuple[str, ...],

@@ -22,6 +22,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..layout import Layout
 from ..terms import (
+    CHUNK_BYTES,
     ConvFactors,
     ConvGeometry,
     EmbeddingFactors,
@@ -31,9 +32,13 @@ from ..terms import (
     accumulation_dtype,
 )
 from .conv import transposed_factors
-from .normalization import affine_terms, batch_norm_statistics, by_channel
-
-MASKED_BYTES = 64 << 20  # of masked gradients that are backpropagated at once
+from .normalization import (
+    BATCH_NORM_NODES,
+    SYNC_BATCH_NORM_NODE,
+    affine_terms,
+    batch_norm_statistics,
+    by_channel,
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     """
     rows = [None if g is None else entry.layout.examples_first(g.detach(), entry.n) for g in backprops]
     each = max(1, sum(r.numel() * r.element_size() for r in rows if r is not None))
-    chunk = max(1, min(entry.n, MASKED_BYTES // each))
+    chunk = max(1, min(entry.n, CHUNK_BYTES // each))
 
     shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
 
@@ -296,12 +301,7 @@ def _bmm(entry: Entry, gy: Tensor) -> Term | None:
     if entry.slot != 1 or left is None or gy.shape[0] != 1 or entry.layout.dim != 1:
         return None
     a, b = (entry.layout.examples_first(t, entry.n).flatten(2) for t in (left.to(gy.dtype), gy))
-    return _reshaped(LinearFactors(b, a), entry)
-
-
-def _reshaped(factors: LinearFactors, entry: Entry) -> Term:
-    """The gradient of a ``[1, p, d]`` tensor: that of ``[p, d]`` with a dimension more."""
-    return PerExampleGradient(factors.dense(slice(0, entry.n)).unsqueeze(1))
+    return PerExampleGradient(LinearFactors(b, a).dense(slice(0, entry.n)).unsqueeze(1))
 
 
 # -- layers called as functions -------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def _embedding(entry: Entry, gy: Tensor) -> Term | None:
     return EmbeddingFactors(a, b, entry.shape[0], int(entry.saved("padding_idx")), bool(entry.saved("sparse")))
 
 
-BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "SyncBatchNorm")
+BATCH_NORMS = tuple(name.removesuffix("Backward") for name in (*BATCH_NORM_NODES, SYNC_BATCH_NORM_NODE))
 
 
 def _affine(entry: Entry, views: tuple[Tensor, Tensor, Tensor | None, Tensor, int]) -> Term:

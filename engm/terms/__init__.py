@@ -28,7 +28,7 @@ from .base import (
     accumulation_dtype,
     squared_norm_of_dense,
 )
-from .combination import MixedTerm, UnsupportedTieError, combine
+from .combination import MixedTerm, combine
 from .convolution import ConvFactors, ConvGeometry, conv_weight_gradient
 from .embedding import EmbeddingFactors, TiedTable
 from .linear import BilinearFactors, LinearFactors
@@ -48,7 +48,6 @@ __all__ = [
     "PositionFactors",
     "Term",
     "TiedTable",
-    "UnsupportedTieError",
     "accumulation_dtype",
     "combine",
     "conv_weight_gradient",

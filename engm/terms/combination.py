@@ -13,10 +13,6 @@ from .embedding import EmbeddingFactors, TiedTable
 from .linear import LinearFactors
 
 
-class UnsupportedTieError(RuntimeError):
-    """Uses of a parameter cannot be combined."""
-
-
 @dataclass
 class MixedTerm(Term):
     """The sum of terms of different kinds; only for its norm are per-example gradients formed, a chunk at a time."""
@@ -51,7 +47,7 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def combine(terms: Sequence[Term], name: str = "") -> Term:
+def combine(terms: Sequence[Term]) -> Term:
     """One term whose per-example gradient is the sum of the given ones (several uses of one parameter).
 
     Uses of one kind are joined in factored form. An embedding tied to a projection has its own term; what else is mixed
@@ -59,7 +55,6 @@ def combine(terms: Sequence[Term], name: str = "") -> Term:
 
     Args:
         terms: one term a use, of the same parameter and the same examples.
-        name: the parameter's, for errors.
     """
     if len(terms) == 1:
         return terms[0]

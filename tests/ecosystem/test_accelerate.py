@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import found_by
 from torch import Tensor
 from training import assert_close, assert_same, batch, clone, losses_of, network, sgd
 
@@ -137,11 +136,7 @@ def work(rank: int, port: int, results: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, tmp_path), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    ranks = found_by(work, RANKS, tmp_path)
     for method in METHODS:
         one = plain(method, "group", torch.float64)
         for rank in ranks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import free_port
 from tiny_runs import PLAIN, tiny_dataset
 
 from engm.recipes.config import RunConfig
@@ -69,10 +69,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders of two processes."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
+    mp.spawn(work, (free_port(), folder), nprocs=2)
     return folder
 
 
