@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -281,15 +282,16 @@ def traceable(
 
     # Where the region around the layer broke off, a hook must not become a region of its own, without the layer.
     for function in (prepare, hook):
-        skip_code(function)
+        skip_code(function.__code__)
     return None if before is None else prepare, hook
 
 
-def skip_code(function: Callable[..., Any]) -> None:
-    """Never start a region with a call of this function; it may be a part of one."""
+@functools.cache
+def skip_code(code: CodeType) -> None:
+    """Never start a region with a call of a function that has this code; it may be a part of one."""
     from torch._dynamo.eval_frame import skip_code as skip
 
-    skip(function.__code__)
+    skip(code)
 
 
 # -- reading the graph ------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def check_sums(model: GradNormModule, traced: Trace, losses: Tensor) -> None:
         if node in traced.tokens and call.capture.owner is model
         for p in call.parameters.values()
     }
-    named = [(name, p) for name, p in model.trainable_parameters() if id(p) in inside]
+    named = [(name, p) for name, p in traced.trained if id(p) in inside]
     if not named:
         return
     n = losses.shape[0]

@@ -174,8 +174,8 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
     if not rows:
         return []
     losses = torch.stack([o.reshape(-1, n, o[0].numel()).sum((0, 2)) for o in rows]).sum(0)
-    traced = trace(losses)
-    names = {id(parameter): name for name, parameter in model.trainable_parameters()}
+    traced = trace(losses, model.trainable_parameters())
+    names = {id(parameter): name for name, parameter in traced.trained}
     try:
         plan, _ = make_plan(model, traced, losses)
     except RuntimeError as error:

@@ -6,12 +6,12 @@ output, so it lives exactly as long as the graph it belongs to, whatever else th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .capture import CALLS_KEY, CAPTURES_KEY, Call, Capture
@@ -36,6 +36,7 @@ class Trace:
         marked: forward passes whose outputs were met.
         leaves: every leaf (by ``id``), in the order they were met.
         tokens: by compiled region, the leaf that a backward pass must go to for it to run (:mod:`engm.compiled`).
+        trained: names and tensors of the parameters that norms are taken over.
         plan: how the examples lie in it, once :mod:`engm.strict` has looked.
     """
 
@@ -46,6 +47,7 @@ class Trace:
     marked: list[Capture] = field(default_factory=list)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[Node, Tensor] = field(default_factory=dict)
+    trained: Sequence[tuple[str, nn.Parameter]] = ()
     plan: Plan | None = None
 
     @property
@@ -73,9 +75,9 @@ class Trace:
         return self.plan
 
 
-def trace(losses: Tensor) -> Trace:
-    """Walk the graph behind ``losses`` once, depth first, without touching it."""
-    result = Trace()
+def trace(losses: Tensor, trained: Sequence[tuple[str, nn.Parameter]] = ()) -> Trace:
+    """Walk the graph behind ``losses`` once, depth first, without touching it; ``trained`` goes into the result."""
+    result = Trace(trained=trained)
     root = losses.grad_fn
     if root is None:
         return result

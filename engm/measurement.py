@@ -123,9 +123,10 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
         RuntimeError: no captured call of this model, or a strict check fails.
     """
     check_losses(losses, finite=check)
-    if not model.trainable_parameters():
+    trained = model.trainable_parameters()
+    if not trained:
         raise ValueError("none of the model's parameters require grad, so there is no norm to take.")
-    traced = trace(losses)
+    traced = trace(losses, trained)
     captures = traced.captures()
     if not any(capture.owner is model for capture in captures):
         if captures:
@@ -274,14 +275,14 @@ def measure_traced(
 ) -> Measurement:
     """:func:`measure` for losses that were traced and checked; ``correct`` applies the local batch-norm correction."""
     leaves = resolve_inputs(traced, inputs)
-    names = tuple(name for name, _ in model.trainable_parameters())
+    names = tuple(name for name, _ in traced.trained)
     mode = "plain"
     if traced.couples:
         mode = "exact" if model.batch_norm == "exact" else "corrected" if correct else "frozen"
     if mode in ("exact", "corrected"):
         _refuse_other_ranks(traced)
     if mode == "exact":
-        stacked = exact_squared_norms(losses * loss_scale, [p for _, p in model.trainable_parameters()])
+        stacked = exact_squared_norms(losses * loss_scale, [p for _, p in traced.trained])
         gradients = input_gradients(losses, leaves, loss_scale)
     else:
         session = Session(model, traced, losses.shape[0], correct=mode == "corrected")
@@ -336,7 +337,7 @@ def calibrated_squared_norms(
         mode,
         stacked,
         losses,
-        model.trainable_parameters(),
+        traced.trained,
         count=count,
         loss_scale=loss_scale,
         group=group_of(model, traced.captures()) if count or model.shard_group is not None else None,

@@ -23,6 +23,7 @@ from .plan import Plan
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
 from .sharding import ORDER, noting_leaves, shards_of
+from .walk import named_modules, trained_parameters
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 _OWN = frozenset(
@@ -198,8 +199,8 @@ class GradNormModule(nn.Module):
 
         Under ``fully_shard`` the whole copies that the latest forward pass ran with, not the shards.
         """
-        named = self._net.named_parameters()
-        return [(name, self._leaves.get(name, parameter)) for name, parameter in named if parameter.requires_grad]
+        found = trained_parameters(self._net)
+        return [(name, self._leaves.get(name, parameter)) for name, parameter in found] if self._leaves else found
 
     # -- transparency ----------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
         ValueError: a trained parameter is complex.
     """
     plan = []
-    for name, module in net.named_modules():
+    for name, module in named_modules(net):
         if isinstance(module, GradNormModule):
             raise TypeError(f"module '{name}' is wrapped in a GradNormModule already; .unwrap() that one.")
         own = [p for p in module._parameters.values() if p is not None and p.requires_grad]

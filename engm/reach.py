@@ -33,7 +33,7 @@ def check_parameters(model: GradNormModule, traced: Trace) -> None:
     Raises:
         RuntimeError: the forward pass ran with other tensors in the place of all of them.
     """
-    own = {id(parameter) for _, parameter in model.trainable_parameters()}
+    own = {id(parameter) for _, parameter in traced.trained}
     calls = [call for call in traced.calls if call.capture.owner is model]
     used = [(call, key, p) for call in calls for key, p in call.parameters.items() if p.requires_grad]
     if not own or not used or any(id(p) in own for _, _, p in used):

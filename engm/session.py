@@ -61,7 +61,7 @@ class Session:
         self.views = model.views
         self.norms = norms
         self.keep = keep
-        parameters = [parameter for _, parameter in model.trainable_parameters()]
+        parameters = [parameter for _, parameter in traced.trained]
         self.rows = {id(parameter): row for row, parameter in enumerate(parameters)}
         self.parameters = parameters
         self.squared = [None] * len(parameters)  # type: list[Tensor | None]
@@ -270,7 +270,9 @@ class Session:
         zero = torch.zeros(self.n, dtype=dtype, device=like.device)
         if not self.squared:
             return zero.new_zeros(0, self.n)
-        return torch.stack([zero if row is None else row.to(dtype) for row in self.squared])
+        return torch.stack(
+            [zero if row is None else row if row.dtype == dtype else row.to(dtype) for row in self.squared]
+        )
 
     def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.

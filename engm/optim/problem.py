@@ -90,14 +90,14 @@ class Problem:
             self.traced = traced_losses(model, losses, check=check)
         else:
             check_losses(losses, finite=check)
-            self.traced = trace(losses)
+            self.traced = trace(losses, model.trainable_parameters())
         if measurement is not None:
             self._check_measurement(measurement)
 
     def _check_measurement(self, measurement: Measurement) -> None:
         if not isinstance(measurement, Measurement):
             raise TypeError(f"measurement must come from engm.measure, got {type(measurement).__name__}.")
-        names = tuple(name for name, _ in self.model.trainable_parameters())
+        names = tuple(name for name, _ in self.traced.trained)
         if measurement.n != self.losses.shape[0] or measurement.names != names:
             raise ValueError(
                 f"the measurement is of {measurement.n} examples and {len(measurement.names)} parameter tensors, the "
@@ -228,7 +228,7 @@ class Problem:
 
     def has_hooks(self) -> bool:
         """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
-        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        parameters = [parameter for _, parameter in self.traced.trained]
         return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
 
     # -- gradient --------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Problem:
         """Add ``loss_scale / divisor * sum_i weights_i dL_i/dtheta`` to ``p.grad``; the graph is used up."""
         parts = self._parts(weighting)
         if self._session is None:
-            reached = [p for _, p in self.model.trainable_parameters() if id(p) in self.traced.leaves]
+            reached = [p for _, p in self.traced.trained if id(p) in self.traced.leaves]
             if not reached:
                 raise RuntimeError(
                     "the losses reach no trained parameter of this model: pass the model that computed them."
@@ -263,14 +263,14 @@ class Problem:
     def _zeros_of_reached(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters in the graph that no gradient arrived at, which ``DistributedDataParallel`` waits for, and 0."""
         arrived = self._session.terms if self._session is not None else {}
-        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        parameters = [parameter for _, parameter in self.traced.trained]
         return [(p, torch.zeros_like(p)) for p in parameters if id(p) in self.traced.leaves and id(p) not in arrived]
 
     def _parts(self, weighting: Weighting) -> list[tuple[Tensor, set[int] | None]]:
         """Weights ``[n]`` and the parameters (by id) that they are for; None: all."""
         if weighting.groups is None:
             return [(weighting.weights, None)]
-        parameters = [parameter for _, parameter in self.model.trainable_parameters()]
+        parameters = [parameter for _, parameter in self.traced.trained]
         return [
             (weights, {id(parameters[row]) for row in rows})
             for weights, rows in zip(weighting.weights.unbind(0), weighting.groups, strict=True)
@@ -285,8 +285,9 @@ class Problem:
 
 def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the parameter's type and, unless it is sparse, shape."""
-    gradient = gradient.to(parameter.dtype)
-    return gradient if gradient.is_sparse else gradient.view_as(parameter)
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)
 
 
 def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:

@@ -269,8 +269,8 @@ def find_rule(module: nn.Module) -> Rule | str:
         if "forward" in module.__dict__:
             return "its forward was replaced on the object itself, where the rule of its type may not hold"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
-            own = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-            unknown = own - set(rule.known_parameters(module))
+            own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+            unknown = set(own).difference(rule.known_parameters(module))
             if unknown:
                 return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
             hidden = [

@@ -207,8 +207,8 @@ class GroupNormRule(Rule):
         rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        per_group = module.num_channels // module.num_groups
-        mean, rstd = (t.view(-1, module.num_groups)[rows].repeat_interleave(per_group, 1) for t in saved)
+        groups, per_group = module.num_groups, module.num_channels // module.num_groups
+        mean, rstd = (t.view(-1, groups, 1)[rows].expand(-1, -1, per_group).flatten(1) for t in saved)
         return affine_terms(by_channel(activations, backprops, mean, rstd), names)
 
 

@@ -43,10 +43,10 @@ def _sums_of_group(group: list[tuple[Tensor, Term]], weights: Tensor) -> Iterato
     factors = [(parameter, term) for parameter, term in group if isinstance(term, Factors)]
     others = [(parameter, term) for parameter, term in group if not isinstance(term, PerExampleGradient | Factors)]
     group.clear()
-    parameters, sums = list(whole), ops.weighted_sums(list(whole.values()), weights)
+    parameters, sums = list(whole), ops.weighted_sums(list(whole.values()), weights) if whole else []
     whole.clear()
     yield from zip(parameters, sums, strict=True)
-    scaled = ops.scale_examples([term.to_scale() for _, term in factors], weights)
+    scaled = ops.scale_examples([term.to_scale() for _, term in factors], weights) if factors else []
     while factors:
         parameter, term = factors.pop(0)
         yield parameter, term.sum_of_scaled(scaled.pop(0))
