@@ -15,6 +15,7 @@ from .distributed import group_of
 from .exact import check_losses, exact_squared_norms
 from .graph import Trace, trace
 from .module import GradNormModule
+from .reach import check_parameters
 from .session import Session
 from .strict import make_plan, structure_of
 from .terms import accumulation_dtype
@@ -146,6 +147,8 @@ def traced_losses(model: GradNormModule, losses: Tensor, *, check: bool | None =
             if len(model.plans) >= MOST_PLANS:
                 del model.plans[next(iter(model.plans))]
             model.plans[structure] = traced.plan
+    else:
+        check_parameters(model, traced)  # of another step: they may have been replaced since
     return traced
 
 

@@ -33,10 +33,11 @@ def check_parameters(model: GradNormModule, traced: Trace) -> None:
     Raises:
         RuntimeError: the forward pass ran with other tensors in the place of all of them.
     """
-    own = {id(parameter) for _, parameter in traced.trained}
+    if any(id(parameter) in traced.leaves for _, parameter in traced.trained):
+        return
     calls = [call for call in traced.calls if call.capture.owner is model]
     used = [(call, key, p) for call in calls for key, p in call.parameters.items() if p.requires_grad]
-    if not own or not used or any(id(p) in own for _, _, p in used):
+    if not traced.trained or not used:
         return
     call, key, parameter = used[0]
     if call.module._parameters.get(key) is not parameter:

@@ -95,6 +95,20 @@ def test_a_parameter_replaced_since():
     assert_measured(engm.measure(model, losses), expected)
 
 
+def test_all_parameters_replaced_since_at_a_later_step():
+    """The graph looks like the one before, whose plan is known."""
+    model = engm.GradNormModule(make())
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
+    opt.backward(random_losses(model(X)))
+    losses = random_losses(model(X))
+    for name, parameter in list(model.named_parameters()):
+        module, key = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        setattr(module, key, nn.Parameter(parameter.detach().clone()))
+    with pytest.raises(RuntimeError, match="they were replaced since"):
+        opt.backward(losses)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_parameter_frozen_since_has_no_row():
     model = engm.GradNormModule(make())
     expected = truth(model.unwrap(), lambda net: random_losses(net(X)))
