@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .walk import named_modules
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -62,7 +64,7 @@ def sharded_parts(net: nn.Module) -> list[tuple[str, Any]]:
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [(name, module) for name, module in net.named_modules() if isinstance(module, FSDPModule)]
+    return [(name, module) for name, module in named_modules(net) if isinstance(module, FSDPModule)]
 
 
 @contextmanager
