@@ -24,7 +24,8 @@ A model is *exact* if the norms of every parameter tensor agree to 1e-9 with one
 (`engm.verify`; in training mode batch statistics are constants on both sides, see
 [what is exact](../README.md#what-is-exact-and-what-is-not)). Dropout and stochastic depth are off: no oracle could
 repeat them. The ratio is of a plain training step in float32, ENGM with exact clipping over SGD, on {processor},
-{threads} thread(s), batches of {batch}; small batches of small images weigh the fixed costs heavily.
+{threads} thread(s), batches of {batch}; small batches of small images weigh the fixed costs heavily. The machine had
+other work meanwhile, hence the spreads.
 
 How parameters are seen: by a *rule* of the layer that was called; where none was called or known, by the *operator* by
 which they enter the batch's computation (`engm.explain` shows each).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .rules.operators import adds_up
-from .terms import accumulation_dtype
+from .terms import accumulation_dtype, squared_rows
 
 BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmapped chunks beat the loop on a CPU
 CHUNK = 16  # examples backpropagated at once
@@ -42,7 +42,7 @@ def exact_squared_norms(losses: Tensor, parameters: Sequence[Tensor], examples: 
         chunk, gradients = _next_gradients(losses, parameters, indices[done:])
         for row, gradient in enumerate(gradients):
             if gradient is not None:
-                result[row, done : done + len(chunk)] = gradient.to(dtype).flatten(1).square().sum(1)
+                result[row, done : done + len(chunk)] = squared_rows(gradient.to(dtype))
         done += len(chunk)
     return result
 

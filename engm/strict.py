@@ -163,14 +163,14 @@ class _Search:
         watched = [p for p in wanted if structure.layouts(p) and not self._is_region(p)]
         first = Look(self.traced, self.losses, active, structure, watched)
         first.run()
-        if first.open() or self.together:
+        if first.open() or self.together or not first.touched.issuperset(undecided):
             first.again(~active)
         mixed = []
         for number, call in enumerate(self.traced.calls):
             if call.capture.owner is not self.model or not self.choices.calls[number]:
                 continue
             if number not in first.touched_calls:
-                self.sure = self.sure and self.choices.calls[number][0].plain
+                self.sure = self.sure and self.choices.calls[number][0].plain and not self._is_table(number)
             elif first.calls[number]:
                 self.choices.calls[number] = first.calls[number]
             else:
@@ -181,11 +181,8 @@ class _Search:
                 self.sure = self.sure and position not in undecided and structure.layouts(position)[0].plain
             else:
                 self.choices.nodes[position] = first.nodes[position]
-        for position in undecided:
-            if position in first.touched:
-                self.choices.batch[position] = bool(first.nodes[position])
-            else:
-                self.choices.batch[position] = likely_batch(structure, position)
+        for position in undecided:  # where no gradient comes, as behind a gain of 0, none of the choices is wrong
+            self.choices.batch[position] = position in first.touched and bool(first.nodes[position])
         return bool(mixed)
 
     def _set_apart(self, mixed: Sequence[int]) -> None:

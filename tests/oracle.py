@@ -35,7 +35,7 @@ class Truth:
 
     @property
     def squared_norms(self) -> dict[str, Tensor]:
-        return {name: g.flatten(1).square().sum(1) for name, g in self.gradients.items()}
+        return {name: g.square().reshape(len(g), -1).sum(1) for name, g in self.gradients.items()}
 
     @property
     def norms(self) -> Tensor:
@@ -104,7 +104,7 @@ def random_losses(out: Tensor, seed: int = 0) -> Tensor:
 
 
 def tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def dtype_of(net: nn.Module) -> torch.dtype:

@@ -1,5 +1,7 @@
 """Whatever mixes the examples is refused by name; parameters used outside of layer calls are found and are exact."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -342,3 +344,34 @@ def test_refusal_leaves_everything_unchanged():
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not opt.state
+
+
+class BiasFromTable(nn.Module):
+    """A bias computed from a fixed table of ``side**2`` rows by layers of its own, behind a gain (Swin v2)."""
+
+    def __init__(self, side, between=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, side * side), nn.Linear(side * side, 3)
+        self.mlp = nn.Sequential(
+            nn.Linear(2, 12), nn.ReLU(inplace=True), *([between] if between else []), nn.Linear(12, 1)
+        )
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("table", tensor(1, side, side, 2))
+        self.register_buffer("picked", torch.arange(side * side).flip(0))
+
+    def forward(self, x):
+        bias = 3 * torch.sigmoid(self.mlp(self.table).view(-1, 1)[self.picked].view(-1))
+        return self.last(self.first(x) + self.gain * torch.tanh(self.first(x) + bias))
+
+
+@pytest.mark.parametrize("between", [None, nn.LayerNorm(12), nn.Linear(12, 12, bias=False)])
+@pytest.mark.parametrize(("n", "side"), [(2, 3), (3, 3), (4, 4), (9, 3), (12, 5), (16, 4), (25, 5)])
+def test_a_branch_behind_a_gain_of_zero(n, side, between):
+    """No gradient tells where examples lie in it, and what is taken there must not be remembered."""
+    net, x = BiasFromTable(side, copy.deepcopy(between)).double(), tensor(n, 5)
+    model = engm.GradNormModule(net)
+    for gain in (0.0, 0.5, 0.7):
+        net.gain.data.fill_(gain)
+        expected = truth(net, lambda net: random_losses(net(x)))
+        assert_measured(engm.measure(model, random_losses(model(x))), expected)
+    assert model.plans

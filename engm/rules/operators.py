@@ -114,11 +114,14 @@ def has_rule(entry: Entry) -> bool:
 
 def enters_by_broadcast(entry: Entry) -> bool:
     """Whether every example sees the same values: a weight, or a tensor that is repeated over the batch."""
-    weights = {"Mm": (1,), "Addmm": (0, 2), "Bmm": (1,), "Convolution": (1, 2), "Embedding": (0,)}
-    weights |= dict.fromkeys(("NativeLayerNorm", "NativeGroupNorm", *BATCH_NORMS, "FusedRmsNorm"), (1, 2))
-    slots = weights.get(operator_name(entry.node))
-    if slots is not None:
-        return entry.slot in slots
+    by_position = {"Bmm": (1,), "Embedding": (0,), "NativeLayerNorm": (1, 2), "FusedRmsNorm": (1, 2)}
+    by_row = {"Mm": (1,), "Addmm": (0, 2), "Convolution": (1, 2)}
+    by_row |= dict.fromkeys(("NativeGroupNorm", *BATCH_NORMS), (1, 2))
+    name = operator_name(entry.node)
+    if name in by_position:
+        return entry.slot in by_position[name]
+    if name in by_row:
+        return entry.slot in by_row[name] and entry.layout.dim == 0  # the second dimension is the weight's own
     rank = len(entry.node._input_metadata[0].shape)
     return len(entry.shape) <= rank and _aligned(entry)[entry.layout.dim] == 1
 
@@ -208,7 +211,7 @@ def _each(
 def adds_up(batched: Tensor, whole: Tensor) -> bool:
     """Whether gradients ``[batch, *shape]`` sum to that of the sum, as far as rounding lets one tell."""
     precision = torch.finfo(whole.dtype).eps ** 0.5
-    scale = batched.flatten(1).norm(dim=1).sum()
+    scale = batched.unsqueeze(-1).flatten(1).norm(dim=1).sum()
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 

@@ -27,6 +27,7 @@ from .base import (
     Term,
     accumulation_dtype,
     squared_norm_of_dense,
+    squared_rows,
 )
 from .combination import MixedTerm, combine
 from .convolution import ConvFactors, ConvGeometry, conv_weight_gradient
@@ -52,5 +53,6 @@ __all__ = [
     "combine",
     "conv_weight_gradient",
     "squared_norm_of_dense",
+    "squared_rows",
     "weighted_sums",
 ]

@@ -105,14 +105,20 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def squared_rows(gradients: Tensor) -> Tensor:
+    """``||g_i||^2``, ``[n]``, of gradients ``[n, *parameter.shape]``, which may have no further dimension."""
+    rows = gradients.unsqueeze(-1).flatten(1)
+    return rows.to(accumulation_dtype(rows)).square().sum(1)
+
+
 def squared_norm_of_dense(term: Term) -> Tensor:
     """``||g_i||^2``, ``[n]``, from the gradients themselves, at most :data:`CHUNK_BYTES` of them at once."""
     n, start, chunk = term.examples, 0, 1
     found = []
     while start < n:
-        gradients = term.dense(slice(start, min(start + chunk, n))).flatten(1)
+        gradients = term.dense(slice(start, min(start + chunk, n)))
         start += len(gradients)
-        found.append(gradients.to(accumulation_dtype(gradients)).square().sum(1))
+        found.append(squared_rows(gradients))
         chunk = max(1, CHUNK_BYTES // max(1, gradients[0].nbytes))
     return torch.cat(found)
 
@@ -129,10 +135,7 @@ class PerExampleGradient(Term):
         return self.gradient.shape[0]
 
     def squared_norm(self) -> Tensor:
-        if self.norm_sq is not None:
-            return self.norm_sq
-        flat = self.gradient.flatten(1)
-        return flat.to(accumulation_dtype(flat)).square().sum(1)
+        return squared_rows(self.gradient) if self.norm_sq is None else self.norm_sq
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return ops.weighted_sums([self.gradient], weights)[0]

@@ -71,6 +71,17 @@ class Scale(nn.Module):
         return input * self.gain
 
 
+class Temperature(nn.Module):
+    """A number, of no dimension."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.logarithm = nn.Parameter(0.1 * torch.randn(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.logarithm.exp()
+
+
 class Positions(nn.Module):
     """A table that is added to every example."""
 
@@ -93,7 +104,7 @@ class Token(nn.Module):
         return torch.cat([self.row.expand(len(input), *self.row.shape), input], 1)
 
 
-HELD = (Scale, Positions, Token)
+HELD = (Scale, Temperature, Positions, Token)
 
 
 @dataclass(frozen=True)
@@ -243,7 +254,7 @@ class _Builder:
         kind = self.draw(st.sampled_from(["new layer", "new layer", "old layer", "one value", "two values"]))
         if kind == "new layer":
             if self.outside and self.draw(st.booleans()):
-                held = self.draw(st.sampled_from(HELD if len(shape) > 1 else HELD[:2]))
+                held = self.draw(st.sampled_from(HELD if len(shape) > 1 else HELD[:3]))
                 self.layers.append(held(shape).double())
             else:
                 self.layers.append(self.draw(_layers(shape, self.batch_norm)).double())

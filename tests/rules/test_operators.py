@@ -34,7 +34,7 @@ sizes = st.integers(1, 5)
 @settings(max_examples=25)
 @given(n=sizes, steps=sizes, kept=st.lists(st.booleans(), min_size=2, max_size=2), operator=st.sampled_from("+-*/"))
 def test_arithmetic_with_broadcasting(n, steps, kept, operator):
-    """``[T or 1, p or 1]`` against ``[n, T, p]``, and without the leading dimensions."""
+    """``[T or 1, p or 1]`` against ``[n, T, p]``, without the leading dimensions, and without any."""
     shape = tuple(size if keep else 1 for size, keep in zip((steps, 4), kept, strict=True))
     how = {
         "+": lambda h, x, p: p + h,
@@ -46,6 +46,8 @@ def test_arithmetic_with_broadcasting(n, steps, kept, operator):
     check(Held(how, shape).double(), lambda m: random_losses(m(x)))
     check(Held(how, shape[1:]).double(), lambda m: random_losses(m(x)))
     check(Held(how, (1, *shape)).double(), lambda m: random_losses(m(x)))
+    check(Held(how, ()).double(), lambda m: random_losses(m(x)))
+    check(Held(lambda h, x, p: how(h, x, p.exp()), ()).double(), lambda m: random_losses(m(x)))  # a temperature
 
 
 @settings(max_examples=25)
