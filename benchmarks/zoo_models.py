@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import zoo_transformers
 from torch import Tensor, nn
 
 CLASSES = 7
@@ -225,30 +227,22 @@ def _timm(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
     return make
 
 
-# -- language ------------------------------------------------------------------------------------------------------
+# -- transformers, torch -------------------------------------------------------------------------------------------
 
 
-def language() -> list[Case]:
-    """BERT and GPT-2 from a configuration, and torch's own recurrent and transformer modules."""
+def transformers() -> list[Case]:
+    """Architectures of Hugging Face's transformers, small."""
+    words = [Case("transformers", name, partial(zoo_transformers.build, name), 0) for name in zoo_transformers.LANGUAGE]
+    images = [Case("transformers", name, partial(zoo_transformers.build, name)) for name in zoo_transformers.VISION]
+    return [*words, *images]
+
+
+def torch_modules() -> list[Case]:
+    """torch's own recurrent and transformer modules."""
     return [
-        Case("transformers", "BertForSequenceClassification", _bert, 0, options="2 blocks of width 32"),
-        Case("transformers", "GPT2LMHeadModel", _gpt2, 0, options="2 blocks of width 32"),
         Case("torch", "nn.TransformerEncoder", _encoder, 0, options="2 blocks of width 32"),
         Case("torch", "nn.LSTM", _lstm, 0, options="2 layers, bidirectional"),
     ]
-
-
-def _bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=CLASSES, **sizes))
-
-
-def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, use_cache=False))
 
 
 class _Sequences(nn.Module):
@@ -273,4 +267,4 @@ def _lstm() -> nn.Module:
 
 def every() -> list[Case]:
     """All of them."""
-    return [*classification(), *segmentation_and_video(), *timm_models(), *language()]
+    return [*classification(), *segmentation_and_video(), *timm_models(), *transformers(), *torch_modules()]

@@ -230,8 +230,8 @@ class _Search:
 
     def _check_entries(self, structure: Structure) -> None:
         for number, operator in structure.broken.items():
-            used = self.traced.calls[number].parameters.values()
-            shown = sorted(f"'{self.names[id(p)]}' (by {operator})" for p in used if id(p) in self.names)
+            own = self.traced.calls[number].parameters.values()
+            shown = sorted(f"'{self.names[id(p)]}' (by {operator})" for p in own if id(p) in self.names)
             raise RuntimeError(self._outside_message(", ".join(shown[:5])))
         regions = [edge for edge in structure.entering if self._is_region(edge[0])]
         if regions:
@@ -257,7 +257,8 @@ class _Search:
         reached = {source.parameter for p, s in structure.entering for source in self._sources(structure, p, s)}
         for number, call in enumerate(self.traced.calls):
             if call.capture.owner is self.model and not self.choices.calls[number] and number not in self.aside:
-                unreached = [p for p in call.parameters.values() if id(p) not in reached and id(p) in self.names]
+                used = [p for p in call.parameters.values() if id(p) in self.names and id(p) in self.traced.leaves]
+                unreached = [p for p in used if id(p) not in reached]
                 if unreached:
                     self._refuse_call([number])
 

@@ -375,3 +375,49 @@ def test_a_branch_behind_a_gain_of_zero(n, side, between):
         expected = truth(net, lambda net: random_losses(net(x)))
         assert_measured(engm.measure(model, random_losses(model(x))), expected)
     assert model.plans
+
+
+@pytest.mark.parametrize(("n", "heads"), [(2, 2), (3, 2), (4, 3)])
+def test_copies_of_what_a_layer_computed_for_all(n, heads):
+    """Relative positions through a projection, copied for every example and head (DeBERTa)."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, heads * 4), nn.Linear(heads * 8, 3)
+            self.relative, self.key = nn.Embedding(8, 6), nn.Linear(6, heads * 4)
+
+        def forward(self, x):
+            query = self.first(x).view(*x.shape[:2], heads, 4).transpose(1, 2).flatten(0, 1)
+            key = self.key(self.relative.weight.unsqueeze(0)).view(8, heads, 4).transpose(0, 1)
+            scores = query @ key.repeat(n, 1, 1).transpose(1, 2)
+            return self.last(scores.view(n, heads, -1, 8).transpose(1, 2).flatten(2))
+
+    x = tensor(n, 4, 5)
+    check(Attention().double(), lambda model: random_losses(model(x)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_parameter_that_nobody_reads_in_a_time_major_module(n):
+    """As XLNet's segments: the module holds it, and this pass does not use it."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.segments = nn.Parameter(tensor(4)), nn.Parameter(tensor(2, 4))
+            self.mix = nn.Parameter(tensor(5, 4))
+
+        def forward(self, steps, segments=None):
+            query = torch.einsum("tni,ij->tnj", steps, self.mix) + self.bias
+            return query if segments is None else query + self.segments[segments]
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = Attention(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.attention(x.transpose(0, 1)).tanh().transpose(0, 1))
+
+    x = tensor(n, 5, 5)
+    check(Network().double(), lambda model: random_losses(model(x)))

@@ -123,7 +123,10 @@ def enters_by_broadcast(entry: Entry) -> bool:
     if name in by_row:
         return entry.slot in by_row[name] and entry.layout.dim == 0  # the second dimension is the weight's own
     rank = len(entry.node._input_metadata[0].shape)
-    return len(entry.shape) <= rank and _aligned(entry)[entry.layout.dim] == 1
+    if len(entry.shape) > rank:
+        return False
+    rows = _aligned(entry)[entry.layout.dim]
+    return rows == 1 or (name == "Repeat" and entry.layout.inner % rows == 0)  # whole copies for each example
 
 
 def _aligned(entry: Entry) -> tuple[int, ...]:
