@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from enum import Enum
+from functools import cached_property
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _PLAIN = (
 )
 
 
-class Arguments(NamedTuple):
+class Arguments:
     """What a module was called with.
 
     Attributes:
@@ -28,8 +29,14 @@ class Arguments(NamedTuple):
         kwargs: keyword arguments.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    @cached_property
+    def flattened(self) -> tuple[list[Any], TreeSpec]:
+        """The leaves of ``(args, kwargs)``, and how they were nested."""
+        return tree_flatten((self.args, self.kwargs))
 
     def get(self, position: int, name: str) -> Any:
         """The argument at ``position``, or under ``name`` if it was given as a keyword; None without one."""
@@ -55,7 +62,7 @@ class Frame:
     @classmethod
     def split(cls, arguments: Arguments) -> tuple[Frame, tuple[Tensor, ...]]:
         """The frame, and the tensors in the order that :meth:`filled` wants them in."""
-        leaves, spec = tree_flatten((arguments.args, arguments.kwargs))
+        leaves, spec = arguments.flattened
         return cls(leaves, spec), tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
     def filled(self, tensors: Sequence[Tensor]) -> Arguments:

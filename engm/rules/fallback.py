@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from ..arguments import Arguments
 from ..terms import PerExampleGradient, Term
@@ -67,7 +67,7 @@ class GenericRule(WholeCallRule):
         return tuple(module._parameters)
 
     def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
-        taken = [t.shape[0] for t in tree_leaves(tuple(arguments)) if isinstance(t, Tensor) and t.dim()]
+        taken = [t.shape[0] for t in arguments.flattened[0] if isinstance(t, Tensor) and t.dim()]
         given = [t.shape[0] for t in outputs if _differentiable(t) and t.dim()]
         if not taken or not given:
             return 0
@@ -151,7 +151,7 @@ class _Run:
     ) -> None:
         self.module, self.saved, self.places = module, saved, places
         self._alone = _Alone(module)
-        self._leaves, self._spec = tree_flatten(tuple(arguments))
+        self._leaves, self._spec = arguments.flattened
         self._cut = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor) and self._has_rows(leaf)]
         self.own = {name: module.get_parameter(name).detach() for name in names}
         self._constants = {
@@ -256,7 +256,9 @@ def _rows(tensor: Tensor, batch: int) -> Tensor:
 
 def _sample(tensor: Tensor) -> Tensor:
     count = min(tensor.numel(), SAMPLE)
-    return torch.take(tensor, torch.arange(count, device=tensor.device) * SPREAD % max(1, tensor.numel()))
+    if count == tensor.numel():
+        return tensor.flatten().clone()
+    return torch.take(tensor, torch.arange(count, device=tensor.device) * SPREAD % tensor.numel())
 
 
 def _check_same(module: nn.Module, saved: Remembered, place: int, output: Tensor) -> None:
