@@ -42,6 +42,14 @@ def rules_of(found: dict[str, Any]) -> str:
     return ", ".join(f"{name.removesuffix('Rule')} {count}" for name, count in found["rules"].items())
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How many are exact, and which are not."""
+    refused = [found["name"] for found in rows if "refused" in found]
+    wrong = [found["name"] for found in rows if "refused" not in found and not found["exact"]]
+    exact = len(rows) - len(refused) - len(wrong)
+    return f"{exact} exact; refused: {', '.join(refused) or 'none'}; wrong: {', '.join(wrong) or 'none'}."
+
+
 def model_table(mode: str) -> list[str]:
     """One row a model."""
     rows = read(mode)
@@ -50,6 +58,8 @@ def model_table(mode: str) -> list[str]:
     lines = [
         f"## {'Evaluation' if mode == 'eval' else 'Training'} mode: {len(rows)} models",
         "",
+        summary(rows),
+        "",
         "| family | model | parameters | rules, and tensors of each | exact | largest error | ENGM / SGD |",
         "|---|---|---:|---|---|---:|---:|",
     ]
@@ -57,7 +67,8 @@ def model_table(mode: str) -> list[str]:
         name = found["name"] + (f" ({found['options']})" if found["options"] else "")
         start = f"| {found['family']} | {name} | {found['parameters'] / 1e6:.2f} M "
         if "refused" in found:
-            lines.append(f"{start}| refused: {found['refused']} | | | |")
+            reason = found["refused"].replace("|", "\\|")
+            lines.append(f"{start}| refused: {reason} | | | |")
         else:
             ratio = found["ratio"]
             lines.append(
