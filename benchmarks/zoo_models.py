@@ -300,8 +300,8 @@ LARGE_IMAGES = {
     "inception_v4": 299,
 }
 REMARKS = {
-    "csatv2": "it does mix them: SpatialTransformerBlock multiplies q, [n, N], by k transposed, [N, n], to an attention "
-    "of the batch over itself; timm 1.0.31, timm/models/csatv2.py",
+    "csatv2": "it does mix them: SpatialTransformerBlock multiplies q, [n, N], by k transposed, [N, n], to an "
+    "attention of the batch over itself; timm 1.0.31, timm/models/csatv2.py",
 }
 
 
