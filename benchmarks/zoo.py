@@ -72,7 +72,10 @@ def check(case: Case, mode: str) -> dict[str, Any]:
         found["trace"] = traceback.format_exc().splitlines()[-3:]
         return found
     gc.collect()
-    found |= _timed(net, case)
+    try:
+        found |= _timed(net, case)
+    except RuntimeError as error:  # SGD itself: a network that keeps a part of its graph for the next pass (LeViT)
+        found["not_timed"] = str(error)
     found["seconds"] = round(time.perf_counter() - start, 1)
     return found
 
@@ -167,6 +170,14 @@ def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _shown(found: dict[str, Any]) -> str:
+    """One line."""
+    if "refused" in found:
+        return str(found["refused"])
+    times = f"{found['ratio']['ratio']:.2f} times SGD" if "ratio" in found else "not timed"
+    return f"error {found['error']:.0e}, {times}"
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,8 +203,7 @@ def main() -> None:
                 continue
             found = check(case, args.mode)
             output.save(path, {"machine": output.machine(), **found})
-            shown = found.get("refused") or f"error {found['error']:.0e}, {found['ratio']['ratio']:.2f} times SGD"
-            print(f"{case.name}: {shown}", flush=True)
+            print(f"{case.name}: {_shown(found)}", flush=True)
     else:
         for case in cases:
             if case.name in args.models:

@@ -70,10 +70,11 @@ def model_table(mode: str) -> list[str]:
             reason = found["refused"].replace("|", "\\|")
             lines.append(f"{start}| refused: {reason} | | | |")
         else:
-            ratio = found["ratio"]
+            ratio = found.get("ratio")
+            shown = f"{ratio['ratio']:.2f} ± {ratio['spread']:.2f}" if ratio else "SGD cannot repeat a step"
             lines.append(
                 f"{start}| {rules_of(found)} | {'yes' if found['exact'] else '**no**'} "
-                f"| {max(found['error'], found['worst']['error']):.0e} | {ratio['ratio']:.2f} ± {ratio['spread']:.2f} |"
+                f"| {max(found['error'], found['worst']['error']):.0e} | {shown} |"
             )
     return [*lines, ""]
 
