@@ -33,7 +33,7 @@ EXACT_IN_PARTS = 1e-6  # where the model computes parts of itself in float32 all
 TEN = (
     "resnet18",
     "resnet50",
-    "vgg11_bn",
+    "regnet_y_400mf",
     "densenet121",
     "mobilenet_v3_small",
     "convnext_tiny",
