@@ -87,8 +87,9 @@ def peer_table() -> list[str]:
     lines = [
         "## Beside others",
         "",
-        f"Plain step over SGD's, time (peak memory), evaluation mode, n = {rows[0]['batch']}; contenders take turns "
-        '(`python benchmarks/zoo.py time`). Opacus 1.6.0 `grad_sample_mode="ghost"` with noise 0.',
+        f"Plain step over SGD's, time (peak memory), n = {rows[0]['batch']}, two threads; batch norm in evaluation "
+        "mode. Contenders take turns (`python benchmarks/zoo.py time`). Opacus 1.6.0, "
+        '`grad_sample_mode="ghost"` with noise 0.',
         "",
         "| model | " + " | ".join(PEERS) + " |",
         "|---|" + "---:|" * len(PEERS),
