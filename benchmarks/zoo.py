@@ -175,6 +175,11 @@ def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def _file(case: Case) -> str:
+    """Libraries share names."""
+    return f"{case.family} {case.name}.json".replace(" ", "_")
+
+
 def _shown(found: dict[str, Any]) -> str:
     """One line."""
     if "refused" in found:
@@ -203,7 +208,7 @@ def main() -> None:
     cases = zoo_models.every()
     if args.command == "check":
         for case in cases:
-            path = args.out / args.mode / f"{case.family} {case.name}.json".replace(" ", "_")
+            path = args.out / args.mode / _file(case)
             if args.only not in f"{case.family} {case.name}" or (path.exists() and not args.again):
                 continue
             found = check(case, args.mode)
@@ -213,7 +218,7 @@ def main() -> None:
         for case in cases:
             if case.name in args.models:
                 found = beside_others(case, args.batch, args.rounds)
-                output.save(args.out / "time" / f"{case.name}.json", {"machine": output.machine(), **found})
+                output.save(args.out / "time" / _file(case), {"machine": output.machine(), **found})
                 print(json.dumps({name: step["ratio"] for name, step in found["steps"].items()}), flush=True)
 
 
