@@ -103,7 +103,8 @@ def peer_table() -> list[str]:
                 if step
                 else found["not_run"][peer].split(":")[0] + ": " + found["not_run"][peer].partition(": ")[2][:80]
             )
-        lines.append(f"| {found['family']}: {found['name']} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        shown = [f"{found['family']}: {found['name']}", *(cell.replace("|", "\\|") for cell in cells)]
+        lines.append(f"| {' | '.join(shown)} |")
     return [*lines, ""]
 
 
