@@ -75,6 +75,14 @@ LANGUAGE: dict[str, dict[str, Any]] = {
     "XLNetForSequenceClassification": {**WORDS, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
 }
 PATCHES = {**WIDE, "image_size": 64, "patch_size": 16}
+WINDOWS = {
+    "image_size": 64,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+}
 VISION: dict[str, dict[str, Any]] = {
     "BeitForImageClassification": {
         **PATCHES,
@@ -111,22 +119,8 @@ VISION: dict[str, dict[str, Any]] = {
         "num_attention_heads": [1, 2, 3, 4],
     },
     "SegformerForImageClassification": {**STAGES, "num_attention_heads": [1, 1, 2, 2]},
-    "SwinForImageClassification": {
-        "image_size": 64,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depths": [2, 2],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
-    "Swinv2ForImageClassification": {
-        "image_size": 64,
-        "patch_size": 4,
-        "embed_dim": 8,
-        "depths": [2, 2],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
+    "SwinForImageClassification": WINDOWS,
+    "Swinv2ForImageClassification": WINDOWS,
     "ViTForImageClassification": PATCHES,
 }
 
