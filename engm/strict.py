@@ -163,7 +163,8 @@ class _Search:
         watched = [p for p in wanted if structure.layouts(p) and not self._is_region(p)]
         first = Look(self.traced, self.losses, active, structure, watched)
         first.run()
-        if first.open() or self.together or not first.touched.issuperset(undecided):
+        silent = any(position not in first.touched for position in undecided if position in first.nodes)
+        if first.open() or self.together or silent:
             first.again(~active)
         mixed = []
         for number, call in enumerate(self.traced.calls):

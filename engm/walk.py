@@ -1,7 +1,7 @@
 """Walks over the modules and parameters of a network, in torch's order and under torch's names.
 
-``Module.named_modules`` and ``named_parameters`` are generators within generators, and a step needs several walks: for
-a hundred small layers that was a tenth of the step's time.
+``Module.named_modules`` and ``named_parameters`` are generators within generators, one for every level of nesting, and
+a step needs several walks.
 """
 
 from __future__ import annotations
