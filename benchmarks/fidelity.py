@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engm
+from engm.backward.collect import TermCollector
+from engm.backward.norms import calibrated_squared_norms, measure_traced
+from engm.backward.prepare import planned_losses
 from engm.exact import exact_squared_norms
-from engm.measurement import calibrated_squared_norms, measure_traced, traced_losses
 from engm.recipes.models.resnet import NormName, resnet18, small_resnet
-from engm.session import Session
 
 
 def load(name: str) -> tuple[Tensor, Tensor]:
@@ -137,11 +138,11 @@ def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.G
     parameters = [p for _, p in own.trainable_parameters()]
     x = x.clone().requires_grad_()
     losses = F.cross_entropy(own(x), y, reduction="none")
-    traced = traced_losses(own, losses)
+    traced = planned_losses(own, losses)
     judge = Judge(exact_gradients(losses, parameters))
     exact = exact_squared_norms(losses, parameters)
     fit = torch.randperm(len(y), generator=generator)[:16]
-    naive = Session(own, traced, len(y))
+    naive = TermCollector(own, traced, len(y))
     naive.run(losses, torch.ones_like(losses), frozen=False, retain_graph=True)
     frozen = measure_traced(own, traced, losses).stacked
     corrected = measure_traced(own, traced, losses, correct=True)
@@ -180,7 +181,7 @@ def judge_borrowed(
     exact = exact_squared_norms(losses, parameters)
     fit = torch.randperm(len(y), generator=generator)[:16]
     stacked, factors = calibrated_squared_norms(
-        model, traced_losses(model, losses), losses, measured, borrowed=True, count=False
+        model, planned_losses(model, losses), losses, measured, borrowed=True, count=False
     )
     return {
         "borrowed, per tensor": judge(per_tensor(measured.stacked, exact, fit)),
@@ -189,9 +190,9 @@ def judge_borrowed(
 
 
 def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
-    """Probe afresh for the own pass, as a run with one does when its factors are due."""
+    """ExactSample afresh for the own pass, as a run with one does when its factors are due."""
     losses = F.cross_entropy(model(x), y, reduction="none")
-    traced = traced_losses(model, losses)
+    traced = planned_losses(model, losses)
     model.calibration.forget()
     pass_ = measure_traced(model, traced, losses, correct=True)
     calibrated_squared_norms(model, traced, losses, pass_, borrowed=False, count=False)
@@ -212,11 +213,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         chosen = batches[step % len(batches)]
         x, y = images[chosen], labels[chosen]
         x_adv, measured = attack(model, x, y, args)
-        draws = model.calibration.probe.draws
+        draws = model.calibration.sample.draws
         losses = F.cross_entropy(model(x_adv), y, reduction="none")
         opt.backward(losses, measurement=measured)
         keep = {k: v.clone() for k, v in net.state_dict().items()}
-        if model.calibration.probe.draws > draws:  # a run with its own pass would calibrate at the same steps
+        if model.calibration.sample.draws > draws:  # a run with its own pass would calibrate at the same steps
             calibrate(own, x_adv, y)
         if step in args.at:
             record = {"step": step, "loss": losses.mean().item(), **judge_own(own, x_adv, y, generator)}

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 
 from engm.recipes.config import RunConfig
-from engm.recipes.progress import RunView
-from engm.recipes.ranks import Ranks
-from engm.recipes.report import draw
-from engm.recipes.run_folder import train
+from engm.recipes.processes import Ranks
+from engm.recipes.runs.folder import train
+from engm.recipes.runs.progress import RunView
+from engm.recipes.runs.report import draw
 
 PICTURES = Path(__file__).parent / "pictures"
 SHOWN_AT = 18  # of 25 epochs, when the display is drawn

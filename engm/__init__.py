@@ -9,14 +9,15 @@ opt.zero_grad()
 """
 
 from . import ops, reference
+from .backward.norms import Measurement
 from .build import __version__, build_info
+from .cost.tuning import CostTable, tune
 from .exact import naive_grad_norms
 from .explain import Explanation, explain
-from .measurement import Measurement, measure, per_example_grad_norms
+from .measurement import measure, per_example_grad_norms
 from .module import GradNormModule
 from .optim import AENGM, ENGM, FENGM, GNC, MSGD, NENGM, SNGM, ExampleOptimizer, StepStats, alpha_for
 from .rules import register_rule
-from .tuning import CostTable, tune
 from .verify import VerifyReport, verify
 
 __all__ = [

@@ -18,12 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from .capture import Capture
 
 # A call of the autograd engine costs tens of microseconds, a reduction waits for a bucket of 25 MB (the first: 1 MB).
 HANDED_OVER_AT_ONCE = 4 << 20
@@ -43,51 +40,20 @@ class Ranks:
     reduces: bool = True
     joining: bool = False
 
+    def estimating_group(self) -> ProcessGroup:
+        """The process group, for an estimate from the batch of all ranks.
 
-def active_ranks(shards: ProcessGroup | None = None) -> Ranks | None:
-    """Those of the ``DistributedDataParallel`` whose forward pass is running, if one is; else those of ``shards``.
-
-    Args:
-        shards: the processes that ``fully_shard`` split the network over, if it did.
-
-    Raises:
-        RuntimeError: ``DistributedDataParallel`` takes the graph to be static, and the backward pass that measures
-            would use up its one look.
-    """
-    active = DistributedDataParallel._active_ddp_module
-    if active is None:
-        return None if shards is None else Ranks(shards)
-    if active.static_graph:
-        raise RuntimeError(
-            "DistributedDataParallel(static_graph=True) would leave the gradients unreduced: it prepares for the first "
-            "backward pass it sees, and that is the one that measures norms. Leave static_graph out."
-        )
-    return Ranks(active.process_group, active.require_backward_grad_sync, active._join_config.enable)
-
-
-def ranks_of(owner: object, captures: Iterable[Capture]) -> Ranks | None:
-    """The ranks that a forward pass of ``owner`` ran among; None where it ran alone."""
-    found = (capture.ranks for capture in captures if capture.owner is owner)
-    return next((ranks for ranks in found if ranks is not None), None)
-
-
-def group_of(owner: object, captures: Iterable[Capture]) -> ProcessGroup | None:
-    """Their process group, to estimate from the batch of all of them; None where the batch lies in this process whole.
-
-    Raises:
-        RuntimeError: inside ``join()``, where not all of them would answer.
-    """
-    ranks = ranks_of(owner, captures)
-    if ranks is None:
-        return None
-    if ranks.joining:
-        raise RuntimeError(
-            "inside join() ranks that ran out of batches take part in the reduction of gradients alone, and this step "
-            "estimates from the batch of all ranks (A-ENGM's regression, alpha='auto', the calibration of batch norm). "
-            "Give every rank as many batches (DistributedSampler), or use ENGM with a fixed alpha and no batch norm in "
-            "training mode."
-        )
-    return ranks.group
+        Raises:
+            RuntimeError: the forward pass ran inside ``join()``, where not all ranks would answer.
+        """
+        if self.joining:
+            raise RuntimeError(
+                "inside join() ranks that ran out of batches take part in the reduction of gradients alone, and this "
+                "step estimates from the batch of all ranks (A-ENGM's regression, alpha='auto', the calibration of "
+                "batch norm). Give every rank as many batches (DistributedSampler), or use ENGM with a fixed alpha and "
+                "no batch norm in training mode."
+            )
+        return self.group
 
 
 def total(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:

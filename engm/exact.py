@@ -10,28 +10,33 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .rules.operators import adds_up
+from .checks import check_losses
 from .terms import accumulation_dtype, squared_rows
+from .terms.loss_scale import UNSCALED, LossScale
+from .torch_internals import adds_up
 
 BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmapped chunks beat the loop on a CPU
 CHUNK = 16  # examples backpropagated at once
 
 
-class NonFiniteError(ValueError):
-    """A loss or a gradient is infinite or NaN; nothing was changed."""
-
-
-def exact_squared_norms(losses: Tensor, parameters: Sequence[Tensor], examples: Iterable[int] | None = None) -> Tensor:
+def exact_squared_norms(
+    losses: Tensor,
+    parameters: Sequence[Tensor],
+    examples: Iterable[int] | None = None,
+    scale: LossScale = UNSCALED,
+) -> Tensor:
     """Squared norms of ``dL_i/dtheta_l`` by one backpropagation an example, in chunks of batched passes where faster.
 
     Args:
         losses: ``[n]``, with a graph; the graph is kept.
         parameters: the tensors ``theta_l``; those that the losses do not reach have norm 0.
         examples: which examples; default all.
+        scale: on the losses inside the passes.
 
     Returns:
         ``[len(parameters), number of examples]``, float64 for float64 losses, else float32.
     """
+    losses = scale.scaled(losses)
     indices = list(range(losses.shape[0]) if examples is None else examples)
     dtype = accumulation_dtype(losses)
     result = torch.zeros(len(parameters), len(indices), dtype=dtype, device=losses.device)
@@ -44,7 +49,7 @@ def exact_squared_norms(losses: Tensor, parameters: Sequence[Tensor], examples: 
             if gradient is not None:
                 result[row, done : done + len(chunk)] = squared_rows(gradient.to(dtype))
         done += len(chunk)
-    return result
+    return scale.off_squares(result)
 
 
 def _next_gradients(
@@ -100,39 +105,3 @@ def naive_grad_norms(model: nn.Module, losses: Tensor) -> Tensor:
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return exact_squared_norms(losses, parameters).sum(0).sqrt()
-
-
-def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
-    """One clear error for losses that cannot have per-example gradients.
-
-    Args:
-        losses: to be checked.
-        finite: look for losses that are not finite; None: on the CPU only, because elsewhere looking synchronises.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: not ``[n]`` with ``n >= 1``, or no graph.
-        NonFiniteError: with ``finite``, a loss is not finite.
-    """
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses must be a tensor [n] with one loss an example, got {type(losses).__name__}.")
-    if losses.dim() != 1:
-        raise ValueError(
-            f"losses must have shape [n], one loss an example, got {tuple(losses.shape)}: pass reduction='none' to the "
-            "loss function and reduce everything but the first dimension."
-        )
-    if losses.shape[0] == 0:
-        raise ValueError("losses has no example in it (shape [0]): skip empty batches.")
-    if losses.grad_fn is None:
-        raise ValueError(
-            "losses has no graph to backpropagate (computed under torch.no_grad(), detached, or from a model none of "
-            "whose parameters require grad)."
-        )
-    if finite is None:
-        finite = losses.device.type == "cpu"
-    if finite and not bool(torch.isfinite(losses.detach()).all()):
-        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
-        raise NonFiniteError(
-            f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "
-            "Skip the batch, lower the learning rate, or pass check=False to get NaN weights for them instead."
-        )

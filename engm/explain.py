@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from .cost_table import describe, device_text
-from .graph import trace
-from .layout import layouts_of
-from .module import GradNormModule, capture_plan
+from .capture.layers import untouched
+from .cost.table import describe, device_text
+from .graph.planning import make_plan
+from .graph.trace import trace
+from .module import GradNormModule, layers_to_capture
 from .rules import Rule
-from .rules.operators import operator_name
-from .strict import make_plan
+from .terms.layout import layouts_of
+from .torch_internals import operator_name, tree_leaves
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerCost:
     """One call of one layer, or a parameter that is used outside of such calls.
 
     Attributes:
@@ -57,12 +55,12 @@ class Explanation:
     """The plan for a network; prints as a table.
 
     Attributes:
-        layers: one :class:`LayerPlan` a call, in the order of the forward pass.
+        layers: one :class:`LayerCost` a call, in the order of the forward pass.
         batch_norm: what norms mean where batch norms couple the examples.
         cost_table: what the forms are chosen by: ``"built-in"`` or a file of :func:`engm.tune`, and the device.
     """
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerCost, ...]
     batch_norm: str
     cost_table: str = "built-in (cpu)"
 
@@ -137,11 +135,11 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain expects a torch.nn.Module, got {type(model).__name__}.")
     net = model.unwrap() if isinstance(model, GradNormModule) else model
-    plans: list[LayerPlan] = []
+    plans: list[LayerCost] = []
     handles = []
     devices: set[str] = set()
     try:
-        for name, module, rule in capture_plan(net):
+        for name, module, rule in layers_to_capture(net):
 
             def record(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, rule: Rule = rule
@@ -163,7 +161,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     return Explanation(tuple(plans), batch_norm, describe(devices))
 
 
-def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
+def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
     """The parameters that enter outside of layer calls, and those that are not reached because of some problem."""
     inputs = [value for value in tree_leaves(x) if isinstance(value, Tensor) and value.dim()]
     found = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.grad_fn is not None and inputs]
@@ -174,14 +172,14 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
     if not rows:
         return []
     losses = torch.stack([o.reshape(-1, n, o[0].numel()).sum((0, 2)) for o in rows]).sum(0)
-    traced = trace(losses, model.trainable_parameters())
+    traced = trace(losses, model, model.trainable_parameters())
     names = {id(parameter): name for name, parameter in traced.trained}
     try:
         plan, _ = make_plan(model, traced, losses)
     except RuntimeError as error:
-        return [LayerPlan("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
+        return [LayerCost("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
     plans = [
-        LayerPlan(call.name, type(call.module).__name__, "module run again", "sum")
+        LayerCost(call.name, type(call.module).__name__, "module run again", "sum")
         for call, layout in zip(traced.calls, plan.layouts, strict=True)
         if call.rule.generic and layout is not None
     ]
@@ -190,18 +188,18 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerPlan]:
         rule = "operator" if entry.ruled else "operator, once an example"
         for source in entry.sources:
             form = "sum" if source.rearranged else "pulled back"
-            plans.append(LayerPlan(names[source.parameter], kind, rule, form))
+            plans.append(LayerCost(names[source.parameter], kind, rule, form))
     return plans
 
 
-def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerPlan:
+def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerCost:
     kind = type(module).__name__
     taken = [value for value in tree_leaves(rule.activations(args, kwargs)) if isinstance(value, Tensor)]
     given = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
     if not taken or not given or not (rule.whole_call or isinstance(output, Tensor)):
-        return LayerPlan(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")
+        return LayerCost(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")
     cost = rule.cost(module, tuple(taken[0].shape), tuple(given[0].shape), given[0].device, given[0].dtype)
-    return LayerPlan(
+    return LayerCost(
         name,
         kind,
         type(rule).__name__,
@@ -212,17 +210,3 @@ def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, outp
         cost.bytes,
         rule.couples(module),
     )
-
-
-@contextmanager
-def untouched(net: nn.Module) -> Iterator[None]:
-    """Restores the network's buffers and the random state when the context ends."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in net.buffers()]
-    devices = sorted({p.device.index for p in net.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)

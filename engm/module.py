@@ -15,33 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .calibration import Calibration
-from .capture import Capture
-from .compiled import capturing, in_use, not_capturing, traceable
-from .distributed import active_ranks
-from .plan import Plan
+from .batch_norm.calibration import Calibration
+from .capture.calls import Capture
+from .capture.compiled import capturing, not_capturing, traceable
+from .capture.hooks import hooked
+from .capture.layers import named_modules, trained_parameters
+from .capture.ranks import active_ranks
+from .capture.sharded import ORDER, noting_leaves, shards_of
+from .graph.plan import PlanCache
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
-from .sharding import ORDER, noting_leaves, shards_of
-from .walk import named_modules, trained_parameters
+from .torch_internals import (
+    CALL_OF_A_MODULE,
+    STATE_OF_A_MODULE,
+    dynamo_in_use,
+    is_transformed,
+    never_compiled,
+    original_of_compiled,
+    trained_of,
+    untracked_alias,
+)
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 _OWN = frozenset(
     [
         *("batch_norm", "strict", "views", "calibration", "plans", "input_grads_wanted", "_net"),
         *("shard_group", "_leaves", "_compiled_net"),
-        *("forward", "_is_full_backward_hook", "_compiled_call_impl"),  # what a call of this very module runs
+        *CALL_OF_A_MODULE,
     ]
-)
-_SHARED = (  # with the network, so that all of torch sees and changes the same
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_non_persistent_buffers_set",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
 )
 
 
@@ -110,16 +111,16 @@ class GradNormModule(nn.Module):
                 "batch_norm='exact' backpropagates once an example, and under fully_shard every process would have to "
                 "do so equally often. Leave it at 'calibrated'."
             )
-        capture_plan(net)
+        layers_to_capture(net)
         super().__init__()
         object.__setattr__(self, "_net", net)
-        for name in _SHARED:
+        for name in STATE_OF_A_MODULE:
             object.__setattr__(self, name, net.__dict__[name])
         self.batch_norm = batch_norm
         self.strict = strict
         self.views = views
         self.calibration = Calibration(calibrate_every, calibrate_examples)
-        self.plans: dict[Any, Plan] = {}
+        self.plans = PlanCache()
         self.input_grads_wanted = False
         self.shard_group = shard_group
         self._leaves: dict[str, nn.Parameter] = {}
@@ -136,12 +137,12 @@ class GradNormModule(nn.Module):
         quiet = _QUIET.depth[id(self)] or not torch.is_grad_enabled() or torch.compiler.is_exporting()
         if torch.compiler.is_compiling():
             return self._net(*args, **kwargs) if quiet else self._captured_uncompiled(args, kwargs)
-        if quiet or _transformed():
+        if quiet or is_transformed():
             with not_capturing():
                 return self._network()(*args, **kwargs)
         return self._captured(args, kwargs)
 
-    @torch._disable_dynamo
+    @never_compiled
     def _captured_uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A captured call from inside a region that is compiled around the wrapper."""
         warnings.warn(
@@ -159,9 +160,9 @@ class GradNormModule(nn.Module):
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
         noting = noting_leaves(self._net, self.shard_group, self._leaves)
-        plan = capture_plan(self._net)
-        hooked = capture.hooked(plan, traceable if in_use() else None)
-        with capturing(capture, plan), hooked, self.paused(), noting:
+        layers = layers_to_capture(self._net)
+        hooks = hooked(capture, layers, traceable if dynamo_in_use() else None)
+        with capturing(capture, layers), hooks, self.paused(), noting:
             outputs = self._network()(*args, **kwargs)
         capture.mark(outputs)
         return outputs
@@ -264,25 +265,25 @@ class GradNormModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans know modules and parameters by id; and as everywhere in torch a copy is not compiled.
-        return {**super().__getstate__(), "plans": {}, "_compiled_net": None}
+        return {**super().__getstate__(), "plans": PlanCache(), "_compiled_net": None}
 
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, views={self.views}): {self._net!r}"
 
 
-def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
+def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
     """``(name, module, rule)`` of the modules whose calls matter: trained parameters, or batch statistics.
 
     Raises:
         TypeError: a module is wrapped by itself.
         ValueError: a trained parameter is complex.
     """
-    plan = []
+    layers = []
     for name, module in named_modules(net):
         if isinstance(module, GradNormModule):
             raise TypeError(f"module '{name}' is wrapped in a GradNormModule already; .unwrap() that one.")
-        own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-        if any(p.is_complex() for p in own):
+        own = trained_of(module)
+        if any(p.is_complex() for p in own.values()):
             raise ValueError(
                 f"layer '{name}' ({type(module).__name__}) has complex parameters, whose gradients the rules do not "
                 "know. Keep real and imaginary parts as parameters, or freeze it with .requires_grad_(False)."
@@ -291,13 +292,8 @@ def capture_plan(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
         if isinstance(rule, str):
             rule = GENERIC  # used where its parameters cannot be told from the graph
         if own or rule.couples(module) or rule.always:
-            plan.append((name, module, rule))
-    return plan
-
-
-def _transformed() -> bool:
-    """Whether a call is of a ``torch.func`` transform, or is traced."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+            layers.append((name, module, rule))
+    return layers
 
 
 def _with_leaf(value: Any, capture: Capture) -> Any:
@@ -309,4 +305,23 @@ def _with_leaf(value: Any, capture: Capture) -> Any:
         return value
     leaf = value.detach().requires_grad_()
     capture.inputs.append((weakref.ref(value), leaf))
-    return torch.ops.aten._unsafe_view(leaf, leaf.shape)
+    return untracked_alias(leaf)
+
+
+def as_wrapped(model: nn.Module) -> GradNormModule:
+    """The wrapper behind ``model`` (itself, or inside ``DistributedDataParallel`` or ``torch.compile``).
+
+    Raises:
+        TypeError: nobody wrapped it.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    inside = original_of_compiled(model)
+    if isinstance(inside, GradNormModule):
+        model = inside
+    if not isinstance(model, GradNormModule):
+        raise TypeError(
+            f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}: wrap it, and compute "
+            "the losses with the wrapped model."
+        )
+    return model

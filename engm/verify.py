@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .exact import check_losses, exact_squared_norms
-from .explain import untouched
-from .graph import Trace
-from .measurement import as_wrapped, calibrated_squared_norms, measure_traced, traced_losses
-from .module import GradNormModule
-from .passes import frozen_statistics
-from .rules.operators import operator_name
+from .backward.norms import calibrated_squared_norms, lent_mode, mapped_norms, measure_graph, own_mode
+from .backward.prepare import planned_losses
+from .capture.layers import untouched
+from .checks import check_losses
+from .exact import exact_squared_norms
+from .graph.plan import PlanCache, PlannedGraph
+from .module import GradNormModule, as_wrapped
+from .torch_internals import node_outputs, operator_name
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 SMALL_LAYER = 1e-2  # a layer's error is measured against no less than this share of the example's whole norm
@@ -103,11 +104,11 @@ def verify(
     """
     wrapped = as_wrapped(model)
     calibration = wrapped.calibration.state_dict()
-    plans = dict(wrapped.plans)
+    plans = PlanCache(wrapped.plans)
     try:
         with untouched(wrapped.unwrap()), torch.enable_grad():
             losses = _losses(wrapped, loss_fn, batch)
-            report = _compare(wrapped, traced_losses(wrapped, losses, check=True), losses)
+            report = _compare(wrapped, planned_losses(wrapped, losses, check=True), losses)
     finally:
         wrapped.calibration.load_state_dict(calibration)
         wrapped.plans = plans
@@ -146,19 +147,17 @@ def _positional(function: Callable[..., Any]) -> int | None:
     return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
 
 
-def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyReport:
-    names, parameters = zip(*model.trainable_parameters(), strict=True)
-    exact_mode = model.batch_norm == "exact"
-    raw = measure_traced(model, traced, losses).require_stacked()
-    frozen = traced.couples and not exact_mode
+def _compare(model: GradNormModule, graph: PlannedGraph, losses: Tensor) -> VerifyReport:
+    names, parameters = graph.names, graph.parameters
+    mode = lent_mode(model, graph)
+    raw = measure_graph(graph, losses, mode).require_stacked()
     calibrated_error = None
-    if frozen:
-        with frozen_statistics(traced, traced.require_plan().couplings):
+    if mode == "frozen":
+        with graph.frozen_statistics():
             oracle = exact_squared_norms(losses, parameters)
         exact = exact_squared_norms(losses, parameters).sum(0).sqrt()
-        measurement = measure_traced(model, traced, losses, correct=model.batch_norm == "calibrated")
-        stacked, factors = calibrated_squared_norms(model, traced, losses, measurement, borrowed=False, count=False)
-        mapped = (stacked if factors is None else stacked * factors.unsqueeze(1)).sum(0).sqrt()
+        measurement = measure_graph(graph, losses, own_mode(model, graph))
+        mapped = mapped_norms(*calibrated_squared_norms(model, graph, losses, measurement, borrowed=False, count=False))
         calibrated_error = float(((mapped - exact).abs() / exact.clamp_min(torch.finfo(exact.dtype).tiny)).mean())
     else:
         oracle = exact_squared_norms(losses, parameters)
@@ -166,7 +165,7 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     floor = (SMALL_LAYER * whole).clamp_min(torch.finfo(whole.dtype).tiny)
     layer_errors = (raw.sqrt() - oracle.sqrt()).abs() / torch.maximum(oracle.sqrt(), floor)
     errors = layer_errors.nan_to_num(nan=torch.inf).amax(1).tolist()
-    rules = _rules(traced, by_definition=exact_mode and traced.couples)
+    rules = _rules(graph, by_definition=mode == "exact")
     layers = tuple(
         LayerError(name, rules.get(id(p), "not reached"), error)
         for name, p, error in zip(names, parameters, errors, strict=True)
@@ -174,26 +173,26 @@ def _compare(model: GradNormModule, traced: Trace, losses: Tensor) -> VerifyRepo
     total = ((raw.sum(0).sqrt() - whole).abs() / whole.clamp_min(torch.finfo(whole.dtype).tiny)).nan_to_num(
         nan=torch.inf
     )
-    return VerifyReport(layers, float(total.max()), _tolerance(parameters, traced), traced.couples, calibrated_error)
+    return VerifyReport(layers, float(total.max()), _tolerance(graph), graph.couples, calibrated_error)
 
 
-def _tolerance(parameters: Sequence[Tensor], traced: Trace) -> float:
-    """That of the narrowest type among parameters and results; autocast and mixed models have several."""
-    dtypes = {parameter.dtype for parameter in parameters}
-    dtypes.update(output.dtype for node in traced.order for output in node._input_metadata)
+def _tolerance(graph: PlannedGraph) -> float:
+    """The tolerance of the narrowest type among parameters and results; autocast and mixed models have several."""
+    dtypes = {parameter.dtype for parameter in graph.parameters}
+    dtypes.update(output.dtype for node in graph.trace.order for output in node_outputs(node))
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
-def _rules(traced: Trace, *, by_definition: bool) -> dict[int, str]:
+def _rules(graph: PlannedGraph, *, by_definition: bool) -> dict[int, str]:
     """By id of a parameter, the rule of the layer that used it, or the operator by which it enters."""
-    plan = traced.require_plan()
+    plan = graph.plan
     found: dict[int, str] = {}
-    for call, layout in zip(traced.calls, plan.layouts, strict=True):
+    for call, layout in zip(graph.trace.calls, plan.layouts, strict=True):
         if layout is not None:
             name = "by definition" if by_definition else type(call.rule).__name__
             found.update((id(parameter), name) for parameter in call.parameters.values())
     for entry in plan.entries:
-        operator = operator_name(traced.order[entry.position])
+        operator = operator_name(graph.trace.order[entry.position])
         for source in entry.sources:
             found.setdefault(source.parameter, "by definition" if by_definition else f"operator {operator}")
     return found

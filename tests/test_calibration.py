@@ -6,9 +6,10 @@ from oracle import random_losses, relative, tensor, trained
 from torch import nn
 
 import engm
-from engm.calibration import Calibration, DeviceFlag, Probe
+from engm.backward.norms import calibrated_squared_norms, measure_graph
+from engm.backward.prepare import planned_losses
+from engm.batch_norm.calibration import Calibration, DeviceFlag, ExactSample, FactorKey
 from engm.exact import exact_squared_norms
-from engm.measurement import calibrated_squared_norms, measure_traced, traced_losses
 
 NAMED = [("a", nn.Parameter(tensor(3))), ("b", nn.Parameter(tensor(2)))]
 
@@ -22,15 +23,15 @@ def independent_losses(n=8):
 def counted(calibration):
     """Count probes."""
     draws = []
-    original = calibration.probe.draw
-    calibration.probe.draw = lambda *args: draws.append(1) or original(*args)
+    original = calibration.sample.draw
+    calibration.sample.draw = lambda *args: draws.append(1) or original(*args)
     return draws
 
 
 def test_factor_is_the_ratio_of_sums_in_which_every_example_counts_alike():
     losses = independent_losses()
     measured = torch.stack([2.0 * torch.arange(8.0).double(), torch.zeros(8).double()])
-    factors = Calibration(50, 8).factors("m", measured, losses, NAMED, count=True)
+    factors = Calibration(50, 8).factors(FactorKey("m", False), measured, losses, NAMED, count=True)
     exact = 3 * torch.arange(8).double().square()  # of the first example: 0, which leaves it out
     assert relative(factors[0], 7 / (measured[0] / exact)[1:].sum()) <= 1e-12
 
@@ -38,21 +39,25 @@ def test_factor_is_the_ratio_of_sums_in_which_every_example_counts_alike():
 def test_zero_against_something_gives_0_and_zero_against_zero_gives_1():
     losses = independent_losses()
     measured = torch.ones(2, 8).double()
-    assert Calibration(50, 4).factors("m", measured, losses, NAMED, count=True)[1] == 0
+    assert Calibration(50, 4).factors(FactorKey("m", False), measured, losses, NAMED, count=True)[1] == 0
     measured[1] = 0
-    assert Calibration(50, 4).factors("m", measured, losses, NAMED, count=True)[1] == 1
+    assert Calibration(50, 4).factors(FactorKey("m", False), measured, losses, NAMED, count=True)[1] == 1
 
 
 def test_factors_that_are_not_finite_fall_back_on_the_old():
     losses = independent_losses()
     calibration = Calibration(1, 8)
-    good = calibration.factors("m", torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
+    good = calibration.factors(FactorKey("m", False), torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
     calibration.advance()
-    bad = calibration.factors("m", torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True)
+    bad = calibration.factors(
+        FactorKey("m", False), torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True
+    )
     assert torch.equal(good, bad)
-    again = calibration.factors("m", torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
+    again = calibration.factors(FactorKey("m", False), torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
     assert relative(2 * again[0], good[0]) <= 1e-12, "and tries again at once"
-    first = Calibration(1, 8).factors("m", torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True)
+    first = Calibration(1, 8).factors(
+        FactorKey("m", False), torch.full((2, 8), float("nan")).double(), losses, NAMED, count=True
+    )
     assert bool((first == 1).all())
 
 
@@ -64,7 +69,7 @@ def test_probed_every_few_training_steps(every):
     when = []
     for _step in range(7):
         before = len(draws)
-        calibration.factors("m", measured, losses, NAMED, count=True)
+        calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True)
         calibration.advance()
         when.append(len(draws) > before)
     assert when == [step % every == 0 for step in range(7)]
@@ -75,13 +80,13 @@ def test_calls_that_do_not_count_leave_the_clock_alone():
     draws = counted(calibration)
     losses, measured = independent_losses(), torch.ones(2, 8).double()
     for _ in range(5):
-        calibration.factors("m", measured, losses, NAMED, count=False)
+        calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False)
     assert len(draws) == 1, "on first use, if need be"
     for _ in range(3):
         calibration.advance()
-    calibration.factors("m", measured, losses, NAMED, count=False)
+    calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False)
     assert len(draws) == 1, "any factors will do"
-    calibration.factors("m", measured, losses, NAMED, count=True)
+    calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True)
     assert len(draws) == 2, "three steps old, and two are the limit"
 
 
@@ -91,7 +96,7 @@ def test_steps_without_norms_age_the_factors_too():
     losses, measured = independent_losses(), torch.ones(2, 8).double()
     for step in range(10):
         if step % 2 == 0:
-            calibration.factors("m", measured, losses, NAMED, count=True)
+            calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True)
         calibration.advance()
     assert len(draws) == 3, "at steps 0, 4 and 8"
 
@@ -99,19 +104,21 @@ def test_steps_without_norms_age_the_factors_too():
 def test_fresh_factors_are_taken_whole():
     calibration = Calibration(1, 8)
     losses = independent_losses()
-    first = calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    first = calibration.factors(FactorKey("m", False), torch.ones(2, 8).double(), losses, NAMED, count=True)
     calibration.advance()
-    second = calibration.factors("m", torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
+    second = calibration.factors(FactorKey("m", False), torch.full((2, 8), 4.0).double(), losses, NAMED, count=True)
     assert relative(second[0], first[0] / 4) <= 1e-12
 
 
 def test_each_mode_has_its_own():
     calibration = Calibration(50, 8)
     losses = independent_losses()
-    one = calibration.factors("one", torch.ones(2, 8).double(), losses, NAMED, count=True)
-    two = calibration.factors("two", torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
+    one = calibration.factors(FactorKey("one", False), torch.ones(2, 8).double(), losses, NAMED, count=True)
+    two = calibration.factors(FactorKey("two", False), torch.full((2, 8), 2.0).double(), losses, NAMED, count=True)
     assert relative(one[0], 2 * two[0]) <= 1e-12
-    assert torch.equal(calibration.factors("one", torch.ones(2, 8).double(), losses, NAMED, count=True), one)
+    assert torch.equal(
+        calibration.factors(FactorKey("one", False), torch.ones(2, 8).double(), losses, NAMED, count=True), one
+    )
 
 
 def test_other_parameters_are_probed_afresh():
@@ -119,8 +126,10 @@ def test_other_parameters_are_probed_afresh():
     calibration = Calibration(50, 8)
     draws = counted(calibration)
     losses = independent_losses()
-    calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
-    assert calibration.factors("m", torch.ones(1, 8).double(), losses, NAMED[:1], count=True).shape == (1,)
+    calibration.factors(FactorKey("m", False), torch.ones(2, 8).double(), losses, NAMED, count=True)
+    assert calibration.factors(
+        FactorKey("m", False), torch.ones(1, 8).double(), losses, NAMED[:1], count=True
+    ).shape == (1,)
     assert len(draws) == 2
 
 
@@ -129,23 +138,23 @@ def test_draws_depend_on_seed_and_number_alone():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     parameters = [parameter for _, parameter in NAMED]
-    first = [Probe(16).draw(losses, parameters)[0] for _ in range(2)]
+    first = [ExactSample(16).draw(losses, parameters)[0] for _ in range(2)]
     assert torch.equal(first[0], first[1])
     assert torch.equal(torch.get_rng_state(), state), "the user's random numbers are not touched"
-    probe = Probe(16)
+    probe = ExactSample(16)
     a, b = (probe.draw(losses, parameters)[0] for _ in range(2))
     assert not torch.equal(a, b)
     assert a.shape == (16,)
     assert len(set(a.tolist())) == 16
-    assert not torch.equal(Probe(16, seed=1).draw(losses, parameters)[0], a)
-    assert Probe(16).draw(independent_losses(5), parameters)[0].tolist() == [0, 1, 2, 3, 4]
+    assert not torch.equal(ExactSample(16, seed=1).draw(losses, parameters)[0], a)
+    assert ExactSample(16).draw(independent_losses(5), parameters)[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_state_dict_resumes():
     losses, measured = independent_losses(40), torch.rand(2, 40).double()
     ours = Calibration(3, 4)
     for _ in range(4):
-        ours.factors("m", measured, losses, NAMED, count=True)
+        ours.factors(FactorKey("m", False), measured, losses, NAMED, count=True)
         ours.advance()
     other = Calibration(3, 4)
     other.load_state_dict(ours.state_dict())
@@ -153,20 +162,20 @@ def test_state_dict_resumes():
         ours.advance()
         other.advance()
         measured = measured * 1.1
-        expected = ours.factors("m", measured, losses, NAMED, count=True)
-        assert torch.equal(other.factors("m", measured, losses, NAMED, count=True), expected)
-    assert other.probe.draws == ours.probe.draws
+        expected = ours.factors(FactorKey("m", False), measured, losses, NAMED, count=True)
+        assert torch.equal(other.factors(FactorKey("m", False), measured, losses, NAMED, count=True), expected)
+    assert other.sample.draws == ours.sample.draws
 
 
 def test_state_is_a_copy():
     calibration = Calibration(1, 8)
     losses = independent_losses()
-    calibration.factors("m", torch.ones(2, 8).double(), losses, NAMED, count=True)
+    calibration.factors(FactorKey("m", False), torch.ones(2, 8).double(), losses, NAMED, count=True)
     kept = calibration.state_dict()
-    before = kept["factors"]["m"]["values"].clone()
+    before = kept["factors"][0]["values"].clone()
     calibration.advance()
-    calibration.factors("m", torch.full((2, 8), 5.0).double(), losses, NAMED, count=True)
-    assert torch.equal(kept["factors"]["m"]["values"], before)
+    calibration.factors(FactorKey("m", False), torch.full((2, 8), 5.0).double(), losses, NAMED, count=True)
+    assert torch.equal(kept["factors"][0]["values"], before)
 
 
 class TestOnANetwork:
@@ -185,8 +194,8 @@ class TestOnANetwork:
     def parts(self, n=32, **options):
         model = engm.GradNormModule(self.net, **options)
         losses = random_losses(model(tensor(n, 3, 8, 8)))
-        traced = traced_losses(model, losses)
-        return model, losses, traced, measure_traced(model, traced, losses, correct=True)
+        graph = planned_losses(model, losses)
+        return model, losses, graph, measure_graph(graph, losses, "corrected")
 
     def test_calibrated_tensors_have_the_exact_mean_share_over_the_probe(self):
         model, losses, traced, measured = self.parts(n=16)
@@ -211,13 +220,13 @@ class TestOnANetwork:
     def test_only_where_it_is_asked_for(self, batch_norm):
         model, losses, *_ = self.parts(batch_norm=batch_norm)
         engm.per_example_grad_norms(model, losses)
-        assert model.calibration.probe.draws == 0
+        assert model.calibration.sample.draws == 0
 
     def test_not_in_evaluation_mode(self):
         model = engm.GradNormModule(self.net.eval())
         try:
             engm.per_example_grad_norms(model, random_losses(model(tensor(4, 3, 8, 8))))
-            assert model.calibration.probe.draws == 0
+            assert model.calibration.sample.draws == 0
         finally:
             self.net.train()
 
@@ -225,7 +234,7 @@ class TestOnANetwork:
         model, losses, *_ = self.parts()
         before = int(self.net[1].num_batches_tracked)
         engm.per_example_grad_norms(model, losses)
-        assert model.calibration.probe.draws == 1
+        assert model.calibration.sample.draws == 1
         assert int(self.net[1].num_batches_tracked) == before
 
 
@@ -235,9 +244,9 @@ def test_a_young_network_is_probed_more_often():
     when = []
     for step in range(150):
         losses = parameters[0][1].sum() * torch.arange(1.0, 5.0)
-        before = calibration.probe.draws
-        calibration.factors("frozen", torch.ones(1, 4), losses, parameters, count=True)
-        when += [step] * (calibration.probe.draws - before)
+        before = calibration.sample.draws
+        calibration.factors(FactorKey("frozen", False), torch.ones(1, 4), losses, parameters, count=True)
+        when += [step] * (calibration.sample.draws - before)
         calibration.advance()
     assert when == [0, 6, 18, 42, 90, 140]
 
@@ -251,12 +260,16 @@ def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shar
         "m, all ranks": {"names": names, "values": torch.full((2,), 2.0).double(), "taken": shared, "good_for": 50},
     }
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
-    assert bool((calibration.factors("m", measured, losses, NAMED, count=False) == expected).all())
-    assert bool((calibration.factors("m", measured, losses, NAMED, count=True) == 1).all()), "a step without DDP"
+    assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == expected).all())
+    assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True) == 1).all()), (
+        "a step without DDP"
+    )
     factors["m, all ranks"]["names"] = ["b", "a"]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
-    assert bool((calibration.factors("m", measured, losses, NAMED, count=False) == 1).all()), "of other parameters"
-    assert calibration.probe.draws == calibration.shared_probe.draws == 1
+    assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == 1).all()), (
+        "of other parameters"
+    )
+    assert calibration.sample.draws == calibration.shared_sample.draws == 1
 
 
 class TestFlagOfADevice:

@@ -13,7 +13,10 @@ from oracle import assert_measured, check, random_losses, relative, tensor, trut
 from torch import nn
 
 import engm
-from engm.graph import trace
+from engm.capture.calls import Capture
+from engm.capture.hooks import _call_hook
+from engm.graph.trace import trace
+from engm.rules import find_rule
 
 
 def test_the_network_of_these_tests():
@@ -194,7 +197,7 @@ def test_threads_capture_their_own_calls_only():
 def test_hook_that_another_thread_took_off_meanwhile():
     """Torch then calls a hook registered with kwargs without them; in a thread that is not its own it must not mind."""
     _, model = net_and_model()
-    record = engm.capture.Capture(model)._hook("conv", engm.rules.find_rule(nn.Linear(2, 2)), thread=-1)
+    record = _call_hook(Capture(model), "conv", find_rule(nn.Linear(2, 2)), thread=-1)
     assert record(nn.Linear(2, 2), (), torch.zeros(1)) is None
 
 

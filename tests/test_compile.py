@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import engm
-from engm.compiled import CompiledCall, segment_of
-from engm.graph import trace
+from engm.capture.compiled import CompiledCall, segment_of
+from engm.graph.trace import trace
 
 BACKEND = "aot_eager"
 
@@ -451,7 +451,7 @@ def test_a_call_that_was_never_noted():
     losses = random_losses(model(tensor(5, 6)))
     (token,) = trace(losses).tokens.values()
     never = torch.ops.engm.note_call(losses.detach(), losses.detach(), token.detach(), torch.zeros_like(token), "0")
-    segment_of(token).recording.capture.session = object()
+    segment_of(token).recording.capture.collector = object()
     with pytest.raises(RuntimeError, match="layer '0' was run again"):
         torch.ops.engm.hand_backprops(losses.detach(), losses.detach(), token.detach(), never, "0")
 

@@ -12,14 +12,15 @@ from oracle import assert_measured, random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
-from engm.measurement import measure_traced, traced_losses
+from engm.backward.norms import measure_graph
+from engm.backward.prepare import planned_losses
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def corrected(model, losses, *, correct=True):
-    return measure_traced(model, traced_losses(model, losses), losses, correct=correct)
+    return measure_graph(planned_losses(model, losses), losses, "corrected" if correct else "frozen")
 
 
 def check_corrected(net, x):

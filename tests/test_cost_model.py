@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import engm
-from engm import _C, ops, tuning
+from engm import _C, ops
+from engm.cost import tuning
 
 PRECISIONS = ["tf32", "float32", "bfloat16", "float16", "float64"]
 

@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_same, batch, example_gradients, losses_of, network, sgd
 
 import engm
-from engm.distributed import Ranks, gathered, group_of
-from engm.measurement import measure_traced, traced_losses
+from engm.backward.norms import measure_graph, own_mode
+from engm.backward.prepare import planned_losses
+from engm.batch_norm.calibration import FactorKey
+from engm.distributed import Ranks, gathered
 from engm.optim.aengm import fit_line
 
 N, RANKS, STEPS = 8, 2, 4
@@ -70,13 +72,13 @@ def calibrated(rank, *, borrowed):
     )
     wrapped = model.module
     opt = engm.ENGM(model, sgd(model), 5.0)
-    drawn, draw = [], wrapped.calibration.shared_probe.draw
+    drawn, draw = [], wrapped.calibration.shared_sample.draw
 
     def noted(*args):
         drawn.append(draw(*args))
         return drawn[-1]
 
-    wrapped.calibration.shared_probe.draw = noted
+    wrapped.calibration.shared_sample.draw = noted
     found = []
     for step in range(STEPS):
         x, y = (t[rows_of(rank, "uneven")] for t in batch(N, seed=step))
@@ -87,12 +89,14 @@ def calibrated(rank, *, borrowed):
             wrapped.train()
         losses = losses_of(model, x, y)
         exact = torch.stack([torch.stack([g.square().sum() for g in row]) for row in example_gradients(model, losses)])
-        own = measurement or measure_traced(wrapped, traced_losses(wrapped, losses), losses, correct=True)
+        graph = planned_losses(wrapped, losses)
+        own = measurement or measure_graph(graph, losses, own_mode(wrapped, graph))
         before = len(drawn)
         opt.zero_grad()
         opt.reweight(losses, measurement=measurement).mean().backward()
         opt.step()
-        (mode, entry), *others = wrapped.calibration.state_dict()["factors"].items()
+        entry, *others = wrapped.calibration.state_dict()["factors"]
+        mode = tuple(entry[key] for key in FactorKey._fields)
         entry = {"mode": mode, "others": len(others), "factors": entry["values"], "norms": opt.stats.norms}
         entry["squared_norms"] = own.stacked
         entry["waits"] = all(known.sound._wait for known in wrapped.calibration._factors.values())
@@ -129,9 +133,10 @@ def looking(rank, *, look, resume=False):
             model.module.load_state_dict(saved[0][0])
             opt.load_state_dict(saved[0][1])
     calibration = opt.state_dict()["engm"]["calibration"]
-    key = "corrected, own pass, all ranks"
+    key = FactorKey("corrected", borrowed=False, all_ranks=True)
+    (factors,) = (entry for entry in calibration["factors"] if all(entry[k] == v for k, v in key._asdict().items()))
     found.update(parameters=[p.detach() for p in model.parameters()], gamma=opt.gamma)
-    return {**found, "shared": [calibration["shared_draws"], calibration["steps"], calibration["factors"][key]]}
+    return {**found, "shared": [calibration["shared_draws"], calibration["steps"], factors]}
 
 
 def broken(rank):
@@ -280,7 +285,7 @@ class TestCalibration:
         for one, other in zip(*(rank["calibrated"][way] for rank in ranks), strict=True):
             assert_same(one["factors"], other["factors"])
             assert one["mode"] == other["mode"]
-            assert one["mode"].endswith("pass, all ranks" if way == "own" else "borrowed, all ranks")
+            assert one["mode"][1:] == (way != "own", True), "borrowed or not, and of all ranks"
             assert one["others"] == other["others"] == 0
             assert one["waits"], "when factors are due must not depend on a device's pace"
 
@@ -317,14 +322,13 @@ class TestOneRankAlone:
 
 def test_a_batch_that_is_not_finite_on_one_rank_is_so_on_all(ranks):
     before, bad, after = zip(*(rank["broken"] for rank in ranks), strict=True)
-    (mode,) = before[0]["calibration"]["factors"]
     for one, two, three in zip(before, bad, after, strict=True):
         assert_same(two["gamma"], one["gamma"])
         assert [int(state["failed_fits"]) for state in (one, two, three)] == [0, 1, 1]
         assert [int(state["fits"]) for state in (one, two, three)] == [1, 1, 2]
-        lifetimes = [state["calibration"]["factors"][mode]["good_for"] for state in (one, two, three)]
+        lifetimes = [state["calibration"]["factors"][0]["good_for"] for state in (one, two, three)]
         assert lifetimes == [8, 0, 8], "it could not be taken, and was taken at the next step"
-        assert bool((two["calibration"]["factors"][mode]["values"] == 1).all())
+        assert bool((two["calibration"]["factors"][0]["values"] == 1).all())
     assert_same(after[0]["gamma"], after[1]["gamma"])
     assert_same(after[0]["calibration"], after[1]["calibration"])
 
@@ -332,14 +336,14 @@ def test_a_batch_that_is_not_finite_on_one_rank_is_so_on_all(ranks):
 def test_a_group_is_of_the_models_own_forward_passes():
     model, other = (engm.GradNormModule(network("group")) for _ in range(2))
     x, y = batch(4)
-    traced = traced_losses(model, losses_of(model, x, y) + losses_of(other, x, y))
-    captures = traced.captures()
+    traced = planned_losses(model, losses_of(model, x, y) + losses_of(other, x, y)).trace
+    captures = traced.captures
     for capture in captures:
         capture.ranks = Ranks("own" if capture.owner is model else "other's")
-    assert group_of(model, captures) == "own"
+    assert traced.ranks.group == "own"
     for capture in captures:
         capture.ranks = None if capture.owner is model else Ranks("other's")
-    assert group_of(model, captures) is None
+    assert traced.ranks is None
 
 
 def test_wrapping_the_other_way_round_is_refused():

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_same, batch, grads, losses_of, network, sgd
 
 import engm
-from engm.optim import problem
+from engm.optim import batch as problem
 
 N, PROCESSES, STEPS = 12, 4, 2
 SIZES = {2: {"even": (6, 6), "uneven": (9, 3)}, 3: {"even": (4, 4, 4), "uneven": (1, 8, 3)}}

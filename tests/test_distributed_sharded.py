@@ -17,7 +17,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from training import assert_close, assert_same, batch, losses_of, network, sgd
 
 import engm
-from engm.measurement import measure_traced, traced_losses
+from engm.backward.norms import measure_graph
+from engm.backward.prepare import planned_losses
 
 N, RANKS, STEPS = 8, 2, 3
 METHODS = {
@@ -91,11 +92,11 @@ def calibrated(rank):
         losses = losses_of(model, x, y)
         leaves = [p for _, p in model.trainable_parameters()]
         rows = [torch.autograd.grad(losses[i % len(y)], leaves, retain_graph=True) for i in range(5)]  # all ranks alike
-        own = measure_traced(model, traced_losses(model, losses), losses, correct=True)
+        own = measure_graph(planned_losses(model, losses), losses, "corrected")
         opt.zero_grad()
         opt.reweight(losses).mean().backward()
         opt.step()
-        (entry,) = model.calibration.state_dict()["factors"].values()
+        (entry,) = model.calibration.state_dict()["factors"]
         generator = torch.Generator().manual_seed(step)
         found.append(
             {

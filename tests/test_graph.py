@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engm
-from engm.measurement import traced_losses
+from engm.backward.prepare import planned_losses
 
 
 class Operators(TorchDispatchMode):
@@ -126,7 +126,7 @@ def test_every_call_is_visited():
 def test_sinks_are_the_calls_with_none_behind_them():
     net = Branches().double()
     model = engm.GradNormModule(net)
-    found = traced_losses(model, random_losses(model(tensor(3, 4))))
+    found = planned_losses(model, random_losses(model(tensor(3, 4))))
     assert [call.name for call in found.calls].index("head") == 0
     assert len(found.calls) == 5
     assert len(found.plan.sinks) == 2

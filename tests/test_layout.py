@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engm.layout import PLAIN, Layout, layouts_of
+from engm.terms.layout import PLAIN, Layout, layouts_of
 
 LAYOUTS = st.builds(Layout, st.integers(0, 1), st.integers(1, 4), st.integers(1, 4))
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import engm
-from engm.capture import CALLS_KEY
-from engm.graph import trace
+from engm.capture.hooks import CALLS_KEY
+from engm.graph.trace import trace
 
 
 def traces_of(net):

@@ -97,7 +97,7 @@ def test_per_example_grad_norms_does_not_age_the_calibration():
     first = engm.per_example_grad_norms(model, losses)
     for _ in range(5):
         assert torch.equal(engm.per_example_grad_norms(model, losses), first)
-    assert model.calibration.probe.draws == 1
+    assert model.calibration.sample.draws == 1
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from training import batch, losses_of, network, sgd
 
 import engm
-from engm.capture import Call
+from engm.capture.hooks import Call
 
 MEGABYTE = 1 << 20
 

@@ -130,11 +130,11 @@ def test_each_mode_is_checked_on_its_first_call():
 
 
 def test_a_structure_is_checked_once(monkeypatch):
-    import engm.measurement
+    from engm.backward import prepare
 
     checked = []
-    original = engm.measurement.make_plan
-    monkeypatch.setattr(engm.measurement, "make_plan", lambda *args: checked.append(1) or original(*args))
+    original = prepare.make_plan
+    monkeypatch.setattr(prepare, "make_plan", lambda *args: checked.append(1) or original(*args))
     model = engm.GradNormModule(Around().double())
     for _ in range(3):
         engm.measure(model, random_losses(model(X)))

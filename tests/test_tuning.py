@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 import engm
-from engm import _C, cost_table, tuning
+from engm import _C
+from engm.cost import table as cost_table
+from engm.cost import tuning
 
 TABLE = {
     "tile_steps": 20.0,

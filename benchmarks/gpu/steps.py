@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import engm
 from engm.adversarial import PGD
-from engm.recipes.precision import Autocast
+from engm.recipes.training.precision import Autocast
 
 from . import models
 from .record import Stage

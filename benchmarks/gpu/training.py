@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import engm
 from engm.adversarial import paused
+from engm.recipes.accuracy import evaluate, pgd20
 from engm.recipes.data import load_npz
-from engm.recipes.evaluate import evaluate, pgd20
-from engm.recipes.precision import Autocast
+from engm.recipes.training.precision import Autocast
 
 from . import models
 from .record import Absent, Stage

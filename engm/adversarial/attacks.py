@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-import engm
-
+from ..measurement import Measurement, measure
+from ..optim import ExampleOptimizer
 from .ball import Norm, check_examples, per_example, project, unit
 from .losses import PerExampleLoss, cross_entropy, kl_divergence, log_probabilities, margin
 from .modes import evaluation_mode, paused
-
-if TYPE_CHECKING:
-    from engm import ExampleOptimizer, Measurement
 
 _LOSSES: dict[str, PerExampleLoss] = {"ce": cross_entropy, "margin": margin}
 
@@ -39,7 +36,7 @@ class _Wanted:
     def of(cls, measure: bool | ExampleOptimizer) -> _Wanted:
         if isinstance(measure, bool):
             return cls(measure, measure)
-        if not isinstance(measure, engm.ExampleOptimizer):
+        if not isinstance(measure, ExampleOptimizer):
             raise TypeError(f"measure must be True, False or one of engm's optimizers, got {type(measure).__name__}.")
         return cls(measure.needs_norms, measure.needs_input_grads)
 
@@ -322,7 +319,7 @@ class PGD:
         with nullcontext() if wanted.norms else paused(problem.model):
             logits = problem.model(x_adv)
             losses = self._losses(logits, problem)
-        measurement = engm.measure(problem.model, losses, inputs=x_adv, norms=wanted.norms)
+        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms)
         gradient = measurement.input_grads
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")

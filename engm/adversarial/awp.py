@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..exact import NonFiniteError, check_losses
+from ..checks import NonFiniteError, check_losses
+from ..torch_internals import copy_each, own_buffers, version_of
 from .modes import paused
 
 _TINY = 1e-20  # of the authors' code: a zero gradient moves nothing
@@ -89,9 +90,9 @@ class AWP:
             try:
                 _climb(ascent)
                 ascent.clear()
-                versions = [weight._version for weight in weights]
+                versions = [version_of(weight) for weight in weights]
                 yield
-                if versions != [weight._version for weight in weights]:
+                if versions != [version_of(weight) for weight in weights]:
                     raise RuntimeError(
                         "the weights were changed while AWP had them perturbed, and that change is lost: "
                         "call opt.step() after the context, not inside it."
@@ -142,21 +143,21 @@ class _Buffers:
         self._saved = [
             (module, name, buffer, buffer.detach().clone())
             for module in model.modules()
-            for name, buffer in module._buffers.items()
+            for name, buffer in own_buffers(module).items()
             if buffer is not None
         ]
 
     def restore(self) -> None:
         """Gives every module its very tensors back, with the values of then."""
         for module, name, buffer, _ in self._saved:
-            module._buffers[name] = buffer
+            own_buffers(module)[name] = buffer
         _copy_back([buffer for _, _, buffer, _ in self._saved], [copy for *_, copy in self._saved])
 
 
 def _copy_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
     if tensors:
         with torch.no_grad():
-            torch._foreach_copy_(tensors, copies)  # one call, which an interrupt cannot leave half done
+            copy_each(tensors, copies)
 
 
 def _climb(ascent: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:

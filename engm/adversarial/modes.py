@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-import engm
+from ..module import GradNormModule
 
 
 @contextmanager
@@ -27,6 +27,6 @@ def paused(model: nn.Module) -> Iterator[None]:
     """Captures nothing in here: pauses every ``GradNormModule`` at or below ``model``; plain modules pass through."""
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, engm.GradNormModule):
+            if isinstance(module, GradNormModule):
                 stack.enter_context(module.paused())
         yield

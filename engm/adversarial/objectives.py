@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..names import check_name
+from ..checks import check_name
 from .attacks import PGD
 from .ball import Norm
 from .losses import cross_entropy, kl_divergence, log_probabilities

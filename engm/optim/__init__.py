@@ -5,5 +5,19 @@ from .alpha import alpha_for
 from .base import ExampleOptimizer, StepStats
 from .baselines import FENGM, GNC, MSGD, SNGM
 from .engm import ENGM
+from .weights import ExampleNorms, Weighting
 
-__all__ = ["AENGM", "ENGM", "FENGM", "GNC", "MSGD", "NENGM", "SNGM", "ExampleOptimizer", "StepStats", "alpha_for"]
+__all__ = [
+    "AENGM",
+    "ENGM",
+    "FENGM",
+    "GNC",
+    "MSGD",
+    "NENGM",
+    "SNGM",
+    "ExampleNorms",
+    "ExampleOptimizer",
+    "StepStats",
+    "Weighting",
+    "alpha_for",
+]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_alpha
 from ..distributed import means, total
 from .base import ExampleOptimizer
-from .engm import check_alpha, predicted_weights
-from .problem import Problem, Weighting
+from .weights import ExampleNorms, Weighting, predicted_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -66,10 +66,12 @@ class NENGM(ExampleOptimizer):
         self.alpha = check_alpha(alpha)
         super().__init__(model, optimizer)
 
-    def _weights(self, problem: Problem) -> Weighting:
-        alpha = check_alpha(self.alpha)
-        found = problem.input_norms()
-        return Weighting(predicted_weights(found, alpha), found, found)
+    def _check_options(self) -> None:
+        check_alpha(self.alpha)
+
+    def weights(self, norms: ExampleNorms) -> Weighting:
+        found = norms.of_inputs
+        return Weighting(predicted_weights(found, check_alpha(self.alpha)), found, found)
 
 
 class AENGM(ExampleOptimizer):
@@ -135,18 +137,18 @@ class AENGM(ExampleOptimizer):
         """Every ``tau`` steps, for the regression."""
         return self.steps % self.tau == 0
 
-    def _weights(self, problem: Problem) -> Weighting:
-        alpha = check_alpha(self.alpha)
+    def _check_options(self) -> None:
+        check_alpha(self.alpha)
+
+    def weights(self, norms: ExampleNorms) -> Weighting:
+        found = norms.of_inputs
         if self.needs_norms:
-            norms, found = problem.norms_and_input_norms()
-            self._fit(found, norms, problem.group)
-        else:
-            found = problem.input_norms()
+            self._fit(found, norms.of_gradients, norms.group)
         self.steps += 1
         gamma = self.gamma = self.gamma.to(found.device)  # loaded from elsewhere: copied once, not every step
         predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
-        return Weighting(predicted_weights(predicted, alpha), predicted, found)
+        return Weighting(predicted_weights(predicted, check_alpha(self.alpha)), predicted, found)
 
     def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> None:
         fresh, r_squared, usable = fit_line(found, norms, group)

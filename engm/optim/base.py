@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backward.inputs import Inputs
+from ..backward.norms import Measurement
+from ..checks import check_positive
 from ..distributed import Ranks, total
-from ..measurement import Inputs, Measurement, as_wrapped, check_positive
-from .problem import Problem, Weighting
+from ..module import as_wrapped
+from ..terms.loss_scale import LossScale
+from ..torch_internals import norms_of_each
+from .batch import LossBatch
+from .weights import ExampleNorms, Weighting
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,20 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
     # -- what a subclass decides -----------------------------------------------------------------------------
 
-    def _weights(self, problem: Problem) -> Weighting:
-        """Weights for one batch; the subclass asks ``problem`` for norms or input norms."""
-        raise TypeError(f"{type(self).__name__} must define _weights")
+    def weights(self, norms: ExampleNorms) -> Weighting:
+        """The weights of one batch's examples; the one method that a subclass has to define.
+
+        Args:
+            norms: what :attr:`needs_norms` and :attr:`needs_input_grads` asked for.
+        """
+        raise TypeError(f"{type(self).__name__} must define weights(norms) -> engm.optim.Weighting")
+
+    def _check_options(self) -> None:
+        """Look at options that may have been set since, before a batch's graph is touched.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
 
     @property
     def needs_norms(self) -> bool:
@@ -129,12 +146,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "under fully_shard gradients are reduced in a backward pass of its own, to the shards: use "
                 "opt.reweight(losses).mean().backward() there."
             )
-        problem = self._problem(losses, inputs, measurement, loss_scale, check)
-        problem.one_pass = not problem.has_hooks()
+        batch = self._batch(losses, inputs, measurement, loss_scale, check)
         with torch.autocast(losses.device.type, enabled=False):  # the caller's may still be on, as in Lightning
-            weighting = self._weights(problem)
-            problem.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
-        return self._record(problem, weighting)
+            weighting = self._weighting(batch, one_pass=True)
+            batch.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
+        return self._record(batch, weighting)
 
     def reweight(
         self,
@@ -163,29 +179,35 @@ class ExampleOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
-        problem = self._problem(losses, inputs, measurement, loss_scale, check)
+        batch = self._batch(losses, inputs, measurement, loss_scale, check)
         with torch.autocast(losses.device.type, enabled=False):
-            weighting = self._weights(problem)
-        problem.release()
-        self._record(problem, weighting)
+            weighting = self._weighting(batch, one_pass=False)
+        batch.release()
+        self._record(batch, weighting)
         return losses * weighting.weights.to(losses.dtype)
 
-    def _problem(
+    def _batch(
         self, losses: Tensor, inputs: Inputs, measurement: Measurement | None, loss_scale: float, check: bool | None
-    ) -> Problem:
+    ) -> LossBatch:
         if "optimizer" not in self.__dict__:
             raise TypeError(
                 f"this {type(self).__name__} only stands for an engm optimizer, as Lightning's wrapper does, and what "
                 "a step notes would be lost on it: call backward and reweight of the optimizer itself, opt.optimizer."
             )
         captured = self.uses_norms or self.uses_input_grads
-        scale = check_positive("loss_scale", loss_scale)
-        return Problem(self.model, losses, inputs, measurement, loss_scale=scale, check=check, captured=captured)
+        scale = LossScale(check_positive("loss_scale", loss_scale))
+        return LossBatch(self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured)
 
-    def _record(self, problem: Problem, weighting: Weighting) -> StepStats:
+    def _weighting(self, batch: LossBatch, *, one_pass: bool) -> Weighting:
+        self._check_options()
+        return self.weights(
+            batch.norms(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads, one_pass=one_pass)
+        )
+
+    def _record(self, batch: LossBatch, weighting: Weighting) -> StepStats:
         self.model.calibration.advance()
-        self.stats = StepStats(problem.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
-        self._ranks = problem.ranks
+        self.stats = StepStats(batch.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
+        self._ranks = batch.ranks
         return self.stats
 
     def gradient_noise_scale(self) -> Tensor:
@@ -314,6 +336,6 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """``sqrt(sum ||t||^2)``, 0-dimensional, in float32 or better, without synchronisation."""
-    norms = torch._foreach_norm([t if t.dtype == torch.float64 else t.float() for t in tensors])
+    norms = norms_of_each([t if t.dtype == torch.float64 else t.float() for t in tensors])
     norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, see engm.sharding
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, see engm.capture.sharded

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measurement import check_positive
+from ..checks import check_alpha, check_positive
 from .base import ExampleOptimizer, total_norm
-from .engm import check_alpha
-from .problem import Problem, Weighting
+from .weights import ExampleNorms, Weighting
 
 
 class MSGD(ExampleOptimizer):
@@ -27,8 +26,8 @@ class MSGD(ExampleOptimizer):
         TypeError: as :class:`ExampleOptimizer`.
     """
 
-    def _weights(self, problem: Problem) -> Weighting:
-        return Weighting(torch.ones_like(problem.losses.detach()))
+    def weights(self, norms: ExampleNorms) -> Weighting:
+        return Weighting(torch.ones_like(norms.losses))
 
 
 class WholeGradientOptimizer(MSGD):
@@ -130,8 +129,10 @@ class FENGM(ExampleOptimizer):
         self.alpha = check_positive("alpha", alpha)
         super().__init__(model, optimizer)
 
-    def _weights(self, problem: Problem) -> Weighting:
-        alpha = check_alpha(self.alpha)
-        norms = problem.norms()
-        weights = torch.where(norms > 0, alpha / norms, torch.ones_like(norms))
-        return Weighting(torch.where(norms.isfinite(), weights, torch.full_like(norms, torch.nan)), norms)
+    def _check_options(self) -> None:
+        check_alpha(self.alpha)
+
+    def weights(self, norms: ExampleNorms) -> Weighting:
+        found = norms.of_gradients
+        weights = torch.where(found > 0, check_alpha(self.alpha) / found, torch.ones_like(found))
+        return Weighting(torch.where(found.isfinite(), weights, torch.full_like(found, torch.nan)), found)

@@ -9,36 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..backward.inputs import Inputs
+from ..backward.norms import Measurement
+from ..checks import check_alpha
 from ..distributed import gathered
-from ..measurement import Inputs, Measurement
 from .base import ExampleOptimizer
-from .problem import Problem, Weighting
 from .threshold import RunningQuantile
+from .weights import ExampleNorms, Weighting, predicted_weights
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """``(norms [n], alpha []) -> weights [n]``."""
-
-
-def check_alpha(alpha: Any) -> float:
-    """``alpha`` as a positive float (``inf`` is allowed and clips nothing).
-
-    Raises:
-        ValueError: not a positive number.
-    """
-    try:
-        value = float(alpha)
-    except (TypeError, ValueError):
-        raise ValueError(f"alpha must be a positive number, got {alpha!r}.") from None
-    if not value > 0:
-        raise ValueError(f"alpha must be positive, got {alpha!r}; engm.alpha_for(net) suggests one.")
-    return value
-
-
-def predicted_weights(predicted: Tensor, alpha: float | Tensor) -> Tensor:
-    """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
-    weights = (alpha / predicted).clamp(max=1)
-    weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
-    return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))
 
 
 class ENGM(ExampleOptimizer):
@@ -137,24 +117,29 @@ class ENGM(ExampleOptimizer):
             raise ValueError("reweight gives every loss one weight: clipping by groups needs opt.backward(losses).")
         return super().reweight(losses, inputs, measurement=measurement, loss_scale=loss_scale, check=check)
 
-    def _weights(self, problem: Problem) -> Weighting:
+    def _check_options(self) -> None:
+        self._alphas()
+        names = tuple(name for name, _ in self.model.trainable_parameters())
+        if self.groups is not None and names != self._grouped:
+            raise RuntimeError(
+                "groups were made for other trained parameters than the model has now: make a new ENGM after "
+                "parameters were frozen, unfrozen, added or removed."
+            )
+
+    def weights(self, norms: ExampleNorms) -> Weighting:
         alphas = self._alphas()
         if self.groups is not None:
-            if tuple(name for name, _ in self.model.trainable_parameters()) != self._grouped:
-                raise RuntimeError(
-                    "groups were made for other trained parameters than the model has now: make a new ENGM after "
-                    "parameters were frozen, unfrozen, added or removed."
-                )
-            pairs = problem.clipped_by_group(self._rows_on(problem.losses.device), alphas)
-            each = [self._weigh(norms, alpha, own) for (norms, own), alpha in zip(pairs, alphas, strict=True)]
-            return Weighting(torch.stack(each), torch.stack([norms for norms, _ in pairs]), groups=self.groups)
-        norms, weights = problem.clipped(alphas[0])
+            rows = self._rows_on(norms.losses.device)
+            pairs = [norms.clipped(alpha, own) for own, alpha in zip(rows, alphas, strict=True)]
+            each = [self._weigh(found, alpha, own) for (found, own), alpha in zip(pairs, alphas, strict=True)]
+            return Weighting(torch.stack(each), torch.stack([found for found, _ in pairs]), groups=self.groups)
+        found, weights = norms.clipped(alphas[0])
         if self.quantile is None:
-            return Weighting(self._weigh(norms, alphas[0], weights), norms)
-        following = self.quantile.following(gathered(problem.group, norms))
-        weights = self._weigh(norms, following, predicted_weights(norms, following))
+            return Weighting(self._weigh(found, alphas[0], weights), found)
+        following = self.quantile.following(gathered(norms.group, found))
+        weights = self._weigh(found, following, predicted_weights(found, following))
         self.quantile.value = following
-        return Weighting(weights, norms)
+        return Weighting(weights, found)
 
     def _weigh(self, norms: Tensor, alpha: float | Tensor, clipped: Tensor) -> Tensor:
         """The user's weights, or the ones there are."""

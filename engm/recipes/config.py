@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
 from engm.adversarial import OBJECTIVES
-from engm.names import check_name
+from engm.checks import check_name
 
 from .data import DATASETS
 from .methods import canonical_method

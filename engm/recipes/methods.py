@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import engm
-from engm.names import check_name
+from engm.checks import check_name
 
 if TYPE_CHECKING:
     from .config import RunConfig

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Arguments
 from ..terms import PerExampleGradient, Term
+from ..torch_internals import computes_like, own_parameters, trained_of
+from .arguments import Arguments
 
 CPU = torch.device("cpu")
 
@@ -128,9 +129,9 @@ class Rule:
 class WholeCallRule(Rule):
     """A rule for modules that take and return any nest of tensors; it sees the call as a whole.
 
-    For ``activations`` its :meth:`terms` get the :class:`engm.arguments.Arguments` of the call, tensors detached, and
-    for ``backprops`` one gradient (or None) for every leaf of the output, flattened as ``torch.utils._pytree`` does it.
-    They are asked for all rows of the call at once.
+    For ``activations`` its :meth:`terms` get the :class:`engm.rules.arguments.Arguments` of the call, tensors detached,
+    and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's pytrees are. They are
+    asked for all rows of the call at once.
     """
 
     whole_call = True
@@ -249,34 +250,26 @@ def register_rule(
     return register
 
 
-def _overrides(kind: Any, ancestor: Any) -> bool:
-    """Whether a subclass computes something else than the class that the rule is for."""
-    return any(
-        getattr(kind, method, None) is not getattr(ancestor, method, None) for method in ("forward", "_conv_forward")
-    )
-
-
 def find_rule(module: nn.Module) -> Rule | str:
     """The rule that holds for ``module``, or a sentence that says why there is none."""
     for ancestor in type(module).__mro__:
         rule = _REGISTRY.get(ancestor)
         if rule is None:
             continue
-        if _overrides(type(module), ancestor):
+        if not computes_like(type(module), ancestor):
             return (
                 f"{type(module).__name__} overrides the forward of {ancestor.__name__}, whose rule may not hold for it"
             )
         if "forward" in module.__dict__:
             return "its forward was replaced on the object itself, where the rule of its type may not hold"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
-            own = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-            unknown = set(own).difference(rule.known_parameters(module))
+            unknown = set(trained_of(module)).difference(rule.known_parameters(module))
             if unknown:
                 return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
             hidden = [
                 name
                 for name in rule.known_parameters(module)
-                if name not in module._parameters and getattr(module, name, None) is not None
+                if name not in own_parameters(module) and getattr(module, name, None) is not None
             ]
             if hidden:
                 return f"its {hidden} are computed from other tensors (a parametrization or weight_norm)"

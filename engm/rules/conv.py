@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _C
-from ..cost_table import cost_arguments
+from .._C import conv_cost
+from ..cost.table import cost_arguments
 from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term, accumulation_dtype
 from .base import CPU, Cost, Rule, add_rule
 
@@ -86,7 +86,7 @@ class _ConvolutionRule(Rule):
         factors = self.factors(module, inputs, backprops)
         geometry = factors.geometry
         return Cost.from_model(
-            _C.conv_cost(
+            conv_cost(
                 factors.inputs.shape[1],
                 factors.backprops.shape[1],
                 geometry.kernel_size,

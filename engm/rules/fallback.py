@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from ..arguments import Arguments
 from ..terms import PerExampleGradient, Term
+from ..torch_internals import own_parameters, tree_leaves, tree_unflatten
+from .arguments import Arguments
 from .base import WholeCallRule
 
 CHUNK_BYTES = 64 << 20  # that the examples which are run at once may take
@@ -64,7 +64,7 @@ class GenericRule(WholeCallRule):
         self._looped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that vmap failed on
 
     def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
-        return tuple(module._parameters)
+        return tuple(own_parameters(module))
 
     def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
         taken = [t.shape[0] for t in arguments.flattened[0] if isinstance(t, Tensor) and t.dim()]

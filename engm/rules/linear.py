@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _C
-from ..cost_table import cost_arguments
+from .._C import linear_cost
+from ..cost.table import cost_arguments
 from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term, accumulation_dtype
 from .base import CPU, Cost, Rule, add_rule
 
@@ -52,7 +52,7 @@ class LinearRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
         where = cost_arguments(device, dtype, convolution=False)
-        return Cost.from_model(_C.linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], **where))
+        return Cost.from_model(linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], **where))
 
 
 @add_rule(nn.Bilinear)
@@ -93,4 +93,4 @@ class BilinearRule(Rule):
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
         pairs, where = module.in1_features * module.in2_features, cost_arguments(device, dtype, convolution=False)
-        return Cost.from_model(_C.linear_cost(prod(output_shape[1:-1]), pairs, output_shape[-1], **where))
+        return Cost.from_model(linear_cost(prod(output_shape[1:-1]), pairs, output_shape[-1], **where))

@@ -14,89 +14,17 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..terms import PerExampleGradient, Term, accumulation_dtype
+from ..torch_internals import (
+    SYNC_BATCH_NORM_NODE,
+    Statistics,
+    batch_norm_statistics,
+    hooks_pack_what_is_saved,
+    is_narrow,
+    rank_without_batch,
+    saved_rstd,
+    saved_statistics,
+)
 from .base import Rule, add_rule
-
-Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
-
-
-def hooks_pack_what_is_saved() -> bool:
-    """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def saved_statistics(output: Tensor, node_name: str) -> Statistics | None:
-    """Mean and rstd that autograd saved for the layer, detached (attached, they would keep the graph alive).
-
-    Not where hooks pack what is saved (activation checkpointing), nor where they were rounded to 16 bits: then they are
-    computed anew.
-    """
-    node = output.grad_fn
-    if hooks_pack_what_is_saved() or node is None or not node.name().startswith(node_name):
-        return None
-    mean, rstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0 or is_narrow(rstd):
-        return None
-    return mean.detach(), rstd.detach()
-
-
-def is_narrow(tensor: Tensor) -> bool:
-    """Whether the numbers have 16 bits."""
-    return tensor.dtype in (torch.float16, torch.bfloat16)
-
-
-def saved_rstd(output: Tensor) -> Tensor | None:
-    """The same of an RMS norm. Autocast may have cast its input, and with that changed the default epsilon."""
-    node = output.grad_fn
-    if hooks_pack_what_is_saved() or node is None or not node.name().startswith("FusedRmsNormBackward"):
-        return None
-    rstd = getattr(node, "_saved_result1", None)
-    return rstd.detach() if isinstance(rstd, Tensor) and rstd.numel() else None
-
-
-BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
-SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
-
-
-def batch_norm_statistics(node: Any) -> tuple[Tensor, Tensor, bool] | None:
-    """What the batch norm behind an autograd node normalised with; no module is needed.
-
-    Reading it unpacks what the node saved, as its backward pass does: that runs hooks on saved tensors, and fails if
-    running statistics in use have been changed in place since.
-
-    Args:
-        node: of ``F.batch_norm`` on any device, or of ``nn.SyncBatchNorm`` over several processes.
-
-    Returns:
-        Mean ``[C]`` and reciprocal standard deviation ``[C]``, detached, and whether they are the batch's (in training
-        mode, or without running statistics) and thus couple the examples. None for other nodes.
-    """
-    name = node.name()
-    if name.startswith(SYNC_BATCH_NORM_NODE):
-        _, _, mean, rstd, _ = node.saved_tensors
-        return mean.detach(), rstd.detach(), True
-    if not name.startswith(BATCH_NORM_NODES):
-        return None
-    if node._saved_training:
-        return node._saved_result1.detach(), node._saved_result2.detach(), True
-    eps = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
-    return node._saved_running_mean.detach(), torch.rsqrt(node._saved_running_var.detach() + eps), False
-
-
-def with_constant_statistics(
-    grad_inputs: tuple[Any, ...], slot: int, gy: Tensor, gain: Tensor
-) -> tuple[Any, ...] | None:
-    """A batch norm's input gradients with its statistics taken for constants (design 2.5); None leaves them.
-
-    Args:
-        grad_inputs: gradients of the inputs of the batch norm's node, one of them ``[n, C, *S]``.
-        slot: which of them is the layer's input.
-        gy: gradient of its output, ``[n, C, *S]``.
-        gain: ``scale / sigma``, ``[C]``.
-    """
-    if grad_inputs[slot] is None:
-        return None
-    frozen = gy * gain.view([1, -1] + [1] * (gy.dim() - 2))
-    return (*grad_inputs[:slot], frozen.to(grad_inputs[slot].dtype), *grad_inputs[slot + 1 :])
 
 
 def affine_terms(
@@ -219,7 +147,7 @@ class InstanceNormRule(Rule):
     always = True  # torch computes it as a batch norm of one example
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
-        return output.dim() == module._get_no_batch_dim()
+        return output.dim() == rank_without_batch(module)
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if module.running_mean is not None and not module.training:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..terms import LinearFactors, PerExampleGradient, Term, accumulation_dtype
+from ..torch_internals import own_parameters
 
 State = tuple[Tensor, ...]  # hidden state [n, H], and the cell state [n, H] of an LSTM
 
@@ -50,7 +51,7 @@ class Weights:
 
     def __init__(self, module: nn.Module, suffix: str, dtype: torch.dtype) -> None:
         def get(name: str) -> Tensor | None:
-            parameter = module._parameters.get(name + suffix)
+            parameter = own_parameters(module).get(name + suffix)
             return None if parameter is None else parameter.detach().to(dtype)
 
         self.ih, self.hh = (module.get_parameter(f"weight_{part}{suffix}").detach().to(dtype) for part in ("ih", "hh"))

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .. import _C
-from ..arguments import Arguments
-from ..cost_table import cost_arguments
+from .._C import linear_cost
+from ..cost.table import cost_arguments
 from ..terms import Term, accumulation_dtype
+from ..torch_internals import recurrent_parameters
+from .arguments import Arguments
 from .base import CPU, Cost, WholeCallRule, add_rule
 from .recurrence import Recorded, State, Weights, backpropagated, layer_terms, run_layer
 
@@ -62,7 +63,7 @@ class Remembered:
 def matrices_cost(length: int, shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Cost:
     """Cost of the norms of weight matrices over ``length`` positions; running the layer again is not counted."""
     where = cost_arguments(device, dtype, convolution=False)
-    costs = [Cost.from_model(_C.linear_cost(length, p, d, **where)) for d, p in shapes]
+    costs = [Cost.from_model(linear_cost(length, p, d, **where)) for d, p in shapes]
     dearest = max(costs, key=lambda cost: cost.flops)
     sums = [sum(getattr(c, name) for c in costs) for name in ("flops", "direct_flops", "gram_flops", "bytes")]
     return Cost(dearest.form, *sums)
@@ -77,7 +78,7 @@ class RecurrentRule(WholeCallRule):
     """
 
     def known_parameters(self, module: Any) -> tuple[str, ...]:
-        return tuple(name for names in module._all_weights for name in names)
+        return recurrent_parameters(module)
 
     def before(self, module: Any) -> Tensor | None:
         on_cpu = module.weight_ih_l0.device.type == "cpu"

@@ -18,7 +18,7 @@ from training import assert_close, assert_same, backward_passes, batch, clone, g
 
 import engm
 from engm.adversarial import AWP, OBJECTIVES, objective, trades
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 
 GAMMA = 0.05
 METHODS: dict[str, Callable[..., Any]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training import assert_same, losses_of, sgd
 
 import engm
-from engm.capture import Capture
+from engm.capture.calls import Capture
 
 torchattacks = pytest.importorskip("torchattacks")
 foolbox = pytest.importorskip("foolbox")

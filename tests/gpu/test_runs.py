@@ -9,8 +9,8 @@ from tiny_runs import PLAIN, tiny_dataset
 from torch.utils._pytree import tree_map_only
 
 from engm.adversarial import OBJECTIVES
-from engm.recipes.ranks import Ranks
-from engm.recipes.run import Run
+from engm.recipes.processes import Ranks
+from engm.recipes.training.run import Run
 
 pytestmark = gpu
 HERE = Ranks(torch.device(DEVICE))

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import engm
 from engm import measurement
-from engm.capture import Call, Capture
-from engm.graph import Trace
-from engm.session import Session
+from engm.backward.collect import TermCollector
+from engm.capture.calls import Capture
+from engm.capture.hooks import Call
+from engm.graph.trace import Trace
 
 STEPS = 1000
 TRACED = 20  # rounds of every kind of step while allocations are traced, which is slow
@@ -124,7 +125,7 @@ KINDS = [name for name in vars(Loop) if not name.startswith("_") and name not in
 
 def living() -> Counter[str]:
     """How many objects of each kind there are."""
-    ours = (Call, Capture, Session, Trace, engm.Measurement, Tensor)
+    ours = (Call, Capture, TermCollector, Trace, engm.Measurement, Tensor)
     return Counter(type(o).__name__ for o in gc.get_objects() if isinstance(o, ours))
 
 
@@ -142,7 +143,7 @@ def test_nothing_grows():
     loop = Loop()
     loop.rounds(3)
     after_some, objects = living(), len(gc.get_objects())
-    assert not {"Call", "Capture", "Session", "Trace"} & set(after_some - before)
+    assert not {"Call", "Capture", "TermCollector", "Trace"} & set(after_some - before)
     loop.rounds(STEPS // len(KINDS))
     assert len(gc.get_objects()) - objects < STEPS / 100
     assert living() == after_some

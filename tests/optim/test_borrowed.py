@@ -94,9 +94,9 @@ def test_factors_are_kept_for_each_way_of_measuring():
     ways = [borrowed_eval, None, borrowed_train]
     first = [opt.backward(losses_of(model, x, y), measurement=way).norms for way in ways]
     assert len(model.calibration.state_dict()["factors"]) == 3
-    draws = model.calibration.probe.draws
+    draws = model.calibration.sample.draws
     again = [opt.backward(losses_of(model, x, y), measurement=way).norms for way in ways]
-    assert model.calibration.probe.draws == draws == 3
+    assert model.calibration.sample.draws == draws == 3
     assert_close(again, first)
 
 

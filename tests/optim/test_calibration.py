@@ -17,7 +17,15 @@ from training import (
 )
 
 import engm
-from engm.calibration import Calibration, Probe
+from engm.batch_norm.calibration import Calibration, ExactSample, FactorKey
+from engm.terms.loss_scale import LossScale
+
+
+def factors_of(model):
+    """The only factors there are, those of the model's own passes."""
+    (entry,) = model.calibration.state_dict()["factors"]
+    assert (entry["mode"], entry["borrowed"], entry["all_ranks"]) == ("corrected", False, False)
+    return entry["values"]
 
 
 def make(method=engm.ENGM, **options):
@@ -29,11 +37,11 @@ def draws_over(model, opt, steps):
     found = []
     for step in range(steps):
         x, y = batch(8, seed=step)
-        before = model.calibration.probe.draws
+        before = model.calibration.sample.draws
         opt.backward(losses_of(model, x, y))
         opt.step()
         opt.zero_grad()
-        if model.calibration.probe.draws > before:
+        if model.calibration.sample.draws > before:
             found.append(step)
     return found
 
@@ -55,9 +63,9 @@ def test_ages_by_steps_and_not_by_uses():
     found = []
     for step in range(9):
         x, y = batch(8, seed=step)
-        before = model.calibration.probe.draws
+        before = model.calibration.sample.draws
         opt.backward(losses_of(model, x, y), x)
-        found += [step] if model.calibration.probe.draws > before else []
+        found += [step] if model.calibration.sample.draws > before else []
     assert found == [0, 4, 8]
 
 
@@ -66,7 +74,7 @@ def test_norms_alone_calibrate_once_and_count_no_step():
     x, y = batch(8)
     for _ in range(5):
         engm.per_example_grad_norms(model, losses_of(model, x, y))
-    assert model.calibration.probe.draws == 1
+    assert model.calibration.sample.draws == 1
     assert model.calibration.steps == 0
 
 
@@ -80,7 +88,7 @@ def test_factor_is_exact_over_measured_for_each_tensor():
     losses = losses_of(model, x, y)
     measured = engm.measure(model, losses)
     parameters = model.trainable_parameters()
-    factors = model.calibration.factors("frozen", measured.stacked, losses, parameters, count=True)
+    factors = model.calibration.factors(FactorKey("frozen", False), measured.stacked, losses, parameters, count=True)
     share = 1 / exact.sum(1)  # every example counts alike
     expected = share @ exact / (measured.stacked @ share)
     zero_bias = torch.tensor([name in ("0.bias", "3.bias") for name, _ in parameters])  # cancelled by the batch norm
@@ -95,7 +103,7 @@ def test_zero_over_zero_is_one_and_exact_zero_is_zero():
     losses = (used * torch.arange(12, dtype=torch.float64).view(4, 3)).sum(1)
     measured = torch.tensor([[4.0] * 4, [1.0] * 4, [0.0] * 4], dtype=torch.float64)
     parameters = [("used", used), ("unused", unused), ("nowhere", unused)]
-    factors = calibration.factors("way", measured, losses, parameters, count=True)
+    factors = calibration.factors(FactorKey("way", False), measured, losses, parameters, count=True)
     whole = torch.arange(12, dtype=torch.float64).view(4, 3).square().sum(1)
     assert factors.tolist() == [pytest.approx(float(1 / (1 / whole).mean()) / 4), 0.0, 1.0]
 
@@ -106,15 +114,15 @@ def test_not_finite_keeps_the_old_factors_and_tries_again_at_once(bad):
     x, y = batch(8)
     scale = torch.full((8,), bad, dtype=torch.float64)
     opt.backward(losses_of(model, x, y) * scale, check=False)
-    values = model.calibration.state_dict()["factors"]["corrected, own pass"]["values"]
+    values = factors_of(model)
     assert values.tolist() == [1.0] * len(values)
     opt.backward(losses_of(model, x, y))
-    before = model.calibration.state_dict()["factors"]["corrected, own pass"]["values"].clone()
+    before = factors_of(model).clone()
     assert before.tolist() != [1.0] * len(values), "taken although they were not due"
     opt.backward(losses_of(model, x, y))
     opt.backward(losses_of(model, x, y) * scale, check=False)
-    assert model.calibration.probe.draws == 3
-    assert_same(model.calibration.state_dict()["factors"]["corrected, own pass"]["values"], before)
+    assert model.calibration.sample.draws == 3
+    assert_same(factors_of(model), before)
 
 
 def test_float16_needs_the_loss_scale_in_the_probe_too():
@@ -123,8 +131,10 @@ def test_float16_needs_the_loss_scale_in_the_probe_too():
     losses = (weight * torch.full((6, 4), 2.0**-13, dtype=torch.float16)).sum(1) * 2.0**-13
     measured = torch.full((1, 6), 2 * 4 * 2.0**-52)  # twice too large
     calibration = Calibration(every=1, examples=6)
-    assert calibration.factors("plain", measured, losses, [("w", weight)], count=True).item() != 0.5
-    scaled = calibration.factors("scaled", measured, losses, [("w", weight)], count=True, loss_scale=2.0**10)
+    assert calibration.factors(FactorKey("plain", False), measured, losses, [("w", weight)], count=True).item() != 0.5
+    scaled = calibration.factors(
+        FactorKey("scaled", False), measured, losses, [("w", weight)], count=True, scale=LossScale(2.0**10)
+    )
     assert scaled.item() == 0.5
 
 
@@ -135,7 +145,7 @@ def test_changed_parameters_are_calibrated_afresh():
     model.unwrap()[0].requires_grad_(False)
     opt.zero_grad()
     stats = opt.backward(losses_of(model, x, y))
-    assert model.calibration.probe.draws == 2
+    assert model.calibration.sample.draws == 2
     assert torch.isfinite(stats.norms).all()
 
 
@@ -147,7 +157,7 @@ def test_draws_are_a_function_of_seed_and_count():
         return probe.draw(losses, [weight])[0].tolist()
 
     torch.manual_seed(0)
-    first, second = Probe(5), Probe(5)
+    first, second = ExactSample(5), ExactSample(5)
     found = [draw(first) for _ in range(4)]
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -156,8 +166,8 @@ def test_draws_are_a_function_of_seed_and_count():
     assert len({tuple(indices) for indices in found}) == 4
     second.draws = 2
     assert draw(second) == found[2]
-    assert draw(Probe(5, seed=1)) != found[0]
-    assert draw(Probe(50)) == list(range(20))
+    assert draw(ExactSample(5, seed=1)) != found[0]
+    assert draw(ExactSample(50)) == list(range(20))
 
 
 def test_state_is_loaded_whole_or_not_at_all():
@@ -165,5 +175,5 @@ def test_state_is_loaded_whole_or_not_at_all():
     opt.backward(losses_of(model, *batch(8)))
     before = copy.deepcopy(model.calibration.state_dict())
     with pytest.raises(KeyError):
-        model.calibration.load_state_dict({"draws": 9, "steps": 3, "factors": {"way": {}}})
+        model.calibration.load_state_dict({"draws": 9, "steps": 3, "factors": [{}]})
     assert_same(model.calibration.state_dict(), before)

@@ -154,7 +154,7 @@ class TestStrict:
         x, y = batch()
         message = "influences the losses of other examples"
         check(opt, RuntimeError, message, losses_of(model, x, y), x, call)
-        assert model.calibration.probe.draws == 0
+        assert model.calibration.sample.draws == 0
 
 
 class TestSpentGraphs:

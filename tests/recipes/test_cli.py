@@ -15,11 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 from engm.recipes.cli import app
 from engm.recipes.config import RunConfig, option, to_toml
-from engm.recipes.report import collect, markdown, rows_of
-from engm.recipes.run_folder import RunFolder
+from engm.recipes.runs.folder import RunFolder
+from engm.recipes.runs.report import collect, markdown, rows_of
 from engm.recipes.storage.folder_lock import locked
 
 _TINY = "--width 2 --epochs 2 --batch-size 32 --attack-steps 2 --evaluation-steps 3 --train-examples 64 --threads 1"
@@ -103,7 +103,7 @@ def test_evaluate_keeps_what_it_found(trained: Path) -> None:
         assert 0 <= pgd["accuracy"] <= ce["accuracy"] + 0.2
         assert deepfool["rho"] > 0
         assert pgd["examples"] == 20
-    with mock.patch("engm.recipes.assess._run", side_effect=AssertionError("computed again")):
+    with mock.patch("engm.recipes.runs.evaluation._run", side_effect=AssertionError("computed again")):
         assert engm(*arguments).exit_code == 0
     assert engm("evaluate", trained, "--attack", "natural", "--examples", "20", "--checkpoint", "last").exit_code == 0
     again = json.loads((trained / "evaluation.json").read_text())
@@ -140,7 +140,7 @@ def test_compare(tmp_path: Path) -> None:
     table = (tmp_path / "all" / "comparison.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["MSGD", "N-ENGM"]
     assert all(line.count("±") >= 4 for line in table[2:4])
-    with mock.patch("engm.recipes.train.Trainer.step", side_effect=AssertionError("trained again")):
+    with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=AssertionError("trained again")):
         assert engm(*arguments).exit_code == 0
     report = engm("report", tmp_path / "all", "--out", tmp_path / "report")
     assert report.exit_code == 0, report.output
@@ -291,7 +291,7 @@ def test_a_lost_picture_is_drawn_again_and_brackets_stay(trained: Path, tmp_path
 
 
 def test_a_network_that_nothing_fools(trained: Path, tmp_path: Path) -> None:
-    with mock.patch("engm.recipes.assess.DeepFool.__call__") as attack:
+    with mock.patch("engm.recipes.runs.evaluation.DeepFool.__call__") as attack:
         attack.side_effect = lambda net, x: mock.Mock(distances=torch.ones(len(x)), broken=torch.zeros(len(x)).bool())
         for _ in range(2):  # computed, and read back
             arguments = ["--attack", "deepfool", "--examples", 7, "--checkpoint", "last"]
@@ -364,7 +364,7 @@ class TestFailures:
             torch.OutOfMemoryError("CUDA out of memory"),
             RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
         ):
-            with mock.patch("engm.recipes.train.Trainer.step", side_effect=error):
+            with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=error):
                 assert "smaller --batch-size" in failed("train", *TINY, "--out", tmp_path / "run")
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
@@ -378,13 +378,13 @@ class TestFailures:
         assert result.exit_code == 0, result.output
 
     def test_a_folder_in_use(self, tmp_path: Path) -> None:
-        with mock.patch("engm.recipes.train.Trainer.step", side_effect=KeyboardInterrupt):
+        with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=KeyboardInterrupt):
             engm("train", *TINY, "--out", tmp_path / "run")
         with locked(tmp_path / "run"):
             assert "another process is training in" in failed("train", *TINY, "--out", tmp_path / "run")
 
     def test_an_interruption(self, tmp_path: Path) -> None:
-        with mock.patch("engm.recipes.train.Trainer.step", side_effect=KeyboardInterrupt):
+        with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=KeyboardInterrupt):
             message = failed("train", *TINY, "--out", tmp_path / "run", status=130)
         assert "goes on where it was left" in message
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engm.recipes.cli.options import config_from
 from engm.recipes.config import RunConfig, from_values, parse_number, read_toml, to_toml
-from engm.recipes.schedule import Schedule
+from engm.recipes.training.schedule import Schedule
 
 floats = st.floats(1e-6, 0.9, allow_subnormal=False)
 configs = st.builds(

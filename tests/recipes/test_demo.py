@@ -19,7 +19,7 @@ from engm.recipes.data import Dataset, Split
 from engm.recipes.demo import Demo, DemoSettings, prepare, report, run
 from engm.recipes.demo.live import LiveView
 from engm.recipes.methods import METHODS, check_methods
-from engm.recipes.train import Training
+from engm.recipes.training.trainer import Training
 
 
 def tiny_dataset() -> Dataset:

@@ -10,9 +10,9 @@ from torch import nn
 
 import engm
 from engm.adversarial import PGD
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
+from engm.recipes.accuracy import evaluate, pgd20
 from engm.recipes.data import Split
-from engm.recipes.evaluate import evaluate, pgd20
 
 
 @pytest.fixture

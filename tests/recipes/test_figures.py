@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engm.optim import StepStats
-from engm.recipes.figures import StepFigures, together
+from engm.recipes.training.step_figures import StepFigures, together
 
 
 def stats(n: int, seed: int = 0) -> StepStats:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engm.recipes.loggers import CsvLogger, JsonLinesLogger, LogFormat, Logger, TensorBoardLogger
+from engm.recipes.training.loggers import CsvLogger, JsonLinesLogger, LogFormat, Logger, TensorBoardLogger
 
 ROWS = [
     ("step", 1, {"loss": 1.5, "norm_max": 3.0}),
@@ -99,7 +99,7 @@ def test_tensorboard_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_tensorboard_is_imported_by_nobody_who_does_not_ask() -> None:
-    code = "import sys, engm.recipes.cli, engm.recipes.train; print('tensorboard' in sys.modules)"
+    code = "import sys, engm.recipes.cli, engm.recipes.training.trainer; print('tensorboard' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"
 

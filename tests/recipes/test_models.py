@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import engm
-from engm.recipes.models import (
-    ResNet,
-    build_model,
-    preact_resnet18,
-    resnet18,
-    small_resnet,
-    vgg8,
-    wide_resnet,
-)
+from engm.recipes.models import ResNet, build_model, preact_resnet18, resnet18, small_resnet, vgg8, wide_resnet
 
 NARROW = {"small-resnet": 4, "resnet18": 4, "preact-resnet18": 4, "vgg8": 4, "wrn-10-2": 4}
 

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from tiny_runs import PLAIN, tiny_dataset
 
-from engm.recipes.progress import RunView
-from engm.recipes.ranks import Ranks
-from engm.recipes.run_folder import train
+from engm.recipes.processes import Ranks
+from engm.recipes.runs.folder import train
+from engm.recipes.runs.progress import RunView
 
 
 class Shown(RunView):

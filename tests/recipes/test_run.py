@@ -13,8 +13,8 @@ from engm.adversarial import OBJECTIVES
 from engm.recipes.config import RunConfig
 from engm.recipes.data import load_digits
 from engm.recipes.methods import METHOD_NAMES
-from engm.recipes.ranks import Ranks
-from engm.recipes.run import Run
+from engm.recipes.processes import Ranks
+from engm.recipes.training.run import Run
 
 CPU = Ranks(torch.device("cpu"))
 

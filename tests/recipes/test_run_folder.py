@@ -18,12 +18,12 @@ import pytest
 import torch
 from tiny_runs import PLAIN, tiny_dataset
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 from engm.recipes.config import RunConfig
-from engm.recipes.ranks import Ranks
-from engm.recipes.run import Run
-from engm.recipes.run_folder import NoView, RunFolder, train
+from engm.recipes.processes import Ranks
+from engm.recipes.runs.folder import NoView, RunFolder, train
 from engm.recipes.storage.checkpoint import CheckpointError
+from engm.recipes.training.run import Run
 
 CPU = Ranks(torch.device("cpu"))
 EVERYTHING = replace(
@@ -249,7 +249,7 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         def on_step(self) -> None:
             script = (
                 "import sys, torch; from pathlib import Path; from tiny_runs import PLAIN, tiny_dataset\n"
-                "from engm.recipes.ranks import Ranks; from engm.recipes.run_folder import train\n"
+                "from engm.recipes.processes import Ranks; from engm.recipes.runs.folder import train\n"
                 "train(PLAIN, Path(sys.argv[1]), Ranks(torch.device('cpu')), dataset=tiny_dataset())"
             )
             command = [sys.executable, "-c", script, str(tmp_path / "run")]

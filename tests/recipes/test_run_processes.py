@@ -15,8 +15,8 @@ from processes import free_port
 from tiny_runs import PLAIN, tiny_dataset
 
 from engm.recipes.config import RunConfig
-from engm.recipes.ranks import Ranks, from_environment
-from engm.recipes.run_folder import NoView, RunFolder, train
+from engm.recipes.processes import Ranks, from_environment
+from engm.recipes.runs.folder import NoView, RunFolder, train
 
 # l2: the sign of an l-inf step turns rounding errors into whole steps.
 BASE = replace(PLAIN, norm="group", threat="l2", eps=0.4, epochs=2)
@@ -58,7 +58,7 @@ def work(rank: int, port: int, folder: Path) -> None:
         train(replace(BATCH_NORM, save_every=100), folder / "batch norm, rarely saved", ranks, dataset=tiny_dataset())
         stopped = folder / "batch norm, stopped"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engm.recipes.run_folder.NoView", Stops)
+            patch.setattr("engm.recipes.runs.folder.NoView", Stops)
             with pytest.raises(InterruptedError):
                 train(BATCH_NORM, stopped, ranks, dataset=tiny_dataset())
         dist.barrier()

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engm.recipes.batches import TrainingBatches
 from engm.recipes.data import CROP_AND_FLIP, Source, Split, StreamedSplit
-from engm.recipes.ranks import Ranks
+from engm.recipes.processes import Ranks
+from engm.recipes.training.batches import TrainingBatches
 
 
 def both(n: int, *, workers: int = 0, dtype: torch.dtype = torch.uint8) -> tuple[Split, StreamedSplit]:

@@ -12,11 +12,11 @@ from torch import nn
 
 import engm
 from engm.adversarial import PGD, evaluation_mode, vanilla
+from engm.recipes.accuracy import Accuracy
 from engm.recipes.data import Split
-from engm.recipes.evaluate import Accuracy
-from engm.recipes.figures import StepFigures
 from engm.recipes.methods import METHODS
-from engm.recipes.train import Trainer, Training, mean_over_epochs, train_epoch
+from engm.recipes.training.step_figures import StepFigures
+from engm.recipes.training.trainer import Trainer, Training, mean_over_epochs, train_epoch
 
 ATTACK = PGD(0.1, 0.03, 3)
 ONE_STEP = Training(epochs=4, batch_size=8, lr=0.05)

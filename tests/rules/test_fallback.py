@@ -12,10 +12,10 @@ from oracle import TOLERANCE, check, random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
-from engm import strict
-from engm.arguments import Arguments, Frame
-from engm.graph import trace
+from engm.graph import planning as strict
+from engm.graph.trace import trace
 from engm.rules import fallback, find_rule
+from engm.rules.arguments import Arguments, Frame
 
 X = tensor(4, 3, 5)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
 import engm
-from engm.rules.normalization import batch_norm_statistics
+from engm.torch_internals import batch_norm_statistics
 
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}

@@ -9,7 +9,7 @@ from oracle import check, random_losses, relative, tensor
 from torch import nn
 
 import engm
-from engm.measurement import traced_losses
+from engm.backward.prepare import planned_losses
 
 
 class Held(nn.Module):
@@ -25,7 +25,7 @@ class Held(nn.Module):
 
 
 def entries(model, losses):
-    return traced_losses(model, losses).plan.entries
+    return planned_losses(model, losses).plan.entries
 
 
 sizes = st.integers(1, 5)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import engm
-from engm.graph import trace
+from engm.graph.trace import trace
 from engm.rules import find_rule
 from engm.rules.recurrent import RecurrentRule
 

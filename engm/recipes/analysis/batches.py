@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engm
-from engm.names import check_name
+from engm.checks import check_name
 
 Statistics = Literal["training", "evaluation"]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import engm
-from engm.measurement import traced_losses
+from engm.backward.prepare import planned_losses
+from engm.checks import check_alpha
 from engm.optim.aengm import fit_line
-from engm.optim.engm import check_alpha, predicted_weights
+from engm.optim.weights import predicted_weights
 
 from .batches import Statistics, copied, losses_of, split, wrapped
 
@@ -118,7 +119,7 @@ def _norms(model: engm.GradNormModule, x: Tensor, y: Tensor) -> _Norms:
     losses = losses_of(model, inputs, y)
     engine = engm.per_example_grad_norms(model, losses)
     (gradients,) = torch.autograd.grad(losses.sum(), inputs, retain_graph=True)
-    exact = engm.naive_grad_norms(model, losses) if traced_losses(model, losses).couples else engine
+    exact = engm.naive_grad_norms(model, losses) if planned_losses(model, losses).couples else engine
     return _Norms(exact.double(), gradients.double().flatten(1).norm(dim=1), engine.double())
 
 

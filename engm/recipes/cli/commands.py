@@ -19,19 +19,19 @@ except ModuleNotFoundError as error:
 
 import torch
 
-from engm.names import check_name
+from engm.checks import check_name
 
 from ..config import parse_number
-from ..export import ExportFormat
-from ..loggers import LogFormat
 from ..machine import set_machine
 from ..methods import LABELS
-from ..ranks import choose_device, from_environment
+from ..processes import choose_device, from_environment
+from ..runs.export import ExportFormat
+from ..training.loggers import LogFormat
 from .errors import explained_failures
 from .options import DECIDED, chosen_settings, config_from, with_settings
 
 if TYPE_CHECKING:
-    from ..run_folder import Which
+    from ..runs.folder import Which
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,10 +53,10 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
 
     Under torchrun, every process takes its share of each batch: torchrun --nproc-per-node 2 -m engm.recipes train ...
     """
-    from ..progress import RunView
-    from ..report import caption, draw, table
-    from ..run_folder import RunFolder
-    from ..run_folder import train as train_in
+    from ..runs.folder import RunFolder
+    from ..runs.folder import train as train_in
+    from ..runs.progress import RunView
+    from ..runs.report import caption, draw, table
 
     with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
         folder = RunFolder(out)
@@ -94,8 +94,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
 ) -> None:
     """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
-    from ..assess import assess
-    from ..run_folder import RunFolder
+    from ..runs.evaluation import assess
+    from ..runs.folder import RunFolder
 
     with explained_failures("finished attacks are kept"):
         console = _console()
@@ -129,9 +129,9 @@ def compare(
     settings: dict[str, Any],
 ) -> None:
     """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept."""
-    from ..compare import compare as compare_in
-    from ..progress import RunView
-    from ..report import caption, table
+    from ..runs.compare import compare as compare_in
+    from ..runs.progress import RunView
+    from ..runs.report import caption, table
 
     with explained_failures("the same command goes on where it was left"):
         chosen = config_from(settings, config, compared=True)
@@ -170,9 +170,9 @@ def reproduce(
     settings: dict[str, Any],
 ) -> None:
     """Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture."""
-    from ..progress import RunView, progress_bar
     from ..reproduce import Request, analysis, carry_out, plan
     from ..reproduce import budget as budget_named
+    from ..runs.progress import RunView, progress_bar
 
     with explained_failures("the same command goes on where it was left"):
         chosen = budget_named(budget)
@@ -216,7 +216,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and report.png; default: only print.")] = None,
 ) -> None:
     """One table of finished runs, mean and deviation over seeds, and their learning curves."""
-    from ..report import caption, collect, draw, markdown, table
+    from ..runs.report import caption, collect, draw, markdown, table
     from ..storage.atomic_files import make_folder, write_text_atomic
 
     with explained_failures():
@@ -243,8 +243,8 @@ def export(
     data_root: DataRoot = None,
 ) -> None:
     """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
-    from ..export import export as export_to
-    from ..run_folder import RunFolder
+    from ..runs.export import export as export_to
+    from ..runs.folder import RunFolder
 
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")

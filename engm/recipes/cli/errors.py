@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 
-from ..ranks import OtherProcessError
+from ..processes import OtherProcessError
 from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import FolderInUseError
 

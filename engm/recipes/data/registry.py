@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engm.names import check_name
+from engm.checks import check_name
 
 from .dataset import Dataset, Split
 from .digits import load_digits

@@ -1,5 +1,5 @@
 """``engm demo``: robust digits, trained with several outer optimizers side by side in a few minutes."""
 
-from .comparison import Demo, DemoSettings, MethodRun, default_alpha, demo_training, prepare, run
+from .side_by_side import Demo, DemoSettings, MethodRun, default_alpha, demo_training, prepare, run
 
 __all__ = ["Demo", "DemoSettings", "MethodRun", "default_alpha", "demo_training", "prepare", "run"]

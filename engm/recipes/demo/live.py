@@ -9,8 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from ..progress import progress_bar
-from .comparison import Demo
+from ..runs.progress import progress_bar
+from .side_by_side import Demo
 
 
 class LiveView:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..evaluate import overfit
+from ..accuracy import overfit
 from ..machine import machine_facts
-from ..train import mean_over_epochs
-from .comparison import Demo, MethodRun
+from ..training.trainer import mean_over_epochs
+from .side_by_side import Demo, MethodRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from engm.torch_internals import AnyBatchNorm, own_children
 
 NormName = Literal["batch", "group"]
 
@@ -49,7 +50,7 @@ def batch_to_group_norm(net: nn.Module) -> nn.Module:
     Raises:
         ValueError: it normalizes over the batch with layers of another kind, which are named; ``net`` is unchanged.
     """
-    found = {id(module): module for module in net.modules() if isinstance(module, _BatchNorm)}
+    found = {id(module): module for module in net.modules() if isinstance(module, AnyBatchNorm)}
     foreign = {type(module).__name__ for module in found.values() if not _replaceable(module)}
     if foreign:
         raise ValueError(
@@ -58,7 +59,7 @@ def batch_to_group_norm(net: nn.Module) -> nn.Module:
         )
     replacements = {key: _as_group_norm(module) for key, module in found.items()}
     for parent in list(net.modules()):
-        for name, child in parent._modules.items():  # named_children would pass over the second use of a layer
+        for name, child in own_children(parent).items():  # named_children would pass over the second use of a layer
             if id(child) in replacements:
                 setattr(parent, name, replacements[id(child)])
     return replacements.get(id(net), net)
@@ -73,7 +74,7 @@ def _has_activation(module: nn.Module) -> bool:
     return isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
 
 
-def _as_group_norm(batch: _BatchNorm) -> nn.Module:
+def _as_group_norm(batch: AnyBatchNorm) -> nn.Module:
     group = group_norm(batch.num_features)
     group.eps, group.affine = batch.eps, batch.affine
     group.weight, group.bias = batch.weight, batch.bias  # None without affine parameters, in both kinds of layer

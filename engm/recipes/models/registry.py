@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from engm.names import check_name
+from engm.checks import check_name
 
 from .norms import batch_to_group_norm, norm_layer
 from .preact import preact_resnet18

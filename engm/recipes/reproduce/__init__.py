@@ -2,7 +2,7 @@
 
 from .analysis import Analysis, Request
 from .budgets import BUDGETS, Budget, budget
-from .plan import Plan, plan
+from .expense import Plan, plan
 from .registry import ANALYSES, analysis
 from .sweep import carry_out
 

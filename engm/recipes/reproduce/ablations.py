@@ -8,17 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
-from .accuracy_tables import (
-    AUTOATTACK,
-    BEST,
-    LAST,
-    NATURAL,
-    OVERFIT,
-    Figure_,
-    Row,
-    accuracy_rows,
-    accuracy_table,
-)
+from .accuracy_tables import AUTOATTACK, BEST, LAST, NATURAL, OVERFIT, Figure_, Row, accuracy_rows, accuracy_table
 from .analysis import Analysis, Request
 from .budgets import Budget
 from .cells import Cell

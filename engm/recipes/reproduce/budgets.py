@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engm.names import check_name
+from engm.checks import check_name
 
 from ..config import RunConfig
 

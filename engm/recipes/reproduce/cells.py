@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 
 from ..config import RunConfig
 from ..data import Dataset
 from ..machine import set_machine
-from ..ranks import Ranks
-from ..run import load_dataset
-from ..run_folder import RunFolder, View, train
+from ..processes import Ranks
+from ..runs.folder import RunFolder, View, train
+from ..training.run import load_dataset
 from .measures import Measure, measured
 from .statistics import Record
 

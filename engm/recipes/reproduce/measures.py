@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from engm.adversarial import PGD
 
+from ..accuracy import pgd20
 from ..analysis import gradient_statistics, loss_landscape, norm_correlation, roughness
-from ..assess import assess
 from ..config import RunConfig
 from ..data import Dataset
-from ..evaluate import pgd20
-from ..run import build_network, load_weights
-from ..run_folder import RunFolder, Which
+from ..runs.evaluation import assess
+from ..runs.folder import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
+from ..training.run import build_network, load_weights
 
 
 class Measure(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engm.names import check_name
+from engm.checks import check_name
 
 from .ablations import FIG_5
 from .accuracy_tables import TABLE_2, TABLE_3, TABLE_4

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
-from ..ranks import Ranks
-from ..run import Run
-from ..run_folder import View
+from ..processes import Ranks
+from ..runs.folder import View
 from ..storage.atomic_files import make_folder, read_json, write_json
+from ..training.run import Run
 from .analysis import Analysis, Request
 from .cells import Cell, dataset_of
 from .outcome import Outcome, Table

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 
-from ..run_folder import View
+from ..runs.folder import View
 from ..storage.atomic_files import make_folder, write_text_atomic
 from .analysis import Analysis, Request
 from .cells import Cell
@@ -49,8 +49,8 @@ def carry_out(
 
     Raises:
         NonFiniteError: every run diverged.
-        ValueError, FileNotFoundError, OSError: as :func:`engm.recipes.run_folder.train`. What was finished is kept, and
-            the same call goes on.
+        ValueError, FileNotFoundError, OSError: as :func:`engm.recipes.runs.folder.train`. What was finished is kept,
+            and the same call goes on.
     """
     runs, folder = out / RUNS, out / analysis.name
     make_folder(runs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..ranks import OtherProcessError
+from ..processes import OtherProcessError
 from .cells import Cell
 from .statistics import Record
 

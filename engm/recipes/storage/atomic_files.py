@@ -31,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON by :func:`write_text_atomic`.
 
     JSON has no NaN and no infinity: they are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which
-    ``float()`` reads, as :class:`engm.recipes.loggers.JsonLinesLogger` does.
+    ``float()`` reads, as :class:`engm.recipes.training.loggers.JsonLinesLogger` does.
 
     Args:
         path: in a folder that exists.

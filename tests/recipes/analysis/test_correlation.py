@@ -105,7 +105,7 @@ def test_training_mode_goes_through_the_statistics_and_calibrates_on_the_first_b
     first, *others = [exact_and_input_norms(net, *part) for part in parts]
     model = engm.GradNormModule(copy.deepcopy(net))
     calibrated = [engm.per_example_grad_norms(model, losses_of(model, *part)).numpy() for part in parts]
-    assert model.calibration.probe.draws == 1
+    assert model.calibration.sample.draws == 1
     assert_agrees(found, first, others, np.concatenate(calibrated[1:]))
     assert found.pearson["engine"] > max(found.pearson["input"], 0.9)
     assert found.weight_errors["median"]["engine"] < found.weight_errors["median"]["input"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engm.exact import NonFiniteError
+from engm.checks import NonFiniteError
 from engm.recipes.reproduce import ANALYSES, analysis
 from engm.recipes.reproduce.outcome import save_picture
 from engm.recipes.reproduce.page import documents, draw_pictures, outcome_of, page

@@ -11,11 +11,11 @@ import tiny_runs
 import torch
 
 from engm.recipes.config import RunConfig
-from engm.recipes.ranks import Ranks
+from engm.recipes.processes import Ranks
 from engm.recipes.reproduce import ANALYSES, Request, analysis, budget
 from engm.recipes.reproduce.cells import Cell, fingerprint
 from engm.recipes.reproduce.measures import Correlation, Gradients, LossLandscape, measured
-from engm.recipes.run_folder import RunFolder, train
+from engm.recipes.runs.folder import RunFolder, train
 
 from .conftest import request as smoke
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
 from engm.recipes.reproduce import analysis, plan
-from engm.recipes.reproduce.plan import duration
+from engm.recipes.reproduce.expense import duration
 
 from .conftest import request
 

@@ -1,0 +1,304 @@
+"""One backward pass that collects terms: no parameter gradient is computed, every use of a parameter is visited.
+
+The pass goes to the *sinks* of the graph (:mod:`engm.graph.plan`), so autograd skips all weight gradients. The terms of
+a call, or of a tensor that enters outside of calls, are formed when its backprops arrive, turned into squared norms as
+soon as all uses of the parameter are in, and let go unless one-pass accumulation wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch_norm.correction import BatchNormCall, correct_terms
+from ..batch_norm.frozen import gain_of
+from ..capture.calls import Call
+from ..graph.plan import PlannedEntry, PlannedGraph
+from ..rules.any_operator import masked_gradients
+from ..rules.conv import ConvRule
+from ..rules.entries import entry_term
+from ..rules.linear import LinearRule
+from ..rules.normalization import BatchNormRule
+from ..rules.pulled_back import Origin, derived_term
+from ..terms import Term, accumulation_dtype, weighted_sums
+from ..terms.layout import PLAIN, Layout
+
+# On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
+# factor at a time and needs no more memory than the largest of them.
+SCALED_AT_ONCE = 64 << 20
+
+
+class TermCollector:
+    """Collects squared norms, terms, or both, from one backward pass.
+
+    Args:
+        graph: the planned graph behind the losses.
+        norms: compute squared norms.
+        keep: keep the terms for :meth:`weighted_sums`.
+        correct: apply the local batch-norm correction where a layer feeds a batch norm directly.
+
+    Attributes:
+        rows: the row of every parameter (by ``id``) in the squared norms.
+        terms: by parameter (``id``), the terms that were kept.
+    """
+
+    def __init__(self, graph: PlannedGraph, *, norms: bool = True, keep: bool = False, correct: bool = False) -> None:
+        self.graph = graph
+        self.n = graph.n
+        self.norms = norms
+        self.keep = keep
+        self.parameters = graph.parameters
+        self.rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
+        self.squared: list[Tensor | None] = [None] * len(self.parameters)
+        self.terms: dict[int, Term] = {}
+        self._views = 1 if graph.trace.owner is None else graph.trace.owner.views
+        self._consume = False  # the graph is freed as the pass goes; let go of activations with it
+        self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
+        self._expected: dict[int, int] = {}
+        self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
+        self._layouts: dict[int, Layout] = {}  # id(call) -> of its output; none for a call that sees no batch
+        self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
+        self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
+        self._expect_uses(correct)
+        self._feeding = {id(batch_norm) for batch_norm in self._batch_norm_of.values()}
+
+    def _expect_uses(self, correct: bool) -> None:
+        """Count how many terms each parameter will get, and note which layers feed a batch norm."""
+        trace, plan = self.graph.trace, self.graph.plan
+        layout_of = {id(call): layout for call, layout in zip(trace.calls, plan.layouts, strict=True)}
+        for call in trace.own:
+            layout = layout_of[id(call)]
+            if layout is None:
+                continue
+            self._layouts[id(call)] = layout
+            for parameter in call.parameters.values():
+                by_view = layout == self._announced and not call.rule.whole_call
+                self._expect(id(parameter), self._views if by_view else 1)
+            if correct and layout.plain and correctable(call):
+                self._batch_norm_of[id(call.producer)] = call
+        for entry in plan.entries:
+            for source in entry.sources:
+                self._expect(source.parameter, 1)
+
+    @property
+    def _announced(self) -> Layout:
+        """Where the examples lie in ``views`` repetitions of the batch."""
+        return Layout(0, self._views, 1)
+
+    def _expect(self, key: int, uses: int) -> None:
+        self._expected[key] = self._expected.get(key, 0) + uses
+
+    # -- running ---------------------------------------------------------------------------------------------
+
+    def run(
+        self, losses: Tensor, seeds: Tensor, inputs: Sequence[Tensor] = (), *, retain_graph: bool, frozen: bool = True
+    ) -> tuple[Tensor | None, ...]:
+        """Backpropagate ``sum_i seeds_i losses_i`` to the sinks and ``inputs``; returns the inputs' gradients.
+
+        Args:
+            losses: ``[n]``.
+            seeds: ``[n]``.
+            inputs: tensors whose gradients are wanted.
+            retain_graph: keep the graph.
+            frozen: take the statistics of batch norms for constants. Without that, an example's terms are what hooks
+                see in an ordinary backward pass, where batch norms couple the examples: not the gradient of anything.
+        """
+        graph = self.graph
+        sinks = graph.sinks()
+        targets: list[Any] = [*sinks, *inputs]
+        self._consume = not retain_graph
+        retain_graph = retain_graph or not all(entry.ruled for entry in graph.plan.entries)
+        captured, passed = self._entries_by_node()
+        statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
+        with graph.collecting(self), statistics, self._watching(passed):
+            gradients: Sequence[Tensor | None] = ()
+            if targets:
+                gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=retain_graph, allow_unused=True)
+        for position, entries in captured.items():
+            outputs = {number: gradients[k] for k, (sink, number) in enumerate(graph.plan.sinks) if sink == position}
+            self._enter(entries, [outputs[number] for number in sorted(outputs)])
+        for entry, arrived in self._deferred:
+            self._take(entry, masked_gradients(graph.entry(entry), arrived))
+        self._deferred.clear()
+        for key in list(self._pending):  # a use that got no gradient at all never arrived
+            self._finish(key)
+        return tuple(gradients[len(sinks) :])
+
+    def _entries_by_node(self) -> tuple[dict[int, list[PlannedEntry]], dict[int, list[PlannedEntry]]]:
+        """Entries by position: those at sinks, whose gradients autograd hands out without running the node; others."""
+        sinks = {position for position, _ in self.graph.plan.sinks}
+        captured: dict[int, list[PlannedEntry]] = {}
+        passed: dict[int, list[PlannedEntry]] = {}
+        for entry in self.graph.plan.entries:
+            found = captured if entry.position in sinks else passed
+            found.setdefault(entry.position, []).append(entry)
+        return captured, passed
+
+    @contextmanager
+    def _watching(self, passed: dict[int, list[PlannedEntry]]) -> Iterator[None]:
+        """Hooks on the nodes of entries that the pass runs through."""
+        handles = []
+        try:
+            for position, entries in passed.items():
+                handles.append(self.graph.trace.order[position].register_prehook(partial(self._enter, entries)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # -- collecting ------------------------------------------------------------------------------------------
+
+    def holds(self, call: Call) -> bool:
+        """Whether the operands of a call are needed beyond :meth:`receive`."""
+        return self.keep or any(self._expected.get(id(p), 0) > 1 for p in call.parameters.values())
+
+    def receive(self, call: Call, backprops: Any) -> None:
+        """Take the gradient of one call's output; called from its tensor hook."""
+        layout = self._layouts.get(id(call))
+        if layout is None:
+            return
+        if call.rule.whole_call:
+            self._receive_whole(call, layout, backprops)
+            return
+        backprops = backprops.detach()
+        if backprops.numel() == 0:
+            return
+        if call.rule.misses_batch(call.module, backprops):
+            raise RuntimeError(
+                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
+                f"output has shape {tuple(backprops.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
+            )
+        corrected = self._batch_norm_of.get(id(call))
+        feeds_correction = id(call) in self._feeding
+        if not call.parameters and not feeds_correction:
+            return
+        activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
+        if layout not in (PLAIN, self._announced):
+            self._receive_rows(call, layout, activations, backprops)
+            return
+        names = ("weight", "bias") if feeds_correction else tuple(call.parameters)
+        for view in range(self._views):
+            part = slice(view * self.n, (view + 1) * self.n)
+            whole = self._views == 1
+            terms = call.rule.terms(
+                call.module,
+                activations if whole or isinstance(activations, tuple) else activations[part],
+                backprops if whole else backprops[part],
+                call.saved,
+                part,
+                names,
+            )
+            if feeds_correction:
+                scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
+                self._batch_norm_sums[id(call)] = (shift, scale)
+            if corrected is not None:
+                self._correct(terms, call, corrected)
+            for key, parameter in call.parameters.items():
+                self._add(id(parameter), None, terms[key])
+        if self._consume:
+            call.release()
+
+    def _receive_whole(self, call: Call, layout: Layout, backprops: Sequence[Tensor | None]) -> None:
+        """A call whose rule arranges its examples by itself."""
+        given = tuple(None if gradient is None else gradient.detach() for gradient in backprops)
+        self._add_folded(call, layout, call.activations(), given)
+
+    def _receive_rows(self, call: Call, layout: Layout, activations: Tensor, backprops: Tensor) -> None:
+        """A call with several rows an example."""
+        flat = layout.flattened(tuple(backprops.shape))
+        if layout.dim == 1:
+            activations, backprops = (t.flatten(0, 1) for t in (activations, backprops))
+        self._add_folded(call, flat, activations, backprops)
+
+    def _add_folded(self, call: Call, layout: Layout, activations: Any, backprops: Any) -> None:
+        """Form the terms of a call row by row, and add those of an example."""
+        every = slice(0, self.n * layout.rows)
+        terms = call.rule.terms(call.module, activations, backprops, call.saved, every, tuple(call.parameters))
+        for key, parameter in call.parameters.items():
+            self._add(id(parameter), None, terms[key].fold(layout.outer, self.n, layout.inner))
+        if self._consume:
+            call.release()
+
+    def _enter(self, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
+        """Take the gradients of the outputs of a node by which shared tensors enter."""
+        if all(gradient is None for gradient in gradients):
+            return
+        for entry in entries:
+            term = entry_term(self.graph.entry(entry), gradients)
+            if term is None:
+                self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
+            else:
+                self._take(entry, term)
+
+    def _take(self, entry: PlannedEntry, term: Term) -> None:
+        """Add the term of a shared tensor to those of the parameters that it was computed from."""
+        child, number = self.graph.entry(entry).child
+        for source in entry.sources:
+            origin = Origin(child, number, source.rearranged)
+            self._add(source.parameter, None if origin.is_leaf else origin, term)
+
+    def _add(self, key: int, origin: Origin | None, term: Term) -> None:
+        if key not in self.rows:
+            return  # frozen between the forward and the backward pass
+        pending = self._pending.setdefault(key, [])
+        pending.append((origin, term))
+        if len(pending) == self._expected[key]:
+            self._finish(key)
+
+    def _finish(self, key: int) -> None:
+        row = self.rows[key]
+        term = derived_term(self._pending.pop(key), self.parameters[row])
+        if self.keep:
+            term = term.compact()
+        if self.norms:
+            self.squared[row] = term.squared_norm()
+        if self.keep:
+            self.terms[key] = term
+
+    def _correct(self, terms: dict[str, Term], call: Call, batch_norm: Call) -> None:
+        """Attach the local correction where it is exact: to the parameters that this call alone uses."""
+        sums = self._batch_norm_sums.pop(id(batch_norm), None)
+        alone = [key for key, parameter in call.parameters.items() if self._expected[id(parameter)] == 1]
+        if sums is not None:
+            mean, rstd = batch_norm.saved
+            statistics = BatchNormCall(batch_norm.activations(), mean, rstd, gain_of(batch_norm.module, rstd))
+            correct_terms({key: terms[key] for key in alone}, statistics, *sums)
+
+    # -- results ---------------------------------------------------------------------------------------------
+
+    def squared_norms(self, like: Tensor) -> Tensor:
+        """All squared norms, ``[L, n]``; parameters that were not reached have zero rows."""
+        dtype = accumulation_dtype(like)
+        zero = torch.zeros(self.n, dtype=dtype, device=like.device)
+        if not self.squared:
+            return zero.new_zeros(0, self.n)
+        return torch.stack(
+            [zero if row is None else row if row.dtype == dtype else row.to(dtype) for row in self.squared]
+        )
+
+    def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.
+
+        Args:
+            weights: ``[n]``.
+            only: ids of the parameters to sum for; default all.
+        """
+        reached: list[tuple[Tensor, Term]] = []
+        for parameter in self.parameters:
+            if id(parameter) in self.terms and (only is None or id(parameter) in only):
+                reached.append((parameter, self.terms.pop(id(parameter))))
+        return weighted_sums(reached, weights, SCALED_AT_ONCE if weights.is_cuda else 0)
+
+
+def correctable(batch_norm: Call) -> bool:
+    """Whether the call is a batch norm over the batch whose channels are the features of the layer that feeds it."""
+    producer = batch_norm.producer
+    if producer is None or not batch_norm.couples or not isinstance(batch_norm.rule, BatchNormRule):
+        return False
+    rows = isinstance(producer.rule, LinearRule) and batch_norm.activations().dim() == 2
+    return rows or isinstance(producer.rule, ConvRule)

@@ -1,0 +1,89 @@
+"""Gradients of the losses with respect to the network's inputs, which N-ENGM and A-ENGM weigh examples by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..graph.trace import Trace
+from ..terms import accumulation_dtype
+from ..terms.loss_scale import UNSCALED, LossScale
+
+Inputs = Tensor | Sequence[Tensor] | None
+
+
+def input_gradients(losses: Tensor, leaves: Sequence[Tensor], scale: LossScale = UNSCALED) -> tuple[Tensor | None, ...]:
+    """Gradients of the summed, scaled losses with respect to ``leaves``; the graph is kept.
+
+    The scale is still in them, since the norms of gradients in float16 are taken before it is divided out.
+    """
+    if not leaves:
+        return ()
+    return torch.autograd.grad(losses, list(leaves), scale.seeds(losses), retain_graph=True, allow_unused=True)
+
+
+def input_norms(gradients: Tensor | Sequence[Tensor], n: int) -> Tensor:
+    """``[n]``, norm of each example's input gradient; views of an example and several inputs add up.
+
+    Raises:
+        ValueError: an input does not have its examples along the first dimension.
+    """
+    parts = [gradients] if isinstance(gradients, Tensor) else list(gradients)
+    for part in parts:
+        if part.dim() == 0 or part.shape[0] == 0 or part.shape[0] % n:
+            raise ValueError(
+                f"inputs must have the {n} examples along their first dimension, one of them has shape "
+                f"{tuple(part.shape)}, so it has no gradient an example."
+            )
+    total: Tensor | float = 0.0
+    for part in parts:
+        squares = part.detach().to(accumulation_dtype(part)).square().reshape(-1, n, part[0].numel()).sum((0, 2))
+        total = total + squares
+    return torch.as_tensor(total).sqrt()
+
+
+def resolve_inputs(traced: Trace | None, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The tensors whose gradients stand for ``inputs``: themselves, or the leaf the wrapper put in their place.
+
+    Raises:
+        TypeError: not a tensor or a sequence of tensors.
+        ValueError: one of them neither requires grad nor is an input that the wrapper replaced.
+    """
+    if inputs is None:
+        return ()
+    given = tuple(inputs) if isinstance(inputs, Sequence) else (inputs,)
+    seen = [] if traced is None else [pair for capture in traced.captures for pair in capture.inputs]
+    found = []
+    for tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(tensor).__name__}.")
+        leaf = tensor if tensor.requires_grad else next((leaf for ref, leaf in seen if ref() is tensor), None)
+        if leaf is None:
+            raise ValueError(
+                "the gradient with respect to inputs is needed, but they do not require grad. Call "
+                "inputs.requires_grad_() before the forward pass (N-ENGM and A-ENGM also accept the very tensor that "
+                "the wrapped model was called with)."
+            )
+        found.append(leaf)
+    return tuple(found)
+
+
+def pack_input_grads(
+    inputs: Inputs, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> Tensor | tuple[Tensor, ...] | None:
+    """Gradients in the structure of ``inputs``; zero for one of several inputs that the losses do not depend on.
+
+    Raises:
+        ValueError: the losses depend on none of the inputs, or there are no inputs.
+    """
+    if inputs is None:
+        return None
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            "the losses do not depend on inputs, so there is no gradient to read: pass the tensor that the model was "
+            "called with (not a copy of it, nor one that was detached on the way)."
+        )
+    filled = tuple(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True))
+    return filled[0] if isinstance(inputs, Tensor) else filled

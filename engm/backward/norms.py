@@ -1,0 +1,188 @@
+"""Squared norms from a planned graph: measured in one backward pass, mapped to the paper's where examples couple."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..batch_norm.calibration import FactorKey
+from ..exact import exact_squared_norms
+from ..graph.plan import PlannedGraph
+from ..module import GradNormModule
+from ..terms.loss_scale import UNSCALED, LossScale
+from .collect import TermCollector
+from .inputs import Inputs, input_gradients, input_norms, pack_input_grads, resolve_inputs
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Per-example squared gradient norms, and input gradients if asked for, from one backward pass.
+
+    Attributes:
+        names: the parameter tensors, in the order of the network.
+        stacked: squared norms ``[L, n]``, one row a parameter tensor; float64 for float64 losses, else float32. None if
+            only input gradients were measured (``norms=False``).
+        mode: how batch statistics were treated: ``"plain"`` (nothing couples the examples: the norms are exact),
+            ``"frozen"`` (batch norms in training mode as constants), ``"corrected"`` (the same, with the local
+            correction of :mod:`engm.batch_norm.correction`; never from :func:`engm.measure`) or ``"exact"`` (through
+            the statistics, as are input gradients that were measured alone).
+        losses: ``[n]``, detached.
+        input_grads: gradient of the summed losses with respect to ``inputs``, same structure; None if not asked for.
+    """
+
+    names: tuple[str, ...]
+    stacked: Tensor | None
+    mode: str
+    losses: Tensor
+    input_grads: Tensor | tuple[Tensor, ...] | None = None
+
+    @property
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Squared norms ``[n]`` by parameter name."""
+        return dict(zip(self.names, self.require_stacked().unbind(0), strict=True))
+
+    @property
+    def norms(self) -> Tensor:
+        """``[n]``, norms over all parameters, of the graph the measurement ran on (not calibrated)."""
+        return self.require_stacked().sum(0).sqrt()
+
+    def require_stacked(self) -> Tensor:
+        """``stacked``.
+
+        Raises:
+            ValueError: only input gradients were measured.
+        """
+        if self.stacked is None:
+            raise ValueError("this measurement was taken with norms=False: it has input gradients only.")
+        return self.stacked
+
+    @property
+    def input_norms(self) -> Tensor | None:
+        """``[n]``, norms of the input gradients over everything but the example; None without ``inputs``."""
+        return None if self.input_grads is None else input_norms(self.input_grads, self.losses.shape[0])
+
+    @property
+    def n(self) -> int:
+        """Number of examples."""
+        return self.losses.shape[0]
+
+
+def lent_mode(model: GradNormModule, graph: PlannedGraph) -> str:
+    """The mode of a measurement that may be handed on to another graph (see :class:`Measurement`).
+
+    It is never ``"corrected"``: the local correction belongs to the graph that it was computed on.
+    """
+    if not graph.couples:
+        return "plain"
+    return "exact" if model.batch_norm == "exact" else "frozen"
+
+
+def own_mode(model: GradNormModule, graph: PlannedGraph) -> str:
+    """The mode of a measurement on the training graph itself (see :class:`Measurement`)."""
+    mode = lent_mode(model, graph)
+    return "corrected" if mode == "frozen" and model.batch_norm == "calibrated" else mode
+
+
+def measure_graph(
+    graph: PlannedGraph, losses: Tensor, mode: str, inputs: Inputs = None, scale: LossScale = UNSCALED
+) -> Measurement:
+    """One backward pass that computes no weight gradient and keeps the graph.
+
+    Args:
+        graph: behind ``losses``.
+        losses: ``[n]``.
+        mode: how to treat batch statistics, from :func:`lent_mode` or :func:`own_mode`.
+        inputs: tensors whose gradients are wanted too.
+        scale: on the losses inside the pass.
+
+    Raises:
+        RuntimeError: exact gradients would be needed where the examples of several processes are one batch.
+        TypeError, ValueError: the inputs do not fit.
+    """
+    leaves = resolve_inputs(graph.trace, inputs)
+    if mode in ("exact", "corrected"):
+        _refuse_other_ranks(graph)
+    if mode == "exact":
+        stacked = exact_squared_norms(losses, graph.parameters, scale=scale)
+        gradients = input_gradients(losses, leaves, scale)
+    else:
+        collector = TermCollector(graph, correct=mode == "corrected")
+        gradients = collector.run(losses, scale.seeds(losses), leaves, retain_graph=True)
+        stacked = scale.off_squares(collector.squared_norms(losses))
+    packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
+    return Measurement(graph.names, stacked, mode, losses.detach(), packed)
+
+
+def calibrated_squared_norms(
+    model: GradNormModule,
+    graph: PlannedGraph,
+    losses: Tensor,
+    measurement: Measurement,
+    *,
+    borrowed: bool,
+    count: bool,
+    scale: LossScale = UNSCALED,
+) -> tuple[Tensor, Tensor | None]:
+    """``([L, n] squared norms, [L] factors)`` of a measurement, as norms of the training graph behind ``losses``.
+
+    The factors are None where none are called for: nothing couples the examples, or the model asks for raw or exact
+    norms. Those of a training step under ``DistributedDataParallel`` are taken by all ranks together, which all have to
+    call this then; outside of training steps nothing is sent. Under ``fully_shard`` all ranks always have to.
+
+    Args:
+        model: whose calibration it is.
+        graph: behind ``losses``.
+        losses: ``[n]``, of the training graph.
+        measurement: of the same examples.
+        borrowed: whether the measurement is of another graph, as an attack's last step.
+        count: whether this is a training step, which replaces factors that are too old.
+        scale: on the losses inside the exact passes.
+
+    Raises:
+        ValueError: an exact norm is asked for and the measurement is of another graph.
+        RuntimeError: the examples of several processes are one batch.
+    """
+    stacked = measurement.require_stacked()
+    if not graph.couples or model.batch_norm == "frozen" or measurement.mode == "exact":
+        return stacked, None
+    if model.batch_norm == "exact":
+        raise ValueError(
+            "batch_norm='exact' takes norms through the statistics of the training graph; a measurement of another "
+            "graph cannot give them. Leave measurement out, or wrap with batch_norm='calibrated'."
+        )
+    _refuse_other_ranks(graph)
+    sharded = model.shard_group is not None
+    ranks = graph.trace.ranks if count or sharded else None
+    factors = model.calibration.factors(
+        FactorKey(measurement.mode, borrowed),
+        stacked,
+        losses,
+        graph.trace.trained,
+        count=count,
+        scale=scale,
+        group=None if ranks is None else ranks.estimating_group(),
+        in_step=sharded,
+    )
+    return stacked, factors
+
+
+def mapped_norms(stacked: Tensor, factors: Tensor | None) -> Tensor:
+    """Norms ``[n]`` over all parameter tensors from squared norms ``[L, n]`` and factors ``[L]``, if there are any."""
+    if factors is not None:
+        stacked = stacked * factors.unsqueeze(1)
+    return stacked.sum(0).sqrt()
+
+
+def _refuse_other_ranks(graph: PlannedGraph) -> None:
+    """Exact gradients of a few examples cannot be taken where the examples of several processes are one batch.
+
+    Raises:
+        RuntimeError: ``nn.SyncBatchNorm`` over several processes.
+    """
+    if graph.plan.of_all_ranks:
+        raise RuntimeError(
+            "engm: nn.SyncBatchNorm over several processes couples the examples of all of them, and the exact "
+            "gradients that calibration takes of a few would be mixed with those of other processes. Wrap with "
+            "GradNormModule(net, batch_norm='frozen'), or leave nn.BatchNorm in place."
+        )

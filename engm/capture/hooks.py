@@ -1,0 +1,176 @@
+"""Hooks that record the calls of a network's layers during one captured forward pass.
+
+The hooks are put on the modules for the duration of one captured forward pass and taken off again, so the user's
+network never carries anything of ours between calls: it can be copied, pickled, scripted or called directly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..rules import FunctionRule, Rule, WholeCallRule
+from ..rules.arguments import Arguments
+from ..torch_internals import (
+    first_global_forward_hook,
+    is_view,
+    some_global_forward_hook,
+    tree_flatten,
+    tree_unflatten,
+    untracked_alias,
+)
+from .calls import CALLS_KEY, Call, Capture, WholeCall
+
+Before = Callable[..., None]
+Record = Callable[..., Any]
+Adapter = Callable[..., tuple[Before | None, Record]]
+
+
+@contextmanager
+def hooked(
+    capture: Capture, layers: Sequence[tuple[str, nn.Module, Rule]], adapt: Adapter | None = None
+) -> Iterator[None]:
+    """Record the calls of ``layers`` in this thread, first among their forward hooks, while the context is open.
+
+    Args:
+        capture: the forward pass that the calls belong to.
+        layers: name, module and rule of each.
+        adapt: gives hooks to use instead, where the network may be compiled.
+    """
+    thread = threading.get_ident()
+    handles = []
+    records = {}
+    try:
+        for name, module, rule in layers:
+            before: Before | None = None
+            if isinstance(rule, WholeCallRule):
+                before, record = _whole_call_hooks(capture, name, rule, thread)
+            else:
+                record = _call_hook(capture, name, rule, thread)
+            if adapt is not None:
+                before, record = adapt(before, record, name, module, rule)
+            if before is not None:
+                handles.append(module.register_forward_pre_hook(before))
+            records[module] = record
+        if some_global_forward_hook():
+            handles.append(_before_all_hooks(records))
+        else:
+            for module, record in records.items():
+                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
+    """A forward hook for a module that takes and returns one tensor."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Tensor | None:
+        # A hook of another thread, taken off meanwhile, may be called without kwargs; hence the default.
+        if threading.get_ident() != thread or not torch.is_grad_enabled():
+            return None
+        activations = rule.activations(args, kwargs)
+        several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
+        if not isinstance(output, Tensor) or not (several or isinstance(activations, Tensor)):
+            raise RuntimeError(
+                f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
+                f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
+            )
+        replaced = None
+        if is_view(output):
+            # An in-place operation on a view rewrites the history of its base, and the node noted here would drop out
+            # of the graph. The same tensor, not tracked as a view, has no such trouble; a user's layer may have saved
+            # what it returns, which must not change unnoticed, so there the replacement is a copy.
+            output = replaced = output.clone() if isinstance(rule, FunctionRule) else untracked_alias(output)
+        node = output.grad_fn
+        if node is None:  # nothing here is trained
+            return None
+        if activations is output:  # changed in place; the tensor itself would keep its own graph alive
+            activations = activations.detach()
+        call = Call(capture, name, module, rule, activations, output)
+        node.metadata.setdefault(CALLS_KEY, []).append(call)
+        call.hooks.append(output.register_hook(call.on_backprop))
+        return replaced
+
+    return record
+
+
+def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: int) -> tuple[Before, Record]:
+    """A forward pre-hook and a forward hook for a module that takes and returns any nest of tensors."""
+    prepared: list[Any] = []  # more than one entry where a module calls itself
+
+    def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == thread and torch.is_grad_enabled():
+            prepared.append(rule.before(module))
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        if threading.get_ident() != thread or not torch.is_grad_enabled():
+            return None
+        before = prepared.pop() if prepared else None
+        arguments = Arguments(args, kwargs)
+        leaves, spec = tree_flatten(output)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        batch = rule.batch(module, arguments, leaves) if places else 0
+        if batch == 0:  # nothing here is trained, or nothing of it is about the examples
+            return None
+        saved = rule.save_call(module, name, arguments, leaves, before)
+        call = WholeCall(capture, name, module, rule, arguments, len(leaves), places, batch, saved)
+        for place, tapped in zip(places, Tap.apply(*(_unviewed(leaves[p], rule) for p in places)), strict=True):
+            leaves[place] = tapped
+        node = leaves[places[0]].grad_fn
+        node.metadata.setdefault(CALLS_KEY, []).append(call)
+        for number, place in enumerate(places):
+            call.hooks.append(leaves[place].register_hook(partial(call.on_output, number)))
+        return tree_unflatten(leaves, spec)
+
+    return prepare, record
+
+
+class Tap(torch.autograd.Function):
+    """Hands tensors on as they are, so that one node of the graph gets the gradients of all of them."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # Detached, not as they are: autograd would call those views, and forbid in-place operations on them.
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tangents
+
+
+def _unviewed(output: Tensor, rule: Rule) -> Tensor:
+    """An output to tap; a copy of a view of which somebody else may hold the base.
+
+    In-place operations on a tapped view would not show in its base. The layers with a rule of their own hand out views
+    of tensors that nobody else sees, so theirs are tapped as they are.
+    """
+    return output.clone() if rule.generic and is_view(output) else output
+
+
+def _before_all_hooks(records: dict[nn.Module, Record]) -> RemovableHandle:
+    """A hook for all modules that runs first: those of the user run before a module's own, and may replace outputs."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        own = records.get(module)
+        return None if own is None else own(module, args, kwargs, output)
+
+    return first_global_forward_hook(record)

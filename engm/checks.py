@@ -1,0 +1,101 @@
+"""Names that users type: looked up once, and refused with the nearest known one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from math import isfinite, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_name(name: str, known: Iterable[str], *, what: str) -> None:
+    """Refuses a name that is not known.
+
+    Args:
+        name: as typed.
+        known: what there is.
+        what: what it should be the name of, for the message.
+
+    Raises:
+        ValueError: not known; says which are nearest, and all of them if they are few.
+    """
+    names = list(known)
+    if name in names:
+        return
+    near = get_close_matches(str(name).lower(), names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    everything = f" (known: {', '.join(names)})" if len(names) <= 40 else ""
+    raise ValueError(f"unknown {what}: {name!r}{hint}{everything}")
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is infinite or NaN; nothing was changed."""
+
+
+def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
+    """One clear error for losses that cannot have per-example gradients.
+
+    Args:
+        losses: to be checked.
+        finite: look for losses that are not finite; None: on the CPU only, because elsewhere looking synchronises.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not ``[n]`` with ``n >= 1``, or no graph.
+        NonFiniteError: with ``finite``, a loss is not finite.
+    """
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"losses must be a tensor [n] with one loss an example, got {type(losses).__name__}.")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"losses must have shape [n], one loss an example, got {tuple(losses.shape)}: pass reduction='none' to the "
+            "loss function and reduce everything but the first dimension."
+        )
+    if losses.shape[0] == 0:
+        raise ValueError("losses has no example in it (shape [0]): skip empty batches.")
+    if losses.grad_fn is None:
+        raise ValueError(
+            "losses has no graph to backpropagate (computed under torch.no_grad(), detached, or from a model none of "
+            "whose parameters require grad)."
+        )
+    if finite is None:
+        finite = losses.device.type == "cpu"
+    if finite and not bool(torch.isfinite(losses.detach()).all()):
+        bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "
+            "Skip the batch, lower the learning rate, or pass check=False to get NaN weights for them instead."
+        )
+
+
+def check_alpha(alpha: Any) -> float:
+    """``alpha`` as a positive float (``inf`` is allowed and clips nothing).
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    try:
+        value = float(alpha)
+    except (TypeError, ValueError):
+        raise ValueError(f"alpha must be a positive number, got {alpha!r}.") from None
+    if not value > 0:
+        raise ValueError(f"alpha must be positive, got {alpha!r}; engm.alpha_for(net) suggests one.")
+    return value
+
+
+def check_positive(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ValueError: it is not a positive finite number; names the argument.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = nan
+    if not (isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be a positive and finite number, got {value!r}.")
+    return number

@@ -1,0 +1,1 @@
+"""The graph behind the losses: which calls it holds, in which rows each example lies, where parameters enter."""

@@ -1,0 +1,155 @@
+"""Reading an autograd graph: which captured calls the losses reach, in which order, and through which leaves.
+
+Captured calls are found here and nowhere else: in the metadata of the graph's nodes (:mod:`engm.capture.calls`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_of_node
+from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
+from ..capture.compiled import attach, segment_of
+from ..distributed import Ranks
+from ..torch_internals import COMPILED_NODE, Node, leaf_of, let_graph_be_kept, node_name
+
+
+@dataclass
+class Trace:
+    """What :func:`trace` found behind the losses.
+
+    Attributes:
+        owner: the wrapper whose losses they are taken to be.
+        trained: names and tensors of the parameters that norms are taken over.
+        order: all nodes but those of leaves, each after the nodes that it passes gradients to; the losses' is the last.
+        positions: the index in ``order`` of every node.
+        calls: captured calls, those nearest to the losses first.
+        nodes: the node of each call, in the same order.
+        marked: forward passes whose outputs were met.
+        leaves: every leaf (by ``id``), in the order they were met.
+        tokens: by compiled region, the leaf that a backward pass must go to for the region to run
+            (:mod:`engm.capture.compiled`).
+    """
+
+    owner: Wrapper | None = None
+    trained: Sequence[tuple[str, nn.Parameter]] = ()
+    order: list[Node] = field(default_factory=list)
+    positions: dict[Node, int] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    marked: list[Capture] = field(default_factory=list)
+    leaves: dict[int, Tensor] = field(default_factory=dict)
+    tokens: dict[Node, Tensor] = field(default_factory=dict)
+
+    @property
+    def captures(self) -> list[Capture]:
+        """The captured forward passes behind the losses."""
+        return list({id(c): c for c in (*self.marked, *(call.capture for call in self.calls))}.values())
+
+    @property
+    def own_captures(self) -> list[Capture]:
+        """Those of the captured forward passes that were the owner's."""
+        return [capture for capture in self.captures if capture.owner is self.owner]
+
+    @property
+    def own(self) -> list[Call]:
+        """The calls that belong to the owner's forward passes."""
+        captures = {id(capture) for capture in self.own_captures}
+        return [call for call in self.calls if id(call.capture) in captures]
+
+    @property
+    def couples(self) -> bool:
+        """Whether some captured batch norm takes its statistics from the batch."""
+        return any(call.couples for call in self.calls)
+
+    def edge(self, position: int, number: int) -> GradientEdge:
+        """What to differentiate with respect to for a backward pass to reach an output of a node."""
+        token = self.tokens.get(self.order[position])
+        return GradientEdge(self.order[position], number) if token is None else get_gradient_edge(token)
+
+    def collecting(self, collector: Collector) -> AbstractContextManager[None]:
+        """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
+        return collecting(self.captures, self.calls, collector)
+
+    def frozen_statistics(self, outside: Iterable[int]) -> AbstractContextManager[None]:
+        """While the context is open, backward passes take the statistics of all batch norms for constants.
+
+        Args:
+            outside: positions of the batch norms that are not captured calls.
+        """
+        called = [
+            BatchNormNode(node, partial(gain_of, call.module, call.saved[1]), call.slot, call.output_nr)
+            for call, node in zip(self.calls, self.nodes, strict=True)
+            if call.couples
+        ]
+        others = [self.order[position] for position in outside]
+        return frozen_statistics([*called, *(BatchNormNode(node, partial(gain_of_node, node)) for node in others)])
+
+    def release(self) -> None:
+        """Let go of what the owner's calls remember, before the graph itself is gone."""
+        for call in self.own:
+            call.release()
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes whose batches make up this batch; None where the owner's forward passes ran in one alone."""
+        return next((capture.ranks for capture in self.own_captures if capture.ranks is not None), None)
+
+
+def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[str, nn.Parameter]] = ()) -> Trace:
+    """Walk the graph behind ``losses`` once, depth first, without touching it.
+
+    Args:
+        losses: any tensor with a graph.
+        owner: the wrapper whose calls count as the result's own.
+        trained: names and tensors of the parameters that norms are to be taken over.
+    """
+    result = Trace(owner, trained)
+    root = losses.grad_fn
+    if root is None:
+        return result
+    seen = {root}
+    stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(_next_nodes(root, result)))]
+    while stack:
+        node, children = stack[-1]
+        for child in children:
+            if child not in seen:
+                seen.add(child)
+                stack.append((child, iter(_next_nodes(child, result))))
+                break
+        else:
+            stack.pop()
+            result.positions[node] = len(result.order)
+            result.order.append(node)
+    for node in reversed(result.order):
+        metadata = node.metadata
+        for call in metadata.get(CALLS_KEY, ()):
+            result.calls.append(call)
+            result.nodes.append(node)
+        result.marked += metadata.get(CAPTURES_KEY, ())
+        if node_name(node) == COMPILED_NODE:
+            let_graph_be_kept(node)
+    return result
+
+
+def _next_nodes(node: Node, result: Trace) -> list[Node]:
+    """Nodes that ``node`` passes gradients to; leaves among them are noted in ``result.leaves`` instead."""
+    inner = []
+    for child, _ in node.next_functions:
+        if child is None:
+            continue
+        leaf = leaf_of(child)
+        if leaf is None:
+            inner.append(child)
+        elif (segment := segment_of(leaf)) is not None:
+            attach(segment, node)
+            result.tokens[node] = leaf
+        else:
+            result.leaves.setdefault(id(leaf), leaf)
+    return inner

@@ -1,0 +1,258 @@
+"""One batch as an outer optimizer sees it: where norms come from, and how the weighted gradient is formed."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from ..backward.collect import TermCollector
+from ..backward.inputs import Inputs, input_gradients, input_norms, pack_input_grads, resolve_inputs
+from ..backward.norms import Measurement, calibrated_squared_norms, measure_graph, own_mode
+from ..backward.prepare import planned_losses
+from ..checks import check_losses
+from ..distributed import Ranks, backpropagate_leaves
+from ..graph.plan import PlannedGraph
+from ..graph.trace import trace
+from ..module import GradNormModule
+from ..terms.loss_scale import LossScale
+from ..torch_internals import has_gradient_hooks
+from .weights import ExampleNorms, Weighting
+
+
+class LossBatch:
+    """One batch's losses, and the cheapest ways to get norms, input norms and the weighted gradient from its graph.
+
+    ==================  =========================================  ===================================
+    examples            norms                                      weighted gradient
+    ==================  =========================================  ===================================
+    independent         from the one pass there is                 from that pass's factors
+    coupled             own frozen pass, calibrated                backward of the reweighted losses
+    measured before     from the measurement (calibrated if        backward of the reweighted losses
+                        the training graph couples)
+    ==================  =========================================  ===================================
+
+    Args:
+        model: the wrapper.
+        losses: ``[n]``.
+        inputs: whose gradients are wanted, if any.
+        measurement: of the same examples, if any.
+        scale: on the losses.
+        check: look for non-finite losses.
+        captured: whether norms or input gradients will be asked for, so that the graph must be a captured one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: losses or measurement do not fit, see :func:`engm.measure`.
+    """
+
+    def __init__(
+        self,
+        model: GradNormModule,
+        losses: Tensor,
+        inputs: Inputs,
+        measurement: Measurement | None,
+        *,
+        scale: LossScale,
+        check: bool | None,
+        captured: bool,
+    ) -> None:
+        self.model = model
+        self.losses = losses
+        self.inputs = inputs
+        self.measurement = measurement
+        self.scale = scale
+        self._collector: TermCollector | None = None
+        self._graph: PlannedGraph | None = None
+        if captured:
+            self._graph = planned_losses(model, losses, check=check)
+            self.trace = self._graph.trace
+        else:
+            check_losses(losses, finite=check)
+            self.trace = trace(losses, model, model.trainable_parameters())
+        if measurement is not None:
+            self._check_measurement(measurement)
+
+    def _check_measurement(self, measurement: Measurement) -> None:
+        if not isinstance(measurement, Measurement):
+            raise TypeError(f"measurement must come from engm.measure, got {type(measurement).__name__}.")
+        names = tuple(name for name, _ in self.trace.trained)
+        if measurement.n != self.losses.shape[0] or measurement.names != names:
+            raise ValueError(
+                f"the measurement is of {measurement.n} examples and {len(measurement.names)} parameter tensors, the "
+                f"losses are of {self.losses.shape[0]} examples and {len(names)}: measure the same examples with the "
+                "same trained parameters."
+            )
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes whose batches make up this one with it; None where the losses were computed by one alone."""
+        return self.trace.ranks
+
+    # -- norms -----------------------------------------------------------------------------------------------
+
+    def norms(self, *, of_gradients: bool, of_inputs: bool, one_pass: bool) -> ExampleNorms:
+        """The norms that are asked for.
+
+        Args:
+            of_gradients: over the parameters.
+            of_inputs: of the input gradients, of the sum of the losses, through the batch's statistics where there are
+                any.
+            one_pass: whether one backward pass may do everything and use the graph up, where nothing couples the
+                examples and no hooks hang on parameters.
+
+        Raises:
+            ValueError: inputs are needed and there are none, or the measurement lacks what is asked for.
+        """
+        graph, squared, factors, found = self._graph, None, None, None
+        if graph is None or not (of_gradients or of_inputs):
+            pass
+        elif self.measurement is not None:
+            found = self._borrowed_input_norms(self.measurement) if of_inputs else None
+            if of_gradients:
+                squared, factors = self._calibrated(graph, self.measurement, borrowed=True)
+        elif one_pass and not graph.couples and not self._has_hooks():
+            squared, found = self._by_one_pass(graph, of_gradients, self._input_leaves() if of_inputs else ())
+        else:
+            # Input norms come first: a fault of the inputs must show before calibration takes notice of this batch.
+            leaves = self._input_leaves() if of_inputs else ()
+            if leaves and (graph.couples or not of_gradients):
+                found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
+            if of_gradients:
+                inputs = self.inputs if leaves and found is None else None
+                measured = measure_graph(graph, self.losses, own_mode(self.model, graph), inputs, self.scale)
+                found = measured.input_norms if found is None else found
+                squared, factors = self._calibrated(graph, measured, borrowed=False)
+        return ExampleNorms(self.losses.detach(), squared, factors, found, self.ranks)
+
+    def _by_one_pass(
+        self, graph: PlannedGraph, of_gradients: bool, leaves: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Squared norms ``[L, n]`` and input norms ``[n]`` from the pass whose terms the gradient is made from."""
+        self._collector = TermCollector(graph, norms=of_gradients, keep=True)
+        gradients = self._collector.run(self.losses, self.scale.seeds(self.losses), leaves, retain_graph=False)
+        squared = self.scale.off_squares(self._collector.squared_norms(self.losses)) if of_gradients else None
+        return squared, self._input_norms(leaves, gradients) if leaves else None
+
+    def _calibrated(
+        self, graph: PlannedGraph, measurement: Measurement, *, borrowed: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if measurement.stacked is None:
+            raise ValueError(
+                "the measurement was taken with norms=False and this step reads norms: leave norms at True (see "
+                "needs_norms of the optimizer), or leave measurement out."
+            )
+        return calibrated_squared_norms(
+            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
+        )
+
+    def _borrowed_input_norms(self, measurement: Measurement) -> Tensor:
+        found = measurement.input_norms
+        if found is None:
+            raise ValueError(
+                "the measurement has no input gradients: take it with engm.measure(model, losses, inputs=x)."
+            )
+        return found
+
+    def _input_leaves(self) -> tuple[Tensor, ...]:
+        if self.inputs is None:
+            raise ValueError(
+                "this optimizer reads the gradient of the inputs: pass them, opt.backward(losses, inputs=x_adv), or a "
+                "measurement that was taken with inputs."
+            )
+        leaves = resolve_inputs(self.trace, self.inputs)
+        n, views = self.losses.shape[0], self.model.views
+        for leaf in leaves:
+            if leaf.dim() == 0 or leaf.shape[0] != n * views:
+                wanted = f"{n} examples" if views == 1 else f"{n} examples times views={views}"
+                raise ValueError(
+                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there "
+                    "is one input gradient for each loss."
+                )
+        if not leaves:
+            raise ValueError("inputs must name at least one tensor.")
+        return leaves
+
+    def _input_norms(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
+        """``[n]`` from gradients of the scaled losses."""
+        packed = pack_input_grads(self.inputs, leaves, gradients)
+        return self.scale.off_norms(input_norms(() if packed is None else packed, self.losses.shape[0]))
+
+    def _has_hooks(self) -> bool:
+        """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
+        return any(has_gradient_hooks(parameter) for _, parameter in self.trace.trained)
+
+    # -- gradient --------------------------------------------------------------------------------------------
+
+    def accumulate(self, weighting: Weighting, divisor: float) -> None:
+        """Add ``loss_scale / divisor * sum_i weights_i dL_i/dtheta`` to ``p.grad``; the graph is used up."""
+        parts = self._parts(weighting)
+        if self._collector is None:
+            self._backpropagate(parts, divisor)
+        else:  # its terms carry the loss scale already
+            self._add_weighted_sums(self._collector, parts, divisor)
+        self.release()
+
+    def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:
+        """An ordinary backward pass of the reweighted losses, one for each part."""
+        reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
+        if not reached:
+            raise RuntimeError(
+                "the losses reach no trained parameter of this model: pass the model that computed them."
+            )
+        parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
+        for i, (weights, own) in enumerate(parts):
+            targets = [p for p in reached if own is None or id(p) in own]
+            seeds = (weights * (self.scale.factor / divisor)).to(self.losses.dtype)
+            torch.autograd.backward(self.losses, seeds, inputs=targets, retain_graph=i < len(parts) - 1)
+
+    def _add_weighted_sums(
+        self, collector: TermCollector, parts: list[tuple[Tensor, set[int] | None]], divisor: float
+    ) -> None:
+        """Sums of the terms that were kept."""
+        sums = (
+            (parameter, _in_form_of(parameter, gradient))
+            for weights, own in parts
+            for parameter, gradient in collector.weighted_sums(weights / divisor, own)
+        )
+        if self.ranks is None:
+            for parameter, gradient in list(sums):  # nothing is half changed, should one of the sums have failed
+                _add_gradient(parameter, gradient)
+        else:
+            backpropagate_leaves(chain(self._zeros_of_reached(collector), sums))
+
+    def _zeros_of_reached(self, collector: TermCollector) -> list[tuple[Tensor, Tensor]]:
+        """Parameters in the graph that no gradient arrived at, which ``DistributedDataParallel`` waits for, and 0."""
+        reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
+        return [(p, torch.zeros_like(p)) for p in reached if id(p) not in collector.terms]
+
+    def _parts(self, weighting: Weighting) -> list[tuple[Tensor, set[int] | None]]:
+        """Weights ``[n]`` and the parameters (by id) that they are for; None: all."""
+        if weighting.groups is None:
+            return [(weighting.weights, None)]
+        parameters = [parameter for _, parameter in self.trace.trained]
+        return [
+            (weights, {id(parameters[row]) for row in rows})
+            for weights, rows in zip(weighting.weights.unbind(0), weighting.groups, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Let go of everything that was captured for this batch."""
+        self.trace.release()
+
+
+def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the parameter's type and, unless it is sparse, shape."""
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Accumulate as autograd does: a gradient stays sparse until a dense one is added."""
+    if parameter.grad is None:
+        parameter.grad = gradient
+    elif parameter.grad.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + parameter.grad
+    else:
+        parameter.grad.add_(gradient)

@@ -1,0 +1,105 @@
+"""What a method of weighting gets and gives: norms of a batch's examples in, their weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..distributed import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ExampleNorms:
+    """The norms of one batch's examples, as far as the optimizer asked for them.
+
+    Attributes:
+        losses: ``[n]``, detached.
+        squared: ``[L, n]``, squared norms of the gradients by parameter tensor; None unless ``needs_norms``.
+        factors: ``[L]``, calibration factors of the squared norms; None where they hold as they are.
+        input_norms: ``[n]``, norms of the input gradients; None unless ``needs_input_grads``.
+        ranks: the processes whose batches make up one batch with this one; None for a lone process.
+    """
+
+    losses: Tensor
+    squared: Tensor | None = None
+    factors: Tensor | None = None
+    input_norms: Tensor | None = None
+    ranks: Ranks | None = None
+
+    @property
+    def of_gradients(self) -> Tensor:
+        """``[n]``, norms of the gradients over all parameters.
+
+        Raises:
+            RuntimeError: the optimizer did not ask for them.
+        """
+        return self.clipped(inf)[0]
+
+    @property
+    def of_inputs(self) -> Tensor:
+        """``[n]``, norms of the input gradients.
+
+        Raises:
+            RuntimeError: the optimizer did not ask for them.
+        """
+        if self.input_norms is None:
+            raise RuntimeError("this optimizer did not ask for input gradients: set uses_input_grads in its class.")
+        return self.input_norms
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The process group to estimate something from the examples of all ranks; None for a lone process.
+
+        Raises:
+            RuntimeError: inside ``join()``, where not all ranks would answer.
+        """
+        return None if self.ranks is None else self.ranks.estimating_group()
+
+    def clipped(self, alpha: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Norms ``[n]`` of the gradients and ``min(alpha / norm, 1)``, ``[n]``, in one kernel.
+
+        Args:
+            alpha: the bound.
+            rows: indices of the parameter tensors that the norms are taken over; default all.
+
+        Raises:
+            RuntimeError: the optimizer did not ask for norms.
+        """
+        if self.squared is None:
+            raise RuntimeError("this optimizer did not ask for gradient norms: set uses_norms in its class.")
+        if rows is None:
+            return ops.clip_weights(self.squared, alpha, self.factors)
+        return ops.clip_weights(self.squared[rows], alpha, None if self.factors is None else self.factors[rows])
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """What an optimizer decided for one batch.
+
+    Attributes:
+        weights: ``[n]``; ``[groups, n]`` with ``groups``.
+        norms: of the same shape, what the weights were made from; None where they were made from nothing.
+        input_norms: ``[n]``, norms of the input gradients, where they were used.
+        groups: for each group the rows of its parameters, in the order of the model's trained parameters.
+    """
+
+    weights: Tensor
+    norms: Tensor | None = None
+    input_norms: Tensor | None = None
+    groups: Sequence[Sequence[int]] | None = None
+
+
+def predicted_weights(predicted: Tensor, alpha: float | Tensor) -> Tensor:
+    """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
+    weights = (alpha / predicted).clamp(max=1)
+    weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
+    return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))

@@ -1,0 +1,180 @@
+"""What an analysis will cost, from a few training steps of every kind of run that is still to do."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import RunConfig
+from ..data.memory import free_bytes
+from ..machine import set_machine
+from ..methods import LABELS
+from ..processes import Ranks
+from ..training.run import Run
+from .cells import Cell, dataset_of
+from .measures import evaluation_passes
+from .step_times import READ_NORMS, WARM_UP, StepTimeCell
+
+LONG = 2.0  # seconds; a longer step is not timed with a whole batch
+MOST_JOBS = 8  # cells at once on one GPU
+# Runs that differ in nothing else cost the same.
+_KIND = (
+    "data", "train_examples", "model", "width", "norm", "objective", "awp", "attack_steps", "batch_size", "precision",
+    "channels_last", "compile_attack", "fast", "threads",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one kind of run.
+
+    Attributes:
+        step: seconds of a training step.
+        steps: an epoch.
+        examples: validation and test examples.
+    """
+
+    step: float
+    steps: int
+    examples: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to come.
+
+    Attributes:
+        cells: of the analysis.
+        trained: of them whose training is over.
+        seconds: expected for the rest, one cell at a time; measures of trained cells are counted in.
+        peak_bytes: the most that one cell holds, on the GPU if there is one.
+        jobs: cells at once.
+        on_gpu: where they compute.
+    """
+
+    cells: int
+    trained: int
+    seconds: float
+    peak_bytes: int
+    jobs: int
+    on_gpu: bool
+
+    def __str__(self) -> str:
+        left = self.cells - self.trained
+        # On one GPU cells share what one of them leaves idle: nobody knows how much that is.
+        wall = self.seconds / (1 if self.on_gpu else max(1, min(self.jobs, self.cells)))
+        return (
+            f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}, "
+            f"{self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, so good "
+            "to a factor of two."
+        )
+
+
+def duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
+def plan(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | None) -> Plan:
+    """Times a few steps of every kind of run, in a process of its own, so that its memory can be told.
+
+    Args:
+        cells: of the analysis.
+        runs: the folder of run folders.
+        device: where they will compute.
+        jobs: cells at once; ``None``: as many as cores (by the runs' threads) or the GPU's memory allow.
+    """
+    kinds = {_kind(cell.config): cell.config for cell in cells}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        costs, peak = pool.submit(_probe, kinds, str(device)).result()
+    trained = sum(cell.is_trained(runs) for cell in cells)
+    seconds = sum(_seconds(cell, costs[_kind(cell.config)], runs) for cell in cells)
+    threads = max((cell.config.threads or _cores() for cell in cells), default=1)
+    room = jobs or _room(device, peak, threads, len(cells))
+    return Plan(len(cells), trained, seconds, peak, room, device.type == "cuda")
+
+
+def _kind(config: RunConfig) -> tuple[Any, ...]:
+    resolved = config.resolved()
+    return tuple(getattr(resolved, name) for name in _KIND)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _room(device: torch.device, peak: int, threads: int, cells: int) -> int:
+    by_memory = int(0.8 * free_bytes(device) // max(peak, 1))
+    most = MOST_JOBS if device.type == "cuda" else _cores() // threads
+    return max(1, min(by_memory, most, cells))
+
+
+def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[tuple[Any, ...], Cost], int]:
+    """In a fresh process: the cost of every kind, and the peak of memory of the hungriest."""
+    where, found, peak = torch.device(device), {}, 0
+    for kind, config in kinds.items():
+        set_machine(config.resolved())
+        found[kind], held = _time(config, where)
+        peak = max(peak, held)
+    return found, peak
+
+
+def _time(config: RunConfig, device: torch.device) -> tuple[Cost, int]:
+    """A step's seconds and peak of memory; of a long step from a quarter of the batch."""
+    # The costliest optimizer, calibrating as rarely as in a long run.
+    run = Run(replace(config, optimizer="engm"), Ranks(device), dataset_of(config.resolved(), device))
+    run.trainer.model.train()
+    x, y = next(iter(run.batches.epoch(0)))
+    before, part = _peak_bytes(device), max(2, len(x) // 4)
+    run.trainer.step(x[:part], y[:part])
+    run.trainer.step(x[:part], y[:part])
+    held = _peak_bytes(device)
+    seconds = run.trainer.finish_epoch().step_seconds[-1]
+    scale = len(x) / part
+    if seconds * scale < LONG or device.type == "cuda":
+        start = time.perf_counter()
+        run.trainer.step(x, y)
+        run.trainer.step(x, y)
+        run.trainer.finish_epoch()
+        seconds, scale, held = (time.perf_counter() - start) / 2, 1.0, _peak_bytes(device)
+    data = run.dataset
+    cost = Cost(seconds * scale, run.batches.steps, (len(data.validation), len(data.test)))
+    return cost, int(before + (held - before) * scale)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _seconds(cell: Cell, cost: Cost, runs: Path) -> float:
+    config = cell.config.resolved()
+    trained = cell.is_trained(runs)
+    if isinstance(cell, StepTimeCell):
+        contenders = len(LABELS) + len(READ_NORMS)
+        return 0.0 if trained else cost.step * (cell.steps + WARM_UP) * contenders
+    per_pass = cost.step / (config.batch_size * (config.attack_steps + 2))
+    passes = sum(measure.passes(config) for measure in cell.measures)
+    if trained:
+        return passes * per_pass
+    natural = 2 / (config.attack_steps + 2) if config.eps == 0 else 1.0
+    looks = len(range(config.evaluate_every, config.epochs + 1, config.evaluate_every))
+    validation, test = cost.examples
+    passes += looks * evaluation_passes(config, validation) + 2 * evaluation_passes(config, test)
+    return natural * config.epochs * cost.steps * cost.step + passes * per_pass

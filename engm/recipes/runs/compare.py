@@ -1,0 +1,92 @@
+"""Several optimizers, several seeds, everything else alike: a run folder each, and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engm.checks import NonFiniteError
+
+from ..config import RunConfig
+from ..methods import canonical_method
+from ..processes import Ranks
+from ..storage.atomic_files import write_json, write_text_atomic
+from ..training.run import load_in_turn
+from .folder import RunFolder, View, train
+from .report import collect, draw, markdown
+
+
+def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int]) -> dict[str, RunConfig]:
+    """The runs of a comparison by the name of their folder.
+
+    One ``alpha`` is ENGM's and A-ENGM's. N-ENGM, whose threshold is on another quantity, takes a tenth of it, as the
+    paper's 0.5 is of 5; F-ENGM goes on normalising to 1.
+
+    Raises:
+        ValueError: no optimizer or seed, an unknown one, or one twice.
+    """
+    names = [canonical_method(name) for name in optimizers]
+    if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected different optimizers and seeds, got {list(optimizers)} and {list(seeds)}")
+    if config.alpha == "auto" and set(names) & {"a-engm", "n-engm"}:
+        raise ValueError("--alpha auto has no counterpart for A-ENGM and N-ENGM: give a number, or leave it out")
+    cells = {}
+    for seed in seeds:
+        for name in names:
+            alpha = config.alpha
+            if name not in ("engm", "a-engm"):
+                alpha = str(float(alpha) / 10) if name == "n-engm" and alpha != "paper" else "paper"
+            cells[f"{name}-seed{seed}"] = replace(config, optimizer=name, seed=seed, alpha=alpha)
+    return cells
+
+
+def compare(
+    config: RunConfig,
+    optimizers: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    ranks: Ranks,
+    *,
+    view: Callable[[str], AbstractContextManager[View]],
+) -> list[dict[str, Any]]:
+    """Trains every cell in turn (cells that are finished are not touched), then writes table, figures and curves.
+
+    Args:
+        config: common to all; its optimizer and seed do not matter.
+        optimizers: names.
+        seeds: of the runs; the same for every optimizer, so that runs are paired.
+        out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and ``comparison.png``.
+        ranks: the processes.
+        view: makes a view of the cell with the given name.
+
+    Returns:
+        The results of all cells (in other processes than the first: none).
+
+    Raises:
+        NonFiniteError: cells diverged; the others were trained and compared.
+        ValueError, FileNotFoundError: as :func:`engm.recipes.runs.folder.train`; before anything is trained.
+    """
+    cells = cells_of(config, optimizers, seeds)
+    for name, cell in cells.items():
+        RunFolder(out / name).check_free_for(cell)
+    dataset = load_in_turn(config.resolved(), ranks)
+    diverged = []
+    for name, cell in cells.items():
+        try:
+            with view(name) as watching:
+                train(cell, out / name, ranks, view=watching, dataset=dataset)
+        except NonFiniteError:
+            if ranks.world > 1:  # the others may not have noticed
+                raise
+            diverged.append(name)
+    results, _ = collect([out / name for name in cells if name not in diverged]) if ranks.first else ([], [])
+    if results:
+        write_text_atomic(out / "comparison.md", markdown(results))
+        write_json(out / "comparison.json", results)
+        draw(results, out / "comparison.png")
+    if diverged:
+        raise NonFiniteError(f"{', '.join(diverged)} diverged; the others are in {out}")
+    return results

@@ -1,0 +1,374 @@
+"""A run on disk: where things lie, how it is resumed, and the loop that trains it to the end.
+
+DIR/config.toml       the resolved configuration
+DIR/checkpoints/      step-NNNNNNNN (the last two), best-NNNNNNNN (by validation) and epoch-NNNNNN (--keep-epochs)
+DIR/log/              step.csv, epoch.csv, TensorBoard events
+DIR/results.json      when it is over: test accuracy of best and last, every epoch's figures, the machine
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from ..accuracy import Accuracy, overfit
+from ..config import RunConfig, from_values, option, read_toml, to_toml
+from ..data import Dataset
+from ..machine import machine_facts
+from ..methods import LABELS
+from ..processes import Ranks
+from ..storage.atomic_files import read_json, write_json, write_text_atomic
+from ..storage.checkpoint import CheckpointError, CheckpointStore
+from ..storage.folder_lock import locked
+from ..training.loggers import LogFormat, Loggers
+from ..training.run import Run, robust_of
+
+LAST = "step-"
+BEST = "best-"
+EPOCH = "epoch-"
+KEPT = 2  # periodic checkpoints: the latest, and one to fall back on
+Which = Literal["best", "last"]
+
+
+class View(Protocol):
+    """Who watches a run."""
+
+    def begin(self, run: Run) -> None:
+        """The run is about to train, from ``run.epoch`` and ``run.batch``."""
+
+    def on_step(self) -> None:
+        """A batch is done."""
+
+    def on_epoch(self) -> None:
+        """An epoch is done; its figures are the last row of ``run.history``."""
+
+    def on_test(self) -> None:
+        """Training is over; the test set is about to be looked at."""
+
+
+class NoView:
+    """Watches nothing."""
+
+    def begin(self, run: Run) -> None:
+        """Ignored."""
+
+    def on_step(self) -> None:
+        """Ignored."""
+
+    def on_epoch(self) -> None:
+        """Ignored."""
+
+    def on_test(self) -> None:
+        """Ignored."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def results_file(self) -> Path:
+        """What it came to."""
+        return self.path / "results.json"
+
+    @property
+    def store(self) -> CheckpointStore:
+        """Its checkpoints."""
+        return CheckpointStore(self.path / "checkpoints", keep=KEPT)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run lives here already."""
+        return self.config_file.is_file()
+
+    def config(self, data_root: Path | None = None) -> RunConfig:
+        """The resolved configuration of the run that lives here.
+
+        Args:
+            data_root: where named data sets lie now, if not where they lay in training.
+
+        Raises:
+            FileNotFoundError: none does.
+            ValueError: its configuration cannot be read.
+        """
+        if not self.exists:
+            raise FileNotFoundError(f"{self.path} is no run folder: there is no {self.config_file.name} in it")
+        config = from_values(read_toml(self.config_file), source=str(self.config_file)).resolved()
+        return config if data_root is None else replace(config, data_root=str(data_root.absolute()))
+
+    def check_free_for(self, config: RunConfig) -> None:
+        """Looks whether ``config`` may train here: in a new or empty folder, or going on with its own run.
+
+        Raises:
+            ValueError: another run lives here, or something else.
+        """
+        if self.exists and (self.results_file.is_file() or self.store.names(LAST)):
+            differences = config.differences(self.config())
+            if differences:
+                listed = ", ".join(f"{option(k)} {old} (now {new})" for k, (new, old) in differences.items())
+                raise ValueError(
+                    f"{self.path} holds a run with other settings: {listed}. Choose another --out, or leave these "
+                    "settings out to go on with it."
+                )
+        elif not self.exists and self.path.exists() and not _is_empty_folder(self.path):
+            raise ValueError(f"{self.path} exists and is no run folder: choose another --out")
+
+    @property
+    def evaluations_file(self) -> Path:
+        """What ``engm evaluate`` found."""
+        return self.path / "evaluation.json"
+
+    def results(self) -> dict[str, Any]:
+        """What the run came to.
+
+        Raises:
+            FileNotFoundError: it is not over.
+        """
+        if not self.results_file.is_file():
+            raise FileNotFoundError(f"{self.path} has no results yet: train it to the end with engm train --out")
+        found: dict[str, Any] = read_json(self.results_file)
+        return found
+
+    def weights(self, which: Which) -> Kept:
+        """Weights that were kept.
+
+        Args:
+            which: ``"best"`` on the validation set so far, or ``"last"``.
+
+        Raises:
+            FileNotFoundError: no such checkpoint yet.
+            CheckpointError: it is damaged; names the file.
+        """
+        found = self.store.latest(LAST)
+        if found is None or (which == "best" and found[1]["best"] is None):
+            raise FileNotFoundError(f"{self.path} has no {which} checkpoint yet")
+        name, state = found
+        if which == "last":
+            return Kept(name, state["epoch"], evaluated_weights(state))
+        name = best_name(state["best"]["steps"])
+        return Kept(name, state["best"]["epoch"], self.store.load(name)["net"])
+
+    def weights_after(self, epoch: int) -> Kept:
+        """The weights after an epoch of ``--keep-epochs``.
+
+        Raises:
+            CheckpointError: they were not kept, or are damaged.
+        """
+        name = f"{EPOCH}{epoch:06d}"
+        return Kept(name, epoch, self.store.load(name)["net"])
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def save(self, run: Run) -> None:
+        """A periodic checkpoint. Every process must call it; the first one writes."""
+        state = run.state_dict()
+        with run.ranks.together():
+            self._save(run, state)
+
+    def _save(self, run: Run, state: dict[str, Any]) -> None:
+        if run.ranks.first:
+            self.store.save(f"{LAST}{run.trainer.steps:08d}", state)
+            self.store.prune(LAST)
+
+    def save_best(self, run: Run) -> None:
+        """The weights that were just found to be the best. Every process must call it; the first one writes."""
+        with run.ranks.together():
+            self._save_best(run)
+
+    def _save_best(self, run: Run) -> None:
+        if run.ranks.first and run.best is not None:
+            weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": asdict(run.best.accuracy)}
+            self.store.save(best_name(run.best.steps), weights)
+            # One more than needed: a periodic checkpoint from before this one may still be what a resumed run starts
+            # from, and its best is the one before.
+            self.store.prune(BEST)
+
+    def save_epoch(self, run: Run) -> None:
+        """The weights that evaluation looks at after the epoch just finished. Every process must call it."""
+        with run.ranks.together():
+            if run.ranks.first:
+                weights = {"epoch": run.epoch, "net": run.evaluated.state_dict()}
+                self.store.save(f"{EPOCH}{run.epoch:06d}", weights)
+
+    def restore(self, run: Run) -> bool:
+        """Puts the run where its latest good checkpoint left it; a damaged one is named in a warning and passed over.
+
+        Returns:
+            Whether there was a checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
+        """
+        found = self.store.latest(LAST)
+        if found is not None:
+            run.load_state_dict(found[1])
+        if run.ranks.first:  # what is newer belongs to a future that this run may not repeat
+            self.store.drop_after(BEST, run.trainer.steps)
+        return found is not None
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and all(entry.name.startswith(".") for entry in path.iterdir())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Weights out of a checkpoint.
+
+    Attributes:
+        checkpoint: its name.
+        epoch: number of finished epochs.
+        weights: the network's ``state_dict`` (averaged weights, if the run averages), on the CPU.
+    """
+
+    checkpoint: str
+    epoch: int
+    weights: dict[str, Tensor]
+
+
+def best_name(steps: int) -> str:
+    """The checkpoint of weights that were the best after so many steps."""
+    return f"{BEST}{steps:08d}"
+
+
+def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a periodic checkpoint that evaluation looks at: the averaged ones, if there are any."""
+    if state["average"] is None:
+        net: dict[str, Tensor] = state["net"]
+        return net
+    prefix = "module."
+    return {name.removeprefix(prefix): t for name, t in state["average"].items() if name.startswith(prefix)}
+
+
+def train(
+    config: RunConfig, path: Path, ranks: Ranks, *, view: View | None = None, dataset: Dataset | None = None
+) -> dict[str, Any]:
+    """Trains a run to its end in a folder, from wherever it was left.
+
+    Args:
+        config: of the run.
+        path: its folder; made when everything that can be checked before training has been.
+        ranks: the processes; they must see the same folder.
+        view: who watches.
+        dataset: ``None`` to load the one that the configuration names.
+
+    Returns:
+        The results, as ``results.json`` holds them.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: something does not fit; nothing was written.
+        NonFiniteError: training diverged; the last good checkpoint is kept.
+        CheckpointError: all checkpoints are damaged.
+        OSError: the disk is full, say; what was saved before is whole.
+    """
+    config = config.resolved()
+    folder = RunFolder(path)
+    folder.check_free_for(config)
+    if folder.results_file.is_file():
+        return folder.results()
+    formats = [LogFormat(name) for name in config.loggers]
+    for kind in formats:
+        kind.check()
+    run = Run(config, ranks, dataset)
+    view = view if view is not None and ranks.first else NoView()
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(locked(path))
+                folder.check_free_for(config)  # again: somebody may have begun meanwhile
+                if not folder.exists or not folder.store.names(LAST):  # nothing was trained with another one
+                    write_text_atomic(folder.config_file, to_toml(config))
+        resumed = folder.restore(run)
+        if ranks.first and formats:
+            keep = {"step": run.trainer.steps, "epoch": run.epoch} if resumed else None
+            opened = [stack.enter_context(closing(kind.open(path / "log", keep))) for kind in formats]
+            run.trainer.logger = Loggers(opened)
+        view.begin(run)
+        _train_to_the_end(run, folder, view)
+        view.on_test()
+        results = _results(run, folder)
+        if ranks.first:
+            write_json(folder.results_file, results)
+    return results
+
+
+def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
+    config, last = run.config, run.batches.steps
+
+    def on_step() -> None:
+        if run.trainer.steps % config.save_every == 0 and run.batch < last:
+            folder.save(run)
+        view.on_step()
+
+    while not run.over:
+        record = run.train_epoch(on_step)
+        if run.finish_epoch(record):
+            folder.save_best(run)
+        if run.epoch in config.keep_epochs:
+            folder.save_epoch(run)
+        folder.save(run)
+        view.on_epoch()
+
+
+def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
+    """The one look at the test set; without the best weights, and with a warning, if their checkpoint is damaged."""
+    last = run.evaluate("test")
+    if run.best is None or run.best.epoch == run.epoch:
+        return {"last": last, "best": last}
+    best = copy.deepcopy(run.net)
+    try:
+        best.load_state_dict(folder.weights("best").weights)
+    except CheckpointError as error:
+        warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
+        return {"last": last}
+    return {"last": last, "best": run.evaluate("test", best)}
+
+
+def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
+    """Test accuracies of best and last (the one look at the test set), and everything a report needs."""
+    config, dataset = run.config, run.dataset
+    looks = _test(run, folder) if config.test else {}
+    seconds = [row["step_seconds"] for row in run.history]
+    return {
+        "format": 1,
+        "method": LABELS[config.optimizer],
+        "config": config.as_dict(),
+        "alpha": run.alpha,
+        "parameters": sum(p.numel() for p in run.net.parameters()),
+        "data": {
+            "name": dataset.name,
+            "classes": dataset.classes,
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+        },
+        "epochs": run.epoch,
+        "stopped_early": run.epoch < config.epochs,
+        "best_epoch": None if run.best is None else run.best.epoch,
+        "validation": None if run.best is None else asdict(run.best.accuracy),
+        "test": {which: asdict(accuracy) for which, accuracy in looks.items()},
+        "overfit": overfit(robust_of(looks["best"]), robust_of(looks["last"])) if "best" in looks else None,
+        "seconds": sum(row["seconds"] for row in run.history),
+        "step_seconds": median(seconds) if seconds else None,
+        "history": run.history,
+        "machine": {**machine_facts(run.ranks.device), "processes": run.ranks.world},
+    }

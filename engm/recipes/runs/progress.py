@@ -1,0 +1,165 @@
+"""What a terminal shows while a run trains: a bar with steps a second, and the latest epochs."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from ..methods import LABELS
+from ..training.run import Run
+
+SHOWN_EPOCHS = 8
+LITTLE_WEIGHT = 0.1  # mean, of the examples of the first epoch
+RATE_OVER = 50  # steps that the rate is taken over
+
+
+def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """What is going on, how far it is, ``columns`` of one's own, time taken and time left."""
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*first, *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+
+
+class RunView:
+    """``with RunView(console) as view:``; a :class:`engm.recipes.runs.folder.View`.
+
+    In a terminal the view redraws itself; anywhere else it prints a line an epoch.
+
+    Args:
+        console: where to draw.
+        title: put before everything that it says, to tell runs apart.
+
+    Attributes:
+        run: the run that it watches, once that has begun.
+    """
+
+    def __init__(self, console: Console, title: str = "") -> None:
+        self._console = console
+        self._title = title
+        self.run: Run | None = None
+        self._stamps: deque[float] = deque(maxlen=RATE_OVER)
+        self._progress = progress_bar(console, TextColumn("{task.fields[rate]}"))
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> RunView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, run: Run) -> None:
+        """Says what is trained, and from where."""
+        self.run = run
+        config, data = run.config, run.dataset
+        threshold = f", alpha {run.alpha:.3g}" if isinstance(run.alpha, float) else ""
+        awp = f" with AWP {config.awp_gamma:g}" if config.awp else ""
+        self._console.print(
+            f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
+            f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
+            f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
+            f"{config.threat} {config.eps:.4g}, {config.attack_steps} steps; {LABELS[config.optimizer]}{threshold}; "
+            f"{_processes(run)}.",
+            highlight=False,
+        )
+        if run.trainer.steps:
+            self._console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
+        self._task = self._progress.add_task("", total=run.steps, completed=run.trainer.steps, rate="")
+        self._describe()
+        if self._live is not None:
+            self._live.update(self.picture())
+            self._live.start()
+
+    def on_step(self) -> None:
+        """A batch is done."""
+        self._stamps.append(time.monotonic())
+        passed = self._stamps[-1] - self._stamps[0]
+        rate = f"{(len(self._stamps) - 1) / passed:.2f} steps/s" if passed > 0 else ""
+        self._progress.update(self._task, advance=1, rate=rate)
+        self._describe()
+
+    def on_epoch(self) -> None:
+        """An epoch is done."""
+        self._stamps.clear()  # the evaluation is no part of the rate
+        if self.run is None:
+            return
+        self._hint(self.run)
+        if self._live is not None:
+            self._live.update(self.picture())
+            return
+        row = self.run.history[-1]
+        figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
+        number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
+        self._console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+
+    def _hint(self, run: Run) -> None:
+        """Says once if next to nothing is left of the gradients: then the learning rate means something else."""
+        weight = run.history[-1]["weight_mean"]
+        if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
+            self._console.print(
+                f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
+                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
+                "the norms of this network.",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_test(self) -> None:
+        """Training is over."""
+        self._progress.update(self._task, description="testing", rate="")
+
+    def _describe(self) -> None:
+        if self.run is not None:
+            epoch = min(self.run.epoch + 1, self.run.config.epochs)
+            self._progress.update(self._task, description=f"{self._title}epoch {epoch}/{self.run.config.epochs}")
+
+    def picture(self) -> Group:
+        """The latest epochs (the best in bold) and the bar."""
+        table = Table(box=None)
+        for index, name in enumerate(COLUMNS):
+            table.add_column(name, justify="right" if index else "left")
+        run = self.run
+        for row in [] if run is None else run.history[-SHOWN_EPOCHS:]:
+            best = run is not None and run.best is not None and run.best.epoch == row["epoch"]
+            table.add_row(*cells(row), style="bold" if best else None)
+        return Group(table, self._progress)
+
+
+COLUMNS = ("epoch", "loss", "mean w", "clipped", "natural", "PGD", "lr", "s/step")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of a run's history, as :data:`COLUMNS` has it."""
+    weight = row["weight_mean"]
+    return [
+        str(row["epoch"]),
+        f"{row['loss']:.3f}",
+        f"{weight:.3f}" if weight < 100 else f"{weight:.1e}",
+        f"{row['clipped']:.0%}",
+        "-" if row["natural"] is None else f"{row['natural']:.1%}",
+        "-" if row["robust"] is None else f"{row['robust']:.1%}",
+        f"{row['lr']:g}",
+        f"{row['step_seconds']:.3f}",
+    ]
+
+
+def _processes(run: Run) -> str:
+    where = str(run.ranks.device)
+    return where if run.ranks.world == 1 else f"{run.ranks.world} processes on {run.ranks.device.type}"

@@ -1,0 +1,220 @@
+"""Tables and curves of run folders: one row a run, or one a setting with mean and deviation over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from ..config import RunConfig
+from ..storage.atomic_files import read_json, replaced_when_whole
+from .folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
+ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
+# Settings that usually follow from another one: not named where they do.
+FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
+METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        label: what they have in common and others have not.
+        results: of each.
+    """
+
+    label: str
+    results: list[dict[str, Any]]
+
+    def values(self, *path: str) -> list[float]:
+        """One figure of every run that has it."""
+        found = []
+        for result in self.results:
+            value: Any = result
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                found.append(float(value))
+        return found
+
+
+COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "Natural": (("test", "best", "natural"), "%"),
+    "Best": (("test", "best", "robust"), "%"),
+    "Last": (("test", "last", "robust"), "%"),
+    "Overfit": (("overfit",), "%"),
+    "AA": (("autoattack",), "%"),
+    "Best epoch": (("best_epoch",), "f"),
+    "s/step": (("step_seconds",), "s"),
+}
+"""The paper's Table 2 with times: heading, where the figure lies in a result, its unit."""
+
+
+def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The results of run folders, and of the finished ones anywhere below folders that are none.
+
+    Returns:
+        The results, with the ``autoattack`` accuracy of the best checkpoint where all test images were attacked at the
+        run's own radius; and the runs below a path that are not finished.
+
+    Raises:
+        FileNotFoundError: a path is no run folder and has none below it, or a run that was named is not over.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    unfinished = []
+    for path in paths:
+        below = [] if RunFolder(path).exists else sorted(p.parent for p in path.rglob("config.toml"))
+        if not RunFolder(path).exists and not below:
+            raise FileNotFoundError(f"{path} is no run folder, and there is none in it")
+        for folder in below or [path]:
+            if below and not RunFolder(folder).results_file.is_file():
+                unfinished.append(folder)
+                continue
+            result = RunFolder(folder).results()
+            found[folder.resolve()] = {**result, "autoattack": _autoattack(RunFolder(folder), result)}
+    return list(found.values()), unfinished
+
+
+def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
+    known = read_json(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
+    wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
+    entries = known.get("best", {}).get("autoattack", [])
+    return next((entry["accuracy"] for entry in entries if wanted.items() <= entry.items()), None)
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """Results grouped by everything but the seed that can change a result, labelled by what the groups differ in.
+
+    Raises:
+        ValueError: two runs of one row have the same seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        # With batch norm the number of processes is part of what is computed.
+        key = repr([_processes(result), *(result["config"].get(name) for name in ("optimizer", *ROW_SETTINGS))])
+        groups.setdefault(key, []).append(result)
+    firsts = [group[0] for group in groups.values()]
+    rows = []
+    for group in groups.values():
+        method, config = group[0]["method"], group[0]["config"]
+        seeds = [result["config"]["seed"] for result in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"two runs of {method} have the same settings and the same seed; leave one of them out")
+        shown: list[str] = []
+        for name in ROW_SETTINGS:
+            peers = [r for r in firsts if r["method"] == method or name not in METHOD_SETTINGS]
+            leader = FOLLOW.get(name, "")
+            led = {repr(r["config"].get(leader)) for r in peers}
+            both = {repr((r["config"].get(leader), r["config"].get(name))) for r in peers}
+            if len(both) > len(led):
+                shown.append(f"{name} {config.get(name)}")
+        if len({_processes(r) for r in firsts}) > 1:
+            shown.append(f"processes {_processes(group[0])}")
+        rows.append(Row(", ".join([method, *shown]), group))
+    return rows
+
+
+def _processes(result: Mapping[str, Any]) -> int:
+    return int(result["machine"]["processes"])
+
+
+def _cell(values: Sequence[float], unit: str, runs: int) -> str:
+    """Mean and deviation; behind them of how many runs, if not of all."""
+    if not values:
+        return "-"
+    scale, digits = (100, 1) if unit == "%" else (1, 3 if unit == "s" else 0)
+    scaled = [scale * value for value in values]
+    text = f"{mean(scaled):.{digits}f}"
+    text = text if len(scaled) < 2 else f"{text} ± {stdev(scaled):.{digits}f}"
+    return text if len(scaled) == runs else f"{text} (of {len(scaled)})"
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table: mean, and deviation where there are several seeds. Accuracies in per cent."""
+    figures = [_cell(row.values(*path), unit, len(row.results)) for path, unit in COLUMNS.values()]
+    return [row.label, str(len(row.results)), *figures]
+
+
+HEADINGS = ("Run", "Seeds", *COLUMNS)
+
+
+def table(results: Sequence[dict[str, Any]]) -> Table:
+    """For a terminal."""
+    drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(HEADINGS):
+        # Labels wrap, figures never do.
+        drawn.add_column(name, justify="right" if index else "left", no_wrap=index > 0, min_width=0 if index else 20)
+    for row in rows_of(results):
+        drawn.add_row(*cells(row))
+    return drawn
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    """The same table in Markdown, with what its figures are."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows_of(results)]
+    return "\n".join([*lines, "", caption(results)]) + "\n"
+
+
+def caption(results: Sequence[dict[str, Any]]) -> str:
+    """How to read the table."""
+    tests = sorted({result["data"]["test"] for result in results})
+    steps = sorted({result["config"].get("evaluation_steps", 20) for result in results})
+    return (
+        f"Per cent of {' or '.join(map(str, tests))} test images. Natural and Best: the checkpoint that was best on "
+        f"the validation set; Last: the last one; robust accuracies under PGD-{'/'.join(map(str, steps))} on the "
+        "margin loss; AA: AutoAttack on all of them, by engm evaluate. Overfit: (best - last) / best. Means ± standard "
+        "deviation over seeds."
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Learning curves as a PNG: validation accuracy, training loss, weights, norms; a row's seeds in one colour."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    titles = (
+        "validation accuracy, %  (—: under PGD, ···: natural)",
+        "adversarial training loss, nats",
+        "mean weight w of the examples",
+        "mean gradient norm of the examples",
+    )
+    for index, row in enumerate(rows_of(results)):
+        for number, result in enumerate(row.results):
+            style: dict[str, Any] = {"color": f"C{index}", "alpha": 0.8}
+            name = row.label if number == 0 else None
+            _curve(axes[0], result, "robust", scale=100, label=name, **style)
+            _curve(axes[0], result, "natural", scale=100, linestyle=":", **style)
+            _curve(axes[1], result, "loss", **style)
+            _curve(axes[2], result, "weight_mean", **style)
+            _curve(axes[3], result, "norm_mean", **style)
+    decays = {epoch for result in results for epoch in result["config"].get("decay_epochs", [])}
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        for epoch in decays:
+            axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
+    axes[0].legend(fontsize="small")
+    with replaced_when_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _curve(axes: Axes, result: dict[str, Any], name: str, *, scale: float = 1.0, **style: Any) -> None:
+    points = [(row["epoch"], scale * float(row[name])) for row in result["history"] if row.get(name) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **style)

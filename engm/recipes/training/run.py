@@ -1,0 +1,389 @@
+"""One training run: built from a configuration, trained epoch by epoch, its state taken and put back.
+
+A run is a function of its configuration. Everything that later steps depend on is in :meth:`Run.state_dict`, and
+everything else is a function of seed and position, so a run that was killed and resumed ends with the same bits as one
+that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recipes.runs.folder` keeps it on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import engm
+from engm.adversarial import AWP, PGD, Objective, objective
+from engm.checks import NonFiniteError
+
+from ..accuracy import Accuracy, evaluate, pgd20
+from ..config import RunConfig, option
+from ..data import Augmentation, Dataset, Source, load_data
+from ..methods import paper_optimizer
+from ..models import build_model
+from ..processes import Ranks
+from .batches import TrainingBatches, seed_for
+from .precision import Autocast, check_channels_last
+from .schedule import Schedule
+from .trainer import EpochRecord, Trainer
+
+
+@dataclass
+class Best:
+    """The best look at the validation set so far.
+
+    Attributes:
+        epoch: number of finished epochs.
+        steps: of the run, at that moment.
+        accuracy: on the validation set.
+    """
+
+    epoch: int
+    steps: int
+    accuracy: Accuracy
+
+    @property
+    def score(self) -> float:
+        """See :func:`robust_of`."""
+        return robust_of(self.accuracy)
+
+
+def robust_of(accuracy: Accuracy) -> float:
+    """What checkpoints are chosen by: accuracy under the evaluation attack (natural accuracy if there is none)."""
+    return accuracy.natural if accuracy.robust is None else accuracy.robust
+
+
+def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
+    """The data that a configuration names, on ``device`` where they fit.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
+    """
+    # The digits have a split of their own, in which nothing is to choose.
+    digits = config.data == "digits"
+    dataset = load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        validation_examples=1000 if digits else config.validation_examples,
+        validation_from_test=config.validation_from_test,
+        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
+        device=device,
+        workers=config.workers,
+    ).to(device)
+    return replace(
+        dataset,
+        train=_first(dataset.train, config.train_examples, "train_examples"),
+        test=_first(dataset.test, config.test_examples, "test_examples"),
+    )
+
+
+def _first(source: Source, count: int | None, name: str) -> Source:
+    """The first so many examples, or all of them."""
+    if count is None:
+        return source
+    if count > len(source):
+        raise ValueError(f"{option(name)} {count}: there are {len(source)} of these examples")
+    return source.take(torch.arange(count))
+
+
+def load_in_turn(config: RunConfig, ranks: Ranks) -> Dataset:
+    """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
+    if config.download and ranks.world > 1:
+        with ranks.together():
+            if ranks.first:
+                load_dataset(config, ranks.device)
+    return load_dataset(config, ranks.device)
+
+
+def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
+    channels, height, _ = dataset.train.shape
+    torch.manual_seed(config.seed)
+    return build_model(
+        config.model,
+        classes=dataset.classes,
+        in_channels=channels,
+        image_size=height,
+        norm=config.norm,
+        width=config.width,
+    )
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:
+    """Puts weights that were kept into the network that was built for a data set.
+
+    Raises:
+        ValueError: they are of another network: the data have other classes or shapes than in training, say.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        details = " ".join(str(error).splitlines()[1:3]).strip()
+        raise ValueError(
+            f"the weights are of another network than the one for {dataset.name} with its {dataset.classes} classes "
+            f"and images of shape {list(dataset.train.shape)} ({details}): are these the data that the run was trained "
+            "on?"
+        ) from error
+
+
+def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
+    """What a configuration asks for; by default the data set's own."""
+    chosen = {
+        "auto": dataset.augment,
+        "crop-flip": Augmentation(padding=4, flip=True),
+        "crop": Augmentation(padding=4, flip=False),
+        "none": Augmentation(padding=0, flip=False),
+    }
+    return chosen[config.augment]
+
+
+class Run:
+    """A run, before, while and after it trains.
+
+    Args:
+        config: of the run; resolved here.
+        ranks: the processes.
+        dataset: ``None`` to load the one that the configuration names.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: something in the configuration does not fit; nothing has been
+            written then.
+
+    Attributes:
+        config: resolved.
+        dataset: on the device.
+        net: the network; its ``state_dict`` is what checkpoints hold.
+        average: the running average of its weights, if the configuration asks for one.
+        trainer: takes the steps.
+        schedule: of learning rate and attack.
+        epoch: finished epochs.
+        batch: finished batches of the epoch that is under way.
+        history: a row of figures for every finished epoch.
+        best: the best look at the validation set so far.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, dataset: Dataset | None = None) -> None:
+        self.config = config = config.resolved()
+        self.ranks = ranks
+        self.dataset = load_in_turn(config, ranks) if dataset is None else dataset.to(ranks.device)
+        memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.batches = TrainingBatches(
+            self.dataset.train,
+            config.batch_size,
+            augmentation_of(config, self.dataset),
+            config.seed,
+            ranks,
+            memory_format,
+        )
+        self.schedule = Schedule(config, self.batches.steps)
+        self.net = build_network(config, self.dataset).to(ranks.device).to(memory_format=memory_format)
+        if config.channels_last:
+            check_channels_last(self.net, ranks.device)
+        if ranks.rank:
+            torch.manual_seed(seed_for("dropout", config.seed, ranks.rank))
+        self.average = (
+            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            if config.ema
+            else None
+        )
+        self.trainer = self._trainer()
+        self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
+        self.epoch = 0
+        self.batch = 0
+        self.history: list[dict[str, Any]] = []
+        self.best: Best | None = None
+
+    def _trainer(self) -> Trainer:
+        config, device = self.config, self.ranks.device
+        forward = self.net
+        if config.precision == "bf16":
+            forward = Autocast(self.net, device.type, torch.bfloat16)
+        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
+        sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+        training_model = self.ranks.wrap(model)
+        self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
+        return Trainer(
+            model,
+            paper_optimizer(config, model, sgd),
+            self._attack(0, 0),
+            objective=self._objective(0),
+            seed=seed_for("noise", config.seed),
+            borrow=config.borrow,
+            log_every=config.log_every,
+            plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
+            forward=training_model,
+            ranks=self.ranks,
+        )
+
+    def _objective(self, epoch: int) -> Objective:
+        return objective(
+            self.config.objective,
+            beta=self.config.beta,
+            patience=self.schedule.patience(epoch),
+            eval_mode=self.config.attack_mode == "eval",
+        )
+
+    def _attack(self, epoch: int, step: int) -> PGD:
+        """The training attack at a position; ``step`` counts over the whole run."""
+        config, full = self.config, self.config.eps or 0.0
+        eps = self.schedule.eps(step)
+        # With eps of 0 there is no attack, whatever its step.
+        step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
+        return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and kept: the averaged one, if there is one."""
+        return self.net if self.average is None else self.average.module
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.epochs * self.batches.steps
+
+    @property
+    def alpha(self) -> float | str | None:
+        """The threshold in use."""
+        return getattr(self.trainer.optimizer, "alpha", None)
+
+    @property
+    def over(self) -> bool:
+        """Whether training is finished, by its length or by early stopping."""
+        return self.epoch >= self.config.epochs or self._stale()
+
+    def _stale(self) -> bool:
+        patience = self.config.early_stop
+        looked = max((row["epoch"] for row in self.history if row["natural"] is not None), default=0)
+        return bool(patience and self.best and looked - self.best.epoch >= patience)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, on_step: Callable[[], None]) -> EpochRecord:
+        """Trains to the end of the epoch under way, from the batch that the run stands at.
+
+        Args:
+            on_step: called after every batch, with ``batch`` counted up; a checkpoint may be taken there.
+
+        Raises:
+            NonFiniteError: a loss was not finite.
+        """
+        trainer = self.trainer
+        trainer.model.train()
+        trainer.objective = self._objective(self.epoch)
+        trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch)
+        for x, y in self.batches.epoch(self.epoch, start=self.batch):
+            trainer.attack = self._attack(self.epoch, trainer.steps)
+            trainer.step(x, y)
+            if self.average is not None:
+                self.average.update_parameters(self.net)
+            self.batch += 1
+            on_step()
+        return trainer.finish_epoch()
+
+    def finish_epoch(self, record: EpochRecord) -> bool:
+        """Looks at the validation set if it is time, and notes the epoch.
+
+        Returns:
+            Whether the weights are the best so far.
+        """
+        self.synchronise()
+        self.epoch, self.batch = self.epoch + 1, 0
+        accuracy = None
+        if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
+            accuracy = self.evaluate("validation")
+        better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
+        if accuracy is not None and better:
+            self.best = Best(self.epoch, self.trainer.steps, accuracy)
+        self.history.append(
+            {
+                "epoch": self.epoch,
+                **record.summary,
+                "lr": record.lr,
+                "seconds": sum(record.step_seconds),
+                "step_seconds": median(record.step_seconds),
+                "natural": None if accuracy is None else accuracy.natural,
+                "robust": None if accuracy is None else accuracy.robust,
+            }
+        )
+        self.trainer.log_epoch(self.epoch, record, accuracy)
+        return better
+
+    def evaluate(self, split: str, net: nn.Module | None = None) -> Accuracy:
+        """Natural accuracy and accuracy under the evaluation attack, in float32 and evaluation mode.
+
+        Args:
+            split: ``"validation"`` or ``"test"``.
+            net: other weights than the present ones.
+        """
+        examples = getattr(self.dataset, split)
+        return evaluate(net or self.evaluated, examples, self.evaluation, ranks=self.ranks)
+
+    def synchronise(self) -> None:
+        """Brings the running statistics of several processes together."""
+        self.ranks.average_buffers(self.net)
+        if self.average is not None:
+            self.ranks.average_buffers(self.average.module)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on; plain containers and tensors. Every process must call it.
+
+        Raises:
+            NonFiniteError: one of the latest losses, or a weight, is not finite: this state is not worth keeping.
+        """
+        if not bool(torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()):
+            raise NonFiniteError(f"the weights are not finite after step {self.trainer.steps}")
+        cuda = self.ranks.device.type == "cuda"
+        networks = [self.net] if self.average is None else [self.net, self.average.module]
+        return {
+            "device": self.ranks.device.type,
+            "net": self.net.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "history": self.history,
+            "best": None if self.best is None else asdict(self.best),
+            "buffers": [self.ranks.gather_buffers(net) for net in networks],
+            "random": self.ranks.gather(torch.get_rng_state()),
+            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device)) if cuda else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it was taken with another number of processes, or on another kind of device.
+        """
+        if len(state["random"]) != self.ranks.world:
+            raise ValueError(
+                f"this run was trained by {len(state['random'])} processes; go on with as many, not {self.ranks.world}"
+            )
+        if state["device"] != self.ranks.device.type:  # whose generators have another kind of state
+            raise ValueError(
+                f"this run was trained on {state['device']}; go on there, with --device {state['device']}, or begin "
+                "another run on this device"
+            )
+        load_weights(self.net, state["net"], self.dataset)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        networks = [self.net] if self.average is None else [self.net, self.average.module]
+        for net, every_rank in zip(networks, state["buffers"], strict=True):
+            if every_rank:
+                net.load_state_dict(every_rank[self.ranks.rank], strict=False)
+        self.trainer.load_state_dict(state["trainer"])
+        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        best = state["best"]
+        self.best = None if best is None else Best(best["epoch"], best["steps"], Accuracy(**best["accuracy"]))
+        torch.set_rng_state(state["random"][self.ranks.rank])
+        if state["random_cuda"] is not None and self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"][self.ranks.rank], self.ranks.device)

@@ -1,0 +1,364 @@
+"""The training loop of the recipes: any outer optimizer, any objective, one or several models side by side.
+
+Several trainers go through the same batches step by step (:func:`train_epoch`), so that a comparison of methods
+compares nothing else: same data order, same attack noise, and times taken under the same machine conditions.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import engm
+from engm.adversarial import AWP, PGD, VANILLA, Adversarial, Objective, paused
+from engm.checks import NonFiniteError
+
+from ..accuracy import Accuracy
+from ..data import Source
+from ..processes import Ranks
+from .clock import StepClock
+from .loggers import Logger
+from .step_figures import Examples, StepFigures, pack, together, unpack
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train; the paper's schedule at another length.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: examples a step; an incomplete last batch is left out.
+        lr: initial learning rate.
+        momentum: of SGD.
+        weight_decay: of SGD; no part of a gradient's norm.
+        decay_at: fractions of the epochs at which the learning rate is divided by ten (75/120 and 90/120).
+        seed: of the initial weights, the data order and the attack noise.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_at: tuple[float, ...] = (75 / 120, 90 / 120)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise ValueError(
+                f"expected epochs >= 1, batch_size >= 1 and lr > 0, got {self.epochs}, {self.batch_size} and {self.lr}"
+            )
+
+    def sgd(self, model: nn.Module) -> torch.optim.SGD:
+        """The inner optimizer."""
+        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR:
+        """Steps once an epoch."""
+        milestones = [round(fraction * self.epochs) for fraction in self.decay_at]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Means over one epoch of training.
+
+    Attributes:
+        loss: adversarial training loss, nats.
+        mean_weight: mean of ``w_i``; 1 for methods that do not weigh.
+        fraction_clipped: share of examples with ``w_i < 1``.
+        mean_norm: mean of the norms that the weights were made from, or ``None`` for methods without.
+        lr: learning rate of the epoch.
+        step_seconds: seconds of every step: attack, backward pass and update.
+        summary: these and more, by the names that logs use: quantiles of weights, norms and input norms.
+    """
+
+    loss: float
+    mean_weight: float
+    fraction_clipped: float
+    mean_norm: float | None
+    lr: float
+    step_seconds: list[float]
+    summary: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Checkpoint:
+    """Weights worth keeping, on the CPU.
+
+    Attributes:
+        epoch: number of finished epochs.
+        score: what it was chosen by: validation robust accuracy.
+        state: the network's ``state_dict``.
+    """
+
+    epoch: int
+    score: float
+    state: dict[str, Tensor]
+
+
+class Trainer:
+    """One model, its outer optimizer and its attack.
+
+    Args:
+        model: a :class:`engm.GradNormModule`.
+        optimizer: one of engm's outer optimizers over ``model``.
+        attack: run in the mode that it asks for, under this trainer's own noise generator.
+        objective: the training loss.
+        seed: of the attack noise; trainers with the same seed draw the same noise.
+        borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
+            runs a norm pass of its own.
+        logger: takes the figures of every step and, by :meth:`log_epoch`, of every epoch.
+        log_every: steps between two writes. Figures stay on the device until then, and writing waits for it;
+            ``None`` writes at the end of the epoch, which waits anyway.
+        plain: a stand-in for ``model`` in the attack's steps that measure nothing: its network, compiled.
+        forward: how the training loss calls the model, ``DistributedDataParallel`` around it; default the model.
+        ranks: the processes that share every batch, each with its own rows and the same ``seed``.
+
+    Raises:
+        ValueError: ``log_every`` is not positive.
+
+    Attributes:
+        attack: as above; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
+        awp: perturbs the weights around the objective, if set. Norms are then of the perturbed weights, so none are
+            borrowed from the attack.
+        logger: as above; may be set or replaced between epochs.
+        steps: taken so far.
+        best: the checkpoint with the highest score so far (the first of equals).
+        last: the latest one.
+    """
+
+    def __init__(
+        self,
+        model: engm.GradNormModule,
+        optimizer: torch.optim.Optimizer,
+        attack: PGD,
+        *,
+        objective: Objective = VANILLA,
+        seed: int = 0,
+        borrow: bool = True,
+        logger: Logger | None = None,
+        log_every: int | None = None,
+        plain: nn.Module | None = None,
+        forward: nn.Module | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if log_every is not None and log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        self.model = model
+        self.optimizer = optimizer
+        self.attack = attack
+        self.objective = objective
+        self.awp: AWP | None = None
+        device = next(model.parameters()).device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.logger = logger
+        self.steps = 0
+        self.best: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        self._log_every = log_every
+        self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
+        self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
+        self._borrow = borrow and objective.attack_maximises_it and self._captures
+        self._plain = plain
+        self._forward = model if forward is None else forward
+        self._ranks = Ranks(device) if ranks is None else ranks
+        self._clock = StepClock(device)
+        self._figures = StepFigures()
+        self._epoch: list[Examples] = []  # of the steps that were looked at already
+        self._seconds: list[float] = []  # theirs
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Attacks one batch and updates the weights on it.
+
+        Args:
+            x: natural inputs ``[n, ...]`` in [0, 1]; with several processes, this one's.
+            y: labels ``[n]``.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
+        """
+        try:
+            self._step(x, y)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"the training loss is not finite at step {self.steps + 1}") from error
+        self.steps += 1
+        if self._log_every is not None and self.steps % self._log_every == 0:
+            self._look()
+
+    def _step(self, x: Tensor, y: Tensor) -> None:
+        with self._clock:
+            borrow = self._borrow and self.awp is None and self.attack.eps > 0
+            adversarial = self._attacked(x, y, borrow)
+            x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not borrow)
+            # A method that looks at no example is timed as anybody would run it: with nothing captured.
+            with self._perturbed(x, x_adv, y), nullcontext() if self._captures else paused(self.model):
+                losses = self.objective.losses(self._forward, x, x_adv, y)
+                stats = self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
+
+    def _attacked(self, x: Tensor, y: Tensor, borrow: bool) -> Adversarial:
+        if self.attack.eps == 0:
+            return Adversarial(x.detach())
+        n = len(x) * self._ranks.world
+        noise = None
+        if self._ranks.world > 1 and self.attack.random_start:  # one draw for the whole batch, as one process makes it
+            noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
+            noise = noise[self._ranks.rows(n)]
+        measure = self.optimizer if borrow and isinstance(self.optimizer, engm.ExampleOptimizer) else False
+        generator = self.generator if noise is None else None
+        return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self._plain)
+
+    def _perturbed(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
+        if self.awp is None:
+            return nullcontext()
+        return self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
+
+    def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
+        optimizer: Any = self.optimizer
+        if self._ranks.world == 1:
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement)
+        optimizer.reweight(losses, inputs, measurement=measurement).mean().backward()
+        return optimizer.stats
+
+    def finish_epoch(self) -> EpochRecord:
+        """The figures since the last call; this is where the device is waited for."""
+        self._look()
+        steps, self._epoch = self._epoch, []
+        seconds, self._seconds = self._seconds, []
+        if not steps:
+            raise RuntimeError("no step since the last epoch: is the training set smaller than one batch?")
+        summary = together(steps).summary()
+        return EpochRecord(
+            loss=summary["loss"],
+            mean_weight=summary["weight_mean"],
+            fraction_clipped=summary["clipped"],
+            mean_norm=summary.get("norm_mean"),
+            lr=self._lr,
+            step_seconds=seconds,
+            summary=summary,
+        )
+
+    def log_epoch(self, epoch: int, record: EpochRecord, accuracy: Accuracy | None = None) -> None:
+        """Hands an epoch's figures to the logger, if there is one.
+
+        Args:
+            epoch: number of finished epochs.
+            record: from :meth:`finish_epoch`.
+            accuracy: on the validation set, if it was looked at.
+        """
+        if self.logger is None:
+            return
+        self.logger.log(
+            "epoch",
+            epoch,
+            {
+                **record.summary,
+                "lr": record.lr,
+                "seconds": sum(record.step_seconds),
+                "natural": None if accuracy is None else accuracy.natural,
+                "robust": None if accuracy is None else accuracy.robust,
+            },
+        )
+
+    @property
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _look(self) -> None:
+        """Fetches the figures of the latest steps from the device, and logs them."""
+        steps, seconds = self._figures.take(), self._clock.take()
+        self._epoch += steps
+        self._seconds += seconds
+        first = self.steps - len(steps) + 1
+        for index, figures in enumerate(steps, start=first):
+            if not bool(figures.losses.isfinite().all()):
+                raise NonFiniteError(f"the training loss is not finite at step {index}")
+        if self.logger is not None:
+            for index, (figures, time) in enumerate(zip(steps, seconds, strict=True), start=first):
+                self.logger.log("step", index, {**figures.summary(), "lr": self._lr, "seconds": time})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on but the weights; plain containers and tensors.
+
+        Raises:
+            NonFiniteError: one of the latest losses was not finite, so that this state is not worth keeping.
+        """
+        self._look()
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "noise": self.generator.get_state(),
+            "steps": self.steps,
+            "figures": pack(self._epoch),
+            "seconds": list(self._seconds),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["noise"])
+        self.steps = state["steps"]
+        self._epoch = unpack(state["figures"])
+        self._seconds = list(state["seconds"])
+
+    def keep_checkpoint(self, epoch: int, score: float) -> None:
+        """Notes the present weights as the last ones, and as the best ones if ``score`` is the highest so far."""
+        state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        self.last = Checkpoint(epoch, score, state)
+        if self.best is None or score > self.best.score:
+            self.best = self.last
+
+    def with_weights(self, checkpoint: Checkpoint) -> nn.Module:
+        """A copy of the clean network with the weights of ``checkpoint``."""
+        net = copy.deepcopy(self.model.unwrap())
+        net.load_state_dict(checkpoint.state)
+        return net
+
+
+def train_epoch(
+    trainers: Sequence[Trainer],
+    split: Source,
+    *,
+    batch_size: int,
+    generator: torch.Generator,
+    on_step: Callable[[], None] | None = None,
+) -> list[EpochRecord]:
+    """One epoch of every trainer, interleaved: all of them take a batch before any takes the next.
+
+    Args:
+        trainers: who trains; the one that goes first changes with every batch, so none always meets cold caches.
+        split: the training examples.
+        batch_size: examples a step; an incomplete last batch is left out.
+        generator: of the order of the examples.
+        on_step: called after every batch.
+
+    Raises:
+        ValueError: fewer examples than one batch.
+    """
+    if len(split) < batch_size:
+        raise ValueError(f"{len(split)} training examples are less than one batch of {batch_size}")
+    for trainer in trainers:
+        trainer.model.train()
+    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
+    for index in range(len(split) // batch_size):
+        x, y = split.batch(order[index * batch_size : (index + 1) * batch_size])
+        first = index % len(trainers)
+        for trainer in (*trainers[first:], *trainers[:first]):
+            trainer.step(x, y)
+        if on_step is not None:
+            on_step()
+    return [trainer.finish_epoch() for trainer in trainers]
+
+
+def mean_over_epochs(records: Sequence[EpochRecord], name: str) -> float:
+    """Mean of one figure over the epochs of a run (epochs are equally long)."""
+    return fmean(getattr(record, name) for record in records)

@@ -1,0 +1,102 @@
+"""The arguments of a call, taken apart into tensors and the rest, and put together again."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from enum import Enum
+from functools import cached_property
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..torch_internals import TreeSpec, tree_flatten, tree_unflatten
+
+# None, numbers and text; what torch takes for arguments; and code.
+_PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes, range, slice, Enum),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator),
+    *(type, FunctionType, BuiltinFunctionType, nn.Module),
+)
+
+
+class Arguments:
+    """What a module was called with.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+
+    @cached_property
+    def flattened(self) -> tuple[list[Any], TreeSpec]:
+        """The leaves of ``(args, kwargs)``, and how they were nested."""
+        return tree_flatten((self.args, self.kwargs))
+
+    def get(self, position: int, name: str) -> Any:
+        """The argument at ``position``, or under ``name`` if it was given as a keyword; None without one."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+
+class Frame:
+    """Arguments without their tensors: nests of tuples, lists, dicts, named tuples and packed sequences.
+
+    What is neither a tensor nor a plain value (a cache that the network fills, say) is held weakly: it may lead back to
+    the graph that the frame is attached to, and a circle through autograd's nodes is never freed.
+
+    Args:
+        leaves: of the flattened arguments.
+        spec: how they were nested.
+    """
+
+    def __init__(self, leaves: Sequence[Any], spec: TreeSpec) -> None:
+        self._spec = spec
+        self._others = [None if isinstance(leaf, Tensor) else _held(leaf) for leaf in leaves]
+        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    @classmethod
+    def split(cls, arguments: Arguments) -> tuple[Frame, tuple[Tensor, ...]]:
+        """The frame, and the tensors in the order that :meth:`filled` wants them in."""
+        leaves, spec = arguments.flattened
+        return cls(leaves, spec), tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    def filled(self, tensors: Sequence[Tensor]) -> Arguments:
+        """The arguments, with these tensors in place of the original ones.
+
+        Raises:
+            ReferenceError: an object among the arguments does not exist any more, or cannot be held weakly.
+        """
+        leaves = [other.get() if isinstance(other, _Weakly) else other for other in self._others]
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        return Arguments(args, kwargs)
+
+
+class _Weakly:
+    """An object that is not kept alive."""
+
+    def __init__(self, value: Any) -> None:
+        self._kind = type(value).__name__
+        try:
+            self._reference: weakref.ref[Any] | None = weakref.ref(value)
+        except TypeError:  # there are no weak references to such an object
+            self._reference = None
+
+    def get(self) -> Any:
+        if self._reference is None:
+            raise ReferenceError(f"its argument of type {self._kind} cannot be kept")
+        value = self._reference()
+        if value is None:
+            raise ReferenceError(f"its argument of type {self._kind} does not exist any more")
+        return value
+
+
+def _held(value: Any) -> Any:
+    return value if isinstance(value, _PLAIN) else _Weakly(value)

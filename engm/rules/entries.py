@@ -1,0 +1,120 @@
+"""Where a shared tensor enters the batch's computation outside of layer calls, and the registry of operators' rules.
+
+The rules themselves are in :mod:`engm.rules.operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..terms import (
+    Term,
+)
+from ..terms.layout import Layout
+from ..torch_internals import (
+    BATCH_NORM_NODES,
+    SYNC_BATCH_NORM_NODE,
+    node_outputs,
+    operator_name,
+    output_shape,
+    saved_by,
+)
+
+BATCH_NORMS = tuple(name.removesuffix("Backward") for name in (*BATCH_NORM_NODES, SYNC_BATCH_NORM_NODE))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor without a batch that enters the batch's computation at one autograd node.
+
+    Attributes:
+        node: the node.
+        slot: which of its inputs the tensor is.
+        shape: of the tensor.
+        layout: of the node's (first) output.
+        n: number of examples.
+        transposed: the tensor is the transpose of the node's input (for matrix products).
+    """
+
+    node: Any
+    slot: int
+    shape: tuple[int, ...]
+    layout: Layout
+    n: int
+    transposed: bool = False
+
+    @property
+    def child(self) -> tuple[Any, int]:
+        """The edge to the tensor that enters, past the transposition."""
+        edge = self.node.next_functions[self.slot]
+        return edge[0].next_functions[0] if self.transposed else edge
+
+    def saved(self, name: str) -> Any:
+        """What the node saved under ``name`` (tensors detached), or None."""
+        return saved_by(self.node, name)
+
+
+OperatorRule = Callable[[Entry, Tensor], Term | None]
+"""``(entry, gradient of the node's first output) -> term of what enters``, or None where the rule does not hold."""
+
+_RULES: dict[str, OperatorRule] = {}
+
+
+def add_operator(*names: str) -> Callable[[OperatorRule], OperatorRule]:
+    """Register a function as the rule of the operators with these names (used inside engm, as a decorator)."""
+
+    def register(rule: OperatorRule) -> OperatorRule:
+        for name in names:
+            _RULES[name] = rule
+        return rule
+
+    return register
+
+
+def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
+    """Per-example gradients of the tensor that enters; None if there is no rule (see :func:`masked_gradients`).
+
+    Args:
+        entry: where it enters.
+        backprops: gradients of the summed losses with respect to the node's outputs.
+    """
+    rule = _RULES.get(operator_name(entry.node))
+    first = backprops[0]
+    if rule is None or first is None or first.is_complex():
+        return None
+    return rule(entry, first.detach())
+
+
+def has_rule(entry: Entry) -> bool:
+    """Whether :func:`entry_term` has an answer, tried on a gradient of zeros."""
+    output = node_outputs(entry.node)[0]
+    zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(tuple(output.shape))
+    return entry_term(entry, [zeros]) is not None
+
+
+def enters_by_broadcast(entry: Entry) -> bool:
+    """Whether every example sees the same values: a weight, or a tensor that is repeated over the batch."""
+    by_position = {"Bmm": (1,), "Embedding": (0,), "NativeLayerNorm": (1, 2), "FusedRmsNorm": (1, 2)}
+    by_row = {"Mm": (1,), "Addmm": (0, 2), "Convolution": (1, 2)}
+    by_row |= dict.fromkeys(("NativeGroupNorm", *BATCH_NORMS), (1, 2))
+    name = operator_name(entry.node)
+    if name in by_position:
+        return entry.slot in by_position[name]
+    if name in by_row:
+        return entry.slot in by_row[name] and entry.layout.dim == 0  # the second dimension is the weight's own
+    rank = len(output_shape(entry.node))
+    if len(entry.shape) > rank:
+        return False
+    rows = aligned_shape(entry)[entry.layout.dim]
+    return rows == 1 or (name == "Repeat" and entry.layout.inner % rows == 0)  # whole copies for each example
+
+
+def aligned_shape(entry: Entry) -> tuple[int, ...]:
+    """The entering tensor's shape as broadcasting sees it: with leading ones to the rank of the node's output."""
+    rank = len(output_shape(entry.node))
+    return (1,) * (rank - len(entry.shape)) + entry.shape

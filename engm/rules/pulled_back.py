@@ -1,0 +1,139 @@
+"""Per-example gradients of a parameter that is not used as it is, but through tensors computed from it.
+
+``weight_norm``, ``spectral_norm`` and other parametrizations, a weight cast by autocast or cut into pieces, a position
+table that is interpolated: for each such tensor there is a term, and autograd pulls it back to the parameter. The
+weighted sum is pulled back once. Norms need every example pulled back, unless the tensor only rearranges elements of
+the parameter, which leaves them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..terms import (
+    MixedTerm,
+    Term,
+    combine,
+    squared_norm_of_dense,
+)
+from ..torch_internals import leaf_of, node_outputs
+from .any_operator import backward_of_each
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensor that entered the batch's computation, as an edge of the graph.
+
+    Attributes:
+        node: the node that made it.
+        number: which output of the node.
+        rearranged: it consists of elements of the parameter, each at most once.
+    """
+
+    node: Any
+    number: int
+    rearranged: bool
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it is a parameter itself."""
+        return leaf_of(self.node) is not None
+
+    @property
+    def edge(self) -> GradientEdge:
+        """What autograd differentiates."""
+        return GradientEdge(self.node, self.number)
+
+
+@dataclass
+class Derived(Term):
+    """The gradient of a parameter from that of a tensor computed from it.
+
+    Attributes:
+        term: of the tensor.
+        origin: the tensor.
+        parameter: what it was computed from.
+    """
+
+    term: Term
+    origin: Origin
+    parameter: Tensor
+
+    @property
+    def examples(self) -> int:
+        return self.term.examples
+
+    def squared_norm(self) -> Tensor:
+        if self.origin.rearranged:
+            return self.term.squared_norm()
+        return squared_norm_of_dense(self)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        total = self.term.weighted_sum(weights)
+        return pull_back(self.origin.edge, self.parameter, total.unsqueeze(0))[0]
+
+    def compact(self) -> Term:
+        return Derived(self.term.compact(), self.origin, self.parameter)
+
+    def dense(self, rows: slice) -> Tensor:
+        return pull_back(self.origin.edge, self.parameter, self.term.dense(rows))
+
+
+@dataclass
+class Pieces(MixedTerm):
+    """Gradients of disjoint pieces of a parameter: their squared norms add up."""
+
+    def squared_norm(self) -> Tensor:
+        return torch.stack([part.squared_norm() for part in self.parts]).sum(0)
+
+    def compact(self) -> Term:
+        return Pieces([part.compact() for part in self.parts])
+
+
+def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) -> Term:
+    """One term for all uses of a parameter.
+
+    Args:
+        uses: for each, the tensor that was used (None: the parameter itself) and its term.
+        parameter: the parameter.
+    """
+    by_origin: dict[Origin | None, list[Term]] = {}
+    for origin, term in uses:
+        by_origin.setdefault(origin, []).append(term)
+    terms = [
+        combine(found) if origin is None else Derived(combine(found), origin, parameter)
+        for origin, found in by_origin.items()
+    ]
+    if len(terms) == 1:
+        return terms[0]
+    derived = [term for term in terms if isinstance(term, Derived) and term.origin.rearranged]
+    if len(derived) == len(terms) and _disjoint(derived, parameter):
+        return Pieces(terms)
+    return MixedTerm(terms)
+
+
+def _disjoint(terms: Sequence[Derived], parameter: Tensor) -> bool:
+    """Whether rearranged tensors have no element of the parameter in common."""
+    taken = torch.zeros_like(parameter)
+    for term in terms:
+        node, number = term.origin.node, term.origin.number
+        meta = node_outputs(node)[number]
+        ones = torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device)
+        taken += pull_back(term.origin.edge, parameter, ones)[0].to(taken.dtype)
+    return bool((taken <= 1).all())
+
+
+def pull_back(edge: GradientEdge, parameter: Tensor, gradients: Tensor) -> Tensor:
+    """Gradients ``[k, *parameter.shape]`` of a parameter from those of a tensor computed from it, ``[k, *shape]``."""
+
+    def of(parts: Sequence[Tensor | None]) -> Tensor | None:
+        (found,) = torch.autograd.grad([edge], [parameter], parts, retain_graph=True, allow_unused=True)
+        return found
+
+    return backward_of_each(of, [gradients], tuple(parameter.shape))

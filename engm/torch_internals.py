@@ -1,0 +1,395 @@
+"""Everything that engm takes from torch without its promise: the one file to read when a new version of torch comes.
+
+What is public in torch is used where it is needed. Names that torch may change without notice (attributes of autograd
+nodes, of modules and of tensors that begin with an underscore, parts of the compiler) stand here alone, each behind a
+function whose behaviour a test in ``tests/test_torch_internals.py`` holds fast on every version of torch that engm
+supports.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import CodeType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
+
+Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
+Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
+
+BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
+COMPILED_NODE = "CompiledFunctionBackward"  # of a region that torch.compile made one function of
+
+
+# -- nodes of the autograd graph --------------------------------------------------------------------------------------
+
+
+def node_name(node: Node) -> str:
+    """``"AddmmBackward0"``, say; functions written in Python have no ``name`` before torch 2.12."""
+    name = getattr(node, "name", None)
+    return str(name()) if callable(name) else type(node).__name__
+
+
+def operator_name(node: Node) -> str:
+    """``"Addmm"`` for ``AddmmBackward0``."""
+    return node_name(node).rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf tensor that an ``AccumulateGrad`` node stands for; None for other nodes."""
+    variable = getattr(node, "variable", None)
+    return variable if isinstance(variable, Tensor) else None
+
+
+def node_outputs(node: Node) -> Sequence[Any]:
+    """What a node knows of each of its outputs: ``shape``, ``dtype`` and ``device``."""
+    return cast(Sequence[Any], node._input_metadata)
+
+
+def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
+    """The shape of one output of a node."""
+    return tuple(node_outputs(node)[number].shape)
+
+
+def entering_shape(child: Node, number: int) -> tuple[int, ...]:
+    """The shape of the tensor behind an edge of the graph, which may be a leaf."""
+    leaf = leaf_of(child)
+    return tuple(leaf.shape) if leaf is not None else output_shape(child, number)
+
+
+def is_python_function(node: Node) -> bool:
+    """Whether the node is of a ``torch.autograd.Function``, whose saved tensors have no names."""
+    return hasattr(node, "saved_tensors")
+
+
+def saved_by(node: Node, name: str) -> Any:
+    """What an operator's node saved under ``name``, a tensor detached; None if there is no such thing.
+
+    Attached, the tensor would keep the graph alive.
+    """
+    value = getattr(node, f"_saved_{name}", None)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def slot_of(node: Node, tensor: Any) -> int:
+    """The number of the node's input that ``tensor`` is: the first of an operator's, any of a compiled region's.
+
+    The answer is 0 where the tensor was cast on the way or no gradient goes to it.
+    """
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        edge = get_gradient_edge(tensor)
+        for slot, (child, number) in enumerate(node.next_functions):
+            if child == edge.node and number == edge.output_nr:
+                return slot
+    return 0
+
+
+def passed_to_input(node: Node, slot: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """What a node passes on to one of its inputs for these gradients of its outputs; none of its hooks run."""
+    with torch.no_grad():
+        python = is_python_function(node)
+        passed = node.apply(*gradients) if python else node(*gradients)
+    passed = passed if isinstance(passed, tuple) else (passed,)
+    if not python:
+        return cast("Tensor | None", passed[slot])
+    # A function in Python returns a gradient for every argument, and has edges for its tensors alone.
+    wanted = [g for g, needed in zip(passed, node.needs_input_grad, strict=True) if needed]
+    edges = [number for number, (child, _) in enumerate(node.next_functions) if child is not None]
+    return cast("Tensor | None", wanted[edges.index(slot)])
+
+
+def adds_up(batched: Tensor, whole: Tensor) -> bool:
+    """Whether gradients ``[batch, *shape]`` of torch's batched backward pass sum to the gradient of the sum.
+
+    For some operators they do not: the batched backward of ``cdist`` of torch 2.14.1 repeats the first entry. The
+    comparison goes as far as rounding lets one tell.
+    """
+    precision = torch.finfo(whole.dtype).eps ** 0.5
+    scale = batched.unsqueeze(-1).flatten(1).norm(dim=1).sum()
+    return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs right now was asked to keep the graph."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def hooks_pack_what_is_saved() -> bool:
+    """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def put_last(handle: RemovableHandle) -> None:
+    """Let a hook on a tensor run after the hooks that others put on the same tensor."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and len(hooks) > 1:
+        hooks[handle.id] = hooks.pop(handle.id)
+
+
+# -- what normalisation layers save -----------------------------------------------------------------------------------
+
+
+def saved_statistics(output: Tensor, name: str) -> Statistics | None:
+    """Mean and reciprocal standard deviation that autograd saved for a layer, detached.
+
+    There are none where hooks pack what is saved (activation checkpointing), nor where the numbers were rounded to 16
+    bits: the statistics have to be computed anew then.
+
+    Args:
+        output: of the layer.
+        name: of the node that the layer's operator makes.
+    """
+    node = output.grad_fn
+    if hooks_pack_what_is_saved() or node is None or not node_name(node).startswith(name):
+        return None
+    mean, rstd = saved_by(node, "result1"), saved_by(node, "result2")
+    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0 or is_narrow(rstd):
+        return None
+    return mean, rstd
+
+
+def saved_rstd(output: Tensor) -> Tensor | None:
+    """The reciprocal root mean square that autograd saved for an RMS norm, in the dtype that the layer computed in.
+
+    Autocast may have cast the layer's input, and changed the default epsilon with it.
+    """
+    node = output.grad_fn
+    if hooks_pack_what_is_saved() or node is None or not node_name(node).startswith("FusedRmsNormBackward"):
+        return None
+    rstd = saved_by(node, "result1")
+    return rstd if isinstance(rstd, Tensor) and rstd.numel() else None
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether the numbers have 16 bits."""
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def batch_norm_statistics(node: Node) -> tuple[Tensor, Tensor, bool] | None:
+    """What the batch norm behind an autograd node normalised with; no module is needed.
+
+    Reading it unpacks what the node saved, as its backward pass does: that runs hooks on saved tensors, and fails if
+    running statistics in use have been changed in place since.
+
+    Args:
+        node: of ``F.batch_norm`` on any device, or of ``nn.SyncBatchNorm`` over several processes.
+
+    Returns:
+        Mean ``[C]`` and reciprocal standard deviation ``[C]``, detached, and whether they are the batch's (in training
+        mode, or without running statistics) and thus couple the examples. None for other nodes.
+    """
+    name = node_name(node)
+    if name.startswith(SYNC_BATCH_NORM_NODE):
+        _, _, mean, rstd, _ = node.saved_tensors
+        return mean.detach(), rstd.detach(), True
+    if not name.startswith(BATCH_NORM_NODES):
+        return None
+    if saved_by(node, "training"):
+        return saved_by(node, "result1"), saved_by(node, "result2"), True
+    eps = saved_by(node, "eps") if hasattr(node, "_saved_eps") else saved_by(node, "epsilon")  # cuDNN's has a long name
+    return saved_by(node, "running_mean"), torch.rsqrt(saved_by(node, "running_var") + eps), False
+
+
+def batch_norm_inputs(node: Node) -> tuple[Tensor | None, Tensor | None]:
+    """The input ``[n, C, *S]`` and the scale ``[C]`` that the batch norm behind a node saved, detached."""
+    if is_python_function(node):
+        inputs, weight = node.saved_tensors[:2]
+        return inputs.detach(), None if weight is None else weight.detach()
+    return saved_by(node, "input"), saved_by(node, "weight")
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def address_of(tensor: Tensor) -> int:
+    """The address of the tensor's memory; 0 where there is none (inside of a function transform)."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that every in-place operation on the tensor changes; 0 in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd tracks the tensor as a view of another one."""
+    return tensor._is_view()
+
+
+def untracked_alias(tensor: Tensor) -> Tensor:
+    """The same numbers in the same memory, which autograd does not track as a view: in-place operations may follow."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(tensor, tensor.shape))
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether hooks hang on the parameter that only autograd's own accumulation runs."""
+    hooks: Any = parameter
+    return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
+
+
+def norms_of_each(tensors: list[Tensor]) -> list[Tensor]:
+    """The Euclidean norm of each tensor, 0-dimensional, by few kernels."""
+    return list(torch._foreach_norm(tensors))
+
+
+def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy every source into its target by one call, which an interrupt cannot leave half done."""
+    torch._foreach_copy_(targets, sources)
+
+
+def keep_device_busy(cycles: int) -> None:
+    """Make the current CUDA stream wait for so many clock cycles, while the host goes on."""
+    torch.cuda._sleep(cycles)
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+# The dicts of a module that a wrapper shares with its network, so that all of torch sees and changes the same.
+STATE_OF_A_MODULE = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+CALL_OF_A_MODULE = ("forward", "_is_full_backward_hook", "_compiled_call_impl")  # what a call of this very module runs
+
+
+def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """The parameters that the module holds itself, by name; None for one that was left out."""
+    return cast(Mapping[str, "nn.Parameter | None"], module._parameters)
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that the module holds itself, by name; what is written into the dict is the module's."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The modules that the module holds itself, by name, also those that it holds twice."""
+    return module._modules
+
+
+def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of the module's own parameters that require grad, by name."""
+    return {name: p for name, p in own_parameters(module).items() if p is not None and p.requires_grad}
+
+
+def computes_like(kind: type[nn.Module], ancestor: type[nn.Module]) -> bool:
+    """Whether a subclass left everything alone that its ancestor computes its output by."""
+    methods = ("forward", "_conv_forward")
+    return all(getattr(kind, method, None) is getattr(ancestor, method, None) for method in methods)
+
+
+def rank_without_batch(instance_norm: Any) -> int:
+    """The number of dimensions of an instance norm's input that has no batch dimension."""
+    return int(instance_norm._get_no_batch_dim())
+
+
+def recurrent_parameters(module: Any) -> tuple[str, ...]:
+    """The names of all parameters of an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN``."""
+    return tuple(name for names in module._all_weights for name in names)
+
+
+def original_of_compiled(module: nn.Module) -> nn.Module | None:
+    """The module inside of what ``torch.compile(module)`` returned; None for other modules."""
+    return module.__dict__.get("_modules", {}).get("_orig_mod")
+
+
+def some_global_forward_hook() -> bool:
+    """Whether anybody put a forward hook on all modules."""
+    return bool(_global_forward_hooks)
+
+
+def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
+    """A forward hook on all modules that runs before those that others put on all modules."""
+    handle = register_module_forward_hook(hook, with_kwargs=True)
+    cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
+    return handle
+
+
+def running_data_parallel() -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` whose forward pass is running, if one is."""
+    return DistributedDataParallel._active_ddp_module
+
+
+def joins(data_parallel: DistributedDataParallel) -> bool:
+    """Whether it runs inside ``join()``, where ranks without batches answer the reduction of gradients alone."""
+    return bool(data_parallel._join_config.enable)
+
+
+def is_transformed() -> bool:
+    """Whether code runs under a transform of ``torch.func``, or is traced by ``torch.jit``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing()
+
+
+# -- the compiler -----------------------------------------------------------------------------------------------------
+
+never_compiled: Callable[[Any], Any] = torch._disable_dynamo
+
+
+def dynamo_in_use() -> bool:
+    """Whether anything in this process may have been compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+@contextmanager
+def _switched_off(config: Any, name: str) -> Iterator[None]:
+    """Switch a setting of torch off for a while; torch's own ``patch`` makes a class for every use."""
+    before = getattr(config, name)
+    setattr(config, name, False)
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
+
+
+def graphs_that_can_be_kept() -> AbstractContextManager[None]:
+    """Regions compiled inside do not give the memory of their saved tensors away, so that their graph can be kept."""
+    import torch._functorch.config as functorch_config
+
+    return _switched_off(functorch_config, "donated_buffer")
+
+
+def guarding_hooks() -> AbstractContextManager[None]:
+    """Regions compiled inside hold for modules with the same hooks alone."""
+    import torch._dynamo.config as dynamo_config
+
+    return _switched_off(dynamo_config, "skip_nnmodule_hook_guards")
+
+
+@functools.cache
+def skip_code(code: CodeType) -> None:
+    """Never start a compiled region with a call of a function that has this code; the call may be a part of one."""
+    from torch._dynamo.eval_frame import skip_code as skip
+
+    skip(code)
+
+
+def let_graph_be_kept(node: Node) -> None:
+    """Let the graph be kept when a compiled region's node runs, where the region was compiled such that it can be.
+
+    AOTAutograd takes "was not asked whether it gives memory away" for "may give it away".
+    """
+    metadata: Any = getattr(getattr(type(node), "_forward_cls", None), "metadata", None)
+    if getattr(metadata, "bw_donated_idxs", ()) is None:
+        metadata.bw_donated_idxs = []
