@@ -41,7 +41,8 @@ class ExactSample:
 
     Args:
         examples: how many are drawn (all, if the batch is smaller).
-        seed: what the draws come from. The k-th draw is a function of ``seed`` and ``k`` alone, so a resumed run repeats it.
+        seed: what the draws come from. The k-th draw is a function of ``seed`` and ``k`` alone, so that a resumed run
+            repeats it.
     """
 
     def __init__(self, examples: int, seed: int = 0) -> None:
