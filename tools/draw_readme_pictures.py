@@ -1,6 +1,6 @@
 """Draws the README's pictures: the progress display and the learning curves of two short runs on digits.
 
-python docs/pictures.py            # three minutes; writes docs/pictures/progress.svg and curves.png
+python tools/draw_readme_pictures.py            # three minutes; writes docs/pictures/progress.svg and curves.png
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engm.recipes.ranks import Ranks
 from engm.recipes.report import draw
 from engm.recipes.run_folder import train
 
-PICTURES = Path(__file__).parent / "pictures"
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 SHOWN_AT = 18  # of 25 epochs, when the display is drawn
 COMMON = {"epochs": 25, "batch_size": 64, "lr": 0.2, "alpha": "5", "loggers": (), "threads": 1}
 

@@ -1,8 +1,8 @@
-"""Makes docs/results/README.md, its pictures and the README's part on robustness from docs/results/*/results.json.
+"""Writes docs/results/README.md, its pictures and the README's part on robustness from docs/results/*/results.json.
 
-engm reproduce table2 --budget small --data CIFAR10.npz --out runs/reproduce   # and the others
-python docs/results.py --from runs/reproduce                                   # copies their results, then makes both
-python docs/results.py                                                         # makes both from what is there
+engm reproduce table2 --budget small --data CIFAR10.npz --out runs/reproduce   # and the other analyses
+python tools/write_results_page.py --from runs/reproduce                       # copies their results, then writes
+python tools/write_results_page.py                                             # writes from what docs/results holds
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 from engm.recipes.reproduce.page import documents, draw_pictures, page, readme_block, with_block
 from engm.recipes.storage.atomic_files import make_folder, write_text_atomic
 
-HERE = Path(__file__).parent / "results"
-README = HERE.parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+README = ROOT / "README.md"
 COPIED = ("results.json", "table.csv", "config.toml")
 PICTURE, LINK = "docs/results/table2/picture.png", "docs/results/README.md"  # from the README
 TITLE = "The paper's figures and tables, at a small budget"
-INTRODUCTION = """This page is generated (`python docs/results.py`) from the JSON beside it, which `engm reproduce`
-wrote. The budget `small` is two CPU cores for about an hour an analysis: real CIFAR-10, but 1,024 training images, a
-VGG-8 of width 16, thirty epochs without augmentation, five attack steps. Robust accuracies of such networks are near
-20 %, not 50 %, and nothing here says what ENGM does at the paper's size: run `--budget paper` for that. No GPU was
-used.
+INTRODUCTION = """This page is generated (`python tools/write_results_page.py`) from the JSON beside it, which
+`engm reproduce` wrote. The budget `small` is two CPU cores for about an hour an analysis: real CIFAR-10, but 1,024
+training images, a VGG-8 of width 16, thirty epochs without augmentation, five attack steps. Robust accuracies of such
+networks are near 20 %, not 50 %, and nothing here says what ENGM does at the paper's size: run `--budget paper` for
+that. No GPU was used.
 
 Every claim of the paper that these runs could bear on is listed with a verdict that is computed, not chosen: runs are
 paired by seed (same weights at the start, data order and attack noise), and the 95 % interval of the mean difference
@@ -49,15 +50,15 @@ def main() -> None:
     source = parser.parse_args().source
     if source is not None:
         for name in documents(source):
-            make_folder(HERE / name)
+            make_folder(RESULTS / name)
             for file in COPIED:
-                shutil.copy(source / name / file, HERE / name / file)
-    found = documents(HERE)
+                shutil.copy(source / name / file, RESULTS / name / file)
+    found = documents(RESULTS)
     others = [name for name, document in found.items() if document["budget"] != "small"]
     if others or "table2" not in found:
         raise SystemExit(f"this page is of the budget small and needs table2; of another budget: {others or 'none'}")
-    draw_pictures(found, HERE)
-    write_text_atomic(HERE / "README.md", page(found, TITLE, INTRODUCTION))
+    draw_pictures(found, RESULTS)
+    write_text_atomic(RESULTS / "README.md", page(found, TITLE, INTRODUCTION))
     block = readme_block(found["table2"], PICTURE, LINK)
     write_text_atomic(README, with_block(README.read_text(encoding="utf-8"), block))
 
