@@ -15,13 +15,12 @@ are fitted on the 16 examples of a fresh draw from the very batch.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import output
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -237,9 +236,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         opt.zero_grad()
     return {
         "arguments": {key: value for key, value in vars(args).items() if key != "out"},
-        "torch": torch.__version__,
-        "engm": engm.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": output.machine(),
         "records": records,
     }
 
@@ -282,8 +279,7 @@ def main() -> None:
     result = run(args)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        output.save(args.out, result)
 
 
 if __name__ == "__main__":

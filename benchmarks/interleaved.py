@@ -69,11 +69,16 @@ def compare(
     timings = {}
     for name, measured in seconds.items():
         ratios = [own / other for own, other in zip(measured, seconds[reference], strict=False)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0.0, 0.0, 0.0]
-        timings[name] = Timing(
-            statistics.median(measured), statistics.median(ratios), (quartiles[2] - quartiles[0]) / 2, peaks[name]
-        )
+        timings[name] = Timing(statistics.median(measured), statistics.median(ratios), spread_of(ratios), peaks[name])
     return timings
+
+
+def spread_of(values: list[float]) -> float:
+    """Half the interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
 
 
 def runnable(makers: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:

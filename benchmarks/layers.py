@@ -6,11 +6,11 @@ python benchmarks/layers.py [--threads 2] [--out benchmarks/results/cpu/layers.j
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import output
 import torch
 
 from engm import ops
@@ -56,8 +56,7 @@ def main() -> None:
             f"{channels} channels, {side}x{side}:", "  ".join(f"{k} {v:.1f} ms" for k, v in least.items()), flush=True
         )
     if args.out:
-        document = {"torch": torch.__version__, "threads": args.threads, "batch": args.batch, "milliseconds": result}
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        output.save(args.out, {"machine": output.machine(), "batch": args.batch, "milliseconds": result})
 
 
 if __name__ == "__main__":

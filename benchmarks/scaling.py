@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +68,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     pairs = [(math.log(s), math.log(v)) for s, v in zip(sizes, values, strict=True) if v > 0]
     if len(pairs) < 2:
         return None
-    x, y = zip(*pairs, strict=True)
-    mean = sum(x) / len(x)
-    slope = sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
-    return round(slope, 3)
+    return round(statistics.linear_regression(*zip(*pairs, strict=True)).slope, 3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

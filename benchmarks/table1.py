@@ -26,7 +26,6 @@ import output
 import peers
 import torch
 import workloads
-from gpu.steps import bare
 from interleaved import Step, Timing, compare, runnable
 from torch import Tensor, nn
 
@@ -58,7 +57,7 @@ def paper_ratio(label: str) -> float | None:
 def adversarial_steps(net: nn.Module, x: Tensor, y: Tensor, norm: str, attack_steps: int) -> dict[str, Step]:
     """Every contender of Table 1; names that end in ``RARE`` do at every step what is otherwise rare."""
     ours = partial(workloads.pgd_step, net, x, y, attack_steps=attack_steps)
-    steps: dict[str, Step] = {"MSGD": bare(net, x, y, attack_steps)}
+    steps: dict[str, Step] = {"MSGD": workloads.bare(net, x, y, attack_steps)}
     for label, method in WHOLE.items():
         steps[label] = ours(method, borrowed=False)
     for label, method in NORMED.items():
@@ -66,7 +65,7 @@ def adversarial_steps(net: nn.Module, x: Tensor, y: Tensor, norm: str, attack_st
             steps[f"{label} ({way})"] = ours(method, borrowed=borrowed)
             if method == "aengm" or (norm == "batch" and method != "nengm"):
                 steps[f"{label} ({way}){RARE}"] = ours(method, borrowed=borrowed, rare=True)
-    return steps | {NAIVE: bare(net, x, y, attack_steps, naive=True)}
+    return steps | {NAIVE: workloads.bare(net, x, y, attack_steps, naive=True)}
 
 
 def adversarial(net: nn.Module, x: Tensor, y: Tensor, norm: str, args: argparse.Namespace) -> dict[str, Any]:

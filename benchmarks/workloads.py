@@ -94,20 +94,21 @@ def outer(model: engm.GradNormModule, method: str, *, tau: int = 10**9) -> engm.
     return makers[method]()
 
 
+def naively_reweighted(net: nn.Module, losses: Tensor) -> Tensor:
+    """``w_i L_i``, ``[n]``, with norms as the paper takes them: one backpropagation an example over one graph."""
+    parameters = list(net.parameters())
+    gradients = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses.unbind())
+    norms = torch.stack([torch.stack(torch._foreach_norm(found)).norm() for found in gradients])
+    return losses * (1.0 / norms).clamp(max=1)
+
+
 def naive_engm(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The paper's ENGM: one backpropagation an example over one graph for the norms, then the reweighted one."""
+    """The paper's ENGM: naive norms, then the backward pass of the reweighted losses."""
     net = copy.deepcopy(net)
     optimizer = sgd(net)
-    parameters = list(net.parameters())
 
     def step() -> None:
-        losses = losses_of(net, x, y)
-        norms = [
-            torch.stack(torch._foreach_norm(torch.autograd.grad(loss, parameters, retain_graph=True))).norm()
-            for loss in losses.unbind()
-        ]
-        weights = (1.0 / torch.stack(norms)).clamp(max=1)
-        (losses * weights).mean().backward()
+        naively_reweighted(net, losses_of(net, x, y)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -134,6 +135,11 @@ def opacus_ghost(net: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
+def attack_of(steps: int, *, eval_mode: bool = True) -> PGD:
+    """The paper's attack: radius 8/255, step 2/255."""
+    return PGD(eps=8 / 255, step_size=2 / 255, steps=steps, eval_mode=eval_mode)
+
+
 def pgd_step(
     net: nn.Module,
     x: Tensor,
@@ -150,7 +156,7 @@ def pgd_step(
     """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
     opt = outer(model, method, tau=1 if rare else 10**9)
-    attack = PGD(eps=8 / 255, step_size=2 / 255, steps=attack_steps)
+    attack = attack_of(attack_steps)
     generator = torch.Generator(x.device).manual_seed(0)
     measured = opt if borrowed else False
 
@@ -165,13 +171,19 @@ def pgd_step(
     return step
 
 
-def pgd_naive(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The same with the paper's one backpropagation an example."""
+def bare(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int, *, naive: bool = False) -> Step:
+    """The same attack, then torch alone: momentum SGD, or the paper's one backpropagation an example."""
     net = copy.deepcopy(net)
-    attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
+    optimizer, attack = sgd(net), attack_of(attack_steps)
+    generator = torch.Generator(x.device).manual_seed(0)
 
     def step() -> None:
-        naive_engm(net, attack(net, x, y, generator=generator).inputs, y)()
+        losses = losses_of(net, attack(net, x, y, generator=generator).inputs, y)
+        if naive:
+            losses = naively_reweighted(net, losses)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

@@ -65,9 +65,7 @@ def calm(net: nn.Module) -> nn.Module:
 def check(case: Case, mode: str) -> dict[str, Any]:
     """Rules, error and time ratio of one model; or why it is refused."""
     torch.manual_seed(0)
-    net = calm(case.make()).train(mode == "train")
-    if mode == "train":
-        calm(net)
+    net = calm(case.make().train(mode == "train"))
     found: dict[str, Any] = {"family": case.family, "name": case.name, "options": case.options, "mode": mode}
     found["parameters"] = sum(p.numel() for p in net.parameters())
     start = time.perf_counter()

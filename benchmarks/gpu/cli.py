@@ -15,7 +15,7 @@ import torch
 import engm
 
 from . import ceilings, kernels, memory, steps, tables, training
-from .record import Absent, DeviceLostError, Record, Stage, machine
+from .record import DeviceLostError, Record, Stage, machine
 from .timing import Bench
 
 
@@ -23,8 +23,6 @@ def tune(bench: Bench, stage: Stage, arguments: Any) -> None:
     """The cost model fitted to this device; ``cost_table.json`` may become ENGM_COST_TABLE of a later run."""
 
     def work() -> dict[str, Any]:
-        if not hasattr(engm, "tune"):
-            raise Absent("this engm has no cost model to tune")
         found = engm.tune(bench.device, path=arguments.out / "cost_table.json", seconds=max(1.0, 0.7 * stage.left))
         print(found, flush=True)
         return {"report": str(found)}

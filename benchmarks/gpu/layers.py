@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from engm import _C
 
@@ -112,8 +111,3 @@ LINEARS = [
 ]
 TINY_CONVOLUTIONS = [ConvLayer("tiny", 4, 6, 8), ConvLayer("tiny", 4, 6, 8, kernel=1, stride=2)]
 TINY_LINEARS = [LinearLayer("tiny", 5, 8, 12), LinearLayer("tiny", 1, 8, 4)]
-
-
-def unfolded_elements(layer: ConvLayer) -> int:
-    """Of the unfolded input of one example."""
-    return prod((layer.channels, layer.kernel, layer.kernel, layer.out, layer.out))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import engm
+from engm.recipes.storage.atomic_files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY = 2.0  # seconds
@@ -47,9 +48,7 @@ class Record:
 
     def save(self) -> None:
         """Writes the file whole or not at all."""
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.document, indent=1) + "\n")
-        part.replace(self.path)
+        write_text_atomic(self.path, json.dumps(self.document, indent=1) + "\n")
         self._saved = time.monotonic()
 
     def stage(self, name: str, seconds: float, device: torch.device) -> Stage:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from interleaved import spread_of
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -167,7 +168,7 @@ class Bench:
                 times[name].append(value)
                 pairs[name].append(value / now[reference])
         for name in alive:
-            spread = _quartile_half(pairs[name])
+            spread = spread_of(pairs[name])
             figures[name] |= {
                 "ms": round(statistics.median(times[name]), 4),
                 "ratio": round(statistics.median(pairs[name]), 4),
@@ -179,16 +180,9 @@ class Bench:
 def _summary(times: list[float]) -> dict[str, float]:
     return {
         "ms": round(statistics.median(times), 5),
-        "spread": round(_quartile_half(times), 5),
+        "spread": round(spread_of(times), 5),
         "repeats": len(times),
     }
-
-
-def _quartile_half(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2
 
 
 def _megabytes(count: int | None) -> float | None:
