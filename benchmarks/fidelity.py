@@ -1,9 +1,9 @@
 """How well each way of taking norms under training-mode batch norm reproduces the paper's weights and update.
 
 Trains a batch-norm network adversarially with ENGM, its norms borrowed from the attack's last step, and at a few steps
-computes every example's exact gradient, one backpropagation each. Against those it reports, for every mode of
-section 2.5 of the design, the correlation of the norms, the mean relative error of ``w_i`` and the cosine of
-``sum_i w_i g_i`` with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
+computes every example's exact gradient, one backpropagation each. Against those it reports, for every way of taking
+norms (a "mode"), the correlation of the norms, the mean relative error of ``w_i`` and the cosine of ``sum_i w_i g_i``
+with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
 
 The rows "default" use the engine as a user gets it: factors up to ``calibrate_every`` steps old. All other fitted rows
 are fitted on the 16 examples of a fresh draw from the very batch.
@@ -132,7 +132,7 @@ def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor, *, relative: bool = 
 
 
 def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """All modes with a norm pass of their own on one batch; ``own`` carries the calibration of such a run."""
+    """Every mode with a norm pass of its own on one batch; ``own`` carries the calibration of such a run."""
     parameters = [p for _, p in own.trainable_parameters()]
     x = x.clone().requires_grad_()
     losses = F.cross_entropy(own(x), y, reduction="none")
@@ -188,7 +188,7 @@ def judge_borrowed(
 
 
 def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
-    """Probe afresh for the own pass, as a run with one does when its factors are due."""
+    """Takes fresh factors for the norm pass of ``model``, as a run with such a pass does when they are due."""
     losses = F.cross_entropy(model(x), y, reduction="none")
     traced = traced_losses(model, losses)
     model.calibration.forget()
@@ -197,12 +197,12 @@ def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole study; returns what the JSON holds."""
+    """Trains, judges at the steps ``args.at``, and returns what the JSON holds."""
     torch.manual_seed(args.seed)
     images, labels = load(args.data)
     net = network(args, images.shape[1])
-    model = engm.GradNormModule(net)  # trains, with norms borrowed from an attack in evaluation mode
-    own = engm.GradNormModule(net)  # calibrates as a run with its own norm pass would
+    model = engm.GradNormModule(net)  # this wrapper trains, with norms borrowed from the attack
+    own = engm.GradNormModule(net)  # this one is calibrated as in a run with a norm pass of its own
     opt = engm.ENGM(model, inner_sgd(model, args), alpha=args.alpha)
     generator = torch.Generator().manual_seed(args.seed)
     batches = batches_of(len(labels), args.batch, generator)
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: per mode the range of the correlation, and means with worst values of error and cosine."""
+    """A Markdown table: for every mode the range of the correlation, and means and worst values of error and cosine."""
     lines = ["| norms from | correlation | error of w_i (worst) | cosine of the update (worst) |", "|---|---|---|---|"]
     for name in result["records"][0]["modes"]:
         rows = [record["modes"][name] for record in result["records"]]

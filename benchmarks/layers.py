@@ -21,7 +21,7 @@ GEOMETRY = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 def contenders(channels: int, side: int, n: int) -> dict[str, Callable[[], object]]:
-    """Name to one call on fresh random data."""
+    """One call of every contender on fresh random data, by name."""
     x, gy = torch.randn(n, channels, side, side), torch.randn(n, channels, side, side)
     geometry = (GEOMETRY.kernel_size, GEOMETRY.stride, GEOMETRY.padding, GEOMETRY.dilation, GEOMETRY.groups)
     return {
@@ -34,7 +34,7 @@ def contenders(channels: int, side: int, n: int) -> dict[str, Callable[[], objec
 
 
 def main() -> None:
-    """Interleaved rounds; the least time of each contender in milliseconds."""
+    """Times all contenders in turn, and prints the least milliseconds of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)

@@ -24,7 +24,7 @@ def vgg(width: int, norm: str) -> nn.Module:
         out = factor * width
         layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
         layers.append(nn.BatchNorm2d(out) if norm == "batch" else nn.GroupNorm(8, out))
-        layers.append(nn.ReLU())  # in place it breaks the module backward hooks of Opacus
+        layers.append(nn.ReLU())  # in-place ReLUs break the module backward hooks of Opacus
         if position:
             layers.append(nn.MaxPool2d(2))
         channels = out
@@ -54,7 +54,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The reference: no engm anywhere."""
+    """A training step of SGD, the reference: no engm anywhere."""
     net = copy.deepcopy(net)
     optimizer = sgd(net)
 
@@ -67,7 +67,10 @@ def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def engm_step(net: nn.Module, x: Tensor, y: Tensor, method: str, **options: object) -> Step:
-    """One of ours, ``method`` as in ``outer``. A step that calibrates is timed apart: see ``calibrating``."""
+    """A step of one of engm's optimizers, by the names of ``outer``.
+
+    Only the first step calibrates; ``calibrating`` is for timing those that do.
+    """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, **options)
     opt = outer(model, method)
 
@@ -150,9 +153,9 @@ def pgd_step(
     rare: bool = False,
     attack_steps: int = 10,
 ) -> Step:
-    """A whole adversarial training step: PGD, then one of our optimizers with borrowed norms or its own pass.
+    """A whole adversarial step: PGD, then one of engm's optimizers with borrowed norms or a pass of its own.
 
-    ``rare``: every step calibrates, and A-ENGM regresses, as otherwise only the first does.
+    With ``rare`` every step calibrates, and A-ENGM regresses, as otherwise only the first does.
     """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
     opt = outer(model, method, tau=1 if rare else 10**9)
@@ -172,7 +175,7 @@ def pgd_step(
 
 
 def bare(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int, *, naive: bool = False) -> Step:
-    """The same attack, then torch alone: momentum SGD, or the paper's one backpropagation an example."""
+    """A whole adversarial step without engm: PGD, then momentum SGD or the paper's one backpropagation an example."""
     net = copy.deepcopy(net)
     optimizer, attack = sgd(net), attack_of(attack_steps)
     generator = torch.Generator(x.device).manual_seed(0)
@@ -189,7 +192,7 @@ def bare(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int, *, naive: bool
 
 
 def calibrating(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """What a calibration adds to a step: the exact gradients of 16 examples through the training graph."""
+    """A step of ENGM that calibrates every time, with the exact gradients of 16 examples through the training graph."""
     model = engm.GradNormModule(copy.deepcopy(net))
     opt = outer(model, "engm")
 

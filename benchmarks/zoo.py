@@ -63,7 +63,7 @@ def calm(net: nn.Module) -> nn.Module:
 
 
 def check(case: Case, mode: str) -> dict[str, Any]:
-    """Rules, error and time ratio of one model; or why it is refused."""
+    """Rules, error and time ratio of one model, or why it is refused."""
     torch.manual_seed(0)
     net = calm(case.make().train(mode == "train"))
     found: dict[str, Any] = {"family": case.family, "name": case.name, "options": case.options, "mode": mode}
@@ -155,7 +155,8 @@ class Tensors(nn.Module):
 def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
     """Seconds and peak memory of a plain step as ratios to SGD's, or why a peer cannot do it.
 
-    In training mode (where alone Opacus captures), but for networks with batch norm, which it refuses in any.
+    Networks are in training mode, in which alone Opacus captures, but for those with batch norm, which Opacus refuses
+    in any mode.
     """
     torch.manual_seed(0)
     net = Tensors(case.make())
@@ -183,7 +184,7 @@ def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
 
 
 def _shown(found: dict[str, Any]) -> str:
-    """One line."""
+    """What is printed of a network."""
     if "refused" in found:
         return str(found["refused"])
     times = f"{found['ratio']['ratio']:.2f} times SGD" if "ratio" in found else "not timed"

@@ -25,7 +25,7 @@ COMMON = {"epochs": 25, "batch_size": 64, "lr": 0.2, "alpha": "5", "loggers": ()
 
 
 class Recorded(RunView):
-    """Keeps a picture of itself."""
+    """A progress display that saves a picture of itself in the epoch ``SHOWN_AT``."""
 
     def on_epoch(self) -> None:
         super().on_epoch()
@@ -37,7 +37,7 @@ class Recorded(RunView):
 
 
 def main() -> None:
-    """Trains and draws."""
+    """Trains with both optimizers and draws the pictures."""
     torch.set_num_threads(1)
     PICTURES.mkdir(exist_ok=True)
     results = []

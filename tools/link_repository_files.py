@@ -1,7 +1,7 @@
 """Lets the pages of the site be the files of the repository: links between them hold in both places.
 
-A hook of mkdocs. README.md is the first page; what pages link to outside of docs/ (scripts, pictures, results) is
-copied beside them. Links to nothing stay as they are, for mkdocs to complain of.
+This is a hook of mkdocs. README.md is the first page; what pages link to outside of docs/ (scripts, pictures, results)
+is copied beside them. Links to nothing stay as they are, for mkdocs to complain of.
 """
 
 from __future__ import annotations

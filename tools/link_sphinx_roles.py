@@ -1,8 +1,8 @@
 """Cross-references for the site: ``:class:`engm.ENGM``` in a docstring becomes a link.
 
-An extension of griffe, which reads the sources for mkdocstrings. Names are looked up where the docstring stands, as
-Python would look them up; one that means nothing is a warning. A name that ``engm`` exports has to be on the site, any
-other becomes a link if it is there, and code if not.
+This is an extension of griffe, which reads the sources for mkdocstrings. Names are looked up where the docstring
+stands, as Python would look them up; a name that means nothing is a warning. A name that ``engm`` exports has to be on
+the site, any other becomes a link if it is there, and code if not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def every_object(obj: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def reference(pkg: griffe.Module, obj: griffe.Object, role: re.Match[str]) -> str:
-    """Markdown for one role."""
+    """The Markdown that a role becomes."""
     short, name = role.groups()
     shown = name.rpartition(".")[2] if short else name
     if name.startswith("torch."):

@@ -40,12 +40,12 @@ def read(mode: str) -> list[dict[str, Any]]:
 
 
 def rules_of(found: dict[str, Any]) -> str:
-    """Rules and how many parameter tensors each accounts for."""
+    """Every rule, and how many parameter tensors it accounts for."""
     return ", ".join(f"{name.removesuffix('Rule')} {count}" for name, count in found["rules"].items())
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """How many are exact, and which are not."""
+    """How many models are exact, and which are not."""
     refused = [found["name"] for found in rows if "refused" in found]
     wrong = [found["name"] for found in rows if "refused" not in found and not found["exact"]]
     exact = len(rows) - len(refused) - len(wrong)
@@ -53,7 +53,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def model_table(mode: str) -> list[str]:
-    """One row a model."""
+    """The table of one mode, a row for each model."""
     rows = read(mode)
     if not rows:
         return []
@@ -82,7 +82,7 @@ def model_table(mode: str) -> list[str]:
 
 
 def peer_table() -> list[str]:
-    """Time and memory beside others."""
+    """The table of time and memory beside other libraries."""
     rows = read("time")
     if not rows:
         return []
@@ -122,7 +122,7 @@ def page() -> str:
 
 
 def main() -> None:
-    """Write or check."""
+    """Writes the page, or checks it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     if parser.parse_args().check:

@@ -16,7 +16,7 @@ from .layers import ConvLayer, LinearLayer
 from .record import Stage
 from .timing import Bench, precision
 
-# In the order of interest: a stage that runs out of time has seen what matters.
+# Settings come in the order of interest, so that a stage that runs out of time has seen what matters.
 CONV_SETTINGS = [
     ("tf32", "nchw"),
     ("bf16", "nhwc"),
@@ -26,11 +26,11 @@ CONV_SETTINGS = [
     ("fp32", "nhwc"),
 ]
 LINEAR_SETTINGS = ["tf32", "bf16", "fp32"]
-GRAM_AT_MOST = 6.0  # times the FLOPs of the direct form, beyond which the Gram form is not worth a look
+GRAM_AT_MOST = 6.0  # times the direct form's FLOPs: a Gram form that takes more is not worth a look
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """All cases; one contender on one layer each."""
+    """Runs all cases; each is one contender on one layer."""
     n = 3 if bench.tiny else arguments.batch
     ceilings = measured(stage.record)
     convolutions = layers.TINY_CONVOLUTIONS if bench.tiny else layers.CONVOLUTIONS
@@ -128,12 +128,13 @@ def _time(
     expected: Callable[[Tensor, Tensor], Tensor],
     ceilings: dict[str, float],
 ) -> None:
-    """One case a contender, each on operands of its own making."""
+    """Adds a case for every contender, each on operands of its own making."""
     setting = f"{name} {memory}".strip()
     for contender, make in calls.items():
 
         def work(contender: str = contender, make: Callable = make) -> dict[str, Any]:
-            torch.backends.cudnn.benchmark = contender == "summed gradient" and bench.cuda  # as training has it
+            # For plain training's gradient cuDNN looks for its fastest algorithm, as it does in training.
+            torch.backends.cudnn.benchmark = contender == "summed gradient" and bench.cuda
             with precision(name) as dtype:
                 first, second = operands(dtype)
                 call = make(first, second)
@@ -159,7 +160,7 @@ def _norm_error(got: Tensor, want: Tensor) -> float:
 
 
 def rates(ms: float, flops: float, bytes_moved: float, name: str, ceilings: dict[str, float]) -> dict[str, float]:
-    """TFLOP/s and GB/s, and what share of the ceilings they are."""
+    """TFLOP/s and GB/s, and their shares of the ceilings."""
     tflops, gigabytes = 1e-9 * flops / ms, 1e-6 * bytes_moved / ms
     found = {"tflops": round(tflops, 3), "gigabytes_per_second": round(gigabytes, 1)}
     if ceilings.get(name) and flops:
@@ -170,7 +171,7 @@ def rates(ms: float, flops: float, bytes_moved: float, name: str, ceilings: dict
 
 
 def _small_operators(bench: Bench, stage: Stage, n: int, ceilings: dict[str, float]) -> None:
-    """Those whose time is bytes: per operator what must be read and written once."""
+    """Times the operators that memory bounds, against the bytes that each must read and write once."""
     cases = small_calls(bench, n)
     for label, make in cases.items():
 
@@ -185,7 +186,7 @@ def _small_operators(bench: Bench, stage: Stage, n: int, ceilings: dict[str, flo
 
 
 def small_calls(bench: Bench, n: int) -> dict[str, Callable[[], tuple[Callable[[], Any], float]]]:
-    """Label to a maker of the call and the bytes it cannot do without."""
+    """By label, a maker of a call and of the bytes that the call cannot do without."""
     calls: dict[str, Callable[[], tuple[Callable[[], Any], float]]] = {}
     shapes = [(4, 9), (6, 5)] if bench.tiny else [(64, 1024), (128, 256), (256, 64), (512, 16), (160, 1024)]
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):

@@ -84,18 +84,18 @@ def problem(setting: Setting, bench: Bench, n: int) -> tuple[nn.Module, Tensor, 
 
 
 def batch_of(setting: Setting, bench: Bench, arguments: Any) -> int:
-    """Examples a step."""
+    """How many examples a step takes."""
     return 2 if bench.tiny else 64 if setting.network == "vit-b" else arguments.batch
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Plain steps."""
+    """Times plain steps."""
     for setting in [*TINY, *TINY_NETWORKS] if bench.tiny else PLAIN:
         _case(bench, stage, setting, arguments, plain_steps, "sgd", 11)
 
 
 def run_pgd(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Adversarial steps."""
+    """Times adversarial steps."""
     for setting in TINY if bench.tiny else ADVERSARIAL:
         _case(bench, stage, setting, arguments, adversarial_steps, "msgd", 5)
 
@@ -140,7 +140,7 @@ def build(makers: dict[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[
 
 
 def plain_steps(setting: Setting, bench: Bench, n: int) -> dict[str, Callable[[], Step]]:
-    """Name to a maker of one plain training step."""
+    """By name, a maker of one plain training step."""
     net, x, y = problem(setting, bench, n)
     makers: dict[str, Callable[[], Step]] = {
         "sgd": lambda: workloads.plain_sgd(net, x, y),
@@ -174,7 +174,7 @@ def reweighted(net: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def adversarial_steps(setting: Setting, bench: Bench, n: int) -> dict[str, Callable[[], Step]]:
-    """Name to a maker of one step with PGD-10, as in the paper's Table 1."""
+    """By name, a maker of one step with PGD-10, as in the paper's Table 1."""
     net, x, y = problem(setting, bench, n)
     steps = 2 if bench.tiny else 10
 

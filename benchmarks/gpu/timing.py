@@ -66,12 +66,12 @@ class Bench:
             torch.cuda.synchronize()
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, memory: str = "nchw") -> Tensor:
-        """Random operand; never zeros, which run faster."""
+        """A random operand; zeros would run faster."""
         t = torch.randn(*shape, device=self.device).to(dtype)
         return t.contiguous(memory_format=FORMATS[memory]) if t.dim() == 4 else t
 
     def elapsed(self, call: Call) -> float:
-        """Milliseconds of one call on the device's clock, waited for."""
+        """Milliseconds of one call on the device's clock; the host waits for its end."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -87,7 +87,7 @@ class Bench:
         """Median and spread of single calls with a cold L2, for about ``seconds``."""
         if self.tiny:
             return {"ms": round(self.elapsed(call), 4), "spread": 0.0, "repeats": 1}
-        for _ in range(2):  # module load, cuDNN's choice of algorithm, workspaces
+        for _ in range(2):  # the first calls load modules, let cuDNN choose its algorithm, and allocate workspaces
             call()
         self.synchronize()
         once = self.elapsed(call)

@@ -45,7 +45,7 @@ class Runner:
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """One case: all methods over the same batches, as far as the stage's time reaches."""
+    """Trains with all methods over the same batches, as far as the stage's time reaches; this is one case."""
     facts = {"data": str(arguments.data), "precision": arguments.training_precision, "methods": arguments.methods}
     stage.case("training", lambda: _train(bench, stage, arguments), **facts)
 
@@ -108,7 +108,7 @@ def _runners(bench: Bench, arguments: Any, memory: torch.memory_format) -> list[
 
 
 def _step(bench: Bench, runner: Runner, x: Tensor, y: Tensor, number: int) -> None:
-    """Attack, weights, update. The clock runs over what a user pays, not over the look at exact gradients."""
+    """Attacks, weighs and updates. The clock runs over what a user pays, not over the look at exact gradients."""
     steps = 2 if bench.tiny else 10
     attack = workloads.attack_of(steps, eval_mode=False)  # borrowed norms are faithful in this mode only
     model, opt = runner.model, runner.opt
