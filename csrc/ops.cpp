@@ -37,6 +37,7 @@ py::dict build_info() {
 #endif
   info["cpu_isa"] = engm::cpu::isa_in_use();
   info["cpu_isas"] = engm::cpu::available_isas();
+  info["cpu_parallel"] = engm::cpu::parallel_backend();
   info["compiler"] = __VERSION__;
   info["torch"] = ENGM_STRING(ENGM_TORCH_VERSION);
   return info;

@@ -95,4 +95,7 @@ bool set_isa(const std::string& name);
 std::string isa_in_use();
 std::vector<std::string> available_isas();
 
+// What at::parallel_for was compiled to: "OpenMP", "native" (torch's own thread pool) or "none (serial)".
+const char* parallel_backend();
+
 }  // namespace engm::cpu
