@@ -1,5 +1,6 @@
 // linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on the CPU: checks, choice of form, and the way back to the
 // direct form for examples whose Gram terms cancel. A linear layer is a convolution with one tap over T positions.
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -92,17 +93,20 @@ Grads dispatch_grads(const ConvShape& s, const at::Tensor& x, const at::Tensor& 
 // T = 1: ‖b aᵀ‖² = ‖a‖²‖b‖².
 template <typename T>
 at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor rows_a = a.contiguous(), rows_b = b.contiguous();
+  const at::Tensor dense_a = a.contiguous(), dense_b = b.contiguous();
+  const T *const rows_a = dense_a.const_data_ptr<T>(), *const rows_b = dense_b.const_data_ptr<T>();
+  const int64_t p = a.size(2), d = b.size(2);
   at::Tensor out = at::empty({a.size(0)}, a.options());
   const Kernels<T>& k = kernels<T>();
-  const auto norm_sq = [&](const at::Tensor& rows, int64_t i) {
-    const T* row = rows.const_data_ptr<T>() + i * rows.size(2);
+  const auto norm_sq = [&](const T* row, int64_t length) {
     double sum = 0, magnitude = 0;
-    k.dot(row, row, rows.size(2), &sum, &magnitude);
+    k.dot(row, row, length, &sum, &magnitude);
     return sum;
   };
-  for (int64_t i = 0; i < a.size(0); ++i)
-    out.mutable_data_ptr<T>()[i] = static_cast<T>(norm_sq(rows_a, i) * norm_sq(rows_b, i));
+  T* const norms = out.mutable_data_ptr<T>();
+  at::parallel_for(0, a.size(0), grain(p + d, kGrainElements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) norms[i] = static_cast<T>(norm_sq(rows_a + i * p, p) * norm_sq(rows_b + i * d, d));
+  });
   return out;
 }
 

@@ -19,6 +19,7 @@ namespace engm::cpu {
 namespace {
 
 constexpr int64_t kBlockBytes = 384 << 10;  // x and gy blocks together stay in a 1 MB L2
+constexpr double kFlopsOfACopy = 32;        // packing one element takes as long as about this many FLOPs of the product
 
 enum class Layout { kChannels, kPatches, kLanes };
 
@@ -94,8 +95,10 @@ struct PackedCorrection {
         correlation((s.out_channels + kRowQuantum) * pitch) {  // padded rows are read, times a scale of 0
     const int64_t gradient = s.group_channels() * s.taps();
     for (int64_t g = 0; g < s.groups; ++g) place(s, p, k, from.patch_mean + g * gradient, mean.data() + g * pitch);
-    for (int64_t o = 0; o < s.out_channels; ++o)
-      place(s, p, k, from.correlation + o * gradient, correlation.data() + o * pitch);
+    at::parallel_for(0, s.out_channels, grain(gradient, kGrainElements), [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o)
+        place(s, p, k, from.correlation + o * gradient, correlation.data() + o * pitch);
+    });
   }
 
   static void place(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const T* from, T* to) {
@@ -241,7 +244,9 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
   std::unique_ptr<PackedCorrection<T>> packed;
   if (correction) packed = std::make_unique<PackedCorrection<T>>(s, p, k, *correction);
   const int64_t items = static_cast<int64_t>(partial.size());
-  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+  const double lanes = p.x_block * p.block_vectors * k.lanes;
+  const double work = s.positions() * (2 * lanes * p.row_block + kFlopsOfACopy * (lanes + p.row_block));
+  at::parallel_for(0, items, grain(work, kGrainFlops), [&](int64_t begin, int64_t end) {
     Packer<T> packer(s, p, k, x, gy);
     Buffer<T> shift(p.row_block), scale(p.row_block);
     std::optional<GradientWriter<T>> writer;
@@ -287,7 +292,9 @@ void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, 
                      const Operand<T>& gy, const Correction<T>* correction, const std::vector<int64_t>& examples,
                      std::vector<double>& partial, T* grads) {
   const int64_t taps = s.taps(), multiplier = s.group_rows();
-  at::parallel_for(0, static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
+  const double work = k.lanes * (2.0 * taps * multiplier * s.positions() +
+                                 kFlopsOfACopy * (s.pixels() + multiplier * s.positions()));
+  at::parallel_for(0, static_cast<int64_t>(partial.size()), grain(work, kGrainFlops), [&](int64_t begin, int64_t end) {
     Buffer<T> image(p.plane), rows(s.positions() * k.lanes), gradient(taps * k.lanes);
     PanelProduct<T> product;
     product.x = image.data(), product.rows = rows.data();

@@ -11,6 +11,7 @@
 
 #include "../elementwise_checks.h"
 #include "../ops.h"
+#include "shape.h"
 
 namespace engm::cpu {
 namespace {
@@ -36,13 +37,14 @@ double one_example(const int64_t* indices, const T* gy, int64_t positions, int64
 template <typename T>
 void run(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx, T* norm_sq) {
   const int64_t positions = gy.size(1), d = gy.size(2);
-  at::parallel_for(0, gy.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t* const index = indices.const_data_ptr<int64_t>();
+  const T* const rows = gy.const_data_ptr<T>();
+  at::parallel_for(0, gy.size(0), grain(positions * d, kGrainElements), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> order;
     std::vector<double> sum(d);
     for (int64_t i = begin; i < end; ++i)
-      norm_sq[i] = static_cast<T>(one_example(indices.const_data_ptr<int64_t>() + i * positions,
-                                              gy.const_data_ptr<T>() + i * positions * d, positions, d, padding_idx,
-                                              order, sum));
+      norm_sq[i] = static_cast<T>(one_example(index + i * positions, rows + i * positions * d, positions, d,
+                                              padding_idx, order, sum));
   });
 }
 

@@ -1,7 +1,7 @@
 // Gram form: ‖Σ_t gy_t ⊗ patch_t‖² = Σ_{t,s} Q[t,s] Σ_tap P[pos(t, tap), pos(s, tap)],  P = X Xᵀ over pixels,
 // Q = gy gyᵀ over positions. The inner dimension of P is the channel count, not channels times taps.
 //
-// One example and group at a time, on one thread. P has a row for each pixel and a column for each element of the
+// An item of work is one example and group, on one thread. P has a row for each pixel and a column for each element of the
 // zero-padded image; at stride 1 the columns of Q have the padded row pitch too, so that the sum over taps is taps
 // shifted additions of long contiguous rows (what lies between the rows of the image meets zeros of Q). Only the upper
 // triangle (column >= row in padded order) is formed, which both sums respect since pos(·, tap) is monotone.
@@ -24,6 +24,8 @@ namespace {
 // Largest Σ|terms| / result that leaves fp32 norms good to about 1e-5 and fp64 to 1e-12.
 template <typename T>
 constexpr double kMaxCancellation = sizeof(T) == 4 ? 64.0 : 4096.0;
+
+constexpr double kFlopsOfACopy = 128;  // an element is copied, centred and copied again, in about the time of these
 
 // Lines are as short as 4 pixels, where a call to memcpy costs more than the copy.
 template <typename T>
@@ -233,17 +235,25 @@ class GramNorm {
 template <typename T>
 void gram_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy, double* out, uint8_t* reliable) {
   const Kernels<T>& k = kernels<T>();
-  at::parallel_for(0, s.n, 1, [&](int64_t begin, int64_t end) {
+  const int64_t items = s.n * s.groups;
+  std::vector<double> totals(items), magnitudes(items, 0.0);
+  const double pixels = s.pixels(), positions = s.positions();
+  const double products = pixels * pixels * s.group_channels() + positions * positions * (s.group_rows() + 4.0 * s.taps());
+  const double copies = kFlopsOfACopy * (pixels * s.group_channels() + positions * s.group_rows());
+  at::parallel_for(0, items, grain(products + copies, kGrainFlops), [&](int64_t begin, int64_t end) {
     GramNorm<T> norm(s, k);
-    for (int64_t i = begin; i < end; ++i) {
-      double total = 0, magnitude = 0;
-      for (int64_t g = 0; g < s.groups; ++g)
-        total += norm(x, x.data + i * x.example + g * s.group_channels() * x.channel, gy,
-                      gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitude);
-      out[i] = total < 0 ? 0.0 : total;  // a NaN stays one
-      reliable[i] = !(magnitude > kMaxCancellation<T> * total);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / s.groups, g = item % s.groups;
+      totals[item] = norm(x, x.data + i * x.example + g * s.group_channels() * x.channel, gy,
+                          gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitudes[item]);
     }
   });
+  for (int64_t i = 0; i < s.n; ++i) {
+    double total = 0, magnitude = 0;
+    for (int64_t g = 0; g < s.groups; ++g) total += totals[i * s.groups + g], magnitude += magnitudes[i * s.groups + g];
+    out[i] = total < 0 ? 0.0 : total;  // a NaN stays one
+    reliable[i] = !(magnitude > kMaxCancellation<T> * total);
+  }
 }
 
 template void gram_norms(const ConvShape&, const Operand<float>&, const Operand<float>&, double*, uint8_t*);

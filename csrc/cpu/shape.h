@@ -1,6 +1,7 @@
 // What the CPU's forms share: operands, corrections, scratch and packing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -55,6 +56,14 @@ class Buffer {
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+// The grain of at::parallel_for: how many items are worth another thread. One thread does that much work in some ten
+// microseconds, which is what it takes to wake a thread and to wait for it.
+constexpr double kGrainElements = 16384;    // of loops that read every element once
+constexpr double kGrainFlops = 512 * 1024;  // of loops that multiply
+inline int64_t grain(double work_of_item, double least) {
+  return std::max<int64_t>(1, static_cast<int64_t>(least / std::max(1.0, work_of_item)));
+}
 
 // Squared norms of the listed examples, added over groups, by forming tiles of the gradient in registers. The gradients
 // themselves are written to grads [n, out_channels, channels / groups, taps] unless it is null.
