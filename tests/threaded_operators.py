@@ -66,9 +66,7 @@ def _conv_grads() -> Case:
 
 def _linear(n: int, positions: int, form: str) -> Case:
     a, b = torch.randn(n, positions, 256), torch.randn(n, positions, 192)
-    return Case(
-        lambda: ops.linear_norm_sq(a, b, form), lambda: reference.linear_norm_sq(a.double(), b.double())
-    )
+    return Case(lambda: ops.linear_norm_sq(a, b, form), lambda: reference.linear_norm_sq(a.double(), b.double()))
 
 
 def _affine(shape: tuple[int, int, int], channel_dim: int) -> Case:
@@ -83,9 +81,7 @@ def _affine(shape: tuple[int, int, int], channel_dim: int) -> Case:
 
 def _embedding() -> Case:
     indices, gy = torch.randint(0, 50, (8, 256)), torch.randn(8, 256, 64)
-    return Case(
-        lambda: ops.embedding_norm_sq(indices, gy), lambda: reference.embedding_norm_sq(indices, gy.double())
-    )
+    return Case(lambda: ops.embedding_norm_sq(indices, gy), lambda: reference.embedding_norm_sq(indices, gy.double()))
 
 
 def _clip() -> Case:
