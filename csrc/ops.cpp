@@ -1,4 +1,4 @@
-// Registration of the operators, and the Python module `engm._C` for what is not a tensor operator.
+// Registers the operators, and makes the Python module `engm._C` of what is not a tensor operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>

@@ -1,8 +1,10 @@
-// Scale and shift gradients of a normalisation layer, per example, in one pass:
-//   scale_grads[i, c] = Σ_s gy (x - mean) rstd        shift_grads[i, c] = Σ_s gy
-// and their squared norms. Reads x and gy once (2·n·C·S elements); x - mean is formed before the product, so nothing
-// cancels. [n, C, S] sums along rows, one (i, c) after another; [n, S, C] adds rows lane by lane, in double every
-// kRowsAtOnce rows.
+// scale[i, c] = Σ_s gy (x - mean) rstd      shift[i, c] = Σ_s gy      norm_sq = Σ_c scale², Σ_c shift²
+//
+// x and gy are [n, C, S] or [n, S, C] and are read once, 2·n·C·S elements; mean and rstd broadcast to them. x - mean is
+// formed before the product, so that nothing cancels.
+//   [n, C, S]  A thread owns a run of (i, c) and sums along the positions of each.
+//   [n, S, C]  A thread owns an example, or a slab of its channels, and adds rows lane by lane, in double every
+//              kRowsAtOnce rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -17,7 +19,8 @@ namespace {
 constexpr int64_t kRowsAtOnce = 64;
 constexpr int64_t kChannelQuantum = 64;  // whole vectors, so that a split of the channels changes no bit
 
-// Pointer and steps of a 3-d tensor, taken once: a row may be as short as 16 elements, and there are n·C of them.
+// Pointer and steps of a 3-d tensor. They are taken once, because a row may be as short as 16 elements and there are
+// n·C of them.
 template <typename T>
 struct View {
   const T* data = nullptr;
@@ -45,7 +48,7 @@ struct Affine {
   }
 };
 
-// [n, C, S]
+// Sums along the rows of [n, C, S].
 template <typename T>
 void rows(const Affine<T>& a, T* scale, T* shift) {
   const int64_t channels = a.x.size(1), length = a.x.size(2);
@@ -60,13 +63,14 @@ void rows(const Affine<T>& a, T* scale, T* shift) {
   });
 }
 
-// [n, S, C]
+// Sums along the columns of [n, S, C].
 template <typename T>
 void columns(const Affine<T>& a, T* scale, T* shift) {
   const int64_t n = a.x.size(0), positions = a.x.size(1), channels = a.x.size(2);
   const Kernels<T>& k = kernels<T>();
   // Where there are few examples, their channels are split until every thread has something to do.
-  const int64_t threads = at::get_num_threads(), parts = threads > 1 ? ceil_div(2 * threads, std::max<int64_t>(1, n)) : 1;
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = threads > 1 ? ceil_div(2 * threads, std::max<int64_t>(1, n)) : 1;
   const int64_t block = std::max(kChannelQuantum, round_up(ceil_div(channels, parts), kChannelQuantum));
   const int64_t blocks = ceil_div(channels, block);
   at::parallel_for(0, n * blocks, grain(positions * block, kGrainElements), [&](int64_t begin, int64_t end) {
@@ -127,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
   };
   at::Tensor x = x_in.to(type), gy = gy_in.to(type), rstd = statistic(rstd_in, "rstd");
   at::Tensor mean = mean_in ? statistic(*mean_in, "mean") : at::Tensor();
-  // A channels_last image flattened to [n, C, S] is [n, S, C] in memory.
+  // A channels_last image that is flattened to [n, C, S] lies as [n, S, C] in memory.
   bool channels_last = channel_dim == 2;
   if (!channels_last && x.size(1) > 1 && x.size(2) > 1 && x.stride(1) == 1 && gy.stride(1) == 1) {
     channels_last = true;

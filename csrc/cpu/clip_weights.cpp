@@ -1,4 +1,7 @@
-// norms[i] = sqrt(max(Σ_l c_l s[l, i], 0)), weights[i] = min(α / norms[i], 1); layers added in order, in double.
+// norms[i] = sqrt(max(Σ_l c_l s[l, i], 0))      weights[i] = min(α / norms[i], 1)      s [layers, n], c [layers]
+//
+// A thread owns a run of examples and adds their layers in order, in double. Reads layers·n elements once. A sum that
+// is not finite gives a NaN weight, a norm of 0 gives weight 1.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 

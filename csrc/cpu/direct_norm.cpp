@@ -1,13 +1,16 @@
-// Direct form: ‖Σ_t gy[t, o] · x[t·stride + tap·dilation, c]‖² over (o, c, tap), one example at a time.
+// Direct form:  ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]
 //
-// An item of work is (example, group, block of x vectors, block of output rows); its factors are packed into scratch of
-// the running thread and go through the register tiles of outer_product.inl. G itself is written only when asked for.
-//   kChannels  x as [channel block, padded pixel, lanes]; a vector is (channel block, tap), a tap is an offset
-//   kPatches   few channels in a group (RGB stems, ResNeXt): a vector is `lanes` columns of the patch matrix of this
-//              one example, [column block, T, lanes]
-//   kLanes     depthwise: a vector of channels times a vector of backprops, tap by tap
-// Scratch of a thread: about kBlockBytes for either factor, or one block of vectors where that is larger
-// (4·lanes·(pixels + T) bytes); with gradients also one panel of them.
+// x [n, C, in] and gy [n, d, out] have any strides; a linear layer is one tap over a line of T pixels. An item of work,
+// which one thread owns, is (example, group, block of x vectors, block of output rows). Its factors are packed into
+// scratch of the running thread and go through the register tiles of outer_product.inl; G is written only where it is
+// asked for. There are three layouts of x:
+//   kChannels  x lies as [channel block, padded pixel, lanes]; a vector is (channel block, tap), a tap is an offset.
+//   kPatches   Few channels are in a group (RGB stems, ResNeXt): a vector is `lanes` columns of the patch matrix of
+//              this one example, [column block, T, lanes].
+//   kLanes     The convolution is depthwise: a vector of channels meets a vector of backprops, tap by tap.
+// Items of one block of x follow each other, so that a thread reads x once, and gy once for each block of x. The
+// scratch of a thread is about kBlockBytes for either factor, or one block of vectors where that is larger
+// (4·lanes·(pixels + T) bytes), and with gradients also one panel of them.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -62,7 +65,7 @@ Plan<T> make_plan(const ConvShape& s, const Kernels<T>& k, int64_t examples) {
   p.x_block = p.layout == Layout::kLanes ? 1 : fitting(p.plane * sizeof(T), p.lane_blocks);
   const int64_t panels = ceil_div(s.group_rows(), k.rows);
   int64_t row_panels = fitting(k.rows * steps * sizeof(T), panels);
-  // Few examples: split further until every thread has something to do.
+  // Few examples are split further, until every thread has something to do.
   const int64_t groups = p.layout == Layout::kLanes ? 1 : s.groups, wanted = 2 * at::get_num_threads();
   const auto items = [&] {
     return examples * groups * ceil_div(p.lane_blocks, p.x_block) * ceil_div(panels, row_panels);
@@ -84,7 +87,8 @@ Plan<T> make_plan(const ConvShape& s, const Kernels<T>& k, int64_t examples) {
   return p;
 }
 
-// patch_mean and correlation in the order of the vectors: [groups, vectors, lanes] and [out_channels, vectors, lanes].
+// Holds patch_mean and correlation in the order of the vectors, [groups, vectors, lanes] and
+// [out_channels, vectors, lanes].
 template <typename T>
 struct PackedCorrection {
   int64_t pitch;  // vectors * lanes
@@ -114,7 +118,7 @@ struct PackedCorrection {
   }
 };
 
-// The factors of one item in the scratch of one thread; packs only what the item before did not leave there.
+// Holds the factors of one item in the scratch of one thread, and packs only what the item before did not leave there.
 template <typename T>
 class Packer {
  public:
@@ -161,7 +165,7 @@ class Packer {
     for (int64_t c = 0; c < s_.group_channels(); ++c)
       pack_lanes<T>(k_, x_, src + c * x_.channel, s_.in, 1, 1, p_.pixel_index.data(), planar_.data() + c * volume);
   }
-  // Line by line of the output: lane l reads its tap's line of the planar image.
+  // Goes through the output line by line; lane l reads its tap's line of the planar image.
   void pack_patches(int64_t block) {
     Lines<T> lines;
     lines.width = lines.pitch = k_.lanes, lines.step = s_.stride[2], lines.steps = s_.out[2];
@@ -186,8 +190,9 @@ class Packer {
   std::array<int64_t, 3> lanes_key_{-1, -1, -1}, rows_key_{-1, -1, -1};
 };
 
-// Writes the gradient of an item where it belongs, a panel of rows at a time. One vector a lane block (one tap, patches)
-// is the order of the gradient, and tiles go straight there; otherwise through a panel [rows, taps, channels] in L1.
+// Writes the gradient of an item where it belongs, a panel of rows at a time. Where a lane block has one vector (one
+// tap, patches), tiles have the order of the gradient and go straight there; otherwise they go through a panel [rows,
+// taps, channels] in L1.
 template <typename T>
 class GradientWriter {
  public:
@@ -198,7 +203,8 @@ class GradientWriter {
       for (int64_t tap = 0; tap < taps_; ++tap) offset_.push_back(tap * channels_ + b * k.lanes);
   }
 
-  // The squared norm of the product; `rows` and `columns` (channels, or of the patch matrix) of it are not padding.
+  // Returns the squared norm of the product, of which `rows` rows and `columns` columns (channels, or columns of the
+  // patch matrix) are not padding.
   double operator()(PanelProduct<T> product, int64_t rows, int64_t columns, T* grads) {
     const T* const packed = product.rows;
     const bool in_place = taps_ == 1;
@@ -219,7 +225,7 @@ class GradientWriter {
   }
 
  private:
-  // [taps, channels] to [channels, taps], as many taps at a time as a power of two allows.
+  // Turns [taps, channels] into [channels, taps], as many taps at a time as a power of two allows.
   void taps_last(const T* from, int64_t columns, T* to) {
     Lines<T> lines;
     lines.pitch = taps_, lines.steps = columns;
@@ -275,7 +281,8 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
         product.correlation_pitch = packed->pitch;
       }
       if (grads) {
-        const int64_t column = x_block * p.x_block * k.lanes, columns = std::min(p.x_block * k.lanes, p.columns - column);
+        const int64_t column = x_block * p.x_block * k.lanes;
+        const int64_t columns = std::min(p.x_block * k.lanes, p.columns - column);
         T* to = grads + (example * s.out_channels + group * s.group_rows() + first) * s.group_channels() * s.taps() +
                 column * p.block_vectors;
         partial[item] = (*writer)(product, count, columns, to);
@@ -286,7 +293,7 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
   });
 }
 
-// Depthwise: out channel o = c·m + j belongs to channel c.
+// Serves depthwise convolutions, where output channel o = c·m + j belongs to channel c.
 template <typename T>
 void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const Operand<T>& x,
                      const Operand<T>& gy, const Correction<T>* correction, const std::vector<int64_t>& examples,
@@ -306,7 +313,7 @@ void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, 
       pack_lanes<T>(k, x, x.data + example * x.example + first * x.channel, s.in, valid, k.lanes, p.pixel_index.data(),
                     image.data());
       for (int64_t j = 0; j < multiplier; ++j) {
-        Operand<T> every = gy;  // every multiplier-th channel, from first · multiplier + j on
+        Operand<T> every = gy;  // takes every multiplier-th channel, from first · multiplier + j on
         every.channel = gy.channel * multiplier;
         pack_lanes<T>(k, every, gy.data + example * gy.example + (first * multiplier + j) * gy.channel, s.out, valid,
                       k.lanes, nullptr, rows.data());

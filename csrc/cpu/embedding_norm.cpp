@@ -1,7 +1,8 @@
-// norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²: the squared norm of an embedding's weight gradient, per example.
+// norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²        idx [n, T], gy [n, T, d]
 //
-// Positions are sorted by index, stably, so that the rows of one index are added in their order, in double; reads gy
-// once. One example after another, examples in parallel; workspace T positions and d doubles a thread.
+// The squared norm of an embedding's weight gradient. A thread owns an example. It sorts the positions by index,
+// stably, so that the rows of one index are added in their order, in double, and reads gy once. The workspace of a
+// thread is T positions and d doubles.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 

@@ -67,7 +67,7 @@ def test_the_source_distribution_can_be_compiled() -> None:
     assert path.name == f"engm-{VERSION}.tar.gz"
     with tarfile.open(path) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    needed = PACKAGE | sources("csrc", ".cpp", ".h", ".inl", ".cu", ".cuh")
+    needed = PACKAGE | sources("csrc", ".cpp", ".h", ".inl", ".cu", ".cuh", ".md")
     assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
     generated = {"PKG-INFO", "setup.cfg", "MANIFEST.in"}
     assert not {name for name in names - needed - generated if "/" in name and not name.startswith("engm.egg-info/")}
