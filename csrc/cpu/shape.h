@@ -58,8 +58,8 @@ class Buffer {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// The grain of at::parallel_for: how many items are worth another thread. One thread does that much work in some ten
-// microseconds, which is what it takes to wake a thread and to wait for it.
+// The grain of at::parallel_for: how many items are worth another thread. One thread does that much work in some five
+// to twenty microseconds; for less it is not worth waking another.
 constexpr double kGrainElements = 16384;    // of loops that read every element once
 constexpr double kGrainFlops = 512 * 1024;  // of loops that multiply
 inline int64_t grain(double work_of_item, double least) {

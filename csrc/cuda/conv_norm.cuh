@@ -2,10 +2,9 @@
 //
 //   ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]
 //
-// x [n, C, in] and gy [n, d, out] have any strides.
-// A block owns up to nine taps of kChannels × kRows numbers of one example's G, as direct_norm.cuh says; x is read once
-// a tile of rows (with halos 1.7 times at 3×3), gy once a tile of channels. Each conv_norm_<precision>.cu instantiates
-// one precision.
+// x [n, C, in] and gy [n, d, out] have any strides. A block owns up to nine taps of kChannels × kRows numbers of one
+// example's G, as direct_norm.cuh says; x is read once a tile of rows (with halos 1.7 times at 3×3), gy once a tile of
+// channels. Each conv_norm_<precision>.cu instantiates one precision.
 #pragma once
 
 #include "direct_launch.cuh"

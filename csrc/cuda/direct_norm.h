@@ -9,8 +9,8 @@ struct DirectNorm {
   Operand x;   // [n, groups·channels, in]
   Operand gy;  // [n, groups·rows, out]
   Geometry geometry;
-  // A batch-norm correction, all of it or null, contiguous and of the sums' type: G - shift·patch_mean -
-  // scale·correlation.
+  // A batch-norm correction, all of it or null, contiguous and of the sums' type. What is squared and written is
+  // G - shift·patch_mean - scale·correlation.
   const void* shift;        // [n, groups·rows]
   const void* scale;        // [n, groups·rows]
   const void* patch_mean;   // [groups·channels, taps]

@@ -2,7 +2,7 @@
 //
 // Operands lie in shared memory either as rows of k (elements of m or n contiguous: the direct forms, where k is a
 // position) or as rows of m or n (elements of k contiguous: the Gram form, where k is a channel). A lane reads kRows
-// rows of its own; which ones, row() and column() say once, and the kernel turns them into offsets once a step:
+// rows of its own; a_row(), b_row() and the columns say which, and the kernel turns them into offsets once a step:
 //
 //   int at[P::kRows];
 //   for (j) at[j] = offset_of_row(P::a_row(lane, j)) + P::a_column(lane);        // in elements
