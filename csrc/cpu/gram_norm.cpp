@@ -239,7 +239,7 @@ template <typename T>
 void gram_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy, double* out, uint8_t* reliable) {
   const Kernels<T>& k = kernels<T>();
   const int64_t items = s.n * s.groups;
-  std::vector<double> totals(items), magnitudes(items, 0.0);
+  std::vector<double> totals(items), magnitudes(items);
   const double pixels = s.pixels(), positions = s.positions();
   const double of_pixels = pixels * pixels * s.group_channels();
   const double of_positions = positions * positions * (s.group_rows() + 4.0 * s.taps());
@@ -248,8 +248,10 @@ void gram_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy, d
     GramNorm<T> norm(s, k);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item / s.groups, g = item % s.groups;
+      double magnitude = 0;
       totals[item] = norm(x, x.data + i * x.example + g * s.group_channels() * x.channel, gy,
-                          gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitudes[item]);
+                          gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitude);
+      magnitudes[item] = magnitude;
     }
   });
   for (int64_t i = 0; i < s.n; ++i) {
