@@ -3,7 +3,9 @@
 import json
 import sys
 
+import cost_constants
 import fidelity
+import layers
 import peers
 import pytest
 import scaling
@@ -12,6 +14,8 @@ import torch
 import weights
 import workloads
 from interleaved import compare, runnable
+
+from engm import _C
 
 
 def outputs(main, folder, *options):
@@ -48,6 +52,39 @@ def test_table1(tmp_path):
     assert "Opacus ghost" in document["plain"]["group norm"]["contenders"]
     assert "BackPACK BatchGrad" in document["plain"]["batch norm, evaluation mode"]["contenders"]
     assert "GroupNorm" in document["plain"]["group norm"]["cannot run"]["BackPACK BatchGrad"]
+
+
+@pytest.fixture
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_layers(tmp_path, capsys):
+    path = tmp_path / "layers.json"
+    layers.main(["--threads", "2", "--rounds", "1", "--batch", "1", "--out", str(path)])
+    document = json.loads(path.read_text())
+    timed = {f"{layer}: {name}": row for layer, rows in document["layers"].items() for name, row in rows.items()}
+    for row in timed.values():
+        assert row["milliseconds"] > 0
+        assert row["speed-up"] == pytest.approx(
+            row["milliseconds on one thread"] / row["milliseconds"], rel=0.1, abs=0.01
+        )
+    slow = {name for name, row in timed.items() if row["speed-up"] < layers.LEAST_GAIN_OF_TWO}
+    assert {text.rpartition(" (")[0] for text in document["below 1.7"]} == slow
+    assert bool(slow) == ("NOTE: 2 threads gain less than 1.7" in capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_cost_constants(capsys):
+    cost_constants.main(["--threads", "1", "--seconds", "0.01", "--repeats", "2"])
+    printed = capsys.readouterr().out
+    settings = [line.split()[0] for line in printed.splitlines() if line.startswith("  table.")]
+    assert settings
+    assert set(settings) <= {f"table.{name}" for name in _C.cost_table(builtin=True)}
+    assert "CostTable builtin_cpu() {" in printed
 
 
 def test_group_norm_pays_for_no_calibration():

@@ -79,7 +79,7 @@ def test_measures_this_machine(tmp_path):
 @pytest.mark.parametrize("times", [1e-12, 1.0])
 def test_the_fit_finds_true_constants(monkeypatch, times):
     pretend(monkeypatch, TABLE, times)
-    timings, _ = tuning._measure("cpu", "any", 0.01)
+    timings, _ = tuning.measure_layers("cpu", "any", 0.01)
     found = tuning.fit_constants(timings)
     assert found == pytest.approx(TABLE, rel=1e-4)
     assert all(timing.regret(found) == 0 for timing in timings)
