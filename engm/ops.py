@@ -333,24 +333,24 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.engm.weighted_gemm(a, b, weights)
 
 
-def compute_type(t: Tensor) -> torch.dtype:
-    """The type that sums over ``t`` are formed in."""
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """The type that sums over ``t`` are formed in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("engm::linear_norm_sq")
 def _linear_fake(a: Tensor, b: Tensor, *_: object) -> Tensor:
-    return a.new_empty(a.shape[0], dtype=compute_type(a))
+    return a.new_empty(a.shape[0], dtype=accumulation_dtype(a))
 
 
 @torch.library.register_fake("engm::conv_norm_sq")
 def _conv_fake(x: Tensor, gy: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=compute_type(x))
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x))
 
 
 @torch.library.register_fake("engm::linear_grads")
 def _linear_grads_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    norm_sq = a.new_empty(a.shape[0], dtype=compute_type(a))
+    norm_sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a))
     return norm_sq, norm_sq.new_empty(a.shape[0], b.shape[2], a.shape[2])
 
 
@@ -364,7 +364,7 @@ def _conv_grads_fake(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    norm_sq = x.new_empty(x.shape[0], dtype=compute_type(x))
+    norm_sq = x.new_empty(x.shape[0], dtype=accumulation_dtype(x))
     return norm_sq, norm_sq.new_empty(x.shape[0], gy.shape[1], x.shape[1] // groups, *kernel_size)
 
 
@@ -372,19 +372,19 @@ def _conv_grads_fake(
 def _affine_fake(
     x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = x.new_empty(x.shape[0], x.shape[channel_dim], dtype=compute_type(x))
+    grads = x.new_empty(x.shape[0], x.shape[channel_dim], dtype=accumulation_dtype(x))
     return grads.new_empty(2, x.shape[0]), grads, torch.empty_like(grads)
 
 
 @torch.library.register_fake("engm::clip_weights")
 def _clip_fake(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    norms = squared_norms.new_empty(squared_norms.shape[1], dtype=compute_type(squared_norms))
+    norms = squared_norms.new_empty(squared_norms.shape[1], dtype=accumulation_dtype(squared_norms))
     return norms, torch.empty_like(norms)
 
 
 @torch.library.register_fake("engm::embedding_norm_sq")
 def _embedding_fake(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
-    return gy.new_empty(gy.shape[0], dtype=compute_type(gy))
+    return gy.new_empty(gy.shape[0], dtype=accumulation_dtype(gy))
 
 
 def _dense_by_example(t: Tensor) -> bool:
@@ -400,9 +400,9 @@ def _scale_examples_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Ten
 
 @torch.library.register_fake("engm::weighted_sums")
 def _weighted_sums_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    return [t.new_empty(t.shape[1:], dtype=compute_type(t)) for t in tensors]
+    return [t.new_empty(t.shape[1:], dtype=accumulation_dtype(t)) for t in tensors]
 
 
 @torch.library.register_fake("engm::weighted_gemm")
 def _weighted_gemm_fake(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    return a.new_empty(b.shape[2], a.shape[2], dtype=compute_type(a))
+    return a.new_empty(b.shape[2], a.shape[2], dtype=accumulation_dtype(a))
