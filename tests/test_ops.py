@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import convolutions, correction_for, layouts, operand
+from norm_problems import convolutions, correction_for, layouts, operand
 
 from engm import _C, ops, reference
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from example_problems import (
+from weighting_problems import (
     BAD_EMBEDDINGS,
     BAD_LISTS,
     check_embedding,

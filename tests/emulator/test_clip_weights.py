@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from example_problems import dtypes
+from weighting_problems import dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

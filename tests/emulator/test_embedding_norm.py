@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from example_problems import BAD_EMBEDDINGS, DTYPES, check_embedding, embeddings
+from weighting_problems import BAD_EMBEDDINGS, DTYPES, check_embedding, embeddings
 from hypothesis import given, settings
 
 EXAMPLES = settings(max_examples=80, deadline=None)

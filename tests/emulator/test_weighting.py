@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from example_problems import (
+from weighting_problems import (
     BAD_LISTS,
     DTYPES,
     assert_sums_close,
@@ -17,7 +17,7 @@ from example_problems import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import operand
+from norm_problems import operand
 
 from engm import reference
 

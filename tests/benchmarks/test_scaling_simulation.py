@@ -8,7 +8,7 @@ import scaling_simulation as simulation
 from hypothesis import given
 from hypothesis import strategies as st
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 WORLDS = st.integers(2, 300)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
-from problems import operand
+from norm_problems import operand
 
 from engm import reference
 

@@ -11,7 +11,7 @@ import torch
 from gpu.record import Absent, Record
 from gpu.timing import Bench
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STAGES = ["ceilings", "kernels", "steps", "pgd", "memory", "profile", "training"]
 CPU = torch.device("cpu")
 

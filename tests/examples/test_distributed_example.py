@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "distributed.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "distributed.py"
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")

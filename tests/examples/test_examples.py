@@ -15,7 +15,7 @@ from torch import nn
 
 import engm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs" / "optimizers").glob("*.md"))
 SMALL = ["--epochs", "1", "--batch-size", "64", "--alpha", "inf"]
 
