@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from oracle import assert_measured, random_losses, relative, tensor, truth
+from engine_checks import assert_measured
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vjp, vmap
 

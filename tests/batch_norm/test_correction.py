@@ -6,9 +6,10 @@ exact ones. Elsewhere they are at least nearer to them than frozen ones.
 
 import pytest
 import torch
+from engine_checks import assert_measured
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_measured, random_losses, relative, tensor, truth
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 
 import engm

@@ -8,8 +8,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_checks import assert_measured, check
 from little_network import Net, X, losses_of, net_and_model
-from oracle import assert_measured, check, random_losses, relative, tensor, truth
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 
 import engm

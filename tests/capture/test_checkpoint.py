@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_checks import TOLERANCE, assert_measured, assert_step, check
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, assert_measured, assert_step, check, random_losses, relative, tensor, truth
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,

@@ -5,8 +5,9 @@ import weakref
 
 import pytest
 import torch
+from engine_checks import assert_measured, check
 from little_network import Net, X, losses_of, net_and_model
-from oracle import assert_measured, check, relative, tensor, truth
+from oracle import relative, tensor, truth
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

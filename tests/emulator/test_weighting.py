@@ -4,6 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from norm_problems import operand
 from weighting_problems import (
     BAD_LISTS,
     DTYPES,
@@ -15,9 +18,6 @@ from weighting_problems import (
     lists_to_weight,
     sum_type,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from norm_problems import operand
 
 from engm import reference
 

@@ -1,5 +1,6 @@
-"""The network of the capture tests: views, in-place operations and a residual, and nothing that couples."""
+"""The little networks of the capture and graph tests."""
 
+import torch
 import torch.nn.functional as F
 from oracle import random_losses, tensor
 from torch import nn
@@ -37,3 +38,15 @@ def losses_of(model, x=X):
 def net_and_model(**options):
     net = Net().double()
     return net, engm.GradNormModule(net, **options)
+
+
+class Around(nn.Module):
+    """Two linear layers around something the test brings."""
+
+    def __init__(self, between=None, after=None):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+        self.between, self.after = between or torch.tanh, after or (lambda x: x)
+
+    def forward(self, x):
+        return self.after(self.second(self.between(self.first(x))))

@@ -1,30 +1,20 @@
-"""The truth that tests compare with: float64, plain torch, one backpropagation an example, on a network of its own.
+"""The truth that tests compare with: one backpropagation an example, in plain torch and float64.
 
-Nothing here knows how the engine works. Batch norms with frozen statistics are rebuilt as layers that take their
-statistics from a detached copy of the input.
+Nothing here knows the engine. :func:`truth` computes on a float64 copy of a network, and
+:func:`per_example_gradients` takes losses that a test has already computed. Batch norms with frozen statistics are
+rebuilt as layers that take their statistics from a detached copy of the input. The random inputs and losses that most
+tests share are here too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-import engm
-
-TOLERANCE = {  # relative errors allowed
-    "norm, float64": 1e-9,  # whole norms, and every tensor's
-    "norm, float32": 1e-5,
-    "norm, bfloat16": 2e-2,  # autocast, against one backpropagation an example of the same graph
-    "floor": 1e-11,  # of a tensor's norm, as a share of the example's whole norm (gradients that are truly 0)
-    "gradient, float64": 1e-9,
-    "gradient, float32": 2e-5,
-}
 
 
 @dataclass
@@ -39,14 +29,29 @@ class Truth:
 
     @property
     def norms(self) -> Tensor:
+        """Norms ``[n]`` over all parameters."""
         return torch.stack(list(self.squared_norms.values())).sum(0).sqrt()
 
-    def update(self, weights: Tensor) -> dict[str, Tensor]:
-        """``1/n sum_i w_i g_i``."""
-        return {name: torch.tensordot(weights, g, dims=1) / len(weights) for name, g in self.gradients.items()}
+    @property
+    def flat(self) -> Tensor:
+        """``[n, P]``: the gradient of every example as one vector."""
+        return torch.cat([g.flatten(1) for g in self.gradients.values()], 1)
+
+    def update(self, weights: Tensor, divisor: float | None = None) -> dict[str, Tensor]:
+        """``1 / divisor * sum_i w_i g_i`` by parameter name; the divisor is ``n`` unless another is given."""
+        divisor = len(weights) if divisor is None else divisor
+        return {name: torch.tensordot(weights.double(), g, dims=1) / divisor for name, g in self.gradients.items()}
+
+    def mean(self, weights: Tensor, divisor: float | None = None) -> list[Tensor]:
+        """The same as :meth:`update`, in the order of the parameters and without their names."""
+        return list(self.update(weights, divisor).values())
+
+    def part(self, names: Iterable[str]) -> Truth:
+        """The gradients of some parameters only."""
+        return Truth({name: self.gradients[name] for name in names})
 
 
-def per_example_gradients(losses: Tensor, parameters: dict[str, Tensor]) -> Truth:
+def per_example_gradients(losses: Iterable[Tensor], parameters: dict[str, Tensor]) -> Truth:
     """One ``torch.autograd.grad`` an example; zeros where a parameter is not reached."""
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for loss in losses:
@@ -112,52 +117,6 @@ def dtype_of(net: nn.Module) -> torch.dtype:
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
-    """Largest relative error; 0 against 0 is none."""
+    """The largest relative error; 0 against 0 counts as no error."""
     value, expected = value.detach().double(), expected.detach().double()
     return float(((value - expected).abs() / expected.abs().clamp_min(torch.finfo(torch.float64).tiny)).max())
-
-
-def assert_measured(measurement: engm.Measurement, expected: Truth, precision: str = "float64") -> None:
-    """Whole norms, and every tensor's norms, agree with the truth."""
-    tolerance = TOLERANCE[f"norm, {precision}"]
-    assert list(measurement.names) == list(expected.gradients)
-    whole = expected.norms
-    assert relative(measurement.norms, whole) <= tolerance
-    floor = TOLERANCE["floor"] if precision == "float64" else tolerance
-    for name, squared in measurement.squared_norms.items():
-        true = expected.squared_norms[name].sqrt()
-        error = (squared.double().sqrt() - true).abs()
-        assert bool((error <= tolerance * true + floor * whole).all()), (name, squared.sqrt(), true)
-
-
-def assert_step(model: engm.GradNormModule, losses: Tensor, expected: Truth, precision: str = "float64") -> None:
-    """``ENGM.backward`` puts the truth's clipped mean gradient into ``p.grad`` (half of the examples are clipped)."""
-    alpha = max(float(expected.norms.median()), 1e-3)
-    weights = (alpha / expected.norms).clamp(max=1).nan_to_num(1.0)
-    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=alpha)
-    opt.zero_grad()
-    opt.backward(losses)
-    wanted = expected.update(weights)
-    scale = (weights * expected.norms).mean()  # not that of the sum, whose examples may cancel
-    for name, parameter in model.unwrap().named_parameters():
-        if parameter.requires_grad:
-            got = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            assert float((got.double() - wanted[name]).norm()) <= TOLERANCE[f"gradient, {precision}"] * float(scale)
-    opt.zero_grad()
-
-
-def check(
-    net: nn.Module, loss_fn: Callable[[Any], Tensor], *, frozen: bool = False, step: bool = True, **wrap: Any
-) -> engm.Measurement:
-    """The engine on ``net`` against the truth: norms of every tensor, and (nothing couples) the clipped gradient."""
-    precision = {torch.float64: "float64", torch.float32: "float32"}[dtype_of(net)]
-    expected = truth(net, loss_fn, frozen=frozen)
-    model = engm.GradNormModule(net, **wrap)
-    losses = loss_fn(model)
-    measurement = engm.measure(model, losses)
-    assert measurement.mode == ("frozen" if frozen else "plain")
-    assert measurement.stacked.dtype == dtype_of(net)
-    assert_measured(measurement, expected, precision)
-    if step and not frozen:
-        assert_step(model, losses, expected, precision)
-    return measurement

@@ -1,4 +1,4 @@
-"""Small networks, an oracle that loops over examples, and snapshots: what the optimizer tests share."""
+"""A little classifier, its batches and losses, and snapshots of everything that a step may change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from oracle import per_example_gradients, trained
 from torch import Tensor, nn
 
 import engm
@@ -51,36 +52,17 @@ def losses_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y, reduction="none")
 
 
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **options})
 
 
-def example_gradients(model: nn.Module, losses: Tensor) -> list[list[Tensor]]:
-    """``[n][L]``: the gradient of every example by itself, through the statistics of the batch."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rows = []
-    for loss in losses:
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
-    return rows
-
-
-def gradient_norms(rows: list[list[Tensor]]) -> Tensor:
-    return torch.stack([torch.stack([g.square().sum() for g in row]).sum().sqrt() for row in rows])
-
-
 def clip(norms: Tensor, alpha: float) -> Tensor:
-    """Eq. 5b."""
+    """The weights of Eq. 5b."""
     return torch.where(norms > alpha, alpha / norms, torch.ones_like(norms))
-
-
-def mean_of(rows: list[list[Tensor]], weights: Tensor, divisor: float | None = None) -> list[Tensor]:
-    """``1 / divisor * sum_i w_i g_i``."""
-    divisor = len(rows) if divisor is None else divisor
-    return [
-        sum(w * row[k] for w, row in zip(weights, rows, strict=True)) / divisor  # type: ignore[misc]
-        for k in range(len(rows[0]))
-    ]
 
 
 def grads(model: nn.Module) -> list[Tensor | None]:
@@ -91,7 +73,7 @@ def median_norm(model: engm.GradNormModule, x: Tensor, y: Tensor) -> float:
     """An ``alpha`` that clips about half of the batch; leaves buffers and graphs alone."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with model.paused():
-        norms = gradient_norms(example_gradients(model, losses_of(model, x, y)))
+        norms = per_example_gradients(losses_of(model, x, y), trained(model)).norms
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return float(norms.median()) * 1.01
