@@ -14,6 +14,7 @@ import torch.distributed as dist
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "distributed.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_example_trains_in_two_processes() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]

@@ -20,6 +20,7 @@ PAGES = sorted((ROOT / "docs" / "optimizers").glob("*.md"))
 SMALL = ["--epochs", "1", "--batch-size", "64", "--alpha", "inf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain_loop.py", "norms_only.py"])
 def test_example(name: str) -> None:
     found = subprocess.run([sys.executable, ROOT / "examples" / name], capture_output=True, text=True, check=True)
@@ -35,6 +36,7 @@ def drop_in(source: str, tmp_path: Path, *arguments: str) -> dict[str, torch.Ten
     return {name: tensor.clone() for name, tensor in functions["main"](args).state_dict().items()}
 
 
+@pytest.mark.slow
 def test_drop_in_is_two_lines_and_without_them_the_script_it_was(tmp_path: Path) -> None:
     """With no bound on the norms both train alike; a resumed run goes on."""
     source = (ROOT / "examples" / "drop_in.py").read_text()

@@ -17,19 +17,17 @@ from threaded_operators import CASES
 
 import engm
 
-TESTS = Path(__file__).parent
-
 
 @functools.cache
 def found_in_a_process_of_two_threads() -> Any:
-    """What tests/threaded_operators.py prints.
+    """What tests/support/threaded_operators.py prints.
 
     Waiting threads sleep there, so that a thread which only waits spends no processor time.
     """
     environment = os.environ | {
         "OMP_NUM_THREADS": "2",
         "OMP_WAIT_POLICY": "passive",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(Path(engm.__file__).parents[1])]),
+        "PYTHONPATH": str(Path(engm.__file__).parents[1]),
     }
     command = [sys.executable, threaded_operators.__file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
