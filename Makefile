@@ -6,17 +6,27 @@ NO_DEPS := torchattacks==3.5.1
 BIN := .venv/bin
 export MAX_JOBS ?= 2
 
+EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h) tests/emulator/build.py
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test lint docs wheel bench gpu sanitize clean
+.PHONY: demo test test-all lint docs wheel bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
 	$(BIN)/engm demo $(ARGS)
 
-# One thread a worker: two workers with two threads each would only get in each other's way.
-test: .make/build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+# Two workers with one thread each: with two threads each they would only get in each other's way. A worker takes a run
+# of neighbouring tests, so that few fixtures are made twice, and steals from the other when it has no more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# Everything that takes less than ten seconds a test: five minutes on two cores, and a minute more where the emulator has
+# to be compiled first. A test of more than 30 seconds of processor time fails here unless it is marked as slow.
+test: .make/build .make/emulator
+	$(PYTEST) -m "not slow" --most-seconds 30 tests
+
+# The rest: what 'make test' leaves out, and nothing else. Both together run every test once.
+test-all: .make/build .make/emulator
+	$(PYTEST) -m slow tests
 
 lint: .make/venv
 	$(BIN)/ruff check .
@@ -54,6 +64,11 @@ sanitize:
 
 .make/build: .make/venv $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@mkdir -p .make && touch $@
+
+# The CUDA kernels compiled for the CPU, which the tests in tests/emulator run.
+.make/emulator: .make/build $(EMULATOR)
+	PYTHONPATH=tests $(BIN)/python -m emulator.build
 	@mkdir -p .make && touch $@
 
 # Leaves .venv, which takes longest to make: remove it by hand.

@@ -1,6 +1,8 @@
-"""Settings that hold for every test: reproducible draws, one seed a test."""
+"""Settings that hold for every test: reproducible draws, one seed a test, and no slow test without its mark."""
 
+import gc
 import os
+from collections.abc import Iterator
 
 os.environ["ENGM_COST_TABLE"] = "built-in"  # a developer's own table must not change which forms the tests take
 
@@ -17,7 +19,50 @@ settings.register_profile(
 )
 settings.load_profile("engm")
 
+BEGUN = pytest.StashKey[float]()
+
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--most-seconds",
+        type=float,
+        help="fail a test without the mark 'slow' that takes more processor time than this, its fixtures included",
+    )
+
+
+def pytest_collection_finish() -> None:
+    """Takes what is loaded by now out of the garbage collector's sight, so that tests which call it wait less."""
+    gc.collect()
+    gc.freeze()
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for; other than the clock's, hardly more on a busy machine."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.stash[BEGUN] = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    allowed = item.config.getoption("most_seconds")
+    if report.when == "teardown" and report.passed and allowed is not None and "slow" not in item.keywords:
+        taken = processor_seconds() - item.stash[BEGUN]
+        if taken > allowed:
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} took {taken:.0f} seconds of processor time, its fixtures included. Make it cheaper, or "
+                "mark it with @pytest.mark.slow: 'make test' has room for tests of up to ten seconds."
+            )
+    return report

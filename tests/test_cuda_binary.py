@@ -90,6 +90,7 @@ def test_registers_stay_under_their_ceilings(resources):
     assert not over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_uses_atomics(architecture):
     """Results are the same bits on every run; sums go through memory in a fixed order."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import started
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, batch, clone, losses_of, network, sgd
@@ -75,7 +75,7 @@ def partner(index: int, rendezvous: str, results: Path) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     expected = train(lambda model: model, slice(0, N))
     rendezvous = f"file://{tmp_path}/rendezvous"
-    other = mp.spawn(partner, (rendezvous, tmp_path), nprocs=RANKS - 1, join=False)
+    other = started(partner, (rendezvous, tmp_path), RANKS - 1)
     mine = work(0, rendezvous)
     while not other.join():
         pass

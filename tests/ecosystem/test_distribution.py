@@ -20,7 +20,7 @@ import engm
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 # A little of every kind: the compiled module, the engine, an optimizer, the recipes.
-TRIED = ["test_build.py", "test_capture.py", "optim/test_engm.py", "recipes/test_config.py"]
+TRIED = ["test_build.py", "capture/test_capture.py", "optim/test_engm.py", "recipes/test_config.py"]
 
 built = pytest.mark.skipif("ENGM_DIST" not in os.environ, reason="make wheel builds a distribution and then tries it")
 

@@ -35,11 +35,13 @@ def ask():
         server.stdin.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_without_mutations_all_cases_pass(ask, name):
     assert ask(NO_MUTANT, [name]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", [pytest.param(m, id=f"{m.file}: {m.name}") for m in MUTATIONS])
 def test_mutations_are_caught(ask, mutation):
     assert is_up_to_date(mutation), f"{mutation.file} has no '{mutation.text}': bring mutation_table.py up to date"
