@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
-from ..processes import Ranks
+from ..processes import Processes
 from ..runs.folder import View
 from ..storage.atomic_files import make_folder, read_json, write_json
 from ..training.run import Run
@@ -79,7 +79,7 @@ class StepTimeCell(Cell):
         """Seconds of every step by contender; the one that goes first changes with every batch."""
         dataset = dataset_of(self.config.resolved(), device)
         contenders = {
-            (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Ranks(device), dataset)
+            (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Processes(device), dataset)
             for name in LABELS
             for way in ((BORROWED, OWN) if name in READ_NORMS else (OWN,))
         }

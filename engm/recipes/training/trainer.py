@@ -22,7 +22,7 @@ from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy
 from ..data import Source
-from ..processes import Ranks
+from ..processes import Processes
 from .clock import StepClock
 from .loggers import Logger
 from .step_figures import Examples, StepFigures, pack, together, unpack
@@ -120,7 +120,7 @@ class Trainer:
             ``None`` writes at the end of the epoch, which waits anyway.
         plain: a stand-in for ``model`` in the attack's steps that measure nothing: its network, compiled.
         forward: how the training loss calls the model, ``DistributedDataParallel`` around it; default the model.
-        ranks: the processes that share every batch, each with its own rows and the same ``seed``.
+        processes: the processes that share every batch, each with its own rows and the same ``seed``.
 
     Raises:
         ValueError: ``log_every`` is not positive.
@@ -148,7 +148,7 @@ class Trainer:
         log_every: int | None = None,
         plain: nn.Module | None = None,
         forward: nn.Module | None = None,
-        ranks: Ranks | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {log_every}")
@@ -169,7 +169,7 @@ class Trainer:
         self._borrow = borrow and objective.attack_maximises_it and self._captures
         self._plain = plain
         self._forward = model if forward is None else forward
-        self._ranks = Ranks(device) if ranks is None else ranks
+        self._processes = Processes(device) if processes is None else processes
         self._clock = StepClock(device)
         self._figures = StepFigures()
         self._epoch: list[Examples] = []  # of the steps that were looked at already
@@ -209,11 +209,12 @@ class Trainer:
     def _attacked(self, x: Tensor, y: Tensor, borrow: bool) -> Adversarial:
         if self.attack.eps == 0:
             return Adversarial(x.detach())
-        n = len(x) * self._ranks.world
+        n = len(x) * self._processes.world
         noise = None
-        if self._ranks.world > 1 and self.attack.random_start:  # one draw for the whole batch, as one process makes it
+        if self._processes.world > 1 and self.attack.random_start:
+            # Every process draws for the whole batch, as one process would, and takes its own rows.
             noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
-            noise = noise[self._ranks.rows(n)]
+            noise = noise[self._processes.rows(n)]
         measure = self.optimizer if borrow and isinstance(self.optimizer, engm.ExampleOptimizer) else False
         generator = self.generator if noise is None else None
         return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self._plain)
@@ -225,7 +226,7 @@ class Trainer:
 
     def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
         optimizer: Any = self.optimizer
-        if self._ranks.world == 1:
+        if self._processes.world == 1:
             return optimizer.backward(losses, inputs=inputs, measurement=measurement)
         optimizer.reweight(losses, inputs, measurement=measurement).mean().backward()
         return optimizer.stats
