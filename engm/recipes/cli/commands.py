@@ -324,13 +324,13 @@ def demo(
     """Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them."""
     from ..demo import DemoSettings, demo_training, prepare, report, run
     from ..demo.live import LiveView
-    from ..methods import METHODS, canonical_method
+    from ..methods import canonical_method
 
     console = Console()
     torch.set_num_threads(threads)
     try:
         typed = tuple(canonical_method(name) for name in methods.split(",") if name.strip())
-        names = tuple(METHODS) if every_method else typed
+        names = tuple(LABELS) if every_method else typed
         if log is not None:
             log.check()
         settings = DemoSettings(names, demo_training(epochs, batch_size, seed), width=width, alpha=alpha)

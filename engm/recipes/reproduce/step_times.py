@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from ..processes import Processes
 from ..runs.folder import View
 from ..storage.atomic_files import make_folder, read_json, write_json
 from ..training.run import Run
+from ..training.turns import take_turns
 from .analysis import Analysis, Request
 from .cells import Cell, dataset_of
 from .outcome import Outcome, Table
@@ -76,7 +78,7 @@ class StepTimeCell(Cell):
         return (runs / self.folder_name / "times.json").is_file()
 
     def _times(self, device: torch.device) -> dict[str, list[float]]:
-        """Seconds of every step by contender; the one that goes first changes with every batch."""
+        """Seconds of every step by contender, all of which take turns on the same batches."""
         dataset = dataset_of(self.config.resolved(), device)
         contenders = {
             (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Processes(device), dataset)
@@ -85,13 +87,9 @@ class StepTimeCell(Cell):
         }
         for run in contenders.values():
             run.trainer.model.train()
-        batches = _endless(next(iter(contenders.values())))
-        order = list(contenders.values())
-        for turn in range(WARM_UP + self.steps):
-            x, y = next(batches)
-            first = turn % len(order)
-            for run in (*order[first:], *order[:first]):
-                run.trainer.step(x, y)
+        batches = islice(_endless(next(iter(contenders.values()))), WARM_UP + self.steps)
+        for _ in take_turns([run.trainer for run in contenders.values()], batches):
+            pass
         return {
             f"{name}, {way}": run.trainer.finish_epoch().step_seconds[WARM_UP:]
             for (name, way), run in contenders.items()

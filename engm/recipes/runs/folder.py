@@ -8,7 +8,6 @@ DIR/results.json      when it is over: test accuracy of best and last, every epo
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -334,13 +333,12 @@ def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
     last = run.evaluate("test")
     if run.best is None or run.best.epoch == run.epoch:
         return {"last": last, "best": last}
-    best = copy.deepcopy(run.net)
     try:
-        best.load_state_dict(folder.weights("best").weights)
+        weights = folder.weights("best").weights
     except CheckpointError as error:
         warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
         return {"last": last}
-    return {"last": last, "best": run.evaluate("test", best)}
+    return {"last": last, "best": run.evaluate("test", run.with_weights(weights))}
 
 
 def _results(run: Run, folder: RunFolder) -> dict[str, Any]:

@@ -7,6 +7,7 @@ that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recip
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -23,10 +24,10 @@ from engm.checks import NonFiniteError
 from ..accuracy import Accuracy, evaluate, pgd20
 from ..config import RunConfig, option
 from ..data import Augmentation, Dataset, Source, load_data
-from ..methods import paper_optimizer
 from ..models import build_model
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
+from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
@@ -273,20 +274,36 @@ class Run:
         Raises:
             NonFiniteError: a loss was not finite.
         """
+        self.begin_epoch()
+        for x, y in self.batches.epoch(self.epoch, start=self.batch):
+            self.step(x, y)
+            on_step()
+        return self.trainer.finish_epoch()
+
+    def begin_epoch(self) -> None:
+        """Sets what changes with the epoch: objective, weight perturbation and learning rate."""
         trainer = self.trainer
         trainer.model.train()
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
         for group in trainer.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.epoch)
-        for x, y in self.batches.epoch(self.epoch, start=self.batch):
-            trainer.attack = self._attack(self.epoch, trainer.steps)
-            trainer.step(x, y)
-            if self.average is not None:
-                self.average.update_parameters(self.net)
-            self.batch += 1
-            on_step()
-        return trainer.finish_epoch()
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Trains on one batch of the epoch under way.
+
+        Args:
+            x: natural inputs ``[n, C, H, W]`` in [0, 1]; with several processes, this one's.
+            y: labels ``[n]``.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
+        """
+        self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
+        self.trainer.step(x, y)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        self.batch += 1
 
     def finish_epoch(self, record: EpochRecord) -> bool:
         """Looks at the validation set if it is time, and notes the epoch.
@@ -325,6 +342,12 @@ class Run:
         """
         examples = getattr(self.dataset, split)
         return evaluate(net or self.evaluated, examples, self.evaluation, processes=self.processes)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the network with other weights."""
+        net = copy.deepcopy(self.net)
+        load_weights(net, weights, self.dataset)
+        return net
 
     def synchronise(self) -> None:
         """Brings the running statistics of several processes together."""
