@@ -58,12 +58,26 @@ def with_cuda() -> bool:
     return not missing
 
 
+def openmp_flags() -> list[str]:
+    """The compiler flags that the loop of ``at::parallel_for`` needs, which is inline in torch's headers.
+
+    Without ``-fopenmp`` a torch whose parallel backend is OpenMP runs that loop on one thread and says nothing. The
+    linker does not get the flag: it would add the system's OpenMP runtime beside the one that torch loads, and the
+    symbols are found in torch's.
+    """
+    backend = re.search(r"^ATen parallel backend: (.*)$", torch.__config__.parallel_info(), re.MULTILINE)
+    if backend is None or backend.group(1).strip() != "OpenMP":
+        return []
+    # Apple's clang takes the flag behind its driver only.
+    return ["-Xpreprocessor", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+
+
 def extension():
     """The one compiled module."""
     cuda = with_cuda()
     sources = [str(path.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for path in (ROOT / folder).glob("*.cpp")]
     macros = [("ENGM_TORCH_VERSION", torch.__version__)]
-    flags = {"cxx": ["-O3", "-g0", "-Wall", "-ffp-contract=fast", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O3", "-g0", "-Wall", "-ffp-contract=fast", "-fvisibility=hidden", *openmp_flags()]}
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
         sources += [

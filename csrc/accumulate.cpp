@@ -1,4 +1,7 @@
-// scaled_accumulate: Σ_i w_i b_iᵀ a_i as one GEMM over K = n·T, with the weights put into the smaller factor first.
+// scaled_accumulate:  out[o, c] = Σ_i w_i Σ_t b[i, t, o] a[i, t, c]        a [n, T, p], b [n, T, d], w [n]
+//
+// The sum is one matrix product over K = n·T. The weights are multiplied into the smaller factor before, whose copy
+// costs n·T·min(p, d) elements. Without a the result is Σ_i w_i Σ_t b[i, t], the gradient of a bias.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/mv.h>

@@ -1,4 +1,4 @@
-// What every device checks before it computes.
+// Checks operands before any device computes with them.
 #include "checks.h"
 
 namespace engm {

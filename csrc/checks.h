@@ -1,4 +1,5 @@
-// What every device checks before it computes; errors name the operator and say what to do.
+// Declares the checks that every device makes before it computes. An error names the operator, says what was expected
+// and what came, and what to do.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,31 +14,34 @@ namespace engm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// The form that the user named; kAuto becomes kDirect where a correction is given, which the Gram form does not have.
 Form parse_form(std::string_view form, bool corrected);
 
-// The type that sums are formed in: float64 stays, half types become float32; anything else is an error.
+// The type that sums are formed in: float64 stays, half types become float32, and anything else is an error, as are
+// operands of two types or devices.
 at::ScalarType compute_type(const at::Tensor& a, const at::Tensor& b, const char* op);
 
-// The factors in float64 on the norms' device, or nothing.
+// Checks squared_norms [layers, n], and returns the factors [layers] in float64 on their device, or nothing.
 OptionalTensor check_clip(const at::Tensor& squared_norms, double alpha, const OptionalTensor& factors);
 
-// Local batch-norm correction, see LocalCorrection in engm/terms.py.
+// What a batch norm in training mode takes off the gradient of the layer before it:
+// shift[i, o]·patch_mean[c, tap] + scale[i, o]·correlation[o, c, tap].
 struct CorrectionTensors {
   at::Tensor shift, patch_mean, scale, correlation;
 };
 
-// All four or none, on `device`; brought to `type` and made contiguous.
+// Takes all four tensors or none, which must be on `device`, and returns them contiguous and of `type`.
 std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
                                                  const OptionalTensor& scale, const OptionalTensor& correlation,
                                                  at::ScalarType type, at::Device device, at::IntArrayRef per_example,
                                                  at::IntArrayRef mean_shape, at::IntArrayRef weight_shape,
                                                  const char* op);
 
-// The shape of a convolution, checked against its operands.
+// The shape of a convolution, after checks of the operands x [n, C, *S] and gy [n, d, *So] against it.
 ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op);
 
-// One tap over T positions.
+// The shape of a linear layer with a [n, T, p] and b [n, T, d]: a convolution of one tap over a line of T pixels.
 ConvShape linear_shape(const at::Tensor& a, const at::Tensor& b, const char* op);
 
 }  // namespace engm

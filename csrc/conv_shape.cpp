@@ -1,3 +1,4 @@
+// Lists the places of pixels, positions and taps in a zero-padded image.
 #include "conv_shape.h"
 
 namespace engm {

@@ -1,5 +1,5 @@
-// A convolution, or a linear layer (one tap, T "pixels"), in plain numbers. 1-d and 2-d problems are 3-d ones with
-// leading sizes of 1.
+// Describes a convolution in plain numbers. A linear layer is a convolution with one tap over T pixels, and problems of
+// one and two spatial dimensions are three-dimensional with leading sizes of 1.
 #pragma once
 
 #include <array>
@@ -23,14 +23,14 @@ struct ConvShape {
   }
   int64_t group_channels() const { return channels / groups; }
   int64_t group_rows() const { return out_channels / groups; }
-  // Element (z, y, x) of the zero-padded image, as one index.
+  // The place of element (z, y, x) in the zero-padded image.
   int64_t padded_index(int64_t z, int64_t y, int64_t x) const {
     const Space p = padded();
     return (z * p[1] + y) * p[2] + x;
   }
-  // Padded index of every pixel [pixels].
+  // The places of all pixels in the padded image, [pixels].
   std::vector<int64_t> pixel_index() const;
-  // Padded index of the first tap of every output position [T], and of every tap relative to the first [taps].
+  // The places of the first tap at every output position, [T], and those of all taps relative to the first, [taps].
   std::vector<int64_t> position_index() const;
   std::vector<int64_t> tap_index() const;
 };

@@ -1,3 +1,8 @@
+// Counts what the direct and the Gram form of a norm do on one example, and weighs the counts by a device's constants.
+//
+// A count is of what the kernels of that device do: on the CPU nothing is padded, on CUDA tiles are whole, and the Gram
+// form cuts positions into bands. csrc/cuda/gram_norm.cu plans its bands itself; the plan here is a likeness of that
+// one.
 #include "cost_model.h"
 
 #include <algorithm>
@@ -15,9 +20,10 @@ double product(const Sizes& v) {
 
 double tiles_of(double length, double tile) { return std::ceil(length / tile); }
 
-double padded(double length) { return 16 * tiles_of(length, 16); }  // to the fragments of the matrix instructions
+// The length in whole fragments of the matrix instructions.
+double padded(double length) { return 16 * tiles_of(length, 16); }
 
-// One layer in plain numbers, a linear one with one tap over a line of T pixels and no sum over taps.
+// One layer in plain numbers. A linear layer has one tap over a line of T pixels, and no sum over taps.
 struct Layer {
   double channels, rows, groups;  // channels and rows of one group
   double added;                   // numbers that the sum over taps adds for an element of the Gram matrix
@@ -26,7 +32,7 @@ struct Layer {
   double taps() const { return product(kernel); }
 };
 
-// Nothing is padded, every element is read once, and the operands of one example and group are one block.
+// On the CPU nothing is padded, every element is read once, and the operands of one example and group are one block.
 void cpu_parts(const Layer& l, Cost& cost) {
   const double t = l.positions();
   cost.direct_parts = {cost.direct_flops, 2 * l.taps() * l.channels * l.rows * l.groups, cost.elements};
@@ -34,7 +40,8 @@ void cpu_parts(const Layer& l, Cost& cost) {
   cost.gram_parts = {cost.gram_flops - added, cost.elements, added, l.groups};
 }
 
-// The tiles of csrc/cuda/gemm_norm.cuh, conv_norm.cuh and depthwise_norm.cuh where shared memory suffices.
+// On CUDA the direct form has the tiles of csrc/cuda/gemm_norm.cuh, conv_norm.cuh or depthwise_norm.cuh, supposing that
+// shared memory suffices.
 void cuda_direct_parts(const Layer& l, double tile, Cost& cost) {
   const double t = l.positions(), slice = static_cast<double>(l.kernel[1] * l.kernel[2]);
   if (l.channels == 1 && l.taps() > 1) {  // plain multiply-adds, at a third of the rate; x comes from L1 but for once
@@ -57,15 +64,15 @@ void cuda_direct_parts(const Layer& l, double tile, Cost& cost) {
   cost.direct_parts = {step * padded(t), step, tiles * (rows * t + channels * halo * product(l.in))};
 }
 
-// The upper triangle of a matrix of bands, in fragments of 16 x 16.
+// Elements of the upper triangle of a matrix of bands, in fragments of 16 x 16.
 double triangle(double bands, double band) {
   const double fragments = band / 16;
   return bands * (bands - 1) / 2 * band * band + bands * fragments * (fragments + 1) / 2 * 256;
 }
 
-// One way to cut positions into bands: every pair of bands is a block, which has the products of its positions, of the
-// pixels that they touch (tap by tap where those are too many), and adds numbers of the latter for every tap. FLOPs,
-// elements, numbers added, blocks.
+// Counts one way to cut positions into bands. Every pair of bands is a block, which forms the products of its positions
+// and those of the pixels that they touch (tap by tap where the pixels are too many), and adds numbers of the latter
+// for every tap. Returns FLOPs, elements, numbers added and blocks.
 std::array<double, 4> band_parts(const Layer& l, const Sizes& band, bool tap_by_tap) {
   double positions = 1, pixels = 1, bands = 1;
   for (int i = 0; i < 3; ++i) {
@@ -92,7 +99,7 @@ int64_t band_of(int64_t whole, int64_t most) {
   return (whole + parts - 1) / parts;
 }
 
-// The bands that csrc/cuda/gram_norm.cu would take, by weights like those of its plan: no table changes that plan.
+// Takes the bands that csrc/cuda/gram_norm.cu would take, by weights like those of its plan, which no table changes.
 void cuda_gram_parts(const Layer& l, Cost& cost) {
   double least = std::numeric_limits<double>::infinity();
   for (const bool tap_by_tap : {false, true}) {

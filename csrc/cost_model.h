@@ -1,4 +1,4 @@
-// Which form is cheaper, from shapes alone. Dispatch, the Python `explain` and the tests share this one source.
+// Answers from shapes alone which form of a norm is cheaper. The dispatch, `explain` in Python and the tests ask here.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct CostTable {
   double gram_element = 0;    // an element that a band of the Gram form reads
   double tap_flop = 0;        // one number added up in the sum over taps
   double gram_block = 0;      // one pair of bands of positions, whatever its size
-double tile = 0;            // edge of the direct form's tiles on CUDA, where partial ones cost as much as whole ones
+  double tile = 0;            // edge of the direct form's tiles on CUDA, where partial ones cost as much as whole ones
 };
 
 struct Cost {
@@ -38,30 +38,32 @@ struct Cost {
 
 const char* form_name(Form form);
 
-// The table in use on a device; the first use of a device asks the loader for a saved one.
+// The tables in use on the CPU and on a CUDA device. The first use of a device asks the loader for a saved table.
 CostTable cpu_table();
 CostTable cuda_table(int device, cuda::Precision precision);
 
-// A [T, p] and B [T, d] of one example.
+// What one example of a linear layer costs, whose factors are A [T, p] and B [T, d].
 Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table = cpu_table());
 
-// Spatial values are 3-d, leading ones for fewer dimensions.
+// What one example of a convolution costs. Spatial values are three-dimensional, with leading ones (padding 0) for
+// fewer dimensions.
 Cost conv_cost(int64_t channels, int64_t out_channels, const std::array<int64_t, 3>& kernel,
                const std::array<int64_t, 3>& stride, const std::array<int64_t, 3>& padding,
                const std::array<int64_t, 3>& dilation, int64_t groups, const std::array<int64_t, 3>& input,
                const std::array<int64_t, 3>& output, const CostTable& table = cpu_table());
 
-// Tables by device: a CUDA device's index, or kCpuDevice, where precision makes no difference.
+// A device is a CUDA device's index, or kCpuDevice, where precision makes no difference.
 constexpr int kCpuDevice = -1;
 CostTable builtin_table(int device, cuda::Precision precision);
 CostTable table_in_use(int device, cuda::Precision precision);
-// Without a precision: for all of them. Calls of the operators that run at the same time take the old or the new table.
+// Sets the table of one precision, or of all if none is named. Operators that run at the same time take the old table
+// or the new one.
 void set_table(int device, std::optional<cuda::Precision> precision, const CostTable& table, const std::string& source);
-// "built-in", or what set_table was told.
+// Where a device's table comes from: "built-in", or what set_table was told.
 std::string table_source(int device);
-// Forgets every table that was set; saved ones are asked for again.
+// Forgets every table that was set, and asks the loader for saved ones again.
 void reset_tables();
-// Called without locks once a device, on its first use.
+// Names the function that is called, without locks, when a device is first used.
 void set_table_loader(void (*loader)(int device));
 
 }  // namespace engm

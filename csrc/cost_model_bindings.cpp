@@ -1,3 +1,4 @@
+// Binds the cost model and its tables to Python, with devices and precisions by name.
 #include "cost_model_bindings.h"
 
 #include <pybind11/stl.h>
@@ -48,7 +49,7 @@ py::dict as_dict(const CostTable& table) {
   return values;
 }
 
-// Constants that are not given stay as they are in `table`.
+// Sets the constants that are given; the others stay as they are in `table`.
 void update(CostTable& table, const py::dict& values) {
   for (const auto& [key, value] : values) {
     const std::string given = py::str(key);
@@ -86,7 +87,7 @@ std::string cuda_precision(const std::string& dtype, bool convolution) {
   return dtype;
 }
 
-// Left without destroying: the interpreter may be gone by then.
+// The loader is never destroyed: the interpreter may be gone by then.
 py::function* table_loader = nullptr;
 
 void call_table_loader(int device) {

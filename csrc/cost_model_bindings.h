@@ -1,4 +1,4 @@
-// The cost model and its tables in Python.
+// Declares the binding of the cost model and its tables to Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// The constants of every device: what is built in, and what Python sets at run time.
+// Keeps the constants of every device: those that are built in, and those that Python sets at run time.
 #include <algorithm>
 #include <map>
 #include <mutex>
@@ -14,21 +14,22 @@ using cuda::Precision;
 constexpr Precision kPrecisions[] = {Precision::kTf32, Precision::kFloat32, Precision::kBFloat16, Precision::kFloat16,
                                      Precision::kFloat64};
 
-// Fitted to one Cascade Lake core (4×4 to 20×20 maps of 16 to 256 channels, linear layers with T = 2 … 196; about
-// 110 GFLOP/s). Products of the Gram form are small and its triangles ragged; it copies, centres and copies again every
-// element of its operands, about 2 ns each; the sum over taps reads from cache.
+// The constants were fitted to one Cascade Lake core (4×4 to 20×20 maps of 16 to 256 channels, linear layers with
+// T = 2 … 196; about 110 GFLOP/s). Products of the Gram form are small and its triangles ragged; it copies, centres and
+// copies again every element of its operands, about 2 ns each; the sum over taps reads from cache. More threads divide
+// the work of either form alike. benchmarks/cost_constants.py measures the constants anew.
 CostTable builtin_cpu() {
   CostTable table;
   table.tile_steps = 12, table.gram_flop = 2, table.gram_element = 250, table.tap_flop = 16;
   return table;
 }
 
-// Reasoned from data sheets, NOT measured: mma.sync at a third of the peak is about 700 TF32 FLOPs a clock and
-// multiprocessor of an H100 and 340 of an A100. In that time L2 brings it some 24 to 40 bytes (6 to 10 elements, 40 to
-// 120 FLOPs each; half of it hidden behind the products in the direct form's pipeline) and shared memory serves 32
-// loads, of which a number added over taps takes one and a half with its offsets (15 to 33 FLOPs). A block of either
-// form starts, fills its pipeline and adds up its warps' sums in about 1,500 clocks, most of them shared with another
-// block: some 8 steps of a tile of the direct form, 7e5 FLOPs of the Gram form.
+// These constants are reasoned from data sheets and NOT measured. mma.sync at a third of the peak is about 700 TF32
+// FLOPs a clock and multiprocessor of an H100 and 340 of an A100. In that time L2 brings it some 24 to 40 bytes (6 to
+// 10 elements, 40 to 120 FLOPs each; half of it hidden behind the products in the direct form's pipeline) and shared
+// memory serves 32 loads, of which a number added over taps takes one and a half with its offsets (15 to 33 FLOPs). A
+// block of either form starts, fills its pipeline and adds up its warps' sums in about 1,500 clocks, most of them
+// shared with another block: some 8 steps of a tile of the direct form, 7e5 FLOPs of the Gram form.
 CostTable builtin_cuda(Precision precision) {
   double rate = 1, width = 4;  // FLOPs against TF32, bytes of an element
   if (precision == Precision::kFloat32) rate = 1.0 / 3;

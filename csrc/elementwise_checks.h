@@ -1,4 +1,4 @@
-// Checks of the operators that weight examples or sum over positions, shared by the devices.
+// Checks operands of the operators that weight examples or sum over positions, for every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 namespace engm {
 
-// The type that the norms of gy are formed in.
+// Checks indices [n, T] and gy [n, T, d], and returns the type that the norms are formed in.
 inline at::ScalarType check_embedding(const at::Tensor& indices, const at::Tensor& gy) {
   TORCH_CHECK(indices.dim() == 2 && gy.dim() == 3 && indices.size(0) == gy.size(0) && indices.size(1) == gy.size(1),
               "embedding_norm_sq: expected indices [n, T] and backprops gy [n, T, d] with the same n and T, got "
@@ -19,7 +19,7 @@ inline at::ScalarType check_embedding(const at::Tensor& indices, const at::Tenso
   return compute_type(gy, gy, "embedding_norm_sq");
 }
 
-// Whether any of the tensors is float64: the weights are then kept in it.
+// Checks tensors [n, ...] and weights [n], and returns whether any tensor is float64: the weights are then kept in it.
 inline bool check_examples(at::TensorList tensors, const at::Tensor& weights, const char* op) {
   TORCH_CHECK(weights.dim() == 1 && weights.is_floating_point(), op,
               ": expected floating-point weights [n], one for each example, got ", weights.sizes(), " of ",
@@ -36,7 +36,7 @@ inline bool check_examples(at::TensorList tensors, const at::Tensor& weights, co
   return has_double;
 }
 
-// Whether a tensor's elements fill one stretch of memory, example after example, in whatever order within an example.
+// Whether a tensor's elements fill one stretch of memory, example after example. Within an example any order will do.
 inline bool is_dense_by_example(const at::Tensor& t) {
   if (t.numel() == 0) return true;
   return t.is_non_overlapping_and_dense() && (t.size(0) == 1 || t.stride(0) == t.numel() / t.size(0));

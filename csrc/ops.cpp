@@ -1,4 +1,4 @@
-// Registration of the operators, and the Python module `engm._C` for what is not a tensor operator.
+// Registers the operators, and makes the Python module `engm._C` of what is not a tensor operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
@@ -37,6 +37,7 @@ py::dict build_info() {
 #endif
   info["cpu_isa"] = engm::cpu::isa_in_use();
   info["cpu_isas"] = engm::cpu::available_isas();
+  info["cpu_parallel"] = engm::cpu::parallel_backend();
   info["compiler"] = __VERSION__;
   info["torch"] = ENGM_STRING(ENGM_TORCH_VERSION);
   return info;

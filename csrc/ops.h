@@ -1,4 +1,5 @@
-// The operators that csrc/ops.cpp registers. Shapes in the schemas' order; [n] is the batch.
+// Declares the functions behind the operators that schemas.h registers; engm/ops.py documents their arguments, and
+// csrc/README.md has the formulas. n is the number of examples.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,7 +23,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
                         const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
                         const OptionalTensor& correlation);
 
-// norm_sq [n] and grads [n, d, p] or [n, d, C / groups, *kernel_size].
+// Both return norm_sq [n], and grads [n, d, p] or [n, d, C / groups, *kernel_size].
 std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b);
 std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
                                               at::IntArrayRef stride, at::IntArrayRef padding,
@@ -35,10 +36,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
                                                 const OptionalTensor& factors);
 
-// indices [n, T], gy [n, T, d] -> [n]; positions of padding_idx are left out.
+// indices [n, T], gy [n, T, d] -> [n]; positions whose index is padding_idx are left out.
 at::Tensor embedding_norm_sq(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx);
 
-// Each [n, ...]: times weights [n]; or summed over n with them.
+// Every tensor is [n, ...] and the weights are [n]. The first multiplies each example by its weight, the second returns
+// the weighted sums over the examples.
 std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights);
 std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights);
 
@@ -48,7 +50,7 @@ at::Tensor weighted_gemm(const at::Tensor& a, const at::Tensor& b, const at::Ten
 }  // namespace cpu
 
 #if defined(ENGM_WITH_CUDA) || defined(ENGM_EMULATOR)
-// The same on CUDA.
+// The functions for CUDA tensors have the arguments and results of those for the CPU.
 namespace cuda {
 
 at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_view form, const OptionalTensor& shift,
@@ -60,7 +62,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
                         const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
                         const OptionalTensor& correlation);
 
-// norm_sq [n] and grads [n, d, p] or [n, d, C / groups, *kernel_size].
+// Both return norm_sq [n], and grads [n, d, p] or [n, d, C / groups, *kernel_size].
 std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b);
 std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
                                               at::IntArrayRef stride, at::IntArrayRef padding,
@@ -73,10 +75,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
                                                 const OptionalTensor& factors);
 
-// indices [n, T], gy [n, T, d] -> [n]; positions of padding_idx are left out.
+// indices [n, T], gy [n, T, d] -> [n]; positions whose index is padding_idx are left out.
 at::Tensor embedding_norm_sq(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx);
 
-// Each [n, ...]: times weights [n]; or summed over n with them.
+// Every tensor is [n, ...] and the weights are [n]. The first multiplies each example by its weight, the second returns
+// the weighted sums over the examples.
 std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights);
 std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights);
 
@@ -86,7 +89,8 @@ at::Tensor weighted_gemm(const at::Tensor& a, const at::Tensor& b, const at::Ten
 }  // namespace cuda
 #endif
 
-// One composition for every device.
+// Serves every device: it is composed of ATen's operators. a [n, T, p] or nothing, b [n, T, d], weights [n] -> [d, p],
+// or [d] without a.
 at::Tensor scaled_accumulate(const OptionalTensor& a, const at::Tensor& b, const at::Tensor& weights);
 
 }  // namespace engm

@@ -1,4 +1,4 @@
-// How the CUDA kernels form products of a type: one answer for the dispatch and for what `explain` shows.
+// Answers how the CUDA kernels form products of a type. The dispatch asks here, and so does what `explain` shows.
 #pragma once
 
 #include <ATen/Context.h>

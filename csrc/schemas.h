@@ -1,5 +1,6 @@
-// The operators' schemas, and which functions serve CUDA. One place for the extension and for whatever else runs the
-// same bindings (tests/emulator registers them for the CPU in a namespace of its own).
+// Says which operators there are, and which functions serve them on the CPU and on CUDA. The extension registers them
+// by these functions, and so does whatever else runs the same bindings: tests/emulator registers those of CUDA for CPU
+// tensors, in a namespace of its own.
 #pragma once
 
 #include <torch/library.h>

@@ -1,6 +1,7 @@
 """What was compiled in, and that instruction sets can be forced and agree."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,12 @@ def test_build_info_says_what_is_there():
     assert info["cuda"] in (True, False)
     assert bool(info["cuda_architectures"]) == info["cuda"]
     assert _C.build_info()["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+def test_operators_have_the_parallel_backend_of_torch():
+    backends = {"OpenMP": "OpenMP", "native thread pool": "native"}
+    (name,) = re.findall(r"^ATen parallel backend: (.*)$", torch.__config__.parallel_info(), re.MULTILINE)
+    assert engm.build_info()["cpu_parallel"] == backends[name]
 
 
 def test_instruction_sets_agree():

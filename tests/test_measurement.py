@@ -1,12 +1,10 @@
 """The primitive: arguments, results, modes, and what it leaves alone."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
-import training
-from oracle import TOLERANCE, assert_measured, random_losses, relative, tensor, truth
+from engine_checks import TOLERANCE, assert_measured
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
@@ -367,40 +365,3 @@ def test_measuring_inside_a_backward_pass_of_the_same_graph():
     measured = engm.measure(model, losses)
     assert errors == ["engm: this graph is being measured already (a measurement inside a backward hook?)."]
     assert_measured(measured, truth(model.unwrap(), cross_entropy))
-
-
-class TestInputsAlone:
-    """``norms=False``: an ordinary backward pass to the inputs, which N-ENGM reads."""
-
-    @pytest.mark.parametrize("norm", ["group", "batch"])
-    @pytest.mark.parametrize("paused", [False, True])
-    def test_is_autograds_gradient(self, norm, paused):
-        model = engm.GradNormModule(training.network(norm))
-        x, y = training.batch()
-        x.requires_grad_()
-        with model.paused() if paused else contextlib.nullcontext():
-            losses = training.losses_of(model, x, y)
-        (want,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
-        measured = engm.measure(model, losses, x, norms=False, loss_scale=8.0)
-        torch.testing.assert_close(measured.input_grads, want)
-        torch.testing.assert_close(measured.input_norms, want.flatten(1).norm(dim=1))
-        assert measured.stacked is None
-        losses.sum().backward()  # the graph is still there
-
-    def test_asking_for_norms_later_is_one_clear_error(self):
-        model = engm.GradNormModule(training.network())
-        x, y = training.batch()
-        x.requires_grad_()
-        measured = engm.measure(model, training.losses_of(model, x, y), x, norms=False)
-        for look in (lambda: measured.norms, lambda: measured.squared_norms):
-            with pytest.raises(ValueError, match="norms=False"):
-                look()
-        opt = engm.ENGM(model, training.sgd(model), 1.0)
-        with pytest.raises(ValueError, match="taken with norms=False and this step reads norms"):
-            opt.backward(training.losses_of(model, x, y), measurement=measured)
-
-    def test_without_inputs_there_is_nothing_to_measure(self):
-        model = engm.GradNormModule(training.network())
-        x, y = training.batch()
-        with pytest.raises(ValueError, match="pass inputs"):
-            engm.measure(model, training.losses_of(model, x, y), norms=False)

@@ -9,9 +9,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import per_example_gradients, trained
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from training import assert_close, assert_same, batch, example_gradients, gradient_norms, losses_of, network, sgd
+from training import assert_close, assert_same, batch, losses_of, network, sgd
 
 import engm
 
@@ -161,7 +162,7 @@ class TestAttributes:
         x, y = batch(6)
         model.eval()
         losses = F.cross_entropy(model(x), y % 3, reduction="none")
-        assert_close(engm.per_example_grad_norms(model, losses), gradient_norms(example_gradients(model, losses)))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)
 
     def test_a_new_submodule_without_a_rule_takes_effect_too(self, model):
         class Scaled(nn.Module):
@@ -176,7 +177,7 @@ class TestAttributes:
         x, y = batch(6)
         model.eval()
         losses = F.cross_entropy(model(x), y % 3, reduction="none")
-        assert_close(engm.per_example_grad_norms(model, losses), gradient_norms(example_gradients(model, losses)))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)
 
     def test_mode(self, net, model):
         assert model.training
@@ -217,7 +218,7 @@ class TestAttributes:
         net.body[2].register_forward_hook(lambda module, args, output: output * 2)
         model.eval()
         losses = losses_of(model, *batch(5))
-        assert_close(engm.per_example_grad_norms(model, losses), gradient_norms(example_gradients(model, losses)))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)
 
 
 class TestCopies:
@@ -359,7 +360,7 @@ class TestWrapping:
         outer = Normalized(model).eval()
         x, y = batch(5)
         losses = losses_of(outer, x, y)
-        assert_close(engm.per_example_grad_norms(model, losses), gradient_norms(example_gradients(outer, losses)))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(outer)).norms)
 
     @pytest.mark.parametrize("name", ["batch_norm", "views", "strict", "calibration"])
     def test_a_layer_may_bear_the_name_of_an_option(self, name):
@@ -372,4 +373,4 @@ class TestWrapping:
         assert isinstance(getattr(model.unwrap(), name), nn.Linear)
         assert f"{name}.weight" in dict(model.named_parameters())
         losses = losses_of(model, *batch(4))
-        assert_close(engm.per_example_grad_norms(model, losses), gradient_norms(example_gradients(model, losses)))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)

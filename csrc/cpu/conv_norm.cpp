@@ -1,5 +1,7 @@
-// linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on the CPU: checks, choice of form, and the way back to the
-// direct form for examples whose Gram terms cancel. A linear layer is a convolution with one tap over T positions.
+// Serves linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on the CPU: checks operands, chooses the form, and
+// goes back to the direct form for examples whose Gram terms cancel. A linear layer is a convolution with one tap over
+// T positions.
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -18,7 +20,7 @@ Operand<T> operand(const at::Tensor& t) {  // [n, channels, *space]
   return o;
 }
 
-// A 1×1 convolution reads every stride-th pixel: a dense problem over a strided view.
+// Turns a 1×1 convolution, which reads every stride-th pixel, into a dense problem over a strided view.
 template <typename T>
 void drop_unread_pixels(ConvShape& s, Operand<T>& x) {
   for (int i = 0; i < 3; ++i) {
@@ -89,20 +91,24 @@ Grads dispatch_grads(const ConvShape& s, const at::Tensor& x, const at::Tensor& 
   return x.scalar_type() == at::kDouble ? run_grads<double>(s, x, gy, sizes) : run_grads<float>(s, x, gy, sizes);
 }
 
-// T = 1: ‖b aᵀ‖² = ‖a‖²‖b‖².
+// Serves T = 1, where ‖b aᵀ‖² = ‖a‖²‖b‖²: reads a [n, 1, p] and b [n, 1, d] once.
 template <typename T>
 at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor rows_a = a.contiguous(), rows_b = b.contiguous();
+  const at::Tensor dense_a = a.contiguous(), dense_b = b.contiguous();
+  const T *const rows_a = dense_a.const_data_ptr<T>(), *const rows_b = dense_b.const_data_ptr<T>();
+  const int64_t p = a.size(2), d = b.size(2);
   at::Tensor out = at::empty({a.size(0)}, a.options());
   const Kernels<T>& k = kernels<T>();
-  const auto norm_sq = [&](const at::Tensor& rows, int64_t i) {
-    const T* row = rows.const_data_ptr<T>() + i * rows.size(2);
+  const auto norm_sq = [&](const T* row, int64_t length) {
     double sum = 0, magnitude = 0;
-    k.dot(row, row, rows.size(2), &sum, &magnitude);
+    k.dot(row, row, length, &sum, &magnitude);
     return sum;
   };
-  for (int64_t i = 0; i < a.size(0); ++i)
-    out.mutable_data_ptr<T>()[i] = static_cast<T>(norm_sq(rows_a, i) * norm_sq(rows_b, i));
+  T* const norms = out.mutable_data_ptr<T>();
+  at::parallel_for(0, a.size(0), grain(p + d, kGrainElements), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      norms[i] = static_cast<T>(norm_sq(rows_a + i * p, p) * norm_sq(rows_b + i * d, d));
+  });
   return out;
 }
 
@@ -114,8 +120,8 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   const ConvShape s = linear_shape(a_in, b_in, "linear_norm_sq");
   const at::ScalarType type = compute_type(a_in, b_in, "linear_norm_sq");
   const int64_t n = a_in.size(0), T = a_in.size(1), p = a_in.size(2), d = b_in.size(2);
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a_in.device(), {n, d}, {p}, {d, p},
-                                          "linear_norm_sq");
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a_in.device(), {n, d}, {p},
+                                          {d, p}, "linear_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
   const at::Tensor a = a_in.to(type), b = b_in.to(type);
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, a.options());
@@ -135,8 +141,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
   mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
   weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x_in.device(), {s.n, s.out_channels},
-                                          mean_shape, weight_shape, "conv_norm_sq");
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x_in.device(),
+                                          {s.n, s.out_channels}, mean_shape, weight_shape, "conv_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
   const at::Tensor x = x_in.to(type), gy = gy_in.to(type);
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());

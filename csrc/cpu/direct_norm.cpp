@@ -1,13 +1,16 @@
-// Direct form: ‖Σ_t gy[t, o] · x[t·stride + tap·dilation, c]‖² over (o, c, tap), one example at a time.
+// Direct form:  ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]
 //
-// An item of work is (example, group, block of x vectors, block of output rows); its factors are packed into scratch of
-// the running thread and go through the register tiles of outer_product.inl. G itself is written only when asked for.
-//   kChannels  x as [channel block, padded pixel, lanes]; a vector is (channel block, tap), a tap is an offset
-//   kPatches   few channels in a group (RGB stems, ResNeXt): a vector is `lanes` columns of the patch matrix of this
-//              one example, [column block, T, lanes]
-//   kLanes     depthwise: a vector of channels times a vector of backprops, tap by tap
-// Scratch of a thread: about kBlockBytes for either factor, or one block of vectors where that is larger
-// (4·lanes·(pixels + T) bytes); with gradients also one panel of them.
+// x [n, C, in] and gy [n, d, out] have any strides; a linear layer is one tap over a line of T pixels. An item of work,
+// which one thread owns, is (example, group, block of x vectors, block of output rows). Its factors are packed into
+// scratch of the running thread and go through the register tiles of outer_product.inl; G is written only where it is
+// asked for. There are three layouts of x:
+//   kChannels  x lies as [channel block, padded pixel, lanes]; a vector is (channel block, tap), a tap is an offset.
+//   kPatches   Few channels are in a group (RGB stems, ResNeXt): a vector is `lanes` columns of the patch matrix of
+//              this one example, [column block, T, lanes].
+//   kLanes     The convolution is depthwise: a vector of channels meets a vector of backprops, tap by tap.
+// Items of one block of x follow each other, so that a thread reads x once, and gy once for each block of x. The
+// scratch of a thread is about kBlockBytes for either factor, or one block of vectors where that is larger
+// (4·lanes·(pixels + T) bytes), and with gradients also one panel of them.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -19,6 +22,7 @@ namespace engm::cpu {
 namespace {
 
 constexpr int64_t kBlockBytes = 384 << 10;  // x and gy blocks together stay in a 1 MB L2
+constexpr double kFlopsOfACopy = 32;        // packing one element takes as long as about this many FLOPs of the product
 
 enum class Layout { kChannels, kPatches, kLanes };
 
@@ -61,7 +65,7 @@ Plan<T> make_plan(const ConvShape& s, const Kernels<T>& k, int64_t examples) {
   p.x_block = p.layout == Layout::kLanes ? 1 : fitting(p.plane * sizeof(T), p.lane_blocks);
   const int64_t panels = ceil_div(s.group_rows(), k.rows);
   int64_t row_panels = fitting(k.rows * steps * sizeof(T), panels);
-  // Few examples: split further until every thread has something to do.
+  // Few examples are split further, until every thread has something to do.
   const int64_t groups = p.layout == Layout::kLanes ? 1 : s.groups, wanted = 2 * at::get_num_threads();
   const auto items = [&] {
     return examples * groups * ceil_div(p.lane_blocks, p.x_block) * ceil_div(panels, row_panels);
@@ -83,7 +87,8 @@ Plan<T> make_plan(const ConvShape& s, const Kernels<T>& k, int64_t examples) {
   return p;
 }
 
-// patch_mean and correlation in the order of the vectors: [groups, vectors, lanes] and [out_channels, vectors, lanes].
+// Holds patch_mean and correlation in the order of the vectors, [groups, vectors, lanes] and
+// [out_channels, vectors, lanes].
 template <typename T>
 struct PackedCorrection {
   int64_t pitch;  // vectors * lanes
@@ -94,8 +99,10 @@ struct PackedCorrection {
         correlation((s.out_channels + kRowQuantum) * pitch) {  // padded rows are read, times a scale of 0
     const int64_t gradient = s.group_channels() * s.taps();
     for (int64_t g = 0; g < s.groups; ++g) place(s, p, k, from.patch_mean + g * gradient, mean.data() + g * pitch);
-    for (int64_t o = 0; o < s.out_channels; ++o)
-      place(s, p, k, from.correlation + o * gradient, correlation.data() + o * pitch);
+    at::parallel_for(0, s.out_channels, grain(gradient, kGrainElements), [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o)
+        place(s, p, k, from.correlation + o * gradient, correlation.data() + o * pitch);
+    });
   }
 
   static void place(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const T* from, T* to) {
@@ -111,7 +118,7 @@ struct PackedCorrection {
   }
 };
 
-// The factors of one item in the scratch of one thread; packs only what the item before did not leave there.
+// Holds the factors of one item in the scratch of one thread, and packs only what the item before did not leave there.
 template <typename T>
 class Packer {
  public:
@@ -158,7 +165,7 @@ class Packer {
     for (int64_t c = 0; c < s_.group_channels(); ++c)
       pack_lanes<T>(k_, x_, src + c * x_.channel, s_.in, 1, 1, p_.pixel_index.data(), planar_.data() + c * volume);
   }
-  // Line by line of the output: lane l reads its tap's line of the planar image.
+  // Goes through the output line by line; lane l reads its tap's line of the planar image.
   void pack_patches(int64_t block) {
     Lines<T> lines;
     lines.width = lines.pitch = k_.lanes, lines.step = s_.stride[2], lines.steps = s_.out[2];
@@ -183,8 +190,9 @@ class Packer {
   std::array<int64_t, 3> lanes_key_{-1, -1, -1}, rows_key_{-1, -1, -1};
 };
 
-// Writes the gradient of an item where it belongs, a panel of rows at a time. One vector a lane block (one tap, patches)
-// is the order of the gradient, and tiles go straight there; otherwise through a panel [rows, taps, channels] in L1.
+// Writes the gradient of an item where it belongs, a panel of rows at a time. Where a lane block has one vector (one
+// tap, patches), tiles have the order of the gradient and go straight there; otherwise they go through a panel [rows,
+// taps, channels] in L1.
 template <typename T>
 class GradientWriter {
  public:
@@ -195,7 +203,8 @@ class GradientWriter {
       for (int64_t tap = 0; tap < taps_; ++tap) offset_.push_back(tap * channels_ + b * k.lanes);
   }
 
-  // The squared norm of the product; `rows` and `columns` (channels, or of the patch matrix) of it are not padding.
+  // Returns the squared norm of the product, of which `rows` rows and `columns` columns (channels, or columns of the
+  // patch matrix) are not padding.
   double operator()(PanelProduct<T> product, int64_t rows, int64_t columns, T* grads) {
     const T* const packed = product.rows;
     const bool in_place = taps_ == 1;
@@ -216,7 +225,7 @@ class GradientWriter {
   }
 
  private:
-  // [taps, channels] to [channels, taps], as many taps at a time as a power of two allows.
+  // Turns [taps, channels] into [channels, taps], as many taps at a time as a power of two allows.
   void taps_last(const T* from, int64_t columns, T* to) {
     Lines<T> lines;
     lines.pitch = taps_, lines.steps = columns;
@@ -241,7 +250,9 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
   std::unique_ptr<PackedCorrection<T>> packed;
   if (correction) packed = std::make_unique<PackedCorrection<T>>(s, p, k, *correction);
   const int64_t items = static_cast<int64_t>(partial.size());
-  at::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+  const double lanes = p.x_block * p.block_vectors * k.lanes;
+  const double work = s.positions() * (2 * lanes * p.row_block + kFlopsOfACopy * (lanes + p.row_block));
+  at::parallel_for(0, items, grain(work, kGrainFlops), [&](int64_t begin, int64_t end) {
     Packer<T> packer(s, p, k, x, gy);
     Buffer<T> shift(p.row_block), scale(p.row_block);
     std::optional<GradientWriter<T>> writer;
@@ -270,7 +281,8 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
         product.correlation_pitch = packed->pitch;
       }
       if (grads) {
-        const int64_t column = x_block * p.x_block * k.lanes, columns = std::min(p.x_block * k.lanes, p.columns - column);
+        const int64_t column = x_block * p.x_block * k.lanes;
+        const int64_t columns = std::min(p.x_block * k.lanes, p.columns - column);
         T* to = grads + (example * s.out_channels + group * s.group_rows() + first) * s.group_channels() * s.taps() +
                 column * p.block_vectors;
         partial[item] = (*writer)(product, count, columns, to);
@@ -281,13 +293,15 @@ void tiled_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, cons
   });
 }
 
-// Depthwise: out channel o = c·m + j belongs to channel c.
+// Serves depthwise convolutions, where output channel o = c·m + j belongs to channel c.
 template <typename T>
 void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, const Operand<T>& x,
                      const Operand<T>& gy, const Correction<T>* correction, const std::vector<int64_t>& examples,
                      std::vector<double>& partial, T* grads) {
   const int64_t taps = s.taps(), multiplier = s.group_rows();
-  at::parallel_for(0, static_cast<int64_t>(partial.size()), 1, [&](int64_t begin, int64_t end) {
+  const double work = k.lanes * (2.0 * taps * multiplier * s.positions() +
+                                 kFlopsOfACopy * (s.pixels() + multiplier * s.positions()));
+  at::parallel_for(0, static_cast<int64_t>(partial.size()), grain(work, kGrainFlops), [&](int64_t begin, int64_t end) {
     Buffer<T> image(p.plane), rows(s.positions() * k.lanes), gradient(taps * k.lanes);
     PanelProduct<T> product;
     product.x = image.data(), product.rows = rows.data();
@@ -299,7 +313,7 @@ void depthwise_norms(const ConvShape& s, const Plan<T>& p, const Kernels<T>& k, 
       pack_lanes<T>(k, x, x.data + example * x.example + first * x.channel, s.in, valid, k.lanes, p.pixel_index.data(),
                     image.data());
       for (int64_t j = 0; j < multiplier; ++j) {
-        Operand<T> every = gy;  // every multiplier-th channel, from first · multiplier + j on
+        Operand<T> every = gy;  // takes every multiplier-th channel, from first · multiplier + j on
         every.channel = gy.channel * multiplier;
         pack_lanes<T>(k, every, gy.data + example * gy.example + (first * multiplier + j) * gy.channel, s.out, valid,
                       k.lanes, nullptr, rows.data());

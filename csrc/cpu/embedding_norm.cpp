@@ -1,7 +1,8 @@
-// norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²: the squared norm of an embedding's weight gradient, per example.
+// norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²        idx [n, T], gy [n, T, d]
 //
-// Positions are sorted by index, stably, so that the rows of one index are added in their order, in double; reads gy
-// once. One example after another, examples in parallel; workspace T positions and d doubles a thread.
+// The squared norm of an embedding's weight gradient. A thread owns an example. It sorts the positions by index,
+// stably, so that the rows of one index are added in their order, in double, and reads gy once. The workspace of a
+// thread is T positions and d doubles.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -11,6 +12,7 @@
 
 #include "../elementwise_checks.h"
 #include "../ops.h"
+#include "shape.h"
 
 namespace engm::cpu {
 namespace {
@@ -36,13 +38,14 @@ double one_example(const int64_t* indices, const T* gy, int64_t positions, int64
 template <typename T>
 void run(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx, T* norm_sq) {
   const int64_t positions = gy.size(1), d = gy.size(2);
-  at::parallel_for(0, gy.size(0), 1, [&](int64_t begin, int64_t end) {
+  const int64_t* const index = indices.const_data_ptr<int64_t>();
+  const T* const rows = gy.const_data_ptr<T>();
+  at::parallel_for(0, gy.size(0), grain(positions * d, kGrainElements), [&](int64_t begin, int64_t end) {
     std::vector<int64_t> order;
     std::vector<double> sum(d);
     for (int64_t i = begin; i < end; ++i)
-      norm_sq[i] = static_cast<T>(one_example(indices.const_data_ptr<int64_t>() + i * positions,
-                                              gy.const_data_ptr<T>() + i * positions * d, positions, d, padding_idx,
-                                              order, sum));
+      norm_sq[i] = static_cast<T>(one_example(index + i * positions, rows + i * positions * d, positions, d,
+                                              padding_idx, order, sum));
   });
 }
 

@@ -1,13 +1,15 @@
-// Gram form: ‖Σ_t gy_t ⊗ patch_t‖² = Σ_{t,s} Q[t,s] Σ_tap P[pos(t, tap), pos(s, tap)],  P = X Xᵀ over pixels,
-// Q = gy gyᵀ over positions. The inner dimension of P is the channel count, not channels times taps.
+// Gram form:  ‖Σ_t gy_t ⊗ patch_t‖² = Σ_{t,s} Q[t,s] Σ_tap P[pos(t, tap), pos(s, tap)]
 //
-// One example and group at a time, on one thread. P has a row for each pixel and a column for each element of the
-// zero-padded image; at stride 1 the columns of Q have the padded row pitch too, so that the sum over taps is taps
+// x [n, C, in] and gy [n, d, out] have any strides. P = X Xᵀ is over the pixels and Q = gy gyᵀ over the positions of
+// one example and group. The inner dimension of P is the channel count, not channels times taps.
+//
+// An item of work is one example and group, on one thread. P has a row for each pixel and a column for each element of
+// the zero-padded image; at stride 1 the columns of Q have the padded row pitch too, so that the sum over taps is taps
 // shifted additions of long contiguous rows (what lies between the rows of the image meets zeros of Q). Only the upper
-// triangle (column >= row in padded order) is formed, which both sums respect since pos(·, tap) is monotone.
-// Scratch of a thread: (pixels + channels)·padded volume + (T + out channels)·T elements, with T in padded pitch.
+// triangle (column >= row in padded order) is formed, which both sums respect since pos(·, tap) is monotone. Scratch of
+// a thread is (pixels + channels)·padded volume + (T + out channels)·T elements, with T in padded pitch.
 //
-// A linear layer (one tap) is centred: with ā = mean a, b̄ = mean b, s = Σ b,
+// An item reads its x and its gy once. A linear layer (one tap) is centred: with ā = mean a, b̄ = mean b, s = Σ b,
 //   ‖G‖² = ‖B_cᵀ A_c‖² + 2 Σ_t (a_ct·ā)(b_ct·s) + ‖s‖²‖ā‖².
 // Where the terms still cancel beyond what T carries, the example is handed back as unreliable.
 #include <ATen/Parallel.h>
@@ -25,7 +27,9 @@ namespace {
 template <typename T>
 constexpr double kMaxCancellation = sizeof(T) == 4 ? 64.0 : 4096.0;
 
-// Lines are as short as 4 pixels, where a call to memcpy costs more than the copy.
+constexpr double kFlopsOfACopy = 128;  // an element is copied, centred and copied again, in about the time of these
+
+// Copies a line without a call to memcpy, which costs more than the copy where a line is as short as 4 pixels.
 template <typename T>
 inline void copy_line(const T* src, int64_t length, T* dst) {
   int64_t i = 0;
@@ -33,7 +37,7 @@ inline void copy_line(const T* src, int64_t length, T* dst) {
   for (; i < length; ++i) dst[i] = src[i];
 }
 
-// One factor of a Gram matrix: lanes [channels, pitch] as the vectors, the same numbers in panels as the rows.
+// One factor of a Gram matrix, twice: as lanes [channels, pitch], the vectors, and in panels, the rows.
 template <typename T>
 struct Factor {
   int64_t channels, count, length, pitch;
@@ -53,7 +57,7 @@ struct Factor {
     }
   }
 
-  // Rows of one example into lanes: line (z, y) starts at lane line_start.
+  // Copies the rows of one example into lanes, line (z, y) from lane line_start(z, y) on.
   template <typename LineStart>
   void load(const Operand<T>& from, const T* src, const Space& size, LineStart line_start) {
     for (int64_t c = 0; c < channels; ++c)
@@ -68,7 +72,7 @@ struct Factor {
         }
   }
 
-  // One line with its channels side by side ([T, p] of a linear layer): transposed in blocks of vectors.
+  // Transposes one line with its channels side by side, [T, p] of a linear layer, in blocks of vectors.
   void load_transposed(const Kernels<T>& k, const T* src, int64_t step) {
     Lines<T> lines;
     lines.width = lines.pitch = k.lanes, lines.steps = channels, lines.index = vector_index.data();
@@ -79,7 +83,7 @@ struct Factor {
     }
   }
 
-  // Subtracts each channel's mean over the positions, returns ‖mean‖²; needs lane[r] = r.
+  // Subtracts each channel's mean over the positions and returns ‖mean‖². Lane r must be position r.
   double centre(const Kernels<T>& k, const T* ones, std::vector<T>& mean) {
     double norm_sq = 0;
     for (int64_t c = 0; c < channels; ++c) {
@@ -92,7 +96,7 @@ struct Factor {
     return norm_sq;
   }
 
-  // along[r] = row r · direction
+  // Adds the product of row r and `direction` to along[r].
   void project(const Kernels<T>& k, const std::vector<T>& direction, std::vector<T>& along) const {
     for (int64_t c = 0; c < channels; ++c) k.axpy(direction[c], lanes.data() + c * pitch, count, along.data());
   }
@@ -113,7 +117,7 @@ struct Factor {
   }
 
  private:
-  // kRowQuantum rows of the panel at `first`; usually neighbours in memory.
+  // Packs kRowQuantum rows of the panel at `first`, which usually are neighbours in memory.
   void pack_quarter(int64_t first, int64_t part, int64_t width) {
     T* dst = rows.data() + first * channels + part;
     const int64_t* at = lane.data() + first + part;
@@ -128,12 +132,13 @@ struct Factor {
   }
 };
 
-// Everything that one thread needs, for one problem.
+// Holds everything that one thread needs for one problem.
 template <typename T>
 class GramNorm {
  public:
   GramNorm(const ConvShape& s, const Kernels<T>& k)
-      : s_(s), k_(k), dense_(s.stride == Space{1, 1, 1}), linear_(s.taps() == 1 && dense_ && s.padding == Space{0, 0, 0}),
+      : s_(s), k_(k), dense_(s.stride == Space{1, 1, 1}),
+        linear_(s.taps() == 1 && dense_ && s.padding == Space{0, 0, 0}),
         position_(s.position_index()), tap_(s.tap_index()),
         x_(k, s.group_channels(), pixel_lanes(), ConvShape::volume(s.padded())),
         gy_(k, s.group_rows(), position_lanes(), dense_ ? position_.back() + 1 : s.positions()), sum_(gy_.pitch),
@@ -141,7 +146,7 @@ class GramNorm {
     for (int64_t q = 0; q < x_.count; ++q) pixel_of_[x_.lane[q]] = q;
   }
 
-  // ‖G‖² of one example and group; adds Σ|terms| to *magnitude.
+  // Returns ‖G‖² of one example and group, and adds Σ|terms| to *magnitude.
   double operator()(const Operand<T>& x, const T* x_data, const Operand<T>& gy, const T* gy_data, double* magnitude) {
     const Space pad = s_.padding;
     if (linear_ && x.channel == 1 && gy.channel == 1 && s_.in[2] == s_.pixels()) {
@@ -174,7 +179,7 @@ class GramNorm {
     return lanes;
   }
 
-  // What centring takes out of the Gram product; leaves both factors centred.
+  // Centres both factors and returns what that takes out of the Gram product.
   double centre(double* magnitude) {
     const std::vector<T> ones(x_.count, T(1));
     std::vector<T> a_mean(x_.channels), b_mean(gy_.channels), along_a(x_.count), along_b(x_.count);
@@ -233,17 +238,28 @@ class GramNorm {
 template <typename T>
 void gram_norms(const ConvShape& s, const Operand<T>& x, const Operand<T>& gy, double* out, uint8_t* reliable) {
   const Kernels<T>& k = kernels<T>();
-  at::parallel_for(0, s.n, 1, [&](int64_t begin, int64_t end) {
+  const int64_t items = s.n * s.groups;
+  std::vector<double> totals(items), magnitudes(items);
+  const double pixels = s.pixels(), positions = s.positions();
+  const double of_pixels = pixels * pixels * s.group_channels();
+  const double of_positions = positions * positions * (s.group_rows() + 4.0 * s.taps());
+  const double copies = kFlopsOfACopy * (pixels * s.group_channels() + positions * s.group_rows());
+  at::parallel_for(0, items, grain(of_pixels + of_positions + copies, kGrainFlops), [&](int64_t begin, int64_t end) {
     GramNorm<T> norm(s, k);
-    for (int64_t i = begin; i < end; ++i) {
-      double total = 0, magnitude = 0;
-      for (int64_t g = 0; g < s.groups; ++g)
-        total += norm(x, x.data + i * x.example + g * s.group_channels() * x.channel, gy,
-                      gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitude);
-      out[i] = total < 0 ? 0.0 : total;  // a NaN stays one
-      reliable[i] = !(magnitude > kMaxCancellation<T> * total);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / s.groups, g = item % s.groups;
+      double magnitude = 0;
+      totals[item] = norm(x, x.data + i * x.example + g * s.group_channels() * x.channel, gy,
+                          gy.data + i * gy.example + g * s.group_rows() * gy.channel, &magnitude);
+      magnitudes[item] = magnitude;
     }
   });
+  for (int64_t i = 0; i < s.n; ++i) {
+    double total = 0, magnitude = 0;
+    for (int64_t g = 0; g < s.groups; ++g) total += totals[i * s.groups + g], magnitude += magnitudes[i * s.groups + g];
+    out[i] = total < 0 ? 0.0 : total;  // a NaN stays one
+    reliable[i] = !(magnitude > kMaxCancellation<T> * total);
+  }
 }
 
 template void gram_norms(const ConvShape&, const Operand<float>&, const Operand<float>&, double*, uint8_t*);

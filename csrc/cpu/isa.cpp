@@ -1,4 +1,4 @@
-// Picks the table of inner loops at run time.
+// Picks the table of inner loops at run time, by what the processor has.
 #include <atomic>
 #include <cstdlib>
 
@@ -33,7 +33,7 @@ struct Isa {
   bool supported;
 };
 
-// Best first.
+// All instruction sets of this build, the best first.
 const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
 #if ENGM_X86
@@ -53,7 +53,7 @@ const Isa* find(const std::string& name) {
   return nullptr;
 }
 
-// ENGM_CPU_ISA forces a set from the environment; one that does not run here is ignored.
+// The environment's ENGM_CPU_ISA forces an instruction set; one that does not run here is ignored.
 const Isa* initial() {
   const char* wanted = std::getenv("ENGM_CPU_ISA");
   const Isa* isa = wanted ? find(wanted) : nullptr;

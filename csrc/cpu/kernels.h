@@ -1,5 +1,5 @@
-// The table of inner loops, one per instruction set. Everything around them (packing plans, threading, the
-// choice of form) is ordinary C++ compiled once; only what must be vectorised lives behind these pointers.
+// Declares the table of inner loops that every instruction set has. Only what must be vectorised lives behind its
+// pointers; what is around the loops (packing plans, threads, the choice of form) is ordinary C++ and compiled once.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace engm::cpu {
 
-// Sum over `steps` of an outer product of packed factors:
+// A sum over `steps` of outer products of packed factors:
 //   G[o, v·lanes + l] = Σ_t rows[o, t] · x[vector_offset[v] + step_offset[t] + l]
 // The x side is a list of vectors, not a matrix: for a convolution vector v is (channel block, kernel tap), and a tap
 // is nothing but another offset into the same zero-padded image.
@@ -28,18 +28,19 @@ struct PanelProduct {
   const T* mean = nullptr;         // [vectors, lanes]
   const T* correlation = nullptr;  // [row_count, correlation_pitch], first vectors·lanes of each row are read
   int64_t correlation_pitch = 0;
-  // Where sum_of_squares also writes G, if given: out[o·out_pitch + out_offset[v] + l] = G[o, v, l].
+  // If `out` is given, sum_of_squares writes G there: out[o·out_pitch + out_offset[v] + l] = G[o, v, l].
   T* out = nullptr;
   int64_t out_pitch = 0;
   const int64_t* out_offset = nullptr;  // [vectors], elements
-  int64_t out_rows = 0;                 // of row_count; the rest is padding and not written
-  int64_t out_lanes = 0;                // of the last vector, likewise
+  int64_t out_rows = 0;                 // rows that are written; the rest of row_count is padding
+  int64_t out_lanes = 0;                // lanes of the last vector that are written
 };
 
 constexpr int64_t kRowQuantum = 4;   // rows are padded to this
 constexpr int64_t kAlignment = 64;   // bytes, of every packed buffer
 
-// Lines of a tensor to be interleaved: dst[index[t]·pitch + l] = lane[l][t·step], 0 for a null lane.
+// Lines of a tensor that `interleave` copies side by side: dst[index[t]·pitch + l] = lane[l][t·step], and 0 for a null
+// lane.
 template <typename T>
 struct Lines {
   const T* lane[64 / sizeof(float)] = {};
@@ -51,12 +52,12 @@ struct Lines {
   T* dst = nullptr;
 };
 
-// One row of a normalisation layer, see affine_norm.cpp.
+// One row of a normalisation layer, along its positions or along its channels; affine_norm.cpp has the formula.
 template <typename T>
 struct AffineRow {
   const T* x;
   const T* gy;
-  const T* mean;  // may be null: 0
+  const T* mean;  // null where the mean is 0
   const T* rstd;
   int64_t mean_step;  // 0 or 1, elements between consecutive positions
   int64_t rstd_step;
@@ -69,30 +70,34 @@ struct Kernels {
   int64_t lanes;  // elements of one vector
   int64_t rows;   // rows of a full panel
 
-  // ‖G - correction‖², squares added in double; G - correction is written where product.out says.
+  // Returns ‖G - correction‖², its squares added in double, and writes G - correction where product.out says.
   double (*sum_of_squares)(const PanelProduct<T>& product);
-  // out[o · pitch + v·lanes + l] = G[o, v, l]; a panel starts at vector first_lane[its first row] / lanes.
+  // Sets out[o · pitch + v·lanes + l] = G[o, v, l]; a panel starts at vector first_lane[its first row] / lanes.
   void (*store)(const PanelProduct<T>& product, T* out, int64_t pitch, const int64_t* first_lane);
-  // Depthwise: out[v, l] = Σ_t x[vector_offset[v] + step_offset[t] + l] · gy[t, l].
+  // Sets, for depthwise convolutions, out[v, l] = Σ_t x[vector_offset[v] + step_offset[t] + l] · gy[t, l].
   void (*lanewise)(const PanelProduct<T>& product, T* out);
   void (*interleave)(const Lines<T>& lines);
-  // sum[i] += factor · src[i]
+  // Adds factor · src[i] to sum[i].
   void (*axpy)(T factor, const T* src, int64_t length, T* sum);
-  // *sum += Σ q[i] s[i], *magnitude += Σ |q[i] s[i]|, in double.
+  // Adds Σ q[i] s[i] to *sum and Σ |q[i] s[i]| to *magnitude, in double.
   void (*dot)(const T* q, const T* s, int64_t length, double* sum, double* magnitude);
-  // Σ gy (x - mean) rstd and Σ gy over one row.
+  // Sets *scale_sum = Σ gy (x - mean) rstd and *shift_sum = Σ gy, over the positions of one row.
   void (*affine_sums)(const AffineRow<T>& row, double* scale_sum, double* shift_sum);
-  // The same products added lane by lane: scale_sum[c] += gy (x - mean) rstd, shift_sum[c] += gy.
+  // Adds the products of one row of channels: gy (x - mean) rstd to scale_sum[c], gy to shift_sum[c].
   void (*affine_add)(const AffineRow<T>& row, T* scale_sum, T* shift_sum);
 };
 
-// The table in use: the best that this processor runs, or what set_isa asked for.
+// The table in use is the best that this processor runs, or the one that set_isa asked for.
 template <typename T>
 const Kernels<T>& kernels();
 
-// "avx512", "avx2", "baseline" or "auto"; false if this build or processor lacks it.
+// Takes the instruction set "avx512", "avx2" or "baseline", or the best for "auto"; returns false if this build or this
+// processor lacks it.
 bool set_isa(const std::string& name);
 std::string isa_in_use();
 std::vector<std::string> available_isas();
+
+// What at::parallel_for was compiled to: "OpenMP", "native" (torch's own thread pool) or "none (serial)".
+const char* parallel_backend();
 
 }  // namespace engm::cpu

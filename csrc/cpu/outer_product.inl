@@ -1,6 +1,6 @@
-// Inner loops, compiled once per instruction set. The including file defines ENGM_ISA (a namespace), ENGM_ISA_NAME,
-// ENGM_VECTOR_BYTES, ENGM_ROWS (rows of a panel) and ENGM_VECTORS (vectors of a tile), and sets the target after the
-// standard headers.
+// The inner loops of the CPU's operators, compiled once an instruction set. The including file defines ENGM_ISA (a
+// namespace), ENGM_ISA_NAME, ENGM_VECTOR_BYTES, ENGM_ROWS (rows of a panel) and ENGM_VECTORS (vectors of a tile), and
+// sets the target after the standard headers.
 //
 //   tile   G[o, v, l] = Σ_t rows[t, o] · x[v, t, l]      ENGM_ROWS × ENGM_VECTORS vectors, all in registers over t
 //
@@ -39,7 +39,7 @@ inline double sum_lanes(typename Vector<T>::Full value) {
   return sum;
 }
 
-// tile[o, v] (+)= Σ_{t < steps} rows[t, o] x[v][step_offset[t]]
+// Sets, or with `add` adds to, tile[o, v] the sum Σ_{t < steps} rows[t, o] x[v][step_offset[t]].
 template <typename T, int O, int V>
 __attribute__((noinline)) void accumulate(const T* rows, const T* const* x, const int64_t* step_offset, int64_t steps,
                                           bool add, typename Vector<T>::Full* tile) {
@@ -81,7 +81,7 @@ struct SquareTile {
     whole_tile<T, O, V>(p, row, vector, tile);
     if (p.shift) subtract(p, row, vector, tile);
     if (p.out) write(p, row, vector, tile);
-    // Within a tile each lane adds at most O·V squares in T, all of one sign; across tiles in double.
+    // Within a tile each lane adds at most O·V squares in T, all of one sign; across tiles it adds in double.
     typename Vector<T>::Full squares = {};
     for (int k = 0; k < O * V; ++k) squares += tile[k] * tile[k];
     *total += __builtin_convertvector(squares, typename Vector<T>::Doubles);
@@ -119,7 +119,7 @@ struct StoreTile {
   }
 };
 
-// All tiles of one panel of O rows, from vector `first` on; Tile<T, O, V> is built from the given fields.
+// Goes through all tiles of one panel of O rows, from vector `first` on; Tile<T, O, V> is built from the given fields.
 template <template <typename, int, int> class Tile, typename T, int O, typename... Fields>
 inline void panel(const PanelProduct<T>& p, int64_t row, int64_t first, Fields... fields) {
   int64_t v = first;
@@ -143,7 +143,8 @@ template <typename T>
 void store(const PanelProduct<T>& p, T* out, int64_t pitch, const int64_t* first_lane) {
   const auto first = [&](int64_t row) { return first_lane[row] / Vector<T>::kLanes; };
   int64_t row = 0;
-  for (; row + ENGM_ROWS <= p.row_count; row += ENGM_ROWS) panel<StoreTile, T, ENGM_ROWS>(p, row, first(row), out, pitch);
+  for (; row + ENGM_ROWS <= p.row_count; row += ENGM_ROWS)
+    panel<StoreTile, T, ENGM_ROWS>(p, row, first(row), out, pitch);
   for (; row < p.row_count; row += kRowQuantum) panel<StoreTile, T, kRowQuantum>(p, row, first(row), out, pitch);
 }
 
@@ -170,8 +171,8 @@ void lanewise(const PanelProduct<T>& p, T* out) {
   for (; v < p.vectors; ++v) lanewise_taps<T, 1>(p, v, out);
 }
 
-// Square blocks of N lanes by N steps, transposed in registers: reads and writes whole cache lines, where a scalar loop
-// over lanes that lie a power of two apart would evict every line before its second element is read.
+// Transposes square blocks of N lanes by N steps in registers. That reads and writes whole cache lines, where a scalar
+// loop over lanes that lie a power of two apart would evict every line before its second element is read.
 template <typename T, int N>
 struct Block {
   typedef T Row __attribute__((vector_size(N * sizeof(T))));
@@ -202,7 +203,7 @@ struct Block {
     for (int l = 0; l < N; ++l)
       r[l] = lines.lane[l] ? Row(*reinterpret_cast<const UnalignedRow*>(lines.lane[l] + t)) : Row{};
     swap_blocks<N / 2>(r);
-    T* const dst = lines.dst;  // copies: the stores may alias the fields
+    T* const dst = lines.dst;  // these are copies, for the stores may alias the fields
     const int64_t* const index = lines.index;
     const int64_t pitch = lines.pitch;
 #pragma GCC unroll 16
@@ -259,7 +260,7 @@ void axpy(T factor, const T* src, int64_t length, T* sum) {
 
 template <typename T>
 void dot(const T* q, const T* s, int64_t length, double* sum, double* magnitude) {
-  // Doubles of a full register; the narrower T is widened on the way.
+  // Sums are doubles of a full register; the narrower T is widened on the way.
   constexpr int64_t kLanes = ENGM_VECTOR_BYTES / sizeof(double);
   typedef double Wide __attribute__((vector_size(ENGM_VECTOR_BYTES)));
   typedef T Narrow __attribute__((vector_size(kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -282,7 +283,7 @@ void dot(const T* q, const T* s, int64_t length, double* sum, double* magnitude)
   *magnitude += b;
 }
 
-// Σ gy (x - mean) rstd and Σ gy: mean and rstd either one number for the row or one per position.
+// Forms Σ gy (x - mean) rstd and Σ gy, where mean and rstd are one number for the row or one for each position.
 template <typename T, bool kOneMean, bool kOneRstd>
 inline void affine_row(const AffineRow<T>& r, double* scale_sum, double* shift_sum) {
   constexpr int64_t kLanes = Vector<T>::kLanes, kChunk = 64 * kLanes;

@@ -1,4 +1,4 @@
-// Inner loops for AVX2 with FMA.
+// Compiles the inner loops for AVX2 with FMA.
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// Inner loops for AVX-512 (F, BW, DQ, VL).
+// Compiles the inner loops for AVX-512 (F, BW, DQ, VL).
 #include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// Inner loops for any processor: 16-byte vectors, which the compiler maps to whatever the target has.
+// Compiles the inner loops for any processor, with 16-byte vectors that the compiler maps to whatever the target has.
 #include "kernels.h"
 
 #define ENGM_ISA baseline

@@ -1,4 +1,4 @@
-// Copies of one example into the layouts that the inner loops read.
+// Copies one example into the layouts that the inner loops read.
 #include <algorithm>
 
 #include "shape.h"
@@ -8,7 +8,7 @@ namespace engm::cpu {
 template <typename T>
 void pack_lanes(const Kernels<T>& k, const Operand<T>& from, const T* src, const Space& size, int64_t valid,
                 int64_t width, const int64_t* index, T* dst) {
-  // Dimensions that follow each other in memory are one long line.
+  // Dimensions that follow each other in memory become one long line.
   Space length = size;
   for (int i : {1, 0}) {
     const bool dense = length[2] > 0 && (size[i] == 1 || from.space[i] == length[2] * from.space[2]);

@@ -1,6 +1,7 @@
-// What the CPU's forms share: operands, corrections, scratch and packing.
+// Declares what the direct and the Gram form of the CPU share: operands, corrections, scratch and packing.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -14,7 +15,7 @@ namespace engm::cpu {
 using engm::ConvShape;
 using engm::Space;
 
-// An activation or backprop tensor with any strides (in elements).
+// A tensor of activations or backprops, with any strides, in elements.
 template <typename T>
 struct Operand {
   const T* data;
@@ -22,7 +23,8 @@ struct Operand {
   Space space;
 };
 
-// Local batch-norm correction: shift[i, o]·patch_mean[c, tap] + scale[i, o]·correlation[o, c, tap], all contiguous.
+// A batch-norm correction, all contiguous. It is taken off the gradient of example i:
+//   shift[i, o]·patch_mean[c, tap] + scale[i, o]·correlation[o, c, tap]
 template <typename T>
 struct Correction {
   const T* shift;        // [n, out_channels]
@@ -31,7 +33,7 @@ struct Correction {
   const T* correlation;  // [out_channels, channels / groups, taps]
 };
 
-// Aligned scratch, zeroed.
+// Scratch of one thread, aligned for vectors and zero at first.
 template <typename T>
 class Buffer {
  public:
@@ -56,24 +58,33 @@ class Buffer {
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
-// Squared norms of the listed examples, added over groups, by forming tiles of the gradient in registers. The gradients
-// themselves are written to grads [n, out_channels, channels / groups, taps] unless it is null.
+// The grain of at::parallel_for: how many items are worth another thread. One thread does that much work in some five
+// to twenty microseconds; for less it is not worth waking another.
+constexpr double kGrainElements = 16384;    // of loops that read every element once
+constexpr double kGrainFlops = 512 * 1024;  // of loops that multiply
+inline int64_t grain(double work_of_item, double least) {
+  return std::max<int64_t>(1, static_cast<int64_t>(least / std::max(1.0, work_of_item)));
+}
+
+// Writes the squared norms of the listed examples to out [n], by forming tiles of the gradient in registers. The
+// gradients themselves are written to grads [n, out_channels, channels / groups, taps] unless it is null.
 template <typename T>
 void direct_norms(const ConvShape& shape, const Operand<T>& x, const Operand<T>& gy, const Correction<T>* correction,
                   const std::vector<int64_t>& examples, double* out, T* grads);
 
-// The same of all examples through the pixel Gram matrices. reliable[i] is 0 where the terms cancel so far that the
-// direct form has to be taken.
+// Writes the squared norms of all examples to out [n], through the Gram matrices of pixels and positions. reliable[i]
+// is 0 where the terms cancel so far that the direct form has to be taken.
 template <typename T>
 void gram_norms(const ConvShape& shape, const Operand<T>& x, const Operand<T>& gy, double* out, uint8_t* reliable);
 
-// Copies `valid` channels from src on, zero lanes up to `width`, into dst[index[pixel]][width]; index null for the pixel
-// itself. `size` is the extent of the tensor's space.
+// Packs `valid` channels from src on, with zero lanes up to `width`, into dst[index[pixel]][width]; a null index stands
+// for the pixel's own number. `size` is the extent of the tensor's space.
 template <typename T>
 void pack_lanes(const Kernels<T>& k, const Operand<T>& from, const T* src, const Space& size, int64_t valid,
                 int64_t width, const int64_t* index, T* dst);
 
-// Row panels: channels [0, count) of src, padded to kRowQuantum; panels of k.rows, the rest of kRowQuantum rows.
+// Packs the channels [0, count) of src, padded to a multiple of kRowQuantum, as panels of k.rows rows; what is left
+// over becomes panels of kRowQuantum rows.
 template <typename T>
 void pack_rows(const Kernels<T>& k, const Operand<T>& from, const T* src, const Space& size, int64_t count, T* dst);
 

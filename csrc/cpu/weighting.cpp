@@ -1,4 +1,7 @@
-// Weighted examples, composed from ATen's operators one tensor at a time; CUDA takes all tensors in one launch.
+// out_k[i, e] = w_i in_k[i, e]   and   out_k[e] = Σ_i w_i in_k[i, e],   for a list of tensors in_k [n, ...] and w [n]
+//
+// On the CPU both are composed of ATen's operators, one tensor at a time, and read every element once. CUDA takes all
+// tensors in one launch.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>

@@ -1,3 +1,4 @@
+// Cuts the work of affine_norm.cuh into blocks and launches its two kernels.
 #include "affine_norm.cuh"
 
 #include "launch.cuh"

@@ -1,11 +1,12 @@
 // scale[i, c] = Σ_s gy (x - mean) rstd      shift[i, c] = Σ_s gy      norm_sq = Σ_c scale², Σ_c shift²
 //
-// x, gy [n, C, S] in either memory order; mean, rstd broadcast to them. x - mean is formed before the product, so
-// nothing cancels. Reads x and gy once, 2·n·C·S elements, by 16 bytes where aligned; everything else is small.
-//   positions dense: `lanes` neighbouring threads own one (example, channel) and add along its positions.
-//   channels dense: a block owns an example's slab of channels over one part of its positions; `lanes` threads lie
+// x and gy are [n, C, S] in either order of memory; mean and rstd broadcast to them. x - mean is formed before the
+// product, so that nothing cancels. The kernels read x and gy once, 2·n·C·S elements, by 16 bytes where these are
+// aligned; everything else is small.
+//   Positions dense: `lanes` neighbouring threads own one (example, channel) and add along its positions.
+//   Channels dense: a block owns an example's slab of channels over one part of its positions; `lanes` threads lie
 //     along channels and the rest along positions, whose sums are then added in order.
-//   A second kernel adds the parts and the squares, one block an example. Bitwise repeatable.
+//   A second kernel adds the parts and the squares; a block owns an example. Every run gives the same bits.
 #pragma once
 
 #include "affine_norm.h"
@@ -26,7 +27,7 @@ __device__ __forceinline__ const Sum* statistic_at(const AffineOperand& t, int64
   return t.data ? static_cast<const Sum*>(t.data) + i * t.step[0] + c * t.step[1] : nullptr;
 }
 
-// Positions dense; blocks of kAffineThreads / lanes rows, lanes at most a warp.
+// Serves dense positions. A block has kAffineThreads / lanes rows, and `lanes` is a warp at most.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kAffineThreads, 2) affine_rows_kernel(AffineLaunch launched) {
   using Sum = typename SumOf<T>::Type;
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kAffineThreads, 2) affine_rows_kernel(AffineLa
   static_cast<Sum*>(p.grads[1])[row] = shift;
 }
 
-// mean or rstd of a pack of channels, loaded again only where it varies over positions.
+// Holds mean or rstd of a pack of channels, and loads it again only where it varies over positions.
 template <typename Sum, int kPack>
 struct Statistic {
   const Sum* data;
@@ -86,7 +87,7 @@ struct Statistic {
   }
 };
 
-// Channels dense; block (example, part, slab) in that order, the slab fastest.
+// Serves dense channels. A block owns (example, part, slab), the slab going fastest.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kAffineThreads, 2) affine_columns_kernel(AffineLaunch launched) {
   using Sum = typename SumOf<T>::Type;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kAffineThreads, 2) affine_columns_kernel(Affin
   }
 }
 
-// Adds the parts, where there are any, and the squares: one block an example.
+// Adds the parts, where there are any, and the squares. A block owns an example.
 template <typename Sum>
 __global__ void __launch_bounds__(kAffineFinishThreads) affine_finish_kernel(AffineNorm p) {
   ENGM_SHARED(double, scratch);

@@ -1,4 +1,4 @@
-// Scale and shift gradients of a normalisation layer, per example.
+// The problem of affine_norm.cuh in plain numbers: scale and shift gradients of a normalisation layer, per example.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,8 @@
 
 namespace engm::cuda {
 
-// [n, C, S] in any order; `step` in elements along example, channel, position, 0 where broadcast.
+// A tensor [n, C, S] in any order of memory. `step` is in elements along example, channel and position, 0 where the
+// tensor broadcasts.
 struct AffineOperand {
   const void* data;
   int64_t step[3];
@@ -15,8 +16,9 @@ struct AffineOperand {
 
 struct AffineNorm {
   AffineOperand x, gy;       // Element; one of channel and position has step 1 (or size 1), the same one in both
-  AffineOperand mean, rstd;  // float, double for kFloat64; mean.data may be null: 0
-  void* parts;               // [parts, 2, n, C] partial sums, or null where parts is 1; this and below as mean
+  AffineOperand mean, rstd;  // float, double for kFloat64; mean.data is null where the mean is 0
+  // Sums are float, or double for kFloat64.
+  void* parts;               // [parts, 2, n, C] partial sums, or null where parts is 1
   void* grads[2];            // [n, C], scale and shift
   void* norm_sq;             // [2, n]
   int64_t n, channels, positions;

@@ -1,4 +1,4 @@
-// affine_norm_sq on CUDA: checks, layouts and outputs.
+// Binds affine_norm_sq on CUDA: checks operands, settles their layout and allocates outputs.
 #include "affine_norm.h"
 
 #include <ATen/ops/empty.h>
@@ -10,7 +10,7 @@
 namespace engm::cuda {
 namespace {
 
-// Of a tensor that broadcasts to [n, C, S].
+// Describes a tensor that broadcasts to [n, C, S].
 AffineOperand operand(const at::Tensor& t) {
   AffineOperand operand{t.const_data_ptr(), {0, 0, 0}};
   for (int64_t i = 0; i < 3; ++i) operand.step[i] = t.size(i) > 1 ? t.stride(i) : 0;
@@ -29,10 +29,11 @@ bool is_aligned(const at::Tensor& t, int64_t dense) {
   return aligned;
 }
 
-// x and gy [n, C, S], dense along one of C and S; returns whether along C. Copies what fits neither.
+// Makes x and gy [n, C, S] dense along one of C and S, the same one in both, copying what is neither; returns whether
+// along C.
 bool settle_layout(at::Tensor& x, at::Tensor& gy) {
   const auto both = [&](int64_t dim) { return is_dense_along(x, dim) && is_dense_along(gy, dim); };
-  if (x.size(2) == 1 && both(1)) return true;  // one position: lie along channels
+  if (x.size(2) == 1 && both(1)) return true;  // one position alone: threads lie along channels
   if (both(2)) return false;
   if (both(1)) return true;
   const bool channels_last = is_dense_along(gy, 1) && !is_dense_along(gy, 2);

@@ -1,3 +1,4 @@
+// Launches clip_weights.cuh.
 #include "clip_weights.cuh"
 
 #include "launch.cuh"

@@ -1,8 +1,8 @@
 // norms[i] = sqrt(max(Σ_l c_l s[l, i], 0))      weights[i] = min(α / norms[i], 1)
 //
-// s [layers, n]; thread i owns example i and adds its layers in order, in double: bitwise repeatable, no atomics, and
-// the loads of a warp are neighbours. Reads layers·n elements and layers factors, writes 2n. A non-finite sum gives a
-// NaN weight, a norm of 0 gives weight 1.
+// s is [layers, n]. Thread i owns example i and adds its layers in order, in double, so that every run gives the same
+// bits; the loads of a warp are neighbours. The kernel reads layers·n elements and `layers` factors, and writes 2n. A
+// sum that is not finite gives a NaN weight, a norm of 0 gives weight 1.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kClipThreads) clip_weights_kernel(ClipWeights 
   if (i >= p.n) return;
   const T* s = static_cast<const T*>(p.squared_norms) + i;
   double total = 0;
-  // Unrolled for loads in flight; the additions stay in order.
+  // The loop is unrolled for loads in flight; the additions stay in order.
 #pragma unroll 8
   for (int64_t l = 0; l < p.layers; ++l) total += (p.factors ? p.factors[l] : 1.0) * double(s[l * p.n]);
   const bool finite = isfinite(total);

@@ -1,4 +1,4 @@
-// What crosses from the binding to the kernel: no torch, no CUDA header.
+// The problem of clip_weights.cuh in plain numbers: norms and weights from the squared norms of all layers.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace engm::cuda {
 
 struct ClipWeights {
   const void* squared_norms;  // [layers, n], float or double
-  const double* factors;      // [layers] or null: 1
+  const double* factors;      // [layers], or null where all are 1
   void* norms;                // [n], the type of squared_norms
   void* weights;              // [n]
   int64_t layers;

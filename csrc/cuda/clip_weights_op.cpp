@@ -1,4 +1,4 @@
-// clip_weights on CUDA: checks and outputs.
+// Binds clip_weights on CUDA: checks operands and allocates outputs.
 #include "clip_weights.h"
 
 #include <ATen/ops/empty.h>

@@ -1,4 +1,5 @@
-// Direct form of convolutions: choice of precision. Kernel and formula in direct_norm.cuh, tiles in conv_norm.cuh.
+// Chooses the precision of the direct form of convolutions. Kernel and formula are in direct_norm.cuh, tiles in
+// conv_norm.cuh.
 #include "conv_norm.cuh"
 
 namespace engm::cuda {

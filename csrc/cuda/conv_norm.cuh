@@ -1,18 +1,24 @@
-// Tiles of the direct form for kernels of several taps; one conv_norm_<precision>.cu instantiates each.
+// Chooses the tiles of the direct form for convolutions with several taps:
+//
+//   ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]
+//
+// x [n, C, in] and gy [n, d, out] have any strides. A block owns up to nine taps of kChannels × kRows numbers of one
+// example's G, as direct_norm.cuh says; x is read once a tile of rows (with halos 1.7 times at 3×3), gy once a tile of
+// channels. Each conv_norm_<precision>.cu instantiates one precision.
 #pragma once
 
 #include "direct_launch.cuh"
 
 namespace engm::cuda {
 
-// All 9 taps of a 3×3 kernel for 64 channels × 64 rows: 144 sums a thread, and 1.2 shared-memory reads a matrix
-// instruction. Few channels (an image's three): 8 × 64 on two warps, 1.4 reads.
+// A wide tile holds all 9 taps of a 3×3 kernel for 64 channels × 64 rows: 144 sums a thread, and 1.2 shared-memory
+// reads a matrix instruction. A narrow tile is for few channels (an image's three): 8 × 64 on two warps, 1.4 reads.
 template <class P>
 struct ConvTiles {
   using Wide = DirectTile<P, 64, 64, 4, 2, 9, 2>;
   using Narrow = DirectTile<P, 8, 64, 1, 2, 9, 2>;
 };
-// Three products need no more reuse than half the channels give, and have no registers for more.
+// Three products an element need no more reuse than half the channels give, and have no registers for more.
 template <>
 struct ConvTiles<Tf32x3> {
   using Wide = DirectTile<Tf32x3, 32, 64, 4, 2, 9, 2>;
@@ -24,7 +30,7 @@ struct ConvTiles<Float64> {
   using Narrow = DirectTile<Float64, 8, 32, 1, 4, 9, 2>;
 };
 
-constexpr int kConvPositions = 64;  // of one step, at most
+constexpr int kConvPositions = 64;  // the most positions of one step
 
 template <class P>
 bool plan_conv(DirectNorm& p, int64_t limit) {

@@ -1,4 +1,4 @@
-// The direct form of convolutions with fp16 operands.
+// Instantiates the direct form of convolutions with fp16 operands.
 #include "conv_norm.cuh"
 
 namespace engm::cuda {

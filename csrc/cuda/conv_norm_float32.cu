@@ -1,4 +1,4 @@
-// The direct form of convolutions with fp32 operands, three TF32 products each.
+// Instantiates the direct form of convolutions with fp32 operands, three TF32 products each.
 #include "conv_norm.cuh"
 
 namespace engm::cuda {

@@ -1,4 +1,4 @@
-// The direct form of convolutions with double operands.
+// Instantiates the direct form of convolutions with double operands.
 #include "conv_norm.cuh"
 
 namespace engm::cuda {

@@ -1,4 +1,4 @@
-// The direct form of convolutions with fp32 operands rounded to TF32.
+// Instantiates the direct form of convolutions with fp32 operands rounded to TF32.
 #include "conv_norm.cuh"
 
 namespace engm::cuda {

@@ -1,3 +1,4 @@
+// Launches depthwise_norm.cuh for each element type and order of memory.
 #include "depthwise_norm.cuh"
 
 #include "launch.cuh"

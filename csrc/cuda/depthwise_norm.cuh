@@ -1,10 +1,14 @@
-// Direct form of depthwise convolutions (one input channel a group):  G_i[o, tap] = Σ_t gy[i, o, t] x[i, o / m, t, tap]
+// Direct form of depthwise convolutions:
 //
-// x [n, C, in], gy [n, C·m, out] with any strides. There is no reuse for a matrix instruction: sums are plain fused
-// multiply-adds in float (double for double), kTaps of them in registers while the positions go by, larger kernels in
-// several rounds. Where positions are contiguous a warp owns an output channel and its lanes split the positions; where
-// channels are, a lane owns an output channel and the warps split the positions, added in order through shared memory.
-// A block writes one partial. Bytes: gy once and x once from L2 for every kTaps taps, x's taps from L1.
+//   ‖G_i‖²,  G_i[o, tap] = Σ_t gy[i, o, t] x[i, o / m, t·stride + tap·dilation - padding]
+//
+// x [n, C, in] and gy [n, C·m, out] have any strides; a group has one input channel and m output channels. A matrix
+// instruction would find nothing to use twice: sums are plain fused multiply-adds in float (double for double), kTaps
+// of them in registers while the positions go by, and larger kernels take several rounds. A block owns 32 output
+// channels of an example. Where positions are contiguous, each of its warps owns an output channel and the lanes split
+// the positions; where channels are, a lane owns an output channel, and the warps split the positions and are added in
+// order through shared memory. A block writes one partial sum. It reads gy once and x once from L2 for every kTaps
+// taps, and the taps of x from L1.
 #pragma once
 
 #include "depthwise_norm.h"
@@ -18,7 +22,8 @@ struct DepthwiseTile {
   static constexpr int kShared = kWarps * kTaps * 32 + kWarps;  // elements
 };
 
-// The gradient of output channel o at one tap, finished: corrected, written where wanted, squared.
+// Finishes the gradient of output channel o at one tap: corrects it, writes it where it is wanted, and returns its
+// square.
 template <typename Sum>
 __device__ __forceinline__ Sum depthwise_square(const DirectNorm& p, Sum v, int64_t example, int o, int tap) {
   const Geometry& g = p.geometry;
@@ -52,7 +57,7 @@ __device__ __forceinline__ void depthwise_sums(const DirectNorm& p, int64_t exam
     const unsigned line = t / width;
     const int tx = int(t - line * width), tz = int(line / height), ty = int(line) - tz * int(height);
     const Sum b = to_float(gy[tz * p.gy.space[0] + ty * p.gy.space[1] + tx * p.gy.space[2]]);
-    // No branches: the taps' loads go out together.
+    // There are no branches, so that the taps' loads go out together.
 #pragma unroll
     for (int j = 0; j < DepthwiseTile::kTaps; ++j) {
       const int z = tz * g.stride[0] + at_z[j], y = ty * g.stride[1] + at_y[j], w = tx * g.stride[2] + at_x[j];

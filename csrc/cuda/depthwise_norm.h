@@ -1,11 +1,12 @@
-// Direct form where every group has one input channel; the problem is the direct form's, without a plan.
+// Declares the launcher of depthwise_norm.cuh, for convolutions whose groups have one input channel. The problem is
+// that of the direct form, without its plan.
 #pragma once
 
 #include "direct_norm.h"
 
 namespace engm::cuda {
 
-// Partials of an example: one for 32 output channels.
+// How many partial sums an example has: one for 32 output channels.
 constexpr int64_t depthwise_tiles(const Geometry& geometry) {
   return (int64_t(geometry.groups) * geometry.rows + 31) / 32;
 }

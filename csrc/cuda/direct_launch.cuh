@@ -1,4 +1,5 @@
-// Plan and launch of the direct form's tiles; gemm_norm.cu and the conv_norm_*.cu choose among them.
+// Plans and launches the tiles of the direct form. gemm_norm.cuh and conv_norm.cuh choose among the tiles, and one .cu
+// a precision instantiates each.
 #pragma once
 
 #include <limits>
@@ -21,8 +22,8 @@ inline int largest_halo(const DirectNorm& p) {
   return most;
 }
 
-// The rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into `limit`
-// bytes. A step's cost: its matrix products, a copy for every row of pixels or positions, and a barrier.
+// Takes the rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into
+// `limit` bytes. A step costs its matrix products, a copy for every row of pixels or positions, and a barrier.
 template <class Tile>
 bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
   using P = typename Tile::Policy;
@@ -48,7 +49,8 @@ bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
   return best < std::numeric_limits<double>::infinity();
 }
 
-// Fewer taps a tile need fewer pixels: that is the way out for kernels that are dilated far.
+// Takes as many taps a tile as fit. Fewer taps need fewer pixels, which is the way out for kernels that are dilated
+// far.
 template <class Tile>
 bool plan_tile(DirectNorm& p, int most_positions, int64_t limit) {
   const Geometry& g = p.geometry;
@@ -64,7 +66,7 @@ bool plan_tile(DirectNorm& p, int most_positions, int64_t limit) {
 
 template <class Tile>
 int launch_tile(const DirectNorm& p, void* stream) {
-  constexpr int kBlocksEach = 8;  // of a multiprocessor, where most will find nothing to do
+  constexpr int kBlocksEach = 8;  // blocks of a multiprocessor, where most will find nothing to do
   const int64_t all = p.geometry.n * p.tiles(), few = int64_t(kBlocksEach) * p.multiprocessors;
   const int64_t blocks = p.done != nullptr && few < all ? few : all;
   return p.vectors ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.shared, stream, p)

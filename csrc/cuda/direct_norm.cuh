@@ -1,10 +1,10 @@
 // Direct form:  ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding],  never stored.
 //
 // x [n, C, in], gy [n, d, out], each with any strides (NHWC and NCHW without a copy); a linear layer is one tap over a
-// line of T pixels. A block owns one example, one group, kChannels input channels, kRows output channels and up to kTaps
-// kernel taps: its tile of G stays in registers (kTaps·kChannels·kRows sums, spread over the warps) while the positions t
-// stream through shared memory. The sum over t is never split, so squaring is the epilogue; there the local batch-norm
-// correction is subtracted and, where wanted, the tile of G is written out.
+// line of T pixels. A block owns one example, one group, kChannels input channels, kRows output channels and up to
+// kTaps kernel taps: its tile of G stays in registers (kTaps·kChannels·kRows sums, spread over the warps) while the
+// positions t stream through shared memory. The sum over t is never split, so squaring is the epilogue; there the local
+// batch-norm correction is subtracted and, where wanted, the tile of G is written out.
 //
 // One step of the pipeline (kStages of them in flight) holds a rectangle of output positions: gy as rows of positions,
 // and the pixels that those positions touch, halo included, once: a tap is nothing but another offset into them. Both
@@ -12,7 +12,8 @@
 // transposed on its way in, element by element. What lies outside image, output or channels is zero.
 //
 // Bytes: gy is read once a (channel tile, tap tile), x once a (row tile, tap tile) plus halos: 1.7 times at 4 x 16
-// positions of a 3x3 kernel. FLOPs: 2·T·C·d·taps an example, rounded up to whole tiles. Blocks write one partial each.
+// positions of a 3x3 kernel. FLOPs: 2·T·C·d·taps an example, rounded up to whole tiles. Each block writes one partial
+// sum.
 #pragma once
 
 #include "direct_norm.h"
@@ -37,7 +38,7 @@ struct DirectTile {
   static __host__ __device__ int64_t stage_elements(int halo, int positions) {
     return int64_t(halo) * kPitchX + int64_t(positions) * kPitchG;
   }
-  // Tables first: halo pixels, positions as pixels of the halo, positions as outputs, taps, warp sums.
+  // The tables come first: halo pixels, positions as pixels of the halo, positions as outputs, taps, warp sums.
   static __host__ __device__ int64_t table_bytes(int halo, int positions) {
     return (int64_t(halo + 2 * positions + kTaps) * 4 + kThreads / 32 * 8 + 8 + 127) / 128 * 128;
   }
@@ -66,13 +67,13 @@ struct TapWindow {
   }
 };
 
-// Rows of one operand on their way into shared memory: row r holds channels [first, first + kWidth) of the pixel whose
-// place in the image is origin + table[r].
+// Brings rows of one operand into shared memory: row r holds channels [first, first + kWidth) of the pixel whose place
+// in the image is origin + table[r].
 template <class E, int kWidth, int kPitch, int kThreads, bool kVectors>
 struct RowLoader {
   const E* data;  // the example's first channel of this block
   int64_t channel, stride_y, stride_x;
-  int channels;  // valid ones from there on, may exceed kWidth
+  int channels;  // how many are valid from there on, may exceed kWidth
   int h, w;      // the image
   bool by_position;  // neighbouring positions are neighbours in memory
 
@@ -101,7 +102,8 @@ struct RowLoader {
     }
   }
 
-  // There is no asynchronous copy of 2 bytes: loads in batches, so that some are under way, then stores.
+  // Copies elements of 2 bytes, for which there is no asynchronous copy: loads in batches, so that some are under way,
+  // then stores.
   __device__ __forceinline__ void small_elements(E* to, const int* table, int rows, int end, bool slice_inside, int y,
                                                  int x) const {
     constexpr int kBatch = 8;
@@ -124,7 +126,7 @@ struct RowLoader {
     }
   }
 
-  // Rounds to TF32 what this thread copied; to be called when its copies have arrived, before the others read them.
+  // Rounds to TF32 what this thread copied. The copies must have arrived, and no other thread may have read them.
   __device__ __forceinline__ void round(E* to, int rows) const {
     if constexpr (kVectors) {
       constexpr int kChunks = kWidth / 4;
@@ -144,8 +146,8 @@ struct RowLoader {
     }
   }
 
-  // Element e of the copy: positions contiguous, a warp takes 8 of them and 4 channels (whole sectors in, at most two-way
-  // conflicts out); else it takes 32 channels.
+  // Row and channel of element e of the copy. Where positions are contiguous, a warp takes 8 of them and 4 channels
+  // (whole sectors in, at most two-way conflicts out); else it takes 32 channels.
   __device__ __forceinline__ int row_of(int e) const {
     return by_position ? (e & 7) + (e >> 5) / (kWidth / 4) * 8 : e / kWidth;
   }
@@ -153,16 +155,17 @@ struct RowLoader {
     return by_position ? ((e >> 3) & 3) + (e >> 5) % (kWidth / 4) * 4 : e % kWidth;
   }
 
-  // Null outside the image; table entries are y << 16 | x, negative for rows that are none.
+  // The pixel of a table entry, null outside the image. Entries are y << 16 | x, and negative for rows that are none.
   __device__ __forceinline__ const E* pixel(int entry, bool slice_inside, int y, int x) const {
     y += entry >> 16, x += entry & 0xffff;
-    // No short circuits: a branch here would keep the loads of a batch apart.
+    // There are no short circuits: a branch here would keep the loads of a batch apart.
     const bool inside = slice_inside & (entry >= 0) & (unsigned(y) < unsigned(h)) & (unsigned(x) < unsigned(w));
     return inside ? data + y * stride_y + x * stride_x : nullptr;
   }
 };
 
-// Squares of a warp's tile, after the correction; writes the tile where gradients are wanted.
+// Returns this lane's sum of squares of the warp's tile, after the correction, and writes the tile where gradients are
+// wanted.
 template <class Tile>
 __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
     const DirectNorm& p, typename Tile::Policy::Sum (&sums)[Tile::kTaps][Tile::kD][Tile::kC][Tile::Policy::kSums],
@@ -174,7 +177,7 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
   const int first_tap = taps.z * g.kernel[1] * g.kernel[2] + taps.first;
   const bool plain = p.shift == nullptr && p.grads == nullptr;
   Sum total = 0;
-  // Taps innermost: they are neighbours in memory and share their addresses.
+  // Taps are innermost: they are neighbours in memory and share their addresses.
 #pragma unroll
   for (int m = 0; m < Tile::kD; ++m)
 #pragma unroll
@@ -235,7 +238,8 @@ __device__ __forceinline__ void multiply_step(
   }
 }
 
-// The tile of the given number: examples outermost, so that neighbouring blocks work on one, which then stays in L2.
+// Works on the tile of the given number. Examples are outermost, so that neighbouring blocks share one, which then
+// stays in L2.
 template <class Tile, bool kVectors>
 __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t number, unsigned char* shared) {
   using P = typename Tile::Policy;
@@ -331,7 +335,8 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
   if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[number] = total;
 }
 
-// A block a tile; fewer where most examples are done already, so that there are not thousands with nothing to do.
+// There is a block for each tile, and fewer where most examples are done already, so that not thousands have nothing to
+// do.
 template <class Tile, bool kVectors>
 __global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNorm p) {
   ENGM_SHARED(unsigned char, shared);

@@ -1,4 +1,4 @@
-// The direct form's problem and plan, shared by gemm_norm and conv_norm: plain numbers.
+// The problem and the plan of the direct form in plain numbers, for gemm_norm and conv_norm alike.
 #pragma once
 
 #include "problem.h"
@@ -9,13 +9,14 @@ struct DirectNorm {
   Operand x;   // [n, groups·channels, in]
   Operand gy;  // [n, groups·rows, out]
   Geometry geometry;
-  // Local batch-norm correction, all or none, contiguous, of the sums' type: G - shift·patch_mean - scale·correlation.
+  // A batch-norm correction, all of it or null, contiguous and of the sums' type. What is squared and written is
+  // G - shift·patch_mean - scale·correlation.
   const void* shift;        // [n, groups·rows]
   const void* scale;        // [n, groups·rows]
   const void* patch_mean;   // [groups·channels, taps]
   const void* correlation;  // [groups·rows, channels, taps]
   void* grads;              // [n, groups·rows, channels, taps], written where not null
-  const uint8_t* done;      // [n], examples to leave alone; null: none
+  const uint8_t* done;      // [n], examples to leave alone, or null where there are none
   void* partial;            // [n, tiles] sums of squares, of the sums' type
   int multiprocessors;      // of the device; how many blocks look for examples that are not done
   bool vectors;             // both operands: channel stride 1, everything else 16-byte aligned
@@ -31,7 +32,7 @@ struct DirectNorm {
   constexpr int64_t tiles() const { return int64_t(channel_tiles) * row_tiles * tap_tiles * geometry.groups; }
 };
 
-// Fills the plan in; false if one step does not fit into `shared_limit` bytes.
+// Fills the plan in, or returns false if one step does not fit into `shared_limit` bytes.
 bool plan_gemm_norm(DirectNorm& problem, Precision precision, int64_t shared_limit);
 bool plan_conv_norm(DirectNorm& problem, Precision precision, int64_t shared_limit);
 

@@ -1,4 +1,4 @@
-// Element types of the kernels that take any of them.
+// Names the element types of those kernels that take any of them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Element types as torch names them; for the bindings.
+// Translates torch's names of element types, for the bindings.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 
 namespace engm::cuda {
 
-// compute_type() has refused all other types.
+// The element type of a tensor; compute_type() has refused all that are none.
 inline Element element_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kDouble: return Element::kFloat64;

@@ -1,3 +1,4 @@
+// Launches the two kernels of embedding_norm.cuh.
 #include "embedding_norm.cuh"
 
 #include "launch.cuh"

@@ -1,11 +1,13 @@
 // norm_sq[i] = Σ_v ‖Σ_{t: idx[i, t] = v} gy[i, t]‖²        idx [n, T], gy [n, T, d]
 //
-// No [V, d] buffer: the positions of one index form a chain.
-//   link: a thread owns (i, t) and compares its index with all T of the example, T²·n compares. It writes the next
-//     position of the same index, kLast at the end of a chain, and the flag kNotHead unless a chain starts there.
-//   sum: a block owns an example's slab of 32 accesses' width of channels; its warps take the heads in turn and add the
-//     rows of each chain in their order. Reads every element of gy once, and the links once a slab.
-// sum_partials.cu adds the slabs in order. Bitwise repeatable.
+// There is no [V, d] buffer: the positions of one index form a chain.
+//   embedding_link_kernel: a thread owns (i, t) and compares its index with all T of the example, T²·n compares. It
+//     writes the next position of the same index, kLast at the end of a chain, and the flag kNotHead unless a chain
+//     starts there.
+//   embedding_sum_kernel: a block owns an example's slab of channels, as wide as 32 accesses; its warps take the heads
+//     in turn and add the rows of each chain in their order. It reads every element of gy once, and the links once a
+//     slab.
+// sum_partials.cu adds the slabs in order. Every run gives the same bits.
 #pragma once
 
 #include "embedding_norm.h"
@@ -23,7 +25,7 @@ __host__ __device__ inline int64_t embedding_chunks(int64_t positions) {
   return (positions + kEmbeddingThreads - 1) / kEmbeddingThreads;
 }
 
-// Blocks (example, chunk of positions).
+// A block owns a chunk of an example's positions.
 __global__ void __launch_bounds__(kEmbeddingThreads) embedding_link_kernel(EmbeddingNorm p) {
   const int64_t chunks = embedding_chunks(p.positions), i = blockIdx.x / chunks;
   const int32_t t = int32_t(blockIdx.x % chunks) * kEmbeddingThreads + int32_t(threadIdx.x);
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kEmbeddingThreads) embedding_link_kernel(Embed
   p.next[i * p.positions + t] = next | (head ? 0 : kNotHead);
 }
 
-// Blocks (example, slab of channels), the slab fastest.
+// A block owns (example, slab of channels), the slab going fastest.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kEmbeddingThreads, 2) embedding_sum_kernel(EmbeddingNorm p) {
   using Sum = typename SumOf<T>::Type;

@@ -1,4 +1,4 @@
-// Squared norm of an embedding's weight gradient, per example.
+// The problem of embedding_norm.cuh in plain numbers: the squared norm of an embedding's weight gradient, per example.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,10 @@ struct EmbeddingNorm {
   const int64_t* indices;  // [n, T], dense
   const void* gy;          // [n, T, d], Element, dense
   int32_t* next;           // [n, T], workspace
-  void* parts;             // [n, slabs], sums of squares: float, double for kFloat64
+  void* parts;             // [n, slabs], sums of squares, float or double for kFloat64
   int64_t n, positions, channels;
   int64_t slabs;        // embedding_slabs()
-  int64_t padding_idx;  // negative: none
+  int64_t padding_idx;  // negative where there is none
   Element element;
   bool aligned;  // gy and d allow accesses of 16 bytes
 };

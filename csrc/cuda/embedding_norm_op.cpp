@@ -1,4 +1,4 @@
-// embedding_norm_sq on CUDA: checks, workspace and output.
+// Binds embedding_norm_sq on CUDA: checks operands, allocates workspace and output.
 #include "embedding_norm.h"
 
 #include <ATen/ops/empty.h>

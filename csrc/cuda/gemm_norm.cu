@@ -1,4 +1,5 @@
-// Direct form of linear layers: choice of precision. Kernel and formula in direct_norm.cuh, tiles in gemm_norm.cuh.
+// Chooses the precision of the direct form of linear layers. Kernel and formula are in direct_norm.cuh, tiles in
+// gemm_norm.cuh.
 #include "gemm_norm.cuh"
 
 namespace engm::cuda {

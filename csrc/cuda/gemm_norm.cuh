@@ -1,11 +1,17 @@
-// Tiles of the direct form for one tap: linear layers and 1×1 convolutions; one gemm_norm_<precision>.cu instantiates each.
+// Chooses the tiles of the direct form for one tap, that is for linear layers and 1×1 convolutions:
+//
+//   ‖G_i‖²,  G_i[o, c] = Σ_t gy[i, o, t] x[i, c, t]        x [n, C, T], gy [n, d, T], any strides
+//
+// A block owns kChannels × kRows numbers of one example's G, as direct_norm.cuh says, and reads the T positions of its
+// channels and rows once: x is read d / kRows times in all, gy C / kChannels times. Each gemm_norm_<precision>.cu
+// instantiates one precision.
 #pragma once
 
 #include "direct_launch.cuh"
 
 namespace engm::cuda {
 
-// 128×128 gradients a block, each warp 32 channels × 64 rows; 64×64 where that pads less.
+// A wide tile is 128×128 numbers of the gradient, 32 channels × 64 rows a warp; a small one is 64×64, and pads less.
 template <class P>
 struct GemmTiles {
   using Wide = DirectTile<P, 128, 128, 4, 2, 1, 4>;
@@ -24,7 +30,7 @@ bool plan_gemm(DirectNorm& p, int64_t limit) {
   using Wide = typename GemmTiles<P>::Wide;
   using Small = typename GemmTiles<P>::Small;
   const Geometry& g = p.geometry;
-  constexpr double kSmallCost = 1.3;  // a gradient of a small tile against one of a wide: half the reuse
+  constexpr double kSmallCost = 1.3;  // a number of a small tile takes that much longer, for it reuses half as much
   const double wide = double(tiles_of(g.channels, Wide::kChannels)) * tiles_of(g.rows, Wide::kRows) * Wide::kChannels *
                       Wide::kRows;
   const double small = double(tiles_of(g.channels, Small::kChannels)) * tiles_of(g.rows, Small::kRows) *

@@ -1,4 +1,4 @@
-// The direct form of linear layers with bf16 operands.
+// Instantiates the direct form of linear layers with bf16 operands.
 #include "gemm_norm.cuh"
 
 namespace engm::cuda {

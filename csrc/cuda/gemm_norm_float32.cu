@@ -1,4 +1,4 @@
-// The direct form of linear layers with fp32 operands, three TF32 products each.
+// Instantiates the direct form of linear layers with fp32 operands, three TF32 products each.
 #include "gemm_norm.cuh"
 
 namespace engm::cuda {

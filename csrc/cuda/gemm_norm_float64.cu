@@ -1,4 +1,4 @@
-// The direct form of linear layers with double operands.
+// Instantiates the direct form of linear layers with double operands.
 #include "gemm_norm.cuh"
 
 namespace engm::cuda {

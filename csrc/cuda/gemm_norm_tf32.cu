@@ -1,4 +1,4 @@
-// The direct form of linear layers with fp32 operands rounded to TF32.
+// Instantiates the direct form of linear layers with fp32 operands rounded to TF32.
 #include "gemm_norm.cuh"
 
 namespace engm::cuda {

@@ -1,4 +1,4 @@
-// Plan of the Gram form, and the launchers' choice among precisions.
+// Plans the Gram form, and chooses the precision of gram_norm.cuh and rank_one.cuh.
 #include <algorithm>
 #include <limits>
 
@@ -11,7 +11,7 @@ namespace {
 int64_t parts_of(int64_t length, int64_t part) { return (length + part - 1) / part; }
 int64_t aligned_16(int64_t bytes) { return parts_of(bytes, 16) * 16; }
 
-// Sizes of one precision, in bytes; a step of the matrix instruction is 32 bytes deep in all of them.
+// Sizes of one precision, in bytes. A step of the matrix instruction is 32 bytes deep in all precisions.
 struct Sizes {
   int element, sum, pad;
 };
@@ -40,7 +40,7 @@ int64_t most_pixels(const GramNorm& p, int d) {
   return most;
 }
 
-// Places everything in shared memory; false if it takes more than `limit` bytes.
+// Places everything in shared memory, or returns false if it takes more than `limit` bytes.
 bool place(GramNorm& p, int64_t positions, int64_t taps, const Sizes& size, int64_t limit) {
   const int64_t row = (int64_t(32) << p.log_steps) + size.pad;
   const int64_t stages = kGramStages * (p.band_count > 1 ? 2 : 1) * p.tile_rows * row;
@@ -56,7 +56,7 @@ bool place(GramNorm& p, int64_t positions, int64_t taps, const Sizes& size, int6
   return true;
 }
 
-// Everything that follows from band and taps; false if it does not fit.
+// Sets everything that follows from bands and taps, or returns false if it does not fit.
 bool lay_out(GramNorm& p, const Sizes& size, int64_t limit) {
   const Geometry& g = p.geometry;
   int64_t positions = 1, pixels = 1, taps = 1, bands = 1;
@@ -86,9 +86,10 @@ bool lay_out(GramNorm& p, const Sizes& size, int64_t limit) {
   return false;
 }
 
-// Time of one example and group, in multiply-adds of the tensor cores: the fragments of a product take about as long to
-// read as to multiply, four bytes of an operand a hundred; a pair of positions and a tap is a few reads; a block has to
-// start, and every pass to fill the pipeline. Pairs of a band with itself need half the products and one operand.
+// Estimates the time of one example and group, in multiply-adds of the tensor cores. The fragments of a product take
+// about as long to read as to multiply, and four bytes of an operand as long as a hundred; a pair of positions and a
+// tap is a few reads; a block has to start, and every pass to fill the pipeline. Pairs of a band with itself need half
+// the products and one operand.
 double cost_of(const GramNorm& p, const Sizes& size) {
   constexpr double kProduct = 2, kByte = 25, kTap = 40, kBlock = 5e5, kPass = 5e5;
   const Geometry& g = p.geometry;
@@ -101,7 +102,7 @@ double cost_of(const GramNorm& p, const Sizes& size) {
   return p.band_count * (fixed + loads + products / 2) + (p.tiles - p.band_count) * (fixed + 2 * loads + products);
 }
 
-// The next smaller length of a band that cuts `whole` into more parts of about one size; 0 after 1.
+// The next smaller length of a band that cuts `whole` into more parts of about one size, and 0 after 1.
 int next_band(int whole, int band) {
   if (band == 1) return 0;
   return int(parts_of(whole, parts_of(whole, band - 1)));
@@ -114,8 +115,8 @@ struct Best {
   double cost = std::numeric_limits<double>::infinity();
 };
 
-// Tries bands for given taps. Plans are made at every call, so the search stops early: of a line the two widest bands
-// that fit, and none with a quarter of the positions of one that fits.
+// Tries bands for given taps. Plans are made at every call, so the search stops early: of a line it tries the two
+// widest bands that fit, and none with a quarter of the positions of one that fits.
 void search_bands(GramNorm& p, const Sizes& size, int64_t limit, Best& best) {
   const int(&out)[3] = p.geometry.out;
   int64_t widest = 0;
@@ -154,7 +155,7 @@ int64_t plan_gram_norm(GramNorm& problem, Precision precision, int64_t shared_li
   const Geometry& g = problem.geometry;
   const Sizes size = sizes_of(precision);
   Best best{problem};
-  for (int split = 0; split < 8; ++split) {  // of the taps along each axis: all at once or one by one
+  for (int split = 0; split < 8; ++split) {  // takes the taps along each axis all at once or one by one
     GramNorm p = problem;
     bool same = false;
     for (int d = 0; d < 3; ++d) {

@@ -6,7 +6,7 @@
 // with Q = gy gyᵀ over the T output positions (summed over the rows of one group) and P = x xᵀ over pixels (summed over
 // the channels of one group), zero outside the image; 1 to 3 spatial dimensions. A linear layer is one tap over a line.
 //
-//   x   [n, groups·channels, in]    gy  [n, groups·rows, out]    any strides
+// x [n, groups·channels, in] and gy [n, groups·rows, out] have any strides.
 //
 // Positions are cut into bands, rectangles of at most 64. A block owns an example, a group and a pair of bands u ≤ v:
 // what lies below the diagonal is counted by weighting what lies above twice. It forms Q [≤64, ≤64], then P [≤128,
@@ -38,10 +38,10 @@
 
 namespace engm::cuda {
 
-constexpr int kGramPositions = 64;  // of one band, at most
-constexpr int kGramPixels = 128;    // that one band touches, at most
+constexpr int kGramPositions = 64;  // the most positions of one band
+constexpr int kGramPixels = 128;    // the most pixels that one band touches
 
-// Largest Σ|terms| / result that is relied on.
+// The largest Σ|terms| / result that is relied on.
 template <typename P>
 constexpr double kGramCancellation = 512;
 template <>
@@ -56,7 +56,7 @@ struct GramBox {
   int first[3], size[3];
 
   __device__ __forceinline__ int count() const { return size[0] * size[1] * size[2]; }
-  // Part `index` of a grid of parts.
+  // Makes this the box of part `index` of a grid of parts.
   __device__ __forceinline__ void set_part(int index, const int (&part)[3], const int (&parts)[3],
                                            const int (&whole)[3]) {
 #pragma unroll
@@ -72,8 +72,8 @@ struct GramBox {
   }
 };
 
-// One operand of a product: the positions of a band, or the pixels that they touch through a chunk of taps. In shared
-// memory, one for u and one for v.
+// One operand of a product: the positions of a band, or the pixels that they touch through a chunk of taps. Shared
+// memory has one for u and one for v.
 struct GramSide {
   GramBox band, taps, rows;
   bool apart[3];  // rows are (position, tap) along this axis, else coordinates
@@ -136,7 +136,7 @@ struct GramSide {
   }
 };
 
-// Offsets of four neighbouring rows of P.
+// The offsets of four neighbouring rows of P.
 struct alignas(8) GramRows {
   uint16_t r[4];
 };
@@ -162,7 +162,7 @@ struct GramBlock {
     return reinterpret_cast<uint16_t*>(shared + p.table_at) + side * p.taps[0] * p.taps[1] * p.taps[2] * kGramPositions;
   }
 
-  // Q, then P chunk by chunk of the taps, each followed by its part of the sum.
+  // Forms Q, then P chunk by chunk of the taps, and after each chunk adds its part of the sum.
   __device__ __forceinline__ void run() {
     for (int pass = 0; pass <= p.chunks[0] * p.chunks[1] * p.chunks[2]; ++pass) {
       if (threadIdx.x < 2) {
@@ -175,7 +175,7 @@ struct GramBlock {
       }
       __syncthreads();
       const int rows = sides()[0].count, columns = sides()[1].count;
-      if (rows > 0 && columns > 0) {  // else padding alone
+      if (rows > 0 && columns > 0) {  // else there is padding alone
         fill_tables(pass);
         __syncthreads();
         form(pass, rows, columns);
@@ -247,7 +247,8 @@ struct GramBlock {
   }
 };
 
-// Grid: n · groups · pairs of bands, the example outermost. Writes Σ and Σ|terms| of a pair to partial[i, group, pair].
+// The grid is n · groups · pairs of bands, the example outermost. A block writes Σ and Σ|terms| of its pair to
+// partial[i, group, pair].
 template <typename P, int kThreads>
 __global__ __launch_bounds__(kThreads) void gram_norm_kernel(GramNorm p) {
   ENGM_SHARED(unsigned char, shared);
@@ -281,7 +282,7 @@ __global__ __launch_bounds__(kGramFinishThreads) void gram_norm_finish_kernel(Gr
   for (int64_t j = lane; j < count; j += 32) total += partial[2 * j], magnitude += partial[2 * j + 1];
   total = warp_sum(total), magnitude = warp_sum(magnitude);
   if (lane != 0) return;
-  // What is not finite may have overflowed on the way, in P or in Q: the direct form tells.
+  // A sum that is not finite may have overflowed on the way, in P or in Q: the direct form tells.
   const bool finite = magnitude <= 1.7976931348623157e308;
   static_cast<Sum*>(p.out)[i] = Sum(total > 0 ? total : 0);
   p.reliable[i] = finite && !(magnitude > kGramCancellation<P> * total);

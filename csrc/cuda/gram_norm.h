@@ -1,4 +1,4 @@
-// The Gram form's problem and plan, and the fused norm of rank-one gradients: plain numbers, no torch, no CUDA header.
+// The problem and the plan of gram_norm.cuh, and the problem of rank_one.cuh, in plain numbers.
 #pragma once
 
 #include "problem.h"
@@ -16,7 +16,7 @@ struct GramNorm {
   // The plan.
   int band[3], bands[3];     // output positions of one band, and bands along each axis
   int taps[3], chunks[3];    // kernel taps whose pixels are on chip at once, and chunks of them along each axis
-  bool apart[3];             // pixels of two taps or positions are never shared: one row for each (position, tap)
+  bool apart[3];             // taps and positions share no pixels, and each (position, tap) has a row of its own
   int band_count, tiles;     // bands in all, pairs of them
   int tile_rows;             // rows of one operand on chip, a multiple of 16
   int log_steps;             // a stage of the pipeline holds 2^log_steps steps of the matrix instruction

@@ -1,3 +1,4 @@
+// Instantiates the Gram form with bf16 operands.
 #include "gram_norm_launch.cuh"
 
 namespace engm::cuda {

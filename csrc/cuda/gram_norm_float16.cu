@@ -1,3 +1,4 @@
+// Instantiates the Gram form with fp16 operands.
 #include "gram_norm_launch.cuh"
 
 namespace engm::cuda {

@@ -1,3 +1,4 @@
+// Instantiates the Gram form with fp32 operands, three TF32 products each.
 #include "gram_norm_launch.cuh"
 
 namespace engm::cuda {

@@ -1,3 +1,4 @@
+// Instantiates the Gram form with double operands.
 #include "gram_norm_launch.cuh"
 
 namespace engm::cuda {

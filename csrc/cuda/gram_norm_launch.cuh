@@ -1,4 +1,4 @@
-// Launch of the Gram form's kernels for one precision; gram_norm_*.cu instantiate it.
+// Launches the kernels of gram_norm.cuh for one precision; each gram_norm_<precision>.cu instantiates one.
 #pragma once
 
 #include "gram_norm.cuh"

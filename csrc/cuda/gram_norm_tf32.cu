@@ -1,3 +1,4 @@
+// Instantiates the Gram form with fp32 operands rounded to TF32.
 #include "gram_norm_launch.cuh"
 
 namespace engm::cuda {

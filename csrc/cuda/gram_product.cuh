@@ -1,10 +1,11 @@
 // The Gram product of rows in global memory, on one block:  dst[m, n] = Σ_c u[m, c] v[n, c],  m, n < 128.
 //
-// Rows are found through offsets (pixels of a halo are no neighbours); a row may also be zero. Chunks of channels go
-// through a pipeline in shared memory, rows of channels whatever the layout in global memory: 16 bytes a copy where the
-// channels are contiguous and aligned, else element by element. The warps share the product as squares of 32x32. Where
-// there are more warps than squares, they take turns in the steps of the inner dimension, and their sums are added in a
-// fixed order.
+// u [rows_u, channels] and v [rows_v, channels] are read once each, u alone where both are the same. Rows are found
+// through offsets (pixels of a halo are no neighbours); a row may also be zero. Chunks of channels go through a
+// pipeline in shared memory, rows of channels whatever the layout in global memory: 16 bytes a copy where the channels
+// are contiguous and aligned, else element by element. The warps share the product as squares of 32x32. Where there are
+// more warps than squares, they take turns in the steps of the inner dimension, and their sums are added in a fixed
+// order.
 #pragma once
 
 #include "mma.cuh"
@@ -15,7 +16,7 @@ constexpr int kGramStages = 3;  // chunks in flight
 
 __device__ __forceinline__ int round_up_16(int v) { return (v + 15) & ~15; }
 
-// One Gram product: dst[m, n] = Σ_c u[m, c] v[n, c]; with `diagonal` u is v and only m ≤ n is formed.
+// One Gram product on one block. With `diagonal` u is v, and only m ≤ n is formed.
 template <typename P, int kThreads>
 struct GramProduct {
   using E = typename P::Element;
@@ -75,7 +76,8 @@ struct GramProduct {
                                                 int width) const {
     const int lane = threadIdx.x % 32, eights = rows / 8, end = eights * (width / 4);
     const int reciprocal = 65536 / eights + 1;  // good for quotients of i < 65536 / eights
-    // There is no asynchronous copy of 2 bytes: loads in batches, so that some are under way, then stores.
+    // There is no asynchronous copy of 2 bytes: these are loads in batches, so that some are under way, and then
+    // stores.
     constexpr int kBatch = sizeof(E) == 2 ? 4 : 1;
 #pragma unroll 1
     for (int first = threadIdx.x / 32; first < end; first += kBatch * kWarps) {
@@ -102,7 +104,7 @@ struct GramProduct {
     }
   }
 
-  // All threads; the offsets have to be visible. A barrier is needed before dst is read.
+  // Forms the product, by all threads. The offsets have to be visible, and a barrier is needed before dst is read.
   __device__ __forceinline__ void form() const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int larger = max(rows_u, rows_v), log_side = larger <= 32 ? 0 : larger <= 64 ? 1 : 2;

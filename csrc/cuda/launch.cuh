@@ -1,4 +1,4 @@
-// How a kernel is started; the emulator has its own.
+// Starts a kernel. The emulator has its own launch() in its place.
 #pragma once
 
 #include "ptx.cuh"
@@ -16,14 +16,14 @@ int launch(void (*kernel)(Argument), int64_t blocks, int threads, int64_t shared
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared > 48 << 10) {
-    // Always to the device's limit: another thread may be about to launch the same kernel with more.
+    // The limit is raised to the device's: another thread may be about to launch the same kernel with more.
     int device = 0, most = 0;
     cudaError_t raised = cudaGetDevice(&device);
     if (raised == cudaSuccess) raised = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (raised == cudaSuccess)
       raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     most);
-    if (raised != cudaSuccess) return cudaGetLastError(), raised;  // clears it: it is reported here
+    if (raised != cudaSuccess) return cudaGetLastError(), raised;  // clears the error, which is reported here
   }
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared), static_cast<cudaStream_t>(stream)>>>(
       argument);

@@ -1,8 +1,8 @@
-// One warp's matrix product in each precision, behind one face:  c[m, n] += Σ_k a[k, m] b[k, n].
+// Forms one warp's matrix product, c[m, n] += Σ_k a[k, m] b[k, n], in each precision behind one face.
 //
 // Operands lie in shared memory either as rows of k (elements of m or n contiguous: the direct forms, where k is a
 // position) or as rows of m or n (elements of k contiguous: the Gram form, where k is a channel). A lane reads kRows
-// rows of its own; which ones, row() and column() say once, and the kernel turns them into offsets once a step:
+// rows of its own; a_row(), b_row() and the columns say which, and the kernel turns them into offsets once a step:
 //
 //   int at[P::kRows];
 //   for (j) at[j] = offset_of_row(P::a_row(lane, j)) + P::a_column(lane);        // in elements
@@ -21,7 +21,7 @@
 
 namespace engm::cuda {
 
-// What tf32 and 16-bit products share: where sum e of a lane's four lies in the 16x8 tile.
+// What TF32 and 16-bit products share: sum_m and sum_n say where sum e of a lane's four lies in the 16x8 tile.
 struct Sixteen {
   using Sum = float;
   static constexpr int kM = 16, kN = 8, kSums = 4;
@@ -32,8 +32,8 @@ struct Sixteen {
 
 struct Tf32 : Sixteen {
   using Element = float;
-  static constexpr int kK = 8, kRows = 2, kPad = 8;     // rows of k
-  static constexpr int kPadOfM = 4;                      // rows of m or n
+  static constexpr int kK = 8, kRows = 2, kPad = 8;     // kPad is for rows of k
+  static constexpr int kPadOfM = 4;                      // kPadOfM is for rows of m or n
   struct A {
     uint32_t r[4];
   };
@@ -51,7 +51,7 @@ struct Tf32 : Sixteen {
   static __device__ __forceinline__ void load_b(B& b, const float* base, const int (&at)[kRows]) {
     b.r[0] = to_tf32(base[at[0]]), b.r[1] = to_tf32(base[at[1]]);
   }
-  // Rows of m (n): `base` is element (0, 0) of the 16x8 (8x8) operand, `pitch` the distance of rows.
+  // These load from rows of m (n): `base` is element (0, 0) of the 16x8 (8x8) operand, `pitch` the distance of rows.
   static __device__ __forceinline__ void load_a_of_m(A& a, const float* base, int pitch, int lane) {
     const float* p = base + (lane >> 2) * pitch + (lane & 3);
     a.r[0] = to_tf32(p[0]), a.r[1] = to_tf32(p[8 * pitch]), a.r[2] = to_tf32(p[4]), a.r[3] = to_tf32(p[8 * pitch + 4]);
@@ -63,8 +63,8 @@ struct Tf32 : Sixteen {
   static __device__ __forceinline__ void mma(float (&c)[4], const A& a, const B& b) { mma_tf32(c, a.r, b.r); }
 };
 
-// Tf32 for operands that were rounded where they lie (round_to_tf32): a fragment is a plain load. Where every element is
-// read by many fragments this saves two instructions a read.
+// Tf32 for operands that were rounded where they lie: a fragment is a plain load. Where many fragments read every
+// element, this saves two instructions a read.
 struct Tf32InPlace : Tf32 {
   static constexpr bool kRoundOnArrival = true;
   static __device__ __forceinline__ void load_a(A& a, const float* base, const int (&at)[kRows]) {
@@ -110,8 +110,9 @@ struct Tf32x3 : Sixteen {
     const float* p = base + (lane >> 2) * pitch + (lane & 3);
     split(p[0], b.high[0], b.low[0]), split(p[4], b.high[1], b.low[1]);
   }
-  // Small products first. They are added up outside the tensor core, to nearest: inside, every addition truncates, half a
-  // unit of 2^-23 of the running sum on average, which a thousand steps of 8 positions would turn into 4e-5.
+  // The small products come first. Steps are added up outside the tensor core, to nearest: inside, every addition
+  // truncates, half a unit of 2^-23 of the running sum on average, which a thousand steps of 8 positions would turn
+  // into 4e-5.
   static __device__ __forceinline__ void mma(float (&c)[4], const A& a, const B& b) {
     float step[4] = {};
     mma_tf32(step, a.low, b.high);
@@ -122,7 +123,7 @@ struct Tf32x3 : Sixteen {
   }
 };
 
-// 16-bit elements through ldmatrix: a lane gives the address of one row.
+// 16-bit elements go through ldmatrix, for which a lane gives the address of one row.
 template <typename E>
 struct SixteenBit : Sixteen {
   using Element = E;

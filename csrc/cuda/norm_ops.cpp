@@ -1,7 +1,8 @@
-// linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on CUDA: checks, choice of form, workspaces and launches.
+// Binds linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on CUDA: checks operands, chooses the form, allocates
+// workspaces and launches.
 //
-// Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are marked
-// on the device, and the direct form's blocks leave the others alone.
+// Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are
+// marked on the device, and the direct form's blocks leave the others alone.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -36,8 +37,8 @@ int narrow(int64_t value, const char* op) {
   return static_cast<int>(value);
 }
 
-// A 1×1 convolution reads every stride-th pixel: a dense problem over a strided view. Dimensions that follow each other
-// in both operands are one long line.
+// Turns a 1×1 convolution, which reads every stride-th pixel, into a dense problem over a strided view. Dimensions that
+// follow each other in both operands become one long line.
 void simplify(Geometry& g, Operand& x, const Operand& gy) {
   for (int i = 0; i < 3; ++i) {
     if (g.kernel[i] != 1 || g.padding[i] != 0) continue;
@@ -57,8 +58,8 @@ void simplify(Geometry& g, Operand& x, const Operand& gy) {
 // Whether rows of channels may be read 16 bytes at a time.
 bool rows_are_aligned(const Operand& o, const int (&size)[3], int64_t n, int channels, int groups, int64_t element) {
   const int64_t vector = 16 / element;
-  bool aligned = o.channel == 1 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0 && (n == 1 || o.example % vector == 0) &&
-                 (groups == 1 || channels % vector == 0);
+  bool aligned = o.channel == 1 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0 &&
+                 (n == 1 || o.example % vector == 0) && (groups == 1 || channels % vector == 0);
   for (int i = 0; i < 3; ++i) aligned = aligned && (size[i] == 1 || o.space[i] % vector == 0);
   return aligned;
 }
@@ -94,7 +95,7 @@ void sum_partials(const at::Tensor& partial, const uint8_t* done, const at::Tens
   check_launch(launch_sum_partials(p, on.stream()), op);
 }
 
-// Squared norms of the examples that are not `done`, and where wanted the gradients, by the direct form.
+// Forms the squared norms of the examples that are not `done`, and where wanted the gradients, by the direct form.
 void direct(const Problem& problem, const std::optional<CorrectionTensors>& correction, const at::Tensor* grads,
             const uint8_t* done, const at::Tensor& out, const OnDevice& on, const char* op) {
   DirectNorm p{};
@@ -125,15 +126,15 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
   sum_partials(partial, done, out, on, op);
 }
 
-// From the first to the last pixel of a channel, in elements.
+// The distance from the first to the last pixel of a channel, in elements.
 int64_t span(const Operand& o, const int (&size)[3]) {
   int64_t elements = 0;
   for (int i = 0; i < 3; ++i) elements += (int64_t(size[i]) - 1) * o.space[i];
   return elements;
 }
 
-// Squared norms through Gram matrices, and by the direct form where they are not reliable. False if the form does not
-// take the problem; `why` then says what is in the way.
+// Forms squared norms through Gram matrices, and by the direct form where those are not reliable. Returns false if the
+// Gram form does not take the problem; `why` then says what is in the way.
 bool gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op, std::string* why) {
   GramNorm p{};
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
@@ -186,7 +187,8 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const at::ScalarType type = compute_type(a, b, op);
   const int64_t n = a.size(0), T = a.size(1), p = a.size(2), d = b.size(2);
   const OnDevice on(a);
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a.device(), {n, d}, {p}, {d, p}, op);
+  const auto correction =
+      read_correction(shift, patch_mean, scale, correlation, type, a.device(), {n, d}, {p}, {d, p}, op);
   Form chosen = parse_form(form, correction.has_value());
   const bool forced = chosen != Form::kAuto;
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, sums_of(a));

@@ -1,11 +1,11 @@
-// Elements that are loaded and stored together, and the type that sums over an element type are formed in.
+// Loads and stores several elements at once, and names the type that sums over an element type are formed in.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace engm::cuda {
 
-// One access of up to 16 bytes; the address must be aligned to it.
+// The elements of one access of up to 16 bytes; its address must be a multiple of its size.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];
@@ -21,6 +21,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
   *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
 }
 
+// Sums over doubles are double, all others float.
 template <typename T>
 struct SumOf {
   using Type = float;
@@ -30,7 +31,7 @@ struct SumOf<double> {
   using Type = double;
 };
 
-// v w, formed in float (double for double) and rounded once.
+// The product v w, formed in float (double for double) and rounded once.
 template <typename T, typename W>
 __device__ __forceinline__ T scaled(T v, W w) {
   T out;

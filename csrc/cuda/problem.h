@@ -1,4 +1,5 @@
-// What crosses from the bindings to the norm kernels: plain numbers, no torch, no CUDA header.
+// Describes operands and convolutions for the norm kernels in plain numbers. No header of torch or of CUDA is needed,
+// so that bindings and kernels compile apart.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,8 @@ enum class Precision {
   kFloat64,
 };
 
-// [n, channels, z, y, x] with any strides, in elements. An example's slice has to be shorter than 2^31 elements.
+// A tensor [n, channels, z, y, x] with any strides, in elements. An example's slice has to be shorter than 2^31
+// elements.
 struct Operand {
   const void* data;
   int64_t example;
@@ -22,8 +24,8 @@ struct Operand {
   int64_t space[3];
 };
 
-// A convolution; spatial values are z, y, x, and leading ones 1 (padding 0) for fewer dimensions. A linear layer is one
-// with kernel 1 over a line of T pixels.
+// A convolution. Spatial values are z, y, x; with fewer dimensions the leading ones are 1 (padding 0). A linear layer
+// is a convolution with kernel 1 over a line of T pixels.
 struct Geometry {
   int64_t n;
   int groups;

@@ -1,4 +1,4 @@
-// Everything the kernels ask of the machine beyond plain CUDA C++: one documented wrapper an instruction.
+// Wraps everything that the kernels ask of the machine beyond plain CUDA C++, one documented function an instruction.
 //
 // With ENGM_EMULATOR the same names come from tests/emulator, where g++ compiles the kernels and the CPU runs them.
 // Kernels therefore write no inline assembly, take shared memory through ENGM_SHARED only (nothing is `__shared__`
@@ -15,7 +15,7 @@
 
 namespace engm::cuda {
 
-// The block's dynamic shared memory as an array of T, 128-byte aligned; once a kernel.
+// Declares `name`, the block's dynamic shared memory as an array of T, 128-byte aligned. A kernel uses it once.
 #define ENGM_SHARED(T, name)                                         \
   extern __shared__ __align__(128) unsigned char engm_shared_raw[]; \
   T* name = reinterpret_cast<T*>(engm_shared_raw)
@@ -37,7 +37,7 @@ __device__ __forceinline__ float to_float(Half v) {
   return f;
 }
 
-// Rounds to nearest even.
+// Converts to the type of `out`, rounding to nearest even.
 __device__ __forceinline__ void from_float(float v, float& out) { out = v; }
 __device__ __forceinline__ void from_float(double v, double& out) { out = v; }
 __device__ __forceinline__ void from_float(float v, Half& out) { asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(out.bits) : "f"(v)); }
@@ -49,14 +49,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory, asynchronously: the first `bytes` (0 to 16) are copied, the rest is zero.
-// Both addresses 16-byte aligned; src must be a valid address even where bytes is 0.
+// Copies 16 bytes from global to shared memory, asynchronously: the first `bytes` (0 to 16) are copied, the rest is
+// zero. Both addresses must be 16-byte aligned, and src must be a valid address even where bytes is 0.
 __device__ __forceinline__ void copy_async_16(void* dst, const void* src, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)), "l"(src), "r"(bytes)
                : "memory");
 }
 
-// One element of 4 or 8 bytes, or zero where `valid` is false.
+// Copies one element of 4 or 8 bytes in the same way, or zero where `valid` is false.
 template <int kBytes>
 __device__ __forceinline__ void copy_async_element(void* dst, const void* src, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8);
@@ -81,8 +81,8 @@ __device__ __forceinline__ uint32_t to_tf32(float v) {
   return r;
 }
 
-// 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned) and gets
-// the elements 2(l % 4), 2(l % 4) + 1 of row l / 4 of each; `trans`: of column l / 4.
+// Loads 8x8 matrices of 16-bit elements from shared memory; lane l gives the address of row l % 8 of matrix l / 8 (16
+// bytes, aligned) and gets the elements 2(l % 4), 2(l % 4) + 1 of row l / 4 of each; `trans`: of column l / 4.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -95,7 +95,7 @@ __device__ __forceinline__ void load_matrix_x4_trans(uint32_t (&r)[4], const voi
                : "r"(shared_address(row))
                : "memory");
 }
-// The same for two matrices; the addresses of lanes 16 to 31 are not read.
+// These load two matrices; the addresses of lanes 16 to 31 are not read.
 __device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];\n"
                : "=r"(r[0]), "=r"(r[1])

@@ -1,8 +1,7 @@
 // out[i] = ‖a_i‖²‖b_i‖²: the squared norm of a linear layer's weight gradient at a single position.
 //
-//   a  [n, channels]    b  [n, rows]    any strides
-//
-// A block takes one example and reads it once, 16 bytes a load where rows are contiguous and aligned.
+// a [n, channels] and b [n, rows] have any strides. A block owns one example and reads it once, n·(channels + rows)
+// elements in all, 16 bytes a load where rows are contiguous and aligned.
 #pragma once
 
 #include "gram_norm.h"
@@ -17,7 +16,7 @@ struct alignas(16) RankOnePiece {
   E e[16 / sizeof(E)];
 };
 
-// This thread's part of Σ v², in double: one factor may be as small as the other is large.
+// This thread's part of Σ v². It is formed in double, for one factor may be as small as the other is large.
 template <typename E>
 __device__ __forceinline__ double rank_one_part(const E* v, int64_t step, int64_t count, bool vectors) {
   constexpr int kPiece = 16 / int(sizeof(E));
@@ -41,7 +40,7 @@ __device__ __forceinline__ double rank_one_part(const E* v, int64_t step, int64_
   return sum;
 }
 
-// A block takes one example.
+// A block owns one example.
 template <typename E, typename Sum>
 __global__ __launch_bounds__(kRankOneThreads) void rank_one_kernel(RankOne p) {
   ENGM_SHARED(double, scratch);

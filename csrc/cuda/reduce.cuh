@@ -1,10 +1,12 @@
-// Sums in a fixed order: the same bits on every run.
+// Adds up the values of a warp's lanes or of a block's threads, in a fixed order, so that every run gives the same
+// bits.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace engm::cuda {
 
+// The sum over the warp's lanes, returned to all of them.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll

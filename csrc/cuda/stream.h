@@ -1,4 +1,5 @@
-// Device, stream and limits of the machine that a binding launches on; the emulator stands in for all of it.
+// Gives a binding the device, the stream and the limits of the machine that it launches on. The emulator stands in for
+// all of it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,7 +34,7 @@ class OnDevice {
  public:
   explicit OnDevice(const at::Tensor& t) : guard_(t.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
-  // Bytes of shared memory that one block may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90.
+  // The bytes of shared memory that one block may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90.
   int64_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 

@@ -1,3 +1,4 @@
+// Launches the kernel that adds up the partial sums of each example.
 #include "sum_partials.cuh"
 
 #include "launch.cuh"

@@ -1,7 +1,8 @@
 // out[i] = Σ_j partial[i, j]
 //
-// partial [n, count]: the blocks' sums of squares of one layer. A warp owns an example; lane l adds partials l, l + 32, …
-// in order and in double, then the warp adds its lanes: bitwise repeatable. Reads n·count elements once.
+// partial [n, count] holds the blocks' sums of squares of one layer. A warp owns an example: lane l adds the partials
+// l, l + 32, … in order and in double, then the warp adds its lanes, so that every run gives the same bits. The kernel
+// reads n·count elements once.
 #pragma once
 
 #include "reduce.cuh"

@@ -1,4 +1,4 @@
-// What crosses to sum_partials.cu.
+// The problem of sum_partials.cuh in plain numbers: the blocks' partial sums of each example, added in order.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace engm::cuda {
 
 struct SumPartials {
   const void* partial;  // [n, count], float or double
-  const uint8_t* done;  // [n] or null: examples whose `out` stays
+  const uint8_t* done;  // [n], examples whose `out` stays as it is, or null where there are none
   void* out;            // [n], the same type
   int64_t n;
   int64_t count;

@@ -1,3 +1,4 @@
+// Cuts the rows of weighted_gemm.cuh into splits and launches its two kernels.
 #include "weighted_gemm.cuh"
 
 #include "launch.cuh"

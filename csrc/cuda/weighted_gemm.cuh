@@ -1,10 +1,10 @@
 // out[o, c] = Σ_k w[k / T] b[k, o] a[k, c]        a [n·T, p], b [n·T, d], w [n]
 //
-// A block owns a kTile x kTile tile of the result over one split of the rows k; its 2 x 4 warps own a half by a
-// quarter. Rows go from memory through registers to one of two stages of shared memory, kStep at a time, the next
-// stage's while the tensor cores work on this one; b's are multiplied by their weights in float on the way (and rounded
-// again to 16 bits, as by scaling first). Reads a d / kTile and b p / kTile times. The splits' sums lie side by side
-// and a second kernel adds them in order: bitwise repeatable.
+// A block owns a kTile x kTile tile of the result over one split of the rows k; each of its 2 x 4 warps owns a half by
+// a quarter of the tile. Rows go from memory through registers to one of two stages of shared memory, kStep at a time,
+// those of the next stage while the tensor cores work on this one. Rows of b are multiplied by their weights in float
+// on the way (and rounded again to 16 bits, as by scaling first). a is read d / kTile times and b p / kTile times. The
+// sums of the splits lie side by side, and a second kernel adds them in order, so that every run gives the same bits.
 #pragma once
 
 #include "mma.cuh"
@@ -18,7 +18,7 @@ constexpr int kGemmThreads = 256, kGemmWarpsM = 2, kGemmWarpsN = 4;
 template <typename P>
 struct GemmTile {
   using Element = typename P::Element;
-  // Tf32x3's fragments and double sums take twice the registers.
+  // The fragments of Tf32x3 and sums in double take twice the registers.
   static constexpr int kTile = sizeof(Element) == 8 || sizeof(typename P::A) == 32 ? 64 : 128;
   static constexpr int kStep = sizeof(Element) == 8 ? 16 : 32;
   static constexpr int kPitch = kTile + P::kPad;
@@ -32,7 +32,7 @@ struct GemmTile {
   static_assert(kPitch * sizeof(Element) % 16 == 0);
 };
 
-// A thread's part of kStep rows of one operand, on its way to shared memory.
+// Holds a thread's part of kStep rows of one operand, on its way to shared memory.
 template <typename P>
 struct Staged {
   using Tile = GemmTile<P>;
@@ -45,7 +45,7 @@ struct Staged {
   static __device__ __forceinline__ int column(int j) {
     return (int(threadIdx.x) + j * kGemmThreads) % Tile::kPacksOfRow * Tile::kPack;
   }
-  // Rows from `begin`, zero from `end` on; columns from `first`, zero from `width` on.
+  // Loads rows from `begin` on, zero from `end` on, and columns from `first` on, zero from `width` on.
   __device__ __forceinline__ void fetch(const void* data, int64_t pitch, bool aligned, int begin, int end, int first,
                                         int width) {
 #pragma unroll
@@ -79,7 +79,7 @@ struct Staged {
   }
 };
 
-// A warp's kWarpM x kWarpN tile over the kStep rows of one stage.
+// Adds the kStep rows of one stage to a warp's kWarpM x kWarpN tile.
 template <typename P>
 __device__ __forceinline__ void multiply_stage(typename P::Sum (&sums)[GemmTile<P>::kM][GemmTile<P>::kN][P::kSums],
                                          const typename P::Element* b, const typename P::Element* a, int lane) {
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_stage(typename P::Sum (&sums)[GemmTile<
   }
 }
 
-// Blocks (split, tile of d, tile of p), the last fastest.
+// A block owns (split, tile of d, tile of p), the last going fastest.
 template <typename P>
 __global__ void __launch_bounds__(kGemmThreads) weighted_gemm_kernel(WeightedGemm g) {
   using Tile = GemmTile<P>;
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kGemmThreads) weighted_gemm_kernel(WeightedGem
       }
 }
 
-// A thread adds the splits of one element.
+// Adds the splits. A thread owns one element.
 template <typename Sum>
 __global__ void __launch_bounds__(kGemmThreads) weighted_gemm_finish_kernel(WeightedGemm g) {
   const int64_t size = int64_t(g.d) * g.p, at = int64_t(blockIdx.x) * kGemmThreads + threadIdx.x;

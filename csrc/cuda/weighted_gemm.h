@@ -1,4 +1,4 @@
-// Weighted sum of per-example gradients of a linear layer as one product.
+// The problem of weighted_gemm.cuh in plain numbers: the weighted sum of a linear layer's gradients as one product.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// weighted_gemm on CUDA: checks, layout, workspace and output.
+// Binds weighted_gemm on CUDA: checks operands, settles their layout, allocates workspace and output.
 #include "weighted_gemm.h"
 
 #include <ATen/ops/empty.h>
@@ -11,7 +11,7 @@
 namespace engm::cuda {
 namespace {
 
-// [n, T, width] whose rows are one pitch apart; copied if they are not.
+// A tensor [n, T, width] whose rows are one pitch apart; it is copied if they are not.
 struct Rows {
   at::Tensor t;
   int64_t pitch;

@@ -1,3 +1,4 @@
+// Hands the blocks of weighting.cuh to the tensors of a list and launches them.
 #include "weighting.cuh"
 
 #include "launch.cuh"

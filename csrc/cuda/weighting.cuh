@@ -1,9 +1,10 @@
 // out_k[i, e] = w_i in_k[i, e]   and   out_k[e] = Σ_i w_i in_k[i, e],   for many tensors k in one launch.
 //
-// in_k [n, per_example] dense, w [n]. A tensor owns a run of blocks, found by bisection.
-//   scaling: a block owns 16 KB of a tensor, a thread four accesses of 16 bytes; reads and writes every element once.
-//   sums: a block owns 32 accesses' width of columns; warp v adds the examples v, v + 8, ..., and the eight sums are
-//   then added in order, so results are the same bits on every run. Reads every element once.
+// in_k is [n, per_example] and dense, w is [n]. A tensor owns a run of blocks, which a block finds by bisection.
+//   Scaling: a block owns 16 KB of a tensor, a thread four accesses of 16 bytes. Every element is read and written
+//     once.
+//   Sums: a block owns columns, as wide as 32 accesses; warp v adds the examples v, v + 8, …, and the eight sums are
+//     then added in order, so that every run gives the same bits. Every element is read once.
 // A weight of 0 times an infinity or NaN is NaN, as in any product.
 #pragma once
 
@@ -18,7 +19,7 @@ constexpr int kScaleAccesses = 4;
 constexpr int kScaleTileBytes = kWeightingThreads * kScaleAccesses * 16;
 constexpr int kSumsSharedBytes = kWeightingThreads * 8 * sizeof(float);
 
-// Columns of a block: 32 lanes of 16 bytes.
+// How many columns a block owns: 32 lanes of 16 bytes.
 inline int sum_columns(int element_bytes) { return 32 * 16 / element_bytes; }
 
 // The tensor that a block works for: the last whose first block is not behind it.
@@ -34,14 +35,15 @@ inline __device__ int tensor_of(const WeightedTensors& all, int block) {
   return low;
 }
 
-// The tile that starts at element `begin`, which is element `offset` of an example; `weights` starts at that example.
+// Scales the tile that starts at element `begin`, which is element `offset` of an example; `weights` starts at that
+// example.
 template <typename T, typename W>
 __device__ __forceinline__ void scale_tile(const WeightedTensor& t, const W* weights, int64_t begin, int64_t offset,
                                            int64_t left) {
   constexpr int kPack = 16 / sizeof(T), kTile = kScaleTileBytes / sizeof(T);
   const T* in = static_cast<const T*>(t.in) + begin;
   T* out = static_cast<T*>(t.out) + begin;
-  // Of the tile's element e; at most one example ends within a tile that is shorter than one.
+  // The weight of the tile's element e. At most one example ends within a tile that is shorter than an example.
   const auto weight_of = [&](int e) {
     const int64_t at = offset + e;
     return weights[t.per_example > kTile ? at >= t.per_example : uint32_t(at) / uint32_t(t.per_example)];

@@ -1,4 +1,4 @@
-// Many tensors of weighted examples in one launch.
+// The problem of weighting.cuh in plain numbers: many tensors of weighted examples in one launch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace engm::cuda {
 
 struct WeightedTensor {
   const void* in;       // [n, per_example], dense
-  void* out;            // scaling: as in; sums: [per_example], float, or double for kFloat64
+  void* out;            // as `in` for scaling; for sums [per_example], float, or double for kFloat64
   int64_t per_example;
   Element element;
   bool aligned;         // both pointers and per_example allow accesses of 16 bytes to each example

@@ -1,4 +1,5 @@
-// scale_examples and weighted_sums on CUDA: checks, outputs, and lists cut to what one launch takes.
+// Binds scale_examples and weighted_sums on CUDA: checks tensors, allocates outputs, and cuts lists to what one launch
+// takes.
 #include "weighting.h"
 
 #include <ATen/ops/empty.h>
@@ -14,7 +15,7 @@
 namespace engm::cuda {
 namespace {
 
-// `in` [n, ...], dense example after example. Empty tensors own no block.
+// Describes a tensor `in` [n, ...], dense example after example, and its result. Empty tensors own no block.
 WeightedTensor entry(const at::Tensor& in, at::Tensor& out) {
   const int64_t per_example = in.size(0) == 0 ? out.numel() : in.numel() / in.size(0);
   const void* from = in.const_data_ptr();
@@ -23,7 +24,7 @@ WeightedTensor entry(const at::Tensor& in, at::Tensor& out) {
   return {from, to, per_example, element_of(in), aligned};
 }
 
-// Launches over the pairs (in, out), as many at once as fit.
+// Launches a kernel over the pairs (in, out), as many at once as fit.
 void launch_in_groups(const std::vector<at::Tensor>& in, std::vector<at::Tensor>& out, const at::Tensor& weights,
                       int (*launcher)(WeightedTensors&, void*), const OnDevice& on, const char* op) {
   WeightedTensors all{};

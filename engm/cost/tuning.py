@@ -198,9 +198,9 @@ def tune(
     constants: dict[str, Constants] = {}
     fits = []
     for precision in precisions:
-        timings, rounds = _measure(text, precision, seconds / len(precisions))
+        timings, rounds = measure_layers(text, precision, seconds / len(precisions))
         before = cost_table(text, "float32" if precision == ANY else precision)
-        after = fit_constants([timing for i, timing in enumerate(timings) if not _held_out(i)])
+        after = fit_constants([timing for i, timing in enumerate(timings) if not is_held_out(i)])
         fits.append(_compare(precision, timings, rounds, before, after))
         constants[precision] = after if fits[-1].accepted and after else before
     if any(fit.accepted for fit in fits):
@@ -261,7 +261,7 @@ def _non_negative_least_squares(rows: Tensor, required: int) -> list[float] | No
 
 def _compare(precision: str, timings: Sequence[Timing], rounds: int, before: Constants, after: Constants | None) -> Fit:
     tables = before, after or before
-    held_out = [timing for i, timing in enumerate(timings) if _held_out(i)] or list(timings)
+    held_out = [timing for i, timing in enumerate(timings) if is_held_out(i)] or list(timings)
     right = [fmean(timing.regret(table) == 0 for timing in timings) for table in tables]
     regret = [fmean(timing.regret(table) for timing in timings) for table in tables]
     unseen = [fmean(timing.regret(table) for timing in held_out) for table in tables]
@@ -277,12 +277,12 @@ def _compare(precision: str, timings: Sequence[Timing], rounds: int, before: Con
     )
 
 
-def _held_out(index: int) -> bool:
-    """Every third layer only judges the fit."""
+def is_held_out(index: int) -> bool:
+    """Whether a layer only judges the fit: every third one does."""
     return index % 3 == 1
 
 
-def _measure(device: str, precision: str, seconds: float) -> tuple[list[Timing], int]:
+def measure_layers(device: str, precision: str, seconds: float) -> tuple[list[Timing], int]:
     """Median times of every layer in both forms, which take turns; and how often each was timed."""
     cost_precision = "float32" if precision == ANY else precision
     dtype = torch.float32 if precision in (ANY, "tf32") else getattr(torch, precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ class Finding:
 
     Attributes:
         what: its name.
-        state: ``"ok"``, ``"note"`` (something is left out) or ``"bad"`` (training will fail).
+        state: ``"ok"``, ``"note"`` (something is left out) or ``"bad"`` (training will fail, or waste most of the
+            machine).
         detail: what was found, and what to do.
     """
 
@@ -61,6 +63,7 @@ def examine(data_root: Path, out: Path) -> list[Finding]:
     """
     checks: list[Callable[[], Iterator[Finding]]] = [
         _build,
+        _threads,
         _kernels,
         _gpu,
         _packages,
@@ -74,6 +77,22 @@ def _build() -> Iterator[Finding]:
     info = engm.build_info()
     yield Finding("engm", "ok", f"{info['engm']}, built for torch {info.get('torch_built', info['torch'])}")
     yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores")
+
+
+def _threads() -> Iterator[Finding]:
+    """Whether the CPU operators use the threads that torch has."""
+    compiled = engm.build_info()["cpu_parallel"]
+    described = re.search(r"^ATen parallel backend: (.*)$", torch.__config__.parallel_info(), re.MULTILINE)
+    backend = described.group(1) if described else "unknown"
+    if compiled == "none (serial)" and backend != "unknown":
+        yield Finding(
+            "threads",
+            "bad",
+            f"THE CPU OPERATORS RUN ON ONE THREAD, while torch uses {torch.get_num_threads()} ({backend}): engm was "
+            "compiled without torch's parallel backend (-fopenmp); rebuild with pip install -e .",
+        )
+    else:
+        yield Finding("threads", "ok", f"CPU operators: {compiled}; torch: {backend}")
 
 
 def _kernels() -> Iterator[Finding]:

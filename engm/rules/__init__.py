@@ -1,6 +1,9 @@
-"""Rules of the layer families: which terms a module call contributes to its parameters' gradients."""
+"""Rules of layers and operators: which terms a call contributes to the gradients of its parameters.
 
-from . import activation, conv, embedding, fallback, linear, normalization, recurrent
+A rule is registered where it is written, so every file with rules is imported here.
+"""
+
+from . import activation, conv, embedding, fallback, linear, normalization, operators, recurrent
 from .base import Activations, Cost, FunctionRule, Rule, WholeCallRule, find_rule, register_rule
 
 __all__ = [
@@ -16,6 +19,7 @@ __all__ = [
     "find_rule",
     "linear",
     "normalization",
+    "operators",
     "recurrent",
     "register_rule",
 ]

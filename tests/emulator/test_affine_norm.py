@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from example_problems import DTYPES, TOLERANCE, assert_sums_close, dtypes, layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import operand
+from norm_problems import operand
+from weighting_problems import DTYPES, TOLERANCE, assert_sums_close, dtypes, layouts
 
 from engm import reference
 

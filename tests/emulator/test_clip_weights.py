@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from example_problems import dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weighting_problems import dtypes
 
 from engm import reference
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import convolutions, correction_for, layouts, operand
+from norm_problems import convolutions, correction_for, layouts, operand
 
 from engm import reference
 

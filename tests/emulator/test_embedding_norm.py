@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from example_problems import BAD_EMBEDDINGS, DTYPES, check_embedding, embeddings
 from hypothesis import given, settings
+from weighting_problems import BAD_EMBEDDINGS, DTYPES, check_embedding, embeddings
 
 EXAMPLES = settings(max_examples=80, deadline=None)
 

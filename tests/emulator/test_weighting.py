@@ -4,7 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from example_problems import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from norm_problems import operand
+from weighting_problems import (
     BAD_LISTS,
     DTYPES,
     assert_sums_close,
@@ -15,9 +18,6 @@ from example_problems import (
     lists_to_weight,
     sum_type,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from problems import operand
 
 from engm import reference
 

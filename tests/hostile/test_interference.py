@@ -2,70 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from hostile.observers import assert_same, hooks_of, outcome, state_of
+from hostile.observers import assert_same, state_of
+from hostile.right_or_refused import assert_right, assert_right_or_refused, network, optimizer
 from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import engm
-
-
-def network(*extra: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2), *extra).double()
-
-
-def assert_right(model: engm.GradNormModule, losses: Tensor) -> None:
-    """The norms are those of plain torch on the same graph."""
-    expected = per_example_gradients(losses, trained(model.unwrap())).norms
-    assert relative(engm.per_example_grad_norms(model, losses), expected) <= 1e-9
-
-
-def assert_right_or_refused(model: engm.GradNormModule, losses: Tensor) -> None:
-    refusal = outcome(assert_right, model, losses)
-    assert refusal is None or str(refusal).startswith("engm: ")
-
-
-def optimizer(model: engm.GradNormModule, **options: Any) -> engm.ENGM:
-    return engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"alpha": 1.0, **options})
-
-
-@pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run ``work(0)``, ``work(1)``, ... at the same time and raise what one of them raised."""
-    failures: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-
 
 # -- the wrapper and its network --------------------------------------------------------------------------------
 
@@ -164,53 +113,6 @@ def test_an_input_changed_in_place_whose_gradient_is_wanted():
     (gradient,) = torch.autograd.grad(random_losses(net(changed)).sum(), leaf)
     assert relative(stats.input_norms, gradient.norm(dim=1)) <= 1e-9
     assert_same(x, changed.detach())
-
-
-# -- threads ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_pauses_of_several_threads():
-    model = engm.GradNormModule(network())
-
-    def work(number: int) -> None:
-        for _ in range(2000):
-            with model.paused():
-                pass
-
-    in_threads(3, work)
-    assert_right(model, random_losses(model(tensor(4, 3))))
-
-
-def test_a_pause_is_of_its_thread_alone():
-    model = engm.GradNormModule(network())
-    with model.paused():
-        in_threads(1, lambda _: assert_right(model, random_losses(model(tensor(4, 3)))))
-        with pytest.raises(RuntimeError, match="captured forward pass"):
-            engm.measure(model, random_losses(model(tensor(4, 3))))
-
-
-def test_a_copy_made_in_a_pause_is_not_paused():
-    model = engm.GradNormModule(network())
-    with model.paused():
-        twin = copy.deepcopy(model)
-    assert_right(twin, random_losses(twin(tensor(4, 3))))
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_threads_that_train_and_call_one_network():
-    net = network(nn.LayerNorm(2))
-    model, wanted, before = engm.GradNormModule(net), net(tensor(4, 3)), hooks_of(net)
-
-    def work(number: int) -> None:
-        for seed in range(20):
-            if number:
-                assert_right(model, random_losses(model(tensor(4, 3, seed=seed))))
-            else:
-                assert_same(net(tensor(4, 3)).detach(), wanted.detach())
-
-    in_threads(3, work)
-    assert hooks_of(net) == before
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from oracle import random_losses, tensor
 from torch import Tensor, nn
 
 import engm
-from engm import measurement
 from engm.backward.collect import TermCollector
 from engm.capture.calls import Capture
 from engm.capture.hooks import Call
+from engm.graph import plan
 from engm.graph.trace import Trace
 
 STEPS = 1000
@@ -167,7 +167,7 @@ def test_memory_is_flat():
 @pytest.mark.usefixtures("without_collector")
 def test_layers_that_are_skipped_at_random(monkeypatch):
     """Hardly two steps have the same structure; what is remembered of them must not grow for ever."""
-    monkeypatch.setattr(measurement, "MOST_PLANS", 8)
+    monkeypatch.setattr(plan, "MOST_PLANS", 8)
     net = Skipping(6).double()
     model = engm.GradNormModule(net)
     tracemalloc.start()

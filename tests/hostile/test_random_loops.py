@@ -7,83 +7,32 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from hostile.loops import (
+    NORMS,
+    AddedGradients,
+    Graph,
+    Interrupted,
+    Network,
+    assert_close,
+    clip_weights,
+    clipped_mean,
+    optimizer_of,
+)
 from hostile.observers import REFUSALS, assert_same, hooks_of, outcome, state_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
-from oracle import TOLERANCE, Truth, per_example_gradients, random_losses, tensor, trained
+from oracle import Truth, random_losses, tensor
 from torch import Tensor, nn
 
 import engm
 
-NORMS: dict[str, Callable[[], nn.Module]] = {
-    "none": nn.Identity,
-    "layer": lambda: nn.LayerNorm(4),
-    "group": lambda: nn.GroupNorm(2, 4),
-    "batch": lambda: nn.BatchNorm1d(4),
-}
 LAYERS = ("first", "norm", "middle", "last")
 EXCEPTIONS = (KeyboardInterrupt, StopIteration, ValueError, RuntimeError)
-
-
-class Network(nn.Module):
-    """A layer called twice, an in-place operation, a residual and a layer that can be skipped."""
-
-    def __init__(self, norm: str) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 4)
-        self.norm = NORMS[norm]()
-        self.middle = nn.Linear(4, 4, bias=False)
-        self.last = nn.Linear(4, 2)
-        self.skip = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu_(self.norm(self.first(x))) + 0.1
-        if not self.skip:
-            h = h + torch.tanh(self.middle(torch.tanh(self.middle(h))))
-        return self.last(h)
-
-
-@dataclass
-class Graph:
-    """Losses that wait for a backward pass.
-
-    Attributes:
-        losses: ``[n]``.
-        model: the wrapper that computed them.
-        captured: whether its own forward pass did.
-        intact: nothing was done that could make torch refuse to backpropagate.
-        truth_before: the truth, while the graph was there.
-    """
-
-    losses: Tensor
-    model: engm.GradNormModule
-    captured: bool = True
-    intact: bool = True
-    truth_before: Truth = field(default_factory=lambda: Truth({}))
-
-    def truth(self) -> Truth:
-        """By the graph itself: what plain torch makes of it, now."""
-        if not any(p.requires_grad for p in self.model.parameters()):
-            raise RuntimeError("nothing is trained")
-        return per_example_gradients(self.losses, trained(self.model.unwrap()))
-
-
-class Interrupted:
-    """Raises at the ``count``-th call."""
-
-    def __init__(self, exception: type[BaseException], count: int = 1) -> None:
-        self.exception, self.left = exception, count
-
-    def __call__(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise self.exception("on purpose")
 
 
 class HostileLoop(RuleBasedStateMachine):
@@ -183,19 +132,19 @@ class HostileLoop(RuleBasedStateMachine):
     @rule(graph=consumes(graphs))
     def backward(self, graph: Graph) -> None:
         """Adds to what lies in ``p.grad``; the graph is used up."""
-        opt = _optimizer(graph.model)
-        added = _Added(graph.model.unwrap())
-        self.expect(graph, lambda: opt.backward(graph.losses) and added.now(), _update)
+        opt = optimizer_of(graph.model)
+        added = AddedGradients(graph.model.unwrap())
+        self.expect(graph, lambda: opt.backward(graph.losses) and added.now(), clipped_mean)
         graph.captured = graph.intact = False
 
     @rule(graph=consumes(graphs))
     def reweight_and_backward(self, graph: Graph) -> None:
-        opt = _optimizer(graph.model)
-        added = _Added(graph.model.unwrap())
-        found = self.expect(graph, lambda: opt.reweight(graph.losses), lambda t: graph.losses * _weights(t))
+        opt = optimizer_of(graph.model)
+        added = AddedGradients(graph.model.unwrap())
+        found = self.expect(graph, lambda: opt.reweight(graph.losses), lambda t: graph.losses * clip_weights(t))
         if found is not None and graph.intact:
             found.mean().backward()
-            _assert_close(added.now(), _update(graph.truth_before))
+            assert_close(added.now(), clipped_mean(graph.truth_before))
         graph.captured = graph.intact = False
 
     def expect(self, graph: Graph, ask: Callable[[], Tensor], wanted: Callable[[Truth], Tensor]) -> Tensor | None:
@@ -211,7 +160,7 @@ class HostileLoop(RuleBasedStateMachine):
             return None
         assert not isinstance(expected, Exception), expected
         graph.truth_before = expected
-        _assert_close(found, wanted(expected))
+        assert_close(found, wanted(expected))
         return found
 
     @rule(graph=graphs, retain=st.booleans())
@@ -368,40 +317,6 @@ class HostileLoop(RuleBasedStateMachine):
             return
         graph = Graph(random_losses(self.model(tensor(4, 3))), self.model)
         self.expect(graph, lambda: engm.measure(self.model, graph.losses).norms, lambda expected: expected.norms)
-
-
-class _Added:
-    """What comes to the gradients of a network from now on."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.old = {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
-
-    def now(self) -> Tensor:
-        parts = []
-        for name, parameter in trained(self.net).items():
-            new = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            old = self.old[name]
-            parts.append((new if old is None else new - old).flatten())
-        return torch.cat(parts)
-
-
-def _optimizer(model: engm.GradNormModule) -> engm.ENGM:
-    return engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
-
-
-def _weights(expected: Truth) -> Tensor:
-    return (1 / expected.norms).clamp(max=1)
-
-
-def _update(expected: Truth) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in expected.update(_weights(expected)).values()])
-
-
-def _assert_close(found: Tensor, wanted: Tensor) -> None:
-    assert found.shape == wanted.shape
-    error, scale = float((found - wanted).detach().norm()), float(wanted.detach().norm())
-    assert error <= TOLERANCE["gradient, float64"] * scale + 1e-12
 
 
 def _halve_backprops(module: nn.Module, args: Any, out: Tensor) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from engine_checks import TOLERANCE
 from hostile.networks import Problem, problems
 from hostile.observers import assert_same, hooks_of, outcome, state_of
 from hypothesis import event, given, settings
-from oracle import TOLERANCE, Truth, truth
+from oracle import Truth, truth
 from torch import Tensor, nn
 
 import engm

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import per_example_gradients, trained
 from torch import nn
 from training import (
     assert_close,
@@ -14,11 +15,8 @@ from training import (
     backward_passes,
     batch,
     clip,
-    example_gradients,
-    gradient_norms,
     grads,
     losses_of,
-    mean_of,
     network,
     sgd,
     snapshot,
@@ -37,9 +35,9 @@ def input_oracle(net, x, y):
     return gradient.flatten(1).norm(dim=1)
 
 
-def rows_of(net, x, y):
+def exact_gradients(net, x, y):
     twin = copy.deepcopy(net)
-    return example_gradients(twin, losses_of(twin, x, y))
+    return per_example_gradients(losses_of(twin, x, y), trained(twin))
 
 
 def least_squares(x, y):
@@ -60,14 +58,14 @@ class TestNaive:
         net, model, _, x, y = make(engm.NENGM, norm)
         norms = input_oracle(net, x, y)
         opt = engm.NENGM(model, sgd(model), float(norms.median()) * 1.01)
-        rows = rows_of(net, x, y)
+        exact = exact_gradients(net, x, y)
         stats = opt.backward(losses_of(model, x, y), x)
         weights = clip(norms, opt.alpha)
         assert 0 < (weights < 1).sum() < 8
         assert_close(stats.input_norms, norms)
         assert_close(stats.norms, norms)
         assert_close(stats.weights, weights)
-        assert_close(grads(model), mean_of(rows, weights))
+        assert_close(grads(model), exact.mean(weights))
 
     @pytest.mark.parametrize(("norm", "expected"), [("group", ["grad"]), ("batch", ["grad", "backward"])])
     def test_costs_no_more_passes_than_it_must(self, norm, expected):
@@ -222,7 +220,7 @@ class TestRegression:
             x, y = batch(8, seed=step)
             found = input_oracle(net, x, y)
             if step % 3 == 0:
-                fresh = least_squares(found, gradient_norms(rows_of(net, x, y)))
+                fresh = least_squares(found, exact_gradients(net, x, y).norms)
                 gamma = fresh if step == 0 and not first else 0.6 * gamma + 0.4 * fresh
             stats = opt.backward(losses_of(model, x, y), x)
             predicted = gamma[0] * found + gamma[1]
@@ -260,7 +258,7 @@ class TestRegression:
         model = engm.GradNormModule(net, batch_norm="exact")
         opt = engm.AENGM(model, sgd(model), 0.3)
         x, y = batch(8)
-        expected = least_squares(input_oracle(net, x, y), gradient_norms(rows_of(net, x, y)))
+        expected = least_squares(input_oracle(net, x, y), exact_gradients(net, x, y).norms)
         opt.backward(losses_of(model, x, y), x)
         assert_close(opt.gamma, expected)
 
@@ -313,7 +311,7 @@ class TestDegenerateFits:
         single = x[:1].clone()
         opt.backward(losses_of(model, single, y[:1]), single)
         opt.backward(losses_of(model, x, y), x)
-        assert_close(opt.gamma, least_squares(input_oracle(net, x, y), gradient_norms(rows_of(net, x, y))))
+        assert_close(opt.gamma, least_squares(input_oracle(net, x, y), exact_gradients(net, x, y).norms))
 
     def test_predictions_that_are_not_positive_give_weight_one_and_are_counted(self):
         _, model, opt, x, y = make(engm.AENGM, tau=100)

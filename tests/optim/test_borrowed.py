@@ -6,17 +6,15 @@ import copy
 
 import pytest
 import torch
+from oracle import per_example_gradients, trained
 from training import (
     assert_close,
     assert_same,
     backward_passes,
     batch,
     clip,
-    example_gradients,
-    gradient_norms,
     grads,
     losses_of,
-    mean_of,
     median_norm,
     network,
     sgd,
@@ -46,10 +44,10 @@ def test_without_coupling_it_is_the_norm_pass(evaluation):
     measured = attack_step(model, x, y)
     model.train()
     twin = copy.deepcopy(net)
-    rows = example_gradients(twin, losses_of(twin, x, y))
+    exact = per_example_gradients(losses_of(twin, x, y), trained(twin))
     stats = opt.backward(losses_of(model, x, y), measurement=measured)
-    assert_close(stats.norms, gradient_norms(rows))
-    assert_close(grads(model), mean_of(rows, clip(gradient_norms(rows), opt.alpha)))
+    assert_close(stats.norms, exact.norms)
+    assert_close(grads(model), exact.mean(clip(exact.norms, opt.alpha)))
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -78,11 +76,11 @@ def test_coupled_update_is_the_gradient_of_the_reweighted_loss(evaluation):
     model.train()
     assert measured.mode == ("plain" if evaluation else "frozen")
     twin = copy.deepcopy(net)
-    rows = example_gradients(twin, losses_of(twin, x, y))
+    exact = per_example_gradients(losses_of(twin, x, y), trained(twin))
     stats = opt.backward(losses_of(model, x, y), measurement=measured)
-    assert_close(grads(model), mean_of(rows, stats.weights))
+    assert_close(grads(model), exact.mean(stats.weights))
     # eight of eight examples calibrate it, every one counting alike, so the mean of the squared ratios is exact
-    assert_close(float((stats.norms / gradient_norms(rows)).square().mean()), 1.0)
+    assert_close(float((stats.norms / exact.norms).square().mean()), 1.0)
 
 
 def test_factors_are_kept_for_each_way_of_measuring():

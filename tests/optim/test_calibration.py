@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from oracle import per_example_gradients, trained
 from training import (
     assert_close,
     assert_same,
     batch,
-    example_gradients,
     losses_of,
     network,
     sgd,
@@ -82,9 +82,8 @@ def test_factor_is_exact_over_measured_for_each_tensor():
     model, _ = make(calibrate_examples=8)
     x, y = batch(8)
     twin = copy.deepcopy(model.unwrap())
-    exact = torch.stack(
-        [torch.stack([g.square().sum() for g in r]) for r in example_gradients(twin, losses_of(twin, x, y))]
-    )
+    found = per_example_gradients(losses_of(twin, x, y), trained(twin)).squared_norms
+    exact = torch.stack(list(found.values()), 1)
     losses = losses_of(model, x, y)
     measured = engm.measure(model, losses)
     parameters = model.trainable_parameters()
@@ -175,5 +174,17 @@ def test_state_is_loaded_whole_or_not_at_all():
     opt.backward(losses_of(model, *batch(8)))
     before = copy.deepcopy(model.calibration.state_dict())
     with pytest.raises(KeyError):
-        model.calibration.load_state_dict({"draws": 9, "steps": 3, "factors": [{}]})
+        model.calibration.load_state_dict({"draws": 9, "shared_draws": 0, "steps": 3, "factors": [{}]})
     assert_same(model.calibration.state_dict(), before)
+
+
+def test_state_of_an_older_engm_is_refused_with_the_remedy():
+    model, opt = make()
+    opt.backward(losses_of(model, *batch(8)))
+    before = copy.deepcopy(model.calibration.state_dict())
+    older = {**before, "factors": {"corrected, own pass": {}}}
+    with pytest.raises(ValueError, match=r"'factors' to \[\]"):
+        model.calibration.load_state_dict(older)
+    assert_same(model.calibration.state_dict(), before)
+    model.calibration.load_state_dict({**older, "factors": []})
+    assert model.calibration.state_dict()["factors"] == []

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import per_example_gradients, trained
 from torch import nn
 from training import (
     assert_close,
@@ -14,11 +15,8 @@ from training import (
     backward_passes,
     batch,
     clip,
-    example_gradients,
-    gradient_norms,
     grads,
     losses_of,
-    mean_of,
     median_norm,
     network,
     sgd,
@@ -30,10 +28,10 @@ import engm
 def oracle(net, x, y, alpha, divisor=None):
     """``(weights, norms, gradient)`` of Eq. 5 by the loop, on a copy of the network."""
     net = copy.deepcopy(net)
-    rows = example_gradients(net, losses_of(net, x, y))
-    norms = gradient_norms(rows)
+    exact = per_example_gradients(losses_of(net, x, y), trained(net))
+    norms = exact.norms
     weights = clip(norms, alpha)
-    return weights, norms, mean_of(rows, weights, divisor)
+    return weights, norms, exact.mean(weights, divisor)
 
 
 def make(norm="group", alpha=None, n=8, train=True, **options):
@@ -286,9 +284,9 @@ class TestTrainingModeBatchNorm:
     def test_calibrated_on_the_whole_batch_the_mean_squared_ratio_is_exact(self):
         net, model, opt, x, y = make("batch", calibrate_examples=8)
         twin = copy.deepcopy(net)
-        rows = example_gradients(twin, losses_of(twin, x, y))
+        exact = per_example_gradients(losses_of(twin, x, y), trained(twin))
         stats = opt.backward(losses_of(model, x, y))
-        assert_close(float((stats.norms / gradient_norms(rows)).square().mean()), 1.0)
+        assert_close(float((stats.norms / exact.norms).square().mean()), 1.0)
 
     def test_exact_mode_is_the_paper_to_the_letter(self):
         net, model, opt, x, y = make("batch", batch_norm="exact")
@@ -300,13 +298,13 @@ class TestTrainingModeBatchNorm:
 
     def test_frozen_mode_is_the_graph_with_constant_statistics(self):
         net, model, opt, x, y = make("batch", batch_norm="frozen")
-        norms = gradient_norms(frozen_rows(net, x, y))
+        norms = frozen_gradients(net, x, y).norms
         stats = opt.backward(losses_of(model, x, y))
         assert_close(stats.norms, norms)
         assert_close(stats.weights, clip(norms, opt.alpha))
 
 
-def frozen_rows(net, x, y):
+def frozen_gradients(net, x, y):
     """Per-example gradients of a copy in evaluation mode whose running statistics are those of this batch."""
     twin = copy.deepcopy(net)
     for layer in twin:
@@ -317,4 +315,4 @@ def frozen_rows(net, x, y):
             layer.eval()
         x = layer(x)
     twin.eval()
-    return example_gradients(twin, F.cross_entropy(x, y, reduction="none"))
+    return per_example_gradients(F.cross_entropy(x, y, reduction="none"), trained(twin))

@@ -8,17 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import per_example_gradients, trained
 from training import (
     assert_close,
     assert_same,
     backward_passes,
     batch,
     clip,
-    example_gradients,
-    gradient_norms,
     grads,
     losses_of,
-    mean_of,
     network,
     sgd,
     snapshot,
@@ -37,12 +35,12 @@ class TestAuto:
     @pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
     def test_the_first_batch_is_clipped_to_its_own_quantile(self, fraction):
         model, opt, x, y = make(alpha="auto", clip_fraction=fraction)
-        rows = example_gradients(model, losses_of(model, x, y))
+        exact = per_example_gradients(losses_of(model, x, y), trained(model))
         stats = opt.backward(losses_of(model, x, y))
-        quantile = torch.quantile(gradient_norms(rows), 1 - fraction)
-        assert_close(stats.weights, clip(gradient_norms(rows), quantile))
-        assert_close(grads(model), mean_of(rows, stats.weights))
-        assert stats.clipped_fraction == (gradient_norms(rows) > quantile).double().mean()
+        quantile = torch.quantile(exact.norms, 1 - fraction)
+        assert_close(stats.weights, clip(exact.norms, quantile))
+        assert_close(grads(model), exact.mean(stats.weights))
+        assert stats.clipped_fraction == (exact.norms > quantile).double().mean()
 
     def test_follows_the_norms(self):
         """The losses grow a hundredfold; so does the threshold, and the clipped fraction stays."""
@@ -105,10 +103,10 @@ class TestWeigh:
     def test_is_the_users_function_of_norms_and_alpha(self, norm):
         model, opt, x, y = make(norm, 0.7, weigh=lambda norms, alpha: alpha / (alpha + norms))
         losses = losses_of(model, x, y)
-        rows = example_gradients(model, losses)
+        exact = per_example_gradients(losses, trained(model))
         stats = opt.backward(losses)
         assert_close(stats.weights, 0.7 / (0.7 + stats.norms))
-        assert_close(grads(model), mean_of(rows, stats.weights))
+        assert_close(grads(model), exact.mean(stats.weights))
 
     def test_sees_the_running_threshold(self):
         seen = []
@@ -126,12 +124,12 @@ class TestWeigh:
 
 def by_hand(model, losses, rows_of_groups, alphas):
     """The weighted gradient and the weights [groups, n], group by group."""
-    rows = example_gradients(model, losses)
-    total, weights = [None] * len(rows[0]), []
+    exact = per_example_gradients(losses, trained(model))
+    names, total, weights = list(exact.gradients), [None] * len(exact.gradients), []
     for group, alpha in zip(rows_of_groups, alphas, strict=True):
-        parts = [[row[k] for k in group] for row in rows]
-        weights.append(clip(gradient_norms(parts), alpha))
-        for k, gradient in zip(group, mean_of(parts, weights[-1]), strict=True):
+        part = exact.part(names[k] for k in group)
+        weights.append(clip(part.norms, alpha))
+        for k, gradient in zip(group, part.mean(weights[-1]), strict=True):
             total[k] = gradient
     return total, torch.stack(weights)
 
@@ -199,9 +197,9 @@ class TestGroups:
 class TestNoiseScale:
     def test_is_the_estimate_from_every_gradient(self):
         model, opt, x, y = make(alpha=0.8)
-        rows = example_gradients(model, losses_of(model, x, y))
+        exact = per_example_gradients(losses_of(model, x, y), trained(model))
         stats = opt.backward(losses_of(model, x, y))
-        each = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]) * stats.weights[:, None]
+        each = exact.flat * stats.weights[:, None]
         trace = each.var(0, unbiased=True).sum()
         signal = each.mean(0).square().sum() - trace / 8
         assert_close(opt.gradient_noise_scale(), trace / signal)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import per_example_gradients, trained
 from torch import Tensor, nn
 from training import (
     assert_close,
     assert_same,
     batch,
-    example_gradients,
-    gradient_norms,
     grads,
     losses_of,
     median_norm,
@@ -116,10 +115,9 @@ def test_theorem_1_with_the_gradients_of_a_model(norm, scales, alpha):
     opt = engm.ENGM(model, sgd(model), alpha)
     x, y = batch()
     factors = torch.tensor(scales, dtype=torch.float64)
-    rows = example_gradients(model, losses_of(model, x, y) * factors)
+    exact = per_example_gradients(losses_of(model, x, y) * factors, trained(model))
     stats = opt.backward(losses_of(model, x, y) * factors)
-    flat = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-    clipped = stats.weights[:, None] * flat
+    clipped = stats.weights[:, None] * exact.flat
     assert (clipped - clipped.mean(0)).square().sum(1).mean() <= 4 * alpha**2
     assert (clipped.norm(dim=1) <= alpha * (1 + 1e-9)).all()
     assert torch.cat([g.flatten() for g in grads(model)]).norm() <= alpha * (1 + 1e-9)
@@ -156,10 +154,9 @@ def test_weights_of_a_model_lie_in_0_1_and_fall_with_the_norm(method, norm):
 def test_f_engm_gives_every_gradient_the_norm_alpha(alpha):
     x, y = batch()
     model, opt, gradient = gradient_of("fengm", x, y, alpha=alpha)
-    rows = example_gradients(model, losses_of(model, x, y))
-    scaled = [[w * g for g in row] for w, row in zip(opt.stats.weights, rows, strict=True)]
-    assert_close(gradient_norms(scaled), torch.full((8,), alpha, dtype=torch.float64))
-    assert_close(gradient, [sum(column) / 8 for column in zip(*scaled, strict=True)])
+    exact = per_example_gradients(losses_of(model, x, y), trained(model))
+    assert_close(opt.stats.weights * exact.norms, torch.full((8,), alpha, dtype=torch.float64))
+    assert_close(gradient, exact.mean(opt.stats.weights))
 
 
 @every_method
@@ -201,7 +198,7 @@ def test_the_limit_is_reached_at_the_largest_norm():
     x, y = batch()
     _, _, plain = gradient_of("msgd", x, y)
     model, _ = make("engm")
-    largest = gradient_norms(example_gradients(model, losses_of(model, x, y))).max().item()
+    largest = per_example_gradients(losses_of(model, x, y), trained(model)).norms.max().item()
     _, _, above = gradient_of("engm", x, y, alpha=largest * (1 + 1e-9))
     _, opt, below = gradient_of("engm", x, y, alpha=largest * 0.999)
     assert_close(above, plain)
@@ -268,7 +265,7 @@ def test_a_engm_is_engm_where_the_relation_is_linear(length):
     x = 7 * x / x.norm(dim=1, keepdim=True)
     y = torch.randint(5, (16,))
     exact, predicted = (engm.GradNormModule(copy.deepcopy(net)) for _ in range(2))
-    norms = gradient_norms(example_gradients(exact, losses_of(exact, x, y)))
+    norms = per_example_gradients(losses_of(exact, x, y), trained(exact)).norms
     alpha = (norms.min() + norms.max()).item() / 2
     engm_opt = engm.ENGM(exact, sgd(exact), alpha)
     aengm = engm.AENGM(predicted, sgd(predicted), alpha, tau=1)

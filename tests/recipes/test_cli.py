@@ -260,13 +260,6 @@ def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
 
 
-def test_doctor(tmp_path: Path) -> None:
-    result = engm("doctor", "--data-root", tmp_path, "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    assert "cifar10" in result.output
-    assert "engm train --download fetches it" in result.output
-
-
 def test_python_m_is_the_same_command() -> None:
     done = subprocess.run([sys.executable, "-m", "engm.recipes", "train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -253,7 +253,7 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
                 "train(PLAIN, Path(sys.argv[1]), Ranks(torch.device('cpu')), dataset=tiny_dataset())"
             )
             command = [sys.executable, "-c", script, str(tmp_path / "run")]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 1
             assert "another process" in done.stderr
@@ -305,7 +305,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at random moments: building, stepping, writing a checkpoint, evaluating."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLER, str(tmp_path / "run"), "20"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

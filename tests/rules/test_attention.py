@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from engine_checks import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import check, random_losses, tensor
+from oracle import random_losses, tensor
 from torch import nn
 
 

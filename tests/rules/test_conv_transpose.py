@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from engine_checks import check
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import check, dtype_of, random_losses, tensor
+from oracle import dtype_of, random_losses, tensor
 from torch import nn
 
 import engm

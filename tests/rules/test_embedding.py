@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from engine_checks import TOLERANCE, assert_measured, check
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, assert_measured, check, dtype_of, random_losses, tensor, truth
+from oracle import dtype_of, random_losses, tensor, truth
 from torch import nn
 
 import engm

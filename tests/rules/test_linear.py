@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_checks import TOLERANCE, check
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, check, dtype_of, random_losses, relative, tensor
+from oracle import dtype_of, random_losses, relative, tensor
 from torch import nn
 
 import engm

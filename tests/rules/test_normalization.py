@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engine_checks import check
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import TOLERANCE, assert_measured, check, dtype_of, random_losses, relative, tensor, truth
+from normalization import losses_of, shaken
+from oracle import random_losses, relative, tensor
 from torch import nn
-from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
 import engm
 from engm.torch_internals import batch_norm_statistics
@@ -15,20 +16,6 @@ from engm.torch_internals import batch_norm_statistics
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-
-
-def losses_of(x, seed=0):
-    return lambda net: random_losses(net(x.to(dtype_of(net))), seed)
-
-
-def shaken(module, seed=0):
-    """Scales, shifts and running statistics away from 1 and 0."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for tensor_ in [*module.parameters(), *module.buffers()]:
-            if tensor_.is_floating_point():
-                tensor_.add_(0.3 * torch.rand_like(tensor_))
-    return module
 
 
 @given(
@@ -273,129 +260,3 @@ def test_other_nodes_have_no_statistics():
     x = tensor(5, 3, 4).requires_grad_()
     assert batch_norm_statistics(F.layer_norm(x, (4,)).grad_fn) is None
     assert batch_norm_statistics((x * 2).grad_fn) is None
-
-
-# -- several processes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("affine", [False, True])
-def test_sync_batch_norm_in_one_process_is_a_batch_norm(affine, training):
-    layer = shaken(nn.SyncBatchNorm(4, affine=affine))
-    net = nn.Sequential(nn.Conv2d(3, 4, 2), layer, nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)).double().train(training)
-    check(net, losses_of(tensor(5, 3, 5, 5)), frozen=training)
-
-
-class Gloo:
-    """As much of a process group as torch's function asks of it."""
-
-    def _get_backend_name(self):
-        return "gloo"
-
-
-def channelwise(x, *values):
-    return (value.view([1, -1] + [1] * (x.dim() - 2)) for value in values)
-
-
-@pytest.fixture
-def first_of_two_ranks(monkeypatch):
-    """torch's synchronised batch norm, whose kernels are CUDA's alone, on the CPU as the first of two processes.
-
-    Returns a list that takes the input of the layer in the second process.
-    """
-    other = []
-
-    def stats(x, eps):
-        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        return mean, torch.rsqrt(var + eps)
-
-    def gather_stats(x, means, rstds, running_mean, running_var, momentum, eps, counts):
-        share = (counts / counts.sum()).unsqueeze(1)
-        mean = (means * share).sum(0)
-        var = ((rstds**-2 - eps + means**2) * share).sum(0) - mean**2
-        return mean, torch.rsqrt(var + eps)
-
-    def normalise(x, weight, bias, mean, rstd, eps):
-        mean, rstd, weight, bias = channelwise(x, mean, rstd, weight, bias)
-        return (x - mean) * rstd * weight + bias
-
-    def reduce_gradients(gy, x, mean, rstd, weight, *wanted):
-        centred = x - next(channelwise(x, mean))
-        dims = [0, *range(2, x.dim())]
-        return gy.sum(dims), (gy * centred).sum(dims), (gy * centred).sum(dims) * rstd, gy.sum(dims)
-
-    def input_gradient(gy, x, mean, rstd, weight, sum_dy, sum_dy_xmu, counts):
-        mean, rstd, weight, sum_dy, sum_dy_xmu = channelwise(x, mean, rstd, weight, sum_dy, sum_dy_xmu)
-        return (gy - (sum_dy + (x - mean) * rstd**2 * sum_dy_xmu) / counts.sum()) * rstd * weight
-
-    def all_gather(found, own, group, async_op):
-        found[0].copy_(own)
-        x = other[-1]
-        found[1].copy_(torch.cat([*stats(x, 1e-5), x.new_full((1,), x.numel() // x.shape[1])]))
-
-    def forward(self, x):
-        options = (self.running_mean, self.running_var, self.eps, self.momentum, Gloo(), 2)
-        return SyncFunction.apply(x, self.weight, self.bias, *options)
-
-    replaced = {
-        "batch_norm_stats": stats,
-        "batch_norm_gather_stats_with_counts": gather_stats,
-        "batch_norm_elemt": normalise,
-        "batch_norm_backward_reduce": reduce_gradients,
-        "batch_norm_backward_elemt": input_gradient,
-        "distributed.all_gather": all_gather,
-        "distributed.all_reduce": lambda *_, **__: None,  # sums that frozen statistics have no use for
-    }
-    for name, function in replaced.items():
-        monkeypatch.setattr(f"torch.{name}", function)
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
-    return other
-
-
-@pytest.mark.parametrize("dims", [0, 2])
-def test_sync_batch_norm_has_the_statistics_of_all_processes(first_of_two_ranks, dims):
-    """Frozen norms of a rank are those that its examples have in the whole batch."""
-    first = nn.Linear(3, 4) if dims == 0 else nn.Conv2d(3, 4, 2)
-    last = nn.Linear(4, 2) if dims == 0 else nn.Conv2d(4, 2, 1)
-    layer = shaken(nn.SyncBatchNorm(4))
-    whole = nn.BatchNorm1d(4) if dims == 0 else nn.BatchNorm2d(4)
-    whole.load_state_dict(layer.state_dict())
-    net = nn.Sequential(first, layer, nn.Tanh(), last).double()
-    x = tensor(7, 3, *[4, 4][:dims]) * 2 + 1
-    c = tensor(7, *last(whole.double()(first(x))).shape[1:], seed=1)
-    expected = truth(nn.Sequential(first, whole, nn.Tanh(), last), lambda m: (m(x) * c).flatten(1).sum(1), frozen=True)
-    first_of_two_ranks.append(first(x[4:]).detach())
-    model = engm.GradNormModule(net, batch_norm="frozen")
-    losses = (model(x[:4]) * c[:4]).flatten(1).sum(1)
-    measured = engm.measure(model, losses)
-    assert measured.mode == "frozen"
-    expected.gradients = {name: gradient[:4] for name, gradient in expected.gradients.items()}
-    assert_measured(measured, expected)
-    mean, rstd, training = batch_norm_statistics(
-        SyncFunction.apply(first(x[:4]), *layer.parameters(), None, None, layer.eps, 0.1, Gloo(), 2).grad_fn
-    )
-    var, own = torch.var_mean(first(x), [0, *range(2, 2 + dims)], correction=0)
-    assert training
-    assert relative(mean, own) <= TOLERANCE["norm, float64"]
-    assert relative(rstd, (var + layer.eps).rsqrt()) <= TOLERANCE["norm, float64"]
-
-
-def test_sync_batch_norm_of_all_processes_under_hooks_that_pack(first_of_two_ranks):
-    first_of_two_ranks.append(tensor(5, 4))
-    model = engm.GradNormModule(nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)).double())
-    packed = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with packed, pytest.raises(RuntimeError, match=r"SyncBatchNorm over several processes.*hooks pack"):
-        model(tensor(5, 3))
-
-
-@pytest.mark.parametrize("mode", ["calibrated", "exact"])
-def test_sync_batch_norm_of_all_processes_is_not_calibrated(first_of_two_ranks, mode):
-    """A few exact gradients of this process would hold the losses of the others."""
-    first_of_two_ranks.append(tensor(5, 4))
-    model = engm.GradNormModule(nn.Sequential(nn.Linear(3, 4), nn.SyncBatchNorm(4)).double(), batch_norm=mode)
-    losses = random_losses(model(tensor(5, 3)))
-    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
-    for call in (engm.per_example_grad_norms, lambda _, found: opt.backward(found)):
-        with pytest.raises(RuntimeError, match=r"SyncBatchNorm over several processes.*batch_norm='frozen'"):
-            call(model, losses)
-    assert all(parameter.grad is None for parameter in model.parameters())

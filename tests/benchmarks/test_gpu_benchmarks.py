@@ -1,0 +1,114 @@
+"""The GPU benchmarks rehearsed on the CPU: every stage runs, and a failing case costs nothing but itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu.record import Absent, Record
+from gpu.timing import Bench
+
+ROOT = Path(__file__).parents[2]
+STAGES = ["ceilings", "kernels", "steps", "pgd", "memory", "profile", "training"]
+CPU = torch.device("cpu")
+
+
+def problems(case):
+    """Failures of a case or of one of its contenders."""
+    rows = [case, *case.get("contenders", {}).values()]
+    return [f"{case['case']}: {row['error']}" for row in rows if "error" in row]
+
+
+@pytest.mark.slow
+def test_every_stage_runs(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (32, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(32) % 10
+    data = tmp_path / "images.npz"
+    np.savez(data, x_train=images[:24], y_train=labels[:24], x_test=images[24:], y_test=labels[24:])
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--stages", ",".join(STAGES), "--data", str(data)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found["stages"]) == STAGES
+    for name, stage in found["stages"].items():
+        assert stage["cases"], name
+        assert not [problem for case in stage["cases"] for problem in problems(case)]
+    assert found["machine"]["torch"] == torch.__version__
+    kernels = found["stages"]["kernels"]["cases"]
+    assert max(case.get("norm error", 0) for case in kernels if "bf16" not in case["case"]) < 1e-4
+    steps = found["stages"]["steps"]["cases"][0]["contenders"]
+    assert steps["sgd"]["ratio"] == 1
+    assert steps["engm"]["ms"] > 0
+    assert found["stages"]["training"]["cases"][0]["fidelity"].keys() == {"engm-borrowed", "engm-own"}
+    assert "## kernels" in (tmp_path / "gpu.md").read_text()
+    assert not (tmp_path / "running.txt").exists()
+
+
+def fails():
+    raise RuntimeError("no such algorithm")
+
+
+def absent():
+    raise Absent("not written yet")
+
+
+def test_a_failing_case_is_recorded_and_the_rest_goes_on(tmp_path):
+    with Record(tmp_path).stage("kernels", 60, CPU).running() as stage:
+        assert stage.case("bad", fails, layer="x") is None
+        assert stage.case("missing", absent) is None
+        assert stage.case("good", lambda: {"ms": 1.0}) == {"ms": 1.0}
+    bad, missing, good = json.loads((tmp_path / "gpu.json").read_text())["stages"]["kernels"]["cases"]
+    assert bad["layer"] == "x"
+    assert bad["error"] == "RuntimeError: no such algorithm"
+    assert "in fails" in bad["traceback"]
+    assert missing["absent"] == "not written yet"
+    assert good["ms"] == 1.0
+
+
+def test_a_stage_out_of_time_names_what_it_passed_over(tmp_path):
+    with Record(tmp_path).stage("kernels", 0.0, CPU).running() as stage:
+        assert stage.case("late", fails) is None
+    entry = json.loads((tmp_path / "gpu.json").read_text())["stages"]["kernels"]
+    assert entry["passed over"] == ["late"]
+    assert entry["cases"] == []
+
+
+def test_resuming_passes_over_what_is_known_and_what_hung(tmp_path):
+    with Record(tmp_path).stage("kernels", 60, CPU).running() as stage:
+        stage.case("first", lambda: {"ms": 1.0})
+    (tmp_path / "running.txt").write_text("hung")  # what a killed process leaves
+    with Record(tmp_path, resume=True).stage("kernels", 60, CPU).running() as stage:
+        assert stage.case("first", fails)["ms"] == 1.0
+        assert stage.case("hung", fails) is None
+        stage.case("last", lambda: {"ms": 2.0})
+    cases = json.loads((tmp_path / "gpu.json").read_text())["stages"]["kernels"]["cases"]
+    assert [case["case"] for case in cases] == ["first", "hung", "last"]
+    assert "did not finish" in cases[1]["error"]
+    assert not (tmp_path / "running.txt").exists()
+
+
+def test_a_failing_contender_does_not_stop_the_others():
+    figures = Bench(CPU, tiny=True).compare({"sgd": lambda: None, "bad": fails, "engm": lambda: None}, "sgd", rounds=3)
+    assert figures["sgd"]["ratio"] == 1
+    assert "no such algorithm" in figures["bad"]["error"]
+    assert "ratio" in figures["engm"]
+
+
+def test_run_sh_is_valid_bash():
+    subprocess.run(["bash", "-n", str(ROOT / "benchmarks/gpu/run.sh")], check=True)
+
+
+def test_sanitize_says_what_is_missing():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/gpu/sanitize.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "needs a CUDA device" in done.stderr

@@ -1,0 +1,277 @@
+"""Activation checkpointing: layers that run again in the backward pass are counted once, and rightly."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_checks import TOLERANCE, assert_measured, assert_step, check
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import random_losses, relative, tensor, truth
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
+
+import engm
+
+keep = partial(checkpoint, use_reentrant=False)
+
+
+class Nested(nn.Module):
+    """Runs its parts in order; a list among them is a checkpoint around what it holds."""
+
+    def __init__(self, *parts) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([part if isinstance(part, nn.Module) else Nested(*part) for part in parts])
+        self.again = [not isinstance(part, nn.Module) for part in parts]
+
+    def forward(self, x):
+        for part, again in zip(self.parts, self.again, strict=True):
+            x = keep(part, x) if again else part(x)
+        return x
+
+
+def norm(kind: str, channels: int) -> nn.Module:
+    return {
+        "batch": lambda: nn.BatchNorm1d(channels),
+        "group": lambda: nn.GroupNorm(2, channels),
+        "layer": lambda: nn.LayerNorm(7),
+        "rms": lambda: nn.RMSNorm((channels, 7)),
+        "instance": lambda: nn.InstanceNorm1d(channels, affine=True),
+    }[kind]()
+
+
+def conv(into: int, out: int) -> nn.Conv1d:
+    return nn.Conv1d(into, out, 3, padding=1)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer", "rms", "instance"])
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_inside(kind, training):
+    torch.manual_seed(1)
+    net = Nested(conv(3, 4), [norm(kind, 4), nn.ReLU(inplace=True), conv(4, 4)], [norm(kind, 4), [conv(4, 2)]]).double()
+    x = tensor(5, 3, 7)
+    check(net.train(training), lambda net: random_losses(net(x)), frozen=kind == "batch" and training)
+
+
+@st.composite
+def networks(draw, depth: int = 2):
+    """A list of layers of width 4 on ``[n, 4, T]``, some of them in checkpoints, and those in others."""
+    layers = [
+        lambda: conv(4, 4),
+        lambda: nn.Conv1d(4, 4, 1, groups=2, bias=False),
+        lambda: nn.GroupNorm(2, 4),
+        nn.Tanh,
+        lambda: nn.ReLU(inplace=True),
+    ]
+    parts = []
+    for _ in range(draw(st.integers(1, 3))):
+        nested = depth > 0 and draw(st.booleans())
+        parts.append(draw(networks(depth - 1)) if nested else draw(st.sampled_from(layers))())
+    return parts
+
+
+@given(networks(), st.integers(1, 4), st.integers(2, 6))
+def test_any_nesting(parts, n, length):
+    torch.manual_seed(2)
+    net = Nested(conv(4, 4), *parts).double()
+    x = tensor(n, 4, length)
+    check(net, lambda net: random_losses(net(x)))
+
+
+class Tied(nn.Module):
+    """One layer in two checkpoints, twice in one of them, and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = keep(lambda x: torch.tanh(self.a(torch.tanh(self.a(x)))), x)
+        return self.b(self.a(keep(lambda x: self.a(x).sin(), x)))
+
+
+def test_layers_in_several_checkpoints():
+    x = tensor(4, 6)
+    check(Tied().double(), lambda net: random_losses(net(x)))
+
+
+def test_dropout_inside():
+    """The same positions are dropped when the layers run again."""
+    x = tensor(6, 6)
+    net = Nested(
+        nn.Linear(6, 8), [nn.Dropout(0.5), nn.Linear(8, 8), [nn.Dropout(0.3), nn.ReLU()]], nn.Linear(8, 3)
+    ).double()
+
+    def losses(net):
+        torch.manual_seed(3)
+        return random_losses(net(x))
+
+    check(net, losses)
+
+
+def test_the_user_draws_random_numbers_in_between():
+    x = tensor(6, 6)
+    net = Nested([nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)]).double()
+    torch.manual_seed(3)
+    expected = truth(net, lambda net: random_losses(net(x)))
+    model = engm.GradNormModule(net)
+    torch.manual_seed(3)
+    losses = random_losses(model(x))
+    torch.manual_seed(77)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    assert_measured(engm.measure(model, losses), expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_sequential():
+    x = tensor(4, 6)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return checkpoint_sequential(self.layers, 2, x, use_reentrant=False)
+
+    check(Net().double(), lambda net: random_losses(net(x)))
+
+
+def test_selective():
+    """Some operators' results are kept, the others run again; torch allows one backward pass, and no look before."""
+    x = tensor(4, 6)
+
+    def policy(ctx, operator, *args, **kwargs):
+        kept = operator == torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).double()
+    expected = truth(net, lambda net: random_losses(net(x)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return keep(self.net, x, context_fn=partial(create_selective_checkpoint_contexts, policy))
+
+    model = engm.GradNormModule(Net(), strict=False)
+    expected.gradients = {f"net.{name}": gradient for name, gradient in expected.gradients.items()}
+    assert_step(model, random_losses(model(x)), expected)
+    model.strict = True
+    model.plans.clear()
+    losses = random_losses(model(x))
+    with pytest.raises(RuntimeError, match="only allowed to backward once"):
+        engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0).backward(losses)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_early_stop(early_stop):
+    x = tensor(4, 6)
+    net = Nested(nn.Linear(6, 8), [nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)], nn.Linear(8, 3)).double()
+    with set_checkpoint_early_stop(early_stop):
+        check(net, lambda net: random_losses(net(x)))
+
+
+def test_autocast_inside():
+    x = tensor(4, 6, dtype=torch.float32)
+    net = Nested(nn.Linear(6, 8), [nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 8)], nn.Linear(8, 3))
+    model = engm.GradNormModule(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = random_losses(model(x).float())
+    assert (
+        relative(engm.measure(model, losses).norms, engm.naive_grad_norms(model, losses)) <= TOLERANCE["norm, bfloat16"]
+    )
+
+
+def test_the_wrapper_itself_in_a_checkpoint():
+    x = tensor(4, 6).requires_grad_()
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double()
+    expected = truth(net, lambda net: random_losses(net(x)))
+    model = engm.GradNormModule(net)
+    losses = random_losses(keep(model, x))
+    assert_measured(engm.measure(model, losses), expected)
+    assert_step(model, losses, expected)
+
+
+def test_measured_again_and_then_reweighted():
+    x = tensor(4, 6)
+    net = Nested(nn.Linear(6, 8), [nn.GELU(), nn.Linear(8, 3)]).double()
+    expected = truth(net, lambda net: random_losses(net(x)))
+    model = engm.GradNormModule(net)
+    losses = random_losses(model(x))
+    for _ in range(2):
+        assert_measured(engm.measure(model, losses), expected)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
+    opt.reweight(losses).mean().backward()
+    wanted = expected.update((1.0 / expected.norms).clamp(max=1))
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name])
+
+
+def test_layers_run_once_more_for_every_backward_pass():
+    calls = []
+
+    class Counting(nn.Linear):
+        pass
+
+    layer = Counting(6, 6).double()
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    model = engm.GradNormModule(Nested([nn.Tanh(), layer, nn.Tanh()], nn.Linear(6, 3)).double())
+    losses = random_losses(model(tensor(4, 6)))
+    engm.measure(model, losses)  # the first look at a structure is a pass of its own
+    calls.clear()
+    losses = random_losses(model(tensor(4, 6)))
+    assert len(calls) == 1
+    engm.measure(model, losses)
+    assert len(calls) == 2
+    losses.sum().backward()
+    assert len(calls) == 3
+
+
+# -- reentrant checkpoints ------------------------------------------------------------------------------------------
+
+
+class Reentrant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(checkpoint(lambda x: F.relu(self.a(x)), x, use_reentrant=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("call", ["measure", "norms", "backward", "reweight"])
+def test_reentrant_is_refused(call, strict):
+    """Torch runs it in ``.backward()`` alone, and all parameter gradients with it: there is no norm pass."""
+    model = engm.GradNormModule(Reentrant().double(), strict=strict)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
+    losses = random_losses(model(tensor(4, 6).requires_grad_()))
+    calls = {
+        "measure": lambda: engm.measure(model, losses),
+        "norms": lambda: engm.per_example_grad_norms(model, losses),
+        "backward": lambda: opt.backward(losses),
+        "reweight": lambda: opt.reweight(losses),
+    }
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        calls[call]()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_reentrant_around_what_is_frozen():
+    """Nothing in it is measured, so nothing is missing; but the losses' graph runs through it."""
+    net = Reentrant().double()
+    net.a.requires_grad_(False)
+    x = tensor(4, 6)
+    check(net, lambda net: random_losses(net(x)))

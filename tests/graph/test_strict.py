@@ -1,0 +1,298 @@
+"""Whatever mixes the examples is refused by name, and what only looks as if it mixed them is not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_checks import assert_measured, check
+from little_network import Around
+from oracle import random_losses, relative, tensor, truth
+from torch import nn
+
+import engm
+
+X = tensor(6, 5)
+
+
+def refused(net, match, losses=None, **wrap):
+    model = engm.GradNormModule(net.double(), **wrap)
+    found = random_losses(model(X)) if losses is None else losses(model)
+    with pytest.raises(RuntimeError, match=match):
+        engm.measure(model, found)
+    found.sum().backward()  # the graph is whole
+    return model
+
+
+MIXING = "influences the losses of other examples"
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: torch.softmax(x, 0),
+        lambda x: x + x.flip(0),
+        lambda x: x / x.std(),
+        lambda x: x + 1e-12 * x.sum(),
+    ],
+)
+def test_mixing_before_a_layer(between):
+    model = refused(Around(between), rf"'first' \(Linear\).*{MIXING}")
+    with pytest.raises(RuntimeError, match=MIXING):  # and again: a refusal is not remembered as a pass
+        engm.measure(model, random_losses(model(X)))
+
+
+def test_mixing_after_the_last_layer():
+    refused(Around(after=lambda x: x - x.mean(0)), rf"'second' \(Linear\).*{MIXING}")
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6])
+def test_losses_in_another_order(n):
+    x = tensor(n, 5)
+    refused(Around(), MIXING, lambda m: random_losses(m(x)).flip(0).roll(n % 2))
+
+
+def test_losses_normalised_over_the_batch():
+    refused(Around(), MIXING, lambda m: random_losses(m(X)) / random_losses(m(X)).sum())
+
+
+@pytest.mark.parametrize("steps", [6, 4, 12])
+def test_time_major_layout_is_recognised(steps):
+    """``[T, n, p]``, with as many steps as examples too: the shapes fit either way, the gradients tell."""
+    check(Around().double(), lambda m: random_losses(m(tensor(steps, 6, 5)).transpose(0, 1)))
+
+
+class OwnBatchNorm(nn.BatchNorm1d):
+    """As some libraries have it: the forward is the subclass's own, an activation included."""
+
+    def forward(self, input):
+        return torch.tanh(F.batch_norm(input, None, None, self.weight, self.bias, training=True))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_that_a_subclass_computes_itself(affine):
+    """It couples as any other does."""
+    norm = nn.BatchNorm1d(5, affine=affine, track_running_stats=False)
+    own = OwnBatchNorm(5, affine=affine, track_running_stats=False)
+    plain, other = Around(nn.Sequential(norm, nn.Tanh())).double(), Around(own).double()
+    for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
+        ours.data.copy_(nn.init.normal_(theirs))
+    measured = [engm.measure(model, random_losses(model(X))) for model in map(engm.GradNormModule, (plain, other))]
+    assert [m.mode for m in measured] == ["frozen", "frozen"]
+    assert relative(measured[1].stacked, measured[0].stacked) <= 1e-9
+    model = engm.GradNormModule(other, batch_norm="exact")
+    losses = random_losses(model(X))
+    assert relative(engm.measure(model, losses).norms, engm.naive_grad_norms(model, losses)) <= 1e-9
+
+
+def test_training_batch_norm_alone_is_no_mixing():
+    check(Around(nn.BatchNorm1d(5)).double(), lambda m: random_losses(m(X)), frozen=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_detached_statistics_do_not_mix(strict):
+    """The gradients of ``x - x.mean(0).detach()`` are those of each example."""
+    check(Around(lambda x: x - x.detach().mean(0)).double(), lambda m: random_losses(m(X)), strict=strict)
+
+
+def test_not_strict_goes_on():
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double(), strict=False)
+    assert bool(torch.isfinite(engm.measure(model, random_losses(model(X))).norms).all())
+
+
+def test_each_mode_is_checked_on_its_first_call():
+    class Mode(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(5, 5), nn.BatchNorm1d(5)
+
+        def forward(self, x):
+            h = self.norm(self.layer(x))
+            return h - h.mean(0) if self.training else h
+
+    net = Mode().double().eval()
+    model = engm.GradNormModule(net)
+    engm.measure(model, random_losses(model(X)))
+    net.train()
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+def test_a_structure_is_checked_once(monkeypatch):
+    from engm.backward import prepare
+
+    checked = []
+    original = prepare.make_plan
+    monkeypatch.setattr(prepare, "make_plan", lambda *args: checked.append(1) or original(*args))
+    model = engm.GradNormModule(Around().double())
+    for _ in range(3):
+        engm.measure(model, random_losses(model(X)))
+    assert len(checked) == 1
+    engm.measure(model, random_losses(model(X)) + random_losses(model(X + 1)))
+    assert len(checked) == 2
+
+
+def test_single_examples_do_not_count_as_checked():
+    """One example cannot leak into another; the first real batch is checked all the same."""
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double())
+    engm.measure(model, random_losses(model(X[:1])))
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+@pytest.mark.parametrize("bad", range(6))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_mixing(bad, value):
+    """0 times NaN is NaN: says nothing about who influences whom."""
+    model = engm.GradNormModule(Around().double())
+    x = X.clone()
+    x[bad] = value
+    losses = F.cross_entropy(model(x), torch.zeros(6, dtype=int), reduction="none")
+    norms = engm.measure(model, losses, check=False).norms
+    assert torch.isfinite(norms).tolist() == [k != bad for k in range(6)]
+
+
+def test_a_batch_of_nans_does_not_count_as_checked():
+    model = engm.GradNormModule(Around(lambda x: x - x.mean(0)).double())
+    engm.measure(model, random_losses(model(X * float("nan"))), check=False)
+    with pytest.raises(RuntimeError, match=MIXING):
+        engm.measure(model, random_losses(model(X)))
+
+
+# -- several rows an example -------------------------------------------------------------------------------------
+
+
+def both_halves(model):
+    clean, attacked = model(torch.cat([X, X + 0.3])).chunk(2)
+    kl = F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction="none", log_target=True)
+    return kl.sum(1) + random_losses(clean)
+
+
+def test_views():
+    check(Around().double(), both_halves, views=2)
+    check(Around(nn.BatchNorm1d(5)).double(), both_halves, views=2, frozen=True)
+    check(Around(nn.BatchNorm1d(5)).double().eval(), both_halves, views=2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_views_left_out_is_one_clear_error(strict):
+    model = engm.GradNormModule(Around().double(), strict=strict)
+    losses = both_halves(model)
+    with pytest.raises(RuntimeError, match=r"views=2\)"):
+        engm.measure(model, losses)
+    losses.sum().backward()
+
+
+def test_wrong_number_of_views():
+    refused(Around(), "views=3, so its first dimension must be 18", both_halves, views=3)
+
+
+def test_interleaved_views():
+    def losses(model):
+        return random_losses(model(X.repeat_interleave(2, 0))).view(6, 2).sum(1)
+
+    check(Around().double(), losses, views=2)
+
+
+def test_losses_of_two_forward_passes():
+    """TRADES: the clean and the attacked pass in one loss."""
+
+    def losses(model):
+        clean, attacked = model(X), model(X + 0.2)
+        kl = F.kl_div(F.log_softmax(attacked, 1), F.softmax(clean, 1), reduction="none").sum(1)
+        return F.cross_entropy(clean, torch.arange(6) % 3, reduction="none") + 6 * kl
+
+    check(Around().double(), losses)
+    check(Around(nn.BatchNorm1d(5)).double(), losses, frozen=True)
+
+
+def test_refusal_leaves_everything_unchanged():
+    net = Around(lambda x: x - x.mean(0)).double()
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 1.0)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match=MIXING):
+        opt.backward(random_losses(model(X)))
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not opt.state
+
+
+class BiasFromTable(nn.Module):
+    """A bias computed from a fixed table of ``side**2`` rows by layers of its own, behind a gain (Swin v2)."""
+
+    def __init__(self, side, between=None):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, side * side), nn.Linear(side * side, 3)
+        self.mlp = nn.Sequential(
+            nn.Linear(2, 12), nn.ReLU(inplace=True), *([between] if between else []), nn.Linear(12, 1)
+        )
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("table", tensor(1, side, side, 2))
+        self.register_buffer("picked", torch.arange(side * side).flip(0))
+
+    def forward(self, x):
+        bias = 3 * torch.sigmoid(self.mlp(self.table).view(-1, 1)[self.picked].view(-1))
+        return self.last(self.first(x) + self.gain * torch.tanh(self.first(x) + bias))
+
+
+@pytest.mark.parametrize("between", [None, nn.LayerNorm(12), nn.Linear(12, 12, bias=False)])
+@pytest.mark.parametrize(("n", "side"), [(2, 3), (3, 3), (4, 4), (9, 3), (12, 5), (16, 4), (25, 5)])
+def test_a_branch_behind_a_gain_of_zero(n, side, between):
+    """No gradient tells where examples lie in it, and what is taken there must not be remembered."""
+    net, x = BiasFromTable(side, copy.deepcopy(between)).double(), tensor(n, 5)
+    model = engm.GradNormModule(net)
+    for gain in (0.0, 0.5, 0.7):
+        net.gain.data.fill_(gain)
+        expected = truth(net, lambda net: random_losses(net(x)))
+        assert_measured(engm.measure(model, random_losses(model(x))), expected)
+    assert model.plans
+
+
+@pytest.mark.parametrize(("n", "heads"), [(2, 2), (3, 2), (4, 3)])
+def test_copies_of_what_a_layer_computed_for_all(n, heads):
+    """Relative positions through a projection, copied for every example and head (DeBERTa)."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(5, heads * 4), nn.Linear(heads * 8, 3)
+            self.relative, self.key = nn.Embedding(8, 6), nn.Linear(6, heads * 4)
+
+        def forward(self, x):
+            query = self.first(x).view(*x.shape[:2], heads, 4).transpose(1, 2).flatten(0, 1)
+            key = self.key(self.relative.weight.unsqueeze(0)).view(8, heads, 4).transpose(0, 1)
+            scores = query @ key.repeat(n, 1, 1).transpose(1, 2)
+            return self.last(scores.view(n, heads, -1, 8).transpose(1, 2).flatten(2))
+
+    x = tensor(n, 4, 5)
+    check(Attention().double(), lambda model: random_losses(model(x)))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_parameter_that_nobody_reads_in_a_time_major_module(n):
+    """As XLNet's segments: the module holds it, and this pass does not use it."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.segments = nn.Parameter(tensor(4)), nn.Parameter(tensor(2, 4))
+            self.mix = nn.Parameter(tensor(5, 4))
+
+        def forward(self, steps, segments=None):
+            query = torch.einsum("tni,ij->tnj", steps, self.mix) + self.bias
+            return query if segments is None else query + self.segments[segments]
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.last = Attention(), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.last(self.attention(x.transpose(0, 1)).tanh().transpose(0, 1))
+
+    x = tensor(n, 5, 5)
+    check(Network().double(), lambda model: random_losses(model(x)))

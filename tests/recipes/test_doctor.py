@@ -1,0 +1,36 @@
+"""What ``engm doctor`` looks at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import engm
+from engm.recipes.cli import app
+from engm.recipes.doctor import examine
+
+
+def test_doctor(tmp_path: Path) -> None:
+    command = ["doctor", "--data-root", str(tmp_path), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert "cifar10" in result.output
+    assert "engm train --download fetches it" in result.output
+
+
+def threads(tmp_path: Path) -> tuple[str, str]:
+    (found,) = [finding for finding in examine(tmp_path, tmp_path) if finding.what == "threads"]
+    return found.state, found.detail
+
+
+def test_doctor_says_what_the_operators_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = engm.build_info()
+    state, detail = threads(tmp_path)
+    assert state == "ok"
+    assert compiled["cpu_parallel"] in detail
+    monkeypatch.setattr(engm, "build_info", lambda: {**compiled, "cpu_parallel": "none (serial)"})
+    state, detail = threads(tmp_path)
+    assert state == "bad"
+    assert "THE CPU OPERATORS RUN ON ONE THREAD" in detail

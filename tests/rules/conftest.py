@@ -1,0 +1,26 @@
+"""What the tests of modules that are run again share."""
+
+import pytest
+
+from engm.graph import planning
+from engm.rules import fallback
+
+
+@pytest.fixture
+def run_again(monkeypatch):
+    """The names of the types of the modules that the engine runs again, in order."""
+    found = []
+    terms = fallback.GenericRule.terms
+
+    def noted(self, module, *rest):
+        found.append(type(module).__name__)
+        return terms(self, module, *rest)
+
+    monkeypatch.setattr(fallback.GenericRule, "terms", noted)
+    return found
+
+
+@pytest.fixture
+def preferred(monkeypatch):
+    """The engine runs modules again, also those whose operators it could look into instead."""
+    monkeypatch.setattr(planning, "set_aside", lambda traced, choices: {})
