@@ -21,6 +21,7 @@ from ..torch_internals import (
     batch_norm_statistics,
     hooks_pack_what_is_saved,
     is_narrow,
+    node_name,
     rank_without_batch,
     saved_rstd,
     saved_statistics,
@@ -121,7 +122,7 @@ class SyncBatchNormRule(BatchNormRule):
     """
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
-        name = "" if output.grad_fn is None else output.grad_fn.name()
+        name = "" if output.grad_fn is None else node_name(output.grad_fn)
         if name.startswith(SYNC_BATCH_NORM_NODE) and hooks_pack_what_is_saved():
             raise RuntimeError(
                 "engm: nn.SyncBatchNorm over several processes runs where hooks pack what autograd saves "
