@@ -59,4 +59,4 @@ sanitize:
 # Leaves .venv, which takes longest to make: remove it by hand.
 clean:
 	rm -rf build dist .make *.egg-info engm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find engm tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find engm tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

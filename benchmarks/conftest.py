@@ -25,7 +25,7 @@ def _threads() -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[dict[str, object]], None]:
-    """Call it with the figures of the test."""
+    """A function that takes the figures of the test."""
     return lambda figures: _FIGURES.update({request.node.name: figures})
 
 

@@ -1,9 +1,9 @@
 """How well each way of taking norms under training-mode batch norm reproduces the paper's weights and update.
 
 Trains a batch-norm network adversarially with ENGM, its norms borrowed from the attack's last step, and at a few steps
-computes every example's exact gradient, one backpropagation each. Against those it reports, for every mode of
-section 2.5 of the design, the correlation of the norms, the mean relative error of ``w_i`` and the cosine of
-``sum_i w_i g_i`` with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
+computes every example's exact gradient, one backpropagation each. Against those it reports, for every way of taking
+norms (a "mode"), the correlation of the norms, the mean relative error of ``w_i`` and the cosine of ``sum_i w_i g_i``
+with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
 
 The rows "default" use the engine as a user gets it: factors up to ``calibrate_every`` steps old. All other fitted rows
 are fitted on the 16 examples of a fresh draw from the very batch.
@@ -15,20 +15,19 @@ are fitted on the 16 examples of a fresh draw from the very batch.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import output
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engm
 from engm.backward.collect import TermCollector
-from engm.backward.norms import calibrated_squared_norms, measure_traced
+from engm.backward.norms import calibrated_squared_norms, measure_graph
 from engm.backward.prepare import planned_losses
 from engm.exact import exact_squared_norms
 from engm.recipes.models.resnet import NormName, resnet18, small_resnet
@@ -134,23 +133,23 @@ def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor, *, relative: bool = 
 
 
 def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Any]:
-    """All modes with a norm pass of their own on one batch; ``own`` carries the calibration of such a run."""
+    """Every mode with a norm pass of its own on one batch; ``own`` carries the calibration of such a run."""
     parameters = [p for _, p in own.trainable_parameters()]
     x = x.clone().requires_grad_()
     losses = F.cross_entropy(own(x), y, reduction="none")
-    traced = planned_losses(own, losses)
+    graph = planned_losses(own, losses)
     judge = Judge(exact_gradients(losses, parameters))
     exact = exact_squared_norms(losses, parameters)
     fit = torch.randperm(len(y), generator=generator)[:16]
-    naive = TermCollector(own, traced, len(y))
+    naive = TermCollector(graph)
     naive.run(losses, torch.ones_like(losses), frozen=False, retain_graph=True)
-    frozen = measure_traced(own, traced, losses).stacked
-    corrected = measure_traced(own, traced, losses, correct=True)
+    frozen = measure_graph(graph, losses, "frozen").stacked
+    corrected = measure_graph(graph, losses, "corrected")
     (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
     own.eval()
     evaluation = engm.measure(own, F.cross_entropy(own(x.detach()), y, reduction="none")).norms
     own.train()
-    stacked, factors = calibrated_squared_norms(own, traced, losses, corrected, borrowed=False, count=False)
+    stacked, factors = calibrated_squared_norms(own, graph, losses, corrected, borrowed=False, count=False)
     norms = {
         "backprops of the summed loss (naive hooks)": naive.squared_norms(losses).sum(0).sqrt(),
         "input-gradient norm, fitted": a_line(gradient.flatten(1).norm(dim=1), judge.norms, fit),
@@ -190,21 +189,21 @@ def judge_borrowed(
 
 
 def calibrate(model: engm.GradNormModule, x: Tensor, y: Tensor) -> None:
-    """ExactSample afresh for the own pass, as a run with one does when its factors are due."""
+    """Takes fresh factors for the norm pass of ``model``, as a run with such a pass does when they are due."""
     losses = F.cross_entropy(model(x), y, reduction="none")
-    traced = planned_losses(model, losses)
+    graph = planned_losses(model, losses)
     model.calibration.forget()
-    pass_ = measure_traced(model, traced, losses, correct=True)
-    calibrated_squared_norms(model, traced, losses, pass_, borrowed=False, count=False)
+    measured = measure_graph(graph, losses, "corrected")
+    calibrated_squared_norms(model, graph, losses, measured, borrowed=False, count=False)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole study; returns what the JSON holds."""
+    """Trains, judges at the steps ``args.at``, and returns what the JSON holds."""
     torch.manual_seed(args.seed)
     images, labels = load(args.data)
     net = network(args, images.shape[1])
-    model = engm.GradNormModule(net)  # trains, with norms borrowed from an attack in evaluation mode
-    own = engm.GradNormModule(net)  # calibrates as a run with its own norm pass would
+    model = engm.GradNormModule(net)  # this wrapper trains, with norms borrowed from the attack
+    own = engm.GradNormModule(net)  # this one is calibrated as in a run with a norm pass of its own
     opt = engm.ENGM(model, inner_sgd(model, args), alpha=args.alpha)
     generator = torch.Generator().manual_seed(args.seed)
     batches = batches_of(len(labels), args.batch, generator)
@@ -238,15 +237,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         opt.zero_grad()
     return {
         "arguments": {key: value for key, value in vars(args).items() if key != "out"},
-        "torch": torch.__version__,
-        "engm": engm.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": output.machine(),
         "records": records,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: per mode the range of the correlation, and means with worst values of error and cosine."""
+    """A Markdown table: for every mode the range of the correlation, and means and worst values of error and cosine."""
     lines = ["| norms from | correlation | error of w_i (worst) | cosine of the update (worst) |", "|---|---|---|---|"]
     for name in result["records"][0]["modes"]:
         rows = [record["modes"][name] for record in result["records"]]
@@ -283,8 +280,7 @@ def main() -> None:
     result = run(args)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        output.save(args.out, result)
 
 
 if __name__ == "__main__":

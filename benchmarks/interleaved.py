@@ -14,7 +14,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """One contender.
+    """What was measured of one contender.
 
     Attributes:
         seconds: median over the rounds.
@@ -48,7 +48,7 @@ def compare(
         reference: the name that ratios are to; not one of ``few``.
         rounds: how many turns.
         few: slow contenders, which take part in the first ``few_rounds`` turns only and are warmed up once.
-        few_rounds: for them.
+        few_rounds: how many turns the slow contenders take.
     """
     peaks = {}
     for name, step in steps.items():
@@ -69,15 +69,20 @@ def compare(
     timings = {}
     for name, measured in seconds.items():
         ratios = [own / other for own, other in zip(measured, seconds[reference], strict=False)]
-        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0.0, 0.0, 0.0]
-        timings[name] = Timing(
-            statistics.median(measured), statistics.median(ratios), (quartiles[2] - quartiles[0]) / 2, peaks[name]
-        )
+        timings[name] = Timing(statistics.median(measured), statistics.median(ratios), spread_of(ratios), peaks[name])
     return timings
 
 
+def spread_of(values: list[float]) -> float:
+    """Half the interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return (high - low) / 2
+
+
 def runnable(makers: Mapping[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[str, str]]:
-    """Make every contender and let it do one step: the steps that work, and for the others the reason."""
+    """Make every contender and let it do one step; returns the steps that work, and for the others the reason."""
     steps, reasons = {}, {}
     for name, maker in makers.items():
         try:
@@ -100,9 +105,9 @@ def synchronize() -> None:
 def peak_allocation(step: Step) -> int:
     """Peak of the bytes that ``step`` holds at once: torch's profiler on the CPU, on a GPU its caching allocator.
 
-    Scratch that libraries take from elsewhere (oneDNN, MKL, the per-thread buffers of engm's kernels) is not in it.
+    Scratch that libraries take from elsewhere (oneDNN, MKL, the per-thread buffers of engm's kernels) is not counted.
     """
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():  # whoever computes there has tensors there
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():  # a step on the GPU has tensors there
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()

@@ -6,11 +6,11 @@ python benchmarks/layers.py [--threads 2] [--out benchmarks/results/cpu/layers.j
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import output
 import torch
 
 from engm import ops
@@ -21,7 +21,7 @@ GEOMETRY = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
 
 
 def contenders(channels: int, side: int, n: int) -> dict[str, Callable[[], object]]:
-    """Name to one call on fresh random data."""
+    """One call of every contender on fresh random data, by name."""
     x, gy = torch.randn(n, channels, side, side), torch.randn(n, channels, side, side)
     geometry = (GEOMETRY.kernel_size, GEOMETRY.stride, GEOMETRY.padding, GEOMETRY.dilation, GEOMETRY.groups)
     return {
@@ -34,7 +34,7 @@ def contenders(channels: int, side: int, n: int) -> dict[str, Callable[[], objec
 
 
 def main() -> None:
-    """Interleaved rounds; the least time of each contender in milliseconds."""
+    """Times all contenders in turn, and prints the least milliseconds of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
@@ -56,8 +56,7 @@ def main() -> None:
             f"{channels} channels, {side}x{side}:", "  ".join(f"{k} {v:.1f} ms" for k, v in least.items()), flush=True
         )
     if args.out:
-        document = {"torch": torch.__version__, "threads": args.threads, "batch": args.batch, "milliseconds": result}
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        output.save(args.out, {"machine": output.machine(), "batch": args.batch, "milliseconds": result})
 
 
 if __name__ == "__main__":

@@ -99,7 +99,11 @@ def backpack_norms(net: nn.Module, x: Tensor, y: Tensor) -> workloads.Step:
 
 
 def _backpacked(model: nn.Module, attribute: str) -> list[Tensor]:
-    """What BackPACK left on the parameters; it passes over layers that it does not know without a word."""
+    """What BackPACK left on the parameters.
+
+    Raises:
+        RuntimeError: parameters were left out; BackPACK passes over layers that it does not know without a word.
+    """
     missing = [name for name, p in model.named_parameters() if not hasattr(p, attribute)]
     if missing:
         owner = model.get_submodule(missing[0].rpartition(".")[0])
@@ -149,7 +153,7 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, Tensor], workloads.Step]] = {
 
 
 def versions() -> dict[str, str | None]:
-    """Of the distributions behind the peers; None where one is not installed."""
+    """Versions of the distributions behind the peers; None where one is not installed."""
     found: dict[str, str | None] = {}
     for name in ("opacus", "backpack-for-pytorch", "fastDP"):
         try:

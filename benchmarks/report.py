@@ -1,4 +1,4 @@
-"""Draws the Markdown tables of README from benchmarks/results.
+"""Prints figures of benchmarks/results as Markdown tables, as the README shows them.
 
 python benchmarks/report.py [benchmarks/results/cpu/steps.json]
 """
@@ -13,7 +13,7 @@ DEFAULT = Path(__file__).parent / "results" / "cpu" / "steps.json"
 
 
 def table(figures: dict) -> str:
-    """One benchmark: contender, seconds a step, ratio to the reference, peak memory and its ratio."""
+    """The table of one benchmark: seconds a step, ratio to the reference and peak memory of every contender."""
     reference = figures["reference"]
     base = figures["contenders"][reference]["peak_megabytes"]
     lines = ["| contender | s a step | ratio to " + reference + " | peak MB | extra peak |", "|---|---|---|---|---|"]

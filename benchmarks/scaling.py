@@ -2,8 +2,9 @@
 
 A ResNet of four stages with group norm; one quantity varies, the others stay at ``--n 32 --side 32 --width 16`` and two
 blocks a stage (ResNet-18). At every point ENGM and SGD take turns: seconds, their ratio, the peak of what a step
-allocates. Points come cheapest first, one of each axis in turn, until ``--budget`` seconds are over (the first of each
-always); what was passed over is named. A fit through the points of an axis gives the exponents of growth.
+allocates. Points come cheapest first, one of each axis in turn, until ``--budget`` seconds are over; the first point of
+an axis is always measured, and points that were passed over are named. A fit through the points of an axis gives the
+exponents of growth.
 
     python benchmarks/scaling.py --plot
     python benchmarks/scaling.py --n 128 --width 64 --device cuda --out benchmarks/results/gpu/scaling.json --plot
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +41,7 @@ def axis_values(axis: str, base: int) -> list[int]:
 
 
 def measure(point: dict[str, int], rounds: int, device: str) -> dict[str, Timing]:
-    """One point: SGD and ENGM in turn."""
+    """Times SGD and ENGM in turn at one point."""
     torch.manual_seed(0)
     net = ResNet([point["blocks"]] * 4, point["width"], norm="group").to(device)
     x, y = (t.to(device) for t in workloads.batch(point["n"], point["side"]))
@@ -67,14 +69,11 @@ def exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     pairs = [(math.log(s), math.log(v)) for s, v in zip(sizes, values, strict=True) if v > 0]
     if len(pairs) < 2:
         return None
-    x, y = zip(*pairs, strict=True)
-    mean = sum(x) / len(x)
-    slope = sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
-    return round(slope, 3)
+    return round(statistics.linear_regression(*zip(*pairs, strict=True)).slope, 3)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All points that the budget allows; returns what the JSON holds."""
+    """Measures all points that the budget allows, and returns what the JSON holds."""
     base = {axis: getattr(args, axis) for axis in AXES}
     start = time.monotonic()
     axes: dict[str, Any] = {axis: {"points": [], "passed over": []} for axis in AXES}
@@ -121,7 +120,7 @@ def show(document: dict[str, Any]) -> None:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Seconds above, peak memory below, one column an axis, both axes logarithmic."""
+    """Draws seconds above and peak memory below, a column for each axis, on logarithmic scales."""
     with output.picture(path, 2, len(AXES), (4 * len(AXES), 7)) as boxes:
         for column, (axis, entry) in enumerate(document["axes"].items()):
             points = entry["points"]

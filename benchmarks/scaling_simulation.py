@@ -1,6 +1,6 @@
 """A model, not a measurement: what a step of SGD and of ENGM would take on more and more devices.
 
-Assumptions, all of them arguments. Every device has the same share of work at any world size (weak scaling) and the
+All assumptions are arguments. Every device has the same share of work at any world size (weak scaling) and the
 same link, on which messages follow one another. A ring all-reduce of S bytes over p devices takes
 2 (p - 1) latency + 2 (p - 1) / p S / bandwidth, an all-gather or reduce-scatter half of that (Thakur et al. 2005).
 Gradients become ready at an even pace and are reduced in buckets, as DistributedDataParallel does: in the backward pass
@@ -46,11 +46,12 @@ class Work:
     """One device's share of a step.
 
     Attributes:
-        forward: seconds of a forward pass, of all activations' and of all parameters' gradients each.
+        forward: seconds of a forward pass; the gradients of all activations take as long, and so do those of all
+            parameters.
         norms: seconds of per-example norms.
         attack_steps: forward and backward passes without parameters' gradients before the step.
         size: bytes of all parameters.
-        parts: in how many the network is split by ``fully_shard``.
+        parts: how many parts ``fully_shard`` splits the network into.
         bucket: bytes of a bucket of DistributedDataParallel.
     """
 
@@ -63,7 +64,7 @@ class Work:
 
 
 def reduced(work: Work, link: Link, start: float, end: float) -> float:
-    """When the last bucket is summed, of gradients that become ready at an even pace from ``start`` to ``end``."""
+    """When the last bucket is summed, if gradients become ready at an even pace from ``start`` to ``end``."""
     free, done = start, 0.0
     while done < work.size:
         part = min(work.bucket, work.size - done)
@@ -99,7 +100,7 @@ def sharded_pass(work: Work, link: Link, seconds: float, *, scatters: bool = Fal
 
 
 def sharded_steps(work: Work, link: Link) -> dict[str, float]:
-    """Seconds of a step under fully_shard, every part let go after every pass."""
+    """Seconds of a step under fully_shard, by method; every part is freed after every pass."""
     plain = (2 * work.attack_steps + 1) * sharded_pass(work, link, work.forward)
     normed = sharded_pass(work, link, work.forward + work.norms)
     backward = sharded_pass(work, link, 2 * work.forward, scatters=True)
@@ -107,7 +108,7 @@ def sharded_steps(work: Work, link: Link) -> dict[str, float]:
 
 
 def statistics(link: Link, args: argparse.Namespace) -> dict[str, float]:
-    """Mean seconds a step for what is estimated from all ranks; none of it overlaps."""
+    """Mean seconds a step for what is estimated from all ranks; nothing overlaps with them."""
     world = link.world
     return {
         "calibration": link.all_reduce(2 * args.tensors * NUMBER) / args.calibrate_every,
@@ -120,15 +121,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=11.17e6, help="default: ResNet-18")
     parser.add_argument("--tensors", type=int, default=62)
-    parser.add_argument("--bytes", type=int, default=4, help="of a parameter and of its gradient")
-    parser.add_argument("--examples", type=int, default=128, help="on one device")
+    parser.add_argument("--bytes", type=int, default=4, help="bytes of a parameter and of its gradient")
+    parser.add_argument("--examples", type=int, default=128, help="examples on one device")
     parser.add_argument("--forward", type=float, default=10.0, help="milliseconds of a forward pass")
-    parser.add_argument("--norms", type=float, default=0.8, help="of per-example norms, in forward passes")
+    parser.add_argument("--norms", type=float, default=0.8, help="time of per-example norms, in forward passes")
     parser.add_argument("--attack-steps", type=int, default=0, help="forward and backward passes before the step")
     parser.add_argument("--latency", type=float, default=10.0, help="microseconds a message")
     parser.add_argument("--bandwidth", type=float, default=10.0, help="GB/s of a device's link")
     parser.add_argument("--bucket", type=float, default=25.0, help="megabytes of a bucket of DistributedDataParallel")
-    parser.add_argument("--parts", type=int, default=10, help="that fully_shard splits the network into")
+    parser.add_argument("--parts", type=int, default=10, help="parts that fully_shard splits the network into")
     parser.add_argument("--calibrate-every", type=int, default=50, help="steps between two calibrations")
     parser.add_argument("--tau", type=int, default=50, help="steps between two regressions of A-ENGM")
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8, 16, 64, 256])
@@ -136,12 +137,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def simulate(args: argparse.Namespace, world: int) -> dict[str, dict[str, float]]:
-    """With ``world`` devices: seconds of a step by method, of statistics, and bytes that a device sends in a step."""
+    """What ``world`` devices take: seconds of a step by method and of statistics, and bytes that a device sends."""
     forward, size = args.forward / 1e3, args.parameters * args.bytes
     work = Work(forward, args.norms * forward, args.attack_steps, size, args.parts, args.bucket * 2**20)
     link = Link(args.latency / 1e6, args.bandwidth * 1e9, world)
     share = (world - 1) / world * size
-    passes = 2 * args.attack_steps  # each gathers the parameters
+    passes = 2 * args.attack_steps  # of the attack, which gather the parameters too
     return {
         "steps": ddp_steps(work, link) | sharded_steps(work, link),
         "statistics": statistics(link, args),

@@ -6,7 +6,7 @@ exact gradients of 16 examples, A-ENGM's regression) is timed as a contender of 
 is charged to every step ("in all"; a run's first 50 steps calibrate three times more). MSGD is torch without engm.
 
 Then whoever else clips every example's gradient exactly, on the plain training step (no attack) of networks whose
-examples do not couple, as ratios to SGD. Who cannot run there is listed with the reason.
+examples do not couple, as ratios to SGD. A peer that cannot run there is listed with the reason.
 
     python benchmarks/table1.py --norm both --plot
     python benchmarks/table1.py --width 64 --n 128 --norm both --device cuda --out benchmarks/results/gpu/table1.json
@@ -26,7 +26,6 @@ import output
 import peers
 import torch
 import workloads
-from gpu.steps import bare
 from interleaved import Step, Timing, compare, runnable
 from torch import Tensor, nn
 
@@ -39,7 +38,7 @@ PAPER_SECONDS = {  # an iteration on a Titan RTX
     "A-ENGM": 0.83,
     "ENGM": 5.06,
 }
-WHOLE = {"MSGD + GNC": "gnc", "SNGM": "sngm"}  # read the mean gradient only
+WHOLE = {"MSGD + GNC": "gnc", "SNGM": "sngm"}  # these read the mean gradient only
 NORMED = {"F-ENGM": "fengm", "N-ENGM": "nengm", "A-ENGM": "aengm", "ENGM": "engm"}
 WAYS = {"borrowed": True, "own pass": False}
 RARE = ", rare step"
@@ -50,7 +49,7 @@ PLAIN = ["group norm", "batch norm, evaluation mode"]
 
 
 def paper_ratio(label: str) -> float | None:
-    """Of an optimizer, in whichever way it gets its norms."""
+    """The paper's ratio for an optimizer, however its norms are taken; None for one that the paper does not have."""
     seconds = PAPER_SECONDS.get(label.removeprefix("naive ").partition(" (")[0])
     return None if seconds is None else seconds / PAPER_SECONDS["MSGD"]
 
@@ -58,7 +57,7 @@ def paper_ratio(label: str) -> float | None:
 def adversarial_steps(net: nn.Module, x: Tensor, y: Tensor, norm: str, attack_steps: int) -> dict[str, Step]:
     """Every contender of Table 1; names that end in ``RARE`` do at every step what is otherwise rare."""
     ours = partial(workloads.pgd_step, net, x, y, attack_steps=attack_steps)
-    steps: dict[str, Step] = {"MSGD": bare(net, x, y, attack_steps)}
+    steps: dict[str, Step] = {"MSGD": workloads.bare(net, x, y, attack_steps)}
     for label, method in WHOLE.items():
         steps[label] = ours(method, borrowed=False)
     for label, method in NORMED.items():
@@ -66,7 +65,7 @@ def adversarial_steps(net: nn.Module, x: Tensor, y: Tensor, norm: str, attack_st
             steps[f"{label} ({way})"] = ours(method, borrowed=borrowed)
             if method == "aengm" or (norm == "batch" and method != "nengm"):
                 steps[f"{label} ({way}){RARE}"] = ours(method, borrowed=borrowed, rare=True)
-    return steps | {NAIVE: bare(net, x, y, attack_steps, naive=True)}
+    return steps | {NAIVE: workloads.bare(net, x, y, attack_steps, naive=True)}
 
 
 def adversarial(net: nn.Module, x: Tensor, y: Tensor, norm: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +106,7 @@ def plain(net: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dic
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything; returns what the JSON holds."""
+    """Measures and prints what the arguments ask for; returns what the JSON holds."""
     x, y = (t.to(args.device) for t in workloads.batch(args.n))
     document: dict[str, Any] = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
@@ -127,7 +126,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_adversarial(norm: str, rows: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print one network's Table 1."""
     title = (
         f"PGD-{args.attack_steps} iteration, {NETWORKS[args.network]} of width {args.width}, {norm} norm, n = {args.n}"
     )
@@ -144,7 +142,6 @@ def show_adversarial(norm: str, rows: dict[str, Any], args: argparse.Namespace) 
 
 
 def show_plain(setting: str, found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print ENGM and its peers."""
     base = found["contenders"]["SGD"]["peak_megabytes"]
     cells = [
         [name, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}", f"± {row['spread']:.2f}",
@@ -158,7 +155,7 @@ def show_plain(setting: str, found: dict[str, Any], args: argparse.Namespace) ->
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """Horizontal bars: Table 1 with ours and the paper's ratios, and the peers; logarithmic."""
+    """Draws bars on logarithmic scales: measured ratios beside those of the paper's Table 1, and the peers."""
     boxes = len(document["adversarial"]) + len(document["plain"])
     with output.picture(path, 1, boxes, (5.5 * boxes, 5.5)) as axes:
         remaining = iter(axes[0])
@@ -203,14 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--norm", choices=["batch", "group", "both"], default="batch")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--naive-rounds", type=int, default=2, help="for naive ENGM and the rare steps")
+    parser.add_argument("--naive-rounds", type=int, default=2, help="rounds of naive ENGM and of the rare steps")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     output.add_options(parser, "table1.json")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     with warnings.catch_warnings():
-        for message in ("Full backward hook is firing", "Extension saving to"):  # the peers'; results are unaffected
+        for message in ("Full backward hook is firing", "Extension saving to"):  # peers warn; their results are right
             warnings.filterwarnings("ignore", message)
         document = run(args)
     output.save(args.out, document)

@@ -39,11 +39,11 @@ def test_plain_step(benchmark, record, name: str, width: int, norm: str) -> None
     if norm == "group":
         steps["opacus ghost"] = workloads.opacus_ghost(net, x, y)
     timings = compare(steps, reference="sgd", rounds=ROUNDS)
-    if width == 16:  # slow: the ratio of naive ENGM to SGD from two rounds
+    if width == 16:  # naive ENGM is slow: two rounds have to do for its ratio
         timings |= {
             "naive engm": compare(
                 {"sgd": steps["sgd"], "naive engm": workloads.naive_engm(net, x, y)}, reference="sgd", rounds=2
             )["naive engm"]
         }
     report(benchmark, record, timings, "sgd", steps["sgd"])
-    assert timings["engm"].ratio > 1.0  # it does strictly more work
+    assert timings["engm"].ratio > 1.0  # ENGM does strictly more work

@@ -5,9 +5,9 @@ predictors and exact gradients see its running statistics), and group norm. Each
 adversarial examples. ENGM with its own norm pass, ENGM with norms borrowed from the attack's last step, A-ENGM (a
 regression every ``--tau`` steps) and N-ENGM take part in every step, so that their factors and lines are as old as in
 a run of their own. At the steps ``--at`` every example's exact gradient is computed, one backpropagation each.
-Reported: the correlation of the predictor with the exact norm, the mean of |w_hat - w| / w, and the cosine of
+Reported are the correlation of the predictor with the exact norm, the mean of |w_hat - w| / w, and the cosine of
 sum_i w_hat_i g_i with sum_i w_i g_i; alpha is the median of the exact norms, so that half of the examples are clipped.
-N-ENGM's threshold is one of its own: here the median of its predictor, the best that can be chosen for a batch.
+N-ENGM has a threshold of its own, here the median of its predictor, the best that can be chosen for a batch.
 
     python benchmarks/weights.py --plot
     python benchmarks/weights.py --data CIFAR10.npz --eps 0.0314 --steps 140 --at 10 35 70 105 140 --plot
@@ -88,7 +88,7 @@ def judge(net: nn.Module, x: Tensor, y: Tensor, predicted: dict[str, Tensor]) ->
 
 
 def run(args: argparse.Namespace, setting: str) -> list[dict[str, Any]]:
-    """One run; what was found at every look."""
+    """Trains once, and returns what was found at every step of ``args.at``."""
     torch.manual_seed(args.seed)
     norm, mode = SETTINGS[setting]
     args = argparse.Namespace(**vars(args), statistics=mode)
@@ -139,7 +139,7 @@ def show(setting: str, records: list[dict[str, Any]]) -> None:
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """One row a measure, one column a run, over the steps."""
+    """Draws every measure over the steps: a row for each measure, a column for each run."""
     with output.picture(path, len(MEASURES), len(document["settings"]), (12, 9)) as boxes:
         for column, (setting, records) in enumerate(document["settings"].items()):
             steps = [record["step"] for record in records]

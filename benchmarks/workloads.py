@@ -24,7 +24,7 @@ def vgg(width: int, norm: str) -> nn.Module:
         out = factor * width
         layers.append(nn.Conv2d(channels, out, 3, padding=1, bias=False))
         layers.append(nn.BatchNorm2d(out) if norm == "batch" else nn.GroupNorm(8, out))
-        layers.append(nn.ReLU())  # in place it breaks the module backward hooks of Opacus
+        layers.append(nn.ReLU())  # in-place ReLUs break the module backward hooks of Opacus
         if position:
             layers.append(nn.MaxPool2d(2))
         channels = out
@@ -54,7 +54,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The reference: no engm anywhere."""
+    """A training step of SGD, the reference: no engm anywhere."""
     net = copy.deepcopy(net)
     optimizer = sgd(net)
 
@@ -67,7 +67,10 @@ def plain_sgd(net: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def engm_step(net: nn.Module, x: Tensor, y: Tensor, method: str, **options: object) -> Step:
-    """One of ours, ``method`` as in ``outer``. A step that calibrates is timed apart: see ``calibrating``."""
+    """A step of one of engm's optimizers, by the names of ``outer``.
+
+    Only the first step calibrates; ``calibrating`` is for timing those that do.
+    """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, **options)
     opt = outer(model, method)
 
@@ -94,20 +97,21 @@ def outer(model: engm.GradNormModule, method: str, *, tau: int = 10**9) -> engm.
     return makers[method]()
 
 
+def naively_reweighted(net: nn.Module, losses: Tensor) -> Tensor:
+    """``w_i L_i``, ``[n]``, with norms as the paper takes them: one backpropagation an example over one graph."""
+    parameters = list(net.parameters())
+    gradients = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses.unbind())
+    norms = torch.stack([torch.stack(torch._foreach_norm(found)).norm() for found in gradients])
+    return losses * (1.0 / norms).clamp(max=1)
+
+
 def naive_engm(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The paper's ENGM: one backpropagation an example over one graph for the norms, then the reweighted one."""
+    """The paper's ENGM: naive norms, then the backward pass of the reweighted losses."""
     net = copy.deepcopy(net)
     optimizer = sgd(net)
-    parameters = list(net.parameters())
 
     def step() -> None:
-        losses = losses_of(net, x, y)
-        norms = [
-            torch.stack(torch._foreach_norm(torch.autograd.grad(loss, parameters, retain_graph=True))).norm()
-            for loss in losses.unbind()
-        ]
-        weights = (1.0 / torch.stack(norms)).clamp(max=1)
-        (losses * weights).mean().backward()
+        naively_reweighted(net, losses_of(net, x, y)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -134,6 +138,11 @@ def opacus_ghost(net: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
+def attack_of(steps: int, *, eval_mode: bool = True) -> PGD:
+    """The paper's attack: radius 8/255, step 2/255."""
+    return PGD(eps=8 / 255, step_size=2 / 255, steps=steps, eval_mode=eval_mode)
+
+
 def pgd_step(
     net: nn.Module,
     x: Tensor,
@@ -144,13 +153,13 @@ def pgd_step(
     rare: bool = False,
     attack_steps: int = 10,
 ) -> Step:
-    """A whole adversarial training step: PGD, then one of our optimizers with borrowed norms or its own pass.
+    """A whole adversarial step: PGD, then one of engm's optimizers with borrowed norms or a pass of its own.
 
-    ``rare``: every step calibrates, and A-ENGM regresses, as otherwise only the first does.
+    With ``rare`` every step calibrates, and A-ENGM regresses, as otherwise only the first does.
     """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
     opt = outer(model, method, tau=1 if rare else 10**9)
-    attack = PGD(eps=8 / 255, step_size=2 / 255, steps=attack_steps)
+    attack = attack_of(attack_steps)
     generator = torch.Generator(x.device).manual_seed(0)
     measured = opt if borrowed else False
 
@@ -165,19 +174,25 @@ def pgd_step(
     return step
 
 
-def pgd_naive(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """The same with the paper's one backpropagation an example."""
+def bare(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int, *, naive: bool = False) -> Step:
+    """A whole adversarial step without engm: PGD, then momentum SGD or the paper's one backpropagation an example."""
     net = copy.deepcopy(net)
-    attack, generator = PGD(eps=8 / 255, step_size=2 / 255, steps=10), torch.Generator().manual_seed(0)
+    optimizer, attack = sgd(net), attack_of(attack_steps)
+    generator = torch.Generator(x.device).manual_seed(0)
 
     def step() -> None:
-        naive_engm(net, attack(net, x, y, generator=generator).inputs, y)()
+        losses = losses_of(net, attack(net, x, y, generator=generator).inputs, y)
+        if naive:
+            losses = naively_reweighted(net, losses)
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
 
 def calibrating(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """What a calibration adds to a step: the exact gradients of 16 examples through the training graph."""
+    """A step of ENGM that calibrates every time, with the exact gradients of 16 examples through the training graph."""
     model = engm.GradNormModule(copy.deepcopy(net))
     opt = outer(model, "engm")
 

@@ -1,8 +1,11 @@
-"""Which models engm measures exactly, how it does, and what a step costs: one JSON a model, so that a run can go on.
+"""Which networks engm measures exactly, by which rules it does, and what a step costs.
 
 python benchmarks/zoo.py check [--only SUBSTRING] [--mode eval]     exactness in float64, and ENGM/SGD in float32
 python benchmarks/zoo.py time  [--models NAME ...] [--batch 16]     ten models beside Opacus and torch.func
-python docs/coverage.py                                             the pages made from both
+python tools/write_models_page.py                                   docs/models.md, made from both
+
+Every network is written as soon as it is measured (zoo_results.py). A run that was stopped goes on with those that are
+missing when the same command is given again.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,13 @@ import peers
 import torch
 import workloads
 import zoo_models
+import zoo_results
 from torch import nn
 from zoo_models import Case
 
 import engm
 
+ROOT = Path(__file__).resolve().parent.parent
 EXACT = 1e-9  # relative error of a norm in float64 up to which a model counts as exact
 EXACT_IN_PARTS = 1e-6  # where the model computes parts of itself in float32 all the same
 TEN = (
@@ -57,11 +63,9 @@ def calm(net: nn.Module) -> nn.Module:
 
 
 def check(case: Case, mode: str) -> dict[str, Any]:
-    """Rules, error and time ratio of one model; or why it is refused."""
+    """Rules, error and time ratio of one model, or why it is refused."""
     torch.manual_seed(0)
-    net = calm(case.make()).train(mode == "train")
-    if mode == "train":
-        calm(net)
+    net = calm(case.make().train(mode == "train"))
     found: dict[str, Any] = {"family": case.family, "name": case.name, "options": case.options, "mode": mode}
     found["parameters"] = sum(p.numel() for p in net.parameters())
     start = time.perf_counter()
@@ -69,7 +73,7 @@ def check(case: Case, mode: str) -> dict[str, Any]:
         found |= _verified(copy.deepcopy(net).double(), case)
     except Exception as error:
         found["refused"] = f"{type(error).__name__}: {error}" + (f" ({case.remark})" if case.remark else "")
-        found["trace"] = traceback.format_exc().splitlines()[-3:]
+        found["trace"] = traceback.format_exc().replace(f"{ROOT}/", "").splitlines()[-3:]
         return found
     gc.collect()
     found |= _timed(net, case)
@@ -151,7 +155,8 @@ class Tensors(nn.Module):
 def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
     """Seconds and peak memory of a plain step as ratios to SGD's, or why a peer cannot do it.
 
-    In training mode (where alone Opacus captures), but for networks with batch norm, which it refuses in any.
+    Networks are in training mode, in which alone Opacus captures, but for those with batch norm, which Opacus refuses
+    in any mode.
     """
     torch.manual_seed(0)
     net = Tensors(case.make())
@@ -178,21 +183,16 @@ def beside_others(case: Case, n: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _file(case: Case) -> str:
-    """Libraries share names."""
-    return f"{case.family} {case.name}.json".replace(" ", "_")
-
-
 def _shown(found: dict[str, Any]) -> str:
-    """One line."""
+    """What is printed of a network."""
     if "refused" in found:
         return str(found["refused"])
     times = f"{found['ratio']['ratio']:.2f} times SGD" if "ratio" in found else "not timed"
     return f"error {found['error']:.0e}, {times}"
 
 
-def main() -> None:
-    """See the module's docstring."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     checking = commands.add_parser("check")
@@ -206,22 +206,23 @@ def main() -> None:
     for command in (checking, timing):
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--out", type=Path, default=output.RESULTS / "zoo")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cases = zoo_models.every()
     if args.command == "check":
+        path = args.out / f"{args.mode}.jsonl"
         for case in cases:
-            path = args.out / args.mode / _file(case)
-            if args.only not in f"{case.family} {case.name}" or (path.exists() and not args.again):
+            known = (case.family, case.name) in zoo_results.read(path) and not args.again
+            if args.only not in f"{case.family} {case.name}" or known:
                 continue
             found = check(case, args.mode)
-            output.save(path, {"machine": output.machine(), **found})
+            zoo_results.put(path, {"machine": output.machine(), **found})
             print(f"{case.name}: {_shown(found)}", flush=True)
     else:
         for case in cases:
             if case.name in args.models:
                 found = beside_others(case, args.batch, args.rounds)
-                output.save(args.out / "time" / _file(case), {"machine": output.machine(), **found})
+                zoo_results.put(args.out / "time.jsonl", {"machine": output.machine(), **found})
                 print(json.dumps({name: step["ratio"] for name, step in found["steps"].items()}), flush=True)
 
 

@@ -1,7 +1,7 @@
 """The models that coverage is claimed for, each with a small batch and what turns its output into one tensor.
 
 Width and depth are a library's own but where that would not fit a laptop; then the model is of the same classes with
-fewer or narrower blocks, and its name says so.
+fewer or narrower blocks, and its options say so.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Case:
         family: the library and the kind of model.
         name: the library's name for it.
         make: builds it, with random weights.
-        side: of the images; 0 for token sequences, whose length is 12.
-        frames: of a video; 0 for images.
-        options: as text, where they are not the library's own.
-        remark: on why it is refused.
+        side: pixels along a side of the images; 0 for token sequences, whose length is 12.
+        frames: how many a video has; 0 for images.
+        options: the model's options as text, where they are not the library's own.
+        remark: an explanation, where the model is refused.
     """
 
     family: str
@@ -211,8 +211,8 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-# One small model of every other family of timm, and those that take no images of 64 pixels. Left out: families whose
-# smallest model has more than 60 million parameters.
+# FAMILIES has one small model of every other family of timm, LARGE_IMAGES those that take no images of 64 pixels.
+# Families whose smallest model has more than 60 million parameters are left out.
 FAMILIES = (
     "cait_xxs24_224",
     "coat_tiny",
@@ -306,7 +306,7 @@ REMARKS = {
 
 
 def timm_models() -> list[Case]:
-    """The families of timm that the project promises, and all the others."""
+    """timm's models: those with options of their own, then a small one of every other family."""
     cases = []
     for name, (side, options) in TIMM.items():
         shown = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -317,7 +317,7 @@ def timm_models() -> list[Case]:
 
 
 def _of_family(name: str, side: int) -> nn.Module:
-    """Some networks are told the size of their images, some take any."""
+    """A model of timm; some are told the size of their images, the others take any."""
     import timm
 
     try:
@@ -339,7 +339,7 @@ def _timm(name: str, options: dict[str, Any]) -> Callable[[], nn.Module]:
 
 
 def transformers() -> list[Case]:
-    """Architectures of Hugging Face's transformers, small."""
+    """Small architectures of Hugging Face's transformers."""
     words = [Case("transformers", name, partial(zoo_transformers.build, name), 0) for name in zoo_transformers.LANGUAGE]
     images = [Case("transformers", name, partial(zoo_transformers.build, name)) for name in zoo_transformers.VISION]
     return [*words, *images]
@@ -374,5 +374,5 @@ def _lstm() -> nn.Module:
 
 
 def every() -> list[Case]:
-    """All of them."""
+    """Every case of the zoo."""
     return [*classification(), *segmentation_and_video(), *timm_models(), *transformers(), *torch_modules()]

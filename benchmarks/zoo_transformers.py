@@ -13,7 +13,7 @@ ENCODER = {**WIDE, **WORDS, "max_position_embeddings": 40}
 DECODER = {**ENCODER, "num_key_value_heads": 2}
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 32]}
 
-# Architecture: options of its configuration.
+# By architecture, the options of its configuration.
 LANGUAGE: dict[str, dict[str, Any]] = {
     "AlbertForSequenceClassification": {**ENCODER, "embedding_size": 16},
     "BartForConditionalGeneration": {
@@ -126,7 +126,7 @@ VISION: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> nn.Module:
-    """One of the architectures."""
+    """An architecture by its name, with random weights."""
     import transformers
 
     kind = getattr(transformers, name)

@@ -28,7 +28,7 @@ def sgd(net: nn.Module) -> torch.optim.SGD:
 
 
 def with_opacus(net: nn.Module, loader: DataLoader, max_grad_norm: float) -> Steps:
-    """Trains ``net`` for an epoch: every step's norms and the clipped mean gradient that its optimizer took."""
+    """Trains ``net`` for an epoch; returns every step's norms and the clipped mean gradient that the optimizer took."""
     model, opt, criterion, loader = PrivacyEngine().make_private(
         module=net,
         optimizer=sgd(net),
@@ -49,7 +49,7 @@ def with_opacus(net: nn.Module, loader: DataLoader, max_grad_norm: float) -> Ste
 
 
 def with_engm(net: nn.Module, loader: DataLoader, max_grad_norm: float, **options: Any) -> Steps:
-    """The same with engm; ``options`` are those of :class:`engm.ENGM`."""
+    """Trains and returns the same with engm; ``options`` are those of :class:`engm.ENGM`."""
     model = engm.GradNormModule(net)
     opt = engm.ENGM(model, sgd(net), alpha=max_grad_norm, **options)
     steps = []

@@ -17,7 +17,7 @@ import engm
 
 
 class StepOfLightning:
-    """Takes the closure that Lightning gives every step: it computes no loss, it runs ``on_before_optimizer_step``."""
+    """Runs the closure that Lightning gives every step; it computes no loss and runs ``on_before_optimizer_step``."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is not None:

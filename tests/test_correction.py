@@ -12,7 +12,7 @@ from oracle import assert_measured, random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
-from engm.backward.norms import measure_graph
+from engm.backward.norms import lent_mode, measure_graph, own_mode
 from engm.backward.prepare import planned_losses
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -20,7 +20,8 @@ BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.Ba
 
 
 def corrected(model, losses, *, correct=True):
-    return measure_graph(planned_losses(model, losses), losses, "corrected" if correct else "frozen")
+    graph = planned_losses(model, losses)
+    return measure_graph(graph, losses, own_mode(model, graph) if correct else lent_mode(model, graph))
 
 
 def check_corrected(net, x):

@@ -1,4 +1,4 @@
-"""What the hardware gives: matrix products per precision by cuBLAS, a copy, a launch. Later stages divide by it."""
+"""What the hardware gives: matrix products in every precision by cuBLAS, a copy, a launch. Later stages refer to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .timing import Bench, precision
 
 
 def run(bench: Bench, stage: Stage, _: Any) -> None:
-    """One case a ceiling."""
+    """Measures every ceiling, a case each."""
     for name in ("tf32", "bf16", "fp16", "fp32", "fp64"):
         stage.case(f"matmul {name}", lambda name=name: _matmul(bench, name), kind="matmul", precision=name)
     stage.case("copy", lambda: _copy(bench), kind="copy")

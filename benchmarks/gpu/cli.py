@@ -15,16 +15,14 @@ import torch
 import engm
 
 from . import ceilings, kernels, memory, steps, tables, training
-from .record import Absent, DeviceLostError, Record, Stage, machine
+from .record import DeviceLostError, Record, Stage, machine
 from .timing import Bench
 
 
 def tune(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """The cost model fitted to this device; ``cost_table.json`` may become ENGM_COST_TABLE of a later run."""
+    """Fits the cost model to this device; ``cost_table.json`` may become ENGM_COST_TABLE of a later run."""
 
     def work() -> dict[str, Any]:
-        if not hasattr(engm, "tune"):
-            raise Absent("this engm has no cost model to tune")
         found = engm.tune(bench.device, path=arguments.out / "cost_table.json", seconds=max(1.0, 0.7 * stage.left))
         print(found, flush=True)
         return {"report": str(found)}
@@ -42,22 +40,21 @@ STAGES: dict[str, tuple[Callable[..., None], float]] = {  # what runs, and its s
     "tune": (tune, 60),
     "training": (training.run, 480),
 }
-RESTARTS = 6  # of a process whose CUDA context died
+RESTARTS = 6  # how often a process whose CUDA context died is replaced
 
 
 def parse() -> argparse.Namespace:
-    """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="output directory: gpu.json, gpu.md")
     parser.add_argument("--stages", default="ceilings,kernels,steps,pgd,memory,profile", help=", ".join(STAGES))
-    parser.add_argument("--seconds", type=float, help="of all stages together; their own are scaled down to fit")
+    parser.add_argument("--seconds", type=float, help="seconds of all stages together, each scaled down to fit")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shapes, one repetition")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz, for the stage training")
-    parser.add_argument("--epochs", type=int, default=30, help="of training, at most")
-    parser.add_argument("--methods", default=",".join(training.METHODS), help="of training")
-    parser.add_argument("--norm", default="batch", choices=["batch", "group"], help="of the network in training")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of training, at most")
+    parser.add_argument("--methods", default=",".join(training.METHODS), help="methods of training")
+    parser.add_argument("--norm", default="batch", choices=["batch", "group"], help="norm of the network in training")
     parser.add_argument("--training-precision", default="tf32", choices=["tf32", "fp32", "bf16"])
     parser.add_argument("--resume", action="store_true", help="pass over what the output directory holds already")
     parser.add_argument("--restarts", type=int, default=0, help=argparse.SUPPRESS)
@@ -75,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """All stages asked for, each saved as it goes; a dead CUDA context is left behind with its process."""
+    """Runs the stages that were asked for and saves each as it goes; a dead CUDA context is left with its process."""
     arguments = parse()
     device = torch.device(arguments.device)
     record = Record(arguments.out, resume=arguments.resume)
@@ -107,7 +104,7 @@ def main() -> None:
 
 
 def start_again(arguments: Any) -> None:
-    """The rest in a fresh process with a fresh CUDA context, without what is recorded (the fatal case included)."""
+    """Goes on in a process with a fresh CUDA context, which passes over what is recorded (the fatal case included)."""
     if arguments.restarts >= RESTARTS:
         sys.exit(f"the CUDA context died {RESTARTS + 1} times: see gpu.json")
     given = sys.argv[1:]

@@ -13,10 +13,10 @@ from engm import ops, reference
 from . import layers, peers
 from .ceilings import measured
 from .layers import ConvLayer, LinearLayer
-from .record import Absent, Stage
+from .record import Stage
 from .timing import Bench, precision
 
-# In the order of interest: a stage that runs out of time has seen what matters.
+# Settings come in the order of interest, so that a stage that runs out of time has seen what matters.
 CONV_SETTINGS = [
     ("tf32", "nchw"),
     ("bf16", "nhwc"),
@@ -26,11 +26,11 @@ CONV_SETTINGS = [
     ("fp32", "nhwc"),
 ]
 LINEAR_SETTINGS = ["tf32", "bf16", "fp32"]
-GRAM_AT_MOST = 6.0  # times the FLOPs of the direct form, beyond which the Gram form is not worth a look
+GRAM_AT_MOST = 6.0  # times the direct form's FLOPs: a Gram form that takes more is not worth a look
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """All cases; one contender on one layer each."""
+    """Runs all cases; each is one contender on one layer."""
     n = 3 if bench.tiny else arguments.batch
     ceilings = measured(stage.record)
     convolutions = layers.TINY_CONVOLUTIONS if bench.tiny else layers.CONVOLUTIONS
@@ -45,25 +45,14 @@ def run(bench: Bench, stage: Stage, arguments: Any) -> None:
             _small_operators(bench, stage, n, ceilings)
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """One of engm's operators.
-
-    Raises:
-        Absent: this build does not have it.
-    """
-    if not hasattr(torch.ops.engm, name):
-        raise Absent(f"this build of engm has no {name}")
-    return getattr(ops, name)
-
-
 def _convolution(
     bench: Bench, stage: Stage, layer: ConvLayer, n: int, name: str, memory: str, ceilings: dict[str, float]
 ) -> None:
-    norm, grads = operator("conv_norm_sq"), operator("conv_grads")
     calls: dict[str, Callable[[Tensor, Tensor], Callable[[], Any]]] = {
-        form: lambda x, gy, form=form: lambda: norm(x, gy, *layer.geometry, form) for form in ("auto", "direct", "gram")
+        form: lambda x, gy, form=form: lambda: ops.conv_norm_sq(x, gy, *layer.geometry, form=form)
+        for form in ("auto", "direct", "gram")
     }
-    calls["kept gradients"] = lambda x, gy: lambda: grads(x, gy, *layer.geometry)[0]
+    calls["kept gradients"] = lambda x, gy: lambda: ops.conv_grads(x, gy, *layer.geometry)[0]
     calls["corrected"] = lambda x, gy: _corrected(layer, x, gy)
     calls["summed gradient"] = lambda x, gy: lambda: peers.summed_conv(layer, x, gy)
     calls["unfold, bmm"] = lambda x, gy: lambda: peers.unfold(layer, x, gy)
@@ -89,15 +78,14 @@ def _corrected(layer: ConvLayer, x: Tensor, gy: Tensor) -> Callable[[], Tensor]:
     shift, scale = torch.randn_like(gy[:, :, 0, 0]), torch.randn_like(gy[:, :, 0, 0])
     weight = x.new_empty(layer.rows, layer.channels, layer.kernel, layer.kernel).normal_()
     correction = shift.contiguous(), weight[0].clone(), scale.contiguous(), weight
-    return lambda: operator("conv_norm_sq")(x, gy, *layer.geometry, "direct", *correction)
+    return lambda: ops.conv_norm_sq(x, gy, *layer.geometry, "direct", *correction)
 
 
 def _linear(bench: Bench, stage: Stage, layer: LinearLayer, n: int, name: str, ceilings: dict[str, float]) -> None:
-    norm = operator("linear_norm_sq")
     calls: dict[str, Callable[[Tensor, Tensor], Callable[[], Any]]] = {
-        form: lambda a, b, form=form: lambda: norm(a, b, form) for form in ("auto", "direct", "gram")
+        form: lambda a, b, form=form: lambda: ops.linear_norm_sq(a, b, form) for form in ("auto", "direct", "gram")
     }
-    calls["kept gradients"] = lambda a, b: lambda: operator("linear_grads")(a, b)[0]
+    calls["kept gradients"] = lambda a, b: lambda: ops.linear_grads(a, b)[0]
     calls["summed gradient"] = lambda a, b: lambda: peers.summed_linear(a, b)
     calls["bmm"] = lambda a, b: lambda: peers.bmm(a, b)
     calls["gram by bmm"] = lambda a, b: lambda: peers.gram_bmm(a, b)
@@ -121,13 +109,11 @@ def _linear(bench: Bench, stage: Stage, layer: LinearLayer, n: int, name: str, c
 
 
 def _scaled(a: Tensor, b: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-    scale = operator("scale_examples")
-    return lambda: peers.summed_linear(a, scale([b], weights)[0])
+    return lambda: peers.summed_linear(a, ops.scale_examples([b], weights)[0])
 
 
 def _weighted(a: Tensor, b: Tensor, weights: Tensor) -> Callable[[], Tensor]:
-    gemm = operator("weighted_gemm")
-    return lambda: gemm(a, b, weights)
+    return lambda: ops.weighted_gemm(a, b, weights)
 
 
 def _time(
@@ -142,12 +128,13 @@ def _time(
     expected: Callable[[Tensor, Tensor], Tensor],
     ceilings: dict[str, float],
 ) -> None:
-    """One case a contender, each on operands of its own making."""
+    """Adds a case for every contender, each on operands of its own making."""
     setting = f"{name} {memory}".strip()
     for contender, make in calls.items():
 
         def work(contender: str = contender, make: Callable = make) -> dict[str, Any]:
-            torch.backends.cudnn.benchmark = contender == "summed gradient" and bench.cuda  # as training has it
+            # For plain training's gradient cuDNN looks for its fastest algorithm, as it does in training.
+            torch.backends.cudnn.benchmark = contender == "summed gradient" and bench.cuda
             with precision(name) as dtype:
                 first, second = operands(dtype)
                 call = make(first, second)
@@ -173,7 +160,7 @@ def _norm_error(got: Tensor, want: Tensor) -> float:
 
 
 def rates(ms: float, flops: float, bytes_moved: float, name: str, ceilings: dict[str, float]) -> dict[str, float]:
-    """TFLOP/s and GB/s, and what share of the ceilings they are."""
+    """TFLOP/s and GB/s, and their shares of the ceilings."""
     tflops, gigabytes = 1e-9 * flops / ms, 1e-6 * bytes_moved / ms
     found = {"tflops": round(tflops, 3), "gigabytes_per_second": round(gigabytes, 1)}
     if ceilings.get(name) and flops:
@@ -184,7 +171,7 @@ def rates(ms: float, flops: float, bytes_moved: float, name: str, ceilings: dict
 
 
 def _small_operators(bench: Bench, stage: Stage, n: int, ceilings: dict[str, float]) -> None:
-    """Those whose time is bytes: per operator what must be read and written once."""
+    """Times the operators that memory bounds, against the bytes that each must read and write once."""
     cases = small_calls(bench, n)
     for label, make in cases.items():
 
@@ -199,7 +186,7 @@ def _small_operators(bench: Bench, stage: Stage, n: int, ceilings: dict[str, flo
 
 
 def small_calls(bench: Bench, n: int) -> dict[str, Callable[[], tuple[Callable[[], Any], float]]]:
-    """Label to a maker of the call and the bytes it cannot do without."""
+    """By label, a maker of a call and of the bytes that the call cannot do without."""
     calls: dict[str, Callable[[], tuple[Callable[[], Any], float]]] = {}
     shapes = [(4, 9), (6, 5)] if bench.tiny else [(64, 1024), (128, 256), (256, 64), (512, 16), (160, 1024)]
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
@@ -224,23 +211,23 @@ def _affine(
     x, gy = bench.randn(*shape, dtype=dtype), bench.randn(*shape, dtype=dtype)
     statistics = (1, shape[1], 1)  # of a channel, or (channels last) of a position
     mean, rstd = bench.randn(*statistics, dtype=dtype), bench.randn(*statistics, dtype=dtype)
-    affine = operator("affine_norm_sq") if who == "engm" else reference.affine_norm_sq
+    affine = ops.affine_norm_sq if who == "engm" else reference.affine_norm_sq
     return lambda: affine(x, gy, mean, rstd, channel_dim), 2 * x.numel() * x.element_size()
 
 
 def _embedding(bench: Bench, n: int) -> tuple[Callable[[], Any], float]:
-    norm, (tokens, width) = operator("embedding_norm_sq"), ((6, 8) if bench.tiny else (256, 768))
+    tokens, width = (6, 8) if bench.tiny else (256, 768)
     indices, gy = torch.randint(0, 1000, (n, tokens), device=bench.device), bench.randn(n, tokens, width)
-    return lambda: norm(indices, gy), gy.numel() * 4
+    return lambda: ops.embedding_norm_sq(indices, gy), gy.numel() * 4
 
 
 def _clip(bench: Bench, n: int) -> tuple[Callable[[], Any], float]:
     squares = torch.rand(62, n, device=bench.device)
-    return lambda: operator("clip_weights")(squares, 1.0), squares.numel() * 4
+    return lambda: ops.clip_weights(squares, 1.0), squares.numel() * 4
 
 
 def _lists(bench: Bench, n: int, name: str) -> tuple[Callable[[], Any], float]:
-    op, weights = operator(name), torch.rand(n, device=bench.device)
+    op, weights = getattr(ops, name), torch.rand(n, device=bench.device)
     sides = [(64, 1024)] * 5 + [(128, 256)] * 4 + [(256, 64)] * 4 + [(512, 16)] * 4
     shapes = [(4, 9)] * 3 if bench.tiny else sides if name == "scale_examples" else [(64,), (128,), (256,), (512,)] * 10
     tensors = [bench.randn(n, *shape) for shape in shapes]

@@ -1,9 +1,8 @@
-"""The layers that kernels are timed on: those of the networks the whole steps train, at their own sizes."""
+"""The layers that kernels are timed on: those of the networks that whole steps train, at their own sizes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from engm import _C
 
@@ -30,7 +29,7 @@ class ConvLayer:
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
-        """As the operators take it."""
+        """Kernel, stride, padding, dilation and groups, as the operators take them."""
         return [self.kernel] * 2, [self.stride] * 2, [self.padding] * 2, [1, 1], 1
 
     def __str__(self) -> str:
@@ -38,14 +37,14 @@ class ConvLayer:
         return f"{self.network} {self.channels}>{self.rows} {self.kernel}x{self.kernel}{stride} @{self.side}"
 
     def flops(self, form: str) -> float:
-        """Of one example: of the form that runs, or of the direct form under any other name."""
+        """FLOPs for one example: of the form ``"gram"``, or of the direct form under any other name."""
         sizes = [self.side] * 2, [self.out] * 2
         cost = _C.conv_cost(self.channels, self.rows, *self.geometry, *sizes)
         return cost.gram_flops if form == "gram" else cost.direct_flops
 
     @property
     def elements(self) -> int:
-        """Of both operands of one example."""
+        """Elements of both operands of one example."""
         return self.channels * self.side**2 + self.rows * self.out**2
 
     @property
@@ -68,7 +67,7 @@ class LinearLayer:
         return f"{self.network} {self.p}>{self.d} T={self.T}"
 
     def flops(self, form: str) -> float:
-        """As for :class:`ConvLayer`."""
+        """FLOPs for one example, as :meth:`ConvLayer.flops` counts them."""
         cost = _C.linear_cost(self.T, self.p, self.d)
         return cost.gram_flops if form == "gram" else cost.direct_flops
 
@@ -112,8 +111,3 @@ LINEARS = [
 ]
 TINY_CONVOLUTIONS = [ConvLayer("tiny", 4, 6, 8), ConvLayer("tiny", 4, 6, 8, kernel=1, stride=2)]
 TINY_LINEARS = [LinearLayer("tiny", 5, 8, 12), LinearLayer("tiny", 1, 8, 4)]
-
-
-def unfolded_elements(layer: ConvLayer) -> int:
-    """Of the unfolded input of one example."""
-    return prod((layer.channels, layer.kernel, layer.kernel, layer.out, layer.out))

@@ -24,12 +24,12 @@ SHOWN = 30  # kernels of a profile
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Peaks above what lives before the step, in megabytes and against SGD."""
+    """Records what steps allocate above what lives before them, in megabytes and against SGD."""
     batches = [2] if bench.tiny else [arguments.batch, 4 * arguments.batch]
     for n in batches:
         for setting in steps.TINY if bench.tiny else NETWORKS:
             if setting.network == "wrn34-10" and n > arguments.batch:
-                continue  # half a minute
+                continue  # this would take half a minute
             stage.case(f"{setting} n={n}", lambda s=setting, n=n: _peaks(bench, s, n), n=n, network=str(setting))
 
 
@@ -42,7 +42,7 @@ def _peaks(bench: Bench, setting: Setting, n: int) -> dict[str, Any]:
             built, failed = steps.build({name: maker})
             try:
                 for step in built.values():
-                    step()  # momentum, strict checks, calibration
+                    step()  # the first step allocates momentum, checks the network and calibrates
                     step()
                     peak = bench.peak_bytes(step)
                     figures[name] = {"peak megabytes": None if peak is None else round(peak / 1e6, 1)}
@@ -62,7 +62,7 @@ def _peaks(bench: Bench, setting: Setting, n: int) -> dict[str, Any]:
 
 
 def run_profile(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Kernels of one step each, by their own time on the device."""
+    """Records the kernels of one step of each optimizer, by their own time on the device."""
     for setting in steps.TINY[:1] if bench.tiny else [*NETWORKS[:3], NETWORKS[5]]:
         n = steps.batch_of(setting, bench, arguments)
         for name in ("sgd", "engm", "nengm"):

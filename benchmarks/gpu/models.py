@@ -11,7 +11,7 @@ from engm.recipes.models.norms import norm_layer
 
 
 def vgg8(norm: str, width: int = 128) -> nn.Module:
-    """Six convolutions and two linear layers for 32x32 images (twice each ``width``, 2 and 4 times it)."""
+    """Six convolutions, two each with once, twice and four times ``width`` channels, and two linear layers."""
     layers: list[nn.Module] = []
     channels = 3
     for out in (width, width, 2 * width, 2 * width, 4 * width, 4 * width):

@@ -83,12 +83,12 @@ def gram_bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summed_conv(layer: ConvLayer, x: Tensor, gy: Tensor) -> Tensor:
-    """What plain training pays for the layer: the weight gradient summed over the batch."""
+    """What plain training pays for a convolution: the weight gradient summed over the batch."""
     kernel, stride, padding, dilation, groups = layer.geometry
     geometry = ConvGeometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     return conv_weight_gradient(x, gy, geometry)
 
 
 def summed_linear(a: Tensor, b: Tensor) -> Tensor:
-    """The same for a linear layer: one GEMM."""
+    """What plain training pays for a linear layer: one GEMM."""
     return b.flatten(0, 1).T @ a.flatten(0, 1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import engm
+from engm.recipes.storage.atomic_files import write_text_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_EVERY = 2.0  # seconds
@@ -26,7 +27,7 @@ class DeviceLostError(RuntimeError):
     """The CUDA context is dead: nothing more can run in this process."""
 
 
-class Absent(Exception):  # noqa: N818 (no error: a peer that is not installed, an operator not written yet)
+class Absent(Exception):  # noqa: N818 (it is no error if a peer is not installed)
     """A case that cannot be measured here, and why."""
 
 
@@ -47,9 +48,7 @@ class Record:
 
     def save(self) -> None:
         """Writes the file whole or not at all."""
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.document, indent=1) + "\n")
-        part.replace(self.path)
+        write_text_atomic(self.path, json.dumps(self.document, indent=1) + "\n")
         self._saved = time.monotonic()
 
     def stage(self, name: str, seconds: float, device: torch.device) -> Stage:
@@ -75,11 +74,11 @@ class Stage:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds that are left."""
         return self.seconds - self._before - (time.monotonic() - self._start)
 
     def add(self, case: dict[str, Any]) -> None:
-        """One finished case."""
+        """Adds a finished case."""
         self._known.add(case["case"])
         self.entry["cases"].append(case)
         self.entry["seconds"] = round(self._before + time.monotonic() - self._start, 2)
@@ -130,13 +129,13 @@ class Stage:
             raise DeviceLostError(str(error).splitlines()[0]) from error
 
     def partly(self, label: str, figures: dict[str, Any]) -> None:
-        """What a long case knows so far, saved in case it never ends."""
+        """Saves what a long case knows so far, in case it never ends."""
         self.entry["in progress"] = {"case": label, **figures}
         self.record.save()
 
     @contextmanager
     def running(self) -> Iterator[Stage]:
-        """Saves whatever happens."""
+        """The stage at work; its cases are saved whatever happens."""
         print(f"== {self.name} ({self.seconds:.0f} s at most)", flush=True)
         self.entry["passed over"] = []
         try:
@@ -172,7 +171,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _answer(*command: str) -> str | None:
-    """First line that a command prints, or None."""
+    """The first line that a command prints; None if it prints none or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -12,7 +12,6 @@ import workloads
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import PGD
 from engm.recipes.training.precision import Autocast
 
 from . import models
@@ -85,18 +84,18 @@ def problem(setting: Setting, bench: Bench, n: int) -> tuple[nn.Module, Tensor, 
 
 
 def batch_of(setting: Setting, bench: Bench, arguments: Any) -> int:
-    """Examples a step."""
+    """How many examples a step takes."""
     return 2 if bench.tiny else 64 if setting.network == "vit-b" else arguments.batch
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Plain steps."""
+    """Times plain steps."""
     for setting in [*TINY, *TINY_NETWORKS] if bench.tiny else PLAIN:
         _case(bench, stage, setting, arguments, plain_steps, "sgd", 11)
 
 
 def run_pgd(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """Adversarial steps."""
+    """Times adversarial steps."""
     for setting in TINY if bench.tiny else ADVERSARIAL:
         _case(bench, stage, setting, arguments, adversarial_steps, "msgd", 5)
 
@@ -141,7 +140,7 @@ def build(makers: dict[str, Callable[[], Step]]) -> tuple[dict[str, Step], dict[
 
 
 def plain_steps(setting: Setting, bench: Bench, n: int) -> dict[str, Callable[[], Step]]:
-    """Name to a maker of one plain training step."""
+    """By name, a maker of one plain training step."""
     net, x, y = problem(setting, bench, n)
     makers: dict[str, Callable[[], Step]] = {
         "sgd": lambda: workloads.plain_sgd(net, x, y),
@@ -175,58 +174,17 @@ def reweighted(net: nn.Module, x: Tensor, y: Tensor) -> Step:
 
 
 def adversarial_steps(setting: Setting, bench: Bench, n: int) -> dict[str, Callable[[], Step]]:
-    """Name to a maker of one step with PGD-10, as in the paper's Table 1."""
+    """By name, a maker of one step with PGD-10, as in the paper's Table 1."""
     net, x, y = problem(setting, bench, n)
     steps = 2 if bench.tiny else 10
 
     def ours(method: str, borrowed: bool) -> Callable[[], Step]:
-        return lambda: attacked(net, x, y, method, steps, borrowed=borrowed)
+        return lambda: workloads.pgd_step(net, x, y, method, borrowed=borrowed, attack_steps=steps)
 
-    makers = {"msgd": lambda: bare(net, x, y, steps), "msgd, wrapped": ours("msgd", False)}
+    makers = {"msgd": lambda: workloads.bare(net, x, y, steps), "msgd, wrapped": ours("msgd", False)}
     for method in ("engm", "aengm", "nengm"):
         makers[f"{method}, borrowed"] = ours(method, True)
         makers[f"{method}, own pass"] = ours(method, False)
     if setting.slow:
-        makers["naive engm"] = lambda: bare(net, x, y, steps, naive=True)
+        makers["naive engm"] = lambda: workloads.bare(net, x, y, steps, naive=True)
     return makers
-
-
-def attack_of(steps: int, *, eval_mode: bool = True) -> PGD:
-    """The paper's: radius 8/255, step 2/255."""
-    return PGD(eps=8 / 255, step_size=2 / 255, steps=steps, eval_mode=eval_mode)
-
-
-def attacked(net: nn.Module, x: Tensor, y: Tensor, method: str, steps: int, *, borrowed: bool) -> Step:
-    """The attack, then one of our optimizers with borrowed norms or a pass of its own."""
-    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9)
-    opt, attack = workloads.outer(model, method), attack_of(steps)
-    generator = torch.Generator(x.device).manual_seed(0)
-
-    def step() -> None:
-        found = attack(model, x, y, generator=generator, measure=borrowed)
-        losses = workloads.losses_of(model, found.inputs, y)
-        opt.backward(losses, inputs=found.inputs, measurement=found.measurement)
-        opt.step()
-        opt.zero_grad()
-
-    return step
-
-
-def bare(net: nn.Module, x: Tensor, y: Tensor, steps: int, *, naive: bool = False) -> Step:
-    """The attack, then torch alone: momentum SGD, or the paper's one backpropagation an example."""
-    net = copy.deepcopy(net)
-    optimizer, attack = workloads.sgd(net), attack_of(steps)
-    generator = torch.Generator(x.device).manual_seed(0)
-    parameters = list(net.parameters())
-
-    def step() -> None:
-        losses = workloads.losses_of(net, attack(net, x, y, generator=generator).inputs, y)
-        if naive:
-            gradients = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses.unbind())
-            norms = torch.stack([torch.stack(torch._foreach_norm(found)).norm() for found in gradients])
-            losses = losses * (1.0 / norms).clamp(max=1)
-        losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step

@@ -1,4 +1,4 @@
-"""The printed side of the result file."""
+"""The result file as text."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def stage(name: str, entry: dict[str, Any]) -> str:
 
 
 def document(found: dict[str, Any]) -> str:
-    """All stages."""
+    """The whole file: the machine, then every stage."""
     machine = {key: value for key, value in found.get("machine", {}).items() if key != "engm"}
     head = ", ".join(f"{key} {value}" for key, value in machine.items())
     return "\n".join([head, "", *[stage(name, entry) for name, entry in found["stages"].items()]])
 
 
 def _listed(cases: list[Case]) -> list[str]:
-    """Label and plain figures."""
+    """The label of every case and its plain figures."""
     keep = ("ms", "tflops", "gigabytes_per_second", "microseconds", "in engm's kernels", "calls", "report")
     return [f"{case['case']:60} " + "  ".join(f"{k} {case[k]}" for k in keep if k in case) for case in cases]
 
@@ -100,7 +100,7 @@ def _contenders(cases: list[Case]) -> list[str]:
 
 
 def _training(cases: list[Case]) -> list[str]:
-    """The epochs, fidelity and accuracy as they are."""
+    """Epochs, fidelity and accuracy, as JSON."""
     keys = ("epochs", "fidelity", "evaluation")
     return [f"{key}: {json.dumps(case[key], indent=1)}" for case in cases for key in keys if key in case]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from interleaved import spread_of
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -65,12 +66,12 @@ class Bench:
             torch.cuda.synchronize()
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32, memory: str = "nchw") -> Tensor:
-        """Random operand; never zeros, which run faster."""
+        """A random operand; zeros would run faster."""
         t = torch.randn(*shape, device=self.device).to(dtype)
         return t.contiguous(memory_format=FORMATS[memory]) if t.dim() == 4 else t
 
     def elapsed(self, call: Call) -> float:
-        """Milliseconds of one call on the device's clock, waited for."""
+        """Milliseconds of one call on the device's clock; the host waits for its end."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -86,7 +87,7 @@ class Bench:
         """Median and spread of single calls with a cold L2, for about ``seconds``."""
         if self.tiny:
             return {"ms": round(self.elapsed(call), 4), "spread": 0.0, "repeats": 1}
-        for _ in range(2):  # module load, cuDNN's choice of algorithm, workspaces
+        for _ in range(2):  # the first calls load modules, let cuDNN choose its algorithm, and allocate workspaces
             call()
         self.synchronize()
         once = self.elapsed(call)
@@ -167,7 +168,7 @@ class Bench:
                 times[name].append(value)
                 pairs[name].append(value / now[reference])
         for name in alive:
-            spread = _quartile_half(pairs[name])
+            spread = spread_of(pairs[name])
             figures[name] |= {
                 "ms": round(statistics.median(times[name]), 4),
                 "ratio": round(statistics.median(pairs[name]), 4),
@@ -179,16 +180,9 @@ class Bench:
 def _summary(times: list[float]) -> dict[str, float]:
     return {
         "ms": round(statistics.median(times), 5),
-        "spread": round(_quartile_half(times), 5),
+        "spread": round(spread_of(times), 5),
         "repeats": len(times),
     }
-
-
-def _quartile_half(values: list[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4)
-    return (high - low) / 2
 
 
 def _megabytes(count: int | None) -> float | None:

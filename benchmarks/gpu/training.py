@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fidelity
 import torch
-import torch.nn.functional as F
 import workloads
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from engm.recipes.training.precision import Autocast
 
 from . import models
 from .record import Absent, Stage
-from .steps import attack_of
 from .timing import FORMATS, Bench, precision
 
 SAVE_EVERY = 30.0  # seconds
@@ -45,7 +45,7 @@ class Runner:
 
 
 def run(bench: Bench, stage: Stage, arguments: Any) -> None:
-    """One case: all methods over the same batches, as far as the stage's time reaches."""
+    """Trains with all methods over the same batches, as far as the stage's time reaches; this is one case."""
     facts = {"data": str(arguments.data), "precision": arguments.training_precision, "methods": arguments.methods}
     stage.case("training", lambda: _train(bench, stage, arguments), **facts)
 
@@ -108,8 +108,9 @@ def _runners(bench: Bench, arguments: Any, memory: torch.memory_format) -> list[
 
 
 def _step(bench: Bench, runner: Runner, x: Tensor, y: Tensor, number: int) -> None:
-    """Attack, weights, update. The clock runs over what a user pays, not over the look at exact gradients."""
-    attack = attack_of(2 if bench.tiny else 10, eval_mode=False)  # borrowed norms are faithful in this mode only
+    """Attacks, weighs and updates. The clock runs over what a user pays, not over the look at exact gradients."""
+    steps = 2 if bench.tiny else 10
+    attack = workloads.attack_of(steps, eval_mode=False)  # borrowed norms are faithful in this mode only
     model, opt = runner.model, runner.opt
     model.train()
     state: dict[str, Any] = {}
@@ -131,44 +132,27 @@ def _step(bench: Bench, runner: Runner, x: Tensor, y: Tensor, number: int) -> No
         runner.milliseconds.append(bench.elapsed(lambda: (forward(), update(), finish())))
     else:
         forward()
-        exact = _exact_gradients(state["losses"], [p for p in model.parameters() if p.requires_grad])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        judge = fidelity.Judge(fidelity.exact_gradients(state["losses"], parameters))
         update()
-        runner.looks.append({"step": number, **_fidelity(exact, state["stats"].norms)})
-        del exact
+        figures = judge(state["stats"].norms)
+        runner.looks.append({"step": number, **figures, "mean_exact_norm": float(judge.norms.mean())})
+        del judge
         finish()
     runner.losses.append(state["losses"].detach().mean())
 
 
-def _exact_gradients(losses: Tensor, parameters: list[Tensor]) -> Tensor:
-    """``[n, P]``, every example's gradient through the batch's statistics."""
-    rows = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses.unbind()]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-
-
-def _fidelity(exact: Tensor, norms: Tensor) -> dict[str, float]:
-    """Error of ``w_i`` and cosine of the update, at alpha = the median exact norm (as benchmarks/fidelity.py)."""
-    true = exact.norm(dim=1)
-    alpha = true.median()
-    want, got = ((alpha / t.float().clamp_min(1e-30)).clamp(max=1) for t in (true, norms))
-    return {
-        "correlation": float(torch.corrcoef(torch.stack([norms.float(), true.float()]))[0, 1]),
-        "weight error": float(((got - want).abs() / want).mean()),
-        "cosine": float(F.cosine_similarity(got @ exact, want @ exact, dim=0)),
-        "mean exact norm": float(true.mean()),
-    }
-
-
 def _means(looks: list[dict[str, float]]) -> dict[str, float]:
     """Means and worst looks, leaving out figures that are not numbers."""
-    errors = [look["weight error"] for look in looks if math.isfinite(look["weight error"])]
+    errors = [look["weight_error"] for look in looks if math.isfinite(look["weight_error"])]
     cosines = [look["cosine"] for look in looks if math.isfinite(look["cosine"])]
     if not errors or not cosines:
         return {}
     return {
         "looks": len(looks),
-        "weight error": sum(errors) / len(errors),
+        "weight error": statistics.fmean(errors),
         "worst weight error": max(errors),
-        "cosine": sum(cosines) / len(cosines),
+        "cosine": statistics.fmean(cosines),
         "worst cosine": min(cosines),
     }
 
@@ -177,11 +161,11 @@ def _epoch(epoch: int, runners: list[Runner], per_epoch: int) -> dict[str, Any]:
     """Figures since the last call; ``epoch seconds`` are of a whole epoch at the mean step."""
     row: dict[str, Any] = {"epoch": epoch}
     for runner in runners:
-        times = sorted(runner.milliseconds) or [math.nan]
+        times = runner.milliseconds or [math.nan]
         row[runner.name] = {
             "steps": len(runner.losses),
-            "median step ms": round(times[len(times) // 2], 3),
-            "epoch seconds": round(1e-3 * per_epoch * sum(times) / len(times), 2),
+            "median step ms": round(statistics.median(times), 3),
+            "epoch seconds": round(1e-3 * per_epoch * statistics.fmean(times), 2),
             "loss": round(float(torch.stack(runner.losses).mean()), 4) if runner.losses else None,
         }
         runner.milliseconds, runner.losses = [], []

@@ -173,14 +173,18 @@ class TermCollector:
                 f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
                 f"output has shape {tuple(backprops.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
             )
-        corrected = self._batch_norm_of.get(id(call))
-        feeds_correction = id(call) in self._feeding
-        if not call.parameters and not feeds_correction:
+        if not call.parameters and id(call) not in self._feeding:
             return
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
-        if layout not in (PLAIN, self._announced):
+        if layout in (PLAIN, self._announced):
+            self._receive_views(call, activations, backprops)
+        else:
             self._receive_rows(call, layout, activations, backprops)
-            return
+
+    def _receive_views(self, call: Call, activations: Any, backprops: Tensor) -> None:
+        """A call with one row an example, or with one row in each announced view of an example."""
+        corrected = self._batch_norm_of.get(id(call))
+        feeds_correction = id(call) in self._feeding
         names = ("weight", "bias") if feeds_correction else tuple(call.parameters)
         for view in range(self._views):
             part = slice(view * self.n, (view + 1) * self.n)

@@ -7,7 +7,7 @@ fresh factor replaces the old one whole: averaged factors were measured to be wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ class FactorKey(NamedTuple):
     """How norms were measured; each way of measuring has calibration factors of its own.
 
     Attributes:
-        mode: of the measurement (:class:`engm.Measurement`).
+        mode: the measurement's (:class:`engm.Measurement`).
         borrowed: whether the measurement was of another graph than the training step's.
         all_ranks: whether the factors are taken from the examples of all ranks together.
     """
@@ -40,8 +40,9 @@ class ExactSample:
     """Draws a few examples and computes their exact squared norms.
 
     Args:
-        examples: how many (all, if the batch is smaller).
-        seed: of the draws. The k-th draw is a function of ``seed`` and ``k`` alone, so a resumed run repeats it.
+        examples: how many are drawn (all, if the batch is smaller).
+        seed: what the draws come from. The k-th draw is a function of ``seed`` and ``k`` alone, so that a resumed run
+            repeats it.
     """
 
     def __init__(self, examples: int, seed: int = 0) -> None:
@@ -247,7 +248,16 @@ class Calibration:
         return {**draws, "steps": self.steps, "factors": factors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; nothing is changed if ``state`` is no such dict."""
+        """The inverse of :meth:`state_dict`; nothing is changed if ``state`` is no such dict.
+
+        Raises:
+            ValueError: the state was written by an engm that named factors by texts.
+        """
+        if isinstance(state["factors"], Mapping):
+            raise ValueError(
+                "this calibration state is of engm before 0.2, which named its factors otherwise. Set its entry "
+                "'factors' to [] to go on with factors that are taken afresh at the next step."
+            )
         draws, shared, steps = int(state["draws"]), int(state["shared_draws"]), int(state["steps"])
         factors = {
             FactorKey(entry["mode"], bool(entry["borrowed"]), bool(entry["all_ranks"])): Factors(

@@ -130,8 +130,8 @@ class WholeCallRule(Rule):
     """A rule for modules that take and return any nest of tensors; it sees the call as a whole.
 
     For ``activations`` its :meth:`terms` get the :class:`engm.rules.arguments.Arguments` of the call, tensors detached,
-    and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's pytrees are. They are
-    asked for all rows of the call at once.
+    and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's pytrees are. Terms
+    are asked for all rows of the call at once.
     """
 
     whole_call = True

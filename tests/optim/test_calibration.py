@@ -175,5 +175,17 @@ def test_state_is_loaded_whole_or_not_at_all():
     opt.backward(losses_of(model, *batch(8)))
     before = copy.deepcopy(model.calibration.state_dict())
     with pytest.raises(KeyError):
-        model.calibration.load_state_dict({"draws": 9, "steps": 3, "factors": [{}]})
+        model.calibration.load_state_dict({"draws": 9, "shared_draws": 0, "steps": 3, "factors": [{}]})
     assert_same(model.calibration.state_dict(), before)
+
+
+def test_state_of_an_older_engm_is_refused_with_the_remedy():
+    model, opt = make()
+    opt.backward(losses_of(model, *batch(8)))
+    before = copy.deepcopy(model.calibration.state_dict())
+    older = {**before, "factors": {"corrected, own pass": {}}}
+    with pytest.raises(ValueError, match=r"'factors' to \[\]"):
+        model.calibration.load_state_dict(older)
+    assert_same(model.calibration.state_dict(), before)
+    model.calibration.load_state_dict({**older, "factors": []})
+    assert model.calibration.state_dict()["factors"] == []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from write_results_page import INTRODUCTION, LINK, PICTURE, TITLE
 
 from engm.recipes.reproduce.page import documents, page, readme_block, with_block
 
@@ -14,27 +13,17 @@ ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_page", ROOT / "docs" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_the_generated_one(script: ModuleType) -> None:
+def test_the_page_is_the_generated_one() -> None:
     found = documents(RESULTS)
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(found, script.TITLE, script.INTRODUCTION)
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(found, TITLE, INTRODUCTION)
     for name, document in found.items():
         assert document["budget"] == "small"
         assert (RESULTS / name / "picture.png").is_file()
 
 
-def test_the_readme_has_the_generated_block(script: ModuleType) -> None:
+def test_the_readme_has_the_generated_block() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme_block(documents(RESULTS)["table2"], script.PICTURE, script.LINK)
+    block = readme_block(documents(RESULTS)["table2"], PICTURE, LINK)
     assert with_block(readme, block) == readme
     assert with_block(readme, block.replace("MSGD", "SGD")) != readme
     with pytest.raises(ValueError, match="no part between"):
