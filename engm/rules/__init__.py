@@ -1,6 +1,6 @@
 """Rules of the layer families: which terms a module call contributes to its parameters' gradients."""
 
-from . import activation, conv, embedding, fallback, linear, normalization, recurrent
+from . import activation, conv, embedding, fallback, linear, normalization, operators, recurrent
 from .base import Activations, Cost, FunctionRule, Rule, WholeCallRule, find_rule, register_rule
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "find_rule",
     "linear",
     "normalization",
+    "operators",
     "recurrent",
     "register_rule",
 ]
