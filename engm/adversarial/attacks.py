@@ -116,7 +116,7 @@ class PGD:
             others do. ``False`` leaves every module as it is: training-mode batch norm then also updates its
             running statistics at each step, and the step that measures treats batch statistics as constants
             (``engm.measure``), which changes its direction a little.
-            Norms borrowed while the network still changes fast are faithful in this mode only (see the README).
+            Norms borrowed while the network still changes fast are faithful in this mode only (docs/exactness.md).
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
         stop_when_broken: leave an example alone once it is misclassified. For evaluation, where it is cheaper, and
             for friendly adversarial training; reading which examples are broken synchronises a CUDA device at each
