@@ -299,8 +299,8 @@ def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
 def _with_leaf(value: Any, capture: Capture) -> Any:
     """The tensor that replaces an input: for a floating tensor without grad, one behind a leaf that requires grad.
 
-    The leaf is noted in the capture. The tensor is neither the leaf nor a view of the leaf, so that a network may change
-    its input in place, as it may without us. Other values stay as they are.
+    The leaf is noted in the capture. The tensor is neither the leaf nor a view of the leaf, so that a network may
+    change its input in place, as it may without us. Other values stay as they are.
     """
     if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
         return value

@@ -52,8 +52,8 @@ def correct_terms(
 ) -> None:
     """Correct the layer's terms in place: a weight by :func:`local_correction`, a bias as if its patches were 1.
 
-    The mean of such patches is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which is all of its
-    gradient that went through the batch norm.
+    The mean of such patches is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which
+    is all of its gradient that went through the batch norm.
     """
     for term in terms.values():
         if isinstance(term, LinearFactors | ConvFactors):

@@ -232,7 +232,7 @@ class WholeCall(Call):
         self._arrived: list[Tensor | None] = [None] * leaves
 
     def on_output(self, number: int, backprops: Tensor | None) -> None:
-        """Tensor hook of one output. Autograd calls the hooks of all outputs in turn, with None where no gradient came."""
+        """Tensor hook of one output. Autograd calls those of all outputs in turn, with None where no gradient came."""
         if number == 0:
             self._arrived = [None] * len(self._arrived)
         self._arrived[self._places[number]] = backprops
