@@ -23,6 +23,7 @@ PACKAGES = (
     ("scikit-learn", "digits", True),
     ("safetensors", "checkpoints", True),
     ("tomli-w", "configurations", True),
+    ("filelock", "run folders", True),
     ("matplotlib", "curves", True),
     ("tensorboard", "logs", False),
     ("timm", "models by timm's names", False),
