@@ -35,7 +35,7 @@ class Measure(Protocol):
         """The result, as JSON can hold it."""
 
     def passes(self, config: RunConfig) -> float:
-        """About how many forward and backward passes of single images it takes, for the plan."""
+        """About how many forward and backward passes of single images it takes, to judge its cost by."""
 
 
 def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> Any:
