@@ -8,13 +8,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
-from .accuracy_tables import AUTOATTACK, BEST, LAST, NATURAL, OVERFIT, Figure_, Row, accuracy_rows, accuracy_table
+from .accuracy_tables import (
+    AUTOATTACK,
+    BEST,
+    LAST,
+    NATURAL,
+    OVERFIT,
+    Figure_,
+    Row,
+    accuracy_finding,
+    accuracy_rows,
+    accuracy_table,
+)
 from .analysis import Analysis, Request
 from .budgets import Budget
 from .cells import Cell
 from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
-from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
+from .statistics import Finding, Record, figure, mean_of, selected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,15 +177,13 @@ def _mean_weight(record: Record) -> float:
 
 def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
     values = panel.found(records)[optimizer]
-    return paired_finding(
+    return accuracy_finding(
         f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
         records,
         {"optimizer": optimizer, panel.setting: values[0]},
         {"optimizer": optimizer, panel.setting: values[-1]},
         OVERFIT,
         expected="less",
-        unit=" %",
-        scale=100,
     )
 
 
@@ -188,15 +197,13 @@ def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
             if len(found) == len(values):  # a range without the value that diverged would be too small
                 labels = {"optimizer": optimizer, "seed": seed}
                 ranges.append({"labels": labels, "range": max(found) - min(found)})
-    return paired_finding(
+    return accuracy_finding(
         "ENGM is less sensitive to weight decay than MSGD (range of the best robust accuracy over the values)",
         ranges,
         {"optimizer": "engm"},
         {"optimizer": "msgd"},
         figure("range"),
         expected="less",
-        unit=" %",
-        scale=100,
     )
 
 

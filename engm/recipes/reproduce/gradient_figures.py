@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..methods import LABELS
+from ..pictures import mark_decays
 from .analysis import Analysis, Request, data_name
 from .cells import Cell
 from .measures import DeepFool, Measure
@@ -195,8 +196,7 @@ def _draw_training(records: Sequence[Record], sets: Sequence[str], drawn: Figure
                         markersize=3,
                         label=f"{training} training" if run is runs[0] else None,
                     )
-            for decay in {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]}:
-                axis.axvline(decay + 0.5, color="grey", linestyle=":", linewidth=1)
+            mark_decays(axis, {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]})
             axis.set(title=f"{data}: {name}", xlabel="epoch", yscale="log")
             axis.grid(alpha=0.3)
         axes[row][0].legend(fontsize="small")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.atomic_files import replaced_when_whole, write_json, write_text_atomic
+from ..pictures import picture
+from ..storage.atomic_files import write_json, write_text_atomic
 from .statistics import Finding
 
 if TYPE_CHECKING:
@@ -99,17 +99,5 @@ def save_picture(outcome: Outcome, path: Path) -> None:
     Raises:
         OSError: it could not be written.
     """
-    with _picture(path, outcome.size) as drawn:
+    with picture(path, outcome.size, dpi=110) as drawn:
         outcome.draw(drawn)
-
-
-@contextmanager
-def _picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(drawn)
-    yield drawn
-    with replaced_when_whole(path) as temporary:
-        drawn.savefig(temporary, dpi=110, format="png")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 Record = dict[str, Any]
 Verdict = Literal["agrees", "contradicts", "cannot say"]
+Expected = Literal["greater", "less"]
 CONFIDENCE = 0.95
 
 
@@ -76,7 +77,7 @@ def paired_finding(
     other: Mapping[str, Any],
     value: Callable[[Record], float | None],
     *,
-    expected: Literal["greater", "less"],
+    expected: Expected,
     unit: str = "",
     scale: float = 1.0,
     digits: int = 1,
