@@ -277,7 +277,7 @@ def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
 
 
 def _console(*, quiet: bool = False) -> Console:
-    """Where nobody looks (a file, a pipe), wide enough for every table."""
+    """A console as wide as the terminal; a file or a pipe, where nobody looks, is wide enough for every table."""
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
 
 

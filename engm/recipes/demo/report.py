@@ -32,9 +32,9 @@ class Summary:
 
     Attributes:
         natural: natural accuracy of the best checkpoint (chosen on the validation set).
-        natural_last: the same of the last.
+        natural_last: natural accuracy of the last checkpoint.
         best: PGD-20 robust accuracy of the best checkpoint.
-        last: the same of the last.
+        last: PGD-20 robust accuracy of the last checkpoint.
         overfit: (best - last) / best.
         best_epoch: epochs behind the best checkpoint.
         step_seconds: median seconds of a training step.

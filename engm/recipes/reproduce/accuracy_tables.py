@@ -36,11 +36,11 @@ COLUMNS: dict[str, tuple[Figure_, str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Of a table of accuracies.
+    """A row of a table of accuracies.
 
     Attributes:
-        label: its name.
-        labels: of its cells.
+        label: name of the row.
+        labels: labels of the cells that it is made from.
         published: the paper's row, if there is one.
     """
 
@@ -50,7 +50,7 @@ class Row:
 
 
 def accuracy_table(records: Sequence[Record], rows: Sequence[Row], first: str) -> Table:
-    """Measured, mean ± standard deviation over seeds, with the paper's figure in brackets."""
+    """The measured figures, mean ± standard deviation over seeds, with the paper's in brackets."""
     shown = [row for row in rows if selected(records, row.labels) or _diverged(records, row.labels)]
     lines = []
     for row in shown:
@@ -84,7 +84,7 @@ def _caption(records: Sequence[Record]) -> str:
 
 
 def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One a run, for the CSV file."""
+    """The figures of every run, for the CSV file."""
     names = sorted({name for r in records for name in r["labels"]})
     return [
         {
@@ -100,7 +100,7 @@ def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -> None:
-    """Validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
+    """Draws validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
     left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
     shown = [row for row in rows if selected(records, row.labels)]
     for index, row in enumerate(shown):
@@ -123,7 +123,7 @@ def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -
 
 
 def _curve(axis: Any, runs: Sequence[Record], **style: Any) -> None:
-    """The mean of runs at the epochs that all of them looked at."""
+    """Draws the mean of runs at the epochs that all of them looked at."""
     looks = [{row["epoch"]: row["robust"] for row in run["history"] if "robust" in row} for run in runs]
     epochs = sorted(set.intersection(*(set(look) for look in looks)))
     axis.plot(epochs, [100 * sum(look[e] for look in looks) / len(looks) for e in epochs], **style)
@@ -156,7 +156,7 @@ def _outcome(
 
 
 def autoattack(budget: Budget) -> tuple[Measure, ...]:
-    """The measure of these tables."""
+    """What these tables measure on a run."""
     return (AutoAttack(budget.attacked),)
 
 
@@ -164,7 +164,7 @@ def autoattack(budget: Budget) -> tuple[Measure, ...]:
 
 
 def optimizer_cells(request: Request) -> list[Cell]:
-    """Every optimizer, seed by seed."""
+    """The runs of Table 2: every optimizer, seed by seed."""
     return [
         request.cell({}, optimizer=name, seed=seed, measures=lambda config: autoattack(request.budget))
         for seed in request.seeds
@@ -173,12 +173,12 @@ def optimizer_cells(request: Request) -> list[Cell]:
 
 
 def optimizer_rows() -> list[Row]:
-    """In the order of the paper."""
+    """The rows of Table 2, in the order of the paper."""
     return [Row(label, {"optimizer": name}, TABLE2.get(name)) for name, label in LABELS.items()]
 
 
 def summarise_optimizers(records: Sequence[Record]) -> Outcome:
-    """Of Table 2."""
+    """The outcome of Table 2."""
     rows = optimizer_rows()
     findings = [overfitting_finding(records), *_against_msgd(records)]
     return _outcome(records, rows, "optimizer", findings, (12, 4.5))
@@ -197,7 +197,7 @@ def overfitting_finding(records: Sequence[Record]) -> Finding:
 
 
 def _against_msgd(records: Sequence[Record], optimizers: Sequence[str] = ("engm", "a-engm", "n-engm")) -> list[Finding]:
-    """What the paper says of ENGM and its two approximations."""
+    """The paper's claims about ENGM and its two approximations against MSGD."""
     found = []
     for name in optimizers:
         if not selected(records, {"optimizer": name}):
@@ -245,7 +245,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def method_cells(request: Request) -> list[Cell]:
-    """Four training methods, two optimizers, two threats, every data set."""
+    """The runs of Table 3: four training methods, two optimizers, two threats, every data set."""
     length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
     return [
         request.cell(
@@ -267,7 +267,7 @@ def method_cells(request: Request) -> list[Cell]:
 
 
 def summarise_methods(records: Sequence[Record]) -> Outcome:
-    """Of Table 3."""
+    """The outcome of Table 3."""
     labels = {(r["labels"]["data"], r["labels"]["threat"]): None for r in records}
     rows = [
         Row(
@@ -301,7 +301,7 @@ TABLE_3 = Analysis(
 
 
 def wide_cells(request: Request) -> list[Cell]:
-    """TRADES with AWP on a wide network."""
+    """The runs of Table 4: TRADES with AWP on a wide network."""
     length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
     return [
         request.cell(
@@ -320,7 +320,7 @@ def wide_cells(request: Request) -> list[Cell]:
 
 
 def summarise_wide(records: Sequence[Record]) -> Outcome:
-    """Of Table 4."""
+    """The outcome of Table 4."""
     rows = [Row(f"AWP, {LABELS[name]}", {"optimizer": name}, TABLE4[name]) for name in ("msgd", "n-engm", "engm")]
     findings = [
         accuracy_finding(

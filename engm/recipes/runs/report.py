@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
-# Settings that usually follow from another one: not named where they do.
+# Settings that usually follow from another one; the label of a row does not name them where they do.
 FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
@@ -31,15 +31,15 @@ class Row:
     """Runs that differ in their seed alone.
 
     Attributes:
-        label: what they have in common and others have not.
-        results: of each.
+        label: what these runs have in common and others have not.
+        results: results of every run.
     """
 
     label: str
     results: list[dict[str, Any]]
 
     def values(self, *path: str) -> list[float]:
-        """One figure of every run that has it."""
+        """The values of one figure, of the runs that have it."""
         found = []
         for result in self.results:
             value: Any = result
@@ -151,7 +151,7 @@ HEADINGS = ("Run", "Seeds", *COLUMNS)
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(HEADINGS):
         # Labels wrap, figures never do.
@@ -181,7 +181,7 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Learning curves as a PNG: validation accuracy, training loss, weights, norms; a row's seeds in one colour."""
+    """Draws learning curves as a PNG: validation accuracy, loss, weights, norms; a row's seeds in one colour."""
     titles = (
         "validation accuracy, %  (—: under PGD, ···: natural)",
         "adversarial training loss, nats",
