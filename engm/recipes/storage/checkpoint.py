@@ -44,13 +44,13 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = _checked_keep(keep)
         self._opened = time.time()
-        self._whole: set[str] = set()  # written or verified by this object: not read again to be counted
+        self._whole: set[str] = set()  # written or verified by this object, so not read again to be counted
 
     def save(self, name: str, tree: Any) -> Path:
         """Writes one checkpoint, replacing one of the same name only once the new one is complete.
 
         Args:
-            name: of letters, digits, ``.``, ``_`` and ``-``, such as ``step-00000200``.
+            name: name, of letters, digits, ``.``, ``_`` and ``-``, such as ``step-00000200``.
             tree: what :func:`engm.recipes.storage.tensor_tree.flatten` takes. Copied to the CPU first.
 
         Returns:
@@ -135,7 +135,7 @@ class CheckpointStore:
         Only checkpoints that verify count as kept, so a damaged one never pushes out a good one.
 
         Args:
-            prefix: of the series.
+            prefix: prefix of the series.
             keep: how many of the newest stay; ``None`` for the store's own ``keep``.
 
         Raises:

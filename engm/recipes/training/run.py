@@ -39,7 +39,7 @@ class Best:
 
     Attributes:
         epoch: number of finished epochs.
-        steps: of the run, at that moment.
+        steps: steps that the run had taken by then.
         accuracy: on the validation set.
     """
 
@@ -49,7 +49,7 @@ class Best:
 
     @property
     def score(self) -> float:
-        """See :func:`robust_of`."""
+        """What the checkpoint was chosen by; see :func:`robust_of`."""
         return robust_of(self.accuracy)
 
 
@@ -64,7 +64,7 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
     Raises:
         ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
     """
-    # The digits have a split of their own, in which nothing is to choose.
+    # The digits have a split of their own, and their loader refuses any other number of validation examples.
     digits = config.data == "digits"
     dataset = load_data(
         config.data,
@@ -94,7 +94,7 @@ def _first(source: Source, count: int | None, name: str) -> Source:
 
 
 def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
-    """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
+    """Calls :func:`load_dataset` in several processes; the first one downloads for all of them."""
     if config.download and processes.world > 1:
         with processes.together():
             if processes.first:
@@ -134,7 +134,7 @@ def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset
 
 
 def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
-    """What a configuration asks for; by default the data set's own."""
+    """The augmentation that a configuration asks for; ``auto`` is the data set's own."""
     chosen = {
         "auto": dataset.augment,
         "crop-flip": Augmentation(padding=4, flip=True),
@@ -145,11 +145,11 @@ def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
 
 
 class Run:
-    """A run, before, while and after it trains.
+    """A training run, from its configuration to its last epoch.
 
     Args:
-        config: of the run; resolved here.
-        processes: the processes.
+        config: the run's settings, which are resolved here.
+        processes: the processes that train it together.
         dataset: ``None`` to load the one that the configuration names.
 
     Raises:
@@ -162,7 +162,7 @@ class Run:
         net: the network; its ``state_dict`` is what checkpoints hold.
         average: the running average of its weights, if the configuration asks for one.
         trainer: takes the steps.
-        schedule: of learning rate and attack.
+        schedule: what changes in the course of the run.
         epoch: finished epochs.
         batch: finished batches of the epoch that is under way.
         history: a row of figures for every finished epoch.
@@ -234,7 +234,7 @@ class Run:
         """The training attack at a position; ``step`` counts over the whole run."""
         config, full = self.config, self.config.eps or 0.0
         eps = self.schedule.eps(step)
-        # With eps of 0 there is no attack, whatever its step.
+        # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
         return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
 
