@@ -15,13 +15,13 @@ NAMED = [("a", nn.Parameter(tensor(3))), ("b", nn.Parameter(tensor(2)))]
 
 
 def independent_losses(n=8):
-    """Losses whose squared norms over the two parameters are known: ``9 i`` times 3 or so, and 0 for ``b``."""
+    """Losses ``i * sum(a)``: the squared norm of example ``i`` is ``3 i^2`` over ``a`` and 0 over ``b``."""
     (_, a), _ = NAMED
     return (a * torch.arange(n, dtype=torch.float64).unsqueeze(1)).sum(1)
 
 
 def counted(calibration):
-    """Count probes."""
+    """A list that grows with every probe of ``calibration``."""
     draws = []
     original = calibration.sample.draw
     calibration.sample.draw = lambda *args: draws.append(1) or original(*args)
@@ -274,7 +274,7 @@ def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shar
 
 class TestFlagOfADevice:
     class Event:
-        """Of a copy that arrives when somebody waits for it."""
+        """The event of a copy that arrives when somebody waits for it."""
 
         arrived = False
 

@@ -102,7 +102,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def assert_term(term, want):
-    """All that a term can be asked for."""
+    """Everything that a term can be asked for agrees with its own gradients."""
     n = len(want)
     weights = tensor(n, seed=7)
     assert term.examples == n
