@@ -1,4 +1,4 @@
-"""Prints figures of benchmarks/results as Markdown tables, as the README shows them.
+"""Prints figures of benchmarks/results as Markdown tables, as docs/speed.md shows them.
 
 python benchmarks/report.py [benchmarks/results/cpu/steps.json]
 """

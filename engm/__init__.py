@@ -1,11 +1,12 @@
-"""engm: clip every example's gradient before averaging, exactly and almost for free.
+"""engm clips every example's gradient before averaging, exactly and almost for free.
 
-model = engm.GradNormModule(net)
-opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), alpha=5.0)
-losses = F.cross_entropy(model(x), y, reduction="none")
-opt.backward(losses)
-opt.step()
-opt.zero_grad()
+Example:
+    >>> model = engm.GradNormModule(net)
+    >>> opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), alpha=5.0)
+    >>> losses = F.cross_entropy(model(x), y, reduction="none")  # [n], one loss an example
+    >>> opt.backward(losses)
+    >>> opt.step()
+    >>> opt.zero_grad()
 """
 
 from . import ops, reference

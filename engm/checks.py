@@ -1,4 +1,4 @@
-"""Names that users type: looked up once, and refused with the nearest known one."""
+"""Which arguments of users are refused, and with what error: names, losses, alpha and other positive numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def check_name(name: str, known: Iterable[str], *, what: str) -> None:
     """Refuses a name that is not known.
 
     Args:
-        name: as typed.
-        known: what there is.
-        what: what it should be the name of, for the message.
+        name: the name as typed.
+        known: the known names.
+        what: what the name should be the name of, for the message.
 
     Raises:
-        ValueError: not known; says which are nearest, and all of them if they are few.
+        ValueError: the name is not known; the message says which are nearest, and all of them if they are few.
     """
     names = list(known)
     if name in names:
@@ -36,15 +36,16 @@ class NonFiniteError(ValueError):
 
 
 def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
-    """One clear error for losses that cannot have per-example gradients.
+    """Refuses losses that cannot have per-example gradients.
 
     Args:
-        losses: to be checked.
-        finite: look for losses that are not finite; None: on the CPU only, because elsewhere looking synchronises.
+        losses: what should be ``[n]`` losses with a graph.
+        finite: whether to look for losses that are not finite; None: on the CPU only, because elsewhere looking
+            synchronises.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: not ``[n]`` with ``n >= 1``, or no graph.
+        TypeError: ``losses`` is not a tensor.
+        ValueError: ``losses`` is not ``[n]`` with ``n >= 1``, or has no graph.
         NonFiniteError: with ``finite``, a loss is not finite.
     """
     if not isinstance(losses, Tensor):
@@ -75,7 +76,7 @@ def check_alpha(alpha: Any) -> float:
     """``alpha`` as a positive float (``inf`` is allowed and clips nothing).
 
     Raises:
-        ValueError: not a positive number.
+        ValueError: ``alpha`` is not a positive number.
     """
     try:
         value = float(alpha)
@@ -90,7 +91,7 @@ def check_positive(name: str, value: float) -> float:
     """``value`` as a float.
 
     Raises:
-        ValueError: it is not a positive finite number; names the argument.
+        ValueError: ``value`` is not a positive finite number; the message names the argument.
     """
     try:
         number = float(value)

@@ -1,12 +1,12 @@
-"""What is split over ranks, put together again: the batch that estimates are made from.
+"""How a batch that is split over ranks is put together again where something is estimated from it.
 
-An example's weight is of its own gradient, so it needs no other rank. What is *estimated* from a batch (A-ENGM's line,
-the calibration factors, the quantile behind ``alpha="auto"``) is estimated from the examples of all ranks: every rank
-then holds the same numbers, bit for bit, and a run in k processes is the run in one.
+An example's weight depends on that example's gradient alone, so no other rank is needed. What is *estimated* from a
+batch (A-ENGM's line, the calibration factors, the quantile behind ``alpha="auto"``) is estimated from the examples of
+all ranks: every rank then holds the same numbers, bit for bit, and a run in k processes is the run in one.
 
-What reduces takes the process group, or None for a batch that lies in this process whole; then nothing is sent and the
-values come back as they are. With a group it is a collective: all of its ranks have to call it. Gradients are left to
-``DistributedDataParallel`` itself, to which :func:`backpropagate_leaves` hands them.
+A function that reduces takes the process group, or None for a batch that lies in this process whole; then nothing is
+sent and the values come back as they are. With a group the call is a collective, which all ranks of the group have to
+make. Gradients are left to ``DistributedDataParallel`` itself, to which :func:`backpropagate_leaves` hands them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# A call of the autograd engine costs tens of microseconds, a reduction waits for a bucket of 25 MB (the first: 1 MB).
+# Bytes of gradients in one call of autograd: a call costs tens of microseconds, while a reduction starts only when a
+# bucket of 25 MB (the first: 1 MB) is full.
 HANDED_OVER_AT_ONCE = 4 << 20
 
 
@@ -32,8 +33,10 @@ class Ranks:
 
     Attributes:
         group: the processes.
-        reduces: whether the backward pass of this forward pass will average gradients over them: not under ``no_sync``.
-        joining: inside ``join()``, where a rank that ran out of batches answers the reduction of gradients alone.
+        reduces: whether the backward pass behind this forward pass will average gradients over the processes, which
+            under ``no_sync`` it does not.
+        joining: whether this is inside ``join()``, where a rank that ran out of batches answers the reduction of
+            gradients alone.
     """
 
     group: ProcessGroup
@@ -57,7 +60,7 @@ class Ranks:
 
 
 def total(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
-    """Each of the values, all of one shape and in float64, summed over the ranks: one all-reduce."""
+    """Each of the values, all of one shape and in float64, summed over the ranks by one all-reduce."""
     if group is None:
         return values
     summed = torch.stack(values)
@@ -66,14 +69,14 @@ def total(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
 
 
 def fewest(group: ProcessGroup, number: int, device: torch.device) -> int:
-    """The least of the ranks' numbers; the host waits for it."""
+    """The least of the ranks' numbers; the host waits for the answer."""
     least = torch.tensor(number, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group)
     return int(least)
 
 
 def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
-    """Mean over the examples of all ranks of each of the values, ``[n]`` in float64; ``n`` may differ by rank."""
+    """The mean over the examples of all ranks, for each of the values ``[n]`` in float64; ``n`` may differ by rank."""
     if group is None:
         return tuple(value.mean() for value in values)
     sums = [value.sum() for value in values]
@@ -84,7 +87,7 @@ def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
 def gathered(group: ProcessGroup | None, values: Tensor) -> Tensor:
     """The values ``[n]`` of all ranks in their order, ``[sum of n]``; ``n`` may differ by rank.
 
-    Two all-gathers, of the lengths and of the values; the host waits for the first, because the second needs it.
+    There are two all-gathers, of the lengths and of the values; the host waits for the lengths, to know how much comes.
     """
     if group is None:
         return values
@@ -100,13 +103,14 @@ def gathered(group: ProcessGroup | None, values: Tensor) -> Tensor:
 
 
 def backpropagate_leaves(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Give parameters their gradients by the way of autograd, where ``DistributedDataParallel`` waits for them.
+    """Gives parameters their gradients by the way of autograd, where ``DistributedDataParallel`` waits for them.
 
-    It then does what it does in any backward pass: adds to ``p.grad``, and as soon as a bucket of parameters is
-    complete reduces it, while the gradients that follow are still to be computed; under ``no_sync`` it adds alone.
+    The wrapper then does what it does in any backward pass: autograd adds to ``p.grad``, and as soon as a bucket of
+    parameters is complete the wrapper reduces it, while the gradients that follow are still to be computed. Under
+    ``no_sync`` nothing is reduced.
 
     Args:
-        gradients: ``(parameter, gradient)``, each parameter once; consumed as it comes, a few megabytes at a time.
+        gradients: ``(parameter, gradient)``, each parameter once; consumed a few megabytes at a time.
     """
     held: list[tuple[Tensor, Tensor]] = []
     size = 0
@@ -120,7 +124,7 @@ def backpropagate_leaves(gradients: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _backpropagate(held: list[tuple[Tensor, Tensor]]) -> None:
-    """Hand over and empty the list."""
+    """Hands the gradients over and empties the list."""
     if held:
         parameters, gradients = zip(*held, strict=True)
         held.clear()

@@ -1,6 +1,7 @@
-"""Per-example gradients by the definition: one backpropagation an example, through the batch's statistics.
+"""Norms of per-example gradients by their definition: one backpropagation an example, through the batch's statistics.
 
-The oracle, the probe that calibrates the engine, and what ``batch_norm="exact"`` runs on.
+This is the oracle that the engine is held against, what calibration measures a few examples with, and what
+``batch_norm="exact"`` runs on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .terms import accumulation_dtype, squared_rows
 from .terms.loss_scale import UNSCALED, LossScale
 from .torch_internals import adds_up
 
-BATCHED_BELOW = 1 << 15  # elements of all trained parameters under which vmapped chunks beat the loop on a CPU
+BATCHED_BELOW = 1 << 15  # with fewer elements in all parameters, chunks by vmap are faster than a loop on a CPU
 CHUNK = 16  # examples backpropagated at once
 
 
@@ -31,7 +32,7 @@ def exact_squared_norms(
         losses: ``[n]``, with a graph; the graph is kept.
         parameters: the tensors ``theta_l``; those that the losses do not reach have norm 0.
         examples: which examples; default all.
-        scale: on the losses inside the passes.
+        scale: the factor that the losses have inside of the passes; norms are freed of it.
 
     Returns:
         ``[len(parameters), number of examples]``, float64 for float64 losses, else float32.
@@ -55,7 +56,7 @@ def exact_squared_norms(
 def _next_gradients(
     losses: Tensor, parameters: Sequence[Tensor], indices: list[int]
 ) -> tuple[list[int], list[Tensor | None]]:
-    """The first few of ``indices`` and their gradients, ``[few, *shape]`` for every parameter."""
+    """The first few of ``indices`` and these examples' gradients, ``[few, *shape]`` or None for every parameter."""
     if sum(parameter.numel() for parameter in parameters) < BATCHED_BELOW:
         chunk = indices[:CHUNK]
         rows = torch.zeros(len(chunk), losses.shape[0], dtype=losses.dtype, device="cpu")
@@ -66,7 +67,7 @@ def _next_gradients(
                 losses, parameters, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
         except RuntimeError:
-            pass  # something in the graph cannot be batched, or cannot be backpropagated at all: the loop will tell
+            pass  # part of the graph cannot be batched; if it cannot be backpropagated at all, the loop raises that
         else:
             if _all_add_up(batched, losses, parameters, rows):
                 return chunk, list(batched)
@@ -76,7 +77,7 @@ def _next_gradients(
 
 
 def _all_add_up(batched: Sequence[Tensor | None], losses: Tensor, parameters: Sequence[Tensor], rows: Tensor) -> bool:
-    """Whether batched gradients sum to the gradients of the summed losses: for some operators torch's do not."""
+    """Whether batched gradients sum to the gradients of the summed losses, which for some operators they do not."""
     whole = torch.autograd.grad(losses, parameters, rows.sum(0), retain_graph=True, allow_unused=True)
     return all(b is None or w is None or adds_up(b, w) for b, w in zip(batched, whole, strict=True))
 

@@ -1,4 +1,8 @@
-"""What the engine will do with a network, layer by layer, before anything is trained."""
+"""What the engine will do with a network before anything is trained: by which rule, form and cost each norm is found.
+
+The network is run once on a batch. Every layer's rule is asked for the cost at the shapes that are seen, and the graph
+of the outputs tells which parameters enter outside of layers.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +27,16 @@ class LayerCost:
     """One call of one layer, or a parameter that is used outside of such calls.
 
     Attributes:
-        name: the module's name in the network; or the parameter's.
-        kind: the module's type; or the operator by which the parameter enters the batch's computation.
+        name: the module's or the parameter's name in the network.
+        kind: the module's type; of a parameter the operator by which it enters the batch's computation.
         rule: the rule's name, or ``"-"``; for a parameter ``"operator"``, or ``"operator, once an example"`` where the
             operator's own backward pass is run for every example.
-        form: ``"direct"``, ``"gram"``, ``"sum"``, or ``"-"`` if the layer is not supported or not priced; for a
-            parameter ``"pulled back"`` if what enters is computed from it and its gradient comes by autograd, per
-            example.
+        form: ``"direct"``, ``"gram"``, ``"sum"``, or ``"-"`` if the layer is not supported; for a parameter ``"sum"``,
+            or ``"pulled back"`` if what enters is computed from the parameter, and autograd computes the parameter's
+            gradient from it for every example.
         flops: of the norm, for one example, in the chosen form.
-        direct_flops: in the direct form.
-        gram_flops: in the Gram form.
+        direct_flops: of the norm, for one example, in the direct form.
+        gram_flops: of the norm, for one example, in the Gram form.
         bytes: operands read for one example.
         couples: whether the layer takes statistics from the batch in its present mode.
         problem: why the layer is not supported, or empty.
@@ -52,11 +56,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan for a network; prints as a table.
+    """What :func:`explain` found; prints as a table.
 
     Attributes:
-        layers: one :class:`LayerCost` a call, in the order of the forward pass.
-        batch_norm: what norms mean where batch norms couple the examples.
+        layers: one :class:`LayerCost` a call, in the order of the forward pass; then the parameters that enter outside
+            of layer calls.
+        batch_norm: which norms the engine gives where batch norms couple the examples, as in :class:`GradNormModule`.
         cost_table: what the forms are chosen by: ``"built-in"`` or a file of :func:`engm.tune`, and the device.
     """
 
@@ -76,7 +81,7 @@ class Explanation:
 
     @property
     def flops(self) -> int:
-        """Of all norms, for one example."""
+        """Floating point operations of all norms, for one example."""
         return sum(layer.flops for layer in self.layers)
 
     def __str__(self) -> str:
@@ -115,14 +120,14 @@ class Explanation:
 
 
 def explain(model: nn.Module, x: Any) -> Explanation:
-    """Runs ``model`` once on ``x`` and tells, per layer, which rule and form its norm will take.
+    """Runs ``model`` once on ``x`` and tells, layer by layer, by which rule and in which form the norm will be found.
 
     Parameters that no layer call accounts for (a class token, a layer scale, the projections of
     ``nn.MultiheadAttention``, a weight under ``weight_norm``) are listed after the layers, each with the operator by
     which it enters.
 
     Args:
-        model: a network or a :class:`GradNormModule`. Mode, buffers and random state are left as they were.
+        model: a network or a :class:`GradNormModule`; mode, buffers and random state are left as they were.
         x: the input batch, examples along the first dimension; a tuple is passed as positional, a dict as keyword
             arguments.
 
@@ -135,7 +140,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain expects a torch.nn.Module, got {type(model).__name__}.")
     net = model.unwrap() if isinstance(model, GradNormModule) else model
-    plans: list[LayerCost] = []
+    layers: list[LayerCost] = []
     handles = []
     devices: set[str] = set()
     try:
@@ -144,7 +149,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
             def record(
                 module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name, rule: Rule = rule
             ) -> None:
-                plans.append(_plan(name, module, rule, args, kwargs, output))
+                layers.append(_cost_of_call(name, module, rule, args, kwargs, output))
                 devices.update(device_text(o.device) for o in tree_leaves(output) if isinstance(o, Tensor))
 
             trained = any(p.requires_grad for p in module.parameters(recurse=False))
@@ -153,16 +158,16 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         wrapped = GradNormModule(net, strict=False)
         with torch.enable_grad(), untouched(net):
             outputs = wrapped(**x) if isinstance(x, dict) else wrapped(*x) if isinstance(x, tuple) else wrapped(x)
-            plans += _operators(wrapped, outputs, x)
+            layers += _costs_outside_of_layers(wrapped, outputs, x)
     finally:
         for handle in handles:
             handle.remove()
     batch_norm = model.batch_norm if isinstance(model, GradNormModule) else "calibrated"
-    return Explanation(tuple(plans), batch_norm, describe(devices))
+    return Explanation(tuple(layers), batch_norm, describe(devices))
 
 
-def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
-    """The parameters that enter outside of layer calls, and those that are not reached because of some problem."""
+def _costs_outside_of_layers(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
+    """Modules that are run again and parameters that enter outside of layer calls; or why there is no plan for them."""
     inputs = [value for value in tree_leaves(x) if isinstance(value, Tensor) and value.dim()]
     found = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.grad_fn is not None and inputs]
     if not found:
@@ -178,7 +183,7 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
         plan, _ = make_plan(model, traced, losses)
     except RuntimeError as error:
         return [LayerCost("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
-    plans = [
+    costs = [
         LayerCost(call.name, type(call.module).__name__, "module run again", "sum")
         for call, layout in zip(traced.calls, plan.layouts, strict=True)
         if call.rule.generic and layout is not None
@@ -188,11 +193,12 @@ def _operators(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
         rule = "operator" if entry.ruled else "operator, once an example"
         for source in entry.sources:
             form = "sum" if source.rearranged else "pulled back"
-            plans.append(LayerCost(names[source.parameter], kind, rule, form))
-    return plans
+            costs.append(LayerCost(names[source.parameter], kind, rule, form))
+    return costs
 
 
-def _plan(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerCost:
+def _cost_of_call(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerCost:
+    """What a layer's norm costs at the shapes of one call, or why the call is not supported."""
     kind = type(module).__name__
     taken = [value for value in tree_leaves(rule.activations(args, kwargs)) if isinstance(value, Tensor)]
     given = [value for value in tree_leaves(output) if isinstance(value, Tensor)]

@@ -1,7 +1,8 @@
-"""The compiled operators, typed and documented; :mod:`engm.reference` has a plain twin of each.
+"""The compiled operators that norms and weighted sums are made of, typed and documented.
 
 Inputs may have any strides. Sums are formed in float32 for float16, bfloat16 and float32 inputs and in float64 for
-float64; squared norms come back in that type. None of them is differentiable.
+float64; squared norms come back in that type. No operator is differentiable. :mod:`engm.reference` has a plain twin of
+each. At the end of this file are their fake implementations, which tell ``torch.compile`` shapes and dtypes.
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def linear_norm_sq(
         b: Backprops ``[n, T, d]``.
         form: ``"direct"`` forms tiles of the gradient in registers, 2·T·p·d FLOPs an example; ``"gram"`` contracts
             ``a aᵀ`` with ``b bᵀ``, T²(p + d) FLOPs, centred against cancellation (an example whose terms cancel all the
-            same is done again in direct form); ``"auto"`` takes the cheaper, and direct with a correction.
+            same is done again in direct form); ``"auto"`` takes the cheaper form, and direct with a correction.
         shift: ``[n, d]``, the example's shift gradient times scale/σ.
         patch_mean: ``[p]``, mean activation.
         scale: ``[n, d]``, the example's scale gradient times scale/σ.
@@ -93,11 +94,11 @@ def conv_norm_sq(
         groups: Divides ``C`` and ``d``; ``groups == C`` is depthwise.
         form: ``"direct"`` forms tiles of the gradient in registers; ``"gram"`` contracts ``gy gyᵀ`` with the sum over
             taps of the shifted pixel Gram matrix ``x xᵀ`` (inner dimension C, not C·taps), and repeats an example in
-            direct form where its terms cancel; ``"auto"`` takes the cheaper, and direct with a correction.
-        shift: ``[n, d]``.
-        patch_mean: ``[C, *kernel_size]``; a group of output channels uses its own ``C / groups`` rows.
-        scale: ``[n, d]``.
-        correlation: ``[d, C / groups, *kernel_size]``.
+            direct form where its terms cancel; ``"auto"`` takes the cheaper form, and direct with a correction.
+        shift: ``[n, d]``, as for :func:`linear_norm_sq`.
+        patch_mean: ``[C, *kernel_size]``, mean patch; a group of output channels uses its own ``C / groups`` rows.
+        scale: ``[n, d]``, as for :func:`linear_norm_sq`.
+        correlation: ``[d, C / groups, *kernel_size]``, mean of the normalised output times the patch.
 
     Returns:
         ``[n]`` squared norms, float64 for float64 operands, else float32.
@@ -119,8 +120,8 @@ def conv_norm_sq(
 def linear_grads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     r"""Per-example weight gradients of a linear layer, ``G_i = b_iᵀ a_i``, and their squared norms, in one pass.
 
-    For layers where ``d·p < T·(p + d)``: the gradients are smaller than the factors they are formed from, and the
-    weighted sum ``Σ_i w_i G_i`` is a matrix-vector product over ``grads.flatten(1)``.
+    This is for layers where ``d·p < T·(p + d)``: there the gradients are smaller than the factors they are formed from,
+    and the weighted sum ``Σ_i w_i G_i`` is a matrix-vector product over ``grads.flatten(1)``.
 
     Args:
         a: Activations ``[n, T, p]``.
@@ -132,10 +133,9 @@ def linear_grads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: Shapes, dtypes or devices do not fit.
 
-    Workspace and cost of :func:`linear_norm_sq` in direct form; the gradients are written once.
+    Workspace and cost are those of :func:`linear_norm_sq` in direct form; the gradients are written once.
     """
-    norm_sq, grads = torch.ops.engm.linear_grads(a, b)
-    return norm_sq, grads
+    return torch.ops.engm.linear_grads(a, b)
 
 
 def conv_grads(
@@ -149,12 +149,12 @@ def conv_grads(
 ) -> tuple[Tensor, Tensor]:
     r"""Per-example weight gradients of a convolution with zero padding, and their squared norms, in one pass.
 
-    ``G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]``. Worth keeping where it is smaller
-    than ``x`` and ``gy``: 9,216 numbers an example against 65,536 for 32 channels at 32×32. The weighted sum
-    ``Σ_i w_i G_i`` is then a matrix-vector product over ``grads.flatten(1)`` instead of a second convolution.
+    ``G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]``. The gradient is worth keeping where
+    it is smaller than ``x`` and ``gy``: 9,216 numbers an example against 65,536 for 32 channels at 32×32. The weighted
+    sum ``Σ_i w_i G_i`` is then a matrix-vector product over ``grads.flatten(1)`` instead of a second convolution.
 
     Args:
-        x: As for :func:`conv_norm_sq`, as are the other arguments.
+        x: Inputs ``[n, C, *S]``; this and all other arguments are as for :func:`conv_norm_sq`.
         gy: Backprops ``[n, d, *So]``.
         kernel_size: One value a spatial dimension.
         stride: One value a spatial dimension.
@@ -172,8 +172,7 @@ def conv_grads(
     On the CPU a thread's workspace is that of :func:`conv_norm_sq` in direct form and one panel of at most 8 rows of
     the gradient.
     """
-    norm_sq, grads = torch.ops.engm.conv_grads(x, gy, kernel_size, stride, padding, dilation, groups)
-    return norm_sq, grads
+    return torch.ops.engm.conv_grads(x, gy, kernel_size, stride, padding, dilation, groups)
 
 
 def affine_norm_sq(
@@ -198,15 +197,14 @@ def affine_norm_sq(
 
     Workspace: 4·C elements a thread; operands whose last dimension is strided are copied.
     """
-    norm_sq, scale_grads, shift_grads = torch.ops.engm.affine_norm_sq(x, gy, mean, rstd, channel_dim)
-    return norm_sq, scale_grads, shift_grads
+    return torch.ops.engm.affine_norm_sq(x, gy, mean, rstd, channel_dim)
 
 
 def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
     r"""Squared norms of the per-example weight gradients of an embedding, ``Σ_v ‖Σ_{t: idx_t = v} gy_t‖²``.
 
-    Equal to ``Σ_{t,s: idx_t = idx_s} ⟨gy_t, gy_s⟩``, but formed as squares of sums, so nothing cancels. The size of the
-    table is not needed, and no buffer of that size.
+    The norm equals ``Σ_{t,s: idx_t = idx_s} ⟨gy_t, gy_s⟩``, but is formed as squares of sums, so nothing cancels.
+    Neither the size of the table is needed nor a buffer of that size.
 
     Args:
         indices: ``[n, T]``, int64 or int32.
@@ -229,7 +227,7 @@ def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = N
     r"""Norms and clipping weights from the squared norms of all parameter tensors.
 
     ``norms_i = sqrt(max(Σ_l factors_l squared_norms_li, 0))`` and ``weights_i = min(alpha / norms_i, 1)`` (Eq. 5),
-    summed in order and in float64, so bitwise repeatable. A norm of 0 has weight 1; a non-finite sum has weight NaN.
+    summed in order and in float64, so both are bitwise repeatable. A norm of 0 has weight 1, a non-finite sum NaN.
 
     Args:
         squared_norms: ``[layers, n]``.
@@ -237,15 +235,14 @@ def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = N
         factors: ``[layers]`` calibration factors, 1 if None.
 
     Returns:
-        ``norms [n]`` and ``weights [n]``, float64 for float64, else float32.
+        ``norms [n]`` and ``weights [n]``, float64 for float64 squared norms, else float32.
 
     Raises:
         RuntimeError: ``alpha`` is not positive, or shapes do not fit.
 
     Workspace: ``n`` doubles.
     """
-    norms, weights = torch.ops.engm.clip_weights(squared_norms, alpha, factors)
-    return norms, weights
+    return torch.ops.engm.clip_weights(squared_norms, alpha, factors)
 
 
 def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
@@ -270,19 +267,19 @@ def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
 def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     r"""Every tensor times its examples' weights, ``out[i, ...] = weights_i tensor[i, ...]``; on CUDA in one launch.
 
-    Products are formed in float32 (float64 for float64 tensors) and rounded once to the tensor's own dtype. It is plain
-    multiplication: a weight of 0 times an infinity or NaN is NaN.
+    Products are formed in float32 (float64 for float64 tensors) and rounded once to the tensor's own dtype. As in any
+    multiplication, a weight of 0 times an infinity or NaN is NaN.
 
     Args:
         tensors: ``[n, ...]`` each, of any floating dtypes and shapes.
         weights: ``[n]``.
 
     Returns:
-        As many tensors, each in the dtype and memory format of its own: whatever order of dimensions within an example
-        is kept where the example's is the outermost and the tensor is dense; others come back contiguous.
+        One tensor for each, in that tensor's dtype. The memory format is kept where the tensor is dense and examples
+        are its outermost dimension; others come back contiguous.
 
     Raises:
-        RuntimeError: A tensor has not one row a weight, or another device, or a dtype that is not floating point.
+        RuntimeError: A tensor has not one row a weight, is on another device, or is not of a floating point dtype.
 
     Workspace: none beyond the results.
     """
@@ -292,8 +289,8 @@ def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     r"""Weighted sums over examples, ``Σ_i weights_i tensor[i, ...]``, of every tensor; on CUDA in one launch.
 
-    For per-example gradients that were kept whole: biases, scales, shifts, small weights. Sums run over the examples in
-    a fixed order, so they are bitwise repeatable. A weight of 0 times an infinity or NaN is NaN.
+    This is for per-example gradients that were kept whole: biases, scales, shifts, small weights. Sums run over the
+    examples in a fixed order, so they are bitwise repeatable. A weight of 0 times an infinity or NaN is NaN.
 
     Args:
         tensors: ``[n, *shape]`` each, of any floating dtypes and shapes.
@@ -303,7 +300,7 @@ def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
         One contiguous ``[*shape]`` for each, float64 for float64 tensors, else float32.
 
     Raises:
-        RuntimeError: A tensor has not one row a weight, or another device, or a dtype that is not floating point.
+        RuntimeError: A tensor has not one row a weight, is on another device, or is not of a floating point dtype.
 
     Workspace: none beyond the results; tensors that are not contiguous are copied.
     """
@@ -313,9 +310,9 @@ def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     r"""Weighted sum of per-example gradients, ``Σ_i w_i b_iᵀ a_i``, with the weights applied inside the product.
 
-    Equal to :func:`scaled_accumulate`, which is the default; here no scaled copy is made. On CUDA float32 operands are
-    rounded to TF32 where ``torch.backends.cuda.matmul`` allows it and otherwise taken as sums of two TF32 numbers;
-    16-bit backprops are rounded again after scaling. Bitwise repeatable. On the CPU it is :func:`scaled_accumulate`.
+    The result is that of :func:`scaled_accumulate`, which is the default and runs on the CPU; here no scaled copy is
+    made. On CUDA float32 operands are rounded to TF32 where ``torch.backends.cuda.matmul`` allows that and otherwise
+    taken as sums of two TF32 numbers; 16-bit backprops are rounded again after scaling. Sums are bitwise repeatable.
 
     Args:
         a: Activations ``[n, T, p]``.
@@ -333,24 +330,20 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return torch.ops.engm.weighted_gemm(a, b, weights)
 
 
-def compute_type(t: Tensor) -> torch.dtype:
-    """The type that sums over ``t`` are formed in."""
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """The type that sums over ``t`` are formed in: float64 for float64, float32 for everything narrower."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("engm::linear_norm_sq")
-def _linear_fake(a: Tensor, b: Tensor, *_: object) -> Tensor:
-    return a.new_empty(a.shape[0], dtype=compute_type(a))
-
-
 @torch.library.register_fake("engm::conv_norm_sq")
-def _conv_fake(x: Tensor, gy: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=compute_type(x))
+def _norm_sq_fake(inputs: Tensor, *_: object) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], dtype=accumulation_dtype(inputs))
 
 
 @torch.library.register_fake("engm::linear_grads")
 def _linear_grads_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    norm_sq = a.new_empty(a.shape[0], dtype=compute_type(a))
+    norm_sq = a.new_empty(a.shape[0], dtype=accumulation_dtype(a))
     return norm_sq, norm_sq.new_empty(a.shape[0], b.shape[2], a.shape[2])
 
 
@@ -364,32 +357,30 @@ def _conv_grads_fake(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    norm_sq = x.new_empty(x.shape[0], dtype=compute_type(x))
+    norm_sq = x.new_empty(x.shape[0], dtype=accumulation_dtype(x))
     return norm_sq, norm_sq.new_empty(x.shape[0], gy.shape[1], x.shape[1] // groups, *kernel_size)
 
 
 @torch.library.register_fake("engm::affine_norm_sq")
-def _affine_fake(
-    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = x.new_empty(x.shape[0], x.shape[channel_dim], dtype=compute_type(x))
+def _affine_fake(x: Tensor, gy: Tensor, mean: object, rstd: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    grads = x.new_empty(x.shape[0], x.shape[channel_dim], dtype=accumulation_dtype(x))
     return grads.new_empty(2, x.shape[0]), grads, torch.empty_like(grads)
 
 
 @torch.library.register_fake("engm::clip_weights")
 def _clip_fake(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    norms = squared_norms.new_empty(squared_norms.shape[1], dtype=compute_type(squared_norms))
+    norms = squared_norms.new_empty(squared_norms.shape[1], dtype=accumulation_dtype(squared_norms))
     return norms, torch.empty_like(norms)
 
 
 @torch.library.register_fake("engm::embedding_norm_sq")
 def _embedding_fake(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
-    return gy.new_empty(gy.shape[0], dtype=compute_type(gy))
+    return gy.new_empty(gy.shape[0], dtype=accumulation_dtype(gy))
 
 
 def _dense_by_example(t: Tensor) -> bool:
-    """Whether examples lie one after another and each is dense, in any order of its own dimensions."""
-    dense = torch.empty_like(t).stride() == t.stride()  # empty_like keeps the strides of dense tensors alone
+    """Whether examples lie one after another and each is dense, in any order of the other dimensions."""
+    dense = torch.empty_like(t).stride() == t.stride()  # empty_like keeps strides where a tensor is dense, only there
     return t.numel() == 0 or (dense and (t.shape[0] == 1 or t.stride(0) == t.numel() // t.shape[0]))
 
 
@@ -400,9 +391,9 @@ def _scale_examples_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Ten
 
 @torch.library.register_fake("engm::weighted_sums")
 def _weighted_sums_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
-    return [t.new_empty(t.shape[1:], dtype=compute_type(t)) for t in tensors]
+    return [t.new_empty(t.shape[1:], dtype=accumulation_dtype(t)) for t in tensors]
 
 
 @torch.library.register_fake("engm::weighted_gemm")
 def _weighted_gemm_fake(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    return a.new_empty(b.shape[2], a.shape[2], dtype=compute_type(a))
+    return a.new_empty(b.shape[2], a.shape[2], dtype=accumulation_dtype(a))

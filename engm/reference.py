@@ -1,6 +1,7 @@
-"""The operators again, each in a few lines of plain torch that materialise every per-example gradient.
+"""What every operator of :mod:`engm.ops` computes, in a few lines of plain torch that form every per-example gradient.
 
-Slow and plainly right, on any device and in any floating dtype; the oracle of the tests. ``form`` is taken and ignored.
+These twins are slow and plainly right, on any device and in any floating dtype: tests hold the compiled operators
+against them. A twin takes the arguments of its operator; ``form`` is ignored.
 """
 
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def affine_norm_sq(
 
 
 def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
-    """Twin of :func:`engm.ops.embedding_norm_sq`; its table has a row an index that occurs."""
+    """Twin of :func:`engm.ops.embedding_norm_sq`, with a table of the rows that occur."""
     rows, which = indices.unique(return_inverse=True)
     grads = gy.new_zeros(len(gy), len(rows), gy.shape[2])
     grads.scatter_add_(1, which.reshape(indices.shape)[..., None].expand(gy.shape), gy)

@@ -1,4 +1,4 @@
-"""The engine against the oracle, on the user's own model and batch."""
+"""Whether the engine is right on a user's own model and batch: its norms against one backpropagation an example."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ SMALL_LAYER = 1e-2  # a layer's error is measured against no less than this shar
 
 @dataclass(frozen=True)
 class LayerError:
-    """One parameter tensor.
+    """How far the engine's norms of one parameter tensor are from the oracle's.
 
     Attributes:
-        name: the parameter.
+        name: the parameter's name in the network.
         rule: the rule of the layer that used it, or the operator by which it enters the batch's computation.
-        error: the largest error of its per-example norms, relative to the layer's norm, or to 1 % of the example's
-            whole norm where that is larger (a bias behind a batch norm has gradient 0 and norm errors to match).
+        error: the largest error of the tensor's per-example norms, relative to the norm itself, or to 1 % of the
+            example's whole norm where that is larger (a bias in front of a batch norm has gradient 0, and nothing but
+            rounding for a norm).
     """
 
     name: str
@@ -45,13 +46,14 @@ class VerifyReport:
 
     Attributes:
         layers: one entry a parameter tensor.
-        error: largest relative error of the whole norms against the oracle. Where batch norm couples the examples
-            both are of the graph with frozen statistics; with ``batch_norm="exact"`` the engine is the oracle there.
-        tolerance: what ``error`` and every layer's error must stay under.
+        error: largest relative error of the whole norms against the oracle. Where batch norm couples the examples,
+            engine and oracle both hold its statistics constant; with ``batch_norm="exact"`` the engine itself computes
+            what the oracle does.
+        tolerance: what ``error`` and every layer's error must not exceed.
         couples: whether batch norm couples the examples.
         calibrated_error: mean relative error of the calibrated norms against exact ones through the statistics; None
             where nothing couples.
-        passed: whether everything is within tolerance.
+        passed: whether all errors are within tolerance.
     """
 
     layers: tuple[LayerError, ...]
@@ -83,7 +85,7 @@ class VerifyReport:
 def verify(
     model: nn.Module, loss_fn: Callable[..., Tensor], batch: Any, *, raise_on_error: bool = False
 ) -> VerifyReport:
-    """Compares the engine's per-example norms with one backpropagation per example, parameter by parameter.
+    """Compares the engine's per-example norms with one backpropagation an example, parameter by parameter.
 
     Use a small batch; cast model and batch to float64 to see the mathematics rather than the rounding. Gradients,
     buffers, random state and calibration are left as they were.
@@ -93,14 +95,14 @@ def verify(
         loss_fn: ``loss_fn(model, batch)``, or ``loss_fn(model, *batch)``, or ``loss_fn(outputs, targets)`` for a
             ``batch = (inputs, targets)``; returns ``[n]``, one loss an example.
         batch: what ``loss_fn`` takes.
-        raise_on_error: raise instead of returning a report that did not pass.
+        raise_on_error: whether to raise instead of returning a report that did not pass.
 
     Returns:
         A :class:`VerifyReport`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`engm.measure`; and RuntimeError with the report if
-            ``raise_on_error`` and it did not pass.
+        TypeError, ValueError, RuntimeError: what :func:`engm.measure` raises; and RuntimeError with the report if
+            ``raise_on_error`` is set and the report did not pass.
     """
     wrapped = as_wrapped(model)
     calibration = wrapped.calibration.state_dict()
@@ -128,7 +130,7 @@ def _losses(model: GradNormModule, loss_fn: Callable[..., Tensor], batch: Any) -
     else:
         try:
             losses = loss_fn(model, batch)
-        except (TypeError, AttributeError) as error:  # perhaps it takes (outputs, targets)
+        except (TypeError, AttributeError) as error:  # perhaps loss_fn takes (outputs, targets)
             try:
                 losses = loss_fn(model(batch[0]), batch[1])
             except (TypeError, AttributeError):
@@ -177,7 +179,7 @@ def _compare(model: GradNormModule, graph: PlannedGraph, losses: Tensor) -> Veri
 
 
 def _tolerance(graph: PlannedGraph) -> float:
-    """The tolerance of the narrowest type among parameters and results; autocast and mixed models have several."""
+    """The tolerance of the narrowest dtype among parameters and results; autocast and mixed models have several."""
     dtypes = {parameter.dtype for parameter in graph.parameters}
     dtypes.update(output.dtype for node in graph.trace.order for output in node_outputs(node))
     return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)

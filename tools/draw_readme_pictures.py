@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from engm.recipes.config import RunConfig
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import train
 from engm.recipes.runs.progress import RunView
 from engm.recipes.runs.report import draw
@@ -45,7 +45,7 @@ def main() -> None:
         for optimizer in ("msgd", "engm"):
             config = RunConfig(optimizer=optimizer, **COMMON)  # type: ignore[arg-type]
             with Recorded(Console(), f"{optimizer}: ") as view:
-                results.append(train(config, Path(folder) / optimizer, Ranks(torch.device("cpu")), view=view))
+                results.append(train(config, Path(folder) / optimizer, Processes(torch.device("cpu")), view=view))
     draw(results, PICTURES / "curves.png")
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/results/README.md, its pictures and the README's part on robustness from docs/results/*/results.json.
+"""Writes docs/results/README.md, its pictures and the table of docs/reproduce.md from docs/results/*/results.json.
 
 engm reproduce table2 --budget small --data CIFAR10.npz --out runs/reproduce   # and the other analyses
 python tools/write_results_page.py --from runs/reproduce                       # copies their results, then writes
@@ -11,14 +11,14 @@ import argparse
 import shutil
 from pathlib import Path
 
-from engm.recipes.reproduce.page import documents, draw_pictures, page, readme_block, with_block
+from engm.recipes.reproduce.page import documents, draw_pictures, page, table_block, with_block
 from engm.recipes.storage.atomic_files import make_folder, write_text_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-README = ROOT / "README.md"
+REPRODUCE = ROOT / "docs" / "reproduce.md"
 COPIED = ("results.json", "table.csv", "config.toml")
-PICTURE, LINK = "docs/results/table2/picture.png", "docs/results/README.md"  # from the README
+PICTURE, LINK = "results/table2/picture.png", "results/README.md"  # from docs/reproduce.md
 TITLE = "The paper's figures and tables, at a small budget"
 INTRODUCTION = """This page is generated (`python tools/write_results_page.py`) from the JSON beside it, which
 `engm reproduce` wrote. The budget `small` is two CPU cores for about an hour an analysis: real CIFAR-10, but 1,024
@@ -59,8 +59,8 @@ def main() -> None:
         raise SystemExit(f"this page is of the budget small and needs table2; of another budget: {others or 'none'}")
     draw_pictures(found, RESULTS)
     write_text_atomic(RESULTS / "README.md", page(found, TITLE, INTRODUCTION))
-    block = readme_block(found["table2"], PICTURE, LINK)
-    write_text_atomic(README, with_block(README.read_text(encoding="utf-8"), block))
+    block = table_block(found["table2"], PICTURE, LINK)
+    write_text_atomic(REPRODUCE, with_block(REPRODUCE.read_text(encoding="utf-8"), block))
 
 
 if __name__ == "__main__":

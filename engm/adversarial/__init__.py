@@ -1,4 +1,4 @@
-"""Adversarial training on top of the engine: attacks (the inner problem) and the losses they are run against."""
+"""Adversarial training on top of the engine: attacks on inputs and weights, and the losses of training methods."""
 
 from .attacks import PGD, Adversarial
 from .autoattack import AutoAttackResult, autoattack

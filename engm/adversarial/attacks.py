@@ -1,8 +1,9 @@
-"""Projected gradient descent on the input: the inner problem of adversarial training (Eq. 1b of the paper).
+"""How adversarial examples are found by projected gradient descent, the inner problem of adversarial training (Eq. 1b).
 
 An attack differentiates with respect to the input only: no weight gradient is computed and no ``p.grad`` is touched.
-Its last step may measure per-example gradient norms (``measure=True``), which the training step then borrows instead
-of paying for a backward pass of its own.
+The last step of an attack may measure per-example gradient norms (``measure=True``), which the training step then
+borrows instead of paying for a backward pass of its own. Eq. 1b is that of Dabouei et al., *Revisiting Outer
+Optimization in Adversarial Training*, 2022.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ _LOSSES: dict[str, PerExampleLoss] = {"ce": cross_entropy, "margin": margin}
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the last step measures."""
+    """What the last step of an attack measures.
+
+    Attributes:
+        norms: whether per-example gradient norms are measured.
+        input_grads: whether gradients with respect to the input are kept.
+    """
 
     norms: bool
     input_grads: bool
@@ -51,7 +57,8 @@ class Adversarial:
 
     Attributes:
         inputs: adversarial examples, shaped like the inputs, detached.
-        measurement: what the last step measured at *its* input (``inputs`` before the last update), or ``None``.
+        measurement: what the last step measured at the input of that step (``inputs`` before the last update); None if
+            nothing was to be measured.
     """
 
     inputs: Tensor
@@ -63,8 +70,8 @@ class _Problem:
     """What one call attacks.
 
     Attributes:
-        model: the network; called by the step that measures.
-        plain: called everywhere else; ``model`` itself unless there is a stand-in.
+        model: the network, which the step that measures calls.
+        plain: what every other step calls: ``model`` itself unless there is a stand-in.
         origin: natural inputs ``[n, ...]``.
         labels: ``[n]``.
         natural: log-probabilities ``[n, K]`` at ``origin``, if the loss compares with them.
@@ -77,12 +84,21 @@ class _Problem:
     natural: Tensor | None = None
 
     def take(self, rows: Tensor) -> _Problem:
+        """The problem of the examples in ``rows`` alone."""
         natural = None if self.natural is None else self.natural[rows]
         return _Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
 
 
 class _Standing:
-    """Which examples still move, ``moving [n]``: one that is found wrong with no patience left stays where it is."""
+    """Which examples still move: one that is found misclassified with no patience left stays where it is.
+
+    Args:
+        labels: ``[n]``.
+        patience: steps that an example still takes after it was misclassified.
+
+    Attributes:
+        moving: ``[n]`` bool.
+    """
 
     def __init__(self, labels: Tensor, patience: int) -> None:
         self.moving = torch.ones_like(labels, dtype=torch.bool)
@@ -90,7 +106,7 @@ class _Standing:
         self._patience = torch.full_like(labels, patience, dtype=torch.long)
 
     def look(self, logits: Tensor, rows: Tensor) -> None:
-        """Takes note of what the network says of ``rows`` where they are now."""
+        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]`` where these are now."""
         wrong = logits.argmax(dim=1) != self._labels[rows]
         self.moving[rows] &= ~(wrong & (self._patience[rows] == 0))
         self._patience[rows] -= wrong.long()
@@ -101,31 +117,32 @@ class PGD:
     """Projected gradient descent inside ``{x' : ||x' - x|| <= eps} ∩ [0, 1]`` (Madry et al., 2018).
 
     Each step moves along the sign of the input gradient (``"linf"``) or along the gradient itself scaled to length 1
-    (``"l2"``), then projects onto the ball and the box. Deterministic under a ``torch.Generator``.
+    (``"l2"``), then projects onto the ball and the box. With a ``torch.Generator`` the attack is deterministic.
 
     Attributes:
         eps: radius of the ball, in units of the input (pixels live in [0, 1]); with 0 the attack returns ``x``.
-        step_size: length of a step, same units.
+        step_size: length of a step, in units of the input.
         steps: number of steps, at least one.
         norm: ``"linf"`` or ``"l2"`` (over all entries of an example).
         random_start: start at a uniform draw (``"l2"``: uniform direction, uniform radius) instead of at ``x``.
-        loss: ``"ce"``, ``"margin"``, ``"kl"`` or any function ``(logits, labels) -> [n]``; maximised. ``"kl"`` is
-            ``KL(p(x) || p(x'))``, with the prediction at ``x`` taken once, without gradients, in the mode of the attack
-            (TRADES; Zhang et al., 2019). Its gradient is zero at ``x``, so it needs ``random_start``.
+        loss: what is maximised: ``"ce"``, ``"margin"``, ``"kl"`` or any function ``(logits, labels) -> [n]``. ``"kl"``
+            is ``KL(p(x) || p(x'))``, with the prediction at ``x`` taken once, without gradients, in the mode of the
+            attack (TRADES; Zhang et al., 2019). The gradient of ``"kl"`` is zero at ``x``, so ``random_start`` is
+            needed.
         eval_mode: attack the network in evaluation mode (running statistics, no dropout), as TRADES, AWP and most
             others do. ``False`` leaves every module as it is: training-mode batch norm then also updates its
             running statistics at each step, and the step that measures treats batch statistics as constants
-            (``engm.measure``), which changes its direction a little.
-            Norms borrowed while the network still changes fast are faithful in this mode only (see the README).
+            (``engm.measure``), which changes its direction a little. But norms that are borrowed while the network
+            still changes fast are faithful to the training step's only with ``False`` (docs/exactness.md).
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
-        stop_when_broken: leave an example alone once it is misclassified. For evaluation, where it is cheaper, and
-            for friendly adversarial training; reading which examples are broken synchronises a CUDA device at each
-            step. Examples that stopped drop out of the batch in evaluation mode. In training mode that would change
-            the batch statistics, and with a stand-in (``plain``) the shape it was compiled for, so all are computed
-            there and only those still standing move.
+        stop_when_broken: leave an example alone once it is misclassified. This is for evaluation, which becomes
+            cheaper, and for friendly adversarial training; reading which examples are broken synchronises a CUDA
+            device at each step. Examples that stopped drop out of the batch in evaluation mode. In training mode that
+            would change the batch statistics, and with a stand-in (``plain``) the shape that the stand-in was compiled
+            for, so there all examples are computed and only those still standing move.
         patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
-            Alg. 1 in Zhang et al., 2020: each step from a misclassified point uses one up; with none left the example
-            stays at that point).
+            Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
+            example stays at that point.
         start_noise: start at ``x`` plus a standard normal draw times this, projected, instead of at a uniform draw
             (0.001 in TRADES, MART and AWP).
     """
@@ -182,25 +199,29 @@ class PGD:
         """Attacks ``model`` at ``(x, y)``.
 
         Args:
-            model: any module that maps ``x`` to logits ``[n, K]``. With ``measure`` a ``GradNormModule``.
+            model: any module that maps ``x`` to logits ``[n, K]``; with ``measure`` a ``GradNormModule``.
             x: natural inputs ``[n, ...]``, floating point, in [0, 1].
             y: labels ``[n]``.
             generator: source of the random starts; may live on the CPU while ``x`` does not.
-            measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. An optimizer
-                in place of ``True``: measure what its next ``backward`` reads and no more. Input gradients alone
-                (N-ENGM, A-ENGM between two regressions) cost nothing: the attack takes them anyway.
-                With ``stop_when_broken`` that step goes over all examples, also if every one has stopped: it measures
-                them where they are and moves those still standing.
+            measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. With an
+                optimizer in place of ``True`` what the optimizer's next ``backward`` reads is measured and no more.
+                Input gradients alone (N-ENGM, A-ENGM between two regressions) cost nothing, because the attack takes
+                them anyway. With ``stop_when_broken`` the last step goes over all examples, also if every one has
+                stopped: it measures them where they are and moves those still standing.
             noise: what the start adds to ``x``, shaped like ``x``, from :meth:`draw`; nothing is drawn then, and
-                ``generator`` is not read. For one process of several, which draws the noise of the whole batch and
-                takes its own rows.
+                ``generator`` is not read. This is for one process of several, which draws the noise of the whole batch
+                and takes its own rows.
             plain: stand-in for ``model`` wherever nothing is captured, ``torch.compile(net)`` say, with the same
                 weights. The step that measures calls ``model``.
+
+        Returns:
+            Adversarial examples, and the measurement if there is one.
 
         Raises:
             ValueError: empty or out-of-range inputs (the range is looked at on the CPU only, where looking is cheap),
                 labels that do not match, ``measure`` or ``noise`` together with ``restarts``, noise unlike ``x``, or
                 a stand-in with weights of its own.
+            TypeError: ``measure`` is neither a bool nor one of engm's optimizers.
         """
         wanted = _Wanted.of(measure)
         self._check(x, y, wanted, noise)
@@ -235,11 +256,12 @@ class PGD:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Tensor:
-        """What a run's start adds to ``x`` before it projects; reads the generator as a run does.
+        """The noise that the start of a run adds to ``x`` before it projects, drawn from the generator as a run does.
 
         Args:
             shape: of the inputs, ``[n, ...]``.
-            generator: may live on the CPU while the noise does not; default torch's own of ``device``.
+            generator: source of the noise; may live on the CPU while the noise does not. Default: torch's own of
+                ``device``.
             dtype: of the inputs.
             device: of the inputs.
 
@@ -284,7 +306,7 @@ class PGD:
             return log_probabilities(plain(x))
 
     def _run(self, problem: _Problem, x_adv: Tensor, wanted: _Wanted) -> Adversarial:
-        """One run from one start."""
+        """One run from the start ``x_adv``."""
         standing = _Standing(problem.labels, self.patience) if self.stop_when_broken else None
         steps = self.steps - 1 if wanted.anything else self.steps
         with paused(problem.model):
@@ -296,7 +318,7 @@ class PGD:
         return self._measuring_step(problem, x_adv, standing, wanted) if wanted.anything else Adversarial(x_adv)
 
     def _run_until_broken(self, problem: _Problem, x_adv: Tensor, standing: _Standing, steps: int) -> Tensor:
-        """At most ``steps`` steps of every example; it stops as soon as ``standing`` says so."""
+        """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so."""
         x_adv = x_adv.clone()
         whole = not self.eval_mode or problem.plain is not problem.model
         for _ in range(steps):

@@ -1,7 +1,8 @@
-"""AutoAttack, the evaluation that robust accuracies are compared by, through ``pyautoattack``, with its answer checked.
+"""How robust a network is under AutoAttack, the evaluation that robust accuracies are compared by.
 
-The attacks are pyautoattack's own. Here are the conditions they run under (evaluation mode, float32, nothing captured,
-no gradient and no random state left behind), and a recount of the accuracy from the images that come back.
+The attacks are those of the package ``pyautoattack``. Here are the conditions that they run under (evaluation mode,
+float32, nothing captured, no gradient and no random state left behind), and a recount of the accuracy from the images
+that come back.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 TOLERANCE = 1e-6
 """How far, in units of the larger of the pixel range and the radius, rounding may carry an image out of the ball."""
 
-_ROUNDING = 1e-3  # margin, relative to the largest logit, below which the batch an image is in may decide its class
+_ROUNDING = 1e-3  # below this margin, relative to the largest logit, an image's class may depend on the batch around it
 _NORMS = {"linf": "Linf", "l2": "L2"}
 _SUCCESSES = re.compile(r"(\S+) - \d+/\d+ - (\d+) out of \d+ successfully perturbed")
 
@@ -45,7 +46,7 @@ class AutoAttackResult:
         per_attack: fraction still standing after each attack, in the order they ran, ``"clean"`` first; attacks that
             found nobody left do not appear. Read from pyautoattack's log; empty if that does not account for the images
             that were moved.
-        warnings: what pyautoattack says against trusting the figure (zero gradients, randomised outputs, ...).
+        warnings: what pyautoattack says against trusting its figure (zero gradients, randomised outputs, ...).
     """
 
     inputs: Tensor
@@ -79,13 +80,16 @@ def autoattack(
         x: natural images ``[n, C, H, W]``, float32, in [0, 1]; may be on another device than the model.
         y: labels ``[n]``.
         eps: radius of the ball, in units of the pixels.
-        norm: of the ball.
-        batch_size: images at a time.
+        norm: ``"linf"`` or ``"l2"``, the norm of the ball.
+        batch_size: number of images that are attacked at a time.
         version: ``"standard"`` is the one to report; ``"custom"`` runs ``attacks``.
         seed: of the attacks' random draws.
         attacks: names out of :data:`ATTACKS`, with ``version="custom"`` and only then.
-        log_path: file that pyautoattack's log is appended to; otherwise nobody sees it, its warnings excepted, which
-            come back with the result.
+        log_path: file that pyautoattack's log is appended to. Without a file only the log's warnings are kept, in the
+            result.
+
+    Returns:
+        The images and the accuracies on them.
 
     Raises:
         ModuleNotFoundError: pyautoattack is not installed.
@@ -161,7 +165,10 @@ def _check(
 
 @contextmanager
 def _conditions(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, float32, nothing captured; modes, gradients, random states and tracing come back."""
+    """Puts the model in evaluation mode and float32 inside the context, with nothing captured and no gradients.
+
+    Afterwards modes, ``requires_grad``, random states and whatever traces the interpreter are as before.
+    """
     # FAB calls backward(), which would add to the gradients of parameters that require any.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The attacks seed every CUDA device, but only where CUDA is in use is there a state to keep.
@@ -185,6 +192,8 @@ def _conditions(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class _Collector(logging.Handler):
+    """A log handler that keeps all records in a list."""
+
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
@@ -212,7 +221,11 @@ def _logged(path: str | Path | None) -> Iterator[list[logging.LogRecord]]:
 
 
 def _fit_to_classes(adversary: Any, classes: int) -> None:
-    """As many target classes as there are, up to the nine of the standard version."""
+    """Gives the targeted attacks as many target classes as there are, up to the nine of the standard version.
+
+    Raises:
+        ValueError: an attack needs more classes than there are.
+    """
     needed = max({"apgd-t": 4, "apgd-dlr": 3}.get(name, 2) for name in adversary.attacks_to_run)
     if classes < needed:
         raise ValueError(
@@ -224,9 +237,10 @@ def _fit_to_classes(adversary: Any, classes: int) -> None:
 
 
 def _check_images(inputs: Tensor, x: Tensor, eps: float, norm: Norm) -> None:
+    """Refuses images outside of the ball or of [0, 1]."""
     distance = lengths(inputs.double() - x.double(), norm).max().item()
     low, high = (value.item() for value in torch.aminmax(inputs))
-    # Written so that a NaN fails.
+    # Comparisons with a NaN are false, so that an image with a NaN is refused.
     if not (distance <= eps + TOLERANCE * max(1.0, eps) and low >= -TOLERANCE and high <= 1 + TOLERANCE):
         raise RuntimeError(
             f"pyautoattack returned images outside of the {norm} ball of radius {eps:.6g} or of [0, 1]: distances up "
@@ -235,6 +249,7 @@ def _check_images(inputs: Tensor, x: Tensor, eps: float, norm: Norm) -> None:
 
 
 def _check_recount(logits: Tensor, y: Tensor, robust: Tensor, standing: Tensor) -> None:
+    """Refuses a count of pyautoattack's (``standing [n]``) that the recount (``robust [n]``) contradicts."""
     undecided = margin(logits, y).abs() <= _ROUNDING * logits.abs().amax(dim=1)
     contradictions = int(((robust != standing) & ~undecided).sum())
     if contradictions:
@@ -246,7 +261,13 @@ def _check_recount(logits: Tensor, y: Tensor, robust: Tensor, standing: Tensor) 
 
 
 def _per_attack(messages: Sequence[str], standing: Tensor, moved: Tensor) -> dict[str, float]:
-    """Accuracy after each attack, from the successes that the log counts and who stands (``[n]`` bool) at the end."""
+    """Accuracy after each attack, from the successes that the log counts; empty if the log misses some.
+
+    Args:
+        messages: of the log.
+        standing: ``[n]`` bool, which images are classified correctly after all attacks.
+        moved: ``[n]`` bool, which images came back changed.
+    """
     broken: dict[str, int] = {}
     for name, count in (match.groups() for match in map(_SUCCESSES.fullmatch, messages) if match):
         broken[name] = broken.get(name, 0) + int(count)

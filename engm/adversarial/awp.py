@@ -1,4 +1,7 @@
-"""Adversarial weight perturbation (Wu et al., *Adversarial Weight Perturbation Helps Robust Generalization*, 2020)."""
+"""How a training step is taken at adversarially perturbed weights (AWP).
+
+Source: Wu et al., *Adversarial Weight Perturbation Helps Robust Generalization*, 2020.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ..checks import NonFiniteError, check_losses
 from ..torch_internals import copy_each, own_buffers, version_of
 from .modes import paused
 
-_TINY = 1e-20  # of the authors' code: a zero gradient moves nothing
+_TINY = 1e-20  # taken from the authors' code; with it a gradient of zero moves nothing
 
 
 class AWP:
@@ -35,7 +38,7 @@ class AWP:
 
     Args:
         model: a :class:`engm.GradNormModule`, ``DistributedDataParallel`` around one, or any plain network.
-        gamma: length of a parameter's perturbation, relative to the parameter's own.
+        gamma: length of a parameter's perturbation, relative to the length of the parameter.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -48,7 +51,7 @@ class AWP:
         if not (gamma >= 0 and isfinite(gamma)):
             raise ValueError(f"gamma must be a finite number >= 0, got {gamma}.")
         if isinstance(model, DistributedDataParallel) and model.static_graph:
-            # It would take AWP's own backward pass for the first of the training and leave later gradients unreduced.
+            # DDP would take AWP's own backward pass for the first one of training and not reduce later gradients.
             raise ValueError("AWP needs DistributedDataParallel without static_graph=True.")
         self.model = model
         self.gamma = gamma
@@ -61,7 +64,8 @@ class AWP:
         Finding the perturbation costs one forward and backward pass, which is not captured, touches no ``p.grad`` and
         leaves no trace in the buffers (running statistics). What the forward passes inside the context do to the
         buffers stays, unless the context ends with an exception: then the buffers, too, are what they were before.
-        A graph that was built inside must be backpropagated inside. Holds one copy of the perturbed parameters.
+        A graph that was built inside must be backpropagated inside. The context holds one copy of the perturbed
+        parameters.
 
         Under ``DistributedDataParallel`` the gradients are averaged over the processes, so that all of them
         perturb alike.
@@ -107,7 +111,7 @@ class AWP:
             self._open = False
 
     def _ascent(self, losses_fn: Callable[[], Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """``(weight, gradient, scale)`` of every parameter that the losses reach: it is to move by their product."""
+        """``(weight, gradient, scale)`` of every parameter that the losses reach, to move it by their product."""
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad and p.dim() > 1}
         if not trained:
             raise ValueError("AWP perturbs trained parameters of more than one dimension, and the model has none.")
@@ -137,7 +141,7 @@ class AWP:
 
 
 class _Buffers:
-    """A model's buffers as they are now."""
+    """The buffers of a model as they are when this object is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [
@@ -148,7 +152,7 @@ class _Buffers:
         ]
 
     def restore(self) -> None:
-        """Gives every module its very tensors back, with the values of then."""
+        """Gives every module the very tensors back that it had, with the values that they had."""
         for module, name, buffer, _ in self._saved:
             own_buffers(module)[name] = buffer
         _copy_back([buffer for _, _, buffer, _ in self._saved], [copy for *_, copy in self._saved])
@@ -161,10 +165,11 @@ def _copy_back(tensors: list[Tensor], copies: list[Tensor]) -> None:
 
 
 def _climb(ascent: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Moves every weight of ``(weight, gradient, scale)`` by ``scale * gradient``."""
     with torch.no_grad():
         for weight, gradient, scale in ascent:
             weight.add_(gradient.to(scale.dtype) * scale)
-    torch.clear_autocast_cache()  # it holds the weights as they were, in lower precision
+    torch.clear_autocast_cache()  # the cache holds the weights as they were, in lower precision
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -177,7 +182,7 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
 def _averaged(
     gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], group: dist.ProcessGroup
 ) -> tuple[Tensor, ...]:
-    """Means over the processes; a gradient that one process lacks counts as zero there."""
+    """The means of the gradients over the processes; a gradient that a process lacks counts as zero there."""
     dense = torch.contiguous_format  # processes may have different ideas of the layout
     total = [
         torch.zeros_like(parameter, memory_format=dense) if gradient is None else gradient.clone(memory_format=dense)

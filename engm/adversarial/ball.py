@@ -16,7 +16,7 @@ def per_example(values: Tensor, like: Tensor) -> Tensor:
 
 
 def lengths(x: Tensor, norm: Norm = "l2") -> Tensor:
-    """Length ``[n]`` of every example over all its entries."""
+    """The length ``[n]`` of every example ``[n, ...]`` over all its entries."""
     return torch.linalg.vector_norm(x.flatten(1), ord=2 if norm == "l2" else float("inf"), dim=1)
 
 
@@ -26,7 +26,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def project(x_adv: Tensor, origin: Tensor, eps: float, norm: Norm) -> Tensor:
-    """Onto the ball, then onto the box [0, 1]; that cannot lead out of the ball, because ``origin`` lies in the box."""
+    """``x_adv`` projected onto the ball around ``origin``, then onto the box [0, 1].
+
+    The second projection cannot lead out of the ball, because ``origin`` lies in the box.
+    """
     if norm == "linf":
         x_adv = torch.clamp(x_adv, origin - eps, origin + eps)
     else:
@@ -36,7 +39,11 @@ def project(x_adv: Tensor, origin: Tensor, eps: float, norm: Norm) -> Tensor:
 
 
 def check_examples(x: Tensor, y: Tensor | None = None) -> None:
-    """Refuses what cannot be attacked.
+    """Refuses inputs that cannot be attacked.
+
+    Args:
+        x: what should be floating point inputs ``[n, ...]`` in [0, 1].
+        y: what should be labels ``[n]``.
 
     Raises:
         ValueError: no examples, integers, values outside [0, 1] (looked at on the CPU only, where looking is cheap),
@@ -56,4 +63,5 @@ def check_examples(x: Tensor, y: Tensor | None = None) -> None:
 
 
 def _nonzero(length: Tensor) -> Tensor:
+    """Lengths that can be divided by."""
     return length.clamp_min(torch.finfo(length.dtype).tiny)

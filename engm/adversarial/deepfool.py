@@ -1,4 +1,4 @@
-"""DeepFool: a small perturbation that changes the network's decision, for the robustness measure rho."""
+"""How small a perturbation changes a network's decision, found by DeepFool, for the robustness measure rho."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DeepFoolResult:
     Attributes:
         inputs: perturbed examples, shaped like the inputs, detached; in [0, 1].
         distances: ``[n]``, Euclidean lengths of the perturbations, in units of the input.
-        broken: ``[n]`` bool, whether the network's decision there differs from the label.
+        broken: ``[n]`` bool, whether the network's decision at ``inputs`` differs from the label.
     """
 
     inputs: Tensor
@@ -38,9 +38,9 @@ class DeepFool:
     input plus the sum times ``1 + overshoot``, and clamped to [0, 1]. An example stops where the network first errs.
 
     Attributes:
-        steps: at most so many.
-        candidates: classes that are looked at, the most likely ones at the start, the first of them included. One
-            backward pass a step for each but the first.
+        steps: the largest number of steps.
+        candidates: number of classes that are looked at: those most likely at the start, the class itself included.
+            Each but the class itself costs a backward pass a step.
         overshoot: how far past the boundary, as a fraction of the perturbation.
     """
 
@@ -61,8 +61,11 @@ class DeepFool:
         Args:
             model: any module that maps ``x`` to logits ``[n, K]``, ``K >= 2``; its mode is restored.
             x: natural inputs ``[n, ...]``, floating point, in [0, 1].
-            y: labels ``[n]``; an example that is misclassified at the start stays there, at distance 0. Default the
+            y: labels ``[n]``; an example that is misclassified at the start stays there, at distance 0. Default: the
                 network's own decisions, so that every example moves.
+
+        Returns:
+            Perturbed examples, their distances, and which of them the network errs on.
 
         Raises:
             ValueError: empty or out-of-range inputs (looked at on the CPU only), labels that do not match, or fewer

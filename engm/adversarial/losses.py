@@ -1,4 +1,4 @@
-"""Losses that attacks climb: one value per example, from logits."""
+"""The losses that attacks maximise: from logits and labels to one value an example."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Logarithm of the softmax: ``[n, K]`` to ``[n, K]``, in float32 at least."""
+    """The logarithm of the softmax of logits ``[n, K]``, as ``[n, K]`` in float32 or better."""
     return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -1,4 +1,4 @@
-"""The state that an attack runs a network in, and gives back: evaluation mode, nothing captured."""
+"""How an attack puts a network in the state that it needs, evaluation mode and nothing captured, and back again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Captures nothing in here: pauses every ``GradNormModule`` at or below ``model``; plain modules pass through."""
+    """Pauses every ``GradNormModule`` at or below ``model``, so that nothing is captured; plain modules run as ever."""
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, GradNormModule):

@@ -1,8 +1,8 @@
-"""Per-example training losses of adversarial training methods.
+"""What methods of adversarial training minimise: one loss an example, from natural and adversarial inputs.
 
-A method is one function that a reader can hold against its paper. `Objective` says, beside the function, what a
-trainer has to know about it: the attack that the method trains against, and whether that attack maximises the very
-loss that training minimises, so that norms measured in its last step may be borrowed for the update.
+A method is one function that a reader can hold against its paper. :class:`Objective` says, beside the function, what a
+trainer has to know about the method: the attack that it trains against, and whether that attack maximises the very loss
+that training minimises, so that norms measured in its last step may be borrowed for the update.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .ball import Norm
 from .losses import cross_entropy, kl_divergence, log_probabilities
 
 AttackMaker = Callable[[float, float, int, Norm], PGD]
-"""``(eps, step_size, steps, norm) -> PGD``."""
+"""``(eps, step_size, steps, norm) -> PGD``: what makes a method's attack for a ball and a number of steps."""
 
 # Deviation of the normal draw that TRADES and MART start from: at x itself the gradient of TRADES' KL is zero.
 _START_NOISE = 0.001
 
 
 def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
-    """``CE(F(x'), y)`` of every example, ``[n]`` (Madry et al., 2018; Eq. 1 of the paper).
+    """``CE(F(x'), y)`` of every example, ``[n]``, in nats (Madry et al., 2018; Eq. 1 of Dabouei et al., 2022).
 
     Args:
         model: maps inputs to logits ``[n, K]``.
@@ -42,8 +42,8 @@ def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
 def trades(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0) -> Tensor:
     """``CE(F(x), y) + beta KL(p(x) || p(x'))`` of every example, ``[n]``, in nats (Zhang et al., TRADES, 2019).
 
-    The gradient flows through ``p(x)`` too. Two forward passes, the natural one first. Computed in float32
-    where the logits have less; finite however confident the network is.
+    The gradient flows through ``p(x)`` too. There are two forward passes, the natural one first. Losses are computed in
+    float32 where the logits have less, and are finite however confident the network is.
 
     Args:
         model: maps inputs to logits ``[n, K]``.
@@ -61,7 +61,7 @@ def mart(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float =
 
     ``BCE(p', y) = -log p'_y - log(1 - max_{k != y} p'_k)`` is their boosted cross-entropy. Both ``1 -`` carry the small
     constants of the authors' code, which keep the logarithm finite: ``log(1.0001 - max p' + 1e-12)``, ``1.0000001 -
-    p_y``. Two forward passes, the natural one first; precision as in :func:`trades`.
+    p_y``. There are two forward passes, the natural one first; the precision is that of :func:`trades`.
 
     Args:
         model: maps inputs to logits ``[n, K]`` with ``K >= 2``.
@@ -85,7 +85,7 @@ class Objective:
     Attributes:
         name: as users type it.
         losses: ``(model, x, x_adv, y) -> [n]`` with natural inputs ``x``, adversarial ones ``x_adv`` and labels ``y``.
-        attack_maximises_it: the attack climbs this very loss, so its last step may measure the norms.
+        attack_maximises_it: whether the attack maximises this very loss, so that its last step may measure the norms.
         attack: ``(eps, step_size, steps, norm) -> PGD``, the method's own inner problem.
     """
 
@@ -116,9 +116,9 @@ def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: boo
 
     Args:
         name: one of :data:`OBJECTIVES`.
-        beta: of TRADES and MART; the others have none.
-        patience: of FAT, its ``tau``, in steps; the others have none. The authors' code raises it from 0 in the course
-            of training: make the objective anew.
+        beta: weight of the KL term in TRADES and MART; the others have none.
+        patience: ``tau`` of FAT, in steps; the others have none. The authors' code raises ``tau`` from 0 in the course
+            of training: for that make the objective anew.
         eval_mode: attack the network in evaluation mode, as the authors of TRADES, MART and FAT do; see
             :class:`PGD`.
 
@@ -146,6 +146,7 @@ def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: boo
 
 
 def _vanilla(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    """:func:`vanilla` with the arguments that all objectives take."""
     return vanilla(model, x_adv, y)
 
 

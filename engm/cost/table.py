@@ -1,7 +1,7 @@
-"""The constants that the choice between the forms is made by: where they are kept, read and handed to the kernels.
+"""The constants that the choice between the forms of a norm is made by: how they are kept, read and put into use.
 
-The compiled cost model holds a table for every device, and asks :func:`load` for a saved one when the device is first
-used. :func:`engm.tune` measures and saves them.
+The compiled cost model holds a table of constants for every device, and calls :func:`load` when a device is first used,
+which puts a saved table in its place. :func:`engm.tune` measures and saves tables.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from .._C import cost_table, cost_table_source, cuda_precision, set_cost_table, set_cost_table_loader
 
 VERSION = 1
-ANY = "any"  # the key of the only table of a CPU, whose kernels are chosen alike for every type
+ANY = "any"  # key of a CPU's only table: on a CPU the form does not depend on how products are formed
 
 Constants = dict[str, float]
+"""One table: constants of the compiled cost model by their names."""
 
 
 def device_text(device: torch.device | str | int) -> str:
-    """``"cpu"`` or ``"cuda:<index>"``, as the compiled cost model names devices; others count as ``"cpu"``."""
+    """A device as the compiled cost model names it: ``"cpu"`` or ``"cuda:<index>"``; any other counts as ``"cpu"``."""
     device = torch.device(device)
     if device.type != "cuda":
         return "cpu"
@@ -36,7 +37,13 @@ def device_text(device: torch.device | str | int) -> str:
 
 
 def cost_arguments(device: torch.device, dtype: torch.dtype, *, convolution: bool) -> dict[str, str]:
-    """Keyword arguments of ``_C.linear_cost`` and ``_C.conv_cost`` that tell what an operator would take there."""
+    """Keyword arguments of ``_C.linear_cost`` and ``_C.conv_cost`` that say by which table an operator chooses.
+
+    Args:
+        device: of the operands.
+        dtype: of the operands.
+        convolution: whether the operator is that of a convolution, which has a TF32 switch of its own.
+    """
     text = device_text(device)
     name = str(dtype).removeprefix("torch.")
     return {"device": text, "precision": "float32" if text == "cpu" else cuda_precision(name, convolution)}
@@ -54,14 +61,21 @@ def processor_name(device: str) -> str:
 
 
 def cache_path(device: str) -> Path:
-    """The file for a device of this name in the user's cache directory."""
+    """The file in the user's cache directory that tables are kept in for all devices with this one's processor name."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     name = re.sub(r"[^\w.@+-]+", "-", processor_name(device)).strip("-")
     return Path(base) / "engm" / "cost" / f"{name}.json"
 
 
 def save(path: Path, device: str, tables: Mapping[str, Constants], **notes: Any) -> None:
-    """Writes the tables of a device, whole or not at all."""
+    """Writes the tables of a device to a file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made if need be.
+        device: ``"cpu"`` or ``"cuda:<index>"``.
+        tables: by precision; of a CPU one under :data:`ANY`.
+        notes: what else a reader of the file may want to know.
+    """
     document = {
         "version": VERSION,
         "device": device.partition(":")[0],
@@ -80,11 +94,15 @@ def save(path: Path, device: str, tables: Mapping[str, Constants], **notes: Any)
 
 
 def read(path: Path, device: str) -> dict[str, Constants] | None:
-    """The tables in a file by precision, or None if they are of another kind of device.
+    """The tables in a file by precision, or None if the file is for another kind of device.
+
+    Args:
+        path: the file.
+        device: ``"cpu"`` or ``"cuda:<index>"``.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not what :func:`save` writes; the message says what is wrong.
+        ValueError: the file does not hold what :func:`save` writes; the message says what is wrong.
     """
     document = json.loads(path.read_text())
     if not isinstance(document, dict) or document.get("version") != VERSION:
@@ -106,13 +124,13 @@ def read(path: Path, device: str) -> dict[str, Constants] | None:
 
 
 def apply(device: str, tables: Mapping[str, Constants], source: str) -> None:
-    """Makes the compiled cost model of one device choose by these tables."""
+    """Makes the compiled cost model of one device choose by these tables; ``source`` says where they are from."""
     for precision, constants in tables.items():
         set_cost_table(device, constants, _precision(precision), source)
 
 
 def load(device: str) -> None:
-    """Applies the saved tables of a device, if there are any. The compiled cost model calls it once a device.
+    """Applies the saved tables of a device, if there are any. The compiled cost model calls this once a device.
 
     ``ENGM_COST_TABLE`` names a file to read in place of the one in the user's cache; ``built-in`` reads none.
     """
@@ -142,6 +160,7 @@ def describe(devices: set[str]) -> str:
 
 
 def _precision(key: str) -> str | None:
+    """The precision that a table is for, as the compiled cost model takes it: None for all."""
     return None if key == ANY else key
 
 

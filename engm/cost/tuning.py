@@ -1,4 +1,8 @@
-"""Measures which form of the norm is faster on this machine, and fits the cost model's constants to it."""
+"""How the cost model's constants are measured: both forms of the norm are timed on a grid of layers, and fitted.
+
+The fit minimises relative errors of the predicted times on two thirds of the layers. The table that comes out is taken
+if it loses no more time by wrong picks than the table in use, on all layers and on the third that the fit did not see.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,27 @@ from .table import ANY, Constants, apply, cache_path, device_text, processor_nam
 
 Form = Literal["direct", "gram"]
 FORMS: tuple[Form, Form] = ("direct", "gram")
-DIRECT = ("tile_steps", "direct_element")  # constants of direct_parts, behind the FLOPs, whose cost is the unit
-GRAM = ("gram_flop", "gram_element", "tap_flop", "gram_block")  # constants of gram_parts
+
+# A form's time is the sum of its parts, as the compiled cost model counts them, each times its constant. The first part
+# of the direct form are its FLOPs, whose cost is the unit; these are the constants of the others.
+DIRECT = ("tile_steps", "direct_element")
+GRAM = ("gram_flop", "gram_element", "tap_flop", "gram_block")
+
 MOST_ROUNDS = 30
-BUSY_CYCLES = 300_000  # keeps a GPU busy until a call is enqueued, so that its launch is not in the measured time
+BUSY_CYCLES = 300_000  # a GPU is kept busy before a timed call, so that the call's launch is not in the measured time
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to time: linear with ``side`` positions if ``kernel`` is 0, else a square convolution of a square map."""
+    """A layer to time: linear if ``kernel`` is 0, else a convolution with a square kernel on a square map.
+
+    Attributes:
+        channels: features or channels of the input.
+        rows: features or channels of the output.
+        side: positions of a linear layer; side of a convolution's input map.
+        kernel: side of the kernel.
+        stride: of the convolution.
+    """
 
     channels: int
     rows: int
@@ -40,7 +56,7 @@ class Layer:
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
-        """Kernel size, stride, padding, dilation and groups."""
+        """Kernel size, stride, padding, dilation and groups of the convolution, as the operators take them."""
         return [self.kernel] * 2, [self.stride] * 2, [self.kernel // 2] * 2, [1, 1], 1
 
     @property
@@ -49,14 +65,14 @@ class Layer:
         return (self.side + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
 
     def cost(self, device: str, precision: str) -> Any:
-        """What the compiled cost model says of it."""
+        """What the compiled cost model says of the layer's norm."""
         if self.kernel == 0:
             return linear_cost(self.side, self.channels, self.rows, device, precision)
         sizes = [self.side] * 2, [self.output_side] * 2
         return conv_cost(self.channels, self.rows, *self.geometry, *sizes, device, precision)
 
     def call(self, n: int, device: str, dtype: torch.dtype) -> Callable[[Form], Tensor]:
-        """The norm of ``n`` random examples in a given form."""
+        """A function that computes the norms of ``n`` random examples in a given form."""
         if self.kernel == 0:
             a = torch.randn(n, self.side, self.channels, device=device).to(dtype)
             b = torch.randn(n, self.side, self.rows, device=device).to(dtype)
@@ -86,13 +102,18 @@ LAYERS: tuple[Layer, ...] = (
 
 @dataclass(frozen=True)
 class Timing:
-    """One layer's parts and measured seconds an example, by form."""
+    """What was measured of one layer.
+
+    Attributes:
+        parts: what the compiled cost model counts, by form; the time should be their sum, each times a constant.
+        seconds: measured, for one example, by form.
+    """
 
     parts: dict[Form, list[float]]
     seconds: dict[Form, float]
 
     def pick(self, constants: Constants) -> Form:
-        """The form that a table takes, as the compiled cost model computes it."""
+        """The form that a table picks, computed as the compiled cost model does."""
         direct = _dot([1.0, *(constants[name] for name in DIRECT)], self.parts["direct"])
         return "gram" if _dot([constants[name] for name in GRAM], self.parts["gram"]) < direct else "direct"
 
@@ -103,16 +124,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a table fares on the measured layers before and after.
+    """How the table in use before and the fitted one after fare on the measured layers.
 
     Attributes:
         precision: how products are formed, ``"any"`` on a CPU.
-        layers: how many were timed in both forms.
-        rounds: how often each was timed; medians count.
+        layers: number of layers that were timed in both forms.
+        rounds: how often each layer was timed; medians count.
         right: shares of the layers for which the faster form is taken, before and after.
-        regret: mean time lost by wrong picks as a share of the faster form's, before and after.
-        held_out_regret: the same over the layers that the fit did not see.
-        accepted: whether the new table is taken; not if it loses more time than the old one.
+        regret: mean time lost by wrong picks as a share of the faster form's time, before and after.
+        held_out_regret: the regret over the layers that the fit did not see, before and after.
+        accepted: whether the fitted table is taken, which it is not if it loses more time than the table before.
     """
 
     precision: str
@@ -140,9 +161,9 @@ class CostTable:
     Attributes:
         device: ``"cpu"`` or ``"cuda:<index>"``.
         name: what the processor calls itself.
-        constants: by precision; in FLOPs of the direct form.
+        constants: the constants by precision; the unit is the time of one FLOP of the direct form.
         source: ``"built-in"``, or the file that the table is in.
-        fits: how the choice fares before and after, by precision.
+        fits: for every precision, how the choice fared before and fares after.
     """
 
     device: str
@@ -165,7 +186,7 @@ def tune(
 ) -> CostTable:
     """Times both forms of the norm on a grid of layers, fits the cost model to them, saves it and chooses by it.
 
-    Worth running once a machine, when nothing else runs on it, with the number of threads of your training. Every later
+    Run this once a machine, while nothing else runs on it, with the number of threads of your training. Every later
     process reads the saved table when it first uses the device. A table that would lose more time than the one in use
     is refused: then nothing changes and nothing is saved.
 
@@ -278,12 +299,12 @@ def _compare(precision: str, timings: Sequence[Timing], rounds: int, before: Con
 
 
 def is_held_out(index: int) -> bool:
-    """Whether a layer only judges the fit: every third one does."""
+    """Whether a layer judges the fit and is not fitted: every third one."""
     return index % 3 == 1
 
 
 def measure_layers(device: str, precision: str, seconds: float) -> tuple[list[Timing], int]:
-    """Median times of every layer in both forms, which take turns; and how often each was timed."""
+    """Median times of every layer in both forms, which take turns; and how often each form was timed."""
     cost_precision = "float32" if precision == ANY else precision
     dtype = torch.float32 if precision in (ANY, "tf32") else getattr(torch, precision)
     costs = [layer.cost(device, cost_precision) for layer in LAYERS]
@@ -292,7 +313,7 @@ def measure_layers(device: str, precision: str, seconds: float) -> tuple[list[Ti
     samples: list[dict[Form, list[float]]] = [{"direct": [], "gram": []} for _ in LAYERS]
     with torch.no_grad(), _products(precision):
         calls = [layer.call(n, device, dtype) for layer, n in zip(LAYERS, sizes, strict=True)]
-        for call in calls:  # compiled modules are loaded and workspaces allocated
+        for call in calls:  # a first call loads kernels and allocates workspaces, and is not timed
             for form in FORMS:
                 call(form)
         for rounds in range(1, MOST_ROUNDS + 1):
@@ -313,7 +334,7 @@ def measure_layers(device: str, precision: str, seconds: float) -> tuple[list[Ti
 
 
 def _examples(device: str, cost: Any) -> int:
-    """Enough examples that a call's fixed cost does not count, and not much more."""
+    """How many examples to time at once: enough that the fixed cost of a call is small, and not many more."""
     if device == "cpu":
         return torch.get_num_threads() * int(min(64, max(4, 2e7 / cost.direct_flops)))
     return int(min(512, max(32, 2**24 / cost.elements)))
@@ -336,7 +357,7 @@ def _seconds(device: str, call: Callable[[Form], Tensor], form: Form) -> float:
 
 @contextmanager
 def _products(precision: str) -> Iterator[None]:
-    """Allows TF32 or not for the time of a measurement."""
+    """Allows TF32 inside the context, or forbids it, as the precision says."""
     cudnn: Any = torch.backends.cudnn
     switches = (torch.backends.cuda.matmul, cudnn.conv) if precision in ("tf32", "float32") else ()
     before = [switch.fp32_precision for switch in switches]

@@ -1,4 +1,8 @@
-"""A backward pass of some of the losses, to see which rows of the tensors on the way they reach."""
+"""Which rows of the tensors on the way some of the losses reach, seen from a backward pass of these losses alone.
+
+A layout says in which rows of a tensor every example lies. A layout that gives a gradient to an example whose loss was
+left out is wrong.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,21 @@ from .trace import Trace
 
 
 class Look:
-    """A backward pass of some of the losses, which strikes out the layouts that do not agree with it.
+    """A backward pass of some of the losses, which strikes out the layouts that do not agree with its gradients.
 
     Args:
         traced: the graph.
         losses: ``[n]``.
-        active: ``[n]``, which of them are backpropagated.
-        structure: of the graph.
+        active: ``[n]``, which of the losses are backpropagated.
+        structure: the kinds and possible layouts of the graph's nodes.
         watched: positions of nodes to look at beside the calls.
-        sinks: where the pass ends; default: behind everything.
+        sinks: where the pass ends; default: behind all calls and watched nodes.
 
     Attributes:
         calls: by number of the call, its layouts in which examples without a loss have no gradient.
-        nodes: by position, the same for other nodes.
-        touched_calls: calls that received a gradient other than zero.
-        touched: the same for nodes.
+        nodes: by position of a watched node, its layouts in which examples without a loss have no gradient.
+        touched_calls: numbers of the calls that received a gradient other than zero.
+        touched: positions of the watched nodes that received a gradient other than zero.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Look:
         self._sinks = [traced.edge(*sink) for sink in structure.sinks(watched)] if sinks is None else list(sinks)
 
     def run(self) -> None:
+        """Backpropagates the active losses and strikes out layouts."""
         edges = [GradientEdge(self.traced.order[position], 0) for position in self.nodes]
         if not edges and not self._sinks:
             return
@@ -68,20 +73,20 @@ class Look:
                 self.touched.add(position)
 
     def again(self, active: Tensor) -> None:
-        """The same with other losses."""
+        """Backpropagates other losses, and strikes out the layouts that do not agree with them either."""
         self.active = active
         self.run()
 
     def open(self) -> bool:
-        """Whether several layouts agree somewhere."""
+        """Whether some call or watched node has several layouts left."""
         return any(len(possible) > 1 for possible in (*self.calls.values(), *self.nodes.values()))
 
     def holds(self, call: Call) -> bool:
-        """Gradients are looked at and let go."""
+        """No: gradients are looked at and let go."""
         return False
 
     def receive(self, call: Call, backprops: Any) -> None:
-        """The gradient of a call's output."""
+        """Looks at the gradient of a call's output, which a capture hands over."""
         number = self._numbers.get(id(call))
         if number is None:
             return
@@ -90,10 +95,7 @@ class Look:
                 self.touched_calls.add(number)
 
     def _keep(self, possible: list[Layout], gradient: Tensor) -> bool:
-        """Strike out the layouts that do not agree; returns whether there is any gradient.
-
-        0 times a NaN or an infinity says nothing about influence.
-        """
+        """Strikes out the layouts that do not agree with a gradient; returns whether any of it is not zero."""
         if not bool(_given(gradient).any()):
             return False
         for layout in list(possible):
@@ -103,12 +105,12 @@ class Look:
 
 
 def _given(gradient: Tensor) -> Tensor:
-    """Where there is a gradient; 0 times a NaN or an infinity says nothing about influence."""
+    """Where a gradient is not zero; a NaN counts as zero, because it may be 0 times a NaN or an infinity."""
     return (gradient != 0) & ~gradient.isnan()
 
 
 def _keeps_apart(layout: Layout, gradient: Tensor, active: Tensor) -> bool:
-    """Whether the rows of examples without a loss have no gradient."""
+    """Whether, in this layout, the rows of examples without a loss have no gradient."""
     n = active.shape[0]
     rows = layout.examples_first(_given(gradient), n).reshape(n, -1).any(1)
     return not bool(rows[~active].any())

@@ -1,11 +1,12 @@
 """What the nodes of a graph hold, and by which edges shared tensors enter outside of captured calls.
 
-The nodes of a graph are of two kinds. Those *of the batch* hold rows of the examples: captured calls, and whatever is
-computed from them. *Shared* ones are computed from parameters alone and are the same for every example: the transpose
-of a weight, a weight under ``weight_norm``, an embedded position table. Where a shared value meets the batch it
-*enters*; there its per-example gradients can be read (:mod:`engm.rules.operators`), and pulled back to the parameters
-that it was computed from. The graph tells most of this by itself. Data that require no gradient are not in it, so
-whether ``parameter * something`` holds rows of the batch is seen from gradients (:mod:`engm.graph.planning`).
+The nodes of a graph are of two kinds. Nodes *of the batch* hold rows of the examples: captured calls, and whatever is
+computed from them. *Shared* nodes are computed from parameters alone and are the same for every example: the transpose
+of a weight, a weight under ``weight_norm``, an embedded position table. Where a shared tensor meets the batch, the
+tensor *enters*; there its per-example gradients can be read (:mod:`engm.rules.operators`), and pulled back to the
+parameters that it was computed from. The graph tells most of this by itself. But data that require no gradient are not
+in the graph, so whether ``parameter * something`` holds rows of the batch is seen from gradients
+(:mod:`engm.graph.planning`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ..torch_internals import (
 from .plan import Plan, PlannedEntry, Source
 from .trace import Trace
 
-# Operators that hand on the elements of their input as they are, each at most once: norms of gradients survive them.
+# Operators that hand on the elements of their input as they are, each at most once: gradients keep their norm.
 REARRANGING = frozenset(
     [
         "T",
@@ -58,7 +59,7 @@ REARRANGING = frozenset(
     ]
 )
 
-# Operators that may read data which the graph does not show though they have no input that requires no gradient.
+# Operators that may read data which the graph does not show, although each of their inputs requires a gradient.
 INDEXING = frozenset(
     [
         "Expand",
@@ -83,8 +84,8 @@ class Kind(Enum):
     """What a node of a graph holds."""
 
     NEUTRAL = 0  # nothing that is trained
-    SHARED = 1  # computed from trained parameters alone
-    UNDECIDED = 2  # the same, and perhaps from data that are not in the graph
+    SHARED = 1  # what is computed from trained parameters alone
+    UNDECIDED = 2  # what is computed from trained parameters, and perhaps from data that are not in the graph
     BATCH = 3  # rows of the examples
 
 
@@ -93,8 +94,8 @@ class Choices:
     """What the shapes of a graph leave open.
 
     Attributes:
-        calls: the layouts that each call may have; empty: it sees no batch.
-        nodes: by position, the layouts that other nodes may have; only those that were looked at.
+        calls: the layouts that each call may have; with none the call sees no batch.
+        nodes: by position, the layouts that other nodes may have, as far as these were asked for.
         batch: by position, whether an undecided node holds rows of the batch.
     """
 
@@ -104,17 +105,17 @@ class Choices:
 
 
 class Structure:
-    """Kinds of all nodes under given choices.
+    """The kinds of all nodes of a graph under given choices.
 
     Args:
         traced: the graph.
         n: number of examples.
         views: rows of an example that the user announced.
         trained: ids of the parameters that norms are taken over.
-        choices: made so far.
+        choices: what was chosen so far.
 
     Attributes:
-        kinds: one for every node of ``traced.order``.
+        kinds: one :class:`Kind` for every node of ``traced.order``.
         entering: ``(position, slot)`` of every edge by which a shared or undecided tensor enters outside of a call.
         broken: calls whose parameters are also reached by gradients that do not pass the call's output.
     """
@@ -159,7 +160,7 @@ class Structure:
         if Kind.SHARED not in kinds and Kind.UNDECIDED not in kinds:
             return Kind.NEUTRAL
         if node_name(self.traced.order[position]) == COMPILED_NODE:
-            return Kind.BATCH  # it does not tell what it does with them
+            return Kind.BATCH  # a compiled region does not tell what it does with its parameters
         decided = self.choices.batch.get(position)
         if decided is not None:
             return Kind.BATCH if decided else Kind.SHARED
@@ -177,7 +178,7 @@ class Structure:
             return self.kinds[self.traced.positions[child]]
         if id(leaf) in self.trained:
             return Kind.SHARED
-        weight = isinstance(leaf, nn.Parameter)  # somebody else's
+        weight = isinstance(leaf, nn.Parameter)  # a parameter that is not trained here
         return Kind.BATCH if not weight and layouts_of(leaf.shape[:1], self.n) else Kind.NEUTRAL
 
     def layouts(self, position: int) -> list[Layout]:
@@ -205,13 +206,13 @@ class Structure:
                 current = pending.pop()
                 if current not in within:
                     within.add(current)
-                    region = current in self.traced.tokens and not call.rule.whole_call  # the call is all inside of it
+                    region = current in self.traced.tokens and not call.rule.whole_call  # the whole call is one node
                     pending += [] if region else _inside(current, call)
             found.append(within)
         return found
 
     def _covered(self, position: int, slot: int) -> bool:
-        """Whether the call around an edge accounts for what enters by it."""
+        """Whether the call that an edge lies in accounts for what enters by the edge."""
         node = self.traced.order[position]
         child = node.next_functions[slot][0]
         entering = {source.parameter for source in self.sources(child)}
@@ -227,7 +228,7 @@ class Structure:
         return False
 
     def _reached_otherwise(self, number: int) -> set[Node]:
-        """Nodes of the batch inside a call that gradients reach other than through the call's output."""
+        """Nodes of the batch inside a call that gradients reach by another way than through the call's output."""
         if number not in self._outside:
             within, output = self._interiors[number], self.traced.nodes[number]
             outside = [
@@ -277,7 +278,7 @@ class Structure:
     # -- the plan ----------------------------------------------------------------------------------------------
 
     def entry(self, position: int, slot: int, layout: Layout) -> PlannedEntry:
-        """What enters by an edge."""
+        """The entry of the tensor that enters by an edge."""
         node = self.traced.order[position]
         child, number = node.next_functions[slot]
         transposed = operator_name(node) in ("Mm", "Addmm") and leaf_of(child) is None and operator_name(child) == "T"
@@ -288,7 +289,7 @@ class Structure:
         )
 
     def plan(self) -> Plan:
-        """The plan, where every choice is made: the first layout of several is taken."""
+        """The plan by these choices; where several layouts are left the first is taken."""
         planned = (self.entry(position, slot, self.layouts(position)[0]) for position, slot in self.entering)
         entries = tuple(replace(entry, ruled=has_rule(entry.at(self.traced, self.n))) for entry in planned)
         layouts = tuple(possible[0] if possible else None for possible in self.choices.calls)
@@ -332,7 +333,7 @@ class Structure:
 
 
 def reads_more(node: Node) -> bool:
-    """Whether an operator may read data that are none of its differentiable inputs."""
+    """Whether an operator may read data besides its differentiable inputs."""
     own = is_python_function(node) and operator_name(node) != "Tap"  # a user's own function
     return own or operator_name(node) in INDEXING
 
@@ -366,7 +367,7 @@ def likely_batch(structure: Structure, position: int) -> bool:
 
 
 def undecided_calls(traced: Trace, n: int, views: int) -> list[list[Layout]]:
-    """Layouts that the calls of a graph may have by their shapes."""
+    """The layouts that each call of a graph may have by its shape."""
     found = []
     for call in traced.calls:
         possible = layouts_of(call.shape, n, views)

@@ -12,7 +12,7 @@ from engm.adversarial import PGD, evaluation_mode, paused
 from engm.checks import NonFiniteError
 
 from .data import Source
-from .processes import Ranks
+from .processes import Processes
 
 
 def pgd20(eps: float, norm: Literal["linf", "l2"] = "linf", steps: int = 20) -> PGD:
@@ -57,7 +57,7 @@ def evaluate(
     *,
     batch_size: int = 500,
     seed: int = 0,
-    ranks: Ranks | None = None,
+    processes: Processes | None = None,
 ) -> Accuracy:
     """Accuracy of ``model`` on ``split``, natural and under ``attack``.
 
@@ -67,7 +67,7 @@ def evaluate(
         attack: ``None`` for natural accuracy only. Should run in evaluation mode.
         batch_size: examples at a time.
         seed: of the attack's random starts; the same starts for every model.
-        ranks: several processes that share the batches; all of them get the accuracy of the whole split.
+        processes: several processes that share the batches; all of them get the accuracy of the whole split.
 
     Raises:
         ValueError: an empty split, or an attack that would run in training mode.
@@ -77,7 +77,7 @@ def evaluate(
         raise ValueError("expected at least one example to evaluate on, got none")
     if attack is not None and not attack.eval_mode:
         raise ValueError("evaluation needs an attack in evaluation mode: PGD(..., eval_mode=True)")
-    rank, world = (0, 1) if ranks is None else (ranks.rank, ranks.world)
+    rank, world = (0, 1) if processes is None else (processes.rank, processes.world)
     numbers = range(-(-len(split) // batch_size))[rank::world]
     rows = [torch.arange(k * batch_size, min((k + 1) * batch_size, len(split))) for k in numbers]
     natural = robust = broken = 0
@@ -92,8 +92,8 @@ def evaluate(
                 correct, finite = _look(model, attack(model, x, y, generator=generator).inputs, y)
                 robust += correct
                 broken += not finite
-    if ranks is not None:
-        natural, robust, broken = ranks.total([natural, robust, broken])
+    if processes is not None:
+        natural, robust, broken = processes.total([natural, robust, broken])
     if broken:
         raise NonFiniteError("the network's outputs are not finite, so its accuracy means nothing")
     return Accuracy(natural / len(split), robust / len(split) if attack is not None else None, len(split))

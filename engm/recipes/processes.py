@@ -19,7 +19,7 @@ class OtherProcessError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Processes:
     """This process among those of the run.
 
     Attributes:
@@ -38,7 +38,7 @@ class Ranks:
         return self.rank == 0
 
     def rows(self, n: int) -> slice:
-        """This process's share of ``n`` rows, in order of the ranks.
+        """This process's share of ``n`` rows, which the processes divide in the order of their ranks.
 
         Raises:
             ValueError: they cannot be shared evenly.
@@ -136,7 +136,7 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def from_environment(device: str = "auto") -> Iterator[Ranks]:
+def from_environment(device: str = "auto") -> Iterator[Processes]:
     """The processes that ``torchrun`` describes in the environment, connected (gloo on CPUs, NCCL on GPUs), or one.
 
     Raises:
@@ -145,7 +145,7 @@ def from_environment(device: str = "auto") -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device)
     if world == 1:
-        yield Ranks(chosen)
+        yield Processes(chosen)
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -167,6 +167,6 @@ def from_environment(device: str = "auto") -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=world)
     try:
-        yield Ranks(chosen, rank, world)
+        yield Processes(chosen, rank, world)
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Activations with a trained slope."""
+"""The rule of activations with a trained slope, whose gradient is computed as that of a normalisation's scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .normalization import affine_terms, by_channel
 
 @add_rule(nn.PReLU)
 class PReLURule(Rule):
-    """One slope for all, ``[n, *]``, or one a channel, ``[n, C, *]``: ``sum_t min(x_t, 0) gy_t``."""
+    """One slope for all, ``[n, *]``, or one a channel, ``[n, C, *]``; its gradient is ``sum_t min(x_t, 0) gy_t``."""
 
     parameter_names = ("weight",)
 
@@ -29,5 +29,5 @@ class PReLURule(Rule):
         x, gy = activations.clamp(max=0), backprops
         if module.num_parameters == 1:
             x, gy = (t.reshape(t.shape[0], 1, -1) for t in (x, gy))
-        # The scale of a norm whose statistics are 0 and 1.
+        # That sum is the scale gradient of a normalisation with mean 0 and deviation 1.
         return affine_terms(by_channel(x, gy, None, gy.new_ones(1, 1)), names)

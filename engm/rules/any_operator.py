@@ -1,4 +1,8 @@
-"""The rule of every operator that has none of its own: the operator's own backward pass, run once an example."""
+"""Per-example gradients for an operator without a rule: its own backward pass is run once for every example.
+
+An operator's backward pass is linear in the gradients of its outputs. So with the rows of one example kept and all
+others set to zero it gives that example's gradient, for any operator whose rows each belong to one example.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..terms import (
-    CHUNK_BYTES,
-    PerExampleGradient,
-)
+from ..terms import CHUNK_BYTES, PerExampleGradient
 from ..terms.layout import Layout
 from ..torch_internals import adds_up, passed_to_input
 from .entries import Entry
 
 
 def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExampleGradient:
-    """The node's own backward pass with the rows of one example at a time, in batched chunks where that works.
+    """Per-example gradients of what enters at a node, from the node's own backward pass on one example at a time.
 
-    Not to be called while a backward pass runs, which decides for its nodes what they compute.
+    Several examples are computed at once where vmap can do that. This must not be called while a backward pass runs,
+    because that pass decides for its nodes which gradients they compute.
+
+    Args:
+        entry: where the tensor enters.
+        backprops: gradients of the summed losses with respect to the node's outputs; None where there is none.
+
+    Returns:
+        The gradients ``[n, *entry.shape]``.
     """
     rows = [None if g is None else entry.layout.examples_first(g.detach(), entry.n) for g in backprops]
     each = max(1, sum(r.numel() * r.element_size() for r in rows if r is not None))
@@ -29,7 +38,7 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
 
     def of(gradients: Sequence[Tensor | None]) -> Tensor | None:
         found = passed_to_input(entry.node, entry.slot, gradients)
-        return None if found is None else found.sum_to_size(shape)  # the engine would see to that
+        return None if found is None else found.sum_to_size(shape)  # in a backward pass autograd does so
 
     found: list[Tensor] = []
     for start in range(0, entry.n, chunk):
@@ -41,7 +50,7 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
 
 
 def _only(rows: Tensor, example: int, layout: Layout) -> Tensor:
-    """The gradient that has the rows of one example alone."""
+    """A gradient of the node's output that is zero outside of one example's rows, given ``rows [n, rows, ...]``."""
     kept = torch.zeros_like(rows)
     kept[example] = rows[example]
     return layout.from_examples(kept)
@@ -52,9 +61,17 @@ def backward_of_each(
     gradients: Sequence[Tensor | None],
     shape: tuple[int, ...],
 ) -> Tensor:
-    """``backward`` of every entry of a batch of output gradients, ``[batch, *shape]``; a loop where vmap cannot.
+    """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
 
-    What vmap gives is believed if it adds up to ``backward`` of the sum (:func:`engm.torch_internals.adds_up`).
+    The result of vmap is used only if it adds up to ``backward`` of the sum (:func:`engm.torch_internals.adds_up`).
+
+    Args:
+        backward: from gradients of the outputs to the gradient ``[*shape]`` of one input, or None for zero.
+        gradients: ``[batch, ...]`` for every output; None where there is none.
+        shape: of the input.
+
+    Returns:
+        ``[batch, *shape]``.
     """
     given = [g for g in gradients if g is not None]
 
@@ -67,7 +84,7 @@ def backward_of_each(
         try:
             batched = torch.func.vmap(one)(*given)
         except (RuntimeError, ValueError):
-            pass  # no batching rule for something on the way: one by one, which will tell if that is not the reason
+            pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:
             if adds_up(batched, one(*(g.sum(0) for g in given))):
                 return batched

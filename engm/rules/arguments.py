@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..torch_internals import TreeSpec, tree_flatten, tree_unflatten
 
-# None, numbers and text; what torch takes for arguments; and code.
+# Types whose values are kept as they are: None, numbers and text, what torch takes for options, and code.
 _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, range, slice, Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator),
@@ -51,8 +51,8 @@ class Frame:
     the graph that the frame is attached to, and a circle through autograd's nodes is never freed.
 
     Args:
-        leaves: of the flattened arguments.
-        spec: how they were nested.
+        leaves: the leaves of the flattened arguments, tensors included.
+        spec: how the leaves were nested.
     """
 
     def __init__(self, leaves: Sequence[Any], spec: TreeSpec) -> None:
@@ -80,7 +80,7 @@ class Frame:
 
 
 class _Weakly:
-    """An object that is not kept alive."""
+    """A reference to an object that does not keep the object alive."""
 
     def __init__(self, value: Any) -> None:
         self._kind = type(value).__name__

@@ -1,4 +1,4 @@
-"""The rule of a layer family: how a module call turns into terms, and the registry that finds it."""
+"""What a rule is: it turns a module call into terms of the module's parameters; and how a module's rule is found."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Cost:
     Attributes:
         form: ``"direct"``, ``"gram"`` or ``"sum"`` (small per-example gradients, summed over positions).
         flops: floating point operations of the chosen form.
-        direct_flops: those of the direct form.
-        gram_flops: those of the Gram form.
-        bytes: operands read.
+        direct_flops: floating point operations of the direct form.
+        gram_flops: floating point operations of the Gram form.
+        bytes: size of the operands that are read, in float32.
     """
 
     form: str
@@ -40,7 +40,11 @@ class Cost:
 
     @classmethod
     def from_model(cls, cost: Any) -> Cost:
-        """From the compiled cost model, the one that the operators dispatch by."""
+        """The cost that the compiled cost model gives, by which the operators choose their form too.
+
+        Args:
+            cost: what ``linear_cost`` or ``conv_cost`` of ``engm._C`` returned.
+        """
         flops = cost.gram_flops if cost.form == "gram" else cost.direct_flops
         return cls(cost.form, int(flops), int(cost.direct_flops), int(cost.gram_flops), int(cost.bytes(4)))
 
@@ -53,9 +57,10 @@ class Rule:
         input_name: the name of the module's tensor argument when it is given as a keyword.
         positionwise: whether every position of every example is treated alike, so that leading dimensions may be
             flattened into one.
-        always: whether calls without trained parameters are captured too, so that what is inside is accounted for.
-        whole_call: whether it is a :class:`WholeCallRule`.
-        generic: whether it stands in for a rule that nobody wrote.
+        always: whether calls without trained parameters are captured too, so that the nodes inside of them are
+            accounted for.
+        whole_call: whether the rule is a :class:`WholeCallRule`.
+        generic: whether the rule runs the module again, in place of a rule that nobody wrote.
     """
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
@@ -102,12 +107,16 @@ class Rule:
 
         Args:
             module: the layer.
-            activations: its input, already cut to ``rows``, ``[n, ...]``; meaningless if not :meth:`reads_activations`.
-                Of several inputs nothing is cut: the rule knows which of them have rows.
-            backprops: gradient of the summed losses with respect to its output, cut to ``rows``, ``[n, ...]``.
+            activations: the layer's input, already cut to ``rows``, ``[n, ...]``; meaningless if not
+                :meth:`reads_activations`. Several inputs are a tuple and are not cut, because the rule alone knows
+                which of them have a row for every example.
+            backprops: gradient of the summed losses with respect to the layer's output, cut to ``rows``, ``[n, ...]``.
             saved: what :meth:`save` returned, not cut.
             rows: which rows of the batch these are.
             names: the parameters that are trained.
+
+        Returns:
+            One term for each of ``names``.
         """
         raise TypeError(f"{type(self).__name__} must define terms")
 
@@ -119,7 +128,15 @@ class Rule:
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
-        """Cost of the norm for one example, from shapes (first dimension: the batch) and what it runs on."""
+        """Cost of the norm for one example.
+
+        Args:
+            module: the layer.
+            input_shape: of the layer's input; the first dimension is the batch.
+            output_shape: of the layer's output; the first dimension is the batch.
+            device: where the norm is computed.
+            dtype: of the layer's output.
+        """
         size = 1
         for length in output_shape[1:]:
             size *= length
@@ -129,40 +146,45 @@ class Rule:
 class WholeCallRule(Rule):
     """A rule for modules that take and return any nest of tensors; it sees the call as a whole.
 
-    For ``activations`` its :meth:`terms` get the :class:`engm.rules.arguments.Arguments` of the call, tensors detached,
-    and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's pytrees are. Terms
-    are asked for all rows of the call at once.
+    Its method ``terms`` gets the :class:`engm.rules.arguments.Arguments` of the call, tensors detached, for
+    ``activations``, and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's
+    pytrees are. It is called once, for all rows of the call.
     """
 
     whole_call = True
 
     def before(self, module: nn.Module) -> Any:
-        """Called right before the module's forward; what it returns is handed to :meth:`save_call`."""
+        """What :meth:`save_call` needs to know of the time right before the module's forward, or None."""
         return None
 
     def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
-        """Number of examples of a call, from its arguments and the leaves of its output; 0 if it has none."""
+        """Number of examples of a call, from its arguments and the leaves of its output; 0 if the call has none."""
         raise TypeError(f"{type(self).__name__} must define batch")
 
     def save_call(self, module: nn.Module, name: str, arguments: Arguments, outputs: Sequence[Any], before: Any) -> Any:
-        """Whatever else than the arguments the terms need: small, and without a reference to the graph.
+        """What the terms need besides the arguments: something small that does not refer to the graph, or None.
 
         Args:
             module: the layer.
-            name: its name in the network, for errors.
-            arguments: what it was called with.
+            name: the layer's name in the network, for errors.
+            arguments: what the layer was called with.
             outputs: leaves of the flattened output.
             before: what :meth:`before` returned.
         """
         return None
 
     def by_example(self, module: nn.Module, saved: Any, backprops: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients of the outputs, those that there are, as ``[batch, ...]`` each."""
+        """The gradients of the outputs that have one, each as ``[batch, ...]``."""
         raise TypeError(f"{type(self).__name__} must define by_example")
 
 
 class FunctionRule(Rule):
-    """A user's rule: a function that returns per-example gradients by parameter name."""
+    """The rule made of a user's function, which returns per-example gradients by parameter name.
+
+    Args:
+        function: what was registered with :func:`register_rule`.
+        parameter_names: the parameters that the function covers; None: all of the module's own.
+    """
 
     def __init__(self, function: UserRule, parameter_names: tuple[str, ...] | None) -> None:
         self.function = function
@@ -202,7 +224,7 @@ _REGISTRY: dict[type[nn.Module], Rule] = {}
 
 
 def add_rule(*module_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
-    """Register a :class:`Rule` subclass for module types (used inside engm)."""
+    """A decorator that registers a :class:`Rule` subclass for module types; for rules inside engm."""
 
     def register(rule: type[Rule]) -> type[Rule]:
         for module_type in module_types:
@@ -215,15 +237,15 @@ def add_rule(*module_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule
 def register_rule(
     module_type: type[nn.Module], *, parameters: tuple[str, ...] | None = None
 ) -> Callable[[UserRule], UserRule]:
-    """Teach engm the per-example gradients of a layer of your own. Use as a decorator.
+    """A decorator that teaches engm the per-example gradients of a layer of your own.
 
-    The function gets ``(module, activations, backprops)``: the module's first tensor argument, ``[n, ...]``, and the
-    gradient of the summed losses with respect to its output, ``[n, ...]``, both detached. It returns a dict from
-    parameter name to per-example gradient ``[n, *parameter.shape]``. Examples must not influence each other inside
-    the module, and the module must return one tensor.
+    The decorated function gets ``(module, activations, backprops)``: besides the module its first tensor argument,
+    ``[n, ...]``, and the gradient of the summed losses with respect to its output, ``[n, ...]``, both detached. The
+    function returns a dict from parameter name to per-example gradient ``[n, *parameter.shape]``. Examples must not
+    influence each other inside the module, and the module must return one tensor.
 
     Args:
-        module_type: the class; subclasses that keep its ``forward`` are covered too. Registering a type again
+        module_type: the layer's class; subclasses that keep its ``forward`` are covered too. Registering a type again
             replaces its rule.
         parameters: names of the direct parameters that the rule covers; default: all of the module's own.
 

@@ -1,7 +1,8 @@
-"""Convolutions in one, two and three dimensions: linear layers over patches that are never unfolded.
+"""The rules of convolutions in one, two and three dimensions: from a layer's options to the factors of its gradient.
 
-In a transposed convolution input and output change places: its weight gradient is that of a convolution which reads the
-gradient of the output and whose backprops are the input.
+A convolution is a linear layer over patches, which are never unfolded. In a transposed convolution input and output
+change places: its weight gradient is that of a convolution which reads the gradient of the output and whose backprops
+are the input.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ from .base import CPU, Cost, Rule, add_rule
 def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry]:
     """The input and geometry of the zero-padded convolution that ``module`` amounts to.
 
-    Symmetric zero padding stays in the geometry; other padding modes and the uneven padding of ``"same"`` with an
-    even kernel are applied to the input (a copy of that one input).
+    Symmetric zero padding stays in the geometry. Other padding modes, and the uneven padding of ``"same"`` with an even
+    kernel, are applied to a copy of the input.
+
+    Args:
+        module: the convolution.
+        activations: its input, ``[n, C, *S]``.
+
+    Returns:
+        The input, padded or as it is, and the geometry by which it is read.
     """
     before, after = [], []
     for size, dilation, pad in _sides(module):
@@ -46,10 +54,10 @@ def _sides(module: Any) -> list[tuple[int, int, Any]]:
 
 
 class _ConvolutionRule(Rule):
-    """Shared by convolutions and transposed ones."""
+    """What the rules of convolutions and of transposed convolutions share."""
 
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
-        """The weight's term, from the module's input and the gradient of its output (of one dtype)."""
+        """The weight's term, from the module's input and the gradient of its output, which are of one dtype."""
         raise TypeError(f"{type(self).__name__} must define factors")
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
@@ -114,15 +122,15 @@ def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry
     """Factors of a transposed convolution's weight ``[C, d / groups, *kernel]``.
 
     Args:
-        inputs: of the transposed convolution, ``[n, C, *S]``.
-        backprops: gradient of its output, ``[n, d, *S_out]``.
-        geometry: its own kernel, stride, padding, dilation and groups.
+        inputs: input of the transposed convolution, ``[n, C, *S]``.
+        backprops: gradient of the transposed convolution's output, ``[n, d, *S_out]``.
+        geometry: kernel, stride, padding, dilation and groups of the transposed convolution.
     """
     missing = []
     for k in reversed(range(len(geometry.kernel_size))):
         read = backprops.shape[2 + k] + 2 * geometry.padding[k] - geometry.extent(k)
         missing += [0, read // geometry.stride[k] + 1 - inputs.shape[2 + k]]
-    if any(missing):  # output padding of a stride or more: places of the output that no input has a part in
+    if any(missing):  # with output padding of a stride or more there are outputs in which no input has a part
         inputs = F.pad(inputs, missing)
     return ConvFactors(backprops, inputs, geometry, transposed=True)
 

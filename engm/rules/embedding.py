@@ -1,4 +1,4 @@
-"""Look-ups in a table: a row of the table gets the backprops of the positions that read it."""
+"""The rules of embeddings: a row of the table gets the backprops of the positions that looked the row up."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from torch import Tensor, nn
 from ..terms import EmbeddingFactors, Term
 from .base import Rule, add_rule
 
-Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # input, offsets, per_sample_weights
+Inputs = tuple[Tensor, Tensor | None, Tensor | None]
+"""The arguments of ``nn.EmbeddingBag``: ``input``, ``offsets`` and ``per_sample_weights``."""
 
 
 def inverse_counts(indices: Tensor, num_embeddings: int) -> Tensor:
-    """One over how often each index occurs among all of ``indices``, in their shape: ``scale_grad_by_freq``."""
+    """For every index one over how often it occurs among all, which ``scale_grad_by_freq`` multiplies gradients by.
+
+    Args:
+        indices: of any shape.
+        num_embeddings: rows of the table.
+
+    Returns:
+        Factors in the shape of ``indices``, float64.
+    """
     flat = indices.detach().flatten().long()
     counts = torch.zeros(num_embeddings, dtype=torch.long, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -26,8 +35,8 @@ def inverse_counts(indices: Tensor, num_embeddings: int) -> Tensor:
 class EmbeddingRule(Rule):
     """``[n, *] -> [n, *, d]``, with every option of the module.
 
-    ``scale_grad_by_freq`` divides by counts over the whole batch of the call, as the gradient of any loss behind it is.
-    ``max_norm`` changes the table before it is read, and no gradient.
+    With ``scale_grad_by_freq`` gradients are divided by counts over the whole batch of the call, as autograd does.
+    ``max_norm`` changes the table before it is read, and leaves gradients as they are.
     """
 
     parameter_names = ("weight",)
@@ -57,7 +66,7 @@ class EmbeddingRule(Rule):
 class EmbeddingBagRule(Rule):
     """``[n, T]``, or ``[all positions]`` with offsets, ``-> [n, d]``: an example is a bag, in every mode.
 
-    ``per_sample_weights`` belong to the data, whether they require a gradient or not.
+    ``per_sample_weights`` belong to the data, also where they require a gradient.
     """
 
     parameter_names = ("weight",)
@@ -99,12 +108,18 @@ class EmbeddingBagRule(Rule):
 
 
 def laid_out(module: Any, values: Tensor, offsets: Tensor | None) -> Tensor:
-    """One row a bag, ``[n, T]`` with ``T`` the length of the longest (at least 1); whatever lies behind the shorter."""
+    """Values of all positions with one row for every bag, ``[n, T]``.
+
+    ``T`` is the length of the longest bag, at least 1. Behind the end of a shorter bag the values are arbitrary ones.
+    """
     return values if offsets is None else _padded(values, *_extents(module, values, offsets))
 
 
 def bags(module: Any, source: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which positions ``[n, T]`` lie inside their bags, without padding, and the indices there (elsewhere any)."""
+    """Which positions ``[n, T]`` lie inside their bags and are no padding, and the indices ``[n, T]`` at these.
+
+    At other positions the indices are arbitrary rows of the table.
+    """
     indices = laid_out(module, source, offsets)
     inside = torch.ones_like(indices, dtype=torch.bool)
     if offsets is not None:
@@ -133,7 +148,10 @@ def _padded(values: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 def largest(module: Any, inputs: Inputs) -> Tensor:
-    """Position in the bag of every feature's maximum, ``[n, d]``; the first of equals, as in the layer itself."""
+    """The position in its bag at which every feature has its maximum, ``[n, d]``, for bags in ``"max"`` mode.
+
+    Of equal values the first counts, as in the layer itself.
+    """
     inside, indices = bags(module, inputs[0], inputs[1])
     read = module.weight.detach()[indices.long()]
     return read.masked_fill(~inside.unsqueeze(2), -torch.inf).argmax(1)

@@ -1,6 +1,8 @@
-"""Where a shared tensor enters the batch's computation outside of layer calls, and the registry of operators' rules.
+"""What is known of a parameter that enters the batch's computation outside of layer calls, and how its rule is found.
 
-The rules themselves are in :mod:`engm.rules.operators`.
+Such a parameter, or a tensor computed from parameters, enters at one node of the autograd graph, which is described by
+an :class:`Entry`. A rule for the node's operator turns the gradient of the node's output into the term of what entered.
+Rules are registered here and written in :mod:`engm.rules.operators`.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..terms import (
-    Term,
-)
+from ..terms import Term
 from ..terms.layout import Layout
 from ..torch_internals import (
     BATCH_NORM_NODES,
@@ -34,11 +34,11 @@ class Entry:
 
     Attributes:
         node: the node.
-        slot: which of its inputs the tensor is.
+        slot: which of the node's inputs the tensor is.
         shape: of the tensor.
-        layout: of the node's (first) output.
+        layout: where the examples lie in the node's (first) output.
         n: number of examples.
-        transposed: the tensor is the transpose of the node's input (for matrix products).
+        transposed: whether the node's input is the transpose of the tensor (for matrix products).
     """
 
     node: Any
@@ -50,7 +50,7 @@ class Entry:
 
     @property
     def child(self) -> tuple[Any, int]:
-        """The edge to the tensor that enters, past the transposition."""
+        """The edge to the tensor that enters, behind the node that transposes it if there is one."""
         edge = self.node.next_functions[self.slot]
         return edge[0].next_functions[0] if self.transposed else edge
 
@@ -60,13 +60,13 @@ class Entry:
 
 
 OperatorRule = Callable[[Entry, Tensor], Term | None]
-"""``(entry, gradient of the node's first output) -> term of what enters``, or None where the rule does not hold."""
+"""``(entry, gradient of the node's first output) -> term of what enters``; None where the rule does not hold."""
 
 _RULES: dict[str, OperatorRule] = {}
 
 
 def add_operator(*names: str) -> Callable[[OperatorRule], OperatorRule]:
-    """Register a function as the rule of the operators with these names (used inside engm, as a decorator)."""
+    """A decorator that registers a function as the rule of the operators with these names; for rules inside engm."""
 
     def register(rule: OperatorRule) -> OperatorRule:
         for name in names:
@@ -77,10 +77,12 @@ def add_operator(*names: str) -> Callable[[OperatorRule], OperatorRule]:
 
 
 def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
-    """Per-example gradients of the tensor that enters; None if there is no rule (see :func:`masked_gradients`).
+    """The term of the tensor that enters by the rule of the node's operator; None if there is no rule that holds.
+
+    Without a rule :func:`engm.rules.any_operator.masked_gradients` has an answer.
 
     Args:
-        entry: where it enters.
+        entry: where the tensor enters.
         backprops: gradients of the summed losses with respect to the node's outputs.
     """
     rule = _RULES.get(operator_name(entry.node))
@@ -98,7 +100,7 @@ def has_rule(entry: Entry) -> bool:
 
 
 def enters_by_broadcast(entry: Entry) -> bool:
-    """Whether every example sees the same values: a weight, or a tensor that is repeated over the batch."""
+    """Whether every example sees the same values of the tensor: it is a weight, or is repeated over the batch."""
     by_position = {"Bmm": (1,), "Embedding": (0,), "NativeLayerNorm": (1, 2), "FusedRmsNorm": (1, 2)}
     by_row = {"Mm": (1,), "Addmm": (0, 2), "Convolution": (1, 2)}
     by_row |= dict.fromkeys(("NativeGroupNorm", *BATCH_NORMS), (1, 2))
@@ -106,12 +108,12 @@ def enters_by_broadcast(entry: Entry) -> bool:
     if name in by_position:
         return entry.slot in by_position[name]
     if name in by_row:
-        return entry.slot in by_row[name] and entry.layout.dim == 0  # the second dimension is the weight's own
+        return entry.slot in by_row[name] and entry.layout.dim == 0  # dimension 1 is the weight's own
     rank = len(output_shape(entry.node))
     if len(entry.shape) > rank:
         return False
     rows = aligned_shape(entry)[entry.layout.dim]
-    return rows == 1 or (name == "Repeat" and entry.layout.inner % rows == 0)  # whole copies for each example
+    return rows == 1 or (name == "Repeat" and entry.layout.inner % rows == 0)  # each example gets whole copies
 
 
 def aligned_shape(entry: Entry) -> tuple[int, ...]:

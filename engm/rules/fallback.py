@@ -1,4 +1,4 @@
-"""The rule for modules without one: the module alone is run again on one example at a time.
+"""Per-example gradients for modules without a rule: the module alone is run again on one example at a time.
 
 ``torch.func.vmap`` over the module's vector-Jacobian product gives the per-example gradients of its own parameters from
 the gradients of its outputs, at the price of one more forward and backward pass of the module and a gradient of the
@@ -22,10 +22,10 @@ from ..torch_internals import own_parameters, tree_leaves, tree_unflatten
 from .arguments import Arguments
 from .base import WholeCallRule
 
-CHUNK_BYTES = 64 << 20  # that the examples which are run at once may take
-HELD = 8  # tensors of the size of its arguments that a module is taken to hold, where nobody knows
+CHUNK_BYTES = 64 << 20  # memory that the examples which are run at once may take
+HELD = 8  # tensors of the size of its arguments that a module is assumed to hold while it runs
 SAMPLE = 4096  # elements of an output that are compared
-SPREAD = 2654435761  # coprime to any size of a tensor: its multiples visit the elements in no order
+SPREAD = 2654435761  # a prime: its multiples modulo a tensor's size reach elements all over the tensor
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Remembered:
     """What is kept of a call besides its arguments.
 
     Attributes:
-        name: of the module in the network.
+        name: the module's name in the network.
         batch: number of examples.
-        samples: elements of the outputs by leaf, for comparison.
+        samples: some elements of each output, by its place among the leaves, to compare the second run with.
         autocast: whether autocast was on, and its dtype.
     """
 
@@ -48,20 +48,21 @@ class Remembered:
 class GenericRule(WholeCallRule):
     """Per-example gradients of the parameters that a module holds directly, by running the module again.
 
-    Those of its children are constants here: their calls have rules of their own. Tensor arguments whose first
-    dimension is the batch are cut into examples, with a batch dimension of 1; others (masks, scalars, None) are passed
-    as they are. Outputs must have their examples along the first dimension, one or more rows each.
+    Parameters of its children are constants here, because the children's calls have rules of their own. Tensor
+    arguments whose first dimension is the batch are cut into examples, with a batch dimension of 1; others (masks,
+    scalars, None) are passed as they are. Outputs must have their examples along the first dimension, one or more rows
+    each.
 
     A module that draws random numbers, keeps state, changes its arguments or takes statistics from the batch does not
-    do the same again. So a sample of 4,096 elements of the output is compared with the forward pass, every time.
+    give the same output again. So 4,096 elements of the output are compared with the forward pass every time.
 
-    Buffers and attributes of the module are as they were afterwards; forward hooks of its children run again.
+    The module's buffers and attributes are left as they were; forward hooks of its children run again.
     """
 
     generic = True
 
     def __init__(self) -> None:
-        self._looped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that vmap failed on
+        self._looped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that vmap cannot run
 
     def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
         return tuple(own_parameters(module))
@@ -118,14 +119,14 @@ class GenericRule(WholeCallRule):
             except torch.OutOfMemoryError:
                 raise
             except Exception:
-                pass  # whatever vmap cannot do; what is wrong with the module itself shows in the loop
+                pass  # vmap cannot run the module; if the module itself fails, the loop below raises the error again
         found = run.looped(backprops)
         self._looped.add(run.module)
         return found
 
 
 class _Alone(nn.Module):
-    """A module's forward without its own hooks: what they do lies outside of the captured call."""
+    """A module's forward without the module's own hooks, because what these do lies outside of the captured call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -140,8 +141,8 @@ class _Run:
 
     Args:
         module: the module.
-        arguments: of the call.
-        saved: of the call.
+        arguments: what the module was called with.
+        saved: what was kept of the call besides.
         places: leaves of the flattened output that are wanted.
         names: parameters to differentiate.
     """
@@ -178,7 +179,7 @@ class _Run:
         return {name: g.detach() for name, g in gradients.items()}, [o.detach() for o in outputs]
 
     def looped(self, backprops: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The same by a loop."""
+        """Per-example gradients of the parameters, and the wanted outputs ``[batch, rows, ...]``, by a loop."""
         found: dict[str, list[Tensor]] = {name: [] for name in self.own}
         results: list[list[Tensor]] = [[] for _ in backprops]
         for i in range(self.saved.batch):
@@ -207,7 +208,7 @@ class _Run:
         state = {f"module.{name}": t for name, t in (self._constants | own | buffers).items()}
         enabled, dtype = self.saved.autocast
         with torch.autocast(self._device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            # Not tied: a child that shares a parameter is a use of its own.
+            # Weights are not tied: a child that shares a parameter uses it in a call of its own.
             output = torch.func.functional_call(self._alone, state, args, kwargs, tie_weights=False)
         found = tree_leaves(output)
         return tuple(found[place] for place in self.places)
@@ -217,7 +218,7 @@ class _Run:
         return next(iter(self.own.values())).device.type
 
     def _chunk(self, mapped: Sequence[Tensor]) -> int:
-        """Examples to run at once."""
+        """Number of examples to run at once."""
         example = sum(p.nbytes for p in self.own.values()) + HELD * sum(t.nbytes // self.saved.batch for t in mapped)
         return max(1, min(self.saved.batch, CHUNK_BYTES // max(1, example)))
 
@@ -227,7 +228,7 @@ GENERIC = GenericRule()
 
 @contextmanager
 def _same_attributes(module: nn.Module) -> Iterator[None]:
-    """Take back what the module sets on itself or on its children: an attention map of this run, say."""
+    """Undoes what the module sets on itself or on its children inside the context, an attention map of a run, say."""
     before = [(m, dict(vars(m))) for m in module.modules()]
     try:
         yield
@@ -250,11 +251,12 @@ def _divides(tensor: Tensor, batch: int) -> bool:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    """``[batch, rows of one example, ...]``."""
+    """A tensor that holds its examples along the first dimension, as ``[batch, rows of one example, ...]``."""
     return tensor.reshape(batch, -1, *tensor.shape[1:])
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    """At most :data:`SAMPLE` elements of a tensor, ``[count]``, always from the same places."""
     count = min(tensor.numel(), SAMPLE)
     if count == tensor.numel():
         return tensor.flatten().clone()
@@ -262,17 +264,17 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _check_same(module: nn.Module, saved: Remembered, place: int, output: Tensor) -> None:
-    """Compare an output of the run, ``[batch, rows, ...]``, with that of the forward pass.
+    """Compares an output of the run, ``[batch, rows, ...]``, with that of the forward pass.
 
     Raises:
-        RuntimeError: they are not the same.
+        RuntimeError: the two are not the same, within rounding.
     """
     if output.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # nobody may look now; the warm-up before the capture did
+        return  # a stream that is captured may not be read; the warm-up before the capture was compared
     expected, got = saved.samples[place], _sample(output.reshape(-1))
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     if output.is_cuda:
-        tolerance = max(tolerance, 5e-3)  # TF32, which one of two kernels for the same thing may use
+        tolerance = max(tolerance, 5e-3)  # one of the two runs may use a kernel with TF32
     finite = expected.isfinite()
     scale = expected[finite].abs().max() if bool(finite.any()) else expected.new_ones(())
     if expected.shape != got.shape or bool(((got - expected).abs() > tolerance * scale)[finite].any()):

@@ -1,4 +1,4 @@
-"""Linear layers, ``dL_i/dW = B_i^T A_i`` over any number of positions, and layers linear in each of two inputs."""
+"""The rules of linear layers, ``dL_i/dW = B_i^T A_i`` over all positions, and of bilinear layers."""
 
 from __future__ import annotations
 
@@ -15,52 +15,17 @@ from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term, ac
 from .base import CPU, Cost, Rule, add_rule
 
 
-@add_rule(nn.Linear)
-class LinearRule(Rule):
-    """``[n, *, p] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
-
-    positionwise = True
-
-    def reads_activations(self, names: tuple[str, ...]) -> bool:
-        return "weight" in names
-
-    def terms(
-        self,
-        module: nn.Module,
-        activations: Tensor,
-        backprops: Tensor,
-        saved: Any,
-        rows: slice,
-        names: tuple[str, ...],
-    ) -> dict[str, Term]:
-        n = backprops.shape[0]
-        b = backprops.reshape(n, -1, backprops.shape[-1])
-        terms: dict[str, Term] = {}
-        if "weight" in names:
-            a = activations.to(b.dtype).reshape(n, -1, activations.shape[-1])
-            terms["weight"] = LinearFactors(a, b)
-        if "bias" in names:
-            terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
-        return terms
-
-    def cost(
-        self,
-        module: nn.Module,
-        input_shape: tuple[int, ...],
-        output_shape: tuple[int, ...],
-        device: torch.device = CPU,
-        dtype: torch.dtype = torch.float32,
-    ) -> Cost:
-        where = cost_arguments(device, dtype, convolution=False)
-        return Cost.from_model(linear_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], **where))
+def matrix_cost(positions: int, p: int, d: int, device: torch.device, dtype: torch.dtype) -> Cost:
+    """Cost, for one example, of the norm of a weight ``[d, p]`` that is used at so many positions."""
+    return Cost.from_model(linear_cost(positions, p, d, **cost_arguments(device, dtype, convolution=False)))
 
 
-@add_rule(nn.Bilinear)
-class BilinearRule(Rule):
-    """``[n, *, p], [n, *, q] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
+class _MatrixRule(Rule):
+    """What the rules of linear and bilinear layers share; dimensions between batch and features are positions."""
 
-    def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return tuple(args[k] if k < len(args) else kwargs.get(f"input{k + 1}") for k in range(2))
+    def factors(self, activations: Any, backprops: Tensor, rows: slice) -> Term:
+        """The weight's term, from what :meth:`terms` was given and backprops laid out as ``[n, T, d]``."""
+        raise TypeError(f"{type(self).__name__} must define factors")
 
     def reads_activations(self, names: tuple[str, ...]) -> bool:
         return "weight" in names
@@ -74,15 +39,50 @@ class BilinearRule(Rule):
         rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        n = backprops.shape[0]
-        b = backprops.reshape(n, -1, backprops.shape[-1])
+        b = _by_position(backprops)
         terms: dict[str, Term] = {}
         if "weight" in names:
-            first, second = (x[rows].to(b.dtype).reshape(n, -1, x.shape[-1]) for x in activations)
-            terms["weight"] = BilinearFactors(first, second, b)
+            terms["weight"] = self.factors(activations, b, rows)
         if "bias" in names:
             terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
         return terms
+
+
+def _by_position(tensor: Tensor) -> Tensor:
+    """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
+    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+
+
+@add_rule(nn.Linear)
+class LinearRule(_MatrixRule):
+    """``[n, *, p] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
+
+    positionwise = True
+
+    def factors(self, activations: Tensor, backprops: Tensor, rows: slice) -> Term:
+        return LinearFactors(_by_position(activations.to(backprops.dtype)), backprops)
+
+    def cost(
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Cost:
+        return matrix_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], device, dtype)
+
+
+@add_rule(nn.Bilinear)
+class BilinearRule(_MatrixRule):
+    """``[n, *, p], [n, *, q] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
+
+    def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return tuple(args[k] if k < len(args) else kwargs.get(f"input{k + 1}") for k in range(2))
+
+    def factors(self, activations: Any, backprops: Tensor, rows: slice) -> Term:
+        first, second = (_by_position(x[rows].to(backprops.dtype)) for x in activations)
+        return BilinearFactors(first, second, backprops)
 
     def cost(
         self,
@@ -92,5 +92,5 @@ class BilinearRule(Rule):
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
     ) -> Cost:
-        pairs, where = module.in1_features * module.in2_features, cost_arguments(device, dtype, convolution=False)
-        return Cost.from_model(linear_cost(prod(output_shape[1:-1]), pairs, output_shape[-1], **where))
+        pairs = module.in1_features * module.in2_features
+        return matrix_cost(prod(output_shape[1:-1]), pairs, output_shape[-1], device, dtype)

@@ -1,7 +1,8 @@
-"""Normalisation layers: the gradients of scale and shift are sums over positions, taken before squaring.
+"""The rules of normalisation layers: gradients of scale and shift, from a layer's input and its statistics.
 
 With ``xhat = (x - mean) * rstd`` an example's scale gradient is ``sum_t gy_t xhat_t`` and its shift gradient
-``sum_t gy_t``; both are ``[n, C]`` and small, so they are kept as they are.
+``sum_t gy_t``; both are ``[n, C]`` and small, so they are kept as they are. The statistics are those
+that the layer saved for its own backward pass; where it saved none they are computed once more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..torch_internals import (
     batch_norm_statistics,
     hooks_pack_what_is_saved,
     is_narrow,
+    node_name,
     rank_without_batch,
     saved_rstd,
     saved_statistics,
@@ -32,9 +34,15 @@ def affine_terms(
     names: tuple[str, ...],
     shape: tuple[int, ...] | None = None,
 ) -> dict[str, Term]:
-    """Scale and shift terms from the arguments of :func:`engm.ops.affine_norm_sq`; ``shape`` is the parameters'."""
+    """Terms of scale and shift.
+
+    Args:
+        views: the arguments of :func:`engm.ops.affine_norm_sq`.
+        names: which of ``"weight"`` (the scale) and ``"bias"`` (the shift) are wanted.
+        shape: of the parameters, if it is not ``[C]``.
+    """
     x, gy, mean, rstd, channel_dim = views
-    # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: the layer itself saw x cast.
+    # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: what the layer normalised was x cast.
     norm_sq, scale, shift = ops.affine_norm_sq(x.to(gy.dtype), gy, mean, rstd, channel_dim)
     found = {"weight": (scale, norm_sq[0]), "bias": (shift, norm_sq[1])}
     if shape is not None:
@@ -45,7 +53,14 @@ def affine_terms(
 def by_channel(
     x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
-    """3-d views of ``[n, C, *S]`` tensors with per-channel statistics ``[n or 1, C]``, in whichever layout they lie."""
+    """The arguments of :func:`engm.ops.affine_norm_sq`, as views of tensors in their own memory format.
+
+    Args:
+        x: input of the layer, ``[n, C, *S]``.
+        gy: gradient of the layer's output, ``[n, C, *S]``.
+        mean: ``[n or 1, C]``, or None for 0.
+        rstd: ``[n or 1, C]``.
+    """
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         rows = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (x, gy)]
         return rows[0], rows[1], None if mean is None else mean.unsqueeze(1), rstd.unsqueeze(1), 2
@@ -55,13 +70,20 @@ def by_channel(
 
 
 def uses_batch_statistics(module: nn.Module) -> bool:
-    """Whether a batch norm takes its statistics from the batch: in training mode, or with none of its own."""
+    """Whether a batch norm takes its statistics from the batch: in training mode, or if it keeps no running ones."""
     return module.training or getattr(module, "running_mean", None) is None
 
 
-def _running_rstd(module: Any) -> Tensor:
+def _running_statistics(module: Any) -> tuple[Tensor, Tensor]:
+    """Running mean and reciprocal standard deviation, ``[C]``, as they are now."""
     variance = module.running_var
-    return torch.rsqrt(variance.to(accumulation_dtype(variance)) + module.eps)
+    return module.running_mean.clone(), torch.rsqrt(variance.to(accumulation_dtype(variance)) + module.eps)
+
+
+def _statistics_of(x: Tensor, dims: list[int], eps: float, *, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal standard deviation of ``x`` over ``dims``, in float32 or better."""
+    var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dims, correction=0, keepdim=keepdim)
+    return mean, torch.rsqrt(var + eps)
 
 
 @add_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,14 +95,11 @@ class BatchNormRule(Rule):
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if not uses_batch_statistics(module):
-            return module.running_mean.clone(), _running_rstd(module)
+            return _running_statistics(module)
         saved = None if hooks_pack_what_is_saved() else batch_norm_statistics(output.grad_fn)
         if saved is not None:
             return saved[:2]
-        x = activations.detach()
-        x = x.to(accumulation_dtype(x))
-        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        return mean, torch.rsqrt(var + module.eps)
+        return _statistics_of(activations.detach(), [0, *range(2, activations.dim())], module.eps)
 
     def terms(
         self,
@@ -97,13 +116,13 @@ class BatchNormRule(Rule):
 
 @add_rule(nn.SyncBatchNorm)
 class SyncBatchNormRule(BatchNormRule):
-    """A batch norm whose batch is that of all processes of a group, in training mode; else as any other.
+    """A batch norm that in training mode takes its statistics from the batches of all processes of a group.
 
     Frozen statistics are those of all processes, so frozen norms are the same however the batch is split.
     """
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
-        name = "" if output.grad_fn is None else output.grad_fn.name()
+        name = "" if output.grad_fn is None else node_name(output.grad_fn)
         if name.startswith(SYNC_BATCH_NORM_NODE) and hooks_pack_what_is_saved():
             raise RuntimeError(
                 "engm: nn.SyncBatchNorm over several processes runs where hooks pack what autograd saves "
@@ -121,9 +140,7 @@ class GroupNormRule(Rule):
         saved = saved_statistics(output, "NativeGroupNormBackward")
         if saved is None:
             x = activations.detach()
-            x = x.to(accumulation_dtype(x)).unflatten(1, (module.num_groups, -1)).flatten(2)
-            var, mean = torch.var_mean(x, 2, correction=0)
-            saved = mean, torch.rsqrt(var + module.eps)
+            saved = _statistics_of(x.unflatten(1, (module.num_groups, -1)).flatten(2), [2], module.eps)
         return saved
 
     def terms(
@@ -151,11 +168,11 @@ class InstanceNormRule(Rule):
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if module.running_mean is not None and not module.training:
-            return module.running_mean.clone().unsqueeze(0), _running_rstd(module).unsqueeze(0)
+            mean, rstd = _running_statistics(module)
+            return mean.unsqueeze(0), rstd.unsqueeze(0)
         x = activations.detach()
         x = x.unsqueeze(0) if self.misses_batch(module, x) else x
-        var, mean = torch.var_mean(x.to(accumulation_dtype(x)).flatten(2), 2, correction=0)
-        return mean, torch.rsqrt(var + module.eps)
+        return _statistics_of(x.flatten(2), [2], module.eps)
 
     def terms(
         self,
@@ -171,7 +188,7 @@ class InstanceNormRule(Rule):
 
 
 class _TrailingNormRule(Rule):
-    """Shared by the norms over trailing dimensions: positions are the dimensions between batch and those."""
+    """What the norms over trailing dimensions share; the dimensions between these and the batch are positions."""
 
     positionwise = True
 
@@ -198,16 +215,14 @@ class LayerNormRule(_TrailingNormRule):
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         saved = saved_statistics(output, "NativeLayerNormBackward")
         if saved is None:
-            x = activations.detach()
             dims = list(range(-len(module.normalized_shape), 0))
-            var, mean = torch.var_mean(x.to(accumulation_dtype(x)), dims, correction=0, keepdim=True)
-            saved = mean, torch.rsqrt(var + module.eps)
+            saved = _statistics_of(activations.detach(), dims, module.eps, keepdim=True)
         return saved
 
 
 @add_rule(nn.RMSNorm)
 class RMSNormRule(_TrailingNormRule):
-    """Root mean square over the trailing ``normalized_shape``, no mean and no shift."""
+    """The root mean square over the trailing ``normalized_shape``; there is no mean and no shift."""
 
     parameter_names = ("weight",)
     input_name = "x"
@@ -217,7 +232,7 @@ class RMSNormRule(_TrailingNormRule):
         if rstd is not None and not is_narrow(rstd):
             return None, rstd
         x = activations.detach()
-        x = x if rstd is None else x.to(rstd.dtype)  # what the layer saw
+        x = x if rstd is None else x.to(rstd.dtype)  # the layer saw its input in that dtype
         eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
         dims = list(range(-len(module.normalized_shape), 0))
         mean_square = x.to(accumulation_dtype(x)).square().mean(dims, keepdim=True)

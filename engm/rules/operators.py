@@ -1,12 +1,12 @@
-"""Rules of operators: what a parameter that no layer call accounts for contributes, read from one autograd node.
+"""The rules of operators: per-example gradients of what enters at one autograd node, from what the node saved.
 
 A class token that is expanded, a position table that is added, a layer scale, the packed projection of
 ``nn.MultiheadAttention``, ``F.linear(x, layer.weight)``, the weight that ``weight_norm`` computes: each enters the
-batch's computation at one node of the autograd graph. The gradient of the node's output, cut by examples, and what the
-node saved for its own backward pass give the per-example gradients of what entered.
+batch's computation at one node of the autograd graph, outside of layer calls. The gradient of the node's output, cut by
+examples, and what the node saved for its own backward pass give the per-example gradients of what entered.
 
-For a node without a rule here :func:`masked_gradients` runs the node's own backward once an example. That is exact for
-any operator, built in or not, as long as every example's gradient lies in its own rows.
+A rule is a function ``(entry, gy) -> term``, with ``gy`` the gradient of the node's first output; it returns None where
+it does not hold. Then, and for operators without a rule, :mod:`engm.rules.any_operator` finds the gradients.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from .conv import transposed_factors
 from .entries import BATCH_NORMS, Entry, add_operator, aligned_shape
 from .normalization import affine_terms, by_channel
 
-# -- any operator --------------------------------------------------------------------------------------------------
-
-
 # -- sums and products with broadcasting --------------------------------------------------------------------------
 
 
 def _repeated(entry: Entry, contribution: Tensor) -> Term | None:
-    """Sum ``contribution``, of the output's shape, over everything along which the entering tensor was repeated.
+    """The term of a tensor that broadcasting repeated: ``contribution`` summed over everything it was repeated along.
 
-    None if the tensor is not repeated along the batch: then each example has rows of its own in it.
+    Args:
+        entry: where the tensor enters.
+        contribution: gradient of the repeated tensor, of the shape of the node's output.
+
+    Returns:
+        The term, or None if the tensor is not repeated along the batch: then each example has rows of its own in it.
     """
     aligned = aligned_shape(entry)
     if aligned[entry.layout.dim] != 1:
@@ -84,7 +86,7 @@ def _div(entry: Entry, gy: Tensor) -> Term | None:
 
 
 def _product(entry: Entry, left: Tensor | None, gy: Tensor) -> Term | None:
-    """``left [R, p] @ entering [p, d]``, given ``gy [R, d]``."""
+    """The term of the right factor in ``left [R, p] @ entering [p, d]``, given ``gy [R, d]``."""
     if left is None or entry.layout.dim != 0:
         return None
     a, b = (entry.layout.examples_first(t, entry.n) for t in (left.to(gy.dtype), gy))
@@ -153,7 +155,12 @@ def _embedding(entry: Entry, gy: Tensor) -> Term | None:
 
 
 def _affine(entry: Entry, views: tuple[Tensor, Tensor, Tensor | None, Tensor, int]) -> Term:
-    """The scale (slot 1) or shift (slot 2) of a normalisation; ``views`` has a row for every row of the batch."""
+    """The term of the scale (slot 1) or shift (slot 2) of a normalisation.
+
+    Args:
+        entry: where the scale or shift enters.
+        views: the arguments of :func:`engm.ops.affine_norm_sq`, with every row of the batch as an example.
+    """
     name = "weight" if entry.slot == 1 else "bias"
     rows = affine_terms(views, (name,))[name].gradient  # type: ignore[attr-defined]
     gradient = entry.layout.examples_first(rows, entry.n).sum(1)

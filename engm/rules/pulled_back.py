@@ -1,9 +1,9 @@
 """Per-example gradients of a parameter that is not used as it is, but through tensors computed from it.
 
-``weight_norm``, ``spectral_norm`` and other parametrizations, a weight cast by autocast or cut into pieces, a position
-table that is interpolated: for each such tensor there is a term, and autograd pulls it back to the parameter. The
-weighted sum is pulled back once. Norms need every example pulled back, unless the tensor only rearranges elements of
-the parameter, which leaves them as they are.
+Such tensors are made by ``weight_norm``, ``spectral_norm`` and other parametrizations, by autocast, by cutting a weight
+into pieces or interpolating a position table. For each of them there is a term, whose gradients autograd pulls back to
+the parameter. A weighted sum is pulled back once. Norms need the gradient of every example pulled back, unless the
+tensor only rearranges elements of the parameter, which leaves norms as they are.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..terms import (
-    MixedTerm,
-    Term,
-    combine,
-    squared_norm_of_dense,
-)
+from ..terms import MixedTerm, Term, combine, squared_norm_of_dense
 from ..torch_internals import leaf_of, node_outputs
 from .any_operator import backward_of_each
 
@@ -33,7 +28,7 @@ class Origin:
     Attributes:
         node: the node that made it.
         number: which output of the node.
-        rearranged: it consists of elements of the parameter, each at most once.
+        rearranged: whether the tensor consists of elements of the parameter, each at most once.
     """
 
     node: Any
@@ -42,23 +37,23 @@ class Origin:
 
     @property
     def is_leaf(self) -> bool:
-        """Whether it is a parameter itself."""
+        """Whether the tensor is a parameter itself."""
         return leaf_of(self.node) is not None
 
     @property
     def edge(self) -> GradientEdge:
-        """What autograd differentiates."""
+        """The tensor as autograd takes it for an output to differentiate."""
         return GradientEdge(self.node, self.number)
 
 
 @dataclass
 class Derived(Term):
-    """The gradient of a parameter from that of a tensor computed from it.
+    """The term of a parameter, from the term of a tensor that was computed from the parameter.
 
     Attributes:
-        term: of the tensor.
+        term: the term of the tensor.
         origin: the tensor.
-        parameter: what it was computed from.
+        parameter: the parameter.
     """
 
     term: Term
@@ -87,7 +82,7 @@ class Derived(Term):
 
 @dataclass
 class Pieces(MixedTerm):
-    """Gradients of disjoint pieces of a parameter: their squared norms add up."""
+    """The sum of the terms of disjoint pieces of a parameter, whose squared norms add up."""
 
     def squared_norm(self) -> Tensor:
         return torch.stack([part.squared_norm() for part in self.parts]).sum(0)
@@ -100,7 +95,7 @@ def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) 
     """One term for all uses of a parameter.
 
     Args:
-        uses: for each, the tensor that was used (None: the parameter itself) and its term.
+        uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
     """
     by_origin: dict[Origin | None, list[Term]] = {}
@@ -130,7 +125,16 @@ def _disjoint(terms: Sequence[Derived], parameter: Tensor) -> bool:
 
 
 def pull_back(edge: GradientEdge, parameter: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients ``[k, *parameter.shape]`` of a parameter from those of a tensor computed from it, ``[k, *shape]``."""
+    """Gradients of a parameter, from gradients of a tensor that was computed from it.
+
+    Args:
+        edge: the tensor, of shape ``[*shape]``.
+        parameter: the parameter.
+        gradients: of the tensor, ``[k, *shape]``.
+
+    Returns:
+        ``[k, *parameter.shape]``.
+    """
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
         (found,) = torch.autograd.grad([edge], [parameter], parts, retain_graph=True, allow_unused=True)

@@ -1,4 +1,8 @@
-"""One recurrent layer in one direction, step by step, with pre-activations that can be differentiated."""
+"""How one recurrent layer in one direction is run step by step, so that its pre-activations can be differentiated.
+
+The terms of the parameters come from the gradients of the pre-activations. The rules of whole modules, which may have
+several layers and two directions, and of cells are in :mod:`engm.rules.recurrent`.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,21 @@ from torch import Tensor, nn
 from ..terms import LinearFactors, PerExampleGradient, Term, accumulation_dtype
 from ..torch_internals import own_parameters
 
-State = tuple[Tensor, ...]  # hidden state [n, H], and the cell state [n, H] of an LSTM
+State = tuple[Tensor, ...]
+"""The hidden state ``[n, H]``, and of an LSTM the cell state ``[n, H]`` too."""
 
 
 @dataclass
 class Recorded:
-    """What one layer and direction did.
+    """What one run of a layer in one direction computed. Lists have one tensor a step.
 
     Attributes:
-        inputs: ``[n, T, p]``.
+        inputs: ``x_t``, ``[n, T, p]``.
         from_inputs: ``W_ih x_t + b_ih`` of all steps, ``[n, T, gates * H]``.
-        hidden: the hidden state before each step, ``[n, H]`` each.
+        hidden: the hidden state before each step, ``[n, H]``.
         from_hidden: ``W_hh h_{t-1} + b_hh`` of each step, ``[n, gates * H]``.
-        unprojected: of an LSTM with projections, the hidden state before its projection, ``[n, H]`` each.
-        projected: the same after it.
+        unprojected: of an LSTM with projections, the new hidden state before its projection, ``[n, H]``.
+        projected: of an LSTM with projections, the new hidden state after its projection, ``[n, P]``.
     """
 
     inputs: Tensor
@@ -44,9 +49,9 @@ class Weights:
     """The parameters of one layer and direction, in the dtype that is computed in.
 
     Args:
-        module: the layer or cell.
-        suffix: what the parameters' names end in (``"_l0_reverse"``; of a cell ``""``).
-        dtype: to compute in.
+        module: the recurrent module or cell.
+        suffix: what the parameters' names end in, for example ``"_l0_reverse"``; of a cell ``""``.
+        dtype: the dtype to compute in.
     """
 
     def __init__(self, module: nn.Module, suffix: str, dtype: torch.dtype) -> None:
@@ -59,22 +64,22 @@ class Weights:
 
 
 def _wanted(tensor: Tensor) -> Tensor:
-    """The tensor as a target of differentiation."""
+    """The tensor, made a leaf that can be differentiated if it was computed without a graph."""
     return tensor if tensor.requires_grad else tensor.requires_grad_()
 
 
 def run_layer(
     kind: str, weights: Weights, inputs: Tensor, state: State, steps: Sequence[int], present: Tensor | None
 ) -> tuple[Tensor, State, Recorded]:
-    """One layer in one direction.
+    """Runs one layer in one direction.
 
     Args:
         kind: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
-        weights: its parameters.
+        weights: the layer's parameters.
         inputs: ``[n, T, p]``.
         state: the initial state.
         steps: the order in which positions are read.
-        present: ``[n, T]``, which positions exist; at others an example's state stays as it is. None: all.
+        present: ``[n, T]``, which positions exist; at others an example's state stays as it is. None: all exist.
 
     Returns:
         The hidden states ``[n, T, H]``, the last state, and what is needed for the gradients.
@@ -100,7 +105,7 @@ def run_layer(
 
 
 def _step(kind: str, from_inputs: Tensor, from_hidden: Tensor, state: State) -> State:
-    """The next state, without projection."""
+    """The next state, before any projection."""
     if kind == "GRU":
         (r_x, z_x, new_x), (r_h, z_h, new_h) = from_inputs.chunk(3, 1), from_hidden.chunk(3, 1)
         reset, update = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
@@ -116,7 +121,14 @@ def _step(kind: str, from_inputs: Tensor, from_hidden: Tensor, state: State) -> 
 def layer_terms(
     recorded: Recorded, gradients: Sequence[Tensor], suffix: str, names: tuple[str, ...]
 ) -> dict[str, Term]:
-    """Terms of the parameters of one layer and direction, from the gradients of :attr:`Recorded.targets`."""
+    """Terms of the parameters of one layer and direction.
+
+    Args:
+        recorded: the layer's run.
+        gradients: of :attr:`Recorded.targets`, in their order.
+        suffix: what the parameters' names end in.
+        names: the parameters that are wanted.
+    """
     count = len(recorded.hidden)
     from_inputs, rest = gradients[0], gradients[1:]
     from_hidden = torch.stack(list(rest[:count]), 1)
@@ -138,7 +150,16 @@ def layer_terms(
 def backpropagated(
     recorded: Sequence[Recorded], outputs: Sequence[Tensor], backprops: Sequence[Tensor | None]
 ) -> list[list[Tensor]]:
-    """Gradients of each record's targets, from those of ``outputs`` (None: zero)."""
+    """Gradients of each run's targets.
+
+    Args:
+        recorded: the runs of all layers and directions.
+        outputs: what was computed from the runs.
+        backprops: gradients of ``outputs``; None counts as zero.
+
+    Returns:
+        For every run the gradients of its :attr:`Recorded.targets`.
+    """
     given = [(o, g.to(o.dtype)) for o, g in zip(outputs, backprops, strict=True) if g is not None]
     targets = [target for record in recorded for target in record.targets]
     found = torch.autograd.grad([o for o, _ in given], targets, [g for _, g in given], allow_unused=True)

@@ -1,4 +1,4 @@
-"""Recurrent layers and cells: the forward pass is run again, step by step, and backpropagated to the pre-activations.
+"""The rules of recurrent layers and cells: the forward pass is run again and backpropagated to the pre-activations.
 
 With the pre-activations ``P_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` of a step, ``dL_i/dW_ih = sum_t dP_t x_t^T``
 and ``dL_i/dW_hh = sum_t dP_t h_{t-1}^T``: a linear layer over the positions ``t``. Neither the fused kernels nor the
@@ -17,22 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .._C import linear_cost
-from ..cost.table import cost_arguments
 from ..terms import Term, accumulation_dtype
 from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
 from .base import CPU, Cost, WholeCallRule, add_rule
+from .linear import matrix_cost
 from .recurrence import Recorded, State, Weights, backpropagated, layer_terms, run_layer
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What it takes to draw the masks between the layers again, and to see that they are the same.
+    """What it takes to draw the dropout masks between the layers again, and to see that they are the same.
 
     Attributes:
-        random_state: of the CPU's generator before the call; None where it drew its masks elsewhere.
-        last_hidden: ``h_n`` of the call, ``[layers * directions, n, H]``: it depends on every element of every mask.
+        random_state: of the CPU's generator before the call; None where the masks were drawn on another device.
+        last_hidden: ``h_n`` of the call, ``[layers * directions, n, H]``, which depends on every element of every mask.
     """
 
     random_state: Tensor | None
@@ -44,10 +43,10 @@ class Remembered:
     """What is kept of a call besides its arguments.
 
     Attributes:
-        name: of the layer in the network.
-        packing: of packed sequences, their ``batch_sizes``, ``sorted_indices`` and ``unsorted_indices``.
+        name: the layer's name in the network.
+        packing: ``batch_sizes``, ``sorted_indices`` and ``unsorted_indices`` of packed sequences; None without.
         batched: whether there was a dimension of examples; a single sequence is a batch of one.
-        dropout: if the layer dropped out between its layers.
+        dropout: what is known of the masks, if the layer dropped out between its layers.
     """
 
     name: str
@@ -61,9 +60,8 @@ class Remembered:
 
 
 def matrices_cost(length: int, shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> Cost:
-    """Cost of the norms of weight matrices over ``length`` positions; running the layer again is not counted."""
-    where = cost_arguments(device, dtype, convolution=False)
-    costs = [Cost.from_model(linear_cost(length, p, d, **where)) for d, p in shapes]
+    """Cost of the norms of weight matrices ``[d, p]`` over ``length`` positions; the second run is not counted."""
+    costs = [matrix_cost(length, p, d, device, dtype) for d, p in shapes]
     dearest = max(costs, key=lambda cost: cost.flops)
     sums = [sum(getattr(c, name) for c in costs) for name in ("flops", "direct_flops", "gram_flops", "bytes")]
     return Cost(dearest.form, *sums)
@@ -73,8 +71,8 @@ def matrices_cost(length: int, shapes: Sequence[tuple[int, ...]], device: torch.
 class RecurrentRule(WholeCallRule):
     """``[n, T, p]``, ``[T, n, p]``, ``[T, p]`` or packed sequences; any number of layers, one direction or both.
 
-    Initial states belong to the data: they are read, and gradients flow to them by autograd as ever. In training mode
-    dropout between the layers is drawn again from the random state before the call, which works on the CPU.
+    Initial states belong to the data: the rule reads them, and gradients flow to them by autograd as ever. In training
+    mode dropout between the layers is drawn again from the random state before the call, which works on the CPU alone.
     """
 
     def known_parameters(self, module: Any) -> tuple[str, ...]:
@@ -163,11 +161,11 @@ def _state_examples_first(saved: Remembered, state: Tensor) -> Tensor:
 
 
 class _Run:
-    """A layer's forward pass, once more.
+    """The second run of a call's forward pass, in plain operations.
 
     Attributes:
-        recorded: for every layer and direction.
-        suffixes: those of their parameters' names.
+        recorded: what was computed, for every layer and direction that has run.
+        suffixes: what parameters' names end in, for every layer and direction.
     """
 
     def __init__(self, module: Any, saved: Remembered, arguments: Arguments, dtype: torch.dtype) -> None:
@@ -255,10 +253,13 @@ class _Masks:
         return mask.bernoulli_(keep, generator=self.generator).div_(keep) if keep > 0 else mask
 
     def check(self, hidden: Tensor) -> None:
-        """``hidden`` must be what the layer returned, ``[n, layers * directions, H]``.
+        """Refuses masks with which the last hidden states come out as others than the layer's.
+
+        Args:
+            hidden: the last hidden states of the second run, ``[n, layers * directions, H]``.
 
         Raises:
-            RuntimeError: it is not, so the masks are not the layer's.
+            RuntimeError: they are not what the layer returned, so the masks are not the layer's.
         """
         expected = _state_examples_first(self.saved, self.dropout.last_hidden)
         tolerance = torch.finfo(expected.dtype).eps ** 0.5
@@ -324,6 +325,7 @@ class CellRule(WholeCallRule):
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """``[n, p]`` from what a cell takes or returns; a single example is a batch of one."""
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
 
 

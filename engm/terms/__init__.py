@@ -14,10 +14,11 @@ term                        per-example gradient                   kept
 :class:`MixedTerm`          the sum of any terms                   those terms
 ==========================  =====================================  =========================================
 
-A parameter used more than once has one term a use. :func:`combine` adds them *before* the norm is taken, which is
-where the cross terms come from (design: adding the squared norms of the uses is wrong).
+A parameter used more than once has one term a use. :func:`combine` adds them *before* the norm is taken, so that the
+norm holds the cross terms between uses: adding the squared norms of the uses would be wrong.
 """
 
+from ..ops import accumulation_dtype
 from .base import (
     CHUNK_BYTES,
     Factors,
@@ -25,7 +26,6 @@ from .base import (
     PerExampleGradient,
     PositionFactors,
     Term,
-    accumulation_dtype,
     squared_norm_of_dense,
     squared_rows,
 )

@@ -1,4 +1,7 @@
-"""What every term can do, the term that holds its gradients whole, and what terms of factors share."""
+"""What every term can do: norms, weighted sums and slices of per-example gradients that it need not hold.
+
+Besides the base class here are the term that does hold its gradients, and what terms made of factors share.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,25 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import accumulation_dtype
 
-CHUNK_BYTES = 64 << 20  # of per-example gradients that are formed at once where nothing but forming them will do
+CHUNK_BYTES = 64 << 20  # of per-example gradients that are formed at once where they have to be formed
 
 
 @dataclass
 class LocalCorrection:
-    """What one training-mode batch norm behind the layer subtracts from each ``G_i`` (design section 2.5).
+    """What a batch norm in training mode behind a layer subtracts from the layer's per-example gradients ``G_i``.
 
-    ``G_i[o] - shift[i, o] * patch_mean - scale[i, o] * correlation[o]``.
+    The corrected gradient is ``G_i[o] - shift[i, o] * patch_mean - scale[i, o] * correlation[o]``: the exact backward
+    pass of that one batch norm, where ``G_i`` alone takes its statistics for constants. Below, ``sigma`` is the batch
+    norm's standard deviation and ``k`` its scale divided by ``sigma``.
 
     Attributes:
-        shift: ``[n, d]``, ``k m_i`` with ``k = scale / sigma`` of the batch norm and ``m_i`` its shift gradient.
+        shift: ``[n, d]``, ``k m_i`` with ``m_i`` the example's gradient of the batch norm's shift.
         patch_mean: ``[C, *kernel]`` (linear: ``[p]``), the mean patch over batch and positions.
-        scale: ``[n, d]``, ``k v_i`` with ``v_i`` the batch norm's scale gradient.
-        correlation: ``[d, C / groups, *kernel]`` (linear: ``[d, p]``), the mean of ``xhat a^T``.
+        scale: ``[n, d]``, ``k v_i`` with ``v_i`` the example's gradient of the batch norm's scale.
+        correlation: ``[d, C / groups, *kernel]`` (linear: ``[d, p]``), the mean of ``xhat a^T`` over batch and
+            positions, with ``xhat`` the normalised output and ``a`` the patch.
     """
 
     shift: Tensor
@@ -42,7 +49,7 @@ class LocalCorrection:
         }
 
     def corrected(self, gradients: Tensor, rows: slice) -> Tensor:
-        """``gradients`` (``[rows, d, *]``, uncorrected) of the examples in ``rows`` less what is subtracted."""
+        """The corrected gradients of the examples in ``rows``, from uncorrected ``gradients [rows, d, *]``."""
         d, *own = self.correlation.shape
         groups = self.patch_mean.shape[0] // own[0]
         patches = self.patch_mean.reshape(groups, *own).repeat_interleave(d // groups, 0)
@@ -52,7 +59,7 @@ class LocalCorrection:
 
 
 class Term:
-    """Per-example gradients of one parameter, implicit. See :mod:`engm.terms`."""
+    """What stands for the per-example gradients ``g_i`` of one parameter; :mod:`engm.terms` lists the kinds."""
 
     @property
     def examples(self) -> int:
@@ -74,12 +81,16 @@ class Term:
     def fold(self, outer: int, n: int, inner: int) -> Term:
         """The term of ``n`` examples, where this one counts ``outer * n * inner`` rows of a batch as examples.
 
-        An example's gradient is the sum over its rows, which are laid out ``[outer, n, inner]``: repetitions of the
-        whole batch outside, rows of one example side by side inside. Returns the term itself if both are 1.
+        An example's gradient is the sum over its rows. The term itself is returned where every example has one row.
+
+        Args:
+            outer: how often the whole batch is repeated.
+            n: number of examples.
+            inner: how many rows of one example lie side by side.
 
         Raises:
             ValueError: the term has not ``outer * n * inner`` rows, or carries a local correction, which holds for
-                the gradients of its rows alone.
+                the gradients of single rows alone.
         """
         if outer * n * inner != self.examples:
             raise ValueError(
@@ -88,21 +99,17 @@ class Term:
         return self if outer * inner == 1 else self._folded(outer, n, inner)
 
     def _folded(self, outer: int, n: int, inner: int) -> Term:
-        raise TypeError(f"{type(self).__name__} must define fold")
+        """What :meth:`fold` returns where an example has several rows."""
+        raise TypeError(f"{type(self).__name__} must define _folded")
 
     def compact(self) -> Term:
-        """The smallest equivalent to keep until the weights are known.
+        """The smallest equivalent term, to be kept until the weights are known.
 
-        Where an example's gradient has fewer elements than its factors (a 3x3 convolution of 32 channels at 32x32:
-        9,216 against 65,536) the gradient itself is formed, in the same pass that yields its norm. It takes less
-        memory, and its weighted sum is one matrix-vector product instead of a second convolution.
+        An example's gradient may have fewer elements than its factors: 9,216 against 65,536 for a 3x3 convolution of
+        32 channels at 32x32. Then the gradient itself is formed, in the same pass that yields its norm. The gradient
+        takes less memory, and its weighted sum is one matrix-vector product instead of a second convolution.
         """
         return self
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64 tensors, float32 for everything narrower."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def squared_rows(gradients: Tensor) -> Tensor:
@@ -125,7 +132,12 @@ def squared_norm_of_dense(term: Term) -> Tensor:
 
 @dataclass
 class PerExampleGradient(Term):
-    """The per-example gradients themselves, ``[n, *parameter.shape]``; for small parameters."""
+    """The per-example gradients themselves, for small parameters.
+
+    Attributes:
+        gradient: ``[n, *parameter.shape]``.
+        norm_sq: ``[n]``, the squared norms, if they are known.
+    """
 
     gradient: Tensor
     norm_sq: Tensor | None = None
@@ -149,14 +161,14 @@ class PerExampleGradient(Term):
 
 
 def cheaper_to_scale(backprops: Tensor, activations: Tensor) -> Tensor:
-    """The smaller one; in float16 the backprops, which the loss scale keeps clear of underflow."""
+    """The smaller factor; in float16 always the backprops, which the loss scale keeps clear of underflow."""
     if backprops.dtype == torch.float16 or backprops.numel() <= activations.numel():
         return backprops
     return activations
 
 
 class Factors(Term):
-    """Factors whose product is the gradient: weighting the examples of one weights the gradients."""
+    """A term of factors whose product is the gradient: weighting the examples of one factor weights the gradients."""
 
     def to_scale(self) -> Tensor:
         """The factor whose examples are weighted."""
@@ -171,9 +183,12 @@ class Factors(Term):
 
 
 class PositionFactors(Factors):
-    """Factors that are sums over positions: every tensor in :attr:`by_position` is ``[n, T, ...]``.
+    """A term of factors whose gradient is a sum over positions.
 
     Uses of one parameter are joined, and rows of one example folded, by laying their positions side by side.
+
+    Attributes:
+        by_position: names of the attributes that have positions, each a tensor ``[n, T, ...]``.
     """
 
     by_position: ClassVar[tuple[str, ...]]
@@ -197,7 +212,7 @@ class PositionFactors(Factors):
 
 
 def refuse_correction(correction: LocalCorrection | None) -> None:
-    """For terms about to be folded.
+    """Refuses to fold a term with a local correction.
 
     Raises:
         ValueError: there is a correction.

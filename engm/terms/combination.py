@@ -1,4 +1,4 @@
-"""Several uses of one parameter: their gradients added before a norm is taken."""
+"""How the terms of several uses of one parameter become one term, whose gradients are the sums over the uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from .linear import LinearFactors
 
 @dataclass
 class MixedTerm(Term):
-    """The sum of terms of different kinds; only for its norm are per-example gradients formed, a chunk at a time."""
+    """The sum of terms of different kinds.
+
+    For the norm per-example gradients are formed, a chunk at a time; the weighted sum needs none.
+
+    Attributes:
+        parts: the terms, of the same parameter and the same examples.
+    """
 
     parts: Sequence[Term]
 
@@ -50,8 +56,8 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 def combine(terms: Sequence[Term]) -> Term:
     """One term whose per-example gradient is the sum of the given ones (several uses of one parameter).
 
-    Uses of one kind are joined in factored form. An embedding tied to a projection has its own term; what else is mixed
-    (two convolutions of different stride, a user's rule and a linear layer) becomes a :class:`MixedTerm`.
+    Uses of one kind are joined in factored form. An embedding tied to a projection becomes a :class:`TiedTable`, any
+    other mixture (two convolutions of different stride, a user's rule and a linear layer) a :class:`MixedTerm`.
 
     Args:
         terms: one term a use, of the same parameter and the same examples.

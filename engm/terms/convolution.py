@@ -1,4 +1,7 @@
-"""Terms of convolutions, and the ways to lay several uses or rows of one weight in one image."""
+"""The term of a convolution: per-example gradients of its weight, from input and output gradient.
+
+Several uses of one weight, or several images of one example, are laid in one image, so that they have one term.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from .base import Factors, LocalCorrection, PerExampleGradient, Term, cheaper_to
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """How a convolution reads its (zero padded) input; one entry a spatial dimension."""
+    """How a convolution with zero padding reads its input; every tuple has one entry a spatial dimension."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -42,16 +45,16 @@ class ConvGeometry:
 
 @dataclass
 class ConvFactors(Factors):
-    """``g_i = B_i^T patches(X_i)`` with input ``[n, C, *S]`` and output gradient ``[n, d, *S_out]``.
+    """``g_i = B_i^T patches(X_i)``, the gradients of a weight ``[d, C / groups, *kernel]``.
 
     Attributes:
-        inputs: of the convolution.
-        backprops: the gradient of its output.
-        geometry: of the convolution.
-        correction: what a batch norm behind it subtracts.
-        transposed: the weight is that of a transposed convolution, in which ``inputs`` is the gradient of the output
-            and ``backprops`` the input.
-        stacked: the first spatial dimension counts images of one example and is none of the weight's.
+        inputs: input of the convolution, ``[n, C, *S]``.
+        backprops: gradient of the convolution's output, ``[n, d, *S_out]``.
+        geometry: how the convolution reads its input.
+        correction: what a batch norm behind the convolution subtracts.
+        transposed: whether the weight is that of a transposed convolution; then ``inputs`` is the gradient of the
+            output and ``backprops`` the input.
+        stacked: whether the first spatial dimension counts images of one example and is none of the weight's.
     """
 
     inputs: Tensor
@@ -112,7 +115,16 @@ class ConvFactors(Factors):
 
 
 def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Weight gradient summed over the batch, ``[d, C / groups, *kernel]``, by ATen (oneDNN, cuDNN)."""
+    """The weight gradient summed over the batch, by ATen (oneDNN, cuDNN).
+
+    Args:
+        inputs: ``[n, C, *S]``.
+        backprops: ``[n, d, *S_out]``.
+        geometry: how the convolution reads its input.
+
+    Returns:
+        ``[d, C / groups, *kernel]`` in the dtype of the operands.
+    """
     shape = (backprops.shape[1], inputs.shape[1] // geometry.groups, *geometry.kernel_size)
     weight = inputs.new_empty(1).expand(shape)  # only its shape is read
     _, gradient, _ = torch.ops.aten.convolution_backward(
@@ -140,11 +152,14 @@ def joined_convolutions(terms: Sequence[ConvFactors]) -> list[ConvFactors]:
 
 
 def side_by_side(terms: Sequence[ConvFactors]) -> ConvFactors:
-    """Lay the uses of one convolution weight along the first spatial dimension of one image.
+    """One term for several uses of a weight, which are laid along the first spatial dimension of one image.
 
     Each input is padded, trimmed to the pixels that are read, and rounded up to a multiple of the stride, so that
     every use keeps its own output rows; the output rows that straddle two uses get a zero gradient. Norms and
-    weighted sums of the result then hold the cross terms in every form.
+    weighted sums of the result then hold the cross terms between uses.
+
+    Args:
+        terms: the uses, which may differ in padding and size alone.
     """
     geometry = terms[0].geometry.without_padding()
     dims = len(geometry.kernel_size)

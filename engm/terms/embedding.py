@@ -1,4 +1,4 @@
-"""Terms of tables that rows are looked up in, alone and tied to a projection."""
+"""The terms of a table that rows are looked up in, alone and tied to a projection: from indices and backprops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import CHUNK_BYTES, PositionFactors, Term, accumulation_dtype, squared_norm_of_dense
+from ..ops import accumulation_dtype
+from .base import CHUNK_BYTES, PositionFactors, Term, squared_norm_of_dense
 from .linear import LinearFactors
 
 
@@ -22,8 +23,8 @@ class EmbeddingFactors(PositionFactors):
         indices: ``[n, T]``, int64 or int32.
         backprops: ``[n, T, d]``.
         num_embeddings: rows of the table.
-        padding_idx: positions of this index have no gradient; none if it is not a row of the table.
-        sparse: the weighted sum is a sparse tensor, as the gradient of ``nn.Embedding(sparse=True)`` is.
+        padding_idx: positions of this index have no gradient; a number that is no row of the table stands for none.
+        sparse: whether the weighted sum is a sparse tensor, as the gradient of ``nn.Embedding(sparse=True)`` is.
     """
 
     by_position: ClassVar[tuple[str, ...]] = ("indices", "backprops")
@@ -53,12 +54,12 @@ class EmbeddingFactors(PositionFactors):
     def dense(self, rows: slice) -> Tensor:
         indices, backprops = self.indices[rows], self.without_padding().backprops[rows]
         n, size = indices.shape[0], self.num_embeddings
-        own = indices + size * torch.arange(n, device=indices.device).unsqueeze(1)  # rows of n tables under each other
+        own = indices + size * torch.arange(n, device=indices.device).unsqueeze(1)  # rows of n tables in one
         backprops = backprops.to(accumulation_dtype(backprops))
         return torch.ops.aten.embedding_dense_backward(backprops, own, n * size, -1, False).unflatten(0, (n, size))
 
     def without_padding(self) -> EmbeddingFactors:
-        """The same term with the gradients of padding set to zero instead of an index that is left out."""
+        """An equal term without a padding index, in which the gradients at padded positions are zero."""
         if self.padding_idx < 0:
             return self
         kept = self.backprops.masked_fill((self.indices == self.padding_idx).unsqueeze(2), 0)
@@ -79,8 +80,8 @@ class TiedTable(Term):
     """One matrix as the table of an embedding and the weight of a linear layer: a language model's input and output.
 
     Attributes:
-        embedding: with the factors of all look-ups.
-        linear: with those of all projections; its backprops are ``[n, S, num_embeddings]``.
+        embedding: the term of all look-ups.
+        linear: the term of all projections; its backprops are ``[n, S, num_embeddings]``.
     """
 
     embedding: EmbeddingFactors
@@ -93,9 +94,9 @@ class TiedTable(Term):
     def squared_norm(self) -> Tensor:
         """The sum of both squared norms and twice the inner product of the two gradients.
 
-        That product is ``sum_{t,s} B[s, idx_t] <A_s, gy_t>``, so no gradient of the table's size is formed, unless it
-        would be smaller than the ``[S, T]`` products. What an example's two gradients cancel of each other is lost to
-        rounding in the former way, as in any sum of squares.
+        The inner product is ``sum_{t,s} B[s, idx_t] <A_s, gy_t>``, so no gradient of the table's size is formed, unless
+        the table is smaller than the ``[S, T]`` products. Where an example's two gradients nearly cancel, a sum of
+        squares and products loses their difference to rounding.
         """
         positions, size = self.embedding.indices.shape[1] * self.linear.activations.shape[1], self._table_size()
         if size <= positions:

@@ -16,7 +16,7 @@ class Layout:
     """Dimension ``dim`` of a tensor has length ``outer * n * inner``; the middle factor counts the examples.
 
     Attributes:
-        dim: 0 or 1.
+        dim: the dimension along which the examples lie, 0 or 1.
         outer: how often the whole batch is repeated (views, time steps).
         inner: how many rows of one example lie side by side (windows, patches, tokens).
     """
@@ -36,12 +36,12 @@ class Layout:
         return self.outer * self.inner
 
     def examples_first(self, tensor: Tensor, n: int) -> Tensor:
-        """``[n, rows, *the other dimensions]``."""
+        """A tensor of this layout as ``[n, rows, *the other dimensions]``."""
         moved = tensor.movedim(self.dim, 0)
         return moved.reshape(self.outer, n, self.inner, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     def from_examples(self, tensor: Tensor) -> Tensor:
-        """The inverse of :meth:`examples_first`."""
+        """A tensor of this layout from ``[n, rows, *the other dimensions]``: the inverse of :meth:`examples_first`."""
         n, rest = tensor.shape[0], tensor.shape[2:]
         split = tensor.reshape(n, self.outer, self.inner, *rest).transpose(0, 1)
         return split.reshape(self.outer * n * self.inner, *rest).movedim(0, self.dim)
@@ -55,7 +55,13 @@ PLAIN = Layout()
 
 
 def layouts_of(shape: tuple[int, ...], n: int, views: int = 1) -> list[Layout]:
-    """Every layout that a tensor of ``shape`` may have for ``n`` examples, the likeliest first."""
+    """Every layout that a tensor may have by its shape, the likeliest first.
+
+    Args:
+        shape: of the tensor.
+        n: number of examples.
+        views: how often the user says that the batch is repeated.
+    """
     found = []
     for dim in range(min(2, len(shape))):
         rows, rest = divmod(shape[dim], n)

@@ -1,4 +1,4 @@
-"""Terms that are sums of outer products over positions: linear layers, and bilinear ones."""
+"""The terms of linear and bilinear layers: sums of outer products over positions, from activations and backprops."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import accumulation_dtype
 from .base import (
     CHUNK_BYTES,
     LocalCorrection,
     PerExampleGradient,
     PositionFactors,
     Term,
-    accumulation_dtype,
     cheaper_to_scale,
     refuse_correction,
 )
@@ -24,7 +24,13 @@ from .base import (
 
 @dataclass
 class LinearFactors(PositionFactors):
-    """``g_i = B_i^T A_i`` with activations ``[n, T, p]`` and backprops ``[n, T, d]``."""
+    """``g_i = B_i^T A_i``, the gradients of a weight ``[d, p]``.
+
+    Attributes:
+        activations: ``[n, T, p]``.
+        backprops: ``[n, T, d]``.
+        correction: what a batch norm behind the layer subtracts.
+    """
 
     by_position: ClassVar[tuple[str, ...]] = ("activations", "backprops")
 
@@ -62,7 +68,13 @@ class LinearFactors(PositionFactors):
 
 @dataclass
 class BilinearFactors(PositionFactors):
-    """``g_i[o] = sum_t b_to x_t y_t^T`` with ``first [n, T, p]``, ``second [n, T, q]`` and backprops ``[n, T, d]``."""
+    """``g_i[o] = sum_t b_to x_t y_t^T``, the gradients of a weight ``[d, p, q]``.
+
+    Attributes:
+        first: the ``x_t``, ``[n, T, p]``.
+        second: the ``y_t``, ``[n, T, q]``.
+        backprops: the ``b_t``, ``[n, T, d]``.
+    """
 
     by_position: ClassVar[tuple[str, ...]] = ("first", "second", "backprops")
 

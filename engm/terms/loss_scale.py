@@ -1,4 +1,4 @@
-"""The factor on the losses inside of a backward pass, which float16 needs, and how everything gets rid of it again."""
+"""The factor that losses have inside of a backward pass, which float16 needs, and how results are freed of it again."""
 
 from __future__ import annotations
 

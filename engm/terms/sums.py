@@ -1,4 +1,4 @@
-"""Weighted sums over examples of many terms."""
+"""How the weighted sums of many terms are formed, few launches and little memory at a time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from .base import Factors, PerExampleGradient, Term
 def weighted_sums(
     terms: list[tuple[Tensor, Term]], weights: Tensor, scaled_at_once: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(parameter, sum_i weights_i g_i)`` for every ``(parameter, term)``; the list is emptied on the way.
+    """``(parameter, sum_i weights_i g_i)`` for every ``(parameter, term)``.
 
-    Examples are weighted in groups of terms, on CUDA in one launch each: all gradients that were kept whole go
-    together, because nothing of them is copied, and factors by as many as their scaled copies may take.
+    Terms are summed in groups. On CUDA one launch weights all gradients of a group that were kept whole, and one all of
+    its factors. The former are all in the first group, because nothing of them is copied; factors are grouped by the
+    memory that their scaled copies take.
 
     Args:
-        terms: emptied.
+        terms: parameters and their terms; the list is emptied on the way, so that memory is let go as early as can be.
         weights: ``[n]``.
-        scaled_at_once: bytes of scaled factors that may be held; a factor that takes more goes alone.
+        scaled_at_once: bytes of scaled factors that may be held; a factor that takes more is a group of its own.
     """
     terms.sort(key=lambda item: isinstance(item[1], Factors))
     while terms:
@@ -38,7 +39,7 @@ def _bytes_to_scale(item: tuple[Tensor, Term]) -> int:
 
 
 def _sums_of_group(group: list[tuple[Tensor, Term]], weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of terms that fit together; what is used is let go as early as can be."""
+    """The weighted sums of one group, which is emptied: every term is let go as soon as its sum is formed."""
     whole = {parameter: term.gradient for parameter, term in group if isinstance(term, PerExampleGradient)}
     factors = [(parameter, term) for parameter, term in group if isinstance(term, Factors)]
     others = [(parameter, term) for parameter, term in group if not isinstance(term, PerExampleGradient | Factors)]

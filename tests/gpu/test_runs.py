@@ -9,11 +9,11 @@ from tiny_runs import PLAIN, tiny_dataset
 from torch.utils._pytree import tree_map_only
 
 from engm.adversarial import OBJECTIVES
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.training.run import Run
 
 pytestmark = gpu
-HERE = Ranks(torch.device(DEVICE))
+HERE = Processes(torch.device(DEVICE))
 
 
 def trained(config, state=None):

@@ -63,16 +63,16 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
         if not folder.exists and config is None and not settings:
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
-        with from_environment(chosen.device) as ranks:
+        with from_environment(chosen.device) as processes:
             set_machine(chosen)
-            console = _console(quiet=not ranks.first)
+            console = _console(quiet=not processes.first)
             finished = folder.results_file.is_file()
             with RunView(console) as view:
-                results = train_in(chosen, out, ranks, view=view)
+                results = train_in(chosen, out, processes, view=view)
             if finished:
                 console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
-            if ranks.first and not (out / "curves.png").is_file():
+            if processes.first and not (out / "curves.png").is_file():
                 draw([results], out / "curves.png")
                 console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
 
@@ -135,15 +135,15 @@ def compare(
 
     with explained_failures("the same command goes on where it was left"):
         chosen = config_from(settings, config, compared=True)
-        with from_environment(chosen.device) as ranks:
+        with from_environment(chosen.device) as processes:
             set_machine(chosen)
-            console = _console(quiet=not ranks.first)
+            console = _console(quiet=not processes.first)
             results = compare_in(
                 chosen,
                 [name for name in optimizers.split(",") if name.strip()],
                 _seeds(seeds),
                 out,
-                ranks,
+                processes,
                 view=lambda name: RunView(console, f"{name}: "),
             )
             console.print(table(results), caption(results), sep="\n", highlight=False)
@@ -324,13 +324,13 @@ def demo(
     """Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them."""
     from ..demo import DemoSettings, demo_training, prepare, report, run
     from ..demo.live import LiveView
-    from ..methods import METHODS, canonical_method
+    from ..methods import canonical_method
 
     console = Console()
     torch.set_num_threads(threads)
     try:
         typed = tuple(canonical_method(name) for name in methods.split(",") if name.strip())
-        names = tuple(METHODS) if every_method else typed
+        names = tuple(LABELS) if every_method else typed
         if log is not None:
             log.check()
         settings = DemoSettings(names, demo_training(epochs, batch_size, seed), width=width, alpha=alpha)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ..accuracy import overfit
 from ..machine import machine_facts
-from ..training.trainer import mean_over_epochs
+from ..training.trainer import EpochRecord
 from .side_by_side import Demo, MethodRun
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ def summarise(runs: Sequence[MethodRun]) -> list[Summary]:
             )
         )
     return rows
+
+
+def mean_over_epochs(records: Sequence[EpochRecord], name: str) -> float:
+    """Mean of one figure over the epochs of a run (epochs are equally long)."""
+    return fmean(getattr(record, name) for record in records)
 
 
 def table(demo: Demo) -> Table:

@@ -16,7 +16,7 @@ from engm.checks import NonFiniteError
 from ..config import RunConfig
 from ..data import Dataset
 from ..machine import set_machine
-from ..processes import Ranks
+from ..processes import Processes
 from ..runs.folder import RunFolder, View, train
 from ..training.run import load_dataset
 from .measures import Measure, measured
@@ -79,7 +79,7 @@ class Cell:
         record: Record = {"name": self.name, "labels": self.labels, "folder": self.folder_name}
         try:
             with view() as watching:
-                results = train(config, folder.path, Ranks(device), view=watching, dataset=dataset)
+                results = train(config, folder.path, Processes(device), view=watching, dataset=dataset)
             measures = {measure.kind: measured(measure, folder, config, dataset, device) for measure in self.measures}
         except NonFiniteError as error:
             return {**record, "diverged": str(error)}

@@ -19,7 +19,7 @@ from ..config import RunConfig
 from ..data.memory import free_bytes
 from ..machine import set_machine
 from ..methods import LABELS
-from ..processes import Ranks
+from ..processes import Processes
 from ..training.run import Run
 from .cells import Cell, dataset_of
 from .measures import evaluation_passes
@@ -136,7 +136,7 @@ def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[t
 def _time(config: RunConfig, device: torch.device) -> tuple[Cost, int]:
     """A step's seconds and peak of memory; of a long step from a quarter of the batch."""
     # The costliest optimizer, calibrating as rarely as in a long run.
-    run = Run(replace(config, optimizer="engm"), Ranks(device), dataset_of(config.resolved(), device))
+    run = Run(replace(config, optimizer="engm"), Processes(device), dataset_of(config.resolved(), device))
     run.trainer.model.train()
     x, y = next(iter(run.batches.epoch(0)))
     before, part = _peak_bytes(device), max(2, len(x) // 4)

@@ -71,13 +71,13 @@ def draw_pictures(found: dict[str, dict[str, Any]], folder: Path) -> None:
         save_picture(outcome_of(document), folder / name / "picture.png")
 
 
-def readme_block(document: dict[str, Any], picture: str, link: str) -> str:
-    """What the README says of robustness: one table, its findings in a sentence each, one picture.
+def table_block(document: dict[str, Any], picture: str, link: str) -> str:
+    """What a page of guides says of robustness: one table, its findings in a sentence each, one picture.
 
     Args:
         document: of ``table2``.
-        picture: its path from the README.
-        link: the page's.
+        picture: its path from that page.
+        link: the path of the page of all results from there.
     """
     outcome = outcome_of(document)
     (table,) = outcome.tables
@@ -110,14 +110,14 @@ def _told(findings: Sequence[Finding]) -> list[Finding]:
     return list(findings[:5])
 
 
-def with_block(readme: str, block: str) -> str:
-    """The README with its generated part replaced.
+def with_block(text: str, block: str) -> str:
+    """The text of a page with its generated part replaced.
 
     Raises:
         ValueError: it has no such part.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"the README has no part between {BEGIN} and {END}")
+        raise ValueError(f"the page has no part between {BEGIN} and {END}")
     return before + block + after

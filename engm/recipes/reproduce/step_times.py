@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
-from ..processes import Ranks
+from ..processes import Processes
 from ..runs.folder import View
 from ..storage.atomic_files import make_folder, read_json, write_json
 from ..training.run import Run
+from ..training.turns import take_turns
 from .analysis import Analysis, Request
 from .cells import Cell, dataset_of
 from .outcome import Outcome, Table
@@ -76,22 +78,18 @@ class StepTimeCell(Cell):
         return (runs / self.folder_name / "times.json").is_file()
 
     def _times(self, device: torch.device) -> dict[str, list[float]]:
-        """Seconds of every step by contender; the one that goes first changes with every batch."""
+        """Seconds of every step by contender, all of which take turns on the same batches."""
         dataset = dataset_of(self.config.resolved(), device)
         contenders = {
-            (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Ranks(device), dataset)
+            (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Processes(device), dataset)
             for name in LABELS
             for way in ((BORROWED, OWN) if name in READ_NORMS else (OWN,))
         }
         for run in contenders.values():
             run.trainer.model.train()
-        batches = _endless(next(iter(contenders.values())))
-        order = list(contenders.values())
-        for turn in range(WARM_UP + self.steps):
-            x, y = next(batches)
-            first = turn % len(order)
-            for run in (*order[first:], *order[:first]):
-                run.trainer.step(x, y)
+        batches = islice(_endless(next(iter(contenders.values()))), WARM_UP + self.steps)
+        for _ in take_turns([run.trainer for run in contenders.values()], batches):
+            pass
         return {
             f"{name}, {way}": run.trainer.finish_epoch().step_seconds[WARM_UP:]
             for (name, way), run in contenders.items()

@@ -12,7 +12,7 @@ from engm.checks import NonFiniteError
 
 from ..config import RunConfig
 from ..methods import canonical_method
-from ..processes import Ranks
+from ..processes import Processes
 from ..storage.atomic_files import write_json, write_text_atomic
 from ..training.run import load_in_turn
 from .folder import RunFolder, View, train
@@ -48,7 +48,7 @@ def compare(
     optimizers: Sequence[str],
     seeds: Sequence[int],
     out: Path,
-    ranks: Ranks,
+    processes: Processes,
     *,
     view: Callable[[str], AbstractContextManager[View]],
 ) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def compare(
         optimizers: names.
         seeds: of the runs; the same for every optimizer, so that runs are paired.
         out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and ``comparison.png``.
-        ranks: the processes.
+        processes: the processes.
         view: makes a view of the cell with the given name.
 
     Returns:
@@ -72,17 +72,17 @@ def compare(
     cells = cells_of(config, optimizers, seeds)
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
-    dataset = load_in_turn(config.resolved(), ranks)
+    dataset = load_in_turn(config.resolved(), processes)
     diverged = []
     for name, cell in cells.items():
         try:
             with view(name) as watching:
-                train(cell, out / name, ranks, view=watching, dataset=dataset)
+                train(cell, out / name, processes, view=watching, dataset=dataset)
         except NonFiniteError:
-            if ranks.world > 1:  # the others may not have noticed
+            if processes.world > 1:  # the others may not have noticed
                 raise
             diverged.append(name)
-    results, _ = collect([out / name for name in cells if name not in diverged]) if ranks.first else ([], [])
+    results, _ = collect([out / name for name in cells if name not in diverged]) if processes.first else ([], [])
     if results:
         write_text_atomic(out / "comparison.md", markdown(results))
         write_json(out / "comparison.json", results)

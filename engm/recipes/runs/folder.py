@@ -8,7 +8,6 @@ DIR/results.json      when it is over: test accuracy of best and last, every epo
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -24,7 +23,7 @@ from ..config import RunConfig, from_values, option, read_toml, to_toml
 from ..data import Dataset
 from ..machine import machine_facts
 from ..methods import LABELS
-from ..processes import Ranks
+from ..processes import Processes
 from ..storage.atomic_files import read_json, write_json, write_text_atomic
 from ..storage.checkpoint import CheckpointError, CheckpointStore
 from ..storage.folder_lock import locked
@@ -181,21 +180,21 @@ class RunFolder:
     def save(self, run: Run) -> None:
         """A periodic checkpoint. Every process must call it; the first one writes."""
         state = run.state_dict()
-        with run.ranks.together():
+        with run.processes.together():
             self._save(run, state)
 
     def _save(self, run: Run, state: dict[str, Any]) -> None:
-        if run.ranks.first:
+        if run.processes.first:
             self.store.save(f"{LAST}{run.trainer.steps:08d}", state)
             self.store.prune(LAST)
 
     def save_best(self, run: Run) -> None:
         """The weights that were just found to be the best. Every process must call it; the first one writes."""
-        with run.ranks.together():
+        with run.processes.together():
             self._save_best(run)
 
     def _save_best(self, run: Run) -> None:
-        if run.ranks.first and run.best is not None:
+        if run.processes.first and run.best is not None:
             weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": asdict(run.best.accuracy)}
             self.store.save(best_name(run.best.steps), weights)
             # One more than needed: a periodic checkpoint from before this one may still be what a resumed run starts
@@ -204,8 +203,8 @@ class RunFolder:
 
     def save_epoch(self, run: Run) -> None:
         """The weights that evaluation looks at after the epoch just finished. Every process must call it."""
-        with run.ranks.together():
-            if run.ranks.first:
+        with run.processes.together():
+            if run.processes.first:
                 weights = {"epoch": run.epoch, "net": run.evaluated.state_dict()}
                 self.store.save(f"{EPOCH}{run.epoch:06d}", weights)
 
@@ -221,7 +220,7 @@ class RunFolder:
         found = self.store.latest(LAST)
         if found is not None:
             run.load_state_dict(found[1])
-        if run.ranks.first:  # what is newer belongs to a future that this run may not repeat
+        if run.processes.first:  # what is newer belongs to a future that this run may not repeat
             self.store.drop_after(BEST, run.trainer.steps)
         return found is not None
 
@@ -260,14 +259,14 @@ def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def train(
-    config: RunConfig, path: Path, ranks: Ranks, *, view: View | None = None, dataset: Dataset | None = None
+    config: RunConfig, path: Path, processes: Processes, *, view: View | None = None, dataset: Dataset | None = None
 ) -> dict[str, Any]:
     """Trains a run to its end in a folder, from wherever it was left.
 
     Args:
         config: of the run.
         path: its folder; made when everything that can be checked before training has been.
-        ranks: the processes; they must see the same folder.
+        processes: the processes; they must see the same folder.
         view: who watches.
         dataset: ``None`` to load the one that the configuration names.
 
@@ -288,17 +287,17 @@ def train(
     formats = [LogFormat(name) for name in config.loggers]
     for kind in formats:
         kind.check()
-    run = Run(config, ranks, dataset)
-    view = view if view is not None and ranks.first else NoView()
+    run = Run(config, processes, dataset)
+    view = view if view is not None and processes.first else NoView()
     with ExitStack() as stack:
-        with ranks.together():
-            if ranks.first:
+        with processes.together():
+            if processes.first:
                 stack.enter_context(locked(path))
                 folder.check_free_for(config)  # again: somebody may have begun meanwhile
                 if not folder.exists or not folder.store.names(LAST):  # nothing was trained with another one
                     write_text_atomic(folder.config_file, to_toml(config))
         resumed = folder.restore(run)
-        if ranks.first and formats:
+        if processes.first and formats:
             keep = {"step": run.trainer.steps, "epoch": run.epoch} if resumed else None
             opened = [stack.enter_context(closing(kind.open(path / "log", keep))) for kind in formats]
             run.trainer.logger = Loggers(opened)
@@ -306,7 +305,7 @@ def train(
         _train_to_the_end(run, folder, view)
         view.on_test()
         results = _results(run, folder)
-        if ranks.first:
+        if processes.first:
             write_json(folder.results_file, results)
     return results
 
@@ -334,13 +333,12 @@ def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
     last = run.evaluate("test")
     if run.best is None or run.best.epoch == run.epoch:
         return {"last": last, "best": last}
-    best = copy.deepcopy(run.net)
     try:
-        best.load_state_dict(folder.weights("best").weights)
+        weights = folder.weights("best").weights
     except CheckpointError as error:
         warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
         return {"last": last}
-    return {"last": last, "best": run.evaluate("test", best)}
+    return {"last": last, "best": run.evaluate("test", run.with_weights(weights))}
 
 
 def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
@@ -370,5 +368,5 @@ def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
         "seconds": sum(row["seconds"] for row in run.history),
         "step_seconds": median(seconds) if seconds else None,
         "history": run.history,
-        "machine": {**machine_facts(run.ranks.device), "processes": run.ranks.world},
+        "machine": {**machine_facts(run.processes.device), "processes": run.processes.world},
     }

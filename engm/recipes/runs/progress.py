@@ -161,5 +161,5 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def _processes(run: Run) -> str:
-    where = str(run.ranks.device)
-    return where if run.ranks.world == 1 else f"{run.ranks.world} processes on {run.ranks.device.type}"
+    where = str(run.processes.device)
+    return where if run.processes.world == 1 else f"{run.processes.world} processes on {run.processes.device.type}"

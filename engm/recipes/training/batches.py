@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import Augmentation, Source
-from ..processes import Ranks
+from ..processes import Processes
 
 
 def seed_for(*parts: object) -> int:
@@ -29,7 +29,7 @@ class TrainingBatches:
         batch_size: examples a batch, of all processes together.
         augmentation: applied to every batch.
         seed: of the run.
-        ranks: the processes that share the batches.
+        processes: the processes that share the batches.
         memory_format: of the images.
 
     Raises:
@@ -45,17 +45,17 @@ class TrainingBatches:
         batch_size: int,
         augmentation: Augmentation,
         seed: int,
-        ranks: Ranks,
+        processes: Processes,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         if len(source) < batch_size:
             raise ValueError(f"{len(source)} training examples are less than one batch of {batch_size}")
-        self._rows = ranks.rows(batch_size)
+        self._rows = processes.rows(batch_size)
         self._source = source
         self._batch_size = batch_size
         self._augmentation = augmentation
         self._seed = seed
-        self._device = ranks.device
+        self._device = processes.device
         self._memory_format = memory_format
         self.steps = len(source) // batch_size
 

@@ -7,6 +7,7 @@ that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recip
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -23,10 +24,10 @@ from engm.checks import NonFiniteError
 from ..accuracy import Accuracy, evaluate, pgd20
 from ..config import RunConfig, option
 from ..data import Augmentation, Dataset, Source, load_data
-from ..methods import paper_optimizer
 from ..models import build_model
-from ..processes import Ranks
+from ..processes import Processes
 from .batches import TrainingBatches, seed_for
+from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
@@ -92,13 +93,13 @@ def _first(source: Source, count: int | None, name: str) -> Source:
     return source.take(torch.arange(count))
 
 
-def load_in_turn(config: RunConfig, ranks: Ranks) -> Dataset:
+def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
     """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
-    if config.download and ranks.world > 1:
-        with ranks.together():
-            if ranks.first:
-                load_dataset(config, ranks.device)
-    return load_dataset(config, ranks.device)
+    if config.download and processes.world > 1:
+        with processes.together():
+            if processes.first:
+                load_dataset(config, processes.device)
+    return load_dataset(config, processes.device)
 
 
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
@@ -148,7 +149,7 @@ class Run:
 
     Args:
         config: of the run; resolved here.
-        ranks: the processes.
+        processes: the processes.
         dataset: ``None`` to load the one that the configuration names.
 
     Raises:
@@ -168,25 +169,25 @@ class Run:
         best: the best look at the validation set so far.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, dataset: Dataset | None = None) -> None:
+    def __init__(self, config: RunConfig, processes: Processes, dataset: Dataset | None = None) -> None:
         self.config = config = config.resolved()
-        self.ranks = ranks
-        self.dataset = load_in_turn(config, ranks) if dataset is None else dataset.to(ranks.device)
+        self.processes = processes
+        self.dataset = load_in_turn(config, processes) if dataset is None else dataset.to(processes.device)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.batches = TrainingBatches(
             self.dataset.train,
             config.batch_size,
             augmentation_of(config, self.dataset),
             config.seed,
-            ranks,
+            processes,
             memory_format,
         )
         self.schedule = Schedule(config, self.batches.steps)
-        self.net = build_network(config, self.dataset).to(ranks.device).to(memory_format=memory_format)
+        self.net = build_network(config, self.dataset).to(processes.device).to(memory_format=memory_format)
         if config.channels_last:
-            check_channels_last(self.net, ranks.device)
-        if ranks.rank:
-            torch.manual_seed(seed_for("dropout", config.seed, ranks.rank))
+            check_channels_last(self.net, processes.device)
+        if processes.rank:
+            torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
         self.average = (
             AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
             if config.ema
@@ -200,13 +201,13 @@ class Run:
         self.best: Best | None = None
 
     def _trainer(self) -> Trainer:
-        config, device = self.config, self.ranks.device
+        config, device = self.config, self.processes.device
         forward = self.net
         if config.precision == "bf16":
             forward = Autocast(self.net, device.type, torch.bfloat16)
         model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
-        training_model = self.ranks.wrap(model)
+        training_model = self.processes.wrap(model)
         self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
         return Trainer(
             model,
@@ -218,7 +219,7 @@ class Run:
             log_every=config.log_every,
             plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
             forward=training_model,
-            ranks=self.ranks,
+            processes=self.processes,
         )
 
     def _objective(self, epoch: int) -> Objective:
@@ -273,20 +274,36 @@ class Run:
         Raises:
             NonFiniteError: a loss was not finite.
         """
+        self.begin_epoch()
+        for x, y in self.batches.epoch(self.epoch, start=self.batch):
+            self.step(x, y)
+            on_step()
+        return self.trainer.finish_epoch()
+
+    def begin_epoch(self) -> None:
+        """Sets what changes with the epoch: objective, weight perturbation and learning rate."""
         trainer = self.trainer
         trainer.model.train()
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
         for group in trainer.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.epoch)
-        for x, y in self.batches.epoch(self.epoch, start=self.batch):
-            trainer.attack = self._attack(self.epoch, trainer.steps)
-            trainer.step(x, y)
-            if self.average is not None:
-                self.average.update_parameters(self.net)
-            self.batch += 1
-            on_step()
-        return trainer.finish_epoch()
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Trains on one batch of the epoch under way.
+
+        Args:
+            x: natural inputs ``[n, C, H, W]`` in [0, 1]; with several processes, this one's.
+            y: labels ``[n]``.
+
+        Raises:
+            NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
+        """
+        self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
+        self.trainer.step(x, y)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        self.batch += 1
 
     def finish_epoch(self, record: EpochRecord) -> bool:
         """Looks at the validation set if it is time, and notes the epoch.
@@ -324,13 +341,19 @@ class Run:
             net: other weights than the present ones.
         """
         examples = getattr(self.dataset, split)
-        return evaluate(net or self.evaluated, examples, self.evaluation, ranks=self.ranks)
+        return evaluate(net or self.evaluated, examples, self.evaluation, processes=self.processes)
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the network with other weights."""
+        net = copy.deepcopy(self.net)
+        load_weights(net, weights, self.dataset)
+        return net
 
     def synchronise(self) -> None:
         """Brings the running statistics of several processes together."""
-        self.ranks.average_buffers(self.net)
+        self.processes.average_buffers(self.net)
         if self.average is not None:
-            self.ranks.average_buffers(self.average.module)
+            self.processes.average_buffers(self.average.module)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -342,10 +365,10 @@ class Run:
         """
         if not bool(torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()):
             raise NonFiniteError(f"the weights are not finite after step {self.trainer.steps}")
-        cuda = self.ranks.device.type == "cuda"
+        cuda = self.processes.device.type == "cuda"
         networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {
-            "device": self.ranks.device.type,
+            "device": self.processes.device.type,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -353,9 +376,9 @@ class Run:
             "batch": self.batch,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
-            "buffers": [self.ranks.gather_buffers(net) for net in networks],
-            "random": self.ranks.gather(torch.get_rng_state()),
-            "random_cuda": self.ranks.gather(torch.cuda.get_rng_state(self.ranks.device)) if cuda else None,
+            "buffers": [self.processes.gather_buffers(net) for net in networks],
+            "random": self.processes.gather(torch.get_rng_state()),
+            "random_cuda": self.processes.gather(torch.cuda.get_rng_state(self.processes.device)) if cuda else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -364,11 +387,12 @@ class Run:
         Raises:
             ValueError: it was taken with another number of processes, or on another kind of device.
         """
-        if len(state["random"]) != self.ranks.world:
+        if len(state["random"]) != self.processes.world:
             raise ValueError(
-                f"this run was trained by {len(state['random'])} processes; go on with as many, not {self.ranks.world}"
+                f"this run was trained by {len(state['random'])} processes; go on with as many, "
+                f"not {self.processes.world}"
             )
-        if state["device"] != self.ranks.device.type:  # whose generators have another kind of state
+        if state["device"] != self.processes.device.type:  # whose generators have another kind of state
             raise ValueError(
                 f"this run was trained on {state['device']}; go on there, with --device {state['device']}, or begin "
                 "another run on this device"
@@ -379,11 +403,11 @@ class Run:
         networks = [self.net] if self.average is None else [self.net, self.average.module]
         for net, every_rank in zip(networks, state["buffers"], strict=True):
             if every_rank:
-                net.load_state_dict(every_rank[self.ranks.rank], strict=False)
+                net.load_state_dict(every_rank[self.processes.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         best = state["best"]
         self.best = None if best is None else Best(best["epoch"], best["steps"], Accuracy(**best["accuracy"]))
-        torch.set_rng_state(state["random"][self.ranks.rank])
-        if state["random_cuda"] is not None and self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"][self.ranks.rank], self.ranks.device)
+        torch.set_rng_state(state["random"][self.processes.rank])
+        if state["random_cuda"] is not None and self.processes.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"][self.processes.rank], self.processes.device)

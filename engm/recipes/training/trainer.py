@@ -1,16 +1,9 @@
-"""The training loop of the recipes: any outer optimizer, any objective, one or several models side by side.
-
-Several trainers go through the same batches step by step (:func:`train_epoch`), so that a comparison of methods
-compares nothing else: same data order, same attack noise, and times taken under the same machine conditions.
-"""
+"""One model and how it takes a training step: attack, loss, outer optimizer, and the figures of both."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,49 +14,10 @@ from engm.adversarial import AWP, PGD, VANILLA, Adversarial, Objective, paused
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy
-from ..data import Source
-from ..processes import Ranks
+from ..processes import Processes
 from .clock import StepClock
 from .loggers import Logger
 from .step_figures import Examples, StepFigures, pack, together, unpack
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train; the paper's schedule at another length.
-
-    Attributes:
-        epochs: passes over the training set.
-        batch_size: examples a step; an incomplete last batch is left out.
-        lr: initial learning rate.
-        momentum: of SGD.
-        weight_decay: of SGD; no part of a gradient's norm.
-        decay_at: fractions of the epochs at which the learning rate is divided by ten (75/120 and 90/120).
-        seed: of the initial weights, the data order and the attack noise.
-    """
-
-    epochs: int
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    decay_at: tuple[float, ...] = (75 / 120, 90 / 120)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or not self.lr > 0:
-            raise ValueError(
-                f"expected epochs >= 1, batch_size >= 1 and lr > 0, got {self.epochs}, {self.batch_size} and {self.lr}"
-            )
-
-    def sgd(self, model: nn.Module) -> torch.optim.SGD:
-        """The inner optimizer."""
-        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
-
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.MultiStepLR:
-        """Steps once an epoch."""
-        milestones = [round(fraction * self.epochs) for fraction in self.decay_at]
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
 
 
 @dataclass(frozen=True)
@@ -89,21 +43,6 @@ class EpochRecord:
     summary: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Checkpoint:
-    """Weights worth keeping, on the CPU.
-
-    Attributes:
-        epoch: number of finished epochs.
-        score: what it was chosen by: validation robust accuracy.
-        state: the network's ``state_dict``.
-    """
-
-    epoch: int
-    score: float
-    state: dict[str, Tensor]
-
-
 class Trainer:
     """One model, its outer optimizer and its attack.
 
@@ -120,7 +59,7 @@ class Trainer:
             ``None`` writes at the end of the epoch, which waits anyway.
         plain: a stand-in for ``model`` in the attack's steps that measure nothing: its network, compiled.
         forward: how the training loss calls the model, ``DistributedDataParallel`` around it; default the model.
-        ranks: the processes that share every batch, each with its own rows and the same ``seed``.
+        processes: the processes that share every batch, each with its own rows and the same ``seed``.
 
     Raises:
         ValueError: ``log_every`` is not positive.
@@ -131,8 +70,6 @@ class Trainer:
             borrowed from the attack.
         logger: as above; may be set or replaced between epochs.
         steps: taken so far.
-        best: the checkpoint with the highest score so far (the first of equals).
-        last: the latest one.
     """
 
     def __init__(
@@ -148,7 +85,7 @@ class Trainer:
         log_every: int | None = None,
         plain: nn.Module | None = None,
         forward: nn.Module | None = None,
-        ranks: Ranks | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {log_every}")
@@ -161,15 +98,13 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.logger = logger
         self.steps = 0
-        self.best: Checkpoint | None = None
-        self.last: Checkpoint | None = None
         self._log_every = log_every
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._borrow = borrow and objective.attack_maximises_it and self._captures
         self._plain = plain
         self._forward = model if forward is None else forward
-        self._ranks = Ranks(device) if ranks is None else ranks
+        self._processes = Processes(device) if processes is None else processes
         self._clock = StepClock(device)
         self._figures = StepFigures()
         self._epoch: list[Examples] = []  # of the steps that were looked at already
@@ -209,11 +144,12 @@ class Trainer:
     def _attacked(self, x: Tensor, y: Tensor, borrow: bool) -> Adversarial:
         if self.attack.eps == 0:
             return Adversarial(x.detach())
-        n = len(x) * self._ranks.world
+        n = len(x) * self._processes.world
         noise = None
-        if self._ranks.world > 1 and self.attack.random_start:  # one draw for the whole batch, as one process makes it
+        if self._processes.world > 1 and self.attack.random_start:
+            # Every process draws for the whole batch, as one process would, and takes its own rows.
             noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
-            noise = noise[self._ranks.rows(n)]
+            noise = noise[self._processes.rows(n)]
         measure = self.optimizer if borrow and isinstance(self.optimizer, engm.ExampleOptimizer) else False
         generator = self.generator if noise is None else None
         return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self._plain)
@@ -225,7 +161,7 @@ class Trainer:
 
     def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
         optimizer: Any = self.optimizer
-        if self._ranks.world == 1:
+        if self._processes.world == 1:
             return optimizer.backward(losses, inputs=inputs, measurement=measurement)
         optimizer.reweight(losses, inputs, measurement=measurement).mean().backward()
         return optimizer.stats
@@ -309,56 +245,3 @@ class Trainer:
         self.steps = state["steps"]
         self._epoch = unpack(state["figures"])
         self._seconds = list(state["seconds"])
-
-    def keep_checkpoint(self, epoch: int, score: float) -> None:
-        """Notes the present weights as the last ones, and as the best ones if ``score`` is the highest so far."""
-        state = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        self.last = Checkpoint(epoch, score, state)
-        if self.best is None or score > self.best.score:
-            self.best = self.last
-
-    def with_weights(self, checkpoint: Checkpoint) -> nn.Module:
-        """A copy of the clean network with the weights of ``checkpoint``."""
-        net = copy.deepcopy(self.model.unwrap())
-        net.load_state_dict(checkpoint.state)
-        return net
-
-
-def train_epoch(
-    trainers: Sequence[Trainer],
-    split: Source,
-    *,
-    batch_size: int,
-    generator: torch.Generator,
-    on_step: Callable[[], None] | None = None,
-) -> list[EpochRecord]:
-    """One epoch of every trainer, interleaved: all of them take a batch before any takes the next.
-
-    Args:
-        trainers: who trains; the one that goes first changes with every batch, so none always meets cold caches.
-        split: the training examples.
-        batch_size: examples a step; an incomplete last batch is left out.
-        generator: of the order of the examples.
-        on_step: called after every batch.
-
-    Raises:
-        ValueError: fewer examples than one batch.
-    """
-    if len(split) < batch_size:
-        raise ValueError(f"{len(split)} training examples are less than one batch of {batch_size}")
-    for trainer in trainers:
-        trainer.model.train()
-    order = torch.randperm(len(split), generator=generator).to(split.labels.device)
-    for index in range(len(split) // batch_size):
-        x, y = split.batch(order[index * batch_size : (index + 1) * batch_size])
-        first = index % len(trainers)
-        for trainer in (*trainers[first:], *trainers[:first]):
-            trainer.step(x, y)
-        if on_step is not None:
-            on_step()
-    return [trainer.finish_epoch() for trainer in trainers]
-
-
-def mean_over_epochs(records: Sequence[EpochRecord], name: str) -> float:
-    """Mean of one figure over the epochs of a run (epochs are equally long)."""
-    return fmean(getattr(record, name) for record in records)

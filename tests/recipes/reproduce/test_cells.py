@@ -11,7 +11,7 @@ import tiny_runs
 import torch
 
 from engm.recipes.config import RunConfig
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.reproduce import ANALYSES, Request, analysis, budget
 from engm.recipes.reproduce.cells import Cell, fingerprint
 from engm.recipes.reproduce.measures import Correlation, Gradients, LossLandscape, measured
@@ -82,7 +82,7 @@ def test_choices_go_before_the_budget_but_not_before_what_is_varied() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     path = tmp_path_factory.mktemp("trained") / "run"
     config = replace(tiny_runs.PLAIN, optimizer="msgd", keep_epochs=(1, 3))
-    train(config, path, Ranks(torch.device("cpu")), dataset=tiny_runs.tiny_dataset())
+    train(config, path, Processes(torch.device("cpu")), dataset=tiny_runs.tiny_dataset())
     return RunFolder(path)
 
 
@@ -120,7 +120,7 @@ def test_measures_of_another_training_are_not_believed(tmp_path: Path) -> None:
     for seed in (0, 1):
         folder = RunFolder(tmp_path / str(seed))
         config = replace(tiny_runs.PLAIN, optimizer="msgd", epochs=1, decay_epochs=(), keep_epochs=(1,), seed=seed)
-        train(config, folder.path, Ranks(torch.device("cpu")), dataset=tiny_runs.tiny_dataset())
+        train(config, folder.path, Processes(torch.device("cpu")), dataset=tiny_runs.tiny_dataset())
         if seed:  # as if the folder had held the other run before
             (tmp_path / "0" / "measures").rename(folder.path / "measures")
         found[seed] = measured(measure, folder, folder.config(), tiny_runs.tiny_dataset(), CPU)

@@ -1,13 +1,13 @@
-"""The committed page of results and the README say what the committed JSON says, and nothing else."""
+"""The committed pages of results say what the committed JSON says, and nothing else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from write_results_page import INTRODUCTION, LINK, PICTURE, TITLE
+from write_results_page import INTRODUCTION, LINK, PICTURE, REPRODUCE, TITLE
 
-from engm.recipes.reproduce.page import documents, page, readme_block, with_block
+from engm.recipes.reproduce.page import documents, page, table_block, with_block
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"
@@ -21,11 +21,12 @@ def test_the_page_is_the_generated_one() -> None:
         assert (RESULTS / name / "picture.png").is_file()
 
 
-def test_the_readme_has_the_generated_block() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = readme_block(documents(RESULTS)["table2"], PICTURE, LINK)
-    assert with_block(readme, block) == readme
-    assert with_block(readme, block.replace("MSGD", "SGD")) != readme
+def test_the_guide_has_the_generated_table() -> None:
+    guide = REPRODUCE.read_text(encoding="utf-8")
+    block = table_block(documents(RESULTS)["table2"], PICTURE, LINK)
+    assert with_block(guide, block) == guide
+    assert with_block(guide, block.replace("MSGD", "SGD")) != guide
+    assert all((REPRODUCE.parent / target).is_file() for target in (PICTURE, LINK))
     with pytest.raises(ValueError, match="no part between"):
         with_block("# engm", block)
 

@@ -13,10 +13,10 @@ from engm.adversarial import OBJECTIVES
 from engm.recipes.config import RunConfig
 from engm.recipes.data import load_digits
 from engm.recipes.methods import METHOD_NAMES
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.training.run import Run
 
-CPU = Ranks(torch.device("cpu"))
+CPU = Processes(torch.device("cpu"))
 
 
 def trained(config: RunConfig, epochs: int | None = None) -> Run:

@@ -20,12 +20,12 @@ from tiny_runs import PLAIN, tiny_dataset
 
 from engm.checks import NonFiniteError
 from engm.recipes.config import RunConfig
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import NoView, RunFolder, train
 from engm.recipes.storage.checkpoint import CheckpointError
 from engm.recipes.training.run import Run
 
-CPU = Ranks(torch.device("cpu"))
+CPU = Processes(torch.device("cpu"))
 EVERYTHING = replace(
     PLAIN, objective="trades", awp=True, awp_warmup=1, optimizer="a-engm", tau=3, ema=0.9, save_every=3
 )
@@ -249,11 +249,11 @@ def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
         def on_step(self) -> None:
             script = (
                 "import sys, torch; from pathlib import Path; from tiny_runs import PLAIN, tiny_dataset\n"
-                "from engm.recipes.processes import Ranks; from engm.recipes.runs.folder import train\n"
-                "train(PLAIN, Path(sys.argv[1]), Ranks(torch.device('cpu')), dataset=tiny_dataset())"
+                "from engm.recipes.processes import Processes; from engm.recipes.runs.folder import train\n"
+                "train(PLAIN, Path(sys.argv[1]), Processes(torch.device('cpu')), dataset=tiny_dataset())"
             )
             command = [sys.executable, "-c", script, str(tmp_path / "run")]
-            environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")}
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             assert done.returncode == 1
             assert "another process" in done.stderr
@@ -269,8 +269,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from tiny_runs import PLAIN, tiny_dataset
-from engm.recipes.ranks import Ranks
-from engm.recipes.run_folder import RunFolder, train
+from engm.recipes.processes import Processes
+from engm.recipes.runs.folder import RunFolder, train
 
 path, kills, draw = Path(sys.argv[1]), int(sys.argv[2]), random.Random(7)
 config = replace(PLAIN, epochs=40, save_every=2, loggers=("csv",))
@@ -279,7 +279,7 @@ warnings.simplefilter("ignore")
 def child():
     pid = os.fork()
     if pid == 0:
-        train(config, path, Ranks(torch.device("cpu")), dataset=tiny_dataset())
+        train(config, path, Processes(torch.device("cpu")), dataset=tiny_dataset())
         os._exit(0)
     return pid
 
@@ -305,7 +305,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at random moments: building, stepping, writing a checkpoint, evaluating."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLER, str(tmp_path / "run"), "20"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

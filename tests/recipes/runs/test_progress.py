@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tiny_runs import PLAIN, tiny_dataset
 
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import train
 from engm.recipes.runs.progress import RunView
 
@@ -34,7 +34,7 @@ def test_a_run_from_begin_to_end(terminal: bool, tmp_path: Path) -> None:
     out = io.StringIO()
     with Shown(Console(file=out, force_terminal=terminal, width=120), "one: ") as view:
         config = replace(PLAIN, alpha="3")
-        train(config, tmp_path / "run", Ranks(torch.device("cpu")), view=view, dataset=tiny_dataset())
+        train(config, tmp_path / "run", Processes(torch.device("cpu")), view=view, dataset=tiny_dataset())
     said = out.getvalue()
     assert "one: halves: 68 training, 14 validation, 30 test images." in said
     assert "ENGM, alpha 3" in said
@@ -50,5 +50,5 @@ def test_a_threshold_that_leaves_nothing_is_pointed_out(tmp_path: Path) -> None:
     out = io.StringIO()
     with RunView(Console(file=out, width=120)) as view:
         config = replace(PLAIN, alpha="0.01")
-        train(config, tmp_path / "run", Ranks(torch.device("cpu")), view=view, dataset=tiny_dataset())
+        train(config, tmp_path / "run", Processes(torch.device("cpu")), view=view, dataset=tiny_dataset())
     assert out.getvalue().count("alpha 0.01 clips nearly everything") == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engm.recipes.data import CROP_AND_FLIP, Source, Split, StreamedSplit
-from engm.recipes.processes import Ranks
+from engm.recipes.processes import Processes
 from engm.recipes.training.batches import TrainingBatches
 
 
@@ -78,8 +78,10 @@ def test_no_random_state_is_touched(workers: int) -> None:
 
 def test_training_batches_are_the_same_from_any_position() -> None:
     memory, streamed = both(26)
-    ranks = Ranks(torch.device("cpu"))
-    from_memory, from_stream = (TrainingBatches(source, 4, CROP_AND_FLIP, 3, ranks) for source in (memory, streamed))
+    processes = Processes(torch.device("cpu"))
+    from_memory, from_stream = (
+        TrainingBatches(source, 4, CROP_AND_FLIP, 3, processes) for source in (memory, streamed)
+    )
     for start in (0, 4):
         pairs = list(zip(from_memory.epoch(2, start), from_stream.epoch(2, start), strict=True))
         assert len(pairs) == 6 - start

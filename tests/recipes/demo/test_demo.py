@@ -14,12 +14,13 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from engm.recipes.accuracy import Accuracy
 from engm.recipes.cli import app
 from engm.recipes.data import Dataset, Split
-from engm.recipes.demo import Demo, DemoSettings, prepare, report, run
+from engm.recipes.demo import Demo, DemoSettings, Training, demo_training, prepare, report, run
 from engm.recipes.demo.live import LiveView
-from engm.recipes.methods import METHODS, check_methods
-from engm.recipes.training.trainer import Training
+from engm.recipes.methods import LABELS, check_methods
+from engm.recipes.training.schedule import Schedule
 
 
 def tiny_dataset() -> Dataset:
@@ -89,6 +90,48 @@ def test_overfit_is_the_papers() -> None:
     assert report.overfit(0.0, 0.0) == 0.0
 
 
+def test_mean_over_epochs(finished: Demo) -> None:
+    records = finished.runs[2].epochs
+    expected = (records[0].mean_weight + records[1].mean_weight) / 2
+    assert report.mean_over_epochs(records, "mean_weight") == pytest.approx(expected)
+
+
+def test_best_is_the_first_of_the_highest_and_last_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = prepare(tiny_settings(evaluate_every=1, training=Training(4, 16), methods=("msgd",)), tiny_dataset())
+    (method,) = demo.runs
+    looks = iter([Accuracy(0.5, robust, 14) for robust in (0.2, 0.5, 0.5, 0.1, 0.3, 0.4)])
+    looked_at = []  # the weights at every look: four at the validation set, then last and best on the test set
+
+    def look(split: str, net: torch.nn.Module | None = None) -> Accuracy:
+        looked_at.append({name: tensor.clone() for name, tensor in (net or method.run.net).state_dict().items()})
+        return next(looks)
+
+    monkeypatch.setattr(method.run, "evaluate", look)
+    run(demo)
+    assert (method.best.epoch, method.best.score) == (2, 0.5)
+    assert method.test_last == Accuracy(0.5, 0.3, 14)
+    assert method.test_best == Accuracy(0.5, 0.4, 14)
+    of_second, of_fourth, last, best = (looked_at[k] for k in (1, 3, 4, 5))
+    for name in best:
+        assert torch.equal(best[name], of_second[name]), name
+        assert torch.equal(last[name], of_fourth[name]), name
+    assert not torch.equal(best["conv1.weight"], last["conv1.weight"])
+
+
+def test_the_learning_rate_decays_where_the_paper_says() -> None:
+    config = DemoSettings(training=Training(epochs=120)).config().resolved()
+    rates = [Schedule(config, 10).lr(epoch) for epoch in range(120)]
+    assert rates == pytest.approx([0.1] * 75 + [0.01] * 15 + [0.001] * 30)
+
+
+def test_bad_schedules() -> None:
+    for settings in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "lr": 0.0}):
+        with pytest.raises(ValueError, match="expected epochs"):
+            Training(**settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="less than one batch"):
+        prepare(tiny_settings(training=demo_training(1, 33)), tiny_dataset())
+
+
 def test_summaries_need_a_finished_run() -> None:
     with pytest.raises(RuntimeError, match="not been tested"):
         report.summarise(prepare(tiny_settings(), tiny_dataset()).runs)
@@ -96,7 +139,7 @@ def test_summaries_need_a_finished_run() -> None:
 
 @pytest.fixture(scope="module")
 def all_seven() -> Demo:
-    demo = prepare(tiny_settings(evaluate_every=1, methods=tuple(METHODS)), tiny_dataset())
+    demo = prepare(tiny_settings(evaluate_every=1, methods=tuple(LABELS)), tiny_dataset())
     run(demo)
     return demo
 
@@ -124,7 +167,7 @@ def test_thresholds_follow_alpha() -> None:
     options = [
         {
             method.name: method.trainer.optimizer
-            for method in prepare(tiny_settings(methods=tuple(METHODS), alpha=alpha)).runs
+            for method in prepare(tiny_settings(methods=tuple(LABELS), alpha=alpha)).runs
         }
         for alpha in (1.0, 3.0)
     ]
@@ -182,8 +225,8 @@ def test_command_with_all_methods_and_a_log(tmp_path: Path) -> None:
     arguments = ["demo", "--all", "--epochs", "2", "--width", "2", "--batch-size", "320", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--log", "csv"])
     assert result.exit_code == 0, result.output
-    assert all(method.label in result.output for method in METHODS.values())
-    for name in METHODS:
+    assert all(label in result.output for label in LABELS.values())
+    for name in LABELS:
         steps, epochs = (
             (tmp_path / "log" / name / f"{kind}.csv").read_text().splitlines() for kind in ("step", "epoch")
         )
@@ -222,7 +265,7 @@ def test_command_with_bad_arguments(arguments: list[str], tmp_path: Path) -> Non
 
 
 def test_methods_are_looked_up_before_anything_is_computed() -> None:
-    check_methods(tuple(METHODS))
+    check_methods(tuple(LABELS))
     with pytest.raises(ValueError, match="out of msgd"):
         DemoSettings(methods=("msgd", "adam"))
 

@@ -1,9 +1,9 @@
-"""The training loop: same data and noise for every trainer, checkpoints, figures."""
+"""A trainer's steps: same data and noise for every trainer, every method, figures."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,13 +13,15 @@ from torch import nn
 import engm
 from engm.adversarial import PGD, evaluation_mode, vanilla
 from engm.recipes.accuracy import Accuracy
+from engm.recipes.config import RunConfig
 from engm.recipes.data import Split
-from engm.recipes.methods import METHODS
+from engm.recipes.methods import METHOD_NAMES
+from engm.recipes.training.optimizer import paper_optimizer
 from engm.recipes.training.step_figures import StepFigures
-from engm.recipes.training.trainer import Trainer, Training, mean_over_epochs, train_epoch
+from engm.recipes.training.trainer import EpochRecord, Trainer
+from engm.recipes.training.turns import take_turns
 
 ATTACK = PGD(0.1, 0.03, 3)
-ONE_STEP = Training(epochs=4, batch_size=8, lr=0.05)
 
 
 @pytest.fixture
@@ -49,7 +51,8 @@ class Rows:
 
 def trainer(make: Callable[..., torch.optim.Optimizer], norm: bool = True, **options: Any) -> Trainer:
     model = engm.GradNormModule(network(norm))
-    return Trainer(model, make(model, ONE_STEP.sgd(model)), ATTACK, seed=5, **options)
+    sgd = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    return Trainer(model, make(model, sgd), ATTACK, seed=5, **options)
 
 
 def engm_of(alpha: float) -> Callable[..., torch.optim.Optimizer]:
@@ -60,9 +63,19 @@ def order(seed: int = 1) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def train_epoch(trainers: Sequence[Trainer], split: Split, generator: torch.Generator) -> list[EpochRecord]:
+    """Two batches of 8, by all trainers in turn."""
+    for each in trainers:
+        each.model.train()
+    rows = torch.randperm(len(split), generator=generator)[:16]
+    for _ in take_turns(trainers, split.batches(rows.split(8))):
+        pass
+    return [each.finish_epoch() for each in trainers]
+
+
 def test_msgd_is_the_loop_that_anybody_would_write(split: Split) -> None:
     trained = trainer(engm.MSGD)
-    train_epoch([trained], split, batch_size=8, generator=order())
+    train_epoch([trained], split, generator=order())
     net = network()
     sgd = torch.optim.SGD(net.parameters(), 0.05, 0.9, weight_decay=5e-4)
     noise = torch.Generator().manual_seed(5)
@@ -85,8 +98,8 @@ def test_msgd_is_the_loop_that_anybody_would_write(split: Split) -> None:
 
 def test_interleaving_changes_nothing(split: Split) -> None:
     alone, first, second = (trainer(engm_of(0.5)) for _ in range(3))
-    train_epoch([alone], split, batch_size=8, generator=order())
-    train_epoch([first, trainer(engm.MSGD), second], split, batch_size=8, generator=order())
+    train_epoch([alone], split, generator=order())
+    train_epoch([first, trainer(engm.MSGD), second], split, generator=order())
     for name, tensor in alone.model.state_dict().items():
         assert torch.equal(first.model.state_dict()[name], tensor), name
         assert torch.equal(second.model.state_dict()[name], tensor), name
@@ -94,7 +107,7 @@ def test_interleaving_changes_nothing(split: Split) -> None:
 
 def test_a_huge_threshold_recovers_msgd(split: Split) -> None:
     loose, plain = trainer(engm_of(1e6)), trainer(engm.MSGD)
-    records = train_epoch([loose, plain], split, batch_size=8, generator=order())
+    records = train_epoch([loose, plain], split, generator=order())
     for name, tensor in plain.model.state_dict().items():
         torch.testing.assert_close(loose.model.state_dict()[name], tensor, msg=name)
     assert [record.fraction_clipped for record in records] == [0, 0]
@@ -117,11 +130,12 @@ def test_borrowed_norms_are_those_before_the_last_attack_step(split: Split) -> N
 
 
 @pytest.mark.parametrize("borrow", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_of_the_paper_trains(split: Split, method: str, borrow: bool) -> None:
-    trained = trainer(lambda model, sgd: METHODS[method].make(model, sgd, 0.5, 10), borrow=borrow)
+    config = RunConfig(optimizer=method, alpha="0.05", max_norm=0.1, tau=10)
+    trained = trainer(lambda model, sgd: paper_optimizer(config, model, sgd), borrow=borrow)
     before = copy.deepcopy(trained.model.state_dict())
-    (record,) = train_epoch([trained], split, batch_size=8, generator=order())
+    (record,) = train_epoch([trained], split, generator=order())
     assert all(torch.isfinite(tensor).all() for tensor in trained.model.state_dict().values())
     assert not torch.equal(trained.model.state_dict()["0.weight"], before["0.weight"])
     assert (record.mean_weight == 1) == (method in ("msgd", "mgnc", "sngm"))
@@ -132,7 +146,7 @@ def test_every_method_of_the_paper_trains(split: Split, method: str, borrow: boo
 @pytest.mark.parametrize("method", ["AENGM", "NENGM", "ENGM"])
 def test_every_method_weighs(split: Split, method: str, borrow: bool) -> None:
     trained = trainer(lambda model, sgd: getattr(engm, method)(model, sgd, 0.05), borrow=borrow)
-    (record,) = train_epoch([trained], split, batch_size=8, generator=order())
+    (record,) = train_epoch([trained], split, generator=order())
     assert 0 < record.mean_weight < 1
     assert record.fraction_clipped > 0
     assert record.mean_norm is not None
@@ -141,53 +155,11 @@ def test_every_method_weighs(split: Split, method: str, borrow: bool) -> None:
     assert min(record.step_seconds) > 0
 
 
-def test_best_is_the_first_of_the_highest_and_last_the_latest(split: Split) -> None:
-    trained = trainer(engm.MSGD)
-    for epoch, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1):
-        train_epoch([trained], split, batch_size=8, generator=order(epoch))
-        trained.keep_checkpoint(epoch, score)
-        if epoch == 2:
-            expected = copy.deepcopy(trained.model.unwrap())
-    assert trained.best is not None
-    assert trained.last is not None
-    assert (trained.best.epoch, trained.best.score, trained.last.epoch) == (2, 0.5, 4)
-    restored = trained.with_weights(trained.best)
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(restored.state_dict()[name], tensor), name
-    assert not torch.equal(restored[0].weight, trained.model.unwrap()[0].weight)  # type: ignore[index]
-
-
-def test_the_learning_rate_decays_where_the_paper_says() -> None:
-    training = Training(epochs=120)
-    net = nn.Linear(1, 1)
-    sgd = training.sgd(net)
-    scheduler = training.scheduler(sgd)
-    rates = []
-    for _ in range(120):
-        rates.append(sgd.param_groups[0]["lr"])
-        sgd.step()
-        scheduler.step()
-    expected = [0.1] * 75 + [0.01] * 15 + [0.001] * 30
-    assert rates == pytest.approx(expected)
-
-
-def test_bad_arguments(split: Split) -> None:
+def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="log_every must be at least 1, got 0"):
         trainer(engm.MSGD, log_every=0)
-    for settings in ({"epochs": 0}, {"epochs": 1, "batch_size": 0}, {"epochs": 1, "lr": 0.0}):
-        with pytest.raises(ValueError, match="expected epochs"):
-            Training(**settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="less than one batch"):
-        train_epoch([trainer(engm.MSGD)], split, batch_size=21, generator=order())
     with pytest.raises(RuntimeError, match="no step"):
         trainer(engm.MSGD).finish_epoch()
-
-
-def test_mean_over_epochs(split: Split) -> None:
-    trained = trainer(engm_of(0.05))
-    records = [train_epoch([trained], split, batch_size=8, generator=order(e))[0] for e in (1, 2)]
-    expected = (records[0].mean_weight + records[1].mean_weight) / 2
-    assert mean_over_epochs(records, "mean_weight") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("log_every", [None, 1, 2, 3])
@@ -196,7 +168,7 @@ def test_the_logger_gets_every_step_and_epoch_once(split: Split, log_every: int 
     trained = trainer(engm_of(0.05), logger=rows, log_every=log_every)
     records = []
     for epoch in (1, 2):
-        records += train_epoch([trained], split, batch_size=8, generator=order(epoch))
+        records += train_epoch([trained], split, generator=order(epoch))
         trained.log_epoch(epoch, records[-1], Accuracy(0.5, 0.25, 4) if epoch == 2 else None)
     places = [(kind, index) for kind, index, _ in rows.rows]
     assert places == [("step", 1), ("step", 2), ("epoch", 1), ("step", 3), ("step", 4), ("epoch", 2)]
@@ -218,13 +190,13 @@ def test_figures_are_fetched_only_when_written(
     take = StepFigures.take
     monkeypatch.setattr(StepFigures, "take", lambda figures: fetched.append(1) or take(figures))
     trained = trainer(engm_of(0.05), logger=Rows(), log_every=log_every)
-    train_epoch([trained], split, batch_size=8, generator=order())
+    train_epoch([trained], split, generator=order())
     assert len(fetched) == looks
 
 
 def test_logging_changes_nothing(split: Split) -> None:
     quiet, logged = trainer(engm_of(0.05)), trainer(engm_of(0.05), logger=Rows(), log_every=1)
-    one, other = (train_epoch([each], split, batch_size=8, generator=order())[0] for each in (quiet, logged))
+    one, other = (train_epoch([each], split, generator=order())[0] for each in (quiet, logged))
     assert one.summary == other.summary
     for name, tensor in quiet.model.state_dict().items():
         assert torch.equal(logged.model.state_dict()[name], tensor), name

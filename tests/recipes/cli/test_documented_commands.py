@@ -12,7 +12,7 @@ import typer
 
 from engm.recipes.cli import app
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMAND = re.compile(r"^\s*(?:engm|torchrun .* -m engm\.recipes) (?P<rest>[a-z].*)$")
 

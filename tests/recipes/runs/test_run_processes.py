@@ -15,7 +15,7 @@ from processes import free_port
 from tiny_runs import PLAIN, tiny_dataset
 
 from engm.recipes.config import RunConfig
-from engm.recipes.processes import Ranks, from_environment
+from engm.recipes.processes import Processes, from_environment
 from engm.recipes.runs.folder import NoView, RunFolder, train
 
 # l2: the sign of an l-inf step turns rounding errors into whole steps.
@@ -50,19 +50,21 @@ def work(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    with from_environment("cpu") as ranks:
+    with from_environment("cpu") as processes:
         for name, config in RUNS.items():
-            train(config, folder / name, ranks, dataset=tiny_dataset())
+            train(config, folder / name, processes, dataset=tiny_dataset())
         # Batch norm: statistics are each process's own, so only resuming is compared.
-        train(BATCH_NORM, folder / "batch norm", ranks, dataset=tiny_dataset())
-        train(replace(BATCH_NORM, save_every=100), folder / "batch norm, rarely saved", ranks, dataset=tiny_dataset())
+        train(BATCH_NORM, folder / "batch norm", processes, dataset=tiny_dataset())
+        train(
+            replace(BATCH_NORM, save_every=100), folder / "batch norm, rarely saved", processes, dataset=tiny_dataset()
+        )
         stopped = folder / "batch norm, stopped"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("engm.recipes.runs.folder.NoView", Stops)
             with pytest.raises(InterruptedError):
-                train(BATCH_NORM, stopped, ranks, dataset=tiny_dataset())
+                train(BATCH_NORM, stopped, processes, dataset=tiny_dataset())
         dist.barrier()
-        train(BATCH_NORM, stopped, ranks, dataset=tiny_dataset())
+        train(BATCH_NORM, stopped, processes, dataset=tiny_dataset())
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def kept(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_are_one(pair: Path, tmp_path: Path, name: str) -> None:
     config: RunConfig = RUNS[name]
-    one = train(config, tmp_path / "run", Ranks(torch.device("cpu")), dataset=tiny_dataset())
+    one = train(config, tmp_path / "run", Processes(torch.device("cpu")), dataset=tiny_dataset())
     two = RunFolder(pair / name).results()
     alone, together = kept(tmp_path / "run")["net"], kept(pair / name)["net"]
     for key, tensor in alone.items():

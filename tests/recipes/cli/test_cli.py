@@ -149,7 +149,7 @@ def test_compare(tmp_path: Path) -> None:
 
 def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
     arguments = [*TINY, "--out", tmp_path / "all", "--optimizers", "msgd,sngm", "--seeds", "4,"]
-    with mock.patch("engm.recipes.methods.engm.MSGD", side_effect=NonFiniteError("not finite")):
+    with mock.patch("engm.recipes.training.optimizer.engm.MSGD", side_effect=NonFiniteError("not finite")):
         message = failed("compare", *arguments)
     assert "msgd-seed4 diverged; the others are in" in message
     assert "| SNGM | 1 |" in (tmp_path / "all" / "comparison.md").read_text()

@@ -1,0 +1,42 @@
+"""The outer optimizer that a configuration asks for, with the paper's thresholds where it names none."""
+
+from __future__ import annotations
+
+import torch
+
+import engm
+
+from ..config import RunConfig
+
+
+def paper_optimizer(
+    config: RunConfig, model: engm.GradNormModule, inner: torch.optim.Optimizer
+) -> engm.ExampleOptimizer:
+    """Makes the outer optimizer that a configuration names.
+
+    The paper's thresholds are ``alpha`` of 5 for ENGM and A-ENGM and 0.5 for N-ENGM, scaled to the network by
+    :func:`engm.alpha_for`, and 25 for the global norm. F-ENGM normalises to 1, as in the paper's formula, unless
+    ``alpha`` is a number.
+
+    Args:
+        config: names ``optimizer``, ``alpha`` and their like.
+        model: the wrapped network.
+        inner: the optimizer that steps.
+    """
+    name = config.optimizer
+    if name == "msgd":
+        return engm.MSGD(model, inner)
+    if name == "sngm":
+        return engm.SNGM(model, inner)
+    if name == "mgnc":
+        return engm.GNC(model, inner, config.max_norm)
+    if config.alpha == "auto":
+        return engm.ENGM(model, inner, "auto", clip_fraction=config.clip_fraction)
+    if name == "f-engm":
+        return engm.FENGM(model, inner, 1.0 if config.alpha == "paper" else float(config.alpha))
+    alpha = engm.alpha_for(model, name.replace("-", "")) if config.alpha == "paper" else float(config.alpha)
+    if name == "n-engm":
+        return engm.NENGM(model, inner, alpha)
+    if name == "a-engm":
+        return engm.AENGM(model, inner, alpha, tau=config.tau, beta_gamma=config.beta_gamma)
+    return engm.ENGM(model, inner, alpha)
