@@ -132,7 +132,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
             arguments.
 
     Returns:
-        An :class:`Explanation`; ``print`` it.
+        An :class:`Explanation`, which prints as a table.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -47,7 +47,7 @@ _OWN = frozenset(
 
 
 class _Quiet(threading.local):
-    """By id, the wrappers whose calls in this thread are plain calls of their network, and how often that was asked."""
+    """How often each wrapper (by id) was asked to leave its calls in this thread uncaptured."""
 
     def __init__(self) -> None:
         self.depth: Counter[int] = Counter()
@@ -297,9 +297,10 @@ def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
 
 
 def _with_leaf(value: Any, capture: Capture) -> Any:
-    """In place of a floating tensor that requires no grad: one behind a leaf that does, noted in the capture.
+    """The tensor that replaces an input: for a floating tensor without grad, one behind a leaf that requires grad.
 
-    It is no leaf and no view of one, so that a network may change its input in place, as it may without us.
+    The leaf is noted in the capture. The tensor is neither the leaf nor a view of the leaf, so that a network may
+    change its input in place, as it may without us. Other values stay as they are.
     """
     if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
         return value

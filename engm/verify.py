@@ -29,7 +29,7 @@ class LayerError:
 
     Attributes:
         name: the parameter's name in the network.
-        rule: the rule of the layer that used it, or the operator by which it enters the batch's computation.
+        rule: the rule of the layer that used the parameter, or the operator by which it enters the batch's computation.
         error: the largest error of the tensor's per-example norms, relative to the norm itself, or to 1 % of the
             example's whole norm where that is larger (a bias in front of a batch norm has gradient 0, and nothing but
             rounding for a norm).

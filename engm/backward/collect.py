@@ -125,12 +125,12 @@ class TermCollector:
         for entry, arrived in self._deferred:
             self._take(entry, masked_gradients(graph.entry(entry), arrived))
         self._deferred.clear()
-        for key in list(self._pending):  # a use that got no gradient at all never arrived
+        for key in list(self._pending):  # parameters of which some use got no gradient
             self._finish(key)
         return tuple(gradients[len(sinks) :])
 
     def _entries_by_node(self) -> tuple[dict[int, list[PlannedEntry]], dict[int, list[PlannedEntry]]]:
-        """Entries by position: those at sinks, whose gradients autograd hands out without running the node; others."""
+        """Entries by position: at sinks, where autograd hands gradients out without running the node; and elsewhere."""
         sinks = {position for position, _ in self.graph.plan.sinks}
         captured: dict[int, list[PlannedEntry]] = {}
         passed: dict[int, list[PlannedEntry]] = {}

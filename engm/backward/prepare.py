@@ -38,16 +38,18 @@ def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None 
             "(not the network inside it), with gradients enabled, outside of model.paused()."
         )
     n = losses.shape[0]
-    together = model.shard_group is not None  # in every backward pass: all ranks have to look alike
+    together = model.shard_group is not None  # every backward pass is of all ranks, so all of them have to plan
     signature = signature_of(traced, n, together)
     plan = model.plans.get(signature)
     if plan is not None:
-        check_parameters(traced)  # of another step: they may have been replaced since
+        check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         return PlannedGraph(traced, plan, n)
     plan, sure = make_plan(model, traced, losses)
     graph = PlannedGraph(traced, plan, n)
     if traced.tokens:
         check_sums(graph, losses)
-    if together or (sure and bool(torch.isfinite(losses.detach()).all())):  # a NaN proves nothing: look again
+    if together or (
+        sure and bool(torch.isfinite(losses.detach()).all())
+    ):  # a NaN proves nothing, so the next graph is looked at again
         model.plans.keep(signature, plan)
     return graph

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..graph.plan import PlannedGraph
 from .collect import TermCollector
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of the norms that are added up
-NARROW_TOLERANCE = 5e-2  # of narrower types
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}  # of a gradient, as a share of the norms that add up to it
+NARROW_TOLERANCE = 5e-2  # the same for narrower types
 
 
 def check_sums(graph: PlannedGraph, losses: Tensor) -> None:

@@ -50,10 +50,10 @@ class BatchNormCall:
 def correct_terms(
     terms: dict[str, Term], batch_norm: BatchNormCall, shift_gradients: Tensor, scale_gradients: Tensor
 ) -> None:
-    """Correct the layer's terms in place: a weight by :func:`local_correction`, a bias likewise with patches of 1.
+    """Correct the layer's terms in place: a weight by :func:`local_correction`, a bias as if its patches were 1.
 
-    Their mean is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which is all of its
-    gradient that went through the batch norm.
+    The mean of such patches is 1 and their correlation with the normalised output 0, so a bias loses ``k m_i``, which
+    is all of its gradient that went through the batch norm.
     """
     for term in terms.values():
         if isinstance(term, LinearFactors | ConvFactors):
@@ -66,7 +66,7 @@ def correct_terms(
 def local_correction(
     term: LinearFactors | ConvFactors, batch_norm: BatchNormCall, shift_gradients: Tensor, scale_gradients: Tensor
 ) -> LocalCorrection:
-    """The correction for one weight.
+    """What the batch norm behind a layer subtracts from the per-example gradients of the layer's weight.
 
     Args:
         term: the layer's factors, uncorrected.

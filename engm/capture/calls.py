@@ -183,7 +183,7 @@ class Call:
         return [backprops.detach()]
 
     def release(self) -> None:
-        """Drop the activations: whoever calls this is done with the graph."""
+        """Drop the activations, as whoever is done with the graph may do."""
         self._activations = None
 
 
@@ -232,7 +232,7 @@ class WholeCall(Call):
         self._arrived: list[Tensor | None] = [None] * leaves
 
     def on_output(self, number: int, backprops: Tensor | None) -> None:
-        """Tensor hook of one output. Autograd calls those of all outputs in turn, with None where nothing came."""
+        """Tensor hook of one output. Autograd calls those of all outputs in turn, with None where no gradient came."""
         if number == 0:
             self._arrived = [None] * len(self._arrived)
         self._arrived[self._places[number]] = backprops

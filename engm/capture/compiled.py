@@ -46,7 +46,8 @@ Hook = Callable[..., Any]
 
 _numbers = itertools.count(1)
 _segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()
-# Regions read both as they start: whose calls they note, and the number of the call before.
+# A region reads both lists as it starts: the token of the forward pass whose calls it notes, and the number of the call
+# before its first.
 _token: list[Tensor] = [torch.zeros(1, dtype=torch.float64, device="cpu")]
 _latest: list[Tensor] = [torch.zeros(1, dtype=torch.float64, device="cpu")]
 
@@ -78,7 +79,7 @@ class Recording:
 
 
 class Segment:
-    """The calls of one run of one region, in order; owned by its token, hence by the graph."""
+    """The calls of one run of one region, in order. Its token owns it, and the graph owns the token."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
@@ -165,7 +166,7 @@ def _hand_backprops_fake(backprops: Tensor, activations: Tensor, token: Tensor, 
 
 
 class _Tap(torch.autograd.Function):
-    """The identity; see the module's docstring."""
+    """The identity, whose backward pass hands the gradient and the layer's input over (see the module's docstring)."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, activations: Tensor, token: Tensor, number: Tensor, name: str) -> Tensor:
@@ -181,7 +182,7 @@ class _Tap(torch.autograd.Function):
 
 
 def tap(output: Tensor, activations: Tensor, name: str) -> Tensor:
-    """``output``, tapped; called as a region is traced."""
+    """Tap ``output``: called while a region is traced, for a layer that read ``activations``."""
     token = _token[0]
     number = torch.ops.engm.note_call(output.detach(), activations.detach(), token.detach(), _latest[0], name)
     # Each call is noted with the number of the one before it, and the last is a result of the region: so all are noted

@@ -16,7 +16,7 @@ from ..torch_internals import own_children, trained_of
 
 
 def named_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As ``net.named_modules()``: every module once, parents before their children."""
+    """Names and modules as ``net.named_modules()`` gives them: every module once, parents before their children."""
     seen: set[nn.Module] = set()
     stack = [("", net)]
     while stack:
@@ -32,7 +32,7 @@ def named_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trained_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Those of ``net.named_parameters()`` that require grad, every tensor once."""
+    """Names and tensors of the parameters of ``net`` that require grad, every tensor once, in torch's order."""
     seen: set[nn.Parameter] = set()
     found = []
     for name, module in named_modules(net):

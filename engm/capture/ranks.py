@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def active_ranks(shards: ProcessGroup | None = None) -> Ranks | None:
-    """Those of the ``DistributedDataParallel`` whose forward pass is running, if one is; else those of ``shards``.
+    """The processes of the ``DistributedDataParallel`` whose forward pass is running, if one is; else ``shards``.
 
     Args:
         shards: the processes that ``fully_shard`` split the network over, if it did.

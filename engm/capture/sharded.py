@@ -25,7 +25,7 @@ ORDER = (
 
 
 def shards_of(net: nn.Module) -> ProcessGroup | None:
-    """The processes that the parameters of ``net`` are split over; None if they are not. Whole copies are let go.
+    """The processes that the parameters of ``net`` are split over; None if they are whole. Whole copies are let go.
 
     Raises:
         TypeError: it was split by the older ``FullyShardedDataParallel``.

@@ -184,7 +184,7 @@ class CostTable:
 def tune(
     device: torch.device | str = "cpu", *, path: str | os.PathLike[str] | None = None, seconds: float = 20.0
 ) -> CostTable:
-    """Times both forms of the norm on a grid of layers, fits the cost model to them, saves it and chooses by it.
+    """Times both forms of the norm on a grid of layers, fits a cost table to them, saves the table and chooses by it.
 
     Run this once a machine, while nothing else runs on it, with the number of threads of your training. Every later
     process reads the saved table when it first uses the device. A table that would lose more time than the one in use
@@ -197,7 +197,7 @@ def tune(
         seconds: time to spend; each layer is timed once at least, up to 30 times.
 
     Returns:
-        The table in use afterwards, and how it fares; ``print`` it.
+        The table in use afterwards, and how the choice by it fares; prints as a few lines.
 
     Raises:
         ValueError: ``device`` is neither a CPU nor a CUDA device, or ``seconds`` is not positive.

@@ -18,7 +18,7 @@ from ..rules.entries import Entry
 from ..terms.layout import Layout
 from .trace import Trace
 
-MOST_PLANS = 256  # remembered; layers that are skipped at random make a new structure at almost every step
+MOST_PLANS = 256  # kept at once; layers that are skipped at random make a new structure at almost every step
 
 
 @dataclass(frozen=True)

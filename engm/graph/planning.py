@@ -32,7 +32,7 @@ def signature_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ..
     """
     kinds = hash(tuple(map(type, traced.order)))
     calls = tuple((id(call.module), call.couples, len(call.parameters), divmod(call.batch, n)) for call in traced.calls)
-    leaves = tuple(  # inputs are others at every step
+    leaves = tuple(  # parameters are known by identity, inputs, which are new at every step, by what they look like
         (key, leaf.shape) if isinstance(leaf, nn.Parameter) else (leaf.dim(), leaf.shape[:1] == (n,))
         for key, leaf in traced.leaves.items()
     )

@@ -54,7 +54,7 @@ class Trace:
 
     @property
     def own_captures(self) -> list[Capture]:
-        """Those of the captured forward passes that were the owner's."""
+        """The captured forward passes that were the owner's."""
         return [capture for capture in self.captures if capture.owner is self.owner]
 
     @property

@@ -19,7 +19,7 @@ from .weights import ExampleNorms, Weighting, predicted_weights
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-LEAST_SPREAD = 16  # of the inputs of a fit, relative, in units of the rounding of their type
+LEAST_SPREAD = 16  # of a fit's inputs, relative to their size, in units of the rounding of their type
 
 
 def fit_line(x: Tensor, y: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,7 @@ class AENGM(ExampleOptimizer):
 
     @property
     def needs_norms(self) -> bool:
-        """Every ``tau`` steps, for the regression."""
+        """Whether this step is one of every ``tau``, at which the regression reads norms."""
         return self.steps % self.tau == 0
 
     def _check_options(self) -> None:

@@ -194,7 +194,7 @@ class LossBatch:
         self.release()
 
     def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:
-        """An ordinary backward pass of the reweighted losses, one for each part."""
+        """Run an ordinary backward pass of the reweighted losses, one for each part."""
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
         if not reached:
             raise RuntimeError(
@@ -209,7 +209,7 @@ class LossBatch:
     def _add_weighted_sums(
         self, collector: TermCollector, parts: list[tuple[Tensor, set[int] | None]], divisor: float
     ) -> None:
-        """Sums of the terms that were kept."""
+        """Add the weighted sums of the terms that were kept."""
         sums = (
             (parameter, _in_form_of(parameter, gradient))
             for weights, own in parts
@@ -242,7 +242,7 @@ class LossBatch:
 
 
 def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the parameter's type and, unless it is sparse, shape."""
+    """The gradient in the parameter's type, and in its shape unless it is sparse."""
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
     return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)

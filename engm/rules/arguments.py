@@ -47,8 +47,8 @@ class Arguments:
 class Frame:
     """Arguments without their tensors: nests of tuples, lists, dicts, named tuples and packed sequences.
 
-    What is neither a tensor nor a plain value (a cache that the network fills, say) is held weakly: it may lead back to
-    the graph that the frame is attached to, and a circle through autograd's nodes is never freed.
+    An object that is neither a tensor nor a plain value (a cache that the network fills, say) is held weakly. Such an
+    object may lead back to the graph that holds the frame, and circles through autograd's nodes are never freed.
 
     Args:
         leaves: the leaves of the flattened arguments, tensors included.

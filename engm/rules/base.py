@@ -53,7 +53,8 @@ class Rule:
     """How one layer family yields its per-example gradients; subclass it for a family.
 
     Attributes:
-        parameter_names: the parameters of the module that the rule knows; it does not hold for a module with others.
+        parameter_names: the parameters of the module that the rule knows; for a module with others the rule does not
+            hold.
         input_name: the name of the module's tensor argument when it is given as a keyword.
         positionwise: whether every position of every example is treated alike, so that leading dimensions may be
             flattened into one.
@@ -148,7 +149,7 @@ class WholeCallRule(Rule):
 
     Its method ``terms`` gets the :class:`engm.rules.arguments.Arguments` of the call, tensors detached, for
     ``activations``, and for ``backprops`` one gradient (or None) for every leaf of the output, flattened as torch's
-    pytrees are. It is called once, for all rows of the call.
+    pytrees are. The method is called once, for all rows of the call.
     """
 
     whole_call = True

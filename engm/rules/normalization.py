@@ -161,7 +161,7 @@ class GroupNormRule(Rule):
 class InstanceNormRule(Rule):
     """Statistics of each example's channels, or running ones in evaluation mode; ``[n, C, *S]``."""
 
-    always = True  # torch computes it as a batch norm of one example
+    always = True  # torch computes an instance norm as a batch norm of one example
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
         return output.dim() == rank_without_batch(module)

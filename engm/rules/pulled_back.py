@@ -26,7 +26,7 @@ class Origin:
     """The tensor that entered the batch's computation, as an edge of the graph.
 
     Attributes:
-        node: the node that made it.
+        node: the node that made the tensor.
         number: which output of the node.
         rearranged: whether the tensor consists of elements of the parameter, each at most once.
     """

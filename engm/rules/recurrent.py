@@ -238,7 +238,7 @@ class _Masks:
         self.generator = torch.Generator().set_state(dropout.random_state)
 
     def draw(self, flowing: Tensor) -> Tensor:
-        """The mask of ``[n, T, H]``, ``1 / (1 - p)`` where it keeps; drawn in the layout that the layer draws in."""
+        """The mask for ``flowing [n, T, H]``, ``1 / (1 - p)`` or 0, drawn in the layout that the layer draws in."""
         n, length, size = flowing.shape
         if self.saved.packing is None:
             mask = self._drawn(length, n, size).transpose(0, 1)

@@ -128,8 +128,8 @@ def test_sinks_are_the_calls_with_none_behind_them():
     net = Branches().double()
     model = engm.GradNormModule(net)
     found = planned_losses(model, random_losses(model(tensor(3, 4))))
-    assert [call.name for call in found.calls].index("head") == 0
-    assert len(found.calls) == 5
+    assert [call.name for call in found.trace.calls].index("head") == 0
+    assert len(found.trace.calls) == 5
     assert len(found.plan.sinks) == 2
 
 
