@@ -255,16 +255,17 @@ def test_a_young_network_is_probed_more_often():
 def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shared, expected):
     names, losses, measured = ["a", "b"], independent_losses(), torch.ones(2, 8).double()
     calibration = Calibration(50, 4)
-    factors = {
-        "m": {"names": names, "values": torch.ones(2).double(), "taken": own, "good_for": 50},
-        "m, all ranks": {"names": names, "values": torch.full((2,), 2.0).double(), "taken": shared, "good_for": 50},
-    }
+    key = {"mode": "m", "borrowed": False, "names": names, "good_for": 50}
+    factors = [
+        {**key, "all_ranks": False, "values": torch.ones(2).double(), "taken": own},
+        {**key, "all_ranks": True, "values": torch.full((2,), 2.0).double(), "taken": shared},
+    ]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == expected).all())
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True) == 1).all()), (
         "a step without DDP"
     )
-    factors["m, all ranks"]["names"] = ["b", "a"]
+    factors[1]["names"] = ["b", "a"]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == 1).all()), (
         "of other parameters"
