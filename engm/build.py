@@ -19,7 +19,8 @@ def build_info() -> dict[str, Any]:
     """Versions, CUDA architectures compiled in, and which kernels are live on this machine.
 
     Returns:
-        A dict of plain values; print it into bug reports.
+        A dict of plain values; print it into bug reports. ``cpu_parallel`` is what the loops of the CPU operators were
+        compiled to: ``"OpenMP"``, ``"native"`` (torch's own threads) or ``"none (serial)"``.
     """
     info = dict(_C.build_info())
     return {"engm": __version__, "torch": torch.__version__, "cuda_available": torch.cuda.is_available(), **info}

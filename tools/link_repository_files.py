@@ -17,13 +17,14 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = "repository"  # where the site keeps what lies outside of docs/
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
+OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "csrc/README.md": "csrc.md"}  # pages of the site
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the first page, the changelog and a page of all examples."""
-    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text()))
-    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
+    """Adds the pages that lie outside of docs/, and a page of all examples."""
+    for path, place in OUTSIDE.items():
+        files.append(File.generated(config, place, content=(ROOT / path).read_text()))
     files.append(File.generated(config, "examples.md", content=examples()))
     return files
 
@@ -37,15 +38,15 @@ def examples() -> str:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Points links where the site has their targets."""
     source = page.file.src_uri
-    of_root = source in ("index.md", "changelog.md", "examples.md")
-    folder = "" if of_root else posixpath.join("docs", posixpath.dirname(source))
+    origin = {place: path for path, place in OUTSIDE.items()} | {"examples.md": "examples.md"}
+    folder = posixpath.dirname(origin.get(source, posixpath.join("docs", source)))
 
     def on_site(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[1]))
         if not (ROOT / target).exists():
             return match[1]
-        if target == "README.md":
-            place = "index.md"
+        if target in OUTSIDE:
+            place = OUTSIDE[target]
         elif target == "examples":
             place = "examples.md"
         elif target.startswith("docs/"):

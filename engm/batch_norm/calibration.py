@@ -255,7 +255,7 @@ class Calibration:
         """
         if isinstance(state["factors"], Mapping):
             raise ValueError(
-                "this calibration state is of engm before 0.2, which named its factors otherwise. Set its entry "
+                "this calibration state was written by an older engm, which named its factors otherwise. Set its entry "
                 "'factors' to [] to go on with factors that are taken afresh at the next step."
             )
         draws, shared, steps = int(state["draws"]), int(state["shared_draws"]), int(state["steps"])

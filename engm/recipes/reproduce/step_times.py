@@ -115,6 +115,12 @@ def ratios(record: Record, contender: str) -> list[float]:
     return [a / b for a, b in zip(seconds[contender], seconds[f"msgd, {OWN}"], strict=True)]
 
 
+def paper_ratio(name: str) -> float | None:
+    """An optimizer's time over MSGD's in the paper's Table 1; None for one that the paper does not have."""
+    seconds = TABLE1_SECONDS.get(name)
+    return None if seconds is None else seconds / TABLE1_SECONDS["msgd"]
+
+
 def summarise_times(records: Sequence[Record]) -> Outcome:
     """Of Table 1."""
     (record,) = selected(records, {})
@@ -123,9 +129,10 @@ def summarise_times(records: Sequence[Record]) -> Outcome:
     for contender, seconds in record["seconds_per_step"].items():
         name, way = contender.split(", ")
         label = f"{LABELS[name]}, {way}" if name in READ_NORMS else LABELS[name]
-        paper = TABLE1_SECONDS[name] / TABLE1_SECONDS["msgd"]
+        paper = paper_ratio(name)
         middle = median(ratios(record, contender))
-        lines.append([label, f"{1000 * median(seconds):.0f}", f"{middle:.2f}", f"{paper:.2f}"])
+        published = "" if paper is None else f"{paper:.2f}"
+        lines.append([label, f"{1000 * median(seconds):.0f}", f"{middle:.2f}", published])
     table = Table(
         f"A training step of {config['model']}, {config['attack_steps']} attack steps, batches of "
         f"{config['batch_size']}: median of {len(seconds)} steps, optimizers in turn on the same batches; ratio: the "
@@ -148,7 +155,8 @@ def _draw(record: Record, drawn: Figure) -> None:
     for index, contender in enumerate(record["seconds_per_step"]):
         name, _ = contender.split(", ")
         axis.barh(index, median(ratios(record, contender)), color="C0")
-        axis.plot(TABLE1_SECONDS[name] / TABLE1_SECONDS["msgd"], index, "k|", markersize=14)
+        if (paper := paper_ratio(name)) is not None:
+            axis.plot(paper, index, "k|", markersize=14)
     axis.set_yticks(range(len(record["seconds_per_step"])), list(record["seconds_per_step"]))
     axis.invert_yaxis()
     axis.set(xlabel="time of a step, ratio to MSGD (|: the paper's)", xscale="log")

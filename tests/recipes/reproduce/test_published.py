@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from engm.recipes.methods import LABELS
+from engm.recipes.reproduce.outcome import save_picture
 from engm.recipes.reproduce.published import TABLE1_SECONDS, TABLE2, TABLE3, TABLE4, TABLE5
+from engm.recipes.reproduce.step_times import OWN, summarise_times
 
 
 def test_overfit_follows_from_best_and_last_but_for_one_misprint() -> None:
@@ -31,3 +38,16 @@ def test_the_texts_figures() -> None:
     assert round(TABLE4["engm"].autoattack - TABLE4["msgd"].autoattack, 2) == 1.28
     assert round(TABLE4["n-engm"].autoattack - TABLE4["msgd"].autoattack, 2) == 0.94
     assert sorted(TABLE5) == [0, 2, 4, 6, 8, 10]
+
+
+def test_an_optimizer_that_the_paper_does_not_have_is_timed_without_its_ratio(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(LABELS, "soft", "Soft")
+    seconds = {f"{name}, {OWN}": [0.1, 0.3, 0.2] for name in ("msgd", "sngm", "soft")}
+    config = {"model": "vgg8", "attack_steps": 2, "batch_size": 8, "calibrate_every": 50, "tau": 50}
+    outcome = summarise_times([{"labels": {}, "config": config, "seconds_per_step": seconds}])
+    assert [row[0] for row in outcome.tables[0].rows] == ["MSGD", "SNGM", "Soft"]
+    assert [row[-1] for row in outcome.tables[0].rows] == ["1.00", "1.05", ""]
+    save_picture(outcome, path := tmp_path / "picture.png")
+    assert path.stat().st_size > 0
