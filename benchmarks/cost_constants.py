@@ -17,7 +17,8 @@ from statistics import fmean, median
 import output
 import torch
 
-from engm import _C, tuning
+from engm import _C
+from engm.cost import tuning
 from engm.cost.table import ANY, Constants
 from engm.cost.tuning import FORMS, Timing, fit_constants, is_held_out, measure_layers
 

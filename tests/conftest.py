@@ -42,7 +42,7 @@ def pytest_collection_finish() -> None:
 
 
 def processor_seconds() -> float:
-    """Of this process and of those that it has waited for; other than the clock's, hardly more on a busy machine."""
+    """What this process and those that it waited for have used: on a busy machine hardly more than on an idle one."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 

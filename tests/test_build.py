@@ -1,4 +1,4 @@
-"""What was compiled in, and that instruction sets can be forced and agree."""
+"""What was compiled into the extension, and that its instruction sets can be forced and agree."""
 
 import os
 import re

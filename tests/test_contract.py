@@ -17,7 +17,6 @@ import engm
 
 NAMES = [name for name in engm.__all__ if not name.startswith("_")]
 CALLABLES = [name for name in NAMES if callable(getattr(engm, name))]
-CLASSES = [name for name in NAMES if inspect.isclass(getattr(engm, name))]
 
 
 def small():

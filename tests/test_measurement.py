@@ -1,4 +1,4 @@
-"""The primitive: arguments, results, modes, and what it leaves alone."""
+"""``engm.measure``: its arguments, results and modes, and what it leaves alone."""
 
 import pytest
 import torch
@@ -241,7 +241,7 @@ def test_two_wrapped_models_in_one_loss():
 
 
 def test_the_other_model_may_have_another_batch():
-    """Its examples are its own affair, and each loss's gradient in the other model is of all of them."""
+    """The other model's examples are its own affair; each loss has a gradient there that is of all of them."""
     model, other, rows = plain(), engm.GradNormModule(nn.Sequential(nn.Linear(4, 3)).double()), tensor(7, 4)
 
     def losses(m):

@@ -291,7 +291,7 @@ class TestWrapping:
 
     def test_nothing_is_left_after_a_forward_pass_that_fails(self, net, model):
         hooks = hooks_of(net)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             model(torch.zeros(2, 3, 6, 7, dtype=torch.float64))
         assert hooks_of(net) == hooks
         assert engm.per_example_grad_norms(model, losses_of(model, *batch(4))).shape == (4,)

@@ -87,7 +87,7 @@ def test_functional_call_with_other_parameters(strict):
 
 
 def test_a_parameter_replaced_since():
-    """The new one is not behind the losses: its gradient is 0, as in plain torch."""
+    """The new parameter is not behind the losses: its gradient is 0, as in plain torch."""
     model = engm.GradNormModule(make())
     expected = truth(model.unwrap(), lambda net: random_losses(net(X)))
     losses = random_losses(model(X))

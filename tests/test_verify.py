@@ -235,7 +235,7 @@ def test_under_no_grad():
 
 
 def test_verify_shares_no_code_with_this_oracle():
-    """Its own oracle with frozen statistics and the one of these tests agree."""
+    """The oracle of ``engm.verify`` with frozen statistics and the one of these tests agree."""
     model = engm.GradNormModule(small())
     losses = per_example(model(X), Y)
     expected = truth(model.unwrap(), lambda m: per_example(m(X), Y), frozen=True).norms

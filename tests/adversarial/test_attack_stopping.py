@@ -29,7 +29,7 @@ def test_stopping_leaves_broken_examples_broken(net: nn.Module, batch: tuple[Ten
 def friendly(
     net: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, tau: int
 ) -> tuple[Tensor, Tensor, list[bool]]:
-    """Zhang et al. (2020), Alg. 1, an example at a time: where it ends, where it was one step before, if it stopped."""
+    """Algorithm 1 of Zhang et al. (2020): where each example ends, where it was one step before, and if it stopped."""
     ends, before, stopped = [], [], []
     for x_i, y_i, x_adv in zip(x.split(1), y.split(1), start.split(1), strict=True):
         left, stop, previous = tau, False, x_adv

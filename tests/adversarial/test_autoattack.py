@@ -31,7 +31,7 @@ def digits() -> Digits:
 
 
 def fitted(digits: Digits, classes: int = 10) -> nn.Module:
-    """Trained for a moment, so that some examples stand up to the attacks and some do not."""
+    """A network trained for a moment, so that some examples stand up to the attacks and some do not."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, classes)
@@ -191,7 +191,7 @@ def test_few_classes(digits: Digits) -> None:
 
 
 class Shaky(nn.Module):
-    """Another answer at every call."""
+    """A network that gives another answer at every call."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.randn(len(x), 10) + 0 * x.flatten(1)[:, :10]

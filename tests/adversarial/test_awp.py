@@ -38,7 +38,7 @@ def pair(n: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def proxy_weights(net: nn.Module, losses_fn: Callable[[nn.Module], Tensor], gamma: float) -> dict[str, Tensor]:
-    """All parameters after the published detour: a copy descends on the negative loss, its step sets the direction."""
+    """All parameters after the published detour: a copy steps down the negative loss, and that is the direction."""
     proxy = copy.deepcopy(net)
     optimizer = torch.optim.SGD(proxy.parameters(), lr=0.01)
     optimizer.zero_grad()

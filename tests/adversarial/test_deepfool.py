@@ -72,7 +72,7 @@ def test_misclassified_examples_stay(net: nn.Module, x: Tensor) -> None:
 
 
 def test_too_few_steps_leave_examples_standing(net: nn.Module, x: Tensor) -> None:
-    """Against where the whole run goes: a first step that broke an example is its last."""
+    """An example that the first step broke is where the whole run leaves it."""
     one, all_of_them = DeepFool(steps=1, overshoot=0.0)(net, x), DeepFool(overshoot=0.0)(net, x)
     assert torch.equal(one.inputs[one.broken], all_of_them.inputs[one.broken])
     assert 0 < one.broken.sum() < len(x)

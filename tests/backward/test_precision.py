@@ -191,7 +191,7 @@ def norms_by_name(layer, x, **options):
 @pytest.mark.parametrize("value", [1.0, 0.0078125, 200.0])
 @pytest.mark.parametrize("kind", ["linear", "conv", "embedding", "layer", "group", "batch"])
 def test_many_equal_contributions(kind, value, dtype):
-    """Sums of 3001 equal numbers, and squares beyond 65504."""
+    """Sums of 3001 equal numbers and squares beyond 65504 come out right."""
     n, p, d = 2, 3, 2
     layer = {
         "linear": lambda: nn.Linear(p, d),
@@ -311,7 +311,7 @@ def small_problem():
 
 @pytest.mark.parametrize("way", ["reweight", "backward"])
 def test_scaler_in_float16(way):
-    """Three steps with a scaler in float16 against three in float32 without."""
+    """Three steps in float16 with a scaler are three steps in float64 without one."""
     torch.manual_seed(0)
     net, losses, x, y = small_problem()
     plain = copy.deepcopy(net).double()
@@ -365,7 +365,7 @@ def test_a_scale_that_overflows_skips_the_step():
 
 
 def test_without_a_scale_float16_loses_small_gradients():
-    """Why ``loss_scale`` is there."""
+    """This is why ``loss_scale`` is there."""
     torch.manual_seed(0)
     net, losses, x, y = small_problem()
     plain = copy.deepcopy(net).double()

@@ -15,13 +15,13 @@ NAMED = [("a", nn.Parameter(tensor(3))), ("b", nn.Parameter(tensor(2)))]
 
 
 def independent_losses(n=8):
-    """Losses whose squared norms over the two parameters are known: ``9 i`` times 3 or so, and 0 for ``b``."""
+    """Losses ``i * sum(a)``: the squared norm of example ``i`` is ``3 i^2`` over ``a`` and 0 over ``b``."""
     (_, a), _ = NAMED
     return (a * torch.arange(n, dtype=torch.float64).unsqueeze(1)).sum(1)
 
 
 def counted(calibration):
-    """Count probes."""
+    """A list that grows with every probe of ``calibration``."""
     draws = []
     original = calibration.sample.draw
     calibration.sample.draw = lambda *args: draws.append(1) or original(*args)
@@ -255,16 +255,17 @@ def test_a_young_network_is_probed_more_often():
 def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shared, expected):
     names, losses, measured = ["a", "b"], independent_losses(), torch.ones(2, 8).double()
     calibration = Calibration(50, 4)
-    factors = {
-        "m": {"names": names, "values": torch.ones(2).double(), "taken": own, "good_for": 50},
-        "m, all ranks": {"names": names, "values": torch.full((2,), 2.0).double(), "taken": shared, "good_for": 50},
-    }
+    key = {"mode": "m", "borrowed": False, "names": names, "good_for": 50}
+    factors = [
+        {**key, "all_ranks": False, "values": torch.ones(2).double(), "taken": own},
+        {**key, "all_ranks": True, "values": torch.full((2,), 2.0).double(), "taken": shared},
+    ]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == expected).all())
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True) == 1).all()), (
         "a step without DDP"
     )
-    factors["m, all ranks"]["names"] = ["b", "a"]
+    factors[1]["names"] = ["b", "a"]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == 1).all()), (
         "of other parameters"
@@ -274,7 +275,7 @@ def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shar
 
 class TestFlagOfADevice:
     class Event:
-        """Of a copy that arrives when somebody waits for it."""
+        """The event of a copy that arrives when somebody waits for it."""
 
         arrived = False
 

@@ -148,7 +148,7 @@ def test_last_batch_norm_of_a_stack():
 
 @pytest.mark.parametrize("kind", ["used twice", "in-place between", "two batch norms", "positions"])
 def test_where_it_does_not_apply_the_norms_are_the_frozen_ones(kind):
-    """Not an error: calibration takes care of the rest."""
+    """This is no error, because calibration takes care of the rest."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -175,7 +175,7 @@ def test_slow_contenders_take_few_turns():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_peers_take_the_step_that_engm_takes(norm, monkeypatch):
-    """Otherwise their times say nothing. Opacus and FastDP add 1e-6 to the norm."""
+    """If peers took another step, their times would say nothing. Opacus and FastDP add 1e-6 to the norm."""
     seen = []
 
     class Recorder(torch.optim.SGD):

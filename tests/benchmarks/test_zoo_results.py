@@ -21,7 +21,7 @@ def line(name: str, family: str = "timm", **figures: Any) -> dict[str, Any]:
 
 
 def names(path: Path) -> list[str]:
-    """In the order of the file."""
+    """The names of the networks, in the order of the file."""
     return [json.loads(text)["name"] for text in path.read_text().splitlines()]
 
 

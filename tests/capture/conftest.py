@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def nothing_compiled():
-    """Compiled code of other tests is forgotten before a test, and that of the test after it."""
+    """Compiled code is forgotten before the test and after it."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

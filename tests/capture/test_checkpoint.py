@@ -254,7 +254,7 @@ class Reentrant(nn.Module):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("call", ["measure", "norms", "backward", "reweight"])
 def test_reentrant_is_refused(call, strict):
-    """Torch runs it in ``.backward()`` alone, and all parameter gradients with it: there is no norm pass."""
+    """Torch runs it in ``.backward()`` alone, together with all parameter gradients: no norm pass is possible."""
     model = engm.GradNormModule(Reentrant().double(), strict=strict)
     opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0)
     losses = random_losses(model(tensor(4, 6).requires_grad_()))
@@ -270,7 +270,7 @@ def test_reentrant_is_refused(call, strict):
 
 
 def test_reentrant_around_what_is_frozen():
-    """Nothing in it is measured, so nothing is missing; but the losses' graph runs through it."""
+    """Nothing inside is measured, so nothing is missing, though the losses' graph runs through the checkpoint."""
     net = Reentrant().double()
     net.a.requires_grad_(False)
     x = tensor(4, 6)

@@ -199,7 +199,7 @@ def test_compiled_around_the_wrapper_for_evaluation():
 
 
 def test_compiled_around_the_wrapper_for_training():
-    """Captured passes run uncompiled there, and say so."""
+    """Captured passes run uncompiled there, and a warning says so."""
     x = tensor(5, 6)
     expected = truth(mlp(), lambda net: random_losses(net(x)))
     model = engm.GradNormModule(mlp())
@@ -251,7 +251,7 @@ def test_compiled_optimizer_step():
     ids=str,
 )
 def test_batch_norm_with_statistics_of_the_batch(which, options):
-    """It runs uncompiled, with a break of the graph around it."""
+    """The batch norm runs uncompiled, with a break of the graph around it."""
     x = tensor(5, 6)
     expected = truth(normed(**options), lambda net: random_losses(net(x)), frozen=True)
     net = normed(**options)
@@ -310,14 +310,14 @@ def test_autocast_inside():
 
 
 def chain() -> nn.Sequential:
-    """Of equal layers: the gradients of all their outputs fit into one another's memory."""
+    """A chain of equal layers: the gradients of all their outputs fit into one another's memory."""
     return nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.Tanh())])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "shape"), [(Block, (3, 3, 9)), (Twice, (4, 6)), (chain, (33, 6))])
 def test_inductor(make, shape):
-    """The real thing: its code writes into the memory of operands that were handed over."""
+    """Inductor's code writes into the memory of operands that were handed over; the norms must not notice."""
     x = tensor(*shape)
     net = make().double()
     expected = truth(net, lambda net: random_losses(net(x)))

@@ -41,7 +41,7 @@ def test_parameters_of_modules_without_a_rule():
 
 
 class Table(nn.Module):
-    """Rows of a layer's weight, taken from outside of the layer."""
+    """A network that takes a row of a layer's weight outside of the layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 
 def test_the_remedy():
-    """A module whose parameters no layer call accounts for, left out of the regions around it."""
+    """A module whose parameters no layer call accounts for has to be left out of the regions around it."""
     x = tensor(3, 5, 6)
     net = Attention().double()
     expected = truth(net, lambda net: random_losses(net(x)))
@@ -152,7 +152,7 @@ def test_checkpoints_inside():
 
 
 def test_checkpoints_around_a_region():
-    """Torch finds that what is run again has no taps; what must not happen is a norm without it."""
+    """Torch finds that the region which runs again has no taps; a norm that lacks the region must not come out."""
     net = Checkpointed()
     net.net.compile(backend=BACKEND)
     model = engm.GradNormModule(net, strict=False)
@@ -162,7 +162,7 @@ def test_checkpoints_around_a_region():
 
 
 def test_a_call_that_was_never_noted():
-    """A backward pass that reaches a tap whose forward ran when nothing was captured is no silent miss."""
+    """A backward pass that reaches a tap whose forward pass was not captured raises."""
     model = engm.GradNormModule(mlp())
     model.compile(backend=BACKEND)
     losses = random_losses(model(tensor(5, 6)))
@@ -219,7 +219,7 @@ def test_two_threads_at_once():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_losses_in_each_others_place(compiled):
-    """Every pair of six, of which half of the losses, drawn once, would not tell all apart."""
+    """Every pair of six losses is tried: a check that backpropagates one drawn half of them would miss some pairs."""
     x = tensor(6, 6)
     for i, j in itertools.combinations(range(6), 2):
         model = engm.GradNormModule(mlp())

@@ -63,7 +63,7 @@ def test_failed_measurement_leaves_the_graph_usable():
 
 @pytest.mark.parametrize("backward", ["none", "plain", "measure", "both", "naive"])
 def test_captured_calls_die_with_the_graph(backward):
-    """By reference counts alone: no cycle keeps activations until the garbage collector comes."""
+    """Reference counts alone free the calls: no cycle keeps activations until the garbage collector comes."""
     _, model = net_and_model()
     gc.collect()
     gc.disable()
@@ -242,7 +242,7 @@ def test_checkpointing_runs_no_layer_during_the_forward_pass():
 
 @pytest.mark.parametrize("part", ["a", "b", "ab"])
 def test_reentrant_checkpointing_is_refused(part):
-    """It hides layers from the graph: their norms would silently be 0."""
+    """Reentrant checkpointing hides layers from the graph, so that their norms would silently be 0."""
     model = engm.GradNormModule(Checkpointed(True, part).double().eval())
     losses = losses_of(model, X.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="use_reentrant=False"):

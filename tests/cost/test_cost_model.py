@@ -68,7 +68,7 @@ def test_conv_form(cost, form):
 
 
 def test_gram_is_far_cheaper_on_small_maps():
-    """The gain that the pixel identity is for (design 2.2): it grows as the map shrinks."""
+    """The gain of the pixel identity grows as the map shrinks."""
     gains = [cost.direct_flops / cost.gram_flops for cost in (conv(64, 64, 16), conv(128, 128, 8), conv(256, 256, 4))]
     assert gains == sorted(gains)
     assert gains[1] > 10
@@ -129,7 +129,7 @@ def test_wider_layers_never_leave_the_gram_form(T, k, device):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cuda_forms(precision):
-    """What no data sheet leaves in doubt: few positions of wide layers go Gram, many of narrow ones direct."""
+    """Few positions of wide layers take the Gram form on any card, many positions of narrow ones the direct form."""
     cuda = {"device": "cuda:0", "precision": precision}
     assert _C.linear_cost(1, 64, 64, **cuda).form == "gram"
     assert _C.linear_cost(16, 1024, 1024, **cuda).form == "gram"

@@ -73,7 +73,7 @@ def train(method, way, wrap=lambda model: model, rows=slice(0, N), divisor=N, *,
 
 
 def equal_to_one(rank, world, group):
-    """What the worlds of 2, 3 and 4 are compared with one process by."""
+    """What a rank of one world finds, to be compared with one process."""
 
     def wrap(model):
         return DistributedDataParallel(model, process_group=group)
@@ -165,7 +165,7 @@ def options(rank, group):
 
 
 def coupled(rank, group):
-    """Batch norm in training mode: one-pass accumulation is out, and ``backward`` is what ``reweight`` does."""
+    """With batch norm in training mode one pass does not do, and ``backward`` does what ``reweight`` does."""
 
     def wrap(model):
         return DistributedDataParallel(model, process_group=group)
@@ -252,7 +252,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same in one process, on whole batches."""
+    """What one process finds on whole batches."""
     return {method: train(method, "backward") for method in METHODS}
 
 

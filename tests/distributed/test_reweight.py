@@ -109,7 +109,7 @@ def calibrated(rank, *, borrowed):
 
 
 def looking(rank, *, look, resume=False):
-    """Batch norm, A-ENGM; rank 0 takes norms besides, alone; all may go on halfway from what rank 0 saved."""
+    """A-ENGM with batch norm, where rank 0 alone takes norms besides, and all may go on from what rank 0 saved."""
 
     def make():
         model = DistributedDataParallel(engm.GradNormModule(network("batch"), calibrate_every=2, calibrate_examples=3))

@@ -135,7 +135,7 @@ def traffic(rank, reshard):
 
 
 def refused(rank):
-    """What cannot be, in words, and whether gradients came of it."""
+    """What each refusal says, and whether gradients came of the call."""
     model = engm.GradNormModule(sharded(network("group")))
     x, y = batch(4)
     found = {}
@@ -229,7 +229,7 @@ def ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same in one process, on whole batches."""
+    """What one process finds on whole batches."""
     return {method: train(method) for method in METHODS}
 
 

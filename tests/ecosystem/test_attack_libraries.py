@@ -68,7 +68,7 @@ def gradients(net: nn.Module) -> list[Tensor | None]:
 
 @contextmanager
 def captures() -> Iterator[list[weakref.ref[Capture]]]:
-    """Every capture that is begun. By reference counts alone: the garbage collector is off."""
+    """Every capture that is begun. The garbage collector is off, so that reference counts alone must free them."""
     found: list[weakref.ref[Capture]] = []
     begin = Capture.__init__
 

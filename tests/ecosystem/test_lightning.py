@@ -52,7 +52,7 @@ def state(model: engm.GradNormModule, opt: engm.ExampleOptimizer) -> dict[str, A
 
 
 class AENGM(EXAMPLE["StepOfLightning"], engm.AENGM):  # type: ignore[misc]
-    """Much to keep in a checkpoint."""
+    """A-ENGM, which has much to keep in a checkpoint."""
 
 
 class Approximated(EXAMPLE["Classifier"]):  # type: ignore[misc]

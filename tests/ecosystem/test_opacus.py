@@ -61,7 +61,7 @@ def greatest(gradients: list[Tensor]) -> float:
 @settings(max_examples=10)
 @given(drawn=problems, max_grad_norm=st.floats(0.05, 20.0))
 def test_gradients_are_the_same_to_rounding(drawn: Problem, max_grad_norm: float) -> None:
-    """A whole run each, so that an error in any step would be in all that follow."""
+    """Each trains a whole run, so that an error in any step would be in all that follow."""
     net, loader = drawn
     theirs = EXAMPLE["with_opacus"](copy.deepcopy(net), loader, max_grad_norm)
     ours = EXAMPLE["with_engm"](copy.deepcopy(net), loader, max_grad_norm, weigh=opacus_weights)
@@ -84,7 +84,7 @@ def test_engms_own_weights_differ_by_the_constant(drawn: Problem, max_grad_norm:
 
 
 def test_what_the_page_says_of_opacus() -> None:
-    """Batch norm, and layers used twice, are refused there and measured here."""
+    """Batch norm and layers used twice are refused by Opacus and measured by engm."""
 
     def private(net: nn.Module) -> None:
         loader = DataLoader(TensorDataset(torch.randn(4, 3), torch.randint(3, (4,))), batch_size=4)
@@ -117,7 +117,7 @@ def test_what_the_page_says_of_opacus() -> None:
 
 
 def test_opacus_takes_every_padding_for_zeros() -> None:
-    """Why the page says that its norms are wrong there."""
+    """This is why the page says that Opacus' norms are wrong there."""
     net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(75, 3)).double()
     x, y = torch.randn(4, 2, 5, 5, dtype=torch.float64), torch.randint(3, (4,))
     model = engm.GradNormModule(net)

@@ -118,7 +118,7 @@ def gram_of_convolution(ops, dtype):
 
 @case
 def gram_by_itself(_, library):
-    """Without the way back to the direct form, which would hide faults that make the sums NaN or unreliable."""
+    """The Gram form without its way back to the direct form, which would hide faults that make sums unreliable."""
     gram = Library(library)
     for name in ("float64", "float32", "bfloat16"):
         precision = GRAM_PRECISIONS[name]
@@ -243,7 +243,7 @@ POLICIES = {
 
 
 def policy(library, which, rows_of_k):
-    """test_fragments.py's products."""
+    """The products of test_fragments.py."""
     m, n, k = (2 * size for size in list(POLICIES.values())[which])
     a, b, rows = operand(k, m), operand(k, n), torch.randperm(k).int()
     if which == 1:  # more than TF32 holds, so that the second product counts

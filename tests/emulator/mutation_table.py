@@ -7,7 +7,7 @@ DTYPES = ("double", "float", "bfloat16")
 
 
 def each(*names: str) -> tuple[str, ...]:
-    """Cases that come once a dtype."""
+    """The names of cases that come once a dtype."""
     return tuple(f"{name}_{dtype}" for name in names for dtype in DTYPES)
 
 

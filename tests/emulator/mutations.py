@@ -26,7 +26,7 @@ class OutOfDateError(RuntimeError):
 
 
 def without_comments(source: str) -> str:
-    """Blanks in their place."""
+    """The source with blanks in place of its comments."""
     return re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), source)
 
 
@@ -56,7 +56,7 @@ class Mutation:
         return at, at + len(self.text)
 
     def switched(self, original: str) -> str:
-        """Both versions."""
+        """Both versions, behind a switch."""
         condition = f"::emulator::mutant == {self.number}"
         if self.text.endswith(";"):
             return f"{{ if ({condition}) {{ {self.replacement} }} else {{ {original} }} }}"
@@ -98,7 +98,7 @@ def mutate(source: str, mutations: Iterable[Mutation]) -> str:
 
 
 def is_up_to_date(mutation: Mutation) -> bool:
-    """Whether the kernels have its text."""
+    """Whether the kernels still have the text that a mutation replaces."""
     try:
         return bool(mutation.span((KERNELS / mutation.file).read_text()))
     except OutOfDateError:

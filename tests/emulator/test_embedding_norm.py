@@ -17,7 +17,7 @@ def test_is_its_twin(emulated, problem):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 256, 300])
 def test_chains_across_chunks_of_positions(emulated, dtype, T):
-    """All equal, all different, and every third: chains shorter and longer than the rows in flight."""
+    """All indices equal, all different, every third equal: chains are shorter and longer than the rows in flight."""
     indices = torch.stack([torch.zeros(T), torch.arange(T), torch.arange(T) % 3]).long()
     gy = torch.randn(3, T, 16).to(dtype)
     for padding_idx in (-1, 2):

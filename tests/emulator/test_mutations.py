@@ -1,4 +1,4 @@
-"""Every fault that is put into the kernels shows in a test, see mutations.py."""
+"""Every fault that mutations.py puts into the kernels shows in a test."""
 
 import json
 import os

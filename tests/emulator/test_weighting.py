@@ -97,7 +97,7 @@ def tf32(allowed):
 
 
 def rounded(t, to_tf32):
-    """As the products see it, in float64: TF32 is to nearest, ties away from zero."""
+    """The operand as the products see it, in float64: TF32 rounds to nearest, ties away from zero."""
     if not to_tf32:
         return t.double()
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()

@@ -1,4 +1,4 @@
-"""examples/distributed.py under torchrun."""
+"""examples/distributed.py trains under torchrun."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_network_called_directly_in_one_of_two_terms():
 
 
 def test_outside_use_that_comes_later():
-    """The same calls in the same order, and one more use of a weight: another structure."""
+    """The same calls in the same order with one more use of a weight are another structure."""
     net = Around().double()
     model = engm.GradNormModule(net)
     engm.measure(model, random_losses(model(X)))
@@ -67,7 +67,7 @@ def test_outside_use_that_comes_later():
 
 
 def test_one_of_two_parameters_by_chance():
-    """The same operators on one parameter or another: another structure."""
+    """The same operators on another parameter are another structure."""
 
     class Chance(nn.Module):
         def __init__(self):

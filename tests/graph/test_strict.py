@@ -64,7 +64,7 @@ def test_time_major_layout_is_recognised(steps):
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """As some libraries have it: the forward is the subclass's own, an activation included."""
+    """A subclass with a forward of its own that includes an activation, as some libraries have it."""
 
     def forward(self, input):
         return torch.tanh(F.batch_norm(input, None, None, self.weight, self.bias, training=True))
@@ -72,7 +72,7 @@ class OwnBatchNorm(nn.BatchNorm1d):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_that_a_subclass_computes_itself(affine):
-    """It couples as any other does."""
+    """Such a batch norm couples the examples as any other does."""
     norm = nn.BatchNorm1d(5, affine=affine, track_running_stats=False)
     own = OwnBatchNorm(5, affine=affine, track_running_stats=False)
     plain, other = Around(nn.Sequential(norm, nn.Tanh())).double(), Around(own).double()
@@ -144,7 +144,7 @@ def test_single_examples_do_not_count_as_checked():
 @pytest.mark.parametrize("bad", range(6))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_no_mixing(bad, value):
-    """0 times NaN is NaN: says nothing about who influences whom."""
+    """0 times NaN is NaN, which says nothing about who influences whom."""
     model = engm.GradNormModule(Around().double())
     x = X.clone()
     x[bad] = value
@@ -196,7 +196,7 @@ def test_interleaved_views():
 
 
 def test_losses_of_two_forward_passes():
-    """TRADES: the clean and the attacked pass in one loss."""
+    """TRADES has the clean and the attacked pass in one loss."""
 
     def losses(model):
         clean, attacked = model(X), model(X + 0.2)
@@ -242,7 +242,7 @@ class BiasFromTable(nn.Module):
 @pytest.mark.parametrize("between", [None, nn.LayerNorm(12), nn.Linear(12, 12, bias=False)])
 @pytest.mark.parametrize(("n", "side"), [(2, 3), (3, 3), (4, 4), (9, 3), (12, 5), (16, 4), (25, 5)])
 def test_a_branch_behind_a_gain_of_zero(n, side, between):
-    """No gradient tells where examples lie in it, and what is taken there must not be remembered."""
+    """No gradient tells where examples lie in the branch, and what is taken for true there must not be remembered."""
     net, x = BiasFromTable(side, copy.deepcopy(between)).double(), tensor(n, 5)
     model = engm.GradNormModule(net)
     for gain in (0.0, 0.5, 0.7):
@@ -254,7 +254,7 @@ def test_a_branch_behind_a_gain_of_zero(n, side, between):
 
 @pytest.mark.parametrize(("n", "heads"), [(2, 2), (3, 2), (4, 3)])
 def test_copies_of_what_a_layer_computed_for_all(n, heads):
-    """Relative positions through a projection, copied for every example and head (DeBERTa)."""
+    """Relative positions go through a projection and are copied for every example and head, as in DeBERTa."""
 
     class Attention(nn.Module):
         def __init__(self):
@@ -274,7 +274,7 @@ def test_copies_of_what_a_layer_computed_for_all(n, heads):
 
 @pytest.mark.parametrize("n", [2, 3, 7])
 def test_a_parameter_that_nobody_reads_in_a_time_major_module(n):
-    """As XLNet's segments: the module holds it, and this pass does not use it."""
+    """The module holds a parameter that this pass does not use, as XLNet's segments."""
 
     class Attention(nn.Module):
         def __init__(self):

@@ -178,7 +178,7 @@ def test_a_deep_graph_does_not_hit_the_recursion_limit():
 
 
 def test_a_call_reached_with_an_undefined_gradient():
-    """A use whose gradient never arrives leaves those of the others."""
+    """A use whose gradient never arrives leaves the gradients of the other uses as they are."""
 
     class Cuts(torch.autograd.Function):
         @staticmethod

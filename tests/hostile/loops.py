@@ -58,7 +58,7 @@ class Graph:
     truth_before: Truth = field(default_factory=lambda: Truth({}))
 
     def truth(self) -> Truth:
-        """By the graph itself: what plain torch makes of it, now."""
+        """What plain torch makes of the graph now."""
         if not any(p.requires_grad for p in self.model.parameters()):
             raise RuntimeError("nothing is trained")
         return per_example_gradients(self.losses, trained(self.model.unwrap()))

@@ -72,7 +72,7 @@ class Scale(nn.Module):
 
 
 class Temperature(nn.Module):
-    """A number, of no dimension."""
+    """A parameter that is a single number, of no dimension."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ HELD = (Scale, Temperature, Positions, Token)
 
 @dataclass(frozen=True)
 class Step:
-    """``values[sources]`` to one more value.
+    """One step makes one more value of ``values[sources]``.
 
     Attributes:
         operation: a key of :data:`OPERATIONS`, or ``"layer"``.

@@ -69,7 +69,7 @@ def test_state_dict_hooks_on_the_wrapper_fire():
 
 
 def test_forward_replaced_on_the_wrapper():
-    """As mixed-precision helpers do it, around the forward that was there."""
+    """Mixed-precision helpers put a forward of their own around the one that was there."""
     net = network()
     model = engm.GradNormModule(net)
     forward = model.forward
@@ -119,7 +119,7 @@ def test_an_input_changed_in_place_whose_gradient_is_wanted():
 
 
 def test_a_measurement_inside_a_backward_pass():
-    """Of the same graph: one error. Of another one: right."""
+    """Measuring the same graph is one clear error, and measuring another one is right."""
     model = engm.GradNormModule(network())
     losses, other = (random_losses(model(tensor(4, 3, seed=seed))) for seed in range(2))
     wanted, found = engm.measure(model, other).norms, []
@@ -157,7 +157,7 @@ def test_a_hook_that_calls_its_layer_again():
 
 
 def test_anomaly_mode():
-    """It keeps notes of its own in the metadata of nodes."""
+    """Anomaly mode keeps notes of its own in the metadata of nodes."""
     model = engm.GradNormModule(network())
     with torch.autograd.set_detect_anomaly(True):
         assert_right(model, random_losses(model(tensor(4, 3))))

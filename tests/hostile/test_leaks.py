@@ -37,7 +37,7 @@ class Loop:
         self.opt = engm.ENGM(self.model, sgd, alpha=1.0)
 
     def rounds(self, times: int) -> None:
-        """Every kind of step, so many times."""
+        """Take every kind of step so many times."""
         for kind in KINDS * times:
             getattr(self, kind)()
 
@@ -151,7 +151,7 @@ def test_nothing_grows():
 
 @pytest.mark.usefixtures("without_collector")
 def test_memory_is_flat():
-    """Of Python; what torch allocates hangs on objects that the other test counts."""
+    """Python's own memory is looked at here; what torch allocates hangs on objects that the other test counts."""
     loop = Loop()
     tracemalloc.start()
     loop.rounds(TRACED)

@@ -165,13 +165,13 @@ class HostileLoop(RuleBasedStateMachine):
 
     @rule(graph=graphs, retain=st.booleans())
     def plain_backward(self, graph: Graph, retain: bool) -> None:
-        """The user's own, which may free the graph; the engine must not go on with what is gone."""
+        """The user's own backward pass may free the graph; the engine must not go on with what is gone."""
         if not isinstance(outcome(lambda: graph.losses.sum().backward(retain_graph=retain)), Exception) and not retain:
             graph.captured = graph.intact = False
 
     @rule(name=st.sampled_from(LAYERS), exception=st.sampled_from(EXCEPTIONS), count=st.integers(1, 3))
     def backward_interrupted(self, name: str, exception: type[BaseException], count: int) -> None:
-        """By a hook on an activation; afterwards the graph is measured as if nothing had been."""
+        """A hook on an activation raises; afterwards the graph is measured as if nothing had been."""
         self.net.skip = False
         hook = Interrupted(exception, count)
         layer = getattr(self.net, name)
@@ -210,7 +210,7 @@ class HostileLoop(RuleBasedStateMachine):
 
     @rule(graph=graphs, how=st.sampled_from(["fewer", "twice"]))
     def other_numbers_of_losses(self, graph: Graph, how: str) -> None:
-        """Refused, unless every loss is backpropagated by itself, as through a batch norm's statistics."""
+        """They are refused, unless every loss is backpropagated by itself, as through a batch norm's statistics."""
         losses = graph.losses[:-1] if how == "fewer" else torch.cat([graph.losses, graph.losses])
         other = Graph(losses, graph.model, captured=False, intact=False)
         self.expect(other, lambda: engm.measure(graph.model, losses).norms, lambda expected: expected.norms)

@@ -25,7 +25,7 @@ def truth_of(problem: Problem, *, frozen: bool = False) -> Truth:
 
 
 def assert_norms(found: engm.Measurement, expected: Truth) -> None:
-    """Of every tensor. Norms that are truly 0 may come out as what a chain of normalisations makes of rounding."""
+    """Norms of every tensor agree; those that are truly 0 may be what a chain of normalisations makes of rounding."""
     assert list(found.names) == list(expected.gradients)
     for name, squared in found.squared_norms.items():
         error = (squared.sqrt() - expected.squared_norms[name].sqrt()).abs()

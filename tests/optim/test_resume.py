@@ -1,4 +1,4 @@
-"""Saved and resumed, a run goes on bit for bit."""
+"""A run that is saved and resumed goes on bit for bit."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def adversarial_gradients(draw):
 
 @given(adversarial_gradients(), st.floats(1e-6, 1e6))
 def test_theorem_1_the_variance_of_clipped_gradients_is_at_most_4_alpha_squared(g, alpha):
-    """Whatever the distribution. The tighter alpha^2 holds too: variance is at most the second moment."""
+    """The bound holds for any distribution, and so does alpha^2: variance is at most the second moment."""
     norms, weights = ops.clip_weights(g.square().t().contiguous(), alpha)
     clipped = weights[:, None] * g
     variance = (clipped - clipped.mean(0)).square().sum(1).mean()
@@ -100,7 +100,7 @@ def test_theorem_1_the_variance_of_clipped_gradients_is_at_most_4_alpha_squared(
 
 
 def test_without_clipping_there_is_no_such_bound():
-    """The other half of the argument: the test above could fail."""
+    """This is the other half of the argument: the test above could fail."""
     g = torch.zeros(100, 1, dtype=torch.float64)
     g[0] = 1e9
     _, weights = ops.clip_weights(g.square().t().contiguous(), inf)

@@ -1,4 +1,4 @@
-"""Trained slopes against the oracle."""
+"""Activations with trained slopes against the oracle."""
 
 import pytest
 import torch

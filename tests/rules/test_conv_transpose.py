@@ -62,7 +62,7 @@ def test_any_geometry(setting, n, dtype, seed):
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_output_padding_beyond_the_stride(padding, size):
-    """Allowed below the dilation; the last places of the output then hold the bias alone."""
+    """Torch allows it below the dilation; the last places of the output then hold the bias alone."""
     layer = nn.ConvTranspose1d(2, 3, 2, stride=1, padding=padding, output_padding=3, dilation=4).double()
     check(nn.Sequential(layer), losses_of(tensor(3, 2, size)))
 

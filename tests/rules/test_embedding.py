@@ -123,7 +123,7 @@ class LanguageModel(nn.Module):
     seed=st.integers(0, 99),
 )
 def test_table_tied_to_the_output(n, positions, size, d, padding, uses, dtype, seed):
-    """Sizes on both sides of the choice between the table's gradient and the products of positions."""
+    """The sizes lie on both sides of the choice between the table's gradient and the products of positions."""
     torch.manual_seed(seed)
     net = LanguageModel(size, d, padding, uses=uses).to(dtype)
     check(net, losses_of(indices(n, positions, size=size, seed=seed), seed))
@@ -180,7 +180,7 @@ def test_sparse_gradient(padding, inner):
 
 @pytest.mark.parametrize("first", ["sparse", "dense"])
 def test_sparse_and_dense_gradients_add_up(first):
-    """As autograd does it: what is added to a sparse gradient may make it a dense one."""
+    """As with autograd, a dense gradient added to a sparse one makes a dense one."""
     table = nn.Embedding(6, 4, sparse=True).double()
     reader, head = nn.Sequential(table), nn.Linear(4, 6, bias=False).double()
     head.weight = table.weight

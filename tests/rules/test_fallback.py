@@ -25,7 +25,7 @@ class Cache:
 
 
 class Bare:
-    """One that cannot be referred to weakly."""
+    """An object that cannot be referred to weakly."""
 
     __slots__ = ()
     scale = 2.0
@@ -210,7 +210,7 @@ class TestArguments:
         assert fallback.GENERIC.batch(table, Arguments((), {}), [table()]) == 0
 
     def test_an_object_is_not_kept_alive(self):
-        """It may lead back to the graph, a circle that would never be freed."""
+        """The object may lead back to the graph, a circle that would never be freed."""
 
         class Cached(Form):
             def forward(self, x, cache):

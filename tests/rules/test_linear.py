@@ -40,7 +40,7 @@ def test_any_shape(n, lead, p, d, trained, strided, dtype, seed):
 
 @given(n=st.integers(1, 4), t=st.integers(1, 40), seed=st.integers(0, 9), dtype=dtypes)
 def test_behind_other_layers(n, t, seed, dtype):
-    """Both layers lie on the way; T runs across the choice between the two forms."""
+    """Gradients pass through both layers, and T runs across the choice between the two forms."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5)).to(dtype)
     check(net, losses_of(tensor(n, t, 6, seed=seed, dtype=dtype), seed))

@@ -29,7 +29,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
     seed=st.integers(0, 99),
 )
 def test_batch_norm(dims, n, channels, training, affine, tracked, between, seed):
-    """As the first layer, or between two others; couples in training mode and, without running statistics, always."""
+    """A batch norm couples in training mode and, without running statistics, always."""
     layer = shaken(BATCH_NORMS[max(dims, 1)](channels, affine=affine, track_running_stats=tracked), seed)
     layers = [layer]
     if between or not affine:
@@ -123,7 +123,7 @@ def test_norms_over_trailing_dimensions(lead, shape, kind, n, seed):
     seed=st.integers(0, 99),
 )
 def test_instance_norm(dims, n, channels, training, affine, tracked, seed):
-    """Never couples. Its output is a view, and an in-place ReLU follows."""
+    """An instance norm never couples. Its output is a view, and an in-place ReLU follows."""
     layer = shaken(INSTANCE_NORMS[dims](channels, affine=affine, track_running_stats=tracked), seed)
     net = nn.Sequential(CONVOLUTIONS[dims](channels, channels, 2), layer, nn.ReLU(inplace=True)).double()
     x = tensor(n, channels, *[6, 4, 4][:dims], seed=seed)
@@ -216,7 +216,7 @@ def test_keyword_argument(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_statistics_are_those_autograd_saved(norm):
-    """Where hooks pack what is saved (checkpointing, offloading) they are recomputed, to the same effect."""
+    """Where hooks pack what is saved (checkpointing, offloading) statistics are computed again, to the same effect."""
     net = nn.Sequential(nn.Conv2d(4, 4, 1), shaken(NORMS[norm]())).double()
     x = tensor(3, 4, 5, 5)
     model = engm.GradNormModule(net)

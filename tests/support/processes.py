@@ -30,9 +30,14 @@ def started(work: Callable[..., None], arguments: tuple[Any, ...], processes: in
     return mp.start_processes(work, arguments, nprocs=processes, join=False, start_method="forkserver")
 
 
-def found_by(work: Callable[[int, int, Path], None], processes: int, folder: Path) -> list[Any]:
-    """What ``work(rank, port, folder)`` saved as ``folder / f"{rank}.pt"``, for every rank."""
-    running = started(work, (free_port(), folder), processes)
+def joined(work: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """Runs such processes to their end."""
+    running = started(work, arguments, processes)
     while not running.join():
         pass
+
+
+def found_by(work: Callable[[int, int, Path], None], processes: int, folder: Path) -> list[Any]:
+    """What ``work(rank, port, folder)`` saved as ``folder / f"{rank}.pt"``, for every rank."""
+    joined(work, (free_port(), folder), processes)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import engm
 
-EXACT = {"rtol": 1e-9, "atol": 1e-12}  # float64 against the oracle
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(2, channels),
@@ -123,6 +122,7 @@ def assert_same(found: Any, expected: Any, where: str = "value") -> None:
 
 
 def assert_close(found: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-12) -> None:
+    """Equal but for rounding in float64, which is what the engine promises against the oracle."""
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 

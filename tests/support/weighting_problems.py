@@ -22,7 +22,7 @@ def sum_type(dtype):
 
 
 def assert_sums_close(got, want, magnitudes, dtype, factor=1.0):
-    """`want` and `magnitudes` (the sums of the terms' absolute values) in float64."""
+    """The sums agree with `want`; `magnitudes` are the sums of the terms' absolute values, both in float64."""
     assert got.dtype == sum_type(dtype)
     assert got.shape == want.shape
     excess = (got.double() - want).abs() - factor * TOLERANCE[dtype] * magnitudes

@@ -73,7 +73,7 @@ def test_terms_are_let_go_as_they_are_used():
 
 
 def test_float16_backprops_are_scaled_even_if_they_are_larger():
-    """They carry the loss scale; activations times a small weight would vanish."""
+    """Backprops carry the loss scale; activations times a small weight would vanish."""
     a, b = torch.full((2, 1, 3), 1e-3).half(), torch.full((2, 1, 5), 100.0).half()
     got = LinearFactors(a, b).weighted_sum(torch.full((2,), 1e-4))
     want = F.linear(b.float().squeeze(1).t(), a.float().squeeze(1).t()) * 1e-4

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes import free_port
+from processes import free_port, joined
 from tiny_runs import PLAIN, tiny_dataset
 from torch import Tensor
 
@@ -105,7 +104,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folders of two processes."""
     folder = tmp_path_factory.mktemp("pair")
-    mp.spawn(work, (free_port(), folder), nprocs=2)
+    joined(work, (free_port(), folder), 2)
     return folder
 
 
