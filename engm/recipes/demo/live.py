@@ -41,7 +41,7 @@ class LiveView(LiveDisplay):
         self._progress.update(self._task, description=text)
         if not self.show(self._picture()) and all(epoch in run.validation for run in self._demo.runs):
             figures = "  ".join(f"{run.label} {run.validation[epoch].robust:5.1%}" for run in self._demo.runs)
-            self._console.print(f"epoch {epoch:3d}/{epochs}  validation under PGD-20:  {figures}")
+            self.console.print(f"epoch {epoch:3d}/{epochs}  validation under PGD-20:  {figures}")
 
     def _picture(self) -> Group:
         figures = Table(box=None)

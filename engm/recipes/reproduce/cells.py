@@ -18,7 +18,7 @@ from ..data import Dataset
 from ..machine import set_machine
 from ..processes import Processes
 from ..runs.folder import RunFolder, View, train
-from ..training.run import load_dataset
+from ..training.building import load_dataset
 from .measures import Measure, measured
 from .statistics import Record
 

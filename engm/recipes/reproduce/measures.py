@@ -19,7 +19,7 @@ from ..data import Dataset
 from ..runs.evaluation import assess
 from ..runs.folder import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
-from ..training.run import build_network, load_weights
+from ..training.building import build_network, load_weights
 
 
 class Measure(Protocol):

@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..methods import canonical_method
 from ..processes import Processes
 from ..storage.atomic_files import write_json, write_text_atomic
-from ..training.run import load_in_turn
+from ..training.building import load_in_turn
 from .folder import RunFolder, View, train
 from .report import collect, draw, markdown
 

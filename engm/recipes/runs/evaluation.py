@@ -18,7 +18,7 @@ from ..accuracy import evaluate, pgd20
 from ..config import RunConfig
 from ..data import Dataset, Source
 from ..storage.atomic_files import read_json, write_json
-from ..training.run import build_network, load_dataset, load_weights
+from ..training.building import build_network, load_dataset, load_weights
 from .folder import RunFolder, Which
 
 ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")

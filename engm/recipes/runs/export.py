@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..storage.atomic_files import make_folder, replaced_when_whole
-from ..training.run import build_network, load_dataset, load_weights
+from ..training.building import build_network, load_dataset, load_weights
 from .folder import RunFolder, Which
 
 

@@ -39,10 +39,13 @@ class LiveDisplay:
 
     Args:
         console: where to draw.
+
+    Attributes:
+        console: where the picture is drawn.
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -93,7 +96,7 @@ class RunView(LiveDisplay):
         config, data = run.config, run.dataset
         threshold = f", alpha {run.alpha:.3g}" if isinstance(run.alpha, float) else ""
         awp = f" with AWP {config.awp_gamma:g}" if config.awp else ""
-        self._console.print(
+        self.console.print(
             f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
             f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
             f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
@@ -102,7 +105,7 @@ class RunView(LiveDisplay):
             highlight=False,
         )
         if run.trainer.steps:
-            self._console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
+            self.console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
         self._task = self._progress.add_task("", total=run.steps, completed=run.trainer.steps, rate="")
         self._describe()
         self.show(self.picture())
@@ -126,13 +129,13 @@ class RunView(LiveDisplay):
         row = self.run.history[-1]
         figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
         number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
-        self._console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+        self.console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
 
     def _hint(self, run: Run) -> None:
         """Says once if next to nothing is left of the gradients: then the learning rate means something else."""
         weight = run.history[-1]["weight_mean"]
         if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
-            self._console.print(
+            self.console.print(
                 f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
                 "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
                 "the norms of this network.",
