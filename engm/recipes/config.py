@@ -17,7 +17,6 @@ from .data import DATASETS
 from .methods import canonical_method
 
 THREATS = ("linf", "l2")
-
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
 PRECISIONS = ("fp32", "bf16")
@@ -27,9 +26,27 @@ PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays a
 PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
 METHOD_TABLE_EPOCHS = 200
 PIXEL_EPS = {"linf": 8 / 255, "l2": 128 / 255}
-# The paper's step is a quarter of eps (2/255); for l2 it names none: 15/255, as Rice et al. (2020) take at 128/255.
+# The paper's step is a quarter of eps (2/255). It names none for l2: 15/255 is what Rice et al. (2020) take at 128/255.
 STEP_SHARE = {"linf": 1 / 4, "l2": 15 / 128}
 DIGITS_EPS = {"linf": 0.2, "l2": 1.0}  # 8x8 images of 16 grey levels; see engm.recipes.demo
+# The names that a setting may have, and the least values of settings that are numbers.
+_NAMES = {
+    "objective": OBJECTIVES,
+    "threat": THREATS,
+    "augment": AUGMENTATIONS,
+    "attack_mode": ATTACK_MODES,
+    "precision": PRECISIONS,
+    "batch_norm": BATCH_NORM_MODES,
+    "norm": ("batch", "group"),
+    "in_memory": ("auto", "yes", "no"),
+}
+_AT_LEAST = {
+    1: (
+        "epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every", "log_every",
+        "evaluation_steps", "validation_examples", "train_examples", "test_examples", "width", "image_size", "threads",
+    ),
+    0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
+}  # fmt: skip
 
 
 def setting(default: Any, text: str, section: str, *, outcome: bool = True) -> Any:
@@ -129,37 +146,23 @@ class RunConfig:
         object.__setattr__(self, "objective", self.objective.lower())
         if self.data.lower() in DATASETS:
             object.__setattr__(self, "data", self.data.lower())
-        for name, known in (
-            ("objective", OBJECTIVES),
-            ("threat", THREATS),
-            ("augment", AUGMENTATIONS),
-            ("attack_mode", ATTACK_MODES),
-            ("precision", PRECISIONS),
-            ("batch_norm", BATCH_NORM_MODES),
-            ("norm", ("batch", "group")),
-            ("in_memory", ("auto", "yes", "no")),
-        ):
+        self._check_names()
+        self._check_ranges()
+        self._check_alpha()
+        self._check_norms()
+
+    def _check_names(self) -> None:
+        for name, known in _NAMES.items():
             check_name(getattr(self, name), known, what=option(name))
         for name in self.loggers:
             check_name(name, LOG_FORMATS, what=option("loggers"))
         if len(set(self.loggers)) < len(self.loggers):
             raise ValueError(f"--loggers names a format twice: {','.join(self.loggers)}")
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
-        at_least = {
-            1: ("epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every"),
-            0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
-        }
-        at_least[1] += (
-            "log_every",
-            "evaluation_steps",
-            "validation_examples",
-            "train_examples",
-            "test_examples",
-            "width",
-        )
-        at_least[1] += ("image_size", "threads")
-        for least, names in at_least.items():
+        for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not (isfinite(value) and value >= least):
@@ -173,15 +176,13 @@ class RunConfig:
                 raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 < self.clip_fraction < 1:
             raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
-        self._check_alpha()
-        self._check_norms()
         for name in ("decay_epochs", "keep_epochs"):
             epochs = getattr(self, name) or ()
             if list(epochs) != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
                 raise ValueError(f"{option(name)} must be rising epoch numbers from 1, got {epochs}")
 
     def _check_norms(self) -> None:
-        """Norms through the statistics cannot come from an attack that does not see them."""
+        """Refuses norms through the statistics that would come from an attack which does not see these."""
         borrows = self.borrow and self.objective in ("pgd", "fat") and self.optimizer in ("engm", "a-engm", "f-engm")
         if self.batch_norm == "exact" and self.norm == "batch" and self.attack_mode == "eval" and borrows:
             raise ValueError(
@@ -335,6 +336,6 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(config: RunConfig) -> str:
     """A TOML file that :func:`from_values` reads back to the same configuration."""
-    import tomli_w  # here: only a run that begins needs it
+    import tomli_w  # imported here, because only a run that begins needs it
 
     return tomli_w.dumps(config.as_dict())

@@ -49,7 +49,7 @@ class Mean:
 
 def student(freedom: int) -> float:
     """The two-sided 95 % point of Student's t."""
-    from scipy.stats import t  # here: the command line starts faster without
+    from scipy.stats import t  # imported here, because the command line starts faster without it
 
     return float(t.ppf(0.5 + CONFIDENCE / 2, freedom))
 

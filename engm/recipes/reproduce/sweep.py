@@ -76,7 +76,7 @@ def carry_out(
 
 def _common(cells: Sequence[Cell]) -> str:
     """The settings that all cells share, as TOML, without the places of data on this machine."""
-    import tomli_w  # here: nothing else needs it
+    import tomli_w  # imported here, because nothing else needs it
 
     first, *others = [cell.config.resolved().as_dict() for cell in cells]
     shared = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}

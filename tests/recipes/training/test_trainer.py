@@ -105,6 +105,22 @@ def test_interleaving_changes_nothing(split: Split) -> None:
         assert torch.equal(second.model.state_dict()[name], tensor), name
 
 
+def test_another_trainer_goes_first_with_every_batch(split: Split) -> None:
+    class Taker:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
+            taken.append((self.name, y.tolist()))
+
+    taken: list[tuple[str, list[int]]] = []
+    batches = list(split.batches(torch.arange(20).split(5)))
+    turns = [len(taken) for _ in take_turns([Taker("a"), Taker("b"), Taker("c")], batches)]
+    assert turns == [3, 6, 9, 12], "a batch is everybody's before the next"
+    assert "".join(name for name, _ in taken) == "abcbcacababc"
+    assert [y for _, y in taken[::3]] == [y.tolist() for _, y in batches]
+
+
 def test_a_huge_threshold_recovers_msgd(split: Split) -> None:
     loose, plain = trainer(engm_of(1e6)), trainer(engm.MSGD)
     records = train_epoch([loose, plain], split, generator=order())
