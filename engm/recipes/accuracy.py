@@ -23,8 +23,8 @@ def pgd20(eps: float, norm: Literal["linf", "l2"] = "linf", steps: int = 20) -> 
 
     Args:
         eps: radius; with 0 the attack does nothing.
-        norm: of the ball.
-        steps: other than 20; the step size stays eps/10, or so that all steps together could cross the ball twice.
+        norm: norm of the ball.
+        steps: number of steps. From 20 on their size is eps/10; fewer are so long that they could cross the ball.
     """
     step = max(eps / 10, 2 * eps / steps) if steps < 20 else eps / 10
     return PGD(eps, step or 1.0, steps, norm=norm, loss="margin", stop_when_broken=True)
@@ -66,7 +66,7 @@ def evaluate(
         split: the examples, on the model's device.
         attack: ``None`` for natural accuracy only. Should run in evaluation mode.
         batch_size: examples at a time.
-        seed: of the attack's random starts; the same starts for every model.
+        seed: seed of the attack's random starts; the same starts for every model.
         processes: several processes that share the batches; all of them get the accuracy of the whole split.
 
     Raises:
@@ -87,7 +87,7 @@ def evaluate(
             natural += correct
             broken += not finite
             if attack is not None and finite:
-                # A generator a batch, so that it does not matter which process has it.
+                # Every batch has a generator of its own, so that it does not matter which process attacks it.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
                 correct, finite = _look(model, attack(model, x, y, generator=generator).inputs, y)
                 robust += correct
@@ -101,7 +101,7 @@ def evaluate(
 
 @torch.no_grad()
 def _look(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[int, bool]:
-    """How many are classified correctly, and whether all outputs are finite."""
+    """The number of examples classified correctly, and whether all outputs are finite."""
     logits = model(x)
     correct, finite = torch.stack([(logits.argmax(dim=1) == y).sum(), logits.isfinite().all().long()]).tolist()
     return correct, bool(finite)

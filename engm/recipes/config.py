@@ -282,8 +282,8 @@ def from_values(values: Mapping[str, Any], *, source: str) -> RunConfig:
     """A configuration from plain values, as TOML has them: fractions as strings, lists for tuples.
 
     Args:
-        values: by name; both ``save_every`` and ``save-every`` are understood.
-        source: who says so, for messages.
+        values: values by name; both ``save_every`` and ``save-every`` are understood.
+        source: where the values come from, for messages.
 
     Raises:
         ValueError: an unknown name (with the nearest known one), a wrong type or a value out of range.

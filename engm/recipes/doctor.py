@@ -18,12 +18,13 @@ import torch
 import engm
 
 State = Literal["ok", "note", "bad"]
-# Package, what it is for, whether the recipes cannot do without.
+# Name of a package, what it is for, and whether the recipes need it.
 PACKAGES = (
     ("torchvision", "data sets, models", True),
     ("scikit-learn", "digits", True),
     ("safetensors", "checkpoints", True),
     ("tomli-w", "configurations", True),
+    ("filelock", "run folders", True),
     ("matplotlib", "curves", True),
     ("tensorboard", "logs", False),
     ("timm", "models by timm's names", False),
@@ -43,7 +44,7 @@ class Finding:
     """One thing looked at.
 
     Attributes:
-        what: its name.
+        what: name of the thing.
         state: ``"ok"``, ``"note"`` (something is left out) or ``"bad"`` (training will fail, or waste most of the
             machine).
         detail: what was found, and what to do.
@@ -55,7 +56,7 @@ class Finding:
 
 
 def examine(data_root: Path, out: Path) -> list[Finding]:
-    """Looks at everything; changes nothing but for a file written to ``out`` (or what exists of it) and removed.
+    """Looks at everything; only a file is written to ``out`` (or to what exists of that path) and removed again.
 
     Args:
         data_root: where named data sets would lie.

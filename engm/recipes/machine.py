@@ -1,4 +1,4 @@
-"""What a run runs on: for its results, and set as its configuration asks."""
+"""The machine of a run: its description for the results, and the settings that a configuration asks of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def set_machine(config: RunConfig) -> None:
-    """Threads and tensor cores as a configuration asks, for the whole process."""
+    """Sets threads and tensor cores as a configuration asks, for the whole process."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32

@@ -24,8 +24,8 @@ class Processes:
 
     Attributes:
         device: where this process computes.
-        rank: its number.
-        world: how many there are.
+        rank: number of this process, from 0.
+        world: number of processes.
     """
 
     device: torch.device
@@ -62,7 +62,7 @@ class Processes:
         return DistributedDataParallel(model, device_ids=ids, **{option: False})  # type: ignore[arg-type]
 
     def total(self, counts: Sequence[int]) -> list[int]:
-        """Sums over the processes."""
+        """The sums of counts over the processes."""
         if self.world == 1:
             return list(counts)
         summed = torch.tensor(list(counts), dtype=torch.int64, device=self.device)
@@ -117,7 +117,7 @@ class Processes:
 
 
 def choose_device(name: str) -> torch.device:
-    """``"auto"`` is the GPU, if there is one.
+    """The device that a name stands for; ``"auto"`` is the GPU, if there is one.
 
     Raises:
         ValueError: no such device here.
@@ -137,7 +137,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def from_environment(device: str = "auto") -> Iterator[Processes]:
-    """The processes that ``torchrun`` describes in the environment, connected (gloo on CPUs, NCCL on GPUs), or one.
+    """Connects the processes that ``torchrun`` describes in the environment: gloo on CPUs, NCCL on GPUs. Or it is one.
 
     Raises:
         ValueError: no such device here, or an environment that is not torchrun's.

@@ -24,14 +24,14 @@ class NormCorrelation:
     """How predictors compare with the exact norms, on examples that nothing was fitted on.
 
     Attributes:
-        examples: how many those are.
-        mean_norm: of the exact norms.
-        slope: of A-ENGM's line, exact norms on input-gradient norms of the first batch (Eq. 6).
-        intercept: of it.
+        examples: number of these examples.
+        mean_norm: mean of the exact norms.
+        slope: slope of A-ENGM's line, exact norms on input-gradient norms of the first batch (Eq. 6).
+        intercept: intercept of this line.
         pearson: correlation with the exact norms, by predictor: ``"input"`` (N- and A-ENGM's), ``"engine"`` (ours).
-        weight_errors: for each threshold (``"median"``: of the first batch's exact norms) the mean of ``|w' - w|`` by
-            predictor, ``"line"``, ``"engine"`` and ``"input"`` (N-ENGM with the best single scale, the ratio of
-            medians on the first batch), and ``"weight"``, the mean of ``w``.
+        weight_errors: for each threshold (``"median"`` is that of the first batch's exact norms) the mean of
+            ``|w' - w|`` by predictor, ``"line"``, ``"engine"`` and ``"input"`` (N-ENGM with the best single scale, the
+            ratio of medians on the first batch), and ``"weight"``, the mean of ``w``.
     """
 
     examples: int
@@ -44,7 +44,7 @@ class NormCorrelation:
 
 @dataclass(frozen=True)
 class _Norms:
-    """Of some examples, ``[n]`` in float64."""
+    """The norms of some examples, each ``[n]`` in float64."""
 
     exact: Tensor
     input: Tensor

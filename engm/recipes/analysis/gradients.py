@@ -17,7 +17,7 @@ class GradientStatistics:
     """Statistics of the gradients ``g_i`` of single examples with respect to all trained parameters.
 
     Attributes:
-        examples: how many.
+        examples: number of examples.
         loss: mean cross-entropy, nats.
         mean_norm: the paper's mu, the mean of ``||g_i||``.
         mean_squared_norm: the mean of ``||g_i||^2``.

@@ -53,9 +53,9 @@ def loss_landscape(
         y: labels ``[n]``.
         attack: finds ``u``.
         span: largest coordinate, in lengths of ``u``.
-        points: a side; odd, so that ``x`` itself is one of them.
-        seed: of the attack's start and of ``v``; the same ``v`` before it is made orthogonal for every network.
-        batch_size: points at a time.
+        points: number of points along a side; odd, so that ``x`` itself is one of them.
+        seed: seed of the attack's start and of ``v``; the same ``v`` before it is made orthogonal for every network.
+        batch_size: number of points at a time.
 
     Raises:
         ValueError: ``points`` is even or below 3, ``span`` is not positive, or an attack left its example in place.

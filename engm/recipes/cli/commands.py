@@ -170,7 +170,7 @@ def reproduce(
     settings: dict[str, Any],
 ) -> None:
     """Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture."""
-    from ..reproduce import Request, analysis, carry_out, plan
+    from ..reproduce import Request, analysis, carry_out, expense_of
     from ..reproduce import budget as budget_named
     from ..runs.progress import RunView, progress_bar
 
@@ -187,8 +187,8 @@ def reproduce(
         set_machine(cells[0].config.resolved())
         console = _console()
         console.print(f"{what.title}; budget {chosen.name}: {chosen.purpose}.", highlight=False, soft_wrap=True)
-        planned = plan(cells, out / "runs", device, jobs)
-        console.print(str(planned), highlight=False, soft_wrap=True)
+        expense = expense_of(cells, out / "runs", device, jobs)
+        console.print(str(expense), highlight=False, soft_wrap=True)
         if plan_only:
             return
         with progress_bar(console) as bar:
@@ -199,7 +199,7 @@ def reproduce(
                 cells,
                 out,
                 device,
-                jobs=planned.jobs,
+                jobs=expense.jobs,
                 view=lambda title: RunView(console, f"{title}: "),
                 on_cell=lambda record, done: bar.update(task, completed=done),
             )
@@ -277,7 +277,7 @@ def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
 
 
 def _console(*, quiet: bool = False) -> Console:
-    """Where nobody looks (a file, a pipe), wide enough for every table."""
+    """A console as wide as the terminal; a file or a pipe, where nobody looks, is wide enough for every table."""
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
 
 

@@ -23,7 +23,7 @@ _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderIn
 
 @contextmanager
 def explained_failures(resume: str = "") -> Iterator[None]:
-    """Around a command's work. Other exceptions are faults of ours and keep their traceback.
+    """Put around a command's work, says what failed. Other exceptions are faults of ours and keep their traceback.
 
     Args:
         resume: how to go on after an interruption, for the message.

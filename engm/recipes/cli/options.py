@@ -38,7 +38,7 @@ def with_settings(command: Callable[..., None], *, leave_out: tuple[str, ...] = 
 
 
 def _option(f: Any) -> inspect.Parameter:
-    """``None`` means not given, so that a configuration file can tell defaults from choices."""
+    """A setting as an option; ``None`` means that it was not given, which tells a choice from a default."""
     kind, _ = value_type(f.name)
     default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
     details: dict[str, Any] = {
@@ -57,9 +57,9 @@ def _option(f: Any) -> inspect.Parameter:
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-DECIDED = ("optimizer", "seed", "alpha", "keep_epochs")  # by an analysis of engm reproduce
-FETCHED = ("cifar10", "cifar100", "svhn")
-# Settings that say something only beside others, and when they do.
+DECIDED = ("optimizer", "seed", "alpha", "keep_epochs")  # what an analysis of engm reproduce decides itself
+FETCHED = ("cifar10", "cifar100", "svhn")  # what --download can fetch
+# When a setting that has a meaning only beside others has it, and how to say so.
 _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "beta": (lambda c: c.objective in ("trades", "mart"), "--objective trades or mart"),
     "patience": (lambda c: c.objective == "fat", "--objective fat"),

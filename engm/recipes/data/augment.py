@@ -67,4 +67,4 @@ class Augmentation:
 
 
 CROP_AND_FLIP = Augmentation(padding=4, flip=True)
-"""What the paper does to the images of all its data sets."""
+"""The augmentation that the paper uses for all its data sets."""

@@ -121,7 +121,7 @@ class Dataset:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images as networks take them: float32 in [0, 1]; uint8 are divided by 255, others are in [0, 1] already."""
+    """Images as networks take them, float32 in [0, 1]: uint8 are divided by 255, others are in [0, 1] already."""
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 

@@ -7,7 +7,7 @@ import torch
 from .dataset import Dataset, Split, shuffled_rows
 from .extras import import_extra
 
-SPLIT_SEED = 20220  # Of the split, not of a run: every run and every method sees the same three sets.
+SPLIT_SEED = 20220  # of the split, not of a run: every run and every method sees the same three sets
 TEST_EXAMPLES = 857
 VALIDATION_EXAMPLES = 300
 

@@ -24,7 +24,7 @@ class ImageFiles:
     """Images by index; grey ones, and those with a palette or transparency, become RGB.
 
     Attributes:
-        paths: of the files.
+        paths: paths of the files.
         size: ``(H, W)`` of every image.
         resize: bring other sizes to this one (which must be square): scale the shorter side (bilinear, antialiased),
             then crop the centre. Otherwise other sizes are refused.
@@ -59,7 +59,7 @@ class LabelledFiles:
     """Files and the class of each.
 
     Attributes:
-        paths: of the files.
+        paths: paths of the files.
         labels: ``[n]`` int64.
     """
 

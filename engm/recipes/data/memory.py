@@ -16,8 +16,8 @@ def keep_in_memory(choice: InMemory, size: int, *devices: torch.device | str) ->
 
     Args:
         choice: ``"auto"`` if they take at most half of what is free on every one of the devices.
-        size: of the images, in bytes.
-        devices: where they would lie.
+        size: size of the images in bytes.
+        devices: where the images would lie.
 
     Raises:
         ValueError: ``choice`` is none of ``"auto"``, ``True`` and ``False``.

@@ -44,7 +44,7 @@ def load_data(
             (:func:`load_npz`), or that of a folder (:func:`load_image_folder`, or Tiny-ImageNet's own layout).
         root: where named data sets lie.
         download: fetch CIFAR or SVHN if it is missing.
-        image_size: for a folder of images: side in pixels to which they are brought.
+        image_size: side in pixels to which the images of a folder are brought.
         validation_examples: how many training examples to hold out (the paper takes 1,000). The digits have a split of
             their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone.
         split_seed: seed of the draw of those.

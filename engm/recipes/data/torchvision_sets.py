@@ -78,10 +78,10 @@ def load_svhn(
 
     Args:
         root: the folder that holds ``train_32x32.mat`` and ``test_32x32.mat``.
-        download: see :func:`load_cifar10`, as for everything else.
-        validation_examples: see there.
-        split_seed: see there.
-        validation_from_test: see there.
+        download: as :func:`load_cifar10` takes it, and so are the others.
+        validation_examples: number of training examples to hold out.
+        split_seed: seed of the draw of those.
+        validation_from_test: hold them out of the test set instead.
     """
     kind = import_extra("torchvision.datasets", _PURPOSE).SVHN
     import_extra("scipy.io", "the files of SVHN")  # torchvision asks for it too late to say which package lacks it
@@ -130,7 +130,7 @@ def _load_cifar(
 
 
 def _split(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.integer], classes: int, path: Path) -> Split:
-    """From images ``[n, 3, H, W]``, however they lie in memory."""
+    """A split of images ``[n, 3, H, W]``, however they lie in memory."""
     targets = torch.from_numpy(labels.astype(np.int64))
     check_labels(targets, classes, path)
     return Split(torch.from_numpy(np.ascontiguousarray(images)), targets)

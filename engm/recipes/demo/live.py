@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 from statistics import median
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.table import Table
 
-from ..runs.progress import progress_bar
+from ..runs.progress import LiveDisplay, progress_bar
 from .side_by_side import Demo
 
 
-class LiveView:
+class LiveView(LiveDisplay):
     """``with LiveView(demo, console) as view:``; pass ``view.on_step`` and ``view.on_epoch`` to the run.
 
     In a terminal the view redraws itself; anywhere else it prints one line at each look at the validation set.
     """
 
     def __init__(self, demo: Demo, console: Console) -> None:
+        super().__init__(console)
         self._demo = demo
-        self._console = console
         training = demo.settings.training
         steps = training.epochs * (len(demo.dataset.train) // training.batch_size)
         self._progress = progress_bar(console)
         self._task = self._progress.add_task(f"epoch 1/{training.epochs}", total=steps)
-        self._live = Live(self._picture(), console=console, refresh_per_second=4) if console.is_terminal else None
 
-    def __enter__(self) -> LiveView:
-        if self._live is not None:
-            self._live.start()
+    def __enter__(self) -> Self:
+        self.show(self._picture())
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def on_step(self) -> None:
         """A batch is done."""
         self._progress.advance(self._task)
 
     def on_epoch(self, epoch: int) -> None:
-        """So many epochs are done."""
+        """That many epochs are done."""
         epochs = self._demo.settings.training.epochs
         text = "testing" if epoch == epochs else f"epoch {epoch + 1}/{epochs}"
         self._progress.update(self._task, description=text)
-        if self._live is not None:
-            self._live.update(self._picture())
-        elif all(epoch in run.validation for run in self._demo.runs):
+        if not self.show(self._picture()) and all(epoch in run.validation for run in self._demo.runs):
             figures = "  ".join(f"{run.label} {run.validation[epoch].robust:5.1%}" for run in self._demo.runs)
-            self._console.print(f"epoch {epoch:3d}/{epochs}  validation under PGD-20:  {figures}")
+            self.console.print(f"epoch {epoch:3d}/{epochs}  validation under PGD-20:  {figures}")
 
     def _picture(self) -> Group:
         figures = Table(box=None)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..accuracy import overfit
 from ..machine import machine_facts
+from ..pictures import mark_decays, picture
 from ..training.trainer import EpochRecord
 from .side_by_side import Demo, MethodRun
 
@@ -31,9 +32,9 @@ class Summary:
 
     Attributes:
         natural: natural accuracy of the best checkpoint (chosen on the validation set).
-        natural_last: the same of the last.
+        natural_last: natural accuracy of the last checkpoint.
         best: PGD-20 robust accuracy of the best checkpoint.
-        last: the same of the last.
+        last: PGD-20 robust accuracy of the last checkpoint.
         overfit: (best - last) / best.
         best_epoch: epochs behind the best checkpoint.
         step_seconds: median seconds of a training step.
@@ -172,40 +173,33 @@ def write_json(demo: Demo, path: Path, *, seconds: float) -> None:
 
 def draw_curves(demo: Demo, path: Path) -> None:
     """Learning curves of all methods as a PNG: robust accuracy, training loss, mean weight."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    robust, loss, weight = figure.subplots(1, 3)
-    for index, run in enumerate(demo.runs):
-        colour = f"C{index}"
-        epochs = range(1, len(run.epochs) + 1)
-        curve = [(epoch, 100 * (accuracy.robust or 0.0)) for epoch, accuracy in run.validation.items()]
-        robust.plot(*zip(*curve, strict=True), color=colour, label=run.label)
-        robust.plot(run.best.epoch, 100 * run.best.score, "o", color=colour)
-        loss.plot(epochs, [record.loss for record in run.epochs], color=colour)
-        weight.plot(epochs, [record.mean_weight for record in run.epochs], color=colour)
-    _dress(robust, "validation accuracy under PGD-20, %  (o: best)", demo)
-    _dress(loss, "adversarial training loss, nats", demo)
-    _dress(weight, "mean weight w of the examples", demo)
-    loss.set_ylim(bottom=0)
-    if all(record.mean_weight <= 1 for run in demo.runs for record in run.epochs):
-        weight.set_ylim(0, 1.05)
-    else:  # F-ENGM lengthens short gradients, without bound
-        weight.set_yscale("log")
-    robust.legend(loc="lower right", ncols=1 if len(demo.runs) < 5 else 2, fontsize="small")
-    figure.suptitle(
-        f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, "
-        f"alpha {demo.alpha:.2f}, seed {demo.settings.training.seed} (dotted: learning rate divided by 10)"
-    )
-    figure.savefig(path, dpi=120)
+    with picture(path, (13, 4)) as figure:
+        robust, loss, weight = figure.subplots(1, 3)
+        for index, run in enumerate(demo.runs):
+            colour = f"C{index}"
+            epochs = range(1, len(run.epochs) + 1)
+            curve = [(epoch, 100 * (accuracy.robust or 0.0)) for epoch, accuracy in run.validation.items()]
+            robust.plot(*zip(*curve, strict=True), color=colour, label=run.label)
+            robust.plot(run.best.epoch, 100 * run.best.score, "o", color=colour)
+            loss.plot(epochs, [record.loss for record in run.epochs], color=colour)
+            weight.plot(epochs, [record.mean_weight for record in run.epochs], color=colour)
+        _dress(robust, "validation accuracy under PGD-20, %  (o: best)", demo)
+        _dress(loss, "adversarial training loss, nats", demo)
+        _dress(weight, "mean weight w of the examples", demo)
+        loss.set_ylim(bottom=0)
+        if all(record.mean_weight <= 1 for run in demo.runs for record in run.epochs):
+            weight.set_ylim(0, 1.05)
+        else:  # F-ENGM lengthens short gradients, without bound
+            weight.set_yscale("log")
+        robust.legend(loc="lower right", ncols=1 if len(demo.runs) < 5 else 2, fontsize="small")
+        figure.suptitle(
+            f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, "
+            f"alpha {demo.alpha:.2f}, seed {demo.settings.training.seed} (dotted: learning rate divided by 10)"
+        )
 
 
 def _dress(axes: Axes, title: str, demo: Demo) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.3)
-    training = demo.settings.training
-    for fraction in training.decay_at:
-        axes.axvline(round(fraction * training.epochs) + 0.5, color="grey", linestyle=":", linewidth=1)
+    mark_decays(axes, demo.settings.training.decay_epochs)

@@ -16,7 +16,8 @@ from ..accuracy import Accuracy
 from ..data import Dataset, load_digits
 from ..methods import LABELS
 from ..processes import Processes
-from ..training.run import Best, Run, build_network
+from ..training.building import build_network
+from ..training.run import Best, Run
 from ..training.trainer import EpochRecord, Trainer
 from ..training.turns import take_turns
 from .settings import DemoSettings, default_alpha

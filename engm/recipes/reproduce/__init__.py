@@ -2,7 +2,7 @@
 
 from .analysis import Analysis, Request
 from .budgets import BUDGETS, Budget, budget
-from .expense import Plan, plan
+from .expense import Expense, expense_of
 from .registry import ANALYSES, analysis
 from .sweep import carry_out
 
@@ -11,10 +11,10 @@ __all__ = [
     "BUDGETS",
     "Analysis",
     "Budget",
-    "Plan",
+    "Expense",
     "Request",
     "analysis",
     "budget",
     "carry_out",
-    "plan",
+    "expense_of",
 ]

@@ -8,13 +8,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
-from .accuracy_tables import AUTOATTACK, BEST, LAST, NATURAL, OVERFIT, Figure_, Row, accuracy_rows, accuracy_table
+from .accuracy_tables import (
+    AUTOATTACK,
+    BEST,
+    LAST,
+    NATURAL,
+    OVERFIT,
+    Figure_,
+    Row,
+    accuracy_finding,
+    accuracy_rows,
+    accuracy_table,
+)
 from .analysis import Analysis, Request
 from .budgets import Budget
 from .cells import Cell
 from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
-from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
+from .statistics import Finding, Record, figure, mean_of, selected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,8 +41,8 @@ class Ablation:
         name: as the command takes it.
         setting: its name in :class:`~engm.recipes.config.RunConfig`.
         shown: its name in text.
-        values: by optimizer; empty for the thresholds, which are the budget's.
-        special: settings of the runs.
+        values: values of the setting by optimizer; empty for the thresholds, which are the budget's.
+        special: other settings of the runs.
     """
 
     name: str
@@ -41,7 +52,7 @@ class Ablation:
     special: dict[str, Any]
 
     def cells(self, request: Request) -> list[Cell]:
-        """Seed by seed, optimizer by optimizer, value by value."""
+        """The runs of the panel, seed by seed, optimizer by optimizer, value by value."""
         axis = self.values or _thresholds(request.budget)
         return [
             request.cell(
@@ -63,7 +74,7 @@ class Ablation:
         return {self.setting: typed(value)}
 
     def found(self, records: Sequence[Record]) -> dict[str, list[float]]:
-        """The values that there are runs of (diverged ones too), by optimizer; without MSGD's for no threshold."""
+        """The values of which there are runs (diverged ones too) by optimizer; MSGD without a threshold is left out."""
         mine = [r["labels"] for r in records if r["labels"]["panel"] == self.name]
         names = dict.fromkeys(labels["optimizer"] for labels in mine if labels[self.setting] is not None)
         return {
@@ -72,7 +83,7 @@ class Ablation:
 
 
 def _thresholds(budget: Budget) -> dict[str, tuple[float | None, ...]]:
-    """ENGM's, a tenth of them for N-ENGM, and MSGD, which is ENGM without one."""
+    """The thresholds: ENGM's, a tenth of them for N-ENGM, and none for MSGD, which is ENGM without one."""
     return {"engm": budget.alphas, "n-engm": tuple(round(a / 10, 6) for a in budget.alphas), "msgd": (None,)}
 
 
@@ -97,7 +108,7 @@ ABLATIONS = (
 
 
 def _autoattack(budget: Budget) -> tuple[Measure, ...]:
-    """The measure of these figures, where the budget has it."""
+    """What these figures measure on a run: AutoAttack, where the budget has it."""
     return () if budget.attacked_in_sweeps == 0 else (AutoAttack(budget.attacked_in_sweeps),)
 
 
@@ -112,7 +123,7 @@ PANELS: dict[str, tuple[Figure_, str]] = {
 
 
 def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS) -> Outcome:
-    """Of one panel or of all."""
+    """The outcome of one panel or of all."""
     shown = [panel for panel in panels if panel.found(records)]
     tables, findings = [], []
     for panel in shown:
@@ -136,7 +147,7 @@ def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS)
 
 
 def _validation_table(records: Sequence[Record], rows: Sequence[Row]) -> Table:
-    """What a threshold may be chosen by."""
+    """The accuracies on the validation set, by which a threshold may be chosen."""
     lines = []
     for row in rows:
         runs = selected(records, row.labels)
@@ -166,20 +177,18 @@ def _mean_weight(record: Record) -> float:
 
 def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
     values = panel.found(records)[optimizer]
-    return paired_finding(
+    return accuracy_finding(
         f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
         records,
         {"optimizer": optimizer, panel.setting: values[0]},
         {"optimizer": optimizer, panel.setting: values[-1]},
         OVERFIT,
         expected="less",
-        unit=" %",
-        scale=100,
     )
 
 
 def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
-    """The range of the best robust accuracy over the values, seed by seed."""
+    """Whether ENGM's best robust accuracy has a smaller range over the values, seed by seed, than MSGD's."""
     ranges: list[Record] = []
     for optimizer, values in panel.found(records).items():
         for seed in {r["labels"]["seed"] for r in records}:
@@ -188,15 +197,13 @@ def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
             if len(found) == len(values):  # a range without the value that diverged would be too small
                 labels = {"optimizer": optimizer, "seed": seed}
                 ranges.append({"labels": labels, "range": max(found) - min(found)})
-    return paired_finding(
+    return accuracy_finding(
         "ENGM is less sensitive to weight decay than MSGD (range of the best robust accuracy over the values)",
         ranges,
         {"optimizer": "engm"},
         {"optimizer": "msgd"},
         figure("range"),
         expected="less",
-        unit=" %",
-        scale=100,
     )
 
 

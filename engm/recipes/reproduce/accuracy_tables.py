@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
+from ..pictures import mark_decays
 from .analysis import Analysis, Request, data_name
 from .budgets import Budget
 from .cells import Cell
 from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
 from .published import TABLE2, TABLE3, TABLE4, Accuracies
-from .statistics import Finding, Record, figure, mean_of, paired_finding, selected
+from .statistics import Expected, Finding, Record, figure, mean_of, paired_finding, selected
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,11 +36,11 @@ COLUMNS: dict[str, tuple[Figure_, str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """Of a table of accuracies.
+    """A row of a table of accuracies.
 
     Attributes:
-        label: its name.
-        labels: of its cells.
+        label: name of the row.
+        labels: labels of the cells that it is made from.
         published: the paper's row, if there is one.
     """
 
@@ -49,7 +50,7 @@ class Row:
 
 
 def accuracy_table(records: Sequence[Record], rows: Sequence[Row], first: str) -> Table:
-    """Measured, mean ± standard deviation over seeds, with the paper's figure in brackets."""
+    """The measured figures, mean ± standard deviation over seeds, with the paper's in brackets."""
     shown = [row for row in rows if selected(records, row.labels) or _diverged(records, row.labels)]
     lines = []
     for row in shown:
@@ -83,7 +84,7 @@ def _caption(records: Sequence[Record]) -> str:
 
 
 def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One a run, for the CSV file."""
+    """The figures of every run, for the CSV file."""
     names = sorted({name for r in records for name in r["labels"]})
     return [
         {
@@ -99,7 +100,7 @@ def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -> None:
-    """Validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
+    """Draws validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
     left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
     shown = [row for row in rows if selected(records, row.labels)]
     for index, row in enumerate(shown):
@@ -112,8 +113,7 @@ def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -
             right.bar(index + shift, 100 * mean.value, 0.38, color=f"C{index}", hatch=hatch, alpha=0.8)
             if mean.n > 1:
                 right.errorbar(index + shift, 100 * mean.value, 100 * mean.deviation, color="black", capsize=3)
-    for decay in {epoch for r in selected(records, {}) for epoch in r["config"]["decay_epochs"]}:
-        left.axvline(decay + 0.5, color="grey", linestyle=":", linewidth=1)
+    mark_decays(left, {epoch for r in selected(records, {}) for epoch in r["config"]["decay_epochs"]})
     left.set(xlabel="epoch", title="robust accuracy, validation set, % (thin: single runs)")
     left.legend(fontsize="small")
     right.set_xticks(range(len(shown)), [row.label for row in shown], rotation=30, ha="right")
@@ -123,14 +123,40 @@ def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -
 
 
 def _curve(axis: Any, runs: Sequence[Record], **style: Any) -> None:
-    """The mean of runs at the epochs that all of them looked at."""
+    """Draws the mean of runs at the epochs that all of them looked at."""
     looks = [{row["epoch"]: row["robust"] for row in run["history"] if "robust" in row} for run in runs]
     epochs = sorted(set.intersection(*(set(look) for look in looks)))
     axis.plot(epochs, [100 * sum(look[e] for look in looks) / len(looks) for e in epochs], **style)
 
 
+def accuracy_finding(
+    claim: str,
+    records: Sequence[Record],
+    one: Mapping[str, Any],
+    other: Mapping[str, Any],
+    value: Figure_,
+    *,
+    expected: Expected = "greater",
+) -> Finding:
+    """A :func:`~engm.recipes.reproduce.statistics.paired_finding` of fractions, which it shows in per cent."""
+    return paired_finding(claim, records, one, other, value, expected=expected, unit=" %", scale=100)
+
+
+def _outcome(
+    records: Sequence[Record], rows: Sequence[Row], first: str, findings: Sequence[Finding], size: tuple[float, float]
+) -> Outcome:
+    """One table of accuracies, whose first column has the given heading, with its curves as a picture."""
+    return Outcome(
+        [accuracy_table(records, rows, first)],
+        findings,
+        accuracy_rows(records),
+        lambda drawn: draw_curves(records, rows, drawn),
+        size,
+    )
+
+
 def autoattack(budget: Budget) -> tuple[Measure, ...]:
-    """The measure of these tables."""
+    """What these tables measure on a run."""
     return (AutoAttack(budget.attacked),)
 
 
@@ -138,7 +164,7 @@ def autoattack(budget: Budget) -> tuple[Measure, ...]:
 
 
 def optimizer_cells(request: Request) -> list[Cell]:
-    """Every optimizer, seed by seed."""
+    """The runs of Table 2: every optimizer, seed by seed."""
     return [
         request.cell({}, optimizer=name, seed=seed, measures=lambda config: autoattack(request.budget))
         for seed in request.seeds
@@ -147,71 +173,60 @@ def optimizer_cells(request: Request) -> list[Cell]:
 
 
 def optimizer_rows() -> list[Row]:
-    """In the order of the paper."""
+    """The rows of Table 2, in the order of the paper."""
     return [Row(label, {"optimizer": name}, TABLE2.get(name)) for name, label in LABELS.items()]
 
 
 def summarise_optimizers(records: Sequence[Record]) -> Outcome:
-    """Of Table 2."""
+    """The outcome of Table 2."""
     rows = optimizer_rows()
     findings = [overfitting_finding(records), *_against_msgd(records)]
-    return Outcome(
-        [accuracy_table(records, rows, "optimizer")],
-        findings,
-        accuracy_rows(records),
-        lambda drawn: draw_curves(records, rows, drawn),
-        (12, 4.5),
-    )
+    return _outcome(records, rows, "optimizer", findings, (12, 4.5))
 
 
 def overfitting_finding(records: Sequence[Record]) -> Finding:
     """Whether MSGD overfits at all, without which its reduction means nothing."""
     both = [{**r, "labels": {**r["labels"], "look": look}} for r in records for look in ("best", "last")]
-    return paired_finding(
+    return accuracy_finding(
         "Training with MSGD overfits: robust accuracy falls from the best to the last checkpoint (50.9 to 44.2)",
         both,
         {"optimizer": "msgd", "look": "best"},
         {"optimizer": "msgd", "look": "last"},
         lambda r: figure("test", r["labels"]["look"], "robust")(r),
-        expected="greater",
-        unit=" %",
-        scale=100,
     )
 
 
 def _against_msgd(records: Sequence[Record], optimizers: Sequence[str] = ("engm", "a-engm", "n-engm")) -> list[Finding]:
-    """What the paper says of ENGM and its two approximations."""
+    """The paper's claims about ENGM and its two approximations against MSGD."""
     found = []
     for name in optimizers:
         if not selected(records, {"optimizer": name}):
             continue
         label = LABELS[name]
         mine, msgd = TABLE2[name], TABLE2["msgd"]
-        claims: list[tuple[str, Figure_, str, float | None, float | None]] = [
-            (f"{label} overfits less than MSGD", OVERFIT, "less", mine.overfit, msgd.overfit),
-            (f"{label}'s last checkpoint is more robust than MSGD's", LAST, "greater", mine.last, msgd.last),
-            (f"{label}'s best checkpoint is more robust than MSGD's", BEST, "greater", mine.best, msgd.best),
+        claims: list[tuple[str, Figure_, Expected, float | None, float | None]] = [
+            (" overfits less than MSGD", OVERFIT, "less", mine.overfit, msgd.overfit),
+            ("'s last checkpoint is more robust than MSGD's", LAST, "greater", mine.last, msgd.last),
+            ("'s best checkpoint is more robust than MSGD's", BEST, "greater", mine.best, msgd.best),
             (
-                f"{label}'s best checkpoint is more robust than MSGD's under AutoAttack",
+                "'s best checkpoint is more robust than MSGD's under AutoAttack",
                 AUTOATTACK,
                 "greater",
                 mine.autoattack,
                 msgd.autoattack,
             ),
         ]
-        for claim, read, expected, ours, theirs in claims:
-            found.append(
-                paired_finding(
-                    f"{claim} ({ours} against {theirs} %)",
-                    records,
-                    {"optimizer": name},
-                    {"optimizer": "msgd"},
-                    read,
-                    expected="less" if expected == "less" else "greater",
-                    unit=" %",
-                    scale=100,
-                )
+        found += [
+            accuracy_finding(
+                f"{label}{claim} ({ours} against {theirs} %)",
+                records,
+                {"optimizer": name},
+                {"optimizer": "msgd"},
+                read,
+                expected=expected,
             )
+            for claim, read, expected, ours, theirs in claims
+        ]
     return found
 
 
@@ -230,7 +245,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def method_cells(request: Request) -> list[Cell]:
-    """Four training methods, two optimizers, two threats, every data set."""
+    """The runs of Table 3: four training methods, two optimizers, two threats, every data set."""
     length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
     return [
         request.cell(
@@ -252,7 +267,7 @@ def method_cells(request: Request) -> list[Cell]:
 
 
 def summarise_methods(records: Sequence[Record]) -> Outcome:
-    """Of Table 3."""
+    """The outcome of Table 3."""
     labels = {(r["labels"]["data"], r["labels"]["threat"]): None for r in records}
     rows = [
         Row(
@@ -265,26 +280,17 @@ def summarise_methods(records: Sequence[Record]) -> Outcome:
         for optimizer in ("msgd", "engm")
     ]
     findings = [
-        paired_finding(
+        accuracy_finding(
             f"With {METHODS[method][0]} on {data} ({threat}), ENGM's best checkpoint is more robust (AutoAttack)",
             records,
             {"data": data, "threat": threat, "method": method, "optimizer": "engm"},
             {"data": data, "threat": threat, "method": method, "optimizer": "msgd"},
             AUTOATTACK,
-            expected="greater",
-            unit=" %",
-            scale=100,
         )
         for data, threat in labels
         for method in METHODS
     ]
-    return Outcome(
-        [accuracy_table(records, rows, "data, threat, method, optimizer")],
-        findings,
-        accuracy_rows(records),
-        lambda drawn: draw_curves(records, rows, drawn),
-        (14, 6),
-    )
+    return _outcome(records, rows, "data, threat, method, optimizer", findings, (14, 6))
 
 
 TABLE_3 = Analysis(
@@ -295,7 +301,7 @@ TABLE_3 = Analysis(
 
 
 def wide_cells(request: Request) -> list[Cell]:
-    """TRADES with AWP on a wide network."""
+    """The runs of Table 4: TRADES with AWP on a wide network."""
     length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
     return [
         request.cell(
@@ -314,29 +320,20 @@ def wide_cells(request: Request) -> list[Cell]:
 
 
 def summarise_wide(records: Sequence[Record]) -> Outcome:
-    """Of Table 4."""
+    """The outcome of Table 4."""
     rows = [Row(f"AWP, {LABELS[name]}", {"optimizer": name}, TABLE4[name]) for name in ("msgd", "n-engm", "engm")]
     findings = [
-        paired_finding(
+        accuracy_finding(
             f"AWP with {LABELS[name]} is more robust than with MSGD (AutoAttack, {TABLE4[name].autoattack} against "
             f"{TABLE4['msgd'].autoattack} %)",
             records,
             {"optimizer": name},
             {"optimizer": "msgd"},
             AUTOATTACK,
-            expected="greater",
-            unit=" %",
-            scale=100,
         )
         for name in ("n-engm", "engm")
     ]
-    return Outcome(
-        [accuracy_table(records, rows, "method")],
-        findings,
-        accuracy_rows(records),
-        lambda drawn: draw_curves(records, rows, drawn),
-        (12, 4.5),
-    )
+    return _outcome(records, rows, "method", findings, (12, 4.5))
 
 
 TABLE_4 = Analysis("table4", "A wide network with AWP (Table 4)", wide_cells, summarise_wide)

@@ -21,10 +21,10 @@ class Request:
     """What the user asks for.
 
     Attributes:
-        budget: its scale.
-        settings: of the runs, which go before the budget's and the analysis's.
-        seeds: of the runs.
-        optimizers: of Table 2.
+        budget: scale of the analysis.
+        settings: settings of the runs, which go before the budget's and the analysis's.
+        seeds: seeds of the runs.
+        optimizers: names of the optimizers of Table 2.
 
     Raises:
         ValueError: an optimizer that is unknown or named twice.
@@ -47,7 +47,7 @@ class Request:
 
     @property
     def first_data(self) -> str:
-        """The data set of the others."""
+        """The data set of the analyses that look at one."""
         return self.data[0]
 
     def cell(
@@ -64,11 +64,11 @@ class Request:
         """A run with the optimizer's threshold.
 
         Args:
-            labels: see :class:`Cell`; optimizer and seed are put to them.
-            optimizer: its name.
-            seed: of the run.
-            measures: given the run's resolved configuration.
-            keep: whether they look at weights in the course of training.
+            labels: labels of the :class:`Cell`; optimizer and seed are put to them.
+            optimizer: name of the optimizer.
+            seed: seed of the run.
+            measures: what is measured, given the run's resolved configuration.
+            keep: whether the measures look at weights in the course of training.
             defaults: settings of the analysis that the user's go before.
             axes: settings that the analysis varies.
 
@@ -92,7 +92,7 @@ class Request:
         return Cell(name, every, config, tuple(measures(config.resolved())))
 
     def _check(self, config: RunConfig, keep: bool) -> None:
-        """What would only come out when everything is trained.
+        """Looks for faults that would only come out when everything is trained.
 
         Raises:
             ValueError: a setting that the analysis's measures cannot do with.
@@ -118,7 +118,7 @@ def data_name(data: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """Of a label, in the name of a cell."""
+    """The value of a label, as the name of a cell has it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -16,23 +16,23 @@ class Budget:
 
     Attributes:
         name: as the command takes it.
-        purpose: in a few words.
-        settings: of every training run; what is not named is as in the paper.
+        purpose: what it is for, in a few words.
+        settings: settings of every training run; what is not named is as in the paper.
         seeds: independent runs of every cell.
         alpha: thresholds by optimizer, where the paper's, scaled to the network, are not taken.
-        alphas: ENGM's of Fig. 5a; N-ENGM has a tenth.
+        alphas: ENGM's thresholds of Fig. 5a; N-ENGM takes a tenth of them.
         step_share: step of the training attack as a share of eps; ``None`` for the paper's quarter.
-        long_epochs: of Tables 3 and 4 (200 in the paper); ``None``: as long as the others.
-        wide_model: stands for WRN-34-10.
+        long_epochs: length of the runs of Tables 3 and 4 (200 in the paper); ``None`` for that of the others.
+        wide_model: network that stands for WRN-34-10.
         data: default data sets of Fig. 2, 3 and Table 3.
-        attacked: test images that AutoAttack sees; ``None``: all.
-        attacked_in_sweeps: the same for Fig. 5; 0: not at all.
-        fooled: test images that DeepFool sees; ``None``: all.
-        looked_at: training images whose gradients are measured; with ``batch`` of them at a time.
-        batch: see above.
-        kept: every so many epochs weights are kept for such measurements, and around each decay.
+        attacked: number of test images that AutoAttack sees; ``None`` for all.
+        attacked_in_sweeps: number of test images that AutoAttack sees in Fig. 5; ``None`` for all, 0 for no AutoAttack.
+        fooled: number of test images that DeepFool sees; ``None`` for all.
+        looked_at: number of training images whose gradients are measured.
+        batch: number of these images at a time.
+        kept: number of epochs between two that keep their weights for these measurements, beside those around a decay.
         keep_always: keep them in every run, so that analyses share their runs; at full size it would fill disks.
-        timed_steps: of Table 1.
+        timed_steps: number of steps that Table 1 times.
     """
 
     name: str
@@ -162,7 +162,7 @@ def budget(name: str) -> Budget:
     """A budget by name.
 
     Raises:
-        ValueError: unknown; says which is nearest.
+        ValueError: there is none of this name; the message says which is nearest.
     """
     check_name(name, tuple(BUDGETS), what="budget (--budget)")
     return BUDGETS[name]

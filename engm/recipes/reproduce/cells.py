@@ -1,4 +1,4 @@
-"""A cell: one training run of an analysis and what is measured on it. Finished parts are read, not computed again."""
+"""The cells of an analysis: a training run and what is measured on it; finished parts are read, not computed again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..data import Dataset
 from ..machine import set_machine
 from ..processes import Processes
 from ..runs.folder import RunFolder, View, train
-from ..training.run import load_dataset
+from ..training.building import load_dataset
 from .measures import Measure, measured
 from .statistics import Record
 
@@ -30,7 +30,8 @@ KEPT_RESULTS = (
 HISTORY = ("epoch", "loss", "natural", "robust", "weight_mean", "clipped", "norm_mean", "lr")
 
 
-_LOADED: dict[Any, Dataset] = {}  # one: cells of one data set follow each other
+# The data set that was loaded last: cells of one data set follow each other.
+_LOADED: dict[Any, Dataset] = {}
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Cell:
     """A run and its measures.
 
     Attributes:
-        name: of what it is, for people: ``cifar10, engm, eps 8, seed 0``.
+        name: what it is, for people: ``cifar10, engm, eps 8, seed 0``.
         labels: what tells it from the other cells of its analysis, by name.
-        config: of the run.
-        measures: computed when it is over.
+        config: settings of the run.
+        measures: what is measured when the run is over.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """The same for the same run in another analysis: so they share it."""
+        """The name of the run's folder; analyses that need the same run share it."""
         config = self.config
         return f"{Path(config.data).stem}-{config.optimizer}-seed{config.seed}-{fingerprint(config)}"
 
@@ -61,7 +62,7 @@ class Cell:
         device: torch.device,
         view: Callable[[], AbstractContextManager[View | None]] = nullcontext,
     ) -> Record:
-        """Trains and measures, from wherever it was left.
+        """Trains and measures, from wherever the cell was left.
 
         Args:
             runs: the folder of run folders.
@@ -95,7 +96,7 @@ class Cell:
         }
 
     def is_trained(self, runs: Path) -> bool:
-        """Whether its training is over."""
+        """Whether the training of the cell is over."""
         return RunFolder(runs / self.folder_name).results_file.is_file()
 
 
@@ -111,7 +112,7 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def dataset_of(config: RunConfig, device: torch.device) -> Dataset:
-    """The data of a run; the latest ones are kept for the next run."""
+    """The data of a run; the latest data set is kept for the next run."""
     names = ("data", "data_root", "download", "image_size", "validation_examples", "validation_from_test")
     key = tuple(getattr(config, name) for name in (*names, "in_memory", "train_examples", "test_examples"))
     key = (*key, str(device))

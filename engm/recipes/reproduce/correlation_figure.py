@@ -29,7 +29,7 @@ def correlation_cells(request: Request) -> list[Cell]:
     def measures(config: RunConfig) -> list[Correlation]:
         budget = request.budget
         kept = budget.kept_epochs(config)
-        # Exact norms through batch statistics cost one backpropagation an example: every other epoch.
+        # Exact norms through batch statistics cost one backpropagation an example, so every other epoch has to do.
         return [Correlation(budget.looked_at, budget.batch, tuple(sorted({*kept[::2], kept[-1]})))]
 
     return natural_and_adversarial(request, measures)
@@ -50,7 +50,7 @@ def pearson(mode: str, predictor: str, epoch: int | None = None) -> Callable[[Re
 
 
 def weight_error(mode: str, alpha: str, predictor: str) -> Callable[[Record], float | None]:
-    """Mean over the epochs of the mean of ``|w' - w|``."""
+    """The mean over the epochs of the mean of ``|w' - w|``."""
 
     def read(record: Record) -> float | None:
         found = [row["weight_errors"][alpha][predictor] for row in _rows(record, mode)]
@@ -60,7 +60,7 @@ def weight_error(mode: str, alpha: str, predictor: str) -> Callable[[Record], fl
 
 
 def summarise_correlation(records: Sequence[Record]) -> Outcome:
-    """Of Fig. 3."""
+    """The outcome of Fig. 3."""
     sets = list(dict.fromkeys(r["labels"]["data"] for r in selected(records, {})))
     tables, findings = [], []
     for data in sets:
@@ -154,7 +154,7 @@ def _findings(records: Sequence[Record], data: str) -> list[Finding]:
             errors["line"]
             for row in _rows(r, "training")
             for alpha, errors in row["weight_errors"].items()
-            if alpha != MEDIAN  # not the paper's
+            if alpha != MEDIAN  # which is no threshold of the paper's
         )
         for r in runs
     }

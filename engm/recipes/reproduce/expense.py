@@ -1,4 +1,4 @@
-"""What an analysis will cost, from a few training steps of every kind of run that is still to do."""
+"""What an analysis will cost, judged by a few training steps of every kind of run that it needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .step_times import READ_NORMS, WARM_UP, StepTimeCell
 
 LONG = 2.0  # seconds; a longer step is not timed with a whole batch
 MOST_JOBS = 8  # cells at once on one GPU
-# Runs that differ in nothing else cost the same.
+# Runs that differ in none of these settings are of one kind, and a step of theirs costs the same.
 _KIND = (
     "data", "train_examples", "model", "width", "norm", "objective", "awp", "attack_steps", "batch_size", "precision",
     "channels_last", "compile_attack", "fast", "threads",
@@ -35,31 +35,33 @@ _KIND = (
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one kind of run.
+class KindCost:
+    """What one kind of run costs.
 
     Attributes:
         step: seconds of a training step.
-        steps: an epoch.
-        examples: validation and test examples.
+        steps: training steps an epoch.
+        validation: number of validation examples.
+        test: number of test examples.
     """
 
     step: float
     steps: int
-    examples: tuple[int, int]
+    validation: int
+    test: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to come.
+class Expense:
+    """What an analysis will cost.
 
     Attributes:
-        cells: of the analysis.
-        trained: of them whose training is over.
-        seconds: expected for the rest, one cell at a time; measures of trained cells are counted in.
-        peak_bytes: the most that one cell holds, on the GPU if there is one.
-        jobs: cells at once.
-        on_gpu: where they compute.
+        cells: number of its cells.
+        trained: number of its cells whose training is over.
+        seconds: time expected for the rest, one cell after the other; measures of trained cells are counted in.
+        peak_bytes: the most memory that one cell holds, on the GPU if there is one.
+        jobs: number of cells at once.
+        on_gpu: whether the cells compute on a GPU.
     """
 
     cells: int
@@ -71,7 +73,7 @@ class Plan:
 
     def __str__(self) -> str:
         left = self.cells - self.trained
-        # On one GPU cells share what one of them leaves idle: nobody knows how much that is.
+        # Cells on one GPU share what one of them leaves idle, and nobody knows how much that is.
         wall = self.seconds / (1 if self.on_gpu else max(1, min(self.jobs, self.cells)))
         return (
             f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}, "
@@ -81,7 +83,7 @@ class Plan:
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """A time as people read it: ``90 s``, ``12 min``, ``3.5 h``, ``4 days``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -89,14 +91,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
 
 
-def plan(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | None) -> Plan:
+def expense_of(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | None) -> Expense:
     """Times a few steps of every kind of run, in a process of its own, so that its memory can be told.
 
     Args:
-        cells: of the analysis.
+        cells: the cells of the analysis.
         runs: the folder of run folders.
-        device: where they will compute.
-        jobs: cells at once; ``None``: as many as cores (by the runs' threads) or the GPU's memory allow.
+        device: where the cells will compute.
+        jobs: number of cells at once; ``None`` for as many as cores (by the runs' threads) or the GPU's memory allow.
     """
     kinds = {_kind(cell.config): cell.config for cell in cells}
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -105,7 +107,7 @@ def plan(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | No
     seconds = sum(_seconds(cell, costs[_kind(cell.config)], runs) for cell in cells)
     threads = max((cell.config.threads or _cores() for cell in cells), default=1)
     room = jobs or _room(device, peak, threads, len(cells))
-    return Plan(len(cells), trained, seconds, peak, room, device.type == "cuda")
+    return Expense(len(cells), trained, seconds, peak, room, device.type == "cuda")
 
 
 def _kind(config: RunConfig) -> tuple[Any, ...]:
@@ -123,8 +125,8 @@ def _room(device: torch.device, peak: int, threads: int, cells: int) -> int:
     return max(1, min(by_memory, most, cells))
 
 
-def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[tuple[Any, ...], Cost], int]:
-    """In a fresh process: the cost of every kind, and the peak of memory of the hungriest."""
+def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[tuple[Any, ...], KindCost], int]:
+    """The cost of every kind, and the most memory that one of them takes; called in a fresh process."""
     where, found, peak = torch.device(device), {}, 0
     for kind, config in kinds.items():
         set_machine(config.resolved())
@@ -133,9 +135,9 @@ def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[t
     return found, peak
 
 
-def _time(config: RunConfig, device: torch.device) -> tuple[Cost, int]:
-    """A step's seconds and peak of memory; of a long step from a quarter of the batch."""
-    # The costliest optimizer, calibrating as rarely as in a long run.
+def _time(config: RunConfig, device: torch.device) -> tuple[KindCost, int]:
+    """The cost of a run and its peak of memory; a long step is judged by a quarter of its batch."""
+    # ENGM is the costliest optimizer.
     run = Run(replace(config, optimizer="engm"), Processes(device), dataset_of(config.resolved(), device))
     run.trainer.model.train()
     x, y = next(iter(run.batches.epoch(0)))
@@ -152,7 +154,7 @@ def _time(config: RunConfig, device: torch.device) -> tuple[Cost, int]:
         run.trainer.finish_epoch()
         seconds, scale, held = (time.perf_counter() - start) / 2, 1.0, _peak_bytes(device)
     data = run.dataset
-    cost = Cost(seconds * scale, run.batches.steps, (len(data.validation), len(data.test)))
+    cost = KindCost(seconds * scale, run.batches.steps, len(data.validation), len(data.test))
     return cost, int(before + (held - before) * scale)
 
 
@@ -163,7 +165,7 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _seconds(cell: Cell, cost: Cost, runs: Path) -> float:
+def _seconds(cell: Cell, cost: KindCost, runs: Path) -> float:
     config = cell.config.resolved()
     trained = cell.is_trained(runs)
     if isinstance(cell, StepTimeCell):
@@ -175,6 +177,5 @@ def _seconds(cell: Cell, cost: Cost, runs: Path) -> float:
         return passes * per_pass
     natural = 2 / (config.attack_steps + 2) if config.eps == 0 else 1.0
     looks = len(range(config.evaluate_every, config.epochs + 1, config.evaluate_every))
-    validation, test = cost.examples
-    passes += looks * evaluation_passes(config, validation) + 2 * evaluation_passes(config, test)
+    passes += looks * evaluation_passes(config, cost.validation) + 2 * evaluation_passes(config, cost.test)
     return natural * config.epochs * cost.steps * cost.step + passes * per_pass

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..methods import LABELS
+from ..pictures import mark_decays
 from .analysis import Analysis, Request, data_name
 from .cells import Cell
 from .measures import DeepFool, Measure
@@ -52,12 +53,12 @@ def natural_and_adversarial(request: Request, measures: Callable[[RunConfig], Se
 
 
 def schedule(request: Request) -> dict[str, Any]:
-    """Fig. 2 and 3 are of shorter runs than the tables, with one decay."""
+    """Settings of the paper's Fig. 2 and 3, whose runs are shorter than those of the tables and have one decay."""
     return {"epochs": 100, "decay_epochs": (75,)} if request.budget.name == "paper" else {}
 
 
 def radius(training: str) -> dict[str, Any]:
-    """Natural training is adversarial training with a radius of 0."""
+    """Settings of natural training, which is adversarial training with a radius of 0, and of adversarial training."""
     return {"eps": 0.0} if training == NATURAL else {}
 
 
@@ -69,7 +70,7 @@ def networks(request: Request) -> dict[str, dict[str, Any]]:
 
 
 def at_epoch(epoch: int, quantity: str) -> Callable[[Record], float | None]:
-    """One figure of the measured gradients."""
+    """Reads one figure of the gradients measured after an epoch."""
 
     def read(record: Record) -> float | None:
         rows = record.get("measures", {}).get("gradients", [])
@@ -79,7 +80,7 @@ def at_epoch(epoch: int, quantity: str) -> Callable[[Record], float | None]:
 
 
 def over_epochs(quantity: str) -> Callable[[Record], float | None]:
-    """The mean over the training, by trapezoids between the epochs that were looked at."""
+    """Reads the mean of one figure over the training, by trapezoids between the epochs that were looked at."""
 
     def read(record: Record) -> float | None:
         rows = record.get("measures", {}).get("gradients", [])
@@ -92,7 +93,7 @@ def over_epochs(quantity: str) -> Callable[[Record], float | None]:
 
 
 def summarise_training(records: Sequence[Record]) -> Outcome:
-    """Of Fig. 2."""
+    """The outcome of Fig. 2."""
     sets = list(dict.fromkeys(r["labels"]["data"] for r in selected(records, {})))
     findings, tables = [], []
     for data in sets:
@@ -169,7 +170,7 @@ def _epochs_table(records: Sequence[Record], data: str) -> Table:
 
 
 def gradient_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One a run and epoch, for the CSV file."""
+    """The figures of every run and epoch, for the CSV file."""
     names = sorted({name for r in records for name in r["labels"]})
     return [
         {**{name: r["labels"].get(name) for name in names}, **row}
@@ -195,8 +196,7 @@ def _draw_training(records: Sequence[Record], sets: Sequence[str], drawn: Figure
                         markersize=3,
                         label=f"{training} training" if run is runs[0] else None,
                     )
-            for decay in {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]}:
-                axis.axvline(decay + 0.5, color="grey", linestyle=":", linewidth=1)
+            mark_decays(axis, {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]})
             axis.set(title=f"{data}: {name}", xlabel="epoch", yscale="log")
             axis.grid(alpha=0.3)
         axes[row][0].legend(fontsize="small")
@@ -208,7 +208,7 @@ FIG_2 = Analysis("fig2", "Norm and variance of gradients over training (Fig. 2)"
 
 
 def radius_cells(request: Request) -> list[Cell]:
-    """MSGD and ENGM at every radius; gradients of MSGD's runs, rho of both."""
+    """The runs of Table 5: MSGD and ENGM at every radius."""
     return [
         request.cell(
             {"eps": eps},
@@ -228,7 +228,7 @@ RHO = figure("measures", "deepfool")
 
 
 def summarise_radii(records: Sequence[Record]) -> Outcome:
-    """Of Table 5."""
+    """The outcome of Table 5."""
     lines = []
     for eps in EPS:
         mu, sigma2, rho_msgd, rho_engm = TABLE5[eps]

@@ -36,12 +36,12 @@ def landscape_cells(request: Request) -> list[Cell]:
 
 
 def mean_roughness(record: Record) -> float | None:
-    """Over the images."""
+    """The roughness, a mean over the images."""
     return fmean(record["measures"]["landscape"]["roughness"])
 
 
 def summarise_landscapes(records: Sequence[Record]) -> Outcome:
-    """Of Fig. 4."""
+    """The outcome of Fig. 4."""
     finding = paired_finding(
         "The loss landscape of ENGM is smoother than MSGD's (shown by pictures; here: mean absolute curvature)",
         records,
@@ -73,7 +73,7 @@ def summarise_landscapes(records: Sequence[Record]) -> Outcome:
 
 
 def _draw(records: Sequence[Record], drawn: Figure) -> None:
-    """The first seed's images, a column each; the same levels in a column."""
+    """Draws the first seed's images, one in each column, at the same levels within a column."""
     first = [found[0] for name in OPTIMIZERS if (found := selected(records, {"optimizer": name}))]
     losses = [torch.tensor(r["measures"]["landscape"]["losses"]) for r in first]
     axes = drawn.subplots(len(first), len(losses[0]), squeeze=False, sharex=True, sharey=True)

@@ -1,4 +1,4 @@
-"""What is computed from a finished run: each a small description that can be called, kept beside the run."""
+"""What is measured on a finished run; every result is kept beside the run and not computed twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..data import Dataset
 from ..runs.evaluation import assess
 from ..runs.folder import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
-from ..training.run import build_network, load_weights
+from ..training.building import build_network, load_weights
 
 
 class Measure(Protocol):
@@ -35,7 +35,7 @@ class Measure(Protocol):
         """The result, as JSON can hold it."""
 
     def passes(self, config: RunConfig) -> float:
-        """About how many forward and backward passes of single images it takes, for the plan."""
+        """About how many forward and backward passes of single images it takes, to judge its cost by."""
 
 
 def measured(measure: Measure, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> Any:
@@ -77,11 +77,11 @@ class AutoAttack:
     kind: ClassVar[str] = "autoattack"
 
     def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> float:
-        """By the package ``pyautoattack``."""
+        """The accuracy, by the package ``pyautoattack``."""
         return float(_assessed("autoattack", "best", self.examples, folder, dataset, device)["accuracy"])
 
     def passes(self, config: RunConfig) -> float:
-        """100 steps of one attack, nine times 100 of two others, 5,000 queries, on the images that still stand."""
+        """AutoAttack takes 100 steps, nine times 100, and 5,000 queries, on the images that still stand."""
         return 600.0 * (self.examples or 10_000)
 
 
@@ -97,12 +97,12 @@ class DeepFool:
     kind: ClassVar[str] = "deepfool"
 
     def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> float | None:
-        """``None`` if there was no adversary."""
+        """The distance; ``None`` if there was no adversary."""
         rho: float | None = _assessed("deepfool", "last", self.examples, folder, dataset, device)["rho"]
         return rho
 
     def passes(self, config: RunConfig) -> float:
-        """Ten backward passes a step, a handful of steps."""
+        """DeepFool takes ten backward passes a step, and a handful of steps."""
         return 40.0 * (self.examples or 10_000)
 
 
@@ -112,9 +112,9 @@ class Gradients:
 
     Attributes:
         examples: the first so many of the training set.
-        batch_size: of them at a time.
-        statistics: see :func:`engm.recipes.analysis.gradient_statistics`.
-        epochs: after which.
+        batch_size: number of images at a time.
+        statistics: mode of batch norm, as :func:`engm.recipes.analysis.gradient_statistics` takes it.
+        epochs: numbers of finished epochs after which the gradients are measured.
     """
 
     examples: int
@@ -126,7 +126,7 @@ class Gradients:
     def compute(
         self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
     ) -> list[dict[str, float]]:
-        """A row an epoch."""
+        """The statistics, a row an epoch."""
         rows = []
         for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
             found = gradient_statistics(net, x, y, batch_size=self.batch_size, statistics=self.statistics)
@@ -134,7 +134,7 @@ class Gradients:
         return rows
 
     def passes(self, config: RunConfig) -> float:
-        """The attack, three passes, and sixteen of the whole batch for calibration."""
+        """An image takes its attack, three passes, and sixteen more for calibration."""
         return len(self.epochs) * self.examples * (config.attack_steps * (config.eps != 0) + 3 + 16)
 
 
@@ -144,8 +144,8 @@ class Correlation:
 
     Attributes:
         examples: the first so many of the training set.
-        batch_size: of them at a time.
-        epochs: after which.
+        batch_size: number of images at a time.
+        epochs: numbers of finished epochs after which the norms are compared.
         alphas: thresholds for the weights.
     """
 
@@ -158,7 +158,7 @@ class Correlation:
     def compute(
         self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
     ) -> list[dict[str, Any]]:
-        """Two rows an epoch."""
+        """The figures, two rows an epoch: one in each mode."""
         rows = []
         modes: tuple[Literal["training", "evaluation"], ...] = ("training", "evaluation")
         for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
@@ -168,7 +168,7 @@ class Correlation:
         return rows
 
     def passes(self, config: RunConfig) -> float:
-        """One backpropagation of the whole batch for every example, in training mode."""
+        """In training mode every image takes one backpropagation of its whole batch."""
         return len(self.epochs) * self.examples * (config.attack_steps + self.batch_size)
 
 
@@ -178,7 +178,7 @@ class LossLandscape:
 
     Attributes:
         examples: the first so many test images.
-        points: a side of the plane.
+        points: number of points along a side of the plane.
         rough: test images, the first so many, whose roughness is averaged.
     """
 
@@ -203,12 +203,12 @@ class LossLandscape:
         }
 
     def passes(self, config: RunConfig) -> float:
-        """A forward pass a point."""
+        """A point takes a forward pass, a third of a pass with a backpropagation."""
         return self.rough * self.points**2 / 3
 
 
 def _rounded(values: Tensor) -> Any:
-    """Six figures are more than a picture shows."""
+    """The values with six digits, which are more than a picture shows."""
     return torch.tensor([float(f"{v:.6g}") for v in values.double().flatten()]).reshape(values.shape).tolist()
 
 
@@ -231,7 +231,7 @@ def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset, de
 def _attacked(
     folder: RunFolder, config: RunConfig, dataset: Dataset, epochs: Sequence[int], examples: int, batch_size: int
 ) -> Iterator[tuple[int, nn.Module, Tensor, Tensor]]:
-    """``(epoch, network, x, y)`` with training images as training sees them but for augmentation.
+    """Yields ``(epoch, network, x, y)`` with training images as training sees them but for augmentation.
 
     The images are the same for every run and epoch, and so are the attack's starts.
     """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.atomic_files import replaced_when_whole, write_json, write_text_atomic
+from ..pictures import picture
+from ..storage.atomic_files import write_json, write_text_atomic
 from .statistics import Finding
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ class Table:
     """Rows of text under headings.
 
     Attributes:
-        caption: how to read it.
-        headings: of the columns.
-        rows: as many cells each.
+        caption: how to read the table.
+        headings: headings of the columns.
+        rows: cells of the rows, as many as there are columns.
     """
 
     caption: str
@@ -32,7 +32,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        """With the caption above."""
+        """The table in Markdown, its caption above it."""
         lines = ["| " + " | ".join(self.headings) + " |", "|---|" + "---:|" * (len(self.headings) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([self.caption, "", *lines]) + "\n"
@@ -40,14 +40,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of an analysis.
+    """What an analysis comes to.
 
     Attributes:
         tables: measured beside published.
         findings: the paper's claims, one by one.
         rows: the figures one by one, for the CSV file: the same keys in all.
         draw: puts the picture into an empty figure.
-        size: of the figure, inches.
+        size: width and height of the figure in inches.
     """
 
     tables: Sequence[Table]
@@ -57,7 +57,7 @@ class Outcome:
     size: tuple[float, float] = field(default=(10.0, 4.0))
 
     def markdown(self) -> str:
-        """Tables and findings."""
+        """Tables and findings in Markdown."""
         parts = [table.markdown() for table in self.tables]
         if self.findings:
             parts.append(findings_table(self.findings))
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def findings_table(findings: Sequence[Finding]) -> str:
-    """As Markdown."""
+    """The findings as a table in Markdown."""
     rows = [(f.claim, f.measured, f"**{f.verdict}**") for f in findings]
     return Table("What the paper says, and what these runs say:", ("the paper", "measured", "verdict"), rows).markdown()
 
@@ -74,8 +74,8 @@ def write_outcome(outcome: Outcome, folder: Path, document: dict[str, Any], head
     """Writes ``results.json``, ``table.csv``, ``table.md`` and ``picture.png``.
 
     Args:
-        outcome: of an analysis.
-        folder: exists.
+        outcome: what the analysis came to.
+        folder: a folder that exists.
         document: everything that the outcome was made from.
         heading: first lines of the Markdown file.
 
@@ -99,17 +99,5 @@ def save_picture(outcome: Outcome, path: Path) -> None:
     Raises:
         OSError: it could not be written.
     """
-    with _picture(path, outcome.size) as drawn:
+    with picture(path, outcome.size, dpi=110) as drawn:
         outcome.draw(drawn)
-
-
-@contextmanager
-def _picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(drawn)
-    yield drawn
-    with replaced_when_whole(path) as temporary:
-        drawn.savefig(temporary, dpi=110, format="png")

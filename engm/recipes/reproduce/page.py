@@ -42,8 +42,8 @@ def page(found: dict[str, dict[str, Any]], title: str, introduction: str) -> str
 
     Args:
         found: from :func:`documents`.
-        title: of the page.
-        introduction: below it.
+        title: title of the page.
+        introduction: text below the title.
     """
     outcomes = {name: outcome_of(document) for name, document in found.items()}
     parts = [f"# {title}", introduction, _summary(outcomes)]
@@ -66,7 +66,7 @@ def _summary(outcomes: dict[str, Outcome]) -> str:
 
 
 def draw_pictures(found: dict[str, dict[str, Any]], folder: Path) -> None:
-    """``NAME/picture.png`` of each."""
+    """Draws ``NAME/picture.png`` of every analysis."""
     for name, document in found.items():
         save_picture(outcome_of(document), folder / name / "picture.png")
 
@@ -75,9 +75,9 @@ def table_block(document: dict[str, Any], picture: str, link: str) -> str:
     """What a page of guides says of robustness: one table, its findings in a sentence each, one picture.
 
     Args:
-        document: of ``table2``.
-        picture: its path from that page.
-        link: the path of the page of all results from there.
+        document: results of ``table2``.
+        picture: path of its picture from that page.
+        link: path of the page of all results from there.
     """
     outcome = outcome_of(document)
     (table,) = outcome.tables
@@ -106,7 +106,7 @@ def _setting(document: dict[str, Any]) -> str:
 
 
 def _told(findings: Sequence[Finding]) -> list[Finding]:
-    """Overfitting, and ENGM against MSGD: the first five."""
+    """The first five findings: MSGD's overfitting, and ENGM against MSGD."""
     return list(findings[:5])
 
 

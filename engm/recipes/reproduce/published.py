@@ -14,9 +14,9 @@ class Accuracies:
 
     Attributes:
         natural: accuracy on clean images, of the best checkpoint.
-        best: under PGD-20, of the best checkpoint.
-        last: of the last.
-        autoattack: of the best.
+        best: accuracy under PGD-20, of the best checkpoint.
+        last: accuracy under PGD-20, of the last checkpoint.
+        autoattack: accuracy under AutoAttack, of the best checkpoint.
         overfit: (best - last) / best.
     """
 
@@ -36,7 +36,7 @@ TABLE1_SECONDS = {
     "a-engm": 0.83,
     "engm": 5.06,
 }
-"""Seconds an iteration on a Titan RTX."""
+"""Seconds that an iteration takes on a Titan RTX, by optimizer."""
 
 TABLE2 = {
     "msgd": Accuracies(84.70, 50.87, 44.15, 46.77, 13.2),
@@ -45,7 +45,7 @@ TABLE2 = {
     "f-engm": Accuracies(82.91, 50.05, 44.04, 46.54, 12.0),
     "n-engm": Accuracies(84.36, 52.19, 48.79, 48.06, 6.5),
     "a-engm": Accuracies(83.61, 52.46, 49.75, 48.46, 5.1),
-    # Its best and last give an overfit of 0.5, not of the 3.9 that both tables print.
+    # ENGM's best and last give an overfit of 0.5, not the 3.9 that both tables print.
     "engm": Accuracies(83.44, 53.04, 52.76, 49.24, 3.9),
 }
 """ResNet-18, CIFAR-10, PGD-10 training."""
@@ -89,7 +89,7 @@ def _table3() -> dict[tuple[str, str, str], Accuracies]:
 
 
 TABLE3 = _table3()
-"""By data set, training method and optimizer; l-inf. The l2 results are in a supplement that we do not have."""
+"""Rows by data set, training method and optimizer, for l-inf; the l2 results are in a supplement."""
 
 TABLE4 = {
     "msgd": Accuracies(85.36, None, None, 56.17, None),
@@ -106,4 +106,4 @@ TABLE5 = {
     8: (10.04, 185.2, 1.15, 1.35),
     10: (14.21, 253.5, 1.24, 1.49),
 }
-"""By eps in 1/255: mean norm, variance, rho of MSGD, rho of ENGM."""
+"""Mean norm, variance, rho of MSGD and rho of ENGM, by eps in 1/255."""

@@ -21,7 +21,7 @@ def analysis(name: str) -> Analysis:
     """An analysis by name.
 
     Raises:
-        ValueError: unknown; says which is nearest.
+        ValueError: there is none of this name; the message says which is nearest.
     """
     check_name(name, tuple(ANALYSES), what="figure or table")
     return ANALYSES[name]

@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 Record = dict[str, Any]
 Verdict = Literal["agrees", "contradicts", "cannot say"]
+Expected = Literal["greater", "less"]
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Of independent runs.
+    """The mean of a figure over independent runs.
 
     Attributes:
-        value: the mean; NaN of none.
-        half_width: of its 95 % confidence interval (Student's t); NaN of fewer than two.
-        deviation: standard deviation of single runs; NaN of fewer than two.
-        n: how many.
+        value: the mean; NaN of no run.
+        half_width: half the width of the 95 % confidence interval (Student's t); NaN of fewer than two runs.
+        deviation: standard deviation of single runs; NaN of fewer than two runs.
+        n: number of runs.
     """
 
     value: float
@@ -58,8 +59,8 @@ class Finding:
     """A claim of the paper beside what was measured.
 
     Attributes:
-        claim: in a sentence.
-        measured: in another.
+        claim: the claim, in a sentence.
+        measured: what was measured, in another.
         verdict: ``"agrees"`` or ``"contradicts"`` where the 95 % interval lies on one side of what the claim says
             (zero, for a paired difference), else ``"cannot say"``.
     """
@@ -76,7 +77,7 @@ def paired_finding(
     other: Mapping[str, Any],
     value: Callable[[Record], float | None],
     *,
-    expected: Literal["greater", "less"],
+    expected: Expected,
     unit: str = "",
     scale: float = 1.0,
     digits: int = 1,
@@ -85,14 +86,14 @@ def paired_finding(
 
     Args:
         claim: what the paper says of it.
-        records: of all cells.
+        records: records of all cells.
         one: labels of the one kind.
-        other: of the other.
-        value: the figure.
+        other: labels of the other kind.
+        value: reads the figure of a record.
         expected: how the first compares with the second if the claim holds.
-        unit: of the figure times ``scale``.
-        scale: to show it in.
-        digits: behind the point.
+        unit: unit of the figure times ``scale``.
+        scale: factor by which the figure is multiplied to be shown.
+        digits: number of digits behind the point.
     """
     first, second = by_seed(records, one, value), by_seed(records, other, value)
     seeds = sorted(first.keys() & second.keys())

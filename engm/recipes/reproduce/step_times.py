@@ -39,14 +39,14 @@ class StepTimeCell(Cell):
     """Every optimizer in turn on the same batches; its configuration is the one that all share.
 
     Attributes:
-        steps: of each that are timed.
+        steps: number of steps of every optimizer that are timed.
     """
 
     steps: int = 20
 
     @property
     def folder_name(self) -> str:
-        """Of the times."""
+        """The name of the folder that holds the times."""
         return f"times-{self.steps}-{super().folder_name}"
 
     def run(
@@ -55,7 +55,7 @@ class StepTimeCell(Cell):
         device: torch.device,
         view: Callable[[], AbstractContextManager[View | None]] = nullcontext,
     ) -> Record:
-        """Times them, or reads what was found before on the same device."""
+        """Times the steps, or reads the times that were taken before on the same machine."""
         set_machine(self.config.resolved())
         path = runs / self.folder_name / "times.json"
         known: Record = read_json(path) if path.is_file() else {}
@@ -74,7 +74,7 @@ class StepTimeCell(Cell):
         return record
 
     def is_trained(self, runs: Path) -> bool:
-        """Whether it was timed."""
+        """Whether the steps were timed."""
         return (runs / self.folder_name / "times.json").is_file()
 
     def _times(self, device: torch.device) -> dict[str, list[float]]:
@@ -104,7 +104,7 @@ def _endless(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def time_cells(request: Request) -> list[Cell]:
-    """One; a second would only compete with it."""
+    """The one cell of the table; a second one at the same time would only compete with it."""
     template = request.cell({}, optimizer="engm", seed=0)
     return [StepTimeCell("step times", {"seed": 0}, template.config, (), request.budget.timed_steps)]
 
@@ -122,7 +122,7 @@ def paper_ratio(name: str) -> float | None:
 
 
 def summarise_times(records: Sequence[Record]) -> Outcome:
-    """Of Table 1."""
+    """The outcome of Table 1."""
     (record,) = selected(records, {})
     config = record["config"]
     lines = []

@@ -37,13 +37,13 @@ def carry_out(
     """Computes what is missing, and writes the analysis's folder.
 
     Args:
-        analysis: which.
-        request: how.
-        cells: of the analysis.
+        analysis: the figure or table.
+        request: what the user asks for.
+        cells: the cells of the analysis.
         out: gets ``runs/`` (run folders, shared by analyses) and a folder of the analysis's name, with
             ``config.toml`` (what all cells share), ``results.json``, ``table.csv``, ``table.md`` and ``picture.png``.
         device: where to compute.
-        jobs: cells at once; with several, each in a process of its own.
+        jobs: number of cells at once; several run in a process of their own each.
         view: makes who watches a cell, if there is one at a time.
         on_cell: called with every finished record and the number of finished cells.
 

@@ -14,7 +14,7 @@ from ..config import RunConfig
 from ..methods import canonical_method
 from ..processes import Processes
 from ..storage.atomic_files import write_json, write_text_atomic
-from ..training.run import load_in_turn
+from ..training.building import load_in_turn
 from .folder import RunFolder, View, train
 from .report import collect, draw, markdown
 
@@ -52,21 +52,21 @@ def compare(
     *,
     view: Callable[[str], AbstractContextManager[View]],
 ) -> list[dict[str, Any]]:
-    """Trains every cell in turn (cells that are finished are not touched), then writes table, figures and curves.
+    """Trains every run in turn (finished ones are not touched), then writes table, figures and curves.
 
     Args:
-        config: common to all; its optimizer and seed do not matter.
-        optimizers: names.
-        seeds: of the runs; the same for every optimizer, so that runs are paired.
+        config: settings of all runs; its optimizer and seed do not matter.
+        optimizers: names of the optimizers.
+        seeds: seeds of the runs; the same for every optimizer, so that runs are paired.
         out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and ``comparison.png``.
-        processes: the processes.
-        view: makes a view of the cell with the given name.
+        processes: the processes that train a run together.
+        view: makes a view of the run with the given name.
 
     Returns:
-        The results of all cells (in other processes than the first: none).
+        The results of all runs; in other processes than the first, none.
 
     Raises:
-        NonFiniteError: cells diverged; the others were trained and compared.
+        NonFiniteError: runs diverged; the others were trained and compared.
         ValueError, FileNotFoundError: as :func:`engm.recipes.runs.folder.train`; before anything is trained.
     """
     cells = cells_of(config, optimizers, seeds)

@@ -18,7 +18,7 @@ from ..accuracy import evaluate, pgd20
 from ..config import RunConfig
 from ..data import Dataset, Source
 from ..storage.atomic_files import read_json, write_json
-from ..training.run import build_network, load_dataset, load_weights
+from ..training.building import build_network, load_dataset, load_weights
 from .folder import RunFolder, Which
 
 ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")
@@ -29,7 +29,7 @@ def check_attacks(names: Sequence[str]) -> None:
     """Looks the names up: those of :data:`ATTACKS`, with any number of steps behind ``pgd``.
 
     Raises:
-        ValueError: unknown; says which is nearest.
+        ValueError: a name is unknown; the message says which is nearest.
     """
     for name in names:
         match = _PGD.fullmatch(name)
@@ -55,11 +55,11 @@ def assess(
     A result that is there already, of the same weights, examples and radius, is not computed again.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         attacks: ``"natural"``, ``"pgdN"`` (N steps on the margin loss, see
             :func:`engm.recipes.accuracy.pgd20`), ``"pgdN-ce"`` (cross-entropy),
             ``"autoattack"``, ``"deepfool"`` (mean l2 distance to the closest adversary, the paper's rho).
-        checkpoints: whose weights.
+        checkpoints: the checkpoints to attack.
         examples: the first so many of the test set; default all.
         eps: radius; default the run's.
         batch_size: examples at a time.

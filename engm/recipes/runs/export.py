@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from ..storage.atomic_files import make_folder, replaced_when_whole
-from ..training.run import build_network, load_dataset, load_weights
+from ..training.building import build_network, load_dataset, load_weights
 from .folder import RunFolder, Which
 
 
 class ExportFormat(StrEnum):
-    """What an export can be."""
+    """The formats of an export."""
 
     SAFETENSORS = "safetensors"
     PT = "pt"
@@ -28,10 +28,10 @@ def export(
     A program takes float32 images ``[n, C, H, W]`` in [0, 1], any n, and returns logits.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         out: file to write.
-        kind: its format.
-        which: whose weights.
+        kind: format of the file.
+        which: checkpoint whose weights are written.
         data_root: where a named data set lies, if not where it lay in training; a program needs its shapes.
 
     Returns:

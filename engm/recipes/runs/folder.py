@@ -33,7 +33,7 @@ from ..training.run import Run, robust_of
 LAST = "step-"
 BEST = "best-"
 EPOCH = "epoch-"
-KEPT = 2  # periodic checkpoints: the latest, and one to fall back on
+KEPT = 2  # periodic checkpoints: the latest and one to fall back on
 Which = Literal["best", "last"]
 
 
@@ -81,17 +81,17 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The resolved configuration."""
+        """The file of the resolved configuration."""
         return self.path / "config.toml"
 
     @property
     def results_file(self) -> Path:
-        """What it came to."""
+        """The file that says what the run came to."""
         return self.path / "results.json"
 
     @property
     def store(self) -> CheckpointStore:
-        """Its checkpoints."""
+        """The checkpoints of the run."""
         return CheckpointStore(self.path / "checkpoints", keep=KEPT)
 
     @property
@@ -106,7 +106,7 @@ class RunFolder:
             data_root: where named data sets lie now, if not where they lay in training.
 
         Raises:
-            FileNotFoundError: none does.
+            FileNotFoundError: no run lives here.
             ValueError: its configuration cannot be read.
         """
         if not self.exists:
@@ -133,14 +133,14 @@ class RunFolder:
 
     @property
     def evaluations_file(self) -> Path:
-        """What ``engm evaluate`` found."""
+        """The file that says what ``engm evaluate`` found."""
         return self.path / "evaluation.json"
 
     def results(self) -> dict[str, Any]:
         """What the run came to.
 
         Raises:
-            FileNotFoundError: it is not over.
+            FileNotFoundError: the run is not over.
         """
         if not self.results_file.is_file():
             raise FileNotFoundError(f"{self.path} has no results yet: train it to the end with engm train --out")
@@ -148,7 +148,7 @@ class RunFolder:
         return found
 
     def weights(self, which: Which) -> Kept:
-        """Weights that were kept.
+        """The weights of the best or the last checkpoint.
 
         Args:
             which: ``"best"`` on the validation set so far, or ``"last"``.
@@ -178,7 +178,7 @@ class RunFolder:
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def save(self, run: Run) -> None:
-        """A periodic checkpoint. Every process must call it; the first one writes."""
+        """Saves a periodic checkpoint. Every process must call this; the first one writes."""
         state = run.state_dict()
         with run.processes.together():
             self._save(run, state)
@@ -189,7 +189,7 @@ class RunFolder:
             self.store.prune(LAST)
 
     def save_best(self, run: Run) -> None:
-        """The weights that were just found to be the best. Every process must call it; the first one writes."""
+        """Saves the weights that were just found to be the best. Every process must call this; the first one writes."""
         with run.processes.together():
             self._save_best(run)
 
@@ -197,12 +197,12 @@ class RunFolder:
         if run.processes.first and run.best is not None:
             weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": asdict(run.best.accuracy)}
             self.store.save(best_name(run.best.steps), weights)
-            # One more than needed: a periodic checkpoint from before this one may still be what a resumed run starts
-            # from, and its best is the one before.
+            # Two stay: a resumed run may still start from a periodic checkpoint that was written before these weights
+            # were, and the best of that one are the weights before.
             self.store.prune(BEST)
 
     def save_epoch(self, run: Run) -> None:
-        """The weights that evaluation looks at after the epoch just finished. Every process must call it."""
+        """Saves the weights that evaluation looks at after the epoch just finished. Every process must call this."""
         with run.processes.together():
             if run.processes.first:
                 weights = {"epoch": run.epoch, "net": run.evaluated.state_dict()}
@@ -220,7 +220,7 @@ class RunFolder:
         found = self.store.latest(LAST)
         if found is not None:
             run.load_state_dict(found[1])
-        if run.processes.first:  # what is newer belongs to a future that this run may not repeat
+        if run.processes.first:  # newer best weights belong to a future that this run may not repeat
             self.store.drop_after(BEST, run.trainer.steps)
         return found is not None
 
@@ -234,7 +234,7 @@ class Kept:
     """Weights out of a checkpoint.
 
     Attributes:
-        checkpoint: its name.
+        checkpoint: name of the checkpoint.
         epoch: number of finished epochs.
         weights: the network's ``state_dict`` (averaged weights, if the run averages), on the CPU.
     """
@@ -264,9 +264,9 @@ def train(
     """Trains a run to its end in a folder, from wherever it was left.
 
     Args:
-        config: of the run.
-        path: its folder; made when everything that can be checked before training has been.
-        processes: the processes; they must see the same folder.
+        config: settings of the run.
+        path: folder of the run; it is made when everything that can be checked before training has been.
+        processes: the processes that train it together; they must see the same folder.
         view: who watches.
         dataset: ``None`` to load the one that the configuration names.
 
@@ -293,8 +293,8 @@ def train(
         with processes.together():
             if processes.first:
                 stack.enter_context(locked(path))
-                folder.check_free_for(config)  # again: somebody may have begun meanwhile
-                if not folder.exists or not folder.store.names(LAST):  # nothing was trained with another one
+                folder.check_free_for(config)  # once more, since somebody may have begun meanwhile
+                if not folder.exists or not folder.store.names(LAST):  # nothing was trained with other settings
                     write_text_atomic(folder.config_file, to_toml(config))
         resumed = folder.restore(run)
         if processes.first and formats:
@@ -329,7 +329,7 @@ def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
 
 
 def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
-    """The one look at the test set; without the best weights, and with a warning, if their checkpoint is damaged."""
+    """Takes the one look at the test set; if the best weights' checkpoint is damaged, a warning says so instead."""
     last = run.evaluate("test")
     if run.best is None or run.best.epoch == run.epoch:
         return {"last": last, "best": last}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -34,7 +34,43 @@ def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
     return Progress(*first, *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
 
 
-class RunView:
+class LiveDisplay:
+    """Something that a terminal redraws until the context ends; anywhere else nothing is drawn.
+
+    Args:
+        console: where to draw.
+
+    Attributes:
+        console: where the picture is drawn.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, picture: Group) -> bool:
+        """Draws in a terminal.
+
+        Returns:
+            Whether there is one.
+        """
+        if self._live is None:
+            return False
+        self._live.update(picture)
+        self._live.start()  # does nothing from the second time on
+        return True
+
+
+class RunView(LiveDisplay):
     """``with RunView(console) as view:``; a :class:`engm.recipes.runs.folder.View`.
 
     In a terminal the view redraws itself; anywhere else it prints a line an epoch.
@@ -48,21 +84,11 @@ class RunView:
     """
 
     def __init__(self, console: Console, title: str = "") -> None:
-        self._console = console
+        super().__init__(console)
         self._title = title
         self.run: Run | None = None
         self._stamps: deque[float] = deque(maxlen=RATE_OVER)
         self._progress = progress_bar(console, TextColumn("{task.fields[rate]}"))
-        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
-
-    def __enter__(self) -> RunView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def begin(self, run: Run) -> None:
         """Says what is trained, and from where."""
@@ -70,7 +96,7 @@ class RunView:
         config, data = run.config, run.dataset
         threshold = f", alpha {run.alpha:.3g}" if isinstance(run.alpha, float) else ""
         awp = f" with AWP {config.awp_gamma:g}" if config.awp else ""
-        self._console.print(
+        self.console.print(
             f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
             f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
             f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
@@ -79,12 +105,10 @@ class RunView:
             highlight=False,
         )
         if run.trainer.steps:
-            self._console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
+            self.console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
         self._task = self._progress.add_task("", total=run.steps, completed=run.trainer.steps, rate="")
         self._describe()
-        if self._live is not None:
-            self._live.update(self.picture())
-            self._live.start()
+        self.show(self.picture())
 
     def on_step(self) -> None:
         """A batch is done."""
@@ -100,19 +124,18 @@ class RunView:
         if self.run is None:
             return
         self._hint(self.run)
-        if self._live is not None:
-            self._live.update(self.picture())
+        if self.show(self.picture()):
             return
         row = self.run.history[-1]
         figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
         number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
-        self._console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+        self.console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
 
     def _hint(self, run: Run) -> None:
         """Says once if next to nothing is left of the gradients: then the learning rate means something else."""
         weight = run.history[-1]["weight_mean"]
         if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
-            self._console.print(
+            self.console.print(
                 f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
                 "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
                 "the norms of this network.",

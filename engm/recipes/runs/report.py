@@ -12,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import RunConfig
-from ..storage.atomic_files import read_json, replaced_when_whole
+from ..pictures import mark_decays, picture
+from ..storage.atomic_files import read_json
 from .folder import RunFolder
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
-# Settings that usually follow from another one: not named where they do.
+# Settings that usually follow from another one; the label of a row does not name them where they do.
 FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
@@ -30,15 +31,15 @@ class Row:
     """Runs that differ in their seed alone.
 
     Attributes:
-        label: what they have in common and others have not.
-        results: of each.
+        label: what these runs have in common and others have not.
+        results: results of every run.
     """
 
     label: str
     results: list[dict[str, Any]]
 
     def values(self, *path: str) -> list[float]:
-        """One figure of every run that has it."""
+        """The values of one figure, of the runs that have it."""
         found = []
         for result in self.results:
             value: Any = result
@@ -150,7 +151,7 @@ HEADINGS = ("Run", "Seeds", *COLUMNS)
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(HEADINGS):
         # Labels wrap, figures never do.
@@ -180,38 +181,31 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Learning curves as a PNG: validation accuracy, training loss, weights, norms; a row's seeds in one colour."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: the command line starts faster without
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
+    """Draws learning curves as a PNG: validation accuracy, loss, weights, norms; a row's seeds in one colour."""
     titles = (
         "validation accuracy, %  (—: under PGD, ···: natural)",
         "adversarial training loss, nats",
         "mean weight w of the examples",
         "mean gradient norm of the examples",
     )
-    for index, row in enumerate(rows_of(results)):
-        for number, result in enumerate(row.results):
-            style: dict[str, Any] = {"color": f"C{index}", "alpha": 0.8}
-            name = row.label if number == 0 else None
-            _curve(axes[0], result, "robust", scale=100, label=name, **style)
-            _curve(axes[0], result, "natural", scale=100, linestyle=":", **style)
-            _curve(axes[1], result, "loss", **style)
-            _curve(axes[2], result, "weight_mean", **style)
-            _curve(axes[3], result, "norm_mean", **style)
     decays = {epoch for result in results for epoch in result["config"].get("decay_epochs", [])}
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
-        for epoch in decays:
-            axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
-    axes[0].legend(fontsize="small")
-    with replaced_when_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    with picture(path, (14, 4)) as figure:
+        accuracy, loss, weight, norm = axes = figure.subplots(1, 4)
+        for index, row in enumerate(rows_of(results)):
+            for number, result in enumerate(row.results):
+                style: dict[str, Any] = {"color": f"C{index}", "alpha": 0.8}
+                name = row.label if number == 0 else None
+                _curve(accuracy, result, "robust", scale=100, label=name, **style)
+                _curve(accuracy, result, "natural", scale=100, linestyle=":", **style)
+                _curve(loss, result, "loss", **style)
+                _curve(weight, result, "weight_mean", **style)
+                _curve(norm, result, "norm_mean", **style)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("epoch")
+            axis.grid(alpha=0.3)
+            mark_decays(axis, decays)
+        accuracy.legend(fontsize="small")
 
 
 def _curve(axes: Axes, result: dict[str, Any], name: str, *, scale: float = 1.0, **style: Any) -> None:

@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
     ``float()`` reads, as :class:`engm.recipes.training.loggers.JsonLinesLogger` does.
 
     Args:
-        path: in a folder that exists.
+        path: file to write, in a folder that exists.
         value: dicts, lists and tuples of numbers, strings, booleans and ``None``.
 
     Raises:
@@ -48,8 +48,8 @@ def write_text_atomic(path: Path, text: str) -> None:
     """Writes a text file (UTF-8) whole or not at all: see :func:`replaced_when_whole`.
 
     Args:
-        path: in a folder that exists; a file there is replaced.
-        text: written as it is.
+        path: file to write, in a folder that exists; one that is there is replaced.
+        text: content of the file.
 
     Raises:
         OSError: it could not be written; what was there before is there still.
@@ -65,7 +65,7 @@ def replaced_when_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written; what was there before is there still.
     """
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")  # with its suffix: writers look at it
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")  # it keeps its suffix, which writers look at
     try:
         with explained(path):
             yield temporary

@@ -44,13 +44,13 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = _checked_keep(keep)
         self._opened = time.time()
-        self._whole: set[str] = set()  # written or verified by this object: not read again to be counted
+        self._whole: set[str] = set()  # written or verified by this object, so not read again to be counted
 
     def save(self, name: str, tree: Any) -> Path:
         """Writes one checkpoint, replacing one of the same name only once the new one is complete.
 
         Args:
-            name: of letters, digits, ``.``, ``_`` and ``-``, such as ``step-00000200``.
+            name: name, of letters, digits, ``.``, ``_`` and ``-``, such as ``step-00000200``.
             tree: what :func:`engm.recipes.storage.tensor_tree.flatten` takes. Copied to the CPU first.
 
         Returns:
@@ -112,7 +112,7 @@ class CheckpointStore:
             CheckpointError: there are some, and all of them are refused.
         """
         refused: list[CheckpointError] = []
-        for name in self._series(prefix):
+        for name in self.names(prefix):
             try:
                 tree = self.load(name)
             except CheckpointError as error:
@@ -135,7 +135,7 @@ class CheckpointStore:
         Only checkpoints that verify count as kept, so a damaged one never pushes out a good one.
 
         Args:
-            prefix: of the series.
+            prefix: prefix of the series.
             keep: how many of the newest stay; ``None`` for the store's own ``keep``.
 
         Raises:
@@ -144,7 +144,7 @@ class CheckpointStore:
         """
         left = self.keep if keep is None else _checked_keep(keep)
         self._sweep()
-        for name in self._series(prefix):
+        for name in self.names(prefix):
             if left > 0:
                 left -= self._verifies(name)
             else:
@@ -152,7 +152,11 @@ class CheckpointStore:
 
     def names(self, prefix: str) -> list[str]:
         """The checkpoints of a series, newest first, damaged ones included."""
-        return self._series(prefix)
+        _checked_name(prefix)
+        names = {path.name for path in _listed(self.folder)} | {a.name for a in self._asides() if a.kind == "old"}
+        numbers = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        found = [(int(number), name) for name, number in numbers.items() if number.isascii() and number.isdecimal()]
+        return [name for _, name in sorted(found, reverse=True)]
 
     def drop_after(self, prefix: str, number: int) -> None:
         """Deletes the checkpoints of a series whose number is greater than ``number``, damaged ones included.
@@ -160,7 +164,7 @@ class CheckpointStore:
         Raises:
             OSError: one could not be deleted.
         """
-        for name in self._series(prefix):
+        for name in self.names(prefix):
             if int(name.removeprefix(prefix)) > number:
                 self._delete(name)
 
@@ -184,14 +188,6 @@ class CheckpointStore:
         final = self.folder / _checked_name(name)
         replaced = [] if final.exists() else self._replaced(name)
         return replaced[0] if replaced else final
-
-    def _series(self, prefix: str) -> list[str]:
-        """Names of a series, newest first."""
-        _checked_name(prefix)
-        names = {path.name for path in _listed(self.folder)} | {a.name for a in self._asides() if a.kind == "old"}
-        numbers = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-        found = [(int(number), name) for name, number in numbers.items() if number.isascii() and number.isdecimal()]
-        return [name for _, name in sorted(found, reverse=True)]
 
     # -- changes ------------------------------------------------------------------------------------------------
 

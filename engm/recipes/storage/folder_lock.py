@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .atomic_files import make_folder
+from filelock import FileLock, Timeout
 
-# A lock lives as long as any copy of its handle, and a forked data-loading worker outlives a killed trainer by seconds.
-_HELD: set[int] = set()
+from .atomic_files import make_folder
 
 
 class FolderInUseError(RuntimeError):
@@ -20,34 +17,24 @@ class FolderInUseError(RuntimeError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes this the only process that trains in ``folder`` (made if need be), by ``flock`` on its file ``.lock``.
+    """Makes this the only process that trains in ``folder`` (made if need be), by a lock on its file ``.lock``.
+
+    The lock is the kernel's, so it ends with its process, however that ends; forked children do not hold it. A lock
+    that is a mere file would outlive a killed process, so none is taken where the file system has no other.
 
     Raises:
-        FolderInUseError: another process, or another ``with`` of this one, holds it.
+        FolderInUseError: another process, or another ``with`` of this one, holds the lock.
+        OSError: the lock's file cannot be written, or the file system has no locks.
     """
     make_folder(folder)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = FileLock(folder / ".lock", blocking=False, fallback_to_soft=False)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        if not isinstance(error, BlockingIOError):
-            raise
+        lock.acquire()
+    except Timeout as error:
         raise FolderInUseError(
             f"another process is training in {folder}; wait for it or stop it, or choose another folder"
         ) from error
-    _HELD.add(handle)
     try:
         yield
     finally:
-        if handle in _HELD:  # not in a forked child
-            _HELD.remove(handle)
-            os.close(handle)
-
-
-def _release_in_child() -> None:
-    while _HELD:
-        os.close(_HELD.pop())
-
-
-os.register_at_fork(after_in_child=_release_in_child)
+        lock.release()

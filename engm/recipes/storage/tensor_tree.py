@@ -64,7 +64,7 @@ def unflatten(tensors: Mapping[str, Tensor], structure: Any) -> Any:
     """The inverse of :func:`flatten`.
 
     Args:
-        tensors: by name; they are put in the tree as they are, not copied.
+        tensors: tensors by name; they are put in the tree as they are, not copied.
         structure: the second result of :func:`flatten`, possibly through JSON.
 
     Raises:

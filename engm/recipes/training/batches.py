@@ -28,9 +28,9 @@ class TrainingBatches:
         source: the training examples.
         batch_size: examples a batch, of all processes together.
         augmentation: applied to every batch.
-        seed: of the run.
+        seed: seed of the run.
         processes: the processes that share the batches.
-        memory_format: of the images.
+        memory_format: memory format of the images.
 
     Raises:
         ValueError: fewer examples than one batch, or a batch that the processes cannot share evenly.

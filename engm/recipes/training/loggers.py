@@ -23,7 +23,7 @@ class Logger(Protocol):
         Args:
             kind: ``"step"`` or ``"epoch"``.
             index: number of the step or epoch, from 1.
-            figures: by name, numbers of Python.
+            figures: numbers of Python by name.
         """
 
     def close(self) -> None:
@@ -31,7 +31,7 @@ class Logger(Protocol):
 
 
 class CsvLogger:
-    """One file a kind, ``step.csv`` and ``epoch.csv``, with the columns of its first row.
+    """Writes one file a kind, ``step.csv`` and ``epoch.csv``, with the columns of its first row.
 
     Rows are on disk as soon as they are logged.
 
@@ -70,7 +70,7 @@ class CsvLogger:
                 reader = csv.DictReader(file)
                 columns = list(reader.fieldnames or columns)
                 rows = [row for row in reader if _index_of(row, kind, columns) <= self._keep[kind]]
-        fresh = path.with_suffix(".csv.new")  # moved into place when the kept rows are in it: none is ever missing
+        fresh = path.with_suffix(".csv.new")  # is moved into place with the kept rows in it: none is ever missing
         self._files[kind] = fresh.open("w", newline="", encoding="utf-8", buffering=1)
         self._writers[kind] = csv.DictWriter(self._files[kind], columns)
         self._writers[kind].writeheader()
@@ -83,7 +83,7 @@ class CsvLogger:
 
 
 class JsonLinesLogger:
-    """One object a line in ``log.jsonl``: ``{"kind": "step", "index": 7, "loss": 1.2}``.
+    """Writes one object a line to ``log.jsonl``: ``{"kind": "step", "index": 7, "loss": 1.2}``.
 
     JSON has no NaN and no infinity: they are written as the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which
     ``float()`` reads.
@@ -96,7 +96,7 @@ class JsonLinesLogger:
     def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
         path = _made(folder) / "log.jsonl"
         lines = _kept_lines(path, keep) if keep and path.is_file() else []
-        fresh = path.with_suffix(".jsonl.new")  # moved into place when the kept rows are in it: none is ever missing
+        fresh = path.with_suffix(".jsonl.new")  # is moved into place with the kept lines in it: none is ever missing
         self._file = fresh.open("w", encoding="utf-8", buffering=1)
         self._file.writelines(lines)
         self._file.flush()
@@ -111,7 +111,7 @@ class JsonLinesLogger:
 
 
 class TensorBoardLogger:
-    """Scalars ``step/loss``, ``epoch/robust`` and so on, for ``tensorboard --logdir``.
+    """Writes scalars ``step/loss``, ``epoch/robust`` and so on, for ``tensorboard --logdir``.
 
     Args:
         folder: the run's own; TensorBoard hides what an earlier run wrote there.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, cast
 
@@ -22,11 +22,11 @@ from engm.adversarial import AWP, PGD, Objective, objective
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy, evaluate, pgd20
-from ..config import RunConfig, option
-from ..data import Augmentation, Dataset, Source, load_data
-from ..models import build_model
+from ..config import RunConfig
+from ..data import Dataset
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
+from .building import augmentation_of, build_network, load_in_turn, load_weights
 from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
@@ -39,7 +39,7 @@ class Best:
 
     Attributes:
         epoch: number of finished epochs.
-        steps: of the run, at that moment.
+        steps: steps that the run had taken by then.
         accuracy: on the validation set.
     """
 
@@ -49,7 +49,7 @@ class Best:
 
     @property
     def score(self) -> float:
-        """See :func:`robust_of`."""
+        """What the checkpoint was chosen by; see :func:`robust_of`."""
         return robust_of(self.accuracy)
 
 
@@ -58,98 +58,12 @@ def robust_of(accuracy: Accuracy) -> float:
     return accuracy.natural if accuracy.robust is None else accuracy.robust
 
 
-def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
-    """The data that a configuration names, on ``device`` where they fit.
-
-    Raises:
-        ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
-    """
-    # The digits have a split of their own, in which nothing is to choose.
-    digits = config.data == "digits"
-    dataset = load_data(
-        config.data,
-        root=config.data_root,
-        download=config.download,
-        image_size=config.image_size,
-        validation_examples=1000 if digits else config.validation_examples,
-        validation_from_test=config.validation_from_test,
-        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
-        device=device,
-        workers=config.workers,
-    ).to(device)
-    return replace(
-        dataset,
-        train=_first(dataset.train, config.train_examples, "train_examples"),
-        test=_first(dataset.test, config.test_examples, "test_examples"),
-    )
-
-
-def _first(source: Source, count: int | None, name: str) -> Source:
-    """The first so many examples, or all of them."""
-    if count is None:
-        return source
-    if count > len(source):
-        raise ValueError(f"{option(name)} {count}: there are {len(source)} of these examples")
-    return source.take(torch.arange(count))
-
-
-def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
-    """:func:`load_dataset` for several processes; what has to be downloaded, the first one fetches for all."""
-    if config.download and processes.world > 1:
-        with processes.together():
-            if processes.first:
-                load_dataset(config, processes.device)
-    return load_dataset(config, processes.device)
-
-
-def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
-    channels, height, _ = dataset.train.shape
-    torch.manual_seed(config.seed)
-    return build_model(
-        config.model,
-        classes=dataset.classes,
-        in_channels=channels,
-        image_size=height,
-        norm=config.norm,
-        width=config.width,
-    )
-
-
-def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:
-    """Puts weights that were kept into the network that was built for a data set.
-
-    Raises:
-        ValueError: they are of another network: the data have other classes or shapes than in training, say.
-    """
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        details = " ".join(str(error).splitlines()[1:3]).strip()
-        raise ValueError(
-            f"the weights are of another network than the one for {dataset.name} with its {dataset.classes} classes "
-            f"and images of shape {list(dataset.train.shape)} ({details}): are these the data that the run was trained "
-            "on?"
-        ) from error
-
-
-def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
-    """What a configuration asks for; by default the data set's own."""
-    chosen = {
-        "auto": dataset.augment,
-        "crop-flip": Augmentation(padding=4, flip=True),
-        "crop": Augmentation(padding=4, flip=False),
-        "none": Augmentation(padding=0, flip=False),
-    }
-    return chosen[config.augment]
-
-
 class Run:
-    """A run, before, while and after it trains.
+    """A training run, from its configuration to its last epoch.
 
     Args:
-        config: of the run; resolved here.
-        processes: the processes.
+        config: the run's settings, which are resolved here.
+        processes: the processes that train it together.
         dataset: ``None`` to load the one that the configuration names.
 
     Raises:
@@ -162,7 +76,7 @@ class Run:
         net: the network; its ``state_dict`` is what checkpoints hold.
         average: the running average of its weights, if the configuration asks for one.
         trainer: takes the steps.
-        schedule: of learning rate and attack.
+        schedule: what changes in the course of the run.
         epoch: finished epochs.
         batch: finished batches of the epoch that is under way.
         history: a row of figures for every finished epoch.
@@ -234,7 +148,7 @@ class Run:
         """The training attack at a position; ``step`` counts over the whole run."""
         config, full = self.config, self.config.eps or 0.0
         eps = self.schedule.eps(step)
-        # With eps of 0 there is no attack, whatever its step.
+        # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
         return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
 

@@ -1,6 +1,6 @@
 """What changes in the course of a run: learning rate, radius of the attack, FAT's patience, AWP's warm-up.
 
-All of it is a function of the position alone, so a resumed run needs no state for it.
+Each of these is a function of the position alone, so a resumed run needs no state for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Schedule:
     """The schedule of a resolved configuration.
 
     Attributes:
-        config: resolved.
+        config: the configuration, resolved.
         steps_per_epoch: batches an epoch.
     """
 
@@ -26,12 +26,12 @@ class Schedule:
     steps_per_epoch: int
 
     def lr(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
+        """The learning rate of an epoch, counted from 0."""
         passed = sum(epoch >= decay for decay in self.config.decay_epochs or ())
         return self.config.lr * 0.1**passed
 
     def eps(self, step: int) -> float:
-        """Radius of the training attack at a step of the run, counted from 0; grows linearly over ``eps_warmup``."""
+        """The radius of the attack at a step of the run, counted from 0; it grows linearly over ``eps_warmup``."""
         full = self.config.eps or 0.0
         ramp = self.config.eps_warmup * self.steps_per_epoch
         return full if step >= ramp else full * step / ramp

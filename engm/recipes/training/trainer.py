@@ -22,7 +22,7 @@ from .step_figures import Examples, StepFigures, pack, together, unpack
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Means over one epoch of training.
+    """Figures of one epoch of training, means over its examples.
 
     Attributes:
         loss: adversarial training loss, nats.
@@ -47,11 +47,11 @@ class Trainer:
     """One model, its outer optimizer and its attack.
 
     Args:
-        model: a :class:`engm.GradNormModule`.
+        model: the wrapped network.
         optimizer: one of engm's outer optimizers over ``model``.
-        attack: run in the mode that it asks for, under this trainer's own noise generator.
+        attack: the training attack, run in the mode that it asks for, with the trainer's own noise generator.
         objective: the training loss.
-        seed: of the attack noise; trainers with the same seed draw the same noise.
+        seed: seed of the attack noise; trainers with the same seed draw the same noise.
         borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
             runs a norm pass of its own.
         logger: takes the figures of every step and, by :meth:`log_epoch`, of every epoch.
@@ -65,11 +65,11 @@ class Trainer:
         ValueError: ``log_every`` is not positive.
 
     Attributes:
-        attack: as above; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
+        attack: the training attack; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
         awp: perturbs the weights around the objective, if set. Norms are then of the perturbed weights, so none are
             borrowed from the attack.
-        logger: as above; may be set or replaced between epochs.
-        steps: taken so far.
+        logger: takes the figures; may be set or replaced between epochs.
+        steps: number of steps taken so far.
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class Trainer:
         self._processes = Processes(device) if processes is None else processes
         self._clock = StepClock(device)
         self._figures = StepFigures()
-        self._epoch: list[Examples] = []  # of the steps that were looked at already
-        self._seconds: list[float] = []  # theirs
+        # Figures and times of those steps of the epoch that were fetched from the device already.
+        self._epoch: list[Examples] = []
+        self._seconds: list[float] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Attacks one batch and updates the weights on it.
@@ -167,7 +168,12 @@ class Trainer:
         return optimizer.stats
 
     def finish_epoch(self) -> EpochRecord:
-        """The figures since the last call; this is where the device is waited for."""
+        """The figures of all steps since the last call; this is where the device is waited for.
+
+        Raises:
+            RuntimeError: there was no step.
+            NonFiniteError: one of the latest losses was not finite.
+        """
         self._look()
         steps, self._epoch = self._epoch, []
         seconds, self._seconds = self._seconds, []

@@ -17,9 +17,8 @@ from typer.testing import CliRunner, Result
 
 from engm.checks import NonFiniteError
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig, option, to_toml
+from engm.recipes.config import RunConfig, option
 from engm.recipes.runs.folder import RunFolder
-from engm.recipes.runs.report import collect, markdown, rows_of
 from engm.recipes.storage.folder_lock import locked
 
 _TINY = "--width 2 --epochs 2 --batch-size 32 --attack-steps 2 --evaluation-steps 3 --train-examples 64 --threads 1"
@@ -153,92 +152,6 @@ def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
         message = failed("compare", *arguments)
     assert "msgd-seed4 diverged; the others are in" in message
     assert "| SNGM | 1 |" in (tmp_path / "all" / "comparison.md").read_text()
-
-
-class TestReport:
-    """Rows of made-up runs."""
-
-    @staticmethod
-    def run(
-        folder: Path,
-        *,
-        best: float = 0.5,
-        processes: int = 1,
-        evaluations: list[dict[str, object]] | None = None,
-        **config: object,
-    ) -> Path:
-        folder.mkdir(parents=True)
-        whole = RunConfig(**config).resolved()  # type: ignore[arg-type]
-        (folder / "config.toml").write_text(to_toml(whole))
-        accuracy = {"natural": 0.9, "robust": best, "examples": 100}
-        results = {
-            "method": whole.optimizer.upper(),
-            "config": whole.as_dict(),
-            "data": {"test": 100},
-            "test": {"best": accuracy, "last": accuracy},
-            "overfit": 0.0,
-            "best_epoch": 3,
-            "step_seconds": 0.1,
-            "machine": {"processes": processes},
-            "history": [{"epoch": 1, "loss": "nan", "robust": best, "natural": "inf", "weight_mean": 1.0}],
-        }
-        (folder / "results.json").write_text(json.dumps(results))
-        if evaluations is not None:
-            (folder / "evaluation.json").write_text(json.dumps({"best": {"autoattack": evaluations}}))
-        return folder
-
-    def test_seeds_are_averaged_whatever_cannot_change_a_result(self, tmp_path: Path) -> None:
-        self.run(tmp_path / "runs" / "a", best=0.4, seed=0, log_every=50)
-        self.run(tmp_path / "runs" / "b", best=0.6, seed=1, log_every=51, threads=1)
-        self.run(tmp_path / "runs" / "c", seed=0, objective="trades", beta=3.0)
-        (tmp_path / "runs" / "d").mkdir()
-        (tmp_path / "runs" / "d" / "config.toml").write_text("")
-        result = engm("report", tmp_path / "runs", tmp_path / "runs" / "a", "--out", tmp_path / "report")
-        assert result.exit_code == 0, result.output
-        assert "Not finished, so not shown" in result.output
-        rows = (tmp_path / "report" / "report.md").read_text().splitlines()[2:4]
-        cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows]
-        assert cells[0][1] == "2"
-        assert cells[0][3] == "50.0 ± 14.1"
-        assert cells[0][0] == "ENGM, objective pgd, beta 6.0"  # and not its attack_mode, which follows
-        assert cells[1][0] == "ENGM, objective trades, beta 3.0"
-        assert (tmp_path / "report" / "report.png").exists()
-
-    def test_runs_of_a_comparison_and_of_other_processes(self, tmp_path: Path) -> None:
-        self.run(tmp_path / "runs" / "table2" / "a", seed=0)
-        self.run(tmp_path / "runs" / "b", seed=1, processes=4)
-        results, unfinished = collect([tmp_path / "runs"])
-        assert (len(results), unfinished) == (2, [])
-        assert [row.label for row in rows_of(results)] == ["ENGM, processes 4", "ENGM, processes 1"]
-
-    def test_figures_are_never_cut(self, tmp_path: Path) -> None:
-        for index, model in enumerate(("resnet18", "preact-resnet18", "vgg8", "wrn-34-10")):
-            options = {"width": index + 1, "objective": "trades", "beta": 1.0 + index, "epochs": 10 + index}
-            self.run(tmp_path / "runs" / model, model=model, **options)
-        output = engm("report", tmp_path / "runs").output
-        assert "…" not in output
-        assert output.count("50.0") == 8
-
-    def test_the_same_seed_twice_is_refused(self, tmp_path: Path) -> None:
-        runs = [self.run(tmp_path / name, seed=2) for name in ("a", "b")]
-        assert "the same settings and the same seed" in failed("report", *runs)
-
-    def test_only_a_whole_autoattack_of_the_best_weights_counts(self, tmp_path: Path) -> None:
-        right = {"examples": 100, "eps": 0.2, "epoch": 3, "accuracy": 0.25}
-        wrong = [
-            {**right, key: value, "accuracy": 0.99} for key, value in (("examples", 20), ("eps", 0.1), ("epoch", 2))
-        ]
-        self.run(tmp_path / "runs" / "a", seed=0, evaluations=[*wrong, right])
-        self.run(tmp_path / "runs" / "b", seed=1, evaluations=wrong)
-        results, _ = collect([tmp_path / "runs"])
-        assert [result["autoattack"] for result in results] == [0.25, None]
-        assert "25.0 (of 1)" in markdown(results)
-
-    def test_unfinished_runs_alone_are_no_report(self, tmp_path: Path) -> None:
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a" / "config.toml").write_text("")
-        assert "none of these runs is finished" in failed("report", tmp_path)
-        assert "has no results yet" in failed("report", tmp_path / "a")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "pt2"])

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
-from engm.recipes.reproduce import analysis, plan
+from engm.recipes.reproduce import analysis, expense_of
 from engm.recipes.reproduce.expense import duration
 
 from .conftest import request
@@ -60,14 +60,14 @@ def test_bad_input_is_one_message_and_nothing_written(arguments: tuple[str, ...]
 @pytest.mark.slow
 def test_a_plan_counts_what_is_left(tmp_path: Path) -> None:
     cells = analysis("table2").cells(request())
-    whole = plan(cells, tmp_path, torch.device("cpu"), None)
+    whole = expense_of(cells, tmp_path, torch.device("cpu"), None)
     assert (whole.cells, whole.trained) == (7, 0)
     assert whole.seconds > 0
     assert whole.peak_bytes > 1e7
     assert whole.jobs >= 1
     (tmp_path / cells[0].folder_name).mkdir()
     (tmp_path / cells[0].folder_name / "results.json").write_text("{}")
-    part = plan(cells[:1], tmp_path, torch.device("cpu"), 3)
+    part = expense_of(cells[:1], tmp_path, torch.device("cpu"), 3)
     assert (part.trained, part.jobs) == (1, 3)
     assert part.seconds < whole.seconds
 

@@ -1,0 +1,100 @@
+"""What a configuration names, built: data set, augmentation and network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..config import RunConfig, option
+from ..data import Augmentation, Dataset, Source, load_data
+from ..models import build_model
+from ..processes import Processes
+
+
+def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
+    """The data that a configuration names, on ``device`` where they fit.
+
+    Raises:
+        ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
+    """
+    # The digits have a split of their own, and their loader refuses any other number of validation examples.
+    digits = config.data == "digits"
+    dataset = load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        validation_examples=1000 if digits else config.validation_examples,
+        validation_from_test=config.validation_from_test,
+        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
+        device=device,
+        workers=config.workers,
+    ).to(device)
+    return replace(
+        dataset,
+        train=_first(dataset.train, config.train_examples, "train_examples"),
+        test=_first(dataset.test, config.test_examples, "test_examples"),
+    )
+
+
+def _first(source: Source, count: int | None, name: str) -> Source:
+    """The first so many examples, or all of them."""
+    if count is None:
+        return source
+    if count > len(source):
+        raise ValueError(f"{option(name)} {count}: there are {len(source)} of these examples")
+    return source.take(torch.arange(count))
+
+
+def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
+    """Calls :func:`load_dataset` in several processes; the first one downloads for all of them."""
+    if config.download and processes.world > 1:
+        with processes.together():
+            if processes.first:
+                load_dataset(config, processes.device)
+    return load_dataset(config, processes.device)
+
+
+def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
+    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
+    channels, height, _ = dataset.train.shape
+    torch.manual_seed(config.seed)
+    return build_model(
+        config.model,
+        classes=dataset.classes,
+        in_channels=channels,
+        image_size=height,
+        norm=config.norm,
+        width=config.width,
+    )
+
+
+def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:
+    """Puts weights that were kept into the network that was built for a data set.
+
+    Raises:
+        ValueError: they are of another network: the data have other classes or shapes than in training, say.
+    """
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        details = " ".join(str(error).splitlines()[1:3]).strip()
+        raise ValueError(
+            f"the weights are of another network than the one for {dataset.name} with its {dataset.classes} classes "
+            f"and images of shape {list(dataset.train.shape)} ({details}): are these the data that the run was trained "
+            "on?"
+        ) from error
+
+
+def augmentation_of(config: RunConfig, dataset: Dataset) -> Augmentation:
+    """The augmentation that a configuration asks for; ``auto`` is the data set's own."""
+    chosen = {
+        "auto": dataset.augment,
+        "crop-flip": Augmentation(padding=4, flip=True),
+        "crop": Augmentation(padding=4, flip=False),
+        "none": Augmentation(padding=0, flip=False),
+    }
+    return chosen[config.augment]
