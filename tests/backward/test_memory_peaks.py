@@ -110,11 +110,12 @@ def unclipped(net):
     return model, opt, opt.backward
 
 
-class TestPeaks:
-    @pytest.fixture(scope="class")
-    def plain_peak(self):
-        return step_peak(plain)
+@pytest.fixture(scope="module")
+def plain_peak():
+    return step_peak(plain)
 
+
+class TestPeaks:
     @pytest.mark.parametrize(("make", "allowed"), [(one_pass, 0.15), (two_passes, 0.05), (unclipped, 0.01)])
     def test_extra_over_plain_sgd(self, plain_peak, make, allowed):
         """Design section 7: extra peak memory of a plain step."""
