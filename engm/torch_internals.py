@@ -2,8 +2,8 @@
 
 What is public in torch is used where it is needed. Names that torch may change without notice (attributes of autograd
 nodes, of modules and of tensors that begin with an underscore, parts of the compiler) stand here alone, each behind a
-function whose behaviour a test in ``tests/test_torch_internals*.py`` holds fast on the oldest version of torch that engm
-supports and on the newest.
+function whose behaviour a test in ``tests/test_torch_internals*.py`` holds fast on the oldest torch that engm supports
+and on the newest.
 """
 
 from __future__ import annotations
