@@ -1,6 +1,10 @@
 # Needs python3, pip, g++ and make; nvcc if CUDA kernels are wanted. Stamp files in .make keep the second run fast.
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.1
+# The oldest torch that pyproject.toml promises, on any Python that it promises.
+OLDEST_PYTHON ?= python3
+OLDEST_TORCH := torch==2.11.0
+OLDEST := $(CURDIR)/.venv-oldest/bin/python
 # Asks for a requests of 2021, which it never imports.
 NO_DEPS := torchattacks==3.5.1
 BIN := .venv/bin
@@ -9,7 +13,7 @@ export MAX_JOBS ?= 2
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h) tests/emulator/build.py
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-all lint docs wheel bench gpu sanitize clean
+.PHONY: demo test test-all test-oldest lint docs wheel bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
@@ -27,6 +31,14 @@ test: .make/build .make/emulator
 # The rest: what 'make test' leaves out, and nothing else. Both together run every test once.
 test-all: .make/build .make/emulator
 	$(PYTEST) -m slow tests
+
+# What depends on torch's insides, on the oldest torch. The tests run from a copy of their folder: beside the checkout's
+# engm they would import that one, whose compiled module is of the other torch.
+test-oldest: .make/oldest-build
+	rm -rf build/oldest/tree && mkdir -p build/oldest/tree && cp -r tests pyproject.toml build/oldest/tree
+	cd build/oldest/tree && $(OLDEST) -c "import engm, torch; print('testing', engm.__file__, 'on torch', torch.__version__)"
+	cd build/oldest/tree && OMP_NUM_THREADS=1 $(OLDEST) -m pytest -q -n 2 --dist worksteal -m "torch_insides and not gpu" \
+		$$(grep -rl --include='test_*.py' 'mark\.torch_insides' tests)
 
 lint: .make/venv
 	$(BIN)/ruff check .
@@ -71,7 +83,21 @@ sanitize:
 	PYTHONPATH=tests $(BIN)/python -m emulator.build
 	@mkdir -p .make && touch $@
 
-# Leaves .venv, which takes longest to make: remove it by hand.
+.make/oldest-venv: requirements-oldest.txt Makefile
+	test -x $(OLDEST) || $(OLDEST_PYTHON) -m venv .venv-oldest
+	$(OLDEST) -m pip install --quiet $(OLDEST_TORCH) -r requirements-oldest.txt
+	@mkdir -p .make && touch $@
+
+# A wheel, all of whose parts are built outside of the package's folder: an editable install would write its engm/_C over
+# that of the other torch, which has the same name.
+.make/oldest-build: .make/oldest-venv $(SOURCES) $(shell find engm -name '*.py')
+	rm -rf build/oldest/lib* build/oldest/dist && mkdir -p build/oldest
+	PATH="$(dir $(OLDEST)):$$PATH" ENGM_CPU_ONLY=1 $(OLDEST) setup.py --quiet egg_info --egg-base build/oldest \
+		build --build-base build/oldest bdist_wheel --bdist-dir build/oldest/wheel --dist-dir build/oldest/dist
+	$(OLDEST) -m pip install --quiet --no-deps --force-reinstall build/oldest/dist/*.whl
+	@mkdir -p .make && touch $@
+
+# Leaves .venv and .venv-oldest, which take longest to make: remove them by hand.
 clean:
 	rm -rf build dist .make *.egg-info engm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find engm tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +

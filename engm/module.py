@@ -29,6 +29,7 @@ from .torch_internals import (
     CALL_OF_A_MODULE,
     STATE_OF_A_MODULE,
     dynamo_in_use,
+    is_exported,
     is_transformed,
     never_compiled,
     original_of_compiled,
@@ -134,7 +135,7 @@ class GradNormModule(nn.Module):
         A call from within the forward pass of this very wrapper is captured with that. Calls under the transforms of
         ``torch.func`` (which have graphs of their own), and those that are traced or exported, are plain ones.
         """
-        quiet = _QUIET.depth[id(self)] or not torch.is_grad_enabled() or torch.compiler.is_exporting()
+        quiet = _QUIET.depth[id(self)] or not torch.is_grad_enabled() or is_exported()
         if torch.compiler.is_compiling():
             return self._net(*args, **kwargs) if quiet else self._captured_uncompiled(args, kwargs)
         if quiet or is_transformed():

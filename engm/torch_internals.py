@@ -2,8 +2,8 @@
 
 What is public in torch is used where it is needed. Names that torch may change without notice (attributes of autograd
 nodes, of modules and of tensors that begin with an underscore, parts of the compiler) stand here alone, each behind a
-function whose behaviour a test in ``tests/test_torch_internals.py`` holds fast on every version of torch that engm
-supports.
+function whose behaviour a test in ``tests/test_torch_internals*.py`` holds fast on the oldest torch that engm supports
+and on the newest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
@@ -38,9 +39,12 @@ COMPILED_NODE = "CompiledFunctionBackward"  # of a region that torch.compile mad
 
 
 def node_name(node: Node) -> str:
-    """``"AddmmBackward0"``, say; functions written in Python have no ``name`` before torch 2.12."""
-    name = getattr(node, "name", None)
-    return str(name()) if callable(name) else type(node).__name__
+    """``"AddmmBackward0"``, say.
+
+    The node of a function in Python has the name of its type. On torch 2.11 the node itself does not tell any more once
+    the output that it belongs to is gone.
+    """
+    return type(node).__name__ if is_python_function(node) else str(node.name())
 
 
 def operator_name(node: Node) -> str:
@@ -71,8 +75,11 @@ def entering_shape(child: Node, number: int) -> tuple[int, ...]:
 
 
 def is_python_function(node: Node) -> bool:
-    """Whether the node is of a ``torch.autograd.Function``, whose saved tensors have no names."""
-    return hasattr(node, "saved_tensors")
+    """Whether the node is of a ``torch.autograd.Function``, whose saved tensors have no names.
+
+    The type tells. To ask the node for its ``saved_tensors`` would unpack them, which may run a forward pass again.
+    """
+    return isinstance(node, BackwardCFunction)
 
 
 def saved_by(node: Node, name: str) -> Any:
@@ -333,7 +340,10 @@ def running_data_parallel() -> DistributedDataParallel | None:
 
 
 def joins(data_parallel: DistributedDataParallel) -> bool:
-    """Whether it runs inside ``join()``, where ranks without batches answer the reduction of gradients alone."""
+    """Whether the wrapper runs inside ``join()``, where ranks without batches answer the reduction of gradients alone.
+
+    torch takes nothing back when ``join()`` ends: the answer stays yes after the first one.
+    """
     return bool(data_parallel._join_config.enable)
 
 
@@ -345,6 +355,14 @@ def is_transformed() -> bool:
 # -- the compiler -----------------------------------------------------------------------------------------------------
 
 never_compiled: Callable[[Any], Any] = torch._disable_dynamo
+
+
+def is_exported() -> bool:
+    """Whether code runs, or is traced, for ``torch.export``.
+
+    The compiler of torch 2.11 takes the public ``torch.compiler.is_exporting()`` for true in every region.
+    """
+    return bool(torch.compiler._is_exporting_flag)
 
 
 def dynamo_in_use() -> bool:

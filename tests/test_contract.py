@@ -15,6 +15,8 @@ from torch import nn
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 NAMES = [name for name in engm.__all__ if not name.startswith("_")]
 CALLABLES = [name for name in NAMES if callable(getattr(engm, name))]
 

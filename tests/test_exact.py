@@ -10,6 +10,8 @@ import engm
 from engm import exact
 from engm.exact import exact_squared_norms
 
+pytestmark = pytest.mark.torch_insides
+
 X = tensor(5, 3, 6, 6)
 
 

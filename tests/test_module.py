@@ -16,6 +16,8 @@ from training import assert_close, assert_same, batch, losses_of, network, sgd
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Net(nn.Module):
     """A network with a method, attributes, buffers of both kinds and a submodule of its own."""

@@ -11,6 +11,8 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 X, Y = tensor(4, 3, 5), torch.tensor([0, 1, 2, 0])
 
 

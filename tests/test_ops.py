@@ -12,6 +12,8 @@ from oracle import per_example_gradients
 
 from engm import _C, ops, reference
 
+pytestmark = pytest.mark.torch_insides
+
 # Largest relative error of a norm. Half types are rounded before the operator sees them: their oracle is the same.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 EXAMPLES = settings(max_examples=150, deadline=None)

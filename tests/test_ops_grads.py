@@ -20,6 +20,8 @@ from test_ops import (
 
 from engm import ops, reference
 
+pytestmark = pytest.mark.torch_insides
+
 engm = torch.ops.engm
 
 

@@ -11,6 +11,8 @@ from engm.backward.prepare import planned_losses
 from engm.batch_norm.calibration import Calibration, DeviceFlag, ExactSample, FactorKey
 from engm.exact import exact_squared_norms
 
+pytestmark = pytest.mark.torch_insides
+
 NAMED = [("a", nn.Parameter(tensor(3))), ("b", nn.Parameter(tensor(2)))]
 
 

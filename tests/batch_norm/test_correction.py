@@ -16,6 +16,8 @@ import engm
 from engm.backward.norms import lent_mode, measure_graph, own_mode
 from engm.backward.prepare import planned_losses
 
+pytestmark = pytest.mark.torch_insides
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 

@@ -19,6 +19,8 @@ from engm.capture.hooks import _call_hook
 from engm.graph.trace import trace
 from engm.rules import find_rule
 
+pytestmark = pytest.mark.torch_insides
+
 
 def test_the_network_of_these_tests():
     check(Net().double(), losses_of)

@@ -20,6 +20,8 @@ from torch.utils.checkpoint import (
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 keep = partial(checkpoint, use_reentrant=False)
 
 
@@ -171,7 +173,8 @@ def test_selective():
     model.strict = True
     model.plans.clear()
     losses = random_losses(model(x))
-    with pytest.raises(RuntimeError, match="only allowed to backward once"):
+    # torch 2.11 does not notice by itself, and here fails at the shapes of what it kept.
+    with pytest.raises(RuntimeError, match=r"only allowed to backward once|expected input with shape"):
         engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0).backward(losses)
 
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled import BACKEND, mlp
+from compiled import BACKEND, TORCH, mlp
 from engine_checks import TOLERANCE, assert_measured, assert_step
 from oracle import random_losses, relative, tensor, truth
 from torch import nn
@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import engm
 from engm.capture.compiled import CompiledCall
 
-pytestmark = pytest.mark.usefixtures("nothing_compiled")
+pytestmark = [pytest.mark.usefixtures("nothing_compiled"), pytest.mark.torch_insides]
 
 
 class Block(nn.Module):
@@ -314,8 +314,15 @@ def chain() -> nn.Sequential:
     return nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.Tanh())])
 
 
+attention_in_float64 = pytest.mark.xfail(
+    TORCH == (2, 11), raises=RuntimeError, reason="torch 2.11 alone fails too: Inductor makes float32 of its attention"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "shape"), [(Block, (3, 3, 9)), (Twice, (4, 6)), (chain, (33, 6))])
+@pytest.mark.parametrize(
+    ("make", "shape"), [pytest.param(Block, (3, 3, 9), marks=attention_in_float64), (Twice, (4, 6)), (chain, (33, 6))]
+)
 def test_inductor(make, shape):
     """Inductor's code writes into the memory of operands that were handed over; the norms must not notice."""
     x = tensor(*shape)

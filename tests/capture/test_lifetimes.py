@@ -15,6 +15,8 @@ import engm
 from engm.capture.hooks import CALLS_KEY
 from engm.graph.trace import trace
 
+pytestmark = pytest.mark.torch_insides
+
 
 def traces_of(net):
     """Everything that lies on the modules of a network, its tensors aside."""

@@ -14,6 +14,8 @@ from training import batch, losses_of, network, sgd
 import engm
 from engm.capture.hooks import Call
 
+pytestmark = pytest.mark.torch_insides
+
 
 def live_calls() -> int:
     gc.collect()

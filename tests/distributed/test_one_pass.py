@@ -34,7 +34,10 @@ METHODS = {
 }
 WAYS = ("backward", "reweight")
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.torch_insides,
+]
 
 
 def rows_of(world, split, rank):

@@ -39,7 +39,10 @@ METHODS = {
 SHARED = ("gamma", "r_squared", "fits", "failed_fits", "quantile", "grad_norm")
 FITS = 24
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.torch_insides,
+]
 
 
 def rows_of(rank, split):

@@ -34,7 +34,10 @@ METHODS = {
 SPLITS = {"even": (4, 4), "uneven": (5, 3), "single": (1, 7)}
 RESHARD = {"default": None, "always": True, "never": False}
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
+    pytest.mark.torch_insides,
+]
 
 
 def rows_of(rank, split):

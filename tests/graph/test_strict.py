@@ -12,6 +12,8 @@ from torch import nn
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 X = tensor(6, 5)
 
 

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engm
 from engm.backward.prepare import planned_losses
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Operators(TorchDispatchMode):
     """Notes every ATen operator with its arguments."""

@@ -16,6 +16,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 # -- the wrapper and its network --------------------------------------------------------------------------------
 
 

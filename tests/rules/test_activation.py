@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from oracle import dtype_of, random_losses, tensor
 from torch import nn
 
+pytestmark = pytest.mark.torch_insides
+
 
 def losses_of(x, seed=0):
     return lambda net: random_losses(net(x.to(dtype_of(net))), seed)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from oracle import random_losses, tensor
 from torch import nn
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Attention(nn.Module):
     def __init__(self, shared=False, **options):

@@ -17,6 +17,8 @@ from engm.graph.trace import trace
 from engm.rules import fallback, find_rule
 from engm.rules.arguments import Arguments, Frame
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Cache:
     """An object among the arguments."""

@@ -12,6 +12,8 @@ import engm
 from engm.graph.trace import trace
 from engm.rules import fallback
 
+pytestmark = pytest.mark.torch_insides
+
 
 @pytest.mark.usefixtures("preferred")
 class TestWhereVmapCannotGo:

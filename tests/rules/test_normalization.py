@@ -13,6 +13,8 @@ from torch import nn
 import engm
 from engm.torch_internals import batch_norm_statistics
 
+pytestmark = pytest.mark.torch_insides
+
 BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -12,6 +12,8 @@ from torch import nn
 import engm
 from engm.backward.prepare import planned_losses
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Held(nn.Module):
     """A network of two linear layers with parameters of its own in between, used as the test says."""

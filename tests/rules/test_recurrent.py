@@ -17,6 +17,8 @@ from engm.graph.trace import trace
 from engm.rules import find_rule
 from engm.rules.recurrent import RecurrentRule
 
+pytestmark = pytest.mark.torch_insides
+
 LAYERS = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
 X = tensor(4, 5, 3)
 

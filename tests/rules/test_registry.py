@@ -10,6 +10,8 @@ from torch import nn
 import engm
 from engm.rules import base
 
+pytestmark = pytest.mark.torch_insides
+
 X = tensor(4, 5)
 
 

@@ -1,0 +1,128 @@
+"""Names of engm/torch_internals.py, one by one, against plain torch: what the engine asks of torch's compiler."""
+
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from engm import torch_internals as internals
+
+pytestmark = pytest.mark.torch_insides
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def inner(x: Tensor) -> Tensor:
+    return x.sin().exp().sum()
+
+
+def test_compiled_node():
+    x = torch.ones(3, requires_grad=True)
+    output = torch.compile(inner, backend="aot_eager")(x)
+    assert internals.node_name(output.grad_fn) == internals.COMPILED_NODE
+    assert internals.is_python_function(output.grad_fn)
+
+
+def test_never_compiled():
+    def told() -> bool:
+        return torch.compiler.is_compiling()
+
+    quiet = internals.never_compiled(told)
+    compiled = torch.compile(lambda x: (x + 1, told(), quiet()), backend="eager")
+    assert compiled(torch.ones(1))[1:] == (True, False)
+    assert not quiet()
+
+
+class Exported(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if internals.is_exported() else x + 2
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_is_exported(strict):
+    net, x = Exported(), torch.zeros(())
+    assert net(x) == 2
+    assert torch.compile(net, backend="eager")(x) == 2
+    torch.compiler.reset()
+    assert torch.export.export(net, (x,), strict=strict).module()(x) == 1
+    assert net(x) == 2
+
+
+def test_dynamo_in_use(monkeypatch):
+    assert internals.dynamo_in_use()
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    assert not internals.dynamo_in_use()
+
+
+def keeps_its_graph(where, prepare=lambda node: None) -> bool:
+    """Whether a region compiled in a context can keep its graph after it did not; torch compiles backward for both."""
+    compiled = torch.compile(inner, backend="aot_eager")
+    x = torch.ones(3, requires_grad=True)
+    with where:
+        compiled(x).backward()
+        output = compiled(x)
+    prepare(output.grad_fn)
+    try:
+        for _ in range(2):
+            output.backward(retain_graph=True)
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            return False
+        raise
+    torch.testing.assert_close(x.grad, 3 * (torch.ones(3).cos() * torch.ones(3).sin().exp()))
+    return True
+
+
+def test_graphs_that_can_be_kept():
+    with internals.graphs_that_can_be_kept():
+        assert keeps_its_graph(nullcontext())
+    torch.compiler.reset()
+    assert not keeps_its_graph(nullcontext()), "the context is not needed, or does not end"
+
+
+def test_let_graph_be_kept():
+    assert not keeps_its_graph(internals.graphs_that_can_be_kept()), "it is not needed"
+    torch.compiler.reset()
+    assert keeps_its_graph(internals.graphs_that_can_be_kept(), internals.let_graph_be_kept)
+    torch.compiler.reset()
+    assert not keeps_its_graph(nullcontext(), internals.let_graph_be_kept), "memory that was given away is gone"
+    internals.let_graph_be_kept(torch.ones(1, requires_grad=True).square().grad_fn)  # nothing to do
+
+
+def sees_a_later_hook(where) -> bool:
+    net = nn.Sequential(nn.Linear(2, 2))
+    compiled = torch.compile(net, backend="eager")
+    with where:
+        compiled(torch.ones(1, 2))
+        net[0].register_forward_hook(lambda module, args, output: output * 0)
+        return not compiled(torch.ones(1, 2)).any()
+
+
+def test_guarding_hooks():
+    assert sees_a_later_hook(internals.guarding_hooks())
+    torch.compiler.reset()
+    assert not sees_a_later_hook(nullcontext()), "the context is not needed, or does not end"
+
+
+def test_skip_code():
+    def hook(x: Tensor) -> Tensor:
+        return x.sin() + 1
+
+    def around(x: Tensor) -> Tensor:
+        return hook(x) * 2
+
+    counter = CompileCounter()
+    internals.skip_code(hook.__code__)
+    torch.compile(hook, backend=counter)(torch.ones(2))
+    assert counter.frame_count == 0, "a region of its own"
+    torch.compile(around, backend=counter, fullgraph=True)(torch.ones(2))
+    assert (counter.frame_count, counter.op_count) == (1, 3), "a part of one"
