@@ -32,7 +32,6 @@ Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal st
 
 BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
-COMPILED_NODE = "CompiledFunctionBackward"  # of a region that torch.compile made one function of
 
 
 # -- nodes of the autograd graph --------------------------------------------------------------------------------------
@@ -45,6 +44,11 @@ def node_name(node: Node) -> str:
     the output that it belongs to is gone.
     """
     return type(node).__name__ if is_python_function(node) else str(node.name())
+
+
+def is_compiled_region(node: Node) -> bool:
+    """Whether the node is of a region that ``torch.compile`` made one function of."""
+    return type(node).__name__ == "CompiledFunctionBackward"
 
 
 def operator_name(node: Node) -> str:

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 
 from ..rules import Rule
 from ..torch_internals import (
-    COMPILED_NODE,
     Node,
     dynamo_in_use,
     graphs_that_can_be_kept,
     guarding_hooks,
-    node_name,
+    is_compiled_region,
     own_buffers,
     skip_code,
     trained_of,
@@ -282,7 +281,7 @@ def attach(segment: Segment, node: Node) -> None:
     Raises:
         RuntimeError: no AOTAutograd made the region.
     """
-    if node_name(node) != COMPILED_NODE:
+    if not is_compiled_region(node):
         raise RuntimeError(
             "engm: a part of this network was compiled with a backend that does not go through AOTAutograd (such as "
             "backend='eager'). Use backend='inductor' (the default) or 'aot_eager', or do not compile it."

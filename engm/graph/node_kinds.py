@@ -21,11 +21,11 @@ from ..capture.calls import CALLS_KEY, Call
 from ..rules.entries import BATCH_NORMS, Entry, enters_by_broadcast, has_rule
 from ..terms.layout import PLAIN, Layout, layouts_of
 from ..torch_internals import (
-    COMPILED_NODE,
     SYNC_BATCH_NORM_NODE,
     Node,
     batch_norm_statistics,
     entering_shape,
+    is_compiled_region,
     is_python_function,
     leaf_of,
     node_name,
@@ -159,7 +159,7 @@ class Structure:
             return Kind.BATCH
         if Kind.SHARED not in kinds and Kind.UNDECIDED not in kinds:
             return Kind.NEUTRAL
-        if node_name(self.traced.order[position]) == COMPILED_NODE:
+        if is_compiled_region(self.traced.order[position]):
             return Kind.BATCH  # a compiled region does not tell what it does with its parameters
         decided = self.choices.batch.get(position)
         if decided is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..capture.calls import Wrapper
 from ..rules.entries import enters_by_broadcast
 from ..terms.layout import Layout
-from ..torch_internals import COMPILED_NODE, leaf_of, node_name, output_shape, own_parameters
+from ..torch_internals import is_compiled_region, leaf_of, node_name, output_shape, own_parameters
 from .influence import Look
 from .node_kinds import Choices, Kind, Structure, likely_batch, undecided_calls
 from .plan import Plan
@@ -142,7 +142,7 @@ class _Search:
         return bool(needed)
 
     def _is_region(self, position: int) -> bool:
-        return node_name(self.traced.order[position]) == COMPILED_NODE
+        return is_compiled_region(self.traced.order[position])
 
     def _structure(self) -> Structure:
         return Structure(self.traced, self.n, self.model.views, set(self.names), self.choices)

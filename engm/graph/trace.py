@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -17,7 +17,7 @@ from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_
 from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
 from ..capture.compiled import attach, segment_of
 from ..distributed import Ranks
-from ..torch_internals import COMPILED_NODE, Node, leaf_of, let_graph_be_kept, node_name
+from ..torch_internals import Node, is_compiled_region, leaf_of, let_graph_be_kept
 
 
 @dataclass
@@ -47,17 +47,17 @@ class Trace:
     leaves: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[Node, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def captures(self) -> list[Capture]:
         """The captured forward passes behind the losses."""
         return list({id(c): c for c in (*self.marked, *(call.capture for call in self.calls))}.values())
 
-    @property
+    @cached_property
     def own_captures(self) -> list[Capture]:
         """The captured forward passes that were the owner's."""
         return [capture for capture in self.captures if capture.owner is self.owner]
 
-    @property
+    @cached_property
     def own(self) -> list[Call]:
         """The calls that belong to the owner's forward passes."""
         captures = {id(capture) for capture in self.own_captures}
@@ -133,7 +133,7 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
             result.calls.append(call)
             result.nodes.append(node)
         result.marked += metadata.get(CAPTURES_KEY, ())
-        if node_name(node) == COMPILED_NODE:
+        if is_compiled_region(node):
             let_graph_be_kept(node)
     return result
 
