@@ -25,11 +25,12 @@ def inner(x: Tensor) -> Tensor:
     return x.sin().exp().sum()
 
 
-def test_compiled_node():
+def test_is_compiled_region():
     x = torch.ones(3, requires_grad=True)
     output = torch.compile(inner, backend="aot_eager")(x)
     assert internals.is_compiled_region(output.grad_fn)
     assert internals.is_python_function(output.grad_fn)
+    assert not internals.is_compiled_region(inner(x).grad_fn)
 
 
 def test_never_compiled():
