@@ -22,7 +22,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
@@ -141,6 +143,17 @@ def graph_is_kept() -> bool:
 def hooks_pack_what_is_saved() -> bool:
     """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def forgetful_checkpoint() -> bool:
+    """Whether code runs in a selective checkpoint of a torch that may get a second backward pass through it wrong.
+
+    Such a checkpoint keeps the results of some operators for one backward pass. torch 2.13 refuses a second one; torch
+    2.11 may take what the first one left over for other results, and says nothing.
+    """
+    if torch.__version__ >= "2.13":
+        return False
+    return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
 def put_last(handle: RemovableHandle) -> None:

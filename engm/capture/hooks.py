@@ -20,6 +20,7 @@ from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
     first_global_forward_hook,
+    forgetful_checkpoint,
     is_view,
     some_global_forward_hook,
     tree_flatten,
@@ -83,6 +84,12 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
             raise RuntimeError(
                 f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
                 f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
+            )
+        if capture.owner.strict and forgetful_checkpoint():
+            raise RuntimeError(
+                f"engm: layer '{name}' ({type(module).__name__}) runs in a selective checkpoint (context_fn), through "
+                f"which torch {torch.__version__} gets only one backward pass right, and the strict check takes one of "
+                "its own. Wrap the network with strict=False and run one backward pass a step, or use torch 2.13."
             )
         replaced = None
         if is_view(output):
