@@ -145,13 +145,16 @@ def hooks_pack_what_is_saved() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+_CHECKPOINTS_FORGET = torch.__version__ < "2.13"  # a comparison of versions takes as long as a small layer
+
+
 def forgetful_checkpoint() -> bool:
     """Whether code runs in a selective checkpoint of a torch that may get a second backward pass through it wrong.
 
     Such a checkpoint keeps the results of some operators for one backward pass. torch 2.13 refuses a second one; torch
     2.11 may take what the first one left over for other results, and says nothing.
     """
-    if torch.__version__ >= "2.13":
+    if not _CHECKPOINTS_FORGET:
         return False
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
