@@ -89,11 +89,12 @@ sanitize:
 	@mkdir -p .make && touch $@
 
 # A wheel, all of whose parts are built outside of the package's folder: an editable install would write its engm/_C over
-# that of the other torch, which has the same name.
+# that of the other torch, which has the same name. Without --skip-build everything would be compiled twice.
 .make/oldest-build: .make/oldest-venv $(SOURCES) $(shell find engm -name '*.py')
 	rm -rf build/oldest/lib* build/oldest/dist && mkdir -p build/oldest
 	PATH="$(dir $(OLDEST)):$$PATH" ENGM_CPU_ONLY=1 $(OLDEST) setup.py --quiet egg_info --egg-base build/oldest \
-		build --build-base build/oldest bdist_wheel --bdist-dir build/oldest/wheel --dist-dir build/oldest/dist
+		build --build-base build/oldest \
+		bdist_wheel --skip-build --bdist-dir build/oldest/wheel --dist-dir build/oldest/dist
 	$(OLDEST) -m pip install --quiet --no-deps --force-reinstall build/oldest/dist/*.whl
 	@mkdir -p .make && touch $@
 
