@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import found_by
+from processes import found_by, process_group
 from torch import Tensor, nn
 
 from engm import torch_internals as internals
@@ -91,7 +91,6 @@ def sync_batch_norm(rank: int, port: int, folder: Path) -> None:
     """Leave what is known of the node of two processes' batch norm, whose kernels on the CPU are given here."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     channels = lambda t: t.view(1, -1, 1)  # noqa: E731
 
     def statistics(x, eps):
@@ -109,14 +108,14 @@ def sync_batch_norm(rank: int, port: int, folder: Path) -> None:
     torch.batch_norm_gather_stats_with_counts = gathered
     x, weight, bias = leaf(5, 4, 3, seed=rank), leaf(4, seed=7), leaf(4, seed=8)
     function = nn.modules._functions.SyncBatchNorm
-    output = function.apply(x, weight, bias, None, None, 1e-5, 0.1, dist.group.WORLD, 2)
+    with process_group(rank, port, 2):
+        output = function.apply(x, weight, bias, None, None, 1e-5, 0.1, dist.group.WORLD, 2)
     node = output.grad_fn
     mean, rstd, of_the_batch = internals.batch_norm_statistics(node)
     inputs, scale = internals.batch_norm_inputs(node)
     found = {"mean": mean, "rstd": rstd, "x": inputs, "weight": scale}
     found["known"] = torch.tensor([of_the_batch, internals.node_name(node).startswith(internals.SYNC_BATCH_NORM_NODE)])
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

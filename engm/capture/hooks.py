@@ -85,12 +85,7 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
                 f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
                 f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
             )
-        if capture.owner.strict and forgetful_checkpoint():
-            raise RuntimeError(
-                f"engm: layer '{name}' ({type(module).__name__}) runs in a selective checkpoint (context_fn), through "
-                f"which torch {torch.__version__} gets only one backward pass right, and the strict check takes one of "
-                "its own. Wrap the network with strict=False and run one backward pass a step, or use torch 2.13."
-            )
+        _refuse_forgetful_checkpoint(capture, name, module)
         replaced = None
         if is_view(output):
             # An in-place operation on a view rewrites the history of its base, and the node noted here would drop out
@@ -128,6 +123,7 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
         batch = rule.batch(module, arguments, leaves) if places else 0
         if batch == 0:  # nothing here is trained, or nothing of it is about the examples
             return None
+        _refuse_forgetful_checkpoint(capture, name, module)
         saved = rule.save_call(module, name, arguments, leaves, before)
         call = WholeCall(capture, name, module, rule, arguments, len(leaves), places, batch, saved)
         for place, tapped in zip(places, Tap.apply(*(_unviewed(leaves[p], rule) for p in places)), strict=True):
@@ -139,6 +135,20 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
         return tree_unflatten(leaves, spec)
 
     return prepare, record
+
+
+def _refuse_forgetful_checkpoint(capture: Capture, name: str, module: nn.Module) -> None:
+    """A layer must not run where the strict check, a backward pass before the real one, would spoil the real one.
+
+    Raises:
+        RuntimeError: it does; names the layer, and says what to do.
+    """
+    if capture.owner.strict and forgetful_checkpoint():
+        raise RuntimeError(
+            f"engm: layer '{name}' ({type(module).__name__}) runs in a selective checkpoint (context_fn), through "
+            f"which torch {torch.__version__} gets only one backward pass right, and the strict check takes one of "
+            "its own. Wrap the network with strict=False and run one backward pass a step, or use torch 2.13."
+        )
 
 
 class Tap(torch.autograd.Function):

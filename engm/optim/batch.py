@@ -106,8 +106,8 @@ class LossBatch:
         """
         graph, squared, factors, found = self._graph, None, None, None
         if graph is None or not (of_gradients or of_inputs):
-            pass
-        elif self.measurement is not None:
+            return ExampleNorms(self.losses.detach(), ranks=self.ranks)
+        if self.measurement is not None:
             found = self._borrowed_input_norms(self.measurement) if of_inputs else None
             if of_gradients:
                 squared, factors = self._calibrated(graph, self.measurement, borrowed=True)

@@ -177,6 +177,16 @@ def test_selective():
         engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0).backward(random_losses(model(x)))
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.LSTM(6, 8)], ids=["a tensor", "a nest of tensors"])
+def test_selective_on_a_torch_that_forgets(layer, monkeypatch):
+    """Whatever kind of layer runs in such a checkpoint, the strict check does not."""
+    monkeypatch.setattr("engm.capture.hooks.forgetful_checkpoint", lambda: True)
+    net = nn.Sequential(layer)
+    engm.GradNormModule(net, strict=False)(tensor(5, 4, 6, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match=r"layer '0' .* gets only one backward pass right"):
+        engm.GradNormModule(net)(tensor(5, 4, 6, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_early_stop(early_stop):
     x = tensor(4, 6)

@@ -5,13 +5,12 @@ Processes are slow to start, so four are started once; smaller worlds are groups
 
 from __future__ import annotations
 
-from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import found_by
+from processes import found_by, process_group
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -227,24 +226,13 @@ def noise(rank, group):
 
 
 def work(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
-    try:
+    with process_group(rank, port, PROCESSES):
         groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
         found = {world: equal_to_one(rank, world, groups[world]) for world in WORLDS if rank < world}
         if rank < 2:
             for check in (options, coupled, joined, noise):
                 found[check.__name__] = check(rank, groups[2])
         torch.save(found, results / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Processes are slow to start, so they are started once and work through everythin
 
 from __future__ import annotations
 
-from datetime import timedelta
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import per_example_gradients, trained
-from processes import found_by
+from processes import found_by, process_group
 from torch.nn.parallel import DistributedDataParallel
 from training import assert_close, assert_same, batch, losses_of, network, sgd
 
@@ -178,15 +177,7 @@ def fits(rank):
 
 
 def work(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),  # a rank that waits for one that never comes is a failure, not a hang
-    )
-    try:
+    with process_group(rank, port, RANKS):
         found = {
             split: {m: train(m, DistributedDataParallel, rows_of(rank, split), RANKS) for m in METHODS}
             for split in SPLITS
@@ -210,8 +201,6 @@ def work(rank, port, results):
             for m in ("aengm", "auto")
         }
         torch.save(found, results / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from oracle import per_example_gradients
-from processes import found_by
+from processes import found_by, process_group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -195,15 +194,7 @@ def tied(rank):
 
 
 def work(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=60),
-    )
-    try:
+    with process_group(rank, port, RANKS):
         found = {
             (method, split): train(method, sharded, rows_of(rank, split), N / RANKS)
             for method in METHODS
@@ -219,9 +210,6 @@ def work(rank, port, results):
         found["tied"] = tied(rank)
         found["traffic"] = {name: traffic(rank, RESHARD[name]) for name in ("always", "never")}
         torch.save(found, results / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.nn.parallel", "pytest", "engm"])
@@ -41,3 +44,21 @@ def found_by(work: Callable[[int, int, Path], None], processes: int, folder: Pat
     """What ``work(rank, port, folder)`` saved as ``folder / f"{rank}.pt"``, for every rank."""
     joined(work, (free_port(), folder), processes)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@contextmanager
+def process_group(rank: int, port: int, processes: int) -> Iterator[None]:
+    """Makes this process, on one thread, a rank of a group of all of them, which end together."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=60),  # a rank that waits for one that never comes is a failure, not a hang
+    )
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
