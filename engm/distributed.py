@@ -75,6 +75,11 @@ def fewest(group: ProcessGroup, number: int, device: torch.device) -> int:
     return int(least)
 
 
+def most(group: ProcessGroup, number: int, device: torch.device) -> int:
+    """The largest of the ranks' numbers; the host waits for the answer."""
+    return -fewest(group, -number, device)
+
+
 def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:
     """The mean over the examples of all ranks, for each of the values ``[n]`` in float64; ``n`` may differ by rank."""
     if group is None:

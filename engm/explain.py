@@ -180,7 +180,7 @@ def _costs_outside_of_layers(model: GradNormModule, outputs: Any, x: Any) -> lis
     traced = trace(losses, model, model.trainable_parameters())
     names = {id(parameter): name for name, parameter in traced.trained}
     try:
-        plan, _ = make_plan(model, traced, losses)
+        plan = make_plan(model, traced, losses)
     except RuntimeError as error:
         return [LayerCost("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
     costs = [

@@ -38,10 +38,11 @@ from .torch_internals import (
 )
 
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
+COUPLED_MODES = ("refuse", "exact")
 _OWN = frozenset(
     [
-        *("batch_norm", "strict", "views", "calibration", "plans", "input_grads_wanted", "_net"),
-        *("shard_group", "_leaves", "_compiled_net"),
+        *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "_net"),
+        *("input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
         *CALL_OF_A_MODULE,
     ]
 )
@@ -71,10 +72,14 @@ class GradNormModule(nn.Module):
             ``"frozen"``: that pass, raw; ``"exact"``: one backpropagation per example (the paper to the letter, slow).
         calibrate_every: training steps between two calibrations; at first an eighth, a quarter, a half of that.
         calibrate_examples: examples whose exact gradients a calibration computes.
-        strict: check each new graph structure once, by gradients, for influence between examples and for the rows in
-            which each of them lies.
-        views: rows per example, laid out as ``torch.cat([x, x_adv])`` lays them: row ``i``, ``n + i``, ... belong to
-            example ``i``.
+        strict: compare the gradients with autograd's, at the first step of every new graph structure and every
+            ``check_every`` steps from then on: a sum over the examples with random signs has to be the same.
+        coupled: what to do where examples influence each other's losses otherwise than by batch norms over the whole
+            batch (losses of pairs, centring over the batch, batch norms over parts of it). ``"refuse"``: an error that
+            names the place; ``"exact"``: take the gradients of all losses through it, which is right, and as slow as
+            one backpropagation an example from there on.
+        check_every: steps between two comparisons.
+        views: ignored; in which rows an example lies is measured.
 
     Raises:
         TypeError: ``net`` is not a module, or is wrapped already.
@@ -89,6 +94,8 @@ class GradNormModule(nn.Module):
         calibrate_every: int = 50,
         calibrate_examples: int = 16,
         strict: bool = True,
+        coupled: str = "refuse",
+        check_every: int = 200,
         views: int = 1,
     ) -> None:
         if not isinstance(net, nn.Module):
@@ -99,7 +106,10 @@ class GradNormModule(nn.Module):
             raise TypeError("wrap the other way round: DistributedDataParallel(engm.GradNormModule(net)).")
         if batch_norm not in BATCH_NORM_MODES:
             raise ValueError(f"batch_norm must be one of {BATCH_NORM_MODES}, got {batch_norm!r}.")
+        if coupled not in COUPLED_MODES:
+            raise ValueError(f"coupled must be one of {COUPLED_MODES}, got {coupled!r}.")
         for name, value in (
+            ("check_every", check_every),
             ("calibrate_every", calibrate_every),
             ("calibrate_examples", calibrate_examples),
             ("views", views),
@@ -119,6 +129,8 @@ class GradNormModule(nn.Module):
             object.__setattr__(self, name, net.__dict__[name])
         self.batch_norm = batch_norm
         self.strict = strict
+        self.coupled = coupled
+        self.check_every = check_every
         self.views = views
         self.calibration = Calibration(calibrate_every, calibrate_examples)
         self.plans = PlanCache()
@@ -269,7 +281,7 @@ class GradNormModule(nn.Module):
         return {**super().__getstate__(), "plans": PlanCache(), "_compiled_net": None}
 
     def __repr__(self) -> str:
-        return f"GradNormModule(batch_norm={self.batch_norm!r}, views={self.views}): {self._net!r}"
+        return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"
 
 
 def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:

@@ -97,6 +97,40 @@ def saved_by(node: Node, name: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+@functools.cache
+def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What nodes of a kind save: names of what is no tensor, and names of tensors."""
+    names = [name.removeprefix("_saved_") for name in dir(kind) if name.startswith("_saved_")]
+    tensors = tuple(name for name in names if hasattr(kind, f"_raw_saved_{name}"))
+    return tuple(name for name in names if name not in tensors), tensors
+
+
+def saved_options(node: Node) -> tuple[Any, ...]:
+    """What an operator's node saved that is no tensor: dimensions, sizes, and other arguments of the operator."""
+    return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(type(node))[0])
+
+
+def _plain(value: Any) -> Any:
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def saved_tensor_names(node: Node) -> tuple[str, ...]:
+    """The names under which a node saved tensors; a function in Python saves its tensors under no name, ``""``."""
+    return ("",) if is_python_function(node) else _saved_names(type(node))[1]
+
+
+def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
+    """The tensors that a node saved under a name, detached. Asking unpacks them."""
+    value = node.saved_tensors if name == "" else getattr(node, f"_saved_{name}")
+    found = value if isinstance(value, list | tuple) else (value,)
+    return [tensor.detach() if isinstance(tensor, Tensor) else None for tensor in found]
+
+
+def attributes_of_function(node: Node) -> dict[str, Any]:
+    """What a ``torch.autograd.Function`` wrote on its context besides the tensors that it saved."""
+    return dict(vars(node))
+
+
 def slot_of(node: Node, tensor: Any) -> int:
     """The number of the node's input that ``tensor`` is: the first of an operator's, any of a compiled region's.
 

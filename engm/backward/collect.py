@@ -26,7 +26,8 @@ from ..rules.linear import LinearRule
 from ..rules.normalization import BatchNormRule
 from ..rules.pulled_back import Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
-from ..terms.layout import PLAIN, Layout
+from ..terms.layout import PLAIN
+from ..terms.owners import Owners, Ownership
 
 # On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
 # factor at a time and needs no more memory than the largest of them.
@@ -54,41 +55,42 @@ class TermCollector:
         self.keep = keep
         self.parameters = graph.parameters
         self.rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
+        self.correct = correct
+        self._consume = False  # the graph is freed as the pass goes; let go of activations with it
+        self._start()
+
+    def _start(self) -> None:
+        """Nothing is collected yet, and the plan says what is to come."""
         self.squared: list[Tensor | None] = [None] * len(self.parameters)
         self.terms: dict[int, Term] = {}
-        self._views = 1 if graph.trace.owner is None else graph.trace.owner.views
-        self._consume = False  # the graph is freed as the pass goes; let go of activations with it
+        self._surprise: Tensor | None = None  # whether a gradient came where the plan knows of none
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._expected: dict[int, int] = {}
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
-        self._layouts: dict[int, Layout] = {}  # id(call) -> of its output; none for a call that sees no batch
+        self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
+        self._unknown: dict[int, Tensor] = {}  # id(call) -> rows that had no gradient when the plan was made
         self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
         self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
-        self._expect_uses(correct)
+        self._expect_uses()
         self._feeding = {id(batch_norm) for batch_norm in self._batch_norm_of.values()}
 
-    def _expect_uses(self, correct: bool) -> None:
+    def _expect_uses(self) -> None:
         """Count how many terms each parameter will get, and note which layers feed a batch norm."""
         trace, plan = self.graph.trace, self.graph.plan
-        layout_of = {id(call): layout for call, layout in zip(trace.calls, plan.layouts, strict=True)}
-        for call in trace.own:
-            layout = layout_of[id(call)]
-            if layout is None:
+        own = set(map(id, trace.own))
+        for number, (call, layout) in enumerate(zip(trace.calls, plan.layouts, strict=True)):
+            if layout is None or id(call) not in own:
                 continue
             self._layouts[id(call)] = layout
+            if self.graph.doubtful and number in plan.unknown_of_calls:
+                self._unknown[id(call)] = plan.unknown_of_calls[number]
             for parameter in call.parameters.values():
-                by_view = layout == self._announced and not call.rule.whole_call
-                self._expect(id(parameter), self._views if by_view else 1)
-            if correct and layout.plain and correctable(call):
+                self._expect(id(parameter), 1)
+            if self.correct and layout == PLAIN and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
         for entry in plan.entries:
             for source in entry.sources:
                 self._expect(source.parameter, 1)
-
-    @property
-    def _announced(self) -> Layout:
-        """Where the examples lie in ``views`` repetitions of the batch."""
-        return Layout(0, self._views, 1)
 
     def _expect(self, key: int, uses: int) -> None:
         self._expected[key] = self._expected.get(key, 0) + uses
@@ -111,17 +113,24 @@ class TermCollector:
         graph = self.graph
         sinks = graph.sinks()
         targets: list[Any] = [*sinks, *inputs]
-        self._consume = not retain_graph
-        retain_graph = retain_graph or not all(entry.ruled for entry in graph.plan.entries)
+        watched = graph.doubtful
+        self._consume = not (retain_graph or watched)
+        keep_graph = retain_graph or watched or not all(entry.ruled for entry in graph.plan.entries)
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):
             gradients: Sequence[Tensor | None] = ()
             if targets:
-                gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=retain_graph, allow_unused=True)
+                gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)
+        arrived: dict[int, list[Tensor | None]] = {}
+        for (position, _), gradient in zip(graph.plan.sinks, gradients, strict=False):
+            arrived.setdefault(position, []).append(gradient)
         for position, entries in captured.items():
-            outputs = {number: gradients[k] for k, (sink, number) in enumerate(graph.plan.sinks) if sink == position}
-            self._enter(entries, [outputs[number] for number in sorted(outputs)])
+            self._enter(position, entries, arrived[position])
+        if watched and self._surprise is not None and bool(self._surprise):
+            graph.renew()
+            self._start()
+            return self.run(losses, seeds, inputs, retain_graph=retain_graph, frozen=frozen)
         for entry, arrived in self._deferred:
             self._take(entry, masked_gradients(graph.entry(entry), arrived))
         self._deferred.clear()
@@ -137,6 +146,8 @@ class TermCollector:
         for entry in self.graph.plan.entries:
             found = captured if entry.position in sinks else passed
             found.setdefault(entry.position, []).append(entry)
+        for position in self.graph.plan.silent if self.graph.doubtful else ():
+            (captured if position in sinks else passed).setdefault(position, [])
         return captured, passed
 
     @contextmanager
@@ -145,7 +156,7 @@ class TermCollector:
         handles = []
         try:
             for position, entries in passed.items():
-                handles.append(self.graph.trace.order[position].register_prehook(partial(self._enter, entries)))
+                handles.append(self.graph.trace.order[position].register_prehook(partial(self._enter, position, entries)))
             yield
         finally:
             for handle in handles:
@@ -166,72 +177,71 @@ class TermCollector:
             self._receive_whole(call, layout, backprops)
             return
         backprops = backprops.detach()
-        if backprops.numel() == 0:
-            return
-        if call.rule.misses_batch(call.module, backprops):
-            raise RuntimeError(
-                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
-                f"output has shape {tuple(backprops.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
-            )
-        if not call.parameters and id(call) not in self._feeding:
+        if backprops.numel() == 0 or not (call.parameters or id(call) in self._feeding):
             return
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
-        if layout in (PLAIN, self._announced):
-            self._receive_views(call, activations, backprops)
-        else:
-            self._receive_rows(call, layout, activations, backprops)
+        if isinstance(layout, Owners) and layout.dims == 0:  # one example, without a dimension of examples
+            layout = Owners(layout.of.unsqueeze(0), layout.n)
+            activations, backprops = activations.unsqueeze(0), backprops.unsqueeze(0)
+        if id(call) in self._unknown:
+            self._doubt(backprops, self._unknown[id(call)])
+        self._form(call, layout, activations, backprops)
 
-    def _receive_views(self, call: Call, activations: Any, backprops: Tensor) -> None:
-        """A call with one row an example, or with one row in each announced view of an example."""
-        corrected = self._batch_norm_of.get(id(call))
-        feeds_correction = id(call) in self._feeding
-        names = ("weight", "bias") if feeds_correction else tuple(call.parameters)
-        for view in range(self._views):
-            part = slice(view * self.n, (view + 1) * self.n)
-            whole = self._views == 1
-            terms = call.rule.terms(
-                call.module,
-                activations if whole or isinstance(activations, tuple) else activations[part],
-                backprops if whole else backprops[part],
-                call.saved,
-                part,
-                names,
-            )
-            if feeds_correction:
-                scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
-                self._batch_norm_sums[id(call)] = (shift, scale)
-            if corrected is not None:
-                self._correct(terms, call, corrected)
-            for key, parameter in call.parameters.items():
-                self._add(id(parameter), None, terms[key])
-        if self._consume:
-            call.release()
+    def _form(self, call: Call, layout: Ownership, activations: Any, backprops: Tensor) -> None:
+        """Form the terms of a call with every row as an example, and add up those of an example."""
+        if backprops.is_nested:
+            activations, backprops = (t.values() if t.is_nested else t for t in (activations, backprops))
+        dims = layout.dims if isinstance(layout, Owners) else 1 + layout.dim
+        layout = layout.flattened(tuple(backprops.shape))
+        if dims > 1:
+            activations, backprops = (t.flatten(0, dims - 1) for t in (activations, backprops))
+        feeds = id(call) in self._feeding
+        names = ("weight", "bias") if feeds else tuple(call.parameters)
+        terms = call.rule.terms(call.module, activations, backprops, call.saved, slice(0, len(backprops)), names)
+        if feeds:
+            scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
+            self._batch_norm_sums[id(call)] = (shift, scale)
+        if id(call) in self._batch_norm_of:
+            self._correct(terms, call, self._batch_norm_of[id(call)])
+        self._add_rows(call, layout, terms)
 
-    def _receive_whole(self, call: Call, layout: Layout, backprops: Sequence[Tensor | None]) -> None:
+    def _receive_whole(self, call: Call, layout: Ownership, backprops: Sequence[Tensor | None]) -> None:
         """A call whose rule arranges its examples by itself."""
         given = tuple(None if gradient is None else gradient.detach() for gradient in backprops)
-        self._add_folded(call, layout, call.activations(), given)
+        if id(call) in self._unknown:
+            for rows in call.by_example(given):
+                self._doubt(rows, self._unknown[id(call)])
+        rows = slice(0, call.batch)
+        terms = call.rule.terms(call.module, call.activations(), given, call.saved, rows, tuple(call.parameters))
+        self._add_rows(call, layout, terms)
 
-    def _receive_rows(self, call: Call, layout: Layout, activations: Tensor, backprops: Tensor) -> None:
-        """A call with several rows an example."""
-        flat = layout.flattened(tuple(backprops.shape))
-        if layout.dim == 1:
-            activations, backprops = (t.flatten(0, 1) for t in (activations, backprops))
-        self._add_folded(call, flat, activations, backprops)
-
-    def _add_folded(self, call: Call, layout: Layout, activations: Any, backprops: Any) -> None:
-        """Form the terms of a call row by row, and add those of an example."""
-        every = slice(0, self.n * layout.rows)
-        terms = call.rule.terms(call.module, activations, backprops, call.saved, every, tuple(call.parameters))
+    def _add_rows(self, call: Call, layout: Ownership, terms: dict[str, Term]) -> None:
+        """Add terms that have every row of a call for an example."""
         for key, parameter in call.parameters.items():
-            self._add(id(parameter), None, terms[key].fold(layout.outer, self.n, layout.inner))
+            self._add(id(parameter), None, terms[key].grouped(layout))
         if self._consume:
             call.release()
 
-    def _enter(self, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
-        """Take the gradients of the outputs of a node by which shared tensors enter."""
+    def _doubt(self, gradient: Tensor, unknown: Tensor) -> None:
+        """Note whether a gradient came to rows of which the plan does not know whose they are."""
+        rows = gradient.reshape(*unknown.shape, -1)[unknown]
+        found = ((rows != 0) & ~rows.isnan()).any()
+        self._surprise = found if self._surprise is None else self._surprise | found
+
+    def _enter(
+        self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Take the gradients of the outputs of a node by which shared tensors enter, or that had none so far."""
         if all(gradient is None for gradient in gradients):
             return
+        if self.graph.doubtful:
+            plan = self.graph.plan
+            if position in plan.silent:
+                for gradient in gradients:
+                    if gradient is not None:
+                        self._doubt(gradient, torch.ones((), dtype=torch.bool, device=gradient.device))
+            if position in plan.unknown_of_nodes and gradients[0] is not None:
+                self._doubt(gradients[0], plan.unknown_of_nodes[position])
         for entry in entries:
             term = entry_term(self.graph.entry(entry), gradients)
             if term is None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..checks import check_losses
-from ..graph.plan import PlannedGraph
-from ..graph.planning import check_parameters, make_plan, signature_of
+from ..graph.plan import Plan, PlannedGraph
+from ..graph.planning import check_parameters, make_plan
+from ..graph.routing import signature_of
 from ..graph.trace import trace
 from ..module import GradNormModule
-from .sum_check import check_sums
 
 
 def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None = None) -> PlannedGraph:
@@ -38,18 +37,16 @@ def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None 
             "(not the network inside it), with gradients enabled, outside of model.paused()."
         )
     n = losses.shape[0]
-    together = model.shard_group is not None  # every backward pass is of all ranks, so all of them have to plan
-    signature = signature_of(traced, n, together)
-    plan = model.plans.get(signature)
-    if plan is not None:
+    signature = signature_of(traced, n)
+    old = model.plans.find(signature, traced)
+
+    def measured() -> Plan:
+        plan = make_plan(model, traced, losses)
+        if plan.keeps:
+            model.plans.keep(signature, plan, old)
+        return plan
+
+    if old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        return PlannedGraph(traced, plan, n)
-    plan, sure = make_plan(model, traced, losses)
-    graph = PlannedGraph(traced, plan, n)
-    if traced.tokens:
-        check_sums(graph, losses)
-    if together or (
-        sure and bool(torch.isfinite(losses.detach()).all())
-    ):  # a NaN proves nothing, so the next graph is looked at again
-        model.plans.keep(signature, plan)
-    return graph
+        return PlannedGraph(traced, old, n, measured)
+    return PlannedGraph(traced, measured(), n)

@@ -50,13 +50,13 @@ class Wrapper(Protocol):
     """What captures and graphs need to know of the wrapper whose forward pass was captured.
 
     Attributes:
-        strict: whether new graphs are looked through by gradients.
-        views: rows of an example that the user announced.
+        strict: whether gradients are compared with autograd's from time to time.
+        coupled: what is done where examples influence each other's losses, ``"refuse"`` or ``"exact"``.
         shard_group: the processes that the network's parameters are split over, if they are.
     """
 
     strict: bool
-    views: int
+    coupled: str
     shard_group: ProcessGroup | None
 
     def buffers(self) -> Iterator[Tensor]:

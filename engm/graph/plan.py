@@ -1,24 +1,27 @@
 """The plan of a graph: where the examples lie in every captured call, and where parameters enter outside of calls.
 
-A plan is made once for every structure of a graph (:mod:`engm.graph.planning`), from what the graph's nodes hold
-(:mod:`engm.graph.node_kinds`), and kept in a :class:`PlanCache`.
+A plan is made from what is measured on one graph (:mod:`engm.graph.planning`) and holds for every graph of the same
+structure whose routing has the same values. It is kept in a :class:`PlanCache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..capture.calls import Collector
 from ..rules.entries import Entry
-from ..terms.layout import Layout
+from ..terms.owners import Ownership
+from ..torch_internals import saved_tensors_of
 from .trace import Trace
 
-MOST_PLANS = 256  # kept at once; layers that are skipped at random make a new structure at almost every step
+MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
+MOST_ROUTINGS = 8  # kept of one structure
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class PlannedEntry:
         position: of the node.
         slot: which input of the node.
         shape: of the entering tensor.
-        layout: of the node's output.
+        layout: where the examples lie in the node's first output.
+        others: where they lie in the node's further outputs; None for one without a gradient.
         transposed: the entering tensor is the input of a transposition in between.
         sources: the parameters behind it.
         ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
@@ -51,37 +55,86 @@ class PlannedEntry:
     position: int
     slot: int
     shape: tuple[int, ...]
-    layout: Layout
+    layout: Ownership
+    others: tuple[Ownership | None, ...]
     transposed: bool
     sources: tuple[Source, ...]
     ruled: bool = True
 
     def at(self, traced: Trace, n: int) -> Entry:
         """The entry in a graph of the same structure."""
-        return Entry(traced.order[self.position], self.slot, self.shape, self.layout, n, self.transposed)
+        node = traced.order[self.position]
+        return Entry(node, self.slot, self.shape, self.layout, n, self.transposed, self.others)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Route:
+    """Indices, a mask, an order or the like, by which a node moves rows of the examples.
+
+    Attributes:
+        position: of the node.
+        name: under which the node saved it.
+        number: which of several tensors under that name.
+        values: what it was when the plan was made.
+    """
+
+    position: int
+    name: str
+    number: int
+    values: Tensor
+
+    def holds(self, traced: Trace) -> bool:
+        """Whether a graph of the same structure has the same values there."""
+        found = saved_tensors_of(traced.order[self.position], self.name)
+        if self.number >= len(found):
+            return False
+        now = found[self.number]
+        alike = now.shape == self.values.shape and now.device == self.values.device
+        return alike and torch.equal(now, self.values)
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Where the examples and the parameters are, for every graph of one structure; positions are in ``Trace.order``.
 
     Attributes:
-        layouts: for every call of the trace; None for one that sees no batch.
+        layouts: for every call of the trace; None for one that accounts for no parameter.
         entries: where shared tensors enter outside of calls.
         sinks: ``(position, output number)`` such that a backward pass to them runs through everything of interest and
             computes no parameter gradient on the way.
         couplings: positions of batch norms outside of captured calls that take their statistics from the batch.
+        through: positions of the nodes of captured batch norms whose statistics are differentiated all the same.
+        couples: whether statistics of a batch norm are taken for constants.
         of_all_ranks: whether some batch norm takes its statistics from the batches of several processes.
+        coupled: whether other examples influence a loss otherwise than by such statistics.
+        routes: what must have the same values for the plan to hold.
+        keeps: whether the plan may hold for another graph at all.
+        silent: positions of nodes that no gradient came to, so that what is behind them is not known.
+        unknown: by call (number) or entering node (position) the rows ``[*leading]`` that no gradient came to where
+            nothing else tells whose they are.
     """
 
-    layouts: tuple[Layout | None, ...]
+    layouts: tuple[Ownership | None, ...]
     entries: tuple[PlannedEntry, ...] = ()
     sinks: tuple[tuple[int, int], ...] = ()
     couplings: tuple[int, ...] = ()
+    through: tuple[int, ...] = ()
+    couples: bool = False
     of_all_ranks: bool = False
+    coupled: bool = False
+    routes: tuple[Route, ...] = ()
+    keeps: bool = True
+    silent: tuple[int, ...] = ()
+    unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
+    unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a gradient where none was before would make the plan void."""
+        return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PlannedGraph:
     """A graph behind losses, and the plan that holds for it.
 
@@ -89,16 +142,28 @@ class PlannedGraph:
         trace: the graph.
         plan: where the examples lie in it.
         n: number of examples, one loss each.
+        measure_again: makes the plan anew from this very graph; None where it was made from this graph.
     """
 
     trace: Trace
     plan: Plan
     n: int
+    measure_again: Callable[[], Plan] | None = None
 
     @property
     def couples(self) -> bool:
-        """Whether some batch norm on the way takes its statistics from the batch."""
-        return self.trace.couples or bool(self.plan.couplings)
+        """Whether some batch norm on the way takes its statistics from the batch, and they are held constant."""
+        return self.plan.couples
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the plan has to be watched: it is of another graph, in which some rows had no gradient."""
+        return self.measure_again is not None and self.plan.doubtful
+
+    def renew(self) -> None:
+        """Take a plan that is made from this very graph."""
+        assert self.measure_again is not None
+        self.plan, self.measure_again = self.measure_again(), None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -119,19 +184,27 @@ class PlannedGraph:
         return planned.at(self.trace, self.n)
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
-        """While the context is open, backward passes take the statistics of all batch norms for constants."""
-        return self.trace.frozen_statistics(self.plan.couplings)
+        """While the context is open, backward passes take the statistics of batch norms for constants."""
+        return self.trace.frozen_statistics(self.plan.couplings, self.plan.through)
 
     def collecting(self, collector: Collector) -> AbstractContextManager[None]:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
         return self.trace.collecting(collector)
 
 
-class PlanCache(dict[Hashable, Plan]):
+class PlanCache(dict[Hashable, list[Plan]]):
     """The plans of the structures that were met, by signature; the oldest goes when there are too many."""
 
-    def keep(self, signature: Hashable, plan: Plan) -> None:
-        """Remember a plan."""
-        if len(self) >= MOST_PLANS:
+    def find(self, signature: Hashable, traced: Trace) -> Plan | None:
+        """The plan that holds for a graph, if there is one."""
+        for plan in self.get(signature, ()):
+            if all(route.holds(traced) for route in plan.routes):
+                return plan
+        return None
+
+    def keep(self, signature: Hashable, plan: Plan, instead: Plan | None = None) -> None:
+        """Remember a plan, ``instead`` of an older one that turned out not to hold."""
+        if signature not in self and len(self) >= MOST_PLANS:
             del self[next(iter(self))]
-        self[signature] = plan
+        others = [other for other in self.get(signature, ()) if other is not instead]
+        self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]

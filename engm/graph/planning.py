@@ -1,307 +1,457 @@
-"""Planning: can the engine see the per-example gradients behind these losses whole, and where do the examples lie?
+"""Planning: in which rows does each example lie behind these losses, and where do parameters enter?
 
-The question is asked once for every structure of a graph (which layers were called, in which order and mode), because a
-graph of the same structure has the same answer: a :class:`engm.graph.plan.Plan`. Half of the losses, drawn by a fixed
-seed, are backpropagated with frozen statistics and without weight gradients. Every row of the other half must then have
-a gradient of exactly zero, which finds what mixes examples, and tells in which rows of a tensor an example lies where
-the shape leaves that open. Where that leaves several layouts the other half of the losses decides.
+Both are measured on a graph (:mod:`engm.graph.owners`) and hold for every graph of the same structure and routing
+(:mod:`engm.graph.routing`). A node whose rows belong to one example each is *owned*; one in which several examples have
+a share is *shared*, and so is all that lies below it. Where gradients go from an owned node to a shared one or to a
+parameter, outside of what a captured call accounts for, that *enters*: there its per-example gradients are read, and
+pulled back to the parameters behind. Every path from the losses to a parameter crosses this border once, so the sum
+over all entries and calls is the gradient, whatever lies below. If the examples' own data lie below, they influence
+each other: the batch is *coupled* there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..capture.calls import Wrapper
-from ..rules.entries import enters_by_broadcast
-from ..terms.layout import Layout
-from ..torch_internals import is_compiled_region, leaf_of, node_name, output_shape, own_parameters
-from .influence import Look
-from .node_kinds import Choices, Kind, Structure, likely_batch, undecided_calls
-from .plan import Plan
+from ..capture.calls import Call, Wrapper
+from ..rules.entries import BATCH_NORMS, has_rule
+from ..terms.layout import PLAIN, Layout
+from ..terms.owners import NOBODY, Owners, Ownership
+from ..torch_internals import (
+    SYNC_BATCH_NORM_NODE,
+    batch_norm_statistics,
+    entering_shape,
+    is_compiled_region,
+    node_name,
+    node_outputs,
+    operator_name,
+    output_shape,
+    own_parameters,
+)
+from .arrangement import Arrangement, arranged, without_trailing
+from .owners import SEVERAL, Key, Question
+from .plan import Plan, PlannedEntry, Route
+from .routing import routes_of
+from .structure import Structure
 from .trace import Trace
 
-
-def signature_of(traced: Trace, n: int, together: bool = False) -> tuple[Any, ...]:
-    """What a plan depends on: the nodes and leaves in order, the calls, their modes, and rows an example.
-
-    With ``together`` several processes look at once, each at its own batch; one of one example is as good as any.
-    """
-    kinds = hash(tuple(map(type, traced.order)))
-    calls = tuple((id(call.module), call.couples, len(call.parameters), divmod(call.batch, n)) for call in traced.calls)
-    leaves = tuple(  # parameters are known by identity, inputs, which are new at every step, by what they look like
-        (key, leaf.shape) if isinstance(leaf, nn.Parameter) else (leaf.dim(), leaf.shape[:1] == (n,))
-        for key, leaf in traced.leaves.items()
-    )
-    return (n > 1 or together, len(traced.order), kinds, leaves, calls)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-def make_plan(model: Wrapper, traced: Trace, losses: Tensor) -> tuple[Plan, bool]:
-    """The plan of a graph, and whether it will do for every graph of the same structure.
+def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) -> Plan:
+    """The plan of a graph.
 
-    With ``model.strict`` it is checked on gradients; without, what shapes leave open is taken to be as it usually is.
+    Args:
+        model: the wrapper whose losses they are.
+        traced: the graph.
+        losses: ``[n]``.
+        seed: what losses are multiplied by in backward passes (a loss scale for float16).
 
     Raises:
-        RuntimeError: something mixes the examples, or a parameter is used where its per-example gradients cannot be
-            told; names the layer or the parameter, and says what to do.
+        RuntimeError: the examples influence each other and the model refuses that, or a parameter is used where its
+            per-example gradients cannot be told; names the layer or the parameter, and says what to do.
     """
     refuse_hidden_layers(traced)
     check_parameters(traced)
-    return _Search(model, traced, losses).plan()
+    return _Planner(model, traced, losses, seed).plan()
 
 
-def set_aside(traced: Trace, choices: Choices) -> dict[int, list[Layout]]:
-    """Take calls of the generic rule for calls that see no batch: operators account for what happens inside.
+class _Planner:
+    """Measures a graph, and once more where the answer is that calls cannot account for their parameters."""
 
-    That is cheaper than to run a module again, and goes where a module draws random numbers. Returns the layouts that
-    those calls may have, by number.
-    """
-    found = {}
-    for number, call in enumerate(traced.calls):
-        if call.rule.generic and choices.calls[number]:
-            found[number], choices.calls[number] = choices.calls[number], []
-    return found
-
-
-class _Search:
-    """Finds the choices under which every example's gradient lies in its own rows."""
-
-    def __init__(self, model: Wrapper, traced: Trace, losses: Tensor) -> None:
-        self.model, self.traced, self.losses = model, traced, losses
+    def __init__(self, model: Wrapper, traced: Trace, losses: Tensor, seed: float) -> None:
+        self.model, self.traced, self.losses, self.seed = model, traced, losses, seed
         self.n = losses.shape[0]
         self.names = {id(parameter): name for name, parameter in traced.trained}
-        self.choices = Choices(undecided_calls(traced, self.n, model.views))
-        self.aside = set_aside(traced, self.choices)
-        self.together = model.shard_group is not None  # every pass is of all processes, whatever their data
-        self.sure = True
+        self.group = self._group()
+        self.aside = {number for number, call in enumerate(traced.calls) if call.rule.generic}
+        self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
+        self.through: set[int] = set()  # positions of batch norms of a part of the batch
+        self.nodes: dict[Key, Tensor] = {}
+        self.calls: dict[int, list[Tensor]] = {}
 
-    def plan(self) -> tuple[Plan, bool]:
-        self._check_batch()
-        probe = self.model.strict and (self.n > 1 or self.together)
+    def _group(self) -> ProcessGroup | None:
+        """The processes that every backward pass is of."""
+        ranks = self.traced.ranks
+        if ranks is None:
+            return None
+        synchronised = any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order)
+        return ranks.group if synchronised or self.model.shard_group is not None else None
+
+    def plan(self) -> Plan:
         while True:
-            structure = self._structure()
-            if probe:
-                if self._probe(structure):
-                    continue
-            else:
-                for position in structure.undecided():
-                    self.choices.batch[position] = likely_batch(structure, position)
-                    structure = self._structure()
-            structure = self._structure()
-            if not self._bring_in(structure):
+            self.structure = Structure(self.traced, self.aside)
+            self.couplings = self._couplings()
+            self._measure()
+            self.shared = self._shared()
+            self.arranged = self._arrange_calls()
+            more = self._unaccounted() - self.settled
+            if not more:
                 break
-        self._check_entries(structure)
-        if probe and not self.together:
-            self._check_order(structure)
-        return structure.plan(), self.sure
+            self.aside ^= more
+            self.settled |= more
+        self._refuse_regions()
+        return self._planned()
 
-    def _check_order(self, structure: Structure) -> None:
-        """Every loss must be of its own rows in the calls nearest to the losses.
+    # -- measuring ---------------------------------------------------------------------------------------------
 
-        One draw of half of the losses may hold two that stand in each other's place. Here each two are told apart, by
-        the digits of their numbers; a pass costs little, as it ends at those calls.
-        """
-        outermost, seen, pending = [], set(), [self.traced.order[-1]]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen or leaf_of(node) is not None:
+    def _measure(self) -> None:
+        """Find the owners of the outputs of all nodes that are of interest."""
+        positions = {
+            position
+            for position in range(len(self.traced.order))
+            if not self.structure.pure[position] and position not in self.structure.inner
+        }
+        if self.n == 1 and self.group is None:  # all there is belongs to the one example
+            self.nodes, self.calls = self._of_one(positions)
+            return
+        question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
+        question.ask(positions)
+        suspects = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
+        suspects = {p for p in suspects if self._speaks_of_data(p)}
+        if suspects or self.group is not None:
+            question.ask(suspects, by_element=True)
+        self.nodes, self.calls = question.nodes, question.calls
+
+    def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
+        nodes = {}
+        for position in positions:
+            for number, output in enumerate(node_outputs(self.traced.order[position])):
+                shape = tuple(output.shape) if not output.is_nested_tensor else ()
+                nodes[position, number] = torch.zeros(shape[:1], dtype=torch.long, device="cpu")
+        calls = {
+            number: [torch.zeros(call.batch, dtype=torch.long, device="cpu")]
+            for number, call in enumerate(self.traced.calls)
+            if self._seen_by_collector(number)
+        }
+        return nodes, calls
+
+    def _seen_by_collector(self, number: int) -> bool:
+        """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
+        return self.traced.calls[number].rule.whole_call or self.traced.nodes[number] in self.traced.tokens
+
+    def _speaks_of_data(self, position: int) -> bool:
+        """Whether something below a node reads the examples, so that a share of several is a coupling."""
+        return self.structure.trains[position] and self.structure.reads_data(position, self.model, self.n) is not None
+
+    def _couplings(self) -> tuple[int, ...]:
+        """Positions of batch norms outside of calls that take their statistics from the batch."""
+        found = []
+        for position, node in enumerate(self.traced.order):
+            if operator_name(node) in BATCH_NORMS and not self.structure.calls_around(position):
+                called = position in self.structure.calls_at  # a call that is aside has a module that knows better
+                statistics = None if called else batch_norm_statistics(node)
+                if statistics is not None and statistics[2] and output_shape(node)[0] % self.n == 0:
+                    found.append(position)
+        return tuple(found)
+
+    # -- what is shared ----------------------------------------------------------------------------------------
+
+    def _shared(self) -> set[int]:
+        """Positions of nodes in which several examples have a share, and of all that is below them."""
+        mixed = {position for (position, _), owners in self.nodes.items() if bool((owners == SEVERAL).any())}
+        for number, parts in self.calls.items():
+            if any(bool((owners == SEVERAL).any()) for owners in parts) and number not in self.aside:
+                mixed.add(self.traced.positions[self.traced.nodes[number]])
+        mixed |= {position for position, pure in enumerate(self.structure.pure) if pure}
+        for position in self.through:  # what is normalised by its own statistics
+            mixed |= {c for c in self.traced.children[position] if c is not None and c >= 0}
+        return self.structure.below(mixed)
+
+    def _arrange_calls(self) -> dict[int, Arrangement | None]:
+        """Where the examples lie in the calls that account for their parameters; None where no gradient came."""
+        found: dict[int, Arrangement | None] = {}
+        for number, call in enumerate(self.traced.calls):
+            position = self.traced.positions[self.traced.nodes[number]]
+            if number in self.aside or position in self.shared:
                 continue
-            seen.add(node)
-            here = [k for k, other in enumerate(self.traced.nodes) if other is node and self.choices.calls[k]]
-            outermost += here
-            pending += [] if here else [child for child, _ in node.next_functions]
-        calls, positions = self.traced.calls, self.traced.positions
-        edges = [self.traced.edge(positions[self.traced.nodes[k]], calls[k].output_nr) for k in outermost]
-        numbers = torch.arange(self.n, device=self.losses.device)
-        for digit in range((self.n - 1).bit_length() if edges else 0):
-            for active in ((numbers >> digit) % 2 == side for side in (0, 1)):
-                look = Look(self.traced, self.losses, active, structure, (), edges)
-                look.run()
-                mixed = [k for k in outermost if self.choices.calls[k][0] not in look.calls[k]]
-                if mixed:
-                    raise RuntimeError(self._mixing_message(min(mixed)))
+            parts = self._parts(number, position)
+            owners = None if not parts else _agreed(parts)
+            if owners is None or not bool((owners != NOBODY).any()):
+                found[number] = None
+                continue
+            if not call.rule.whole_call and call.rule.misses_batch(call.module, torch.empty(call.shape, device="meta")):
+                found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
+            else:
+                found[number] = arranged(owners, self.n)
+        return found
 
-    def _bring_in(self, structure: Structure) -> bool:
-        """Let calls that were set aside account for parameters that enter where no layout fits, if there are any."""
+    def _only_owner(self, call: Call, owners: Tensor) -> Tensor:
+        """The example that a layer without a dimension of examples was called on, 0-dimensional."""
+        present = owners[owners != NOBODY].unique()
+        if present.numel() > 1:
+            raise RuntimeError(
+                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
+                f"output has shape {call.shape}), so there are no examples in it. Give it x.unsqueeze(0)."
+            )
+        return present[0]
+
+    def _parts(self, number: int, position: int) -> list[Tensor]:
+        if self._seen_by_collector(number):
+            return self.calls.get(number, [])
+        owners = self.nodes.get((position, self.traced.calls[number].output_nr))
+        return [] if owners is None else [owners]
+
+    def _unaccounted(self) -> set[int]:
+        """Calls that are to be set aside, or that are to come back, before the border is what it has to be."""
+        found: set[int] = set()
+        for number, arrangement in self.arranged.items():
+            call = self.traced.calls[number]
+            if arrangement is not None and not _fits(call, arrangement.ownership):
+                found.add(number)
+            if call.couples and arrangement is not None and self._is_part(number, arrangement.ownership):
+                self._refuse_coupling(number)
+                self.through.add(self.traced.positions[self.traced.nodes[number]])
+                found.add(number)
+        border = self._border()
+        for position, slot in border:
+            around = [k for k in self.structure.calls_around(position) if k not in found]
+            if self.structure.covered(position, slot) is None:
+                found |= set(around)
+            elif around and position in self.structure.inner:
+                found |= set(around)
         lost = {
             source.parameter
-            for position, slot in structure.entering
-            if not structure.layouts(position) or self._is_region(position)
-            for source in self._sources(structure, position, slot)
+            for position, slot in border
+            if is_compiled_region(self.traced.order[position])
+            for source in self.structure.sources(self._child(position, slot))
         }
-        needed = [
+        for number in self.aside:
+            call = self.traced.calls[number]
+            if lost and call.rule.generic and any(id(p) in lost for p in call.parameters.values()):
+                found.add(number)
+        return found
+
+    def _is_part(self, number: int, ownership: Ownership) -> bool:
+        """Whether a call that takes statistics from the batch got a part of the examples alone."""
+        if isinstance(ownership, Layout):
+            return False
+        return int(ownership.of.unique().numel()) - int(bool((ownership.of == NOBODY).any())) < self.n
+
+    def _child(self, position: int, slot: int) -> int:
+        child = self.traced.children[position][slot]
+        assert child is not None
+        return child
+
+    def _border(self) -> list[tuple[int, int]]:
+        """``(position, slot)`` of the edges by which something enters that no call accounts for."""
+        found = []
+        silent = self._silent()
+        for position, children in enumerate(self.traced.children):
+            if position in self.shared or position in silent:
+                continue
+            for slot, child in enumerate(children):
+                if child is None or not self.structure.trained_behind(child):
+                    continue
+                if (child < 0 or child in self.shared) and self.structure.covered(position, slot) is not True:
+                    found.append((position, slot))
+        return found
+
+    def _silent(self) -> set[int]:
+        """Positions of the nodes that no gradient comes to."""
+        spoken: set[int] = set()
+        for (position, _), owners in self.nodes.items():
+            if bool((owners != NOBODY).any()):
+                spoken.add(position)
+        for number, parts in self.calls.items():
+            if any(bool((owners != NOBODY).any()) for owners in parts):
+                spoken.add(self.traced.positions[self.traced.nodes[number]])
+        measured = {
+            position
+            for position in range(len(self.traced.order))
+            if not self.structure.pure[position] and position not in self.structure.inner
+        }
+        return measured - spoken
+
+    # -- the plan ----------------------------------------------------------------------------------------------
+
+    def _planned(self) -> Plan:
+        silent = self._silent()
+        entries, unknown_of_nodes = [], {}
+        coupled = False
+        for position, slot in self._border():
+            child = self._child(position, slot)
+            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n)
+            if reading is not None:
+                self._refuse_coupling(reading, position)
+                coupled = True
+            entry, unknown = self._entry(position, slot)
+            entries.append(entry)
+            if unknown is not None:
+                unknown_of_nodes[position] = unknown.to(self.losses.device)
+        layouts = tuple(self._layout_of(number) for number in range(len(self.traced.calls)))
+        unknown_of_calls = {
+            number: arrangement.unknown.to(self.losses.device)
+            for number, arrangement in self.arranged.items()
+            if arrangement is not None and arrangement.unknown is not None
+        }
+        outermost = self._outermost(silent)
+        positions = {entry.position for entry in entries} | outermost
+        frozen = [
             number
-            for number in self.aside
-            if any(id(parameter) in lost for parameter in self.traced.calls[number].parameters.values())
+            for number, call in enumerate(self.traced.calls)
+            if call.couples and self.traced.positions[self.traced.nodes[number]] not in self.shared | self.through
         ]
-        for number in needed:
-            self.choices.calls[number] = self.aside.pop(number)
-        return bool(needed)
+        couplings = tuple(position for position in self.couplings if position not in self.shared)
+        routes, keeps = self._routes(silent)
+        return Plan(
+            layouts=layouts,
+            entries=tuple(entries),
+            sinks=self._sinks(layouts, positions),
+            couplings=couplings,
+            through=tuple(sorted(self._through_all())),
+            couples=bool(frozen or couplings),
+            of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
+            coupled=coupled,
+            routes=tuple(routes),
+            keeps=keeps and bool(torch.isfinite(self.losses.detach()).all()),
+            silent=tuple(sorted(outermost)),
+            unknown_of_calls=unknown_of_calls,
+            unknown_of_nodes=unknown_of_nodes,
+        )
 
-    def _is_region(self, position: int) -> bool:
-        return is_compiled_region(self.traced.order[position])
+    def _through_all(self) -> set[int]:
+        """Batch norms whose statistics are not constants: of a part of the batch, or below a coupling."""
+        below = {
+            self.traced.positions[node]
+            for call, node in zip(self.traced.calls, self.traced.nodes, strict=True)
+            if call.couples and self.traced.positions[node] in self.shared
+        }
+        return self.through | below
 
-    def _structure(self) -> Structure:
-        return Structure(self.traced, self.n, self.model.views, set(self.names), self.choices)
+    def _routes(self, silent: Collection[int]) -> tuple[list[Route], bool]:
+        if self.n == 1 and self.group is None:
+            return [], True
+        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent))
 
-    # -- looking at gradients ----------------------------------------------------------------------------------
+    def _layout_of(self, number: int) -> Ownership | None:
+        arrangement = self.arranged.get(number)
+        return None if arrangement is None else self._on_device(arrangement.ownership)
 
-    def _probe(self, structure: Structure) -> bool:
-        """Decide by gradients what is undecided; returns whether a call turned out not to be of the batch."""
-        order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.n), device="cpu")
-        active = torch.zeros(self.n, dtype=torch.bool, device="cpu")
-        active[order[: (self.n + 1) // 2]] = True
-        active = active.to(self.losses.device)
-        undecided = structure.undecided()
-        wanted = sorted({*undecided, *(position for position, _ in structure.entering)})
-        watched = [p for p in wanted if structure.layouts(p) and not self._is_region(p)]
-        first = Look(self.traced, self.losses, active, structure, watched)
-        first.run()
-        silent = any(position not in first.touched for position in undecided if position in first.nodes)
-        if first.open() or self.together or silent:
-            first.again(~active)
-        mixed = []
-        own = set(map(id, self.traced.own))
-        for number, call in enumerate(self.traced.calls):
-            if id(call) not in own or not self.choices.calls[number]:
-                continue
-            if number not in first.touched_calls:
-                self.sure = self.sure and self.choices.calls[number][0].plain and not self._is_table(number)
-            elif first.calls[number]:
-                self.choices.calls[number] = first.calls[number]
-            else:
-                mixed.append(number)
-        self._set_apart(mixed)
-        for position in watched:
-            if position not in first.touched:
-                self.sure = self.sure and position not in undecided and structure.layouts(position)[0].plain
-            else:
-                self.choices.nodes[position] = first.nodes[position]
-        for position in undecided:  # where no gradient comes, as behind a gain of 0, none of the choices is wrong
-            self.choices.batch[position] = position in first.touched and bool(first.nodes[position])
-        return bool(mixed)
+    def _on_device(self, ownership: Ownership) -> Ownership:
+        return ownership if isinstance(ownership, Layout) else replace(ownership, of=ownership.of.to(self.losses.device))
 
-    def _set_apart(self, mixed: Sequence[int]) -> None:
-        """Calls in whose rows the examples meet must compute something that all examples share.
+    def _outermost(self, silent: Collection[int]) -> set[int]:
+        """The nodes without a gradient, behind which there is something to train, that others pass gradients to."""
+        return {
+            position
+            for position in silent
+            if self.structure.trains[position]
+            and position not in self.shared
+            and any(parent not in silent for parent in self.structure.parents[position])
+        }
 
-        Raises:
-            RuntimeError: one probably computes from the batch; names the one nearest to the losses.
+    def _entry(self, position: int, slot: int) -> tuple[PlannedEntry, Tensor | None]:
+        """The entry of what enters by an edge, and the rows of the node's first output that are not known."""
+        traced, node = self.traced, self.traced.order[position]
+        found = [
+            self._arranged_output(position, number) for number in range(len(node_outputs(node)))
+        ]
+        first = found[0]
+        others = tuple(None if a is None else self._on_device(a.ownership) for a in found[1:])
+        child, number = node.next_functions[slot]
+        behind = self._child(position, slot)
+        transposed = operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T"
+        if transposed:
+            child, number = child.next_functions[0]
+            behind = self._child(behind, 0)
+        entry = PlannedEntry(
+            position,
+            slot,
+            entering_shape(child, number),
+            PLAIN if first is None else self._on_device(first.ownership),
+            others,
+            transposed,
+            tuple(self.structure.sources(behind)),
+        )
+        ruled = has_rule(entry.at(traced, self.n))
+        return replace(entry, ruled=ruled), None if first is None else first.unknown
+
+    def _arranged_output(self, position: int, number: int) -> Arrangement | None:
+        owners = self.nodes.get((position, number))
+        if position == len(self.traced.order) - 1:
+            return Arrangement(PLAIN)
+        return None if owners is None else arranged(owners, self.n)
+
+    def _sinks(
+        self, layouts: Sequence[Ownership | None], positions: Collection[int]
+    ) -> tuple[tuple[int, int], ...]:
+        """Edges such that a pass to them runs through all calls with a layout and the nodes at ``positions``."""
+        wanted: dict[int, set[int]] = {}
+        for number, layout in enumerate(layouts):
+            if layout is not None:
+                position = self.traced.positions[self.traced.nodes[number]]
+                wanted.setdefault(position, set()).add(self.traced.calls[number].output_nr)
+        for position in positions:
+            outputs = range(len(node_outputs(self.traced.order[position])))
+            wanted.setdefault(position, set()).update(outputs)
+        deep: list[bool] = []
+        sinks = []
+        for position, children in enumerate(self.traced.children):
+            below = any(child is not None and child >= 0 and deep[child] for child in children)
+            deep.append(below or position in wanted)
+            if position in wanted and not below:
+                sinks += [(position, number) for number in sorted(wanted[position])]
+        return tuple(sinks)
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def _refuse_coupling(self, number: int, position: int | None = None) -> None:
+        """Raise unless couplings are to be computed.
+
+        Args:
+            number: of the call nearest to the losses whose output several examples have a share in; -1: an input.
+            position: of the node at which the examples meet.
         """
-        refused = []
-        for number in reversed(mixed):
-            if self._is_table(number):
-                self.choices.calls[number] = []
-            else:
-                refused.append(number)
-        if refused:
-            raise RuntimeError(self._mixing_message(min(refused)))
+        if self.model.coupled == "exact":
+            return
+        call = self.traced.calls[number] if number >= 0 else None
+        what = "an input that requires grad" if call is None else (
+            f"the output of layer '{call.name}' ({type(call.module).__name__})"
+        )
+        where = "" if position is None else f" They meet in {node_name(self.traced.order[position])}."
+        raise RuntimeError(
+            f"engm: {what} for some examples influences the losses of other examples, so that a loss is not its own "
+            f"example's alone.{where} Something between this layer and the losses mixes the batch (x - x.mean(0), a "
+            "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs). Replace it, or wrap "
+            "with GradNormModule(net, coupled='exact'), which takes the gradients of all losses through it: right, and "
+            "as slow as one backpropagation an example from there on."
+        )
 
-    def _is_table(self, number: int) -> bool:
-        """Whether a call computes from parameters, from a buffer, or from indices that are not the user's input.
-
-        Also where the first dimension has no room for the examples: then only the second was a guess.
-        """
-        call = self.traced.calls[number]
-        if call.batch % self.n:
-            return True
-        if call.input_nodes:
-            structure = self._structure()
-            kinds = {structure.kinds[self.traced.positions[made]] for made in call.input_nodes}
-            return kinds <= {Kind.SHARED, Kind.UNDECIDED}
-        buffers = {buffer.untyped_storage().data_ptr() for buffer in self.model.buffers()}
-        own = call.input_is_index and not call.input_storages & call.capture.input_storages
-        return own or call.input_storages <= buffers
-
-    # -- checks ------------------------------------------------------------------------------------------------
-
-    def _check_batch(self) -> None:
-        """The forward pass must have been of as many rows as there are losses (times the announced views)."""
-        for capture in self.traced.own_captures:
-            shape = capture.input_shape
-            if len(shape) < 2 or self.n in shape[:2]:
-                continue
-            rows = shape[0]
-            if rows != self.n * self.model.views and rows % self.n == 0 and rows > self.n:
-                raise RuntimeError(self._wrong_rows(rows, "the input of the model", shape))
-
-    def _check_entries(self, structure: Structure) -> None:
-        for number, operator in structure.broken.items():
-            own = self.traced.calls[number].parameters.values()
-            shown = sorted(f"'{self.names[id(p)]}' (by {operator})" for p in own if id(p) in self.names)
-            raise RuntimeError(self._outside_message(", ".join(shown[:5])))
-        regions = [edge for edge in structure.entering if self._is_region(edge[0])]
-        if regions:
-            lost = {self.names[source.parameter] for edge in regions for source in self._sources(structure, *edge)}
+    def _refuse_regions(self) -> None:
+        """Parameters that a compiled region uses beside its layers cannot be seen."""
+        lost = {
+            self.names[source.parameter]
+            for position, slot in self._border()
+            if is_compiled_region(self.traced.order[position])
+            for source in self.structure.sources(self._child(position, slot))
+        }
+        if lost:
             raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
-        for position, slot in structure.entering:
-            node = self.traced.order[position]
-            child = node.next_functions[slot][0]
-            possible = structure.layouts(position)
-            behind = [k for k in structure.calls_behind(child) if not self.traced.calls[k].rule.generic]
-            names = ", ".join(f"'{self.names[source.parameter]}'" for source in structure.sources(child)[:5])
-            if not possible:
-                if behind:
-                    self._refuse_call(behind)
-                raise RuntimeError(
-                    f"engm: the losses use {names} in {node_name(node)}, whose output {output_shape(node)} does not "
-                    f"hold the {self.n} examples along its first or second dimension, or mixes them. Put the "
-                    "computation into a module and give it a rule with engm.register_rule, or freeze the parameter."
-                )
-            planned = structure.entry(position, slot, possible[0])
-            if behind and self.n > 1 and not enters_by_broadcast(planned.at(self.traced, self.n)):
-                self._refuse_call(behind)
-        reached = {source.parameter for p, s in structure.entering for source in self._sources(structure, p, s)}
-        mine = set(map(id, self.traced.own))
-        for number, call in enumerate(self.traced.calls):
-            if id(call) in mine and not self.choices.calls[number] and number not in self.aside:
-                used = [p for p in call.parameters.values() if id(p) in self.names and id(p) in self.traced.leaves]
-                unreached = [p for p in used if id(p) not in reached]
-                if unreached:
-                    self._refuse_call([number])
 
-    def _sources(self, structure: Structure, position: int, slot: int) -> Sequence[Any]:
-        return structure.sources(self.traced.order[position].next_functions[slot][0])
 
-    def _refuse_call(self, numbers: Sequence[int]) -> None:
-        """Raise for a call that sees the batch, but not in rows of its examples."""
-        number = min(numbers)
-        call = self.traced.calls[number]
-        shape = call.shape
-        what = f"the output of layer '{call.name}' ({type(call.module).__name__})"
-        raise RuntimeError(self._wrong_rows(call.batch, what, shape))
+def _fits(call: Call, ownership: Ownership) -> bool:
+    """Whether a call's rule can be told that its examples lie like this."""
+    if isinstance(ownership, Layout):
+        return ownership.dim == 0 or call.rule.positionwise
+    return ownership.dims <= 1 or call.rule.positionwise
 
-    def _mixing_message(self, number: int) -> str:
-        call = self.traced.calls[number]
-        return (
-            f"engm: the output of layer '{call.name}' ({type(call.module).__name__}) for some examples "
-            "influences the losses of other examples, so per-example gradients are not defined there. Something "
-            "between this layer and the losses mixes the batch (x - x.mean(0), a batch statistic outside "
-            "nn.BatchNorm, losses in another order than the inputs, a layout whose first dimension is not the "
-            "batch). Replace it, or wrap with strict=False if you know that the mixing does not matter."
-        )
 
-    def _wrong_rows(self, rows: int, what: str, shape: tuple[int, ...]) -> str:
-        views = self.model.views
-        message = f"engm: {what} has shape {tuple(shape)}, but there are {self.n} losses"
-        if views > 1:
-            message += f" and views={views}, so its first dimension must be {self.n * views}"
-        message += ". Examples must lie along the first dimension, one loss each"
-        if rows and rows % self.n == 0 and views == 1:
-            message += (
-                f"; if every example has {rows // self.n} rows, as in model(torch.cat([x, x_adv])), wrap with "
-                f"GradNormModule(net, views={rows // self.n})"
-            )
-        return message + "."
-
-    def _outside_message(self, shown: str) -> str:
-        return (
-            f"engm: the losses use {shown} outside of the layer calls that were captured, so a part of these "
-            "parameters' per-example gradients cannot be seen. Call the layer itself instead of computing with what is "
-            "inside it, freeze the parameter, or put the computation into a module of its own."
-        )
+def _agreed(parts: Sequence[Tensor]) -> Tensor:
+    """The owners of a call's rows, from those in each of its outputs."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [without_trailing(part) for part in parts]
+    rows = [part if part.dim() == 1 else part.amax(tuple(range(1, part.dim()))) for part in rows]
+    agreed = torch.stack(rows).amax(0)
+    differ = ((torch.stack(rows) != agreed) & (torch.stack(rows) != NOBODY)).any(0)
+    return torch.where(differ, SEVERAL, agreed)
 
 
 def refuse_hidden_layers(traced: Trace) -> None:

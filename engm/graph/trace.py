@@ -5,7 +5,7 @@ Captured calls are found here and nowhere else: in the metadata of the graph's n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,6 +29,8 @@ class Trace:
         trained: names and tensors of the parameters that norms are taken over.
         order: all nodes but those of leaves, each after the nodes that it passes gradients to; the losses' is the last.
         positions: the index in ``order`` of every node.
+        children: for every node of ``order`` the positions of the nodes behind its inputs; None for an input without a
+            gradient, and ``-1 - k`` for the leaf that was met as number ``k``.
         calls: captured calls, those nearest to the losses first.
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
@@ -41,6 +43,7 @@ class Trace:
     trained: Sequence[tuple[str, nn.Parameter]] = ()
     order: list[Node] = field(default_factory=list)
     positions: dict[Node, int] = field(default_factory=dict)
+    children: list[tuple[int | None, ...]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     marked: list[Capture] = field(default_factory=list)
@@ -77,16 +80,17 @@ class Trace:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
         return collecting(self.captures, self.calls, collector)
 
-    def frozen_statistics(self, outside: Iterable[int]) -> AbstractContextManager[None]:
-        """While the context is open, backward passes take the statistics of all batch norms for constants.
+    def frozen_statistics(self, outside: Iterable[int], through: Collection[int] = ()) -> AbstractContextManager[None]:
+        """While the context is open, backward passes take the statistics of batch norms for constants.
 
         Args:
             outside: positions of the batch norms that are not captured calls.
+            through: positions of the nodes of captured calls that are left as they are.
         """
         called = [
             BatchNormNode(node, partial(gain_of, call.module, call.saved[1]), call.slot, call.output_nr)
             for call, node in zip(self.calls, self.nodes, strict=True)
-            if call.couples
+            if call.couples and self.positions[node] not in through
         ]
         others = [self.order[position] for position in outside]
         return frozen_statistics([*called, *(BatchNormNode(node, partial(gain_of_node, node)) for node in others)])
@@ -115,18 +119,22 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     if root is None:
         return result
     seen = {root}
-    stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(_next_nodes(root, result)))]
+    met: dict[int, int] = {}  # id(leaf) -> -1 - its number
+    behind = _behind(root, result, met)
+    stack: list[tuple[Node, list[Node | int | None], Iterator[Node | int | None]]] = [(root, behind, iter(behind))]
     while stack:
-        node, children = stack[-1]
+        node, behind, children = stack[-1]
         for child in children:
-            if child not in seen:
+            if child is not None and not isinstance(child, int) and child not in seen:
                 seen.add(child)
-                stack.append((child, iter(_next_nodes(child, result))))
+                behind = _behind(child, result, met)
+                stack.append((child, behind, iter(behind)))
                 break
         else:
             stack.pop()
             result.positions[node] = len(result.order)
             result.order.append(node)
+            result.children.append(tuple(result.positions.get(c, c) for c in behind))
     for node in reversed(result.order):
         metadata = node.metadata
         for call in metadata.get(CALLS_KEY, ()):
@@ -138,18 +146,18 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     return result
 
 
-def _next_nodes(node: Node, result: Trace) -> list[Node]:
-    """Nodes that ``node`` passes gradients to; leaves among them are noted in ``result.leaves`` instead."""
-    inner = []
+def _behind(node: Node, result: Trace, met: dict[int, int]) -> list[Node | int | None]:
+    """What is behind each input of a node: a node, the number of a leaf, which is noted in ``result``, or nothing."""
+    found: list[Node | int | None] = []
     for child, _ in node.next_functions:
-        if child is None:
-            continue
-        leaf = leaf_of(child)
+        leaf = None if child is None else leaf_of(child)
         if leaf is None:
-            inner.append(child)
+            found.append(child)
         elif (segment := segment_of(leaf)) is not None:
             attach(segment, node)
             result.tokens[node] = leaf
+            found.append(None)
         else:
+            found.append(met.setdefault(id(leaf), -1 - len(met)))
             result.leaves.setdefault(id(leaf), leaf)
-    return inner
+    return found

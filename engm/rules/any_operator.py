@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient
 from ..terms.layout import Layout
+from ..terms.owners import Owners
 from ..torch_internals import adds_up, passed_to_input
 from .entries import Entry
 
@@ -30,6 +31,8 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     Returns:
         The gradients ``[n, *entry.shape]``.
     """
+    if isinstance(entry.layout, Owners):
+        return _masked(entry, backprops)
     rows = [None if g is None else entry.layout.examples_first(g.detach(), entry.n) for g in backprops]
     each = max(1, sum(r.numel() * r.element_size() for r in rows if r is not None))
     chunk = max(1, min(entry.n, CHUNK_BYTES // each))
@@ -46,6 +49,24 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
         masked = [None if r is None else torch.stack([_only(r, i, entry.layout) for i in picked]) for r in rows]
         found.append(backward_of_each(of, masked, shape))
     gradient = torch.cat(found)
+    return PerExampleGradient(gradient.mT if entry.transposed else gradient)
+
+
+def _masked(entry, backprops):
+    shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
+    def of(gradients):
+        found = passed_to_input(entry.node, entry.slot, gradients)
+        return None if found is None else found.sum_to_size(shape)
+    layouts = (entry.layout, *entry.others)
+    masked = []
+    for g, o in zip(backprops, layouts):
+        if g is None: masked.append(None); continue
+        if isinstance(o, Layout):
+            rows = o.examples_first(g, entry.n)
+            masked.append(torch.stack([_only(rows, i, o) for i in range(entry.n)]))
+        else:
+            masked.append(torch.stack([g * (o.elements(g.dim()) == i) for i in range(entry.n)]))
+    gradient = backward_of_each(of, masked, shape)
     return PerExampleGradient(gradient.mT if entry.transposed else gradient)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..terms import Term
-from ..terms.layout import Layout
+from ..terms.owners import Owners, Ownership
 from ..torch_internals import (
     BATCH_NORM_NODES,
     SYNC_BATCH_NORM_NODE,
@@ -44,9 +44,10 @@ class Entry:
     node: Any
     slot: int
     shape: tuple[int, ...]
-    layout: Layout
+    layout: Ownership
     n: int
     transposed: bool = False
+    others: tuple[Ownership | None, ...] = ()
 
     @property
     def child(self) -> tuple[Any, int]:
@@ -87,7 +88,7 @@ def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
     """
     rule = _RULES.get(operator_name(entry.node))
     first = backprops[0]
-    if rule is None or first is None or first.is_complex():
+    if rule is None or first is None or first.is_complex() or isinstance(entry.layout, Owners):
         return None
     return rule(entry, first.detach())
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import accumulation_dtype
+from .owners import Owners, Ownership
 
 CHUNK_BYTES = 64 << 20  # of per-example gradients that are formed at once where they have to be formed
 
@@ -97,6 +98,26 @@ class Term:
                 f"a term of {self.examples} rows cannot be folded to {outer} x {n} x {inner} (outer, examples, inner)."
             )
         return self if outer * inner == 1 else self._folded(outer, n, inner)
+
+    def regrouped(self, owners: Owners) -> Term:  # TEMPORARY
+        dense = self.dense(slice(0, self.examples))
+        known = owners.of >= 0
+        out = dense.new_zeros(owners.n, *dense.shape[1:])
+        return PerExampleGradient(out.index_add(0, owners.of[known], dense[known]))
+
+    def grouped(self, ownership: Ownership) -> Term:
+        """The term of the examples, where this one counts the rows of a batch as examples.
+
+        Args:
+            ownership: in which rows the examples lie, along the first dimension alone.
+
+        Raises:
+            ValueError: see :meth:`fold`.
+        """
+        if isinstance(ownership, Owners):
+            return self.regrouped(ownership)
+        rows = ownership.outer * ownership.inner
+        return self.fold(ownership.outer, self.examples // rows, ownership.inner)
 
     def _folded(self, outer: int, n: int, inner: int) -> Term:
         """What :meth:`fold` returns where an example has several rows."""

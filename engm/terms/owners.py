@@ -38,6 +38,10 @@ class Owners:
         """The owners, with dimensions of length 1 behind up to ``rank``: they broadcast against the tensor."""
         return self.of.reshape(tuple(self.of.shape) + (1,) * (rank - self.dims))
 
+    def flattened(self, shape: tuple[int, ...]) -> Owners:
+        """The owners after the dimensions of a tensor of ``shape`` that tell rows apart were made one."""
+        return Owners(self.of.flatten(), self.n)
+
 
 Ownership = Layout | Owners
 """Where the examples of a batch lie in a tensor, in a regular order or in any."""

@@ -1,0 +1,103 @@
+"""From measured owners to the order that the examples lie in: a layout where there is one, else the owners themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..terms.layout import Layout
+from ..terms.owners import NOBODY, Owners, Ownership
+
+WITNESSES = 2  # examples that have to be seen in a column of rows before rows without a gradient count as known
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Where the examples lie in a tensor, and what of that is an inference.
+
+    Attributes:
+        ownership: in which rows every example lies.
+        unknown: rows ``[*leading]`` without a gradient, so that nothing tells whether they lie as the others do; None
+            if there are none. They count nothing as long as they have no gradient.
+    """
+
+    ownership: Ownership
+    unknown: Tensor | None = None
+
+
+def arranged(owners: Tensor, n: int) -> Arrangement:
+    """The arrangement of a tensor.
+
+    Args:
+        owners: of its rows, ``[*leading]`` on the CPU: numbers of examples or ``NOBODY``.
+        n: number of examples.
+    """
+    rows = without_trailing(owners)
+    if rows.dim() == 1:
+        found = _fitted(rows, n, 0)
+        if found is not None:
+            return found
+    if rows.dim() == 2 and rows.numel():
+        second = rows.amax(0)
+        if bool(((rows == second) | (rows == NOBODY)).all()):
+            found = _fitted(second, n, 1)
+            if found is not None:
+                return found
+    unknown = rows == NOBODY
+    return Arrangement(Owners(rows, n), unknown if bool(unknown.any()) else None)
+
+
+def without_trailing(owners: Tensor) -> Tensor:
+    """The owners without the last dimensions along which they are the same; one dimension stays."""
+    while owners.dim() > 1 and owners.numel():
+        one = owners.amax(-1)
+        if not bool(((owners == one.unsqueeze(-1)) | (owners == NOBODY)).all()):
+            break
+        owners = one
+    return owners
+
+
+def varying(owners: Tensor) -> set[int]:
+    """The dimensions along which owners ``[*leading]`` differ."""
+    found = set()
+    for dim in range(owners.dim() if owners.numel() else 0):
+        one = owners.amax(dim, keepdim=True)
+        if not bool(((owners == one) | (owners == NOBODY)).all()):
+            found.add(dim)
+    return found
+
+
+def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:
+    """The layout along ``dim`` that owners ``[length]`` agree with, if there is one."""
+    length = rows.shape[0]
+    if length == 0 or length % n:
+        return None
+    numbers = torch.arange(n).view(1, n, 1)
+    best: tuple[int, Arrangement] | None = None
+    silent = rows == NOBODY
+    for outer in _divisors(length // n):
+        split = rows.view(outer, n, -1)
+        if not bool(((split == numbers) | (split == NOBODY)).all()):
+            continue
+        layout = Layout(dim, outer, split.shape[2])
+        seen = (split != NOBODY).sum(1, keepdim=True) >= min(WITNESSES, n)
+        unknown = silent & ~seen.expand_as(split).reshape(-1)
+        missing = int(unknown.sum())
+        if missing == 0:
+            return Arrangement(layout)
+        if best is None or missing < best[0]:
+            best = missing, Arrangement(layout, unknown)
+    return None if best is None else best[1]
+
+
+def _divisors(number: int) -> list[int]:
+    """Divisors, 1 and the number itself first."""
+    found = [k for k in range(1, number + 1) if number % k == 0] if number < 1 << 12 else _large_divisors(number)
+    return sorted(found, key=lambda k: (k not in (1, number), k))
+
+
+def _large_divisors(number: int) -> list[int]:
+    small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
+    return sorted({*small, *(number // k for k in small)})

@@ -1,0 +1,271 @@
+"""Whose row is it? Measured: every loss is scaled by a power of two, and each row comes back with its owner's power.
+
+If the loss of example ``i`` has the factor ``2^d``, ``d`` a digit of ``i``, every row of every tensor on the way comes
+out of a backward pass multiplied by the factor of the example that it belongs to, exactly, because powers of two do not
+round: whatever sort, gather, mask, padding, graph or expert lies in between. A plain pass and one scaled pass a digit
+tell the owner of every row, and no weight gradient is computed. A row that is no one power times its plain self belongs
+to several examples. A row without a gradient belongs to nobody.
+
+Rows are told apart by the largest of their entries and by two random projections of them, so that nothing of the size
+of a gradient is kept between the passes. What looks like a row of several is asked again, element by element, with
+masks of 0 and 1 in place of the powers, which neither underflow nor rounding can fool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ..capture.calls import Call
+from ..distributed import most
+from ..terms import accumulation_dtype
+from ..terms.owners import NOBODY
+from ..torch_internals import node_outputs
+from .trace import Trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SEVERAL = -2  # the owner of a row that several examples have a share in
+
+BASE = 64  # of the numbers whose digits are the exponents; float32 holds 2^63 times any gradient there may be
+# Of a row, as a share of its largest entry. On a CPU the passes agree to the last bit; on a GPU, where sums of atomic
+# additions come in any order, to rounding.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+NARROW_TOLERANCE = 1e-2  # the same for narrower types
+
+Key = tuple[int, int]
+"""A tensor: the position of the node that made it and the number of the node's output."""
+
+
+@dataclass
+class Print:
+    """What is kept of a gradient.
+
+    Attributes:
+        shape: of the leading dimensions, by which rows are told apart.
+        largest: the largest entry of every row, ``[rows]``.
+        marks: two random projections of every row, ``[rows, 2]``.
+        tolerance: by how much, as a share of its largest entry, a row may differ.
+    """
+
+    shape: tuple[int, ...]
+    largest: Tensor
+    marks: Tensor
+    tolerance: float
+
+
+def print_of(gradient: Tensor, by_element: bool) -> Print:
+    """The print of a gradient. Its last dimension is the row unless every element is to be told apart."""
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+        gradient = gradient if by_element or gradient.dim() < 3 else gradient.flatten(-2)
+        leading = gradient.shape[:-1]
+    else:
+        leading = gradient.shape if by_element or gradient.dim() < 2 else gradient.shape[:-1]
+    rows = gradient.reshape(leading.numel(), -1) if gradient.numel() else gradient.new_zeros(leading.numel(), 1)
+    tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
+    rows = rows.to(accumulation_dtype(rows))
+    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows)
+    return Print(tuple(leading), largest, marks, tolerance * max(1.0, rows.shape[1] ** 0.5))
+
+
+def _directions(rows: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(rows.shape[1])
+    drawn = torch.randn(rows.shape[1], 2, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(rows)
+
+
+class Owned:
+    """The owners of the rows of one tensor, digit by digit.
+
+    Attributes:
+        plain: the print of the tensor's plain gradient.
+        of: ``[*leading]``, as far as the digits are known.
+        several: ``[rows]``, whether a row turned out to be of several.
+    """
+
+    def __init__(self, plain: Print) -> None:
+        self.plain = plain
+        self.of = torch.zeros_like(plain.largest, dtype=torch.long)
+        self.several = torch.zeros_like(plain.largest, dtype=torch.bool)
+
+    def add_digit(self, scaled: Print, place: int) -> None:
+        """Read a digit of the owners from the gradient of losses that were scaled by powers of two."""
+        plain, silent = self.plain, self.plain.largest == 0
+        power = (scaled.largest / plain.largest).log2().round().nan_to_num(0, 0, 0).clamp(-1, BASE)
+        factor = torch.exp2(power)
+        self._compare(scaled, factor)
+        self.several |= ~silent & ((power < 0) | (power >= BASE))
+        self.of += power.long().clamp(0, BASE - 1) * place
+
+    def add_bit(self, masked: Print, place: int) -> None:
+        """Read a bit of the owners from the gradient of some of the losses."""
+        present = masked.largest > 0.5 * self.plain.largest
+        self._compare(masked, present.to(masked.largest.dtype))
+        self.of += present.long() * place
+
+    def _compare(self, other: Print, factor: Tensor) -> None:
+        plain = self.plain
+        allowed = plain.tolerance * plain.largest * factor.clamp_min(1)
+        differs = (other.largest - factor * plain.largest).abs() > allowed
+        differs |= ((other.marks - factor.unsqueeze(1) * plain.marks).abs() > allowed.unsqueeze(1)).any(1)
+        self.several |= differs
+
+    def owners(self, n: int) -> Tensor:
+        """``[*leading]``, the number of an example, :data:`NOBODY` or :data:`SEVERAL`."""
+        found = torch.where(self.several | (self.of >= n), SEVERAL, self.of)
+        found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
+        # A NaN tells nothing. It is made to count for the first example, so that the step is visibly bad.
+        found = torch.where(self.plain.largest.isfinite(), found, NOBODY)
+        return found.view(self.plain.shape)
+
+
+class Question:
+    """Backward passes that find the owners of the rows of tensors.
+
+    Args:
+        traced: the graph.
+        losses: ``[n]``.
+        seed: what the losses are multiplied by in every pass.
+        couplings: positions of batch norms outside of calls whose statistics are constants.
+        through: numbers of calls and positions of batch norms whose statistics are *not* constants.
+        group: the processes that every backward pass is of, if it is not of this one alone.
+
+    Attributes:
+        nodes: by tensor, the owners of its rows, on the CPU.
+        calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
+    """
+
+    def __init__(
+        self,
+        traced: Trace,
+        losses: Tensor,
+        seed: float = 1.0,
+        couplings: Sequence[int] = (),
+        through: Iterable[int] = (),
+        group: ProcessGroup | None = None,
+    ) -> None:
+        self.traced, self.losses, self.seed = traced, losses, seed
+        self.couplings, self.through = couplings, frozenset(through)
+        self.n = losses.shape[0]
+        self.most = self.n if group is None else most(group, self.n, losses.device)
+        self.nodes: dict[Key, Tensor] = {}
+        self.calls: dict[int, list[Tensor]] = {}
+        self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
+        self._positions: frozenset[int] = frozenset()
+        self._by_element = False
+        self._prints: dict[Any, Print] = {}
+
+    def ask(self, positions: Iterable[int], by_element: bool = False) -> None:
+        """Find the owners of the outputs of these nodes, and of all calls.
+
+        Args:
+            positions: of the nodes.
+            by_element: tell every element apart, by masks of 0 and 1.
+        """
+        self._positions, self._by_element = frozenset(positions), by_element
+        numbers = torch.arange(self.n, device=self.losses.device)
+        found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
+        place, base = 1, 2 if by_element or self._is_half() else BASE
+        while place < self.most:
+            digit = numbers // place % base
+            seeds = digit if base == 2 else torch.exp2(digit.double())
+            for key, seen in self._pass(seeds.to(self.losses)).items():
+                if base == 2:
+                    found[key].add_bit(seen, place)
+                else:
+                    found[key].add_digit(seen, place)
+            place *= base
+        for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
+            if key[0] == "call":
+                self.calls.setdefault(key[1], []).append(owners)
+            else:
+                self.nodes[key] = owners
+
+    def _is_half(self) -> bool:
+        """Whether a power of two might not fit into some gradient."""
+        return any(output.dtype == torch.float16 for node in self.traced.order for output in node_outputs(node))
+
+    # -- one pass ----------------------------------------------------------------------------------------------
+
+    def _pass(self, seeds: Tensor) -> dict[Any, Print]:
+        """The prints of all gradients that arrive when the losses are backpropagated with these factors."""
+        self._prints, self._parts = {}, {}
+        traced = self.traced
+        ends = self._ends()
+        passed = self._positions - {position for position, _ in ends}
+        targets = [GradientEdge(traced.order[position], number) for position, number in ends]
+        tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
+        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
+        try:
+            with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
+                gradients: Sequence[Tensor | None] = ()
+                if targets or tokens:
+                    gradients = torch.autograd.grad(
+                        self.losses, [*targets, *tokens], seeds * self.seed, retain_graph=True, allow_unused=True
+                    )
+        finally:
+            for handle in handles:
+                handle.remove()
+        for key, gradient in zip(ends, gradients, strict=False):
+            self._take(key, gradient)
+        found, self._prints = self._prints, {}
+        return found
+
+    def _ends(self) -> list[Key]:
+        """The outputs of watched nodes below which no other is: where a pass may end."""
+        deep: list[bool] = []
+        found = []
+        for position, children in enumerate(self.traced.children):
+            below = any(child is not None and child >= 0 and deep[child] for child in children)
+            watched = position in self._positions
+            deep.append(below or watched)
+            if watched and not below and self.traced.order[position] not in self.traced.tokens:
+                outputs = len(node_outputs(self.traced.order[position]))
+                found += [(position, number) for number in range(outputs)]
+        return found
+
+    def _arrived(self, position: int, gradients: Sequence[Tensor | None]) -> None:
+        """Node hook: look at the gradients of a node's outputs."""
+        for number, gradient in enumerate(gradients):
+            self._take((position, number), gradient)
+
+    def _take(self, key: Any, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        gradient = gradient.detach()
+        if gradient.is_nested:
+            gradient = gradient.values()
+        if gradient.layout != torch.strided:
+            gradient = gradient.to_dense()
+        self._prints[key] = print_of(gradient, self._by_element)
+
+    def holds(self, call: Call) -> bool:
+        """No: gradients are looked at and let go."""
+        return False
+
+    def receive(self, call: Call, backprops: Any) -> None:
+        """Look at the gradient of a call's output, which a capture hands over."""
+        number = self._numbers.get(id(call))
+        if number is None or not (call.rule.whole_call or self.traced.nodes[number] in self.traced.tokens):
+            return
+        for part, gradient in enumerate(call.by_example(backprops)):
+            rows = gradient.flatten(1) if call.rule.whole_call and gradient.dim() > 2 else gradient
+            self._take(("call", number, part), rows)
+
+
+def _on_cpu(found: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """All tensors on the CPU, by one copy."""
+    if not found:
+        return {}
+    flat = torch.cat([owners.flatten() for owners in found.values()]).cpu()
+    parts = flat.split([owners.numel() for owners in found.values()])
+    return {key: part.view(owners.shape) for (key, owners), part in zip(found.items(), parts, strict=True)}

@@ -1,0 +1,234 @@
+"""What a plan depends on: the structure of a graph, and the values by which its nodes route rows.
+
+Most operators treat the rows of the examples alike whatever their operands hold, so graphs of one structure have one
+plan. Some move rows by indices, masks or orders; there a plan holds for graphs with the same values alone. And where
+examples are kept apart by zeros alone (a block-diagonal adjacency or attention mask) no comparison of values is cheap:
+such graphs are measured at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ..torch_internals import (
+    Node,
+    attributes_of_function,
+    entering_shape,
+    is_compiled_region,
+    is_python_function,
+    operator_name,
+    output_shape,
+    saved_options,
+    saved_tensor_names,
+    saved_tensors_of,
+)
+from .arrangement import varying
+from .plan import Route
+from .structure import Structure
+from .trace import Trace
+
+# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
+FIXED = frozenset(
+    """
+    Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax ClampMin Clone
+    Conj Copy Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmod Frac Gelu Hardshrink Hardsigmoid
+    Hardswish Hardtanh Hypot I0 Imag Leaky_Relu LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp
+    Logaddexp2 Logit Maximum Minimum Mish Mul NanToNum NativeDropout FusedDropout Neg Positive Pow PreluKernel Rad2Deg
+    Real Reciprocal Relu Relu6 Remainder Round RreluWithNoise Rsqrt Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus
+    Softshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Trunc Xlogy ViewAsReal ViewAsComplex
+    Where MaskedFill
+    Addmm Addmv Addr Baddbmm Bmm Dot Mm MkldnnLinear Mv
+    Convolution ConvolutionOverrideable CudnnConvolution MkldnnConvolution MiopenConvolution ThnnConv2D
+    NativeLayerNorm NativeGroupNorm FusedRmsNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention
+    ScaledDotProductCudnnAttention ScaledDotProductAttentionMath
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices
+    MaxPool3DWithIndices MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact2D GridSampler2D
+    BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss KlDiv MseLoss NllLoss NllLoss2D NllLossNd SmoothL1Loss
+    SoftMarginLoss
+    T Embedding Tap WeightNormInterface LinearCrossEntropy
+    """.split()
+)
+
+# Of these, the ones that combine the rows of an operand's dimension with each other, whatever else they do.
+ELEMENTWISE = FIXED - frozenset(
+    """
+    Addmm Addmv Addr Baddbmm Bmm Dot Mm MkldnnLinear Mv
+    Convolution ConvolutionOverrideable CudnnConvolution MkldnnConvolution MiopenConvolution ThnnConv2D
+    NativeLayerNorm NativeGroupNorm FusedRmsNorm
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention
+    ScaledDotProductCudnnAttention ScaledDotProductAttentionMath
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices
+    MaxPool3DWithIndices MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
+    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact2D GridSampler2D
+    NllLoss NllLoss2D NllLossNd T Embedding Tap WeightNormInterface LinearCrossEntropy
+    """.split()
+)
+
+# Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
+# round, by their arguments alone: they mix nothing.
+MOVING = frozenset(
+    """
+    View ReshapeAlias UnsafeView AsStrided Transpose Permute Movedim Unsqueeze Squeeze Slice Select Split SplitWithSizes
+    Unbind Cat Stack Roll Flip Rot90 Diagonal DiagEmbed Unfold Narrow Sum Mean Nansum Amax Amin Max Min Prod
+    Var VarMean Std StdMean LinalgVectorNorm Norm ConstantPadNd Tril Triu Split Chunk PixelShuffle PixelUnshuffle
+    Index IndexSelect Gather Take Sort Topk Kthvalue Median Nanmedian Mode MaskedSelect MaskedScatter PackPaddedSequence
+    IndexAdd IndexCopy IndexFill IndexPut Scatter ScatterAdd ScatterReduce UnsafeIndex IndexReduce
+    """.split()
+)
+
+Owners = Mapping[tuple[int, int], Tensor]
+
+
+def signature_of(traced: Trace, n: int) -> Hashable:
+    """What a plan depends on besides the values of routes: nodes, edges, options, leaves, calls, shapes, modes."""
+    kinds = hash(tuple(map(type, traced.order)))
+    edges = hash(tuple(traced.children))
+    options = hash(tuple(_options(node) for node in traced.order))
+    calls = tuple((id(c.module), c.couples, len(c.parameters), c.shape) for c in traced.calls)
+    leaves = tuple(  # parameters are known by identity, inputs, which are new at every step, by what they look like
+        (key, tuple(leaf.shape)) if isinstance(leaf, nn.Parameter) else (0, tuple(leaf.shape))
+        for key, leaf in traced.leaves.items()
+    )
+    shapes = tuple(capture.input_shape for capture in traced.own_captures)
+    return (n, len(traced.order), kinds, edges, options, calls, leaves, shapes)
+
+
+_READERS: dict[type, Callable[[Node], Hashable] | None] = {}
+
+
+def _options(node: Node) -> Hashable:
+    """The arguments of a node's operator by which rows may come to lie elsewhere."""
+    kind = type(node)
+    if kind not in _READERS:
+        _READERS[kind] = _reader(node)
+    read = _READERS[kind]
+    return None if read is None else read(node)
+
+
+def _reader(node: Node) -> Callable[[Node], Hashable] | None:
+    if is_compiled_region(node):
+        return None
+    if is_python_function(node):
+        return None if operator_name(node) == "Tap" else _options_of_function
+    name = operator_name(node)
+    if name in FIXED:
+        return None
+    if name in ("View", "UnsafeView", "ReshapeAlias", "Expand", "Repeat", "Squeeze"):
+        return lambda node: (saved_options(node), output_shape(node))
+    return saved_options
+
+
+def _options_of_function(node: Node) -> Hashable:
+    """What a user's own function keeps besides tensors."""
+    found = []
+    for name, value in sorted(attributes_of_function(node).items()):
+        try:
+            hash(value)
+        except TypeError:
+            value = repr(value) if isinstance(value, list | dict | set) else type(value)
+        found.append((name, type(value) if isinstance(value, Tensor) else value))
+    return tuple(found)
+
+
+def routes_of(traced: Trace, structure: Structure, owners: Owners, skip: Collection[int]) -> tuple[list[Route], bool]:
+    """The values that the rows of the examples are routed by, and whether comparing those is enough.
+
+    Args:
+        traced: the graph.
+        structure: what it tells by itself.
+        owners: of the outputs of nodes, where they were measured.
+        skip: positions of nodes through which nothing of the examples goes: shared ones, and those inside of calls.
+    """
+    routes: list[Route] = []
+    for position, node in enumerate(traced.order):
+        if position in skip or position in structure.inner:
+            continue
+        name = operator_name(node)
+        behind = [child for child in traced.children[position] if child is not None and child >= 0 and child not in skip]
+        if not behind or is_compiled_region(node):
+            continue
+        if is_python_function(node):
+            if name != "Tap" and not name.startswith("SyncBatchNorm"):
+                if any(isinstance(value, Tensor) for value in attributes_of_function(node).values()):
+                    return [], False
+                routes += _routes_of_node(position, node)
+        elif name not in FIXED:
+            found = list(_routes_of_node(position, node))
+            routes += [route for route in found if _moves_rows(route, node, name, behind, owners)]
+        if name not in ELEMENTWISE and name not in MOVING and _mixes(traced, position, name, owners, skip):
+            return [], False
+        if name in ELEMENTWISE and _spreads(traced, position, owners, skip):
+            return [], False
+    return routes, True
+
+
+def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
+    for name in saved_tensor_names(node):
+        for number, values in enumerate(saved_tensors_of(node, name)):
+            if values is not None and not values.is_floating_point() and not values.is_complex():
+                yield Route(position, name, number, values)
+
+
+def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners) -> bool:
+    """Whether indices pick among rows of several examples."""
+    found = [owners.get((child, 0)) for child in behind]
+    along = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else getattr(node, "_saved_dim", None)
+    if not isinstance(along, int):
+        return True
+    shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
+    ranks = {len(shape) for shape in shapes}
+    return any(own is None or _dimension(along, rank) in varying(own) for own in found for rank in ranks)
+
+
+def _dimension(dim: int, rank: int) -> int:
+    """A dimension as a number that is not negative, which nodes keep as torch got it."""
+    return (dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1)
+
+
+def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int]) -> bool:
+    """Whether an operator may combine rows of different examples, so that zeros alone would keep them apart."""
+    own = owners.get((position, 0))
+    if own is None:
+        return False
+    if name in ("Mm", "Addmm"):
+        right = traced.children[position][2 if name == "Addmm" else 1]
+        return (right is not None and right >= 0 and right not in skip) or 1 in varying(own)
+    if name in ("Expand", "Repeat"):
+        return _spreads(traced, position, owners, skip)
+    differs = varying(own)
+    if name in ("Softmax", "LogSoftmax", "Cumsum", "Logsumexp", "Cumprod", "Logcumsumexp"):
+        dim = getattr(traced.order[position], "_saved_dim", 0)
+        dims = dim if isinstance(dim, tuple | list) else (dim,)
+        rank = len(output_shape(traced.order[position]))
+        return any(_dimension(d, rank) in differs for d in dims)
+    if name in ("NativeLayerNorm", "FusedRmsNorm"):
+        rank = len(output_shape(traced.order[position]))
+        return any(dim >= rank - len(traced.order[position]._saved_normalized_shape) for dim in differs)
+    return bool(differs - {0})
+
+
+def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int]) -> bool:
+    """Whether an operand is repeated along a dimension along which the owners differ."""
+    own = owners.get((position, 0))
+    if own is None:
+        return False
+    node = traced.order[position]
+    shape = output_shape(node)
+    differs: set[int] | None = None
+    for slot, child in enumerate(traced.children[position]):
+        if child is None or child < 0 or child in skip:
+            continue
+        given = entering_shape(*node.next_functions[slot])
+        if given == shape:
+            continue
+        aligned = (1,) * (len(shape) - len(given)) + given
+        differs = varying(own) if differs is None else differs
+        if any(a != s and dim in differs for dim, (a, s) in enumerate(zip(aligned, shape, strict=False))):
+            return True
+    return False
+
+

@@ -1,0 +1,254 @@
+"""What a graph tells by itself: what lies inside of captured calls, and what is computed from parameters alone.
+
+The nodes of a graph hold rows of the examples, or tensors that all examples share: the transpose of a weight, a weight
+under ``weight_norm``, an embedded position table. Which it is is measured (:mod:`engm.graph.owners`), but for nodes
+that read nothing but trained parameters, which are shared whatever a measurement says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import cached_property
+
+from torch import nn
+
+from ..capture.calls import CALLS_KEY, Wrapper
+from ..torch_internals import address_of, is_compiled_region, is_python_function, operator_name
+from .plan import Source
+from .trace import Trace
+
+# Operators that hand on the elements of their input as they are, each at most once: gradients keep their norm.
+REARRANGING = frozenset(
+    [
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "ReshapeAlias",
+        "UnsafeView",
+        "Unsqueeze",
+        "Squeeze",
+        "Slice",
+        "Select",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Clone",
+        "Alias",
+        "ToCopy",
+        "Tap",
+    ]
+)
+
+# Operators that may read data which the graph does not show, although each of their inputs requires a gradient.
+INDEXING = frozenset(
+    [
+        "Expand",
+        "Repeat",
+        "RepeatInterleave",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "Take",
+        "Embedding",
+        "Where",
+        "MaskedFill",
+        "MaskedSelect",
+        "Scatter",
+        "IndexPut",
+        "IndexAdd",
+    ]
+)
+
+
+class Structure:
+    """What the nodes of a graph are, as far as the graph alone tells; nodes are named by their positions.
+
+    Args:
+        traced: the graph.
+        aside: numbers of the calls that do not account for their parameters: operators do.
+
+    Attributes:
+        calls_at: numbers of the calls whose outputs a node made.
+        interiors: for every call that is not aside, the nodes from its output to its inputs, output included.
+        inner: the nodes inside of calls, without those that made the outputs of calls.
+        pure: for every node, whether it is computed from trained parameters and from nothing else.
+        trains: for every node, whether gradients go on from it to a trained parameter.
+    """
+
+    def __init__(self, traced: Trace, aside: Collection[int]) -> None:
+        self.traced, self.aside = traced, aside
+        self.calls_at: dict[int, list[int]] = {}
+        for number, node in enumerate(traced.nodes):
+            self.calls_at.setdefault(traced.positions[node], []).append(number)
+        leaves = list(traced.leaves.values())
+        trained = {id(parameter) for _, parameter in traced.trained}
+        self._trained = [id(leaf) in trained for leaf in leaves]
+        self._leaves = leaves
+        self.pure: list[bool] = []
+        self.trains: list[bool] = []
+        last = len(traced.order) - 1
+        for position, children in enumerate(traced.children):
+            of_parameters = [self._is_pure(child) for child in children]
+            self.pure.append(
+                position != last and bool(children) and all(of_parameters) and not reads_more(traced.order[position])
+            )
+            self.trains.append(any(self.trained_behind(child) for child in children))
+        self.interiors = [self._interior(number) for number in range(len(traced.calls))]
+        self._around: dict[int, list[int]] = {}
+        for number, within in enumerate(self.interiors):
+            for position in within:
+                self._around.setdefault(position, []).append(number)
+        self._otherwise: dict[int, set[int]] = {}
+        self.inner = set().union(*self.interiors) - {
+            position for position, found in self.calls_at.items() if any(self.interiors[k] for k in found)
+        }
+
+    def _is_pure(self, child: int | None) -> bool:
+        if child is None:
+            return False
+        return self.pure[child] if child >= 0 else self._trained[-1 - child]
+
+    def trained_behind(self, child: int | None) -> bool:
+        """Whether what is behind an input of a node is a trained parameter, or leads to one."""
+        if child is None:
+            return False
+        return self.trains[child] if child >= 0 else self._trained[-1 - child]
+
+    def is_trained(self, child: int | None) -> bool:
+        """Whether a trained parameter itself is behind an input of a node."""
+        return child is not None and child < 0 and self._trained[-1 - child]
+
+    def _interior(self, number: int) -> set[int]:
+        """The nodes between the output of a call and its inputs."""
+        traced, call = self.traced, self.traced.calls[number]
+        node = traced.nodes[number]
+        within: set[int] = set()
+        if number in self.aside or self.pure[traced.positions[node]]:
+            return within
+        ends = {traced.positions[made] for made in call.input_nodes if made in traced.positions}
+        pending = [traced.positions[node]]
+        while pending:
+            position = pending.pop()
+            if position in within:
+                continue
+            within.add(position)
+            if traced.order[position] in traced.tokens and not call.rule.whole_call:
+                continue  # the whole call is one node
+            for child in traced.children[position]:
+                if child is None or child < 0 or child in ends:
+                    continue
+                if call.rule.generic or CALLS_KEY not in traced.order[child].metadata:
+                    pending.append(child)
+        return within
+
+    @cached_property
+    def parents(self) -> list[list[int]]:
+        """For every node, those that pass gradients to it."""
+        found: list[list[int]] = [[] for _ in self.traced.order]
+        for position, children in enumerate(self.traced.children):
+            for child in children:
+                if child is not None and child >= 0:
+                    found[child].append(position)
+        return found
+
+    def below(self, positions: Iterable[int], within: Collection[int] | None = None) -> set[int]:
+        """These nodes and all that they pass gradients to, as far as that lies ``within`` some nodes."""
+        found: set[int] = set()
+        pending = list(positions)
+        while pending:
+            position = pending.pop()
+            if position not in found and (within is None or position in within):
+                found.add(position)
+                pending += [c for c in self.traced.children[position] if c is not None and c >= 0]
+        return found
+
+    def sources(self, child: int) -> list[Source]:
+        """Trained parameters that what is behind an input of a node is computed from."""
+        found: dict[int, Source] = {}
+        rearranged, pending, visited = True, [child], set()
+        while pending:
+            current = pending.pop()
+            if current < 0:
+                leaf = self._leaves[-1 - current]
+                if self._trained[-1 - current]:
+                    found[id(leaf)] = Source(id(leaf), rearranged)
+            elif current not in visited:
+                visited.add(current)
+                inner = [c for c in self.traced.children[current] if c is not None]
+                alike = operator_name(self.traced.order[current]) in REARRANGING
+                rearranged = rearranged and len(inner) == 1 and alike
+                pending += inner
+        return list(found.values())
+
+    def covered(self, position: int, slot: int) -> bool | None:
+        """Whether the call that an edge lies in accounts for what enters by the edge.
+
+        None: the edge lies inside of a call that gradients also reach otherwise than by the call's output, so that it
+        accounts for a part alone.
+        """
+        child = self.traced.children[position][slot]
+        assert child is not None
+        entering = {source.parameter for source in self.sources(child)}
+        for number in self.calls_around(position):
+            own = {id(p) for p in self.traced.calls[number].parameters.values()}
+            if entering & own:
+                return True if entering <= own and position not in self._reached_otherwise(number) else None
+        return False
+
+    def _reached_otherwise(self, number: int) -> set[int]:
+        """Nodes inside a call that gradients reach by another way than through the call's output."""
+        if number not in self._otherwise:
+            within, output = self.interiors[number], self.traced.positions[self.traced.nodes[number]]
+            outside = [
+                position
+                for position in within
+                if position != output
+                and not self.pure[position]
+                and any(parent not in within for parent in self.parents[position])
+            ]
+            self._otherwise[number] = self.below(outside, within) if outside else set()
+        return self._otherwise[number]
+
+    def calls_around(self, position: int) -> list[int]:
+        """Numbers of the calls that a node lies inside of, or made the output of."""
+        return self._around.get(position, [])
+
+    def reads_data(self, child: int, owner: Wrapper, n: int) -> int | None:
+        """The call nearest to the losses by which what is behind an input of a node reads the examples.
+
+        What is computed from parameters, buffers and indices of the network's own reads none. Returns the number of
+        the call, -1 for an input that requires a gradient, None if nothing of the kind is there.
+        """
+        if child < 0:
+            return None if isinstance(self._leaves[-1 - child], nn.Parameter) else -1
+        below = self.below([child])
+        numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
+        reading = [k for k in numbers if self._call_reads_data(k, owner, n)]
+        if reading:
+            # The nearest call that reads them is the first on the way; it may read what others computed.
+            return next(k for k in numbers if k in reading or self._leads_to(k, reading))
+        leaves = (self._leaves[-1 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
+        return -1 if any(not isinstance(leaf, nn.Parameter) for leaf in leaves) else None
+
+    def _leads_to(self, number: int, reading: Collection[int]) -> bool:
+        below = self.below([self.traced.positions[self.traced.nodes[number]]])
+        return any(self.traced.positions[self.traced.nodes[k]] in below for k in reading)
+
+    def _call_reads_data(self, number: int, owner: Wrapper, n: int) -> bool:
+        """Whether an input of a call that no gradient goes to is about the examples."""
+        call = self.traced.calls[number]
+        if call.input_nodes and not call.input_storages & call.capture.input_storages:
+            return False
+        if call.input_storages & call.capture.input_storages:
+            return True
+        own = {address_of(tensor) for tensor in owner.buffers()} | {address_of(p) for _, p in self.traced.trained}
+        return not (call.input_is_index or call.input_storages <= own or call.batch % n)
+
+
+def reads_more(node: object) -> bool:
+    """Whether an operator may read data besides its differentiable inputs."""
+    own = is_python_function(node) and operator_name(node) != "Tap"  # a user's own function
+    return own or is_compiled_region(node) or operator_name(node) in INDEXING
+
+
