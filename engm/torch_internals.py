@@ -69,6 +69,11 @@ def node_outputs(node: Node) -> Sequence[Any]:
     return cast(Sequence[Any], node._input_metadata)
 
 
+def is_narrow_node(node: Node) -> bool:
+    """Whether an output of the node has numbers of 16 bits."""
+    return any(output.dtype in (torch.float16, torch.bfloat16) for output in node_outputs(node))
+
+
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of one output of a node."""
     return tuple(node_outputs(node)[number].shape)
@@ -179,17 +184,12 @@ def hooks_pack_what_is_saved() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-_CHECKPOINTS_FORGET = torch.__version__ < "2.13"  # a comparison of versions takes as long as a small layer
+def selective_checkpoint() -> bool:
+    """Whether code runs in a selective checkpoint, which keeps some operators' results for one backward pass.
 
-
-def forgetful_checkpoint() -> bool:
-    """Whether code runs in a selective checkpoint of a torch that may get a second backward pass through it wrong.
-
-    Such a checkpoint keeps the results of some operators for one backward pass. torch 2.13 refuses a second one; torch
-    2.11 may take what the first one left over for other results, and says nothing.
+    torch 2.13 refuses a second one; torch 2.11 may take what the first one left over for other results, and says
+    nothing.
     """
-    if not _CHECKPOINTS_FORGET:
-        return False
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 

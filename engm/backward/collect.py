@@ -286,14 +286,20 @@ class TermCollector:
     # -- results ---------------------------------------------------------------------------------------------
 
     def squared_norms(self, like: Tensor) -> Tensor:
-        """All squared norms, ``[L, n]``; parameters that were not reached have zero rows."""
+        """All squared norms, ``[L, n]``; parameters that were not reached have zero rows.
+
+        Args:
+            like: the losses ``[n]``.
+        """
         dtype = accumulation_dtype(like)
         zero = torch.zeros(self.n, dtype=dtype, device=like.device)
         if not self.squared:
             return zero.new_zeros(0, self.n)
-        return torch.stack(
+        found = torch.stack(
             [zero if row is None else row if row.dtype == dtype else row.to(dtype) for row in self.squared]
         )
+        # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
+        return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 
     def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.

@@ -10,6 +10,7 @@ from ..graph.planning import check_parameters, make_plan
 from ..graph.routing import signature_of
 from ..graph.trace import trace
 from ..module import GradNormModule
+from .identity import check_identity
 
 
 def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None = None) -> PlannedGraph:
@@ -48,5 +49,9 @@ def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None 
 
     if old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        return PlannedGraph(traced, old, n, measured)
-    return PlannedGraph(traced, measured(), n)
+        graph = PlannedGraph(traced, old, n, measured)
+    else:
+        graph = PlannedGraph(traced, measured(), n)
+    if model.strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
+        check_identity(graph, losses, model.watch.steps)
+    return graph

@@ -20,7 +20,7 @@ from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
     first_global_forward_hook,
-    forgetful_checkpoint,
+    selective_checkpoint,
     is_view,
     some_global_forward_hook,
     tree_flatten,
@@ -85,7 +85,7 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
                 f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
                 f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
             )
-        _refuse_forgetful_checkpoint(capture, name, module)
+        _refuse_selective_checkpoint(name, module)
         replaced = None
         if is_view(output):
             # An in-place operation on a view rewrites the history of its base, and the node noted here would drop out
@@ -123,7 +123,7 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
         batch = rule.batch(module, arguments, leaves) if places else 0
         if batch == 0:  # nothing here is trained, or nothing of it is about the examples
             return None
-        _refuse_forgetful_checkpoint(capture, name, module)
+        _refuse_selective_checkpoint(name, module)
         saved = rule.save_call(module, name, arguments, leaves, before)
         call = WholeCall(capture, name, module, rule, arguments, len(leaves), places, batch, saved)
         for place, tapped in zip(places, Tap.apply(*(_unviewed(leaves[p], rule) for p in places)), strict=True):
@@ -137,17 +137,17 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
     return prepare, record
 
 
-def _refuse_forgetful_checkpoint(capture: Capture, name: str, module: nn.Module) -> None:
-    """A layer must not run where the strict check, a backward pass before the real one, would spoil the real one.
+def _refuse_selective_checkpoint(name: str, module: nn.Module) -> None:
+    """A layer must not run where torch gets one backward pass alone right: it takes two to tell whose a row is.
 
     Raises:
         RuntimeError: it does; names the layer, and says what to do.
     """
-    if capture.owner.strict and forgetful_checkpoint():
+    if selective_checkpoint():
         raise RuntimeError(
             f"engm: layer '{name}' ({type(module).__name__}) runs in a selective checkpoint (context_fn), through "
-            f"which torch {torch.__version__} gets only one backward pass right, and the strict check takes one of "
-            "its own. Wrap the network with strict=False and run one backward pass a step, or use torch 2.13."
+            "which torch allows one backward pass, and it takes several to measure which rows belong to which example. "
+            "Leave context_fn out."
         )
 
 

@@ -123,8 +123,8 @@ class Owned:
         """``[*leading]``, the number of an example, :data:`NOBODY` or :data:`SEVERAL`."""
         found = torch.where(self.several | (self.of >= n), SEVERAL, self.of)
         found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
-        # A NaN tells nothing. It is made to count for the first example, so that the step is visibly bad.
-        found = torch.where(self.plain.largest.isfinite(), found, NOBODY)
+        # What is not finite tells nothing. It counts for the first example, so that the step is visibly bad.
+        found = torch.where(self.plain.largest.isfinite(), found, 0)
         return found.view(self.plain.shape)
 
 
@@ -141,6 +141,7 @@ class Question:
 
     Attributes:
         nodes: by tensor, the owners of its rows, on the CPU.
+        blind: whether some gradient was not finite, so that its owners are not known.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
     """
 
@@ -159,6 +160,7 @@ class Question:
         self.most = self.n if group is None else most(group, self.n, losses.device)
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
+        self.blind = False
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
@@ -179,11 +181,16 @@ class Question:
             digit = numbers // place % base
             seeds = digit if base == 2 else torch.exp2(digit.double())
             for key, seen in self._pass(seeds.to(self.losses)).items():
+                if key not in found:
+                    continue
                 if base == 2:
                     found[key].add_bit(seen, place)
                 else:
                     found[key].add_digit(seen, place)
             place *= base
+        if found:
+            sums = torch.stack([owned.plain.largest.sum().double() for owned in found.values()])
+            self.blind = self.blind or not bool(sums.isfinite().all())
         for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
             if key[0] == "call":
                 self.calls.setdefault(key[1], []).append(owners)

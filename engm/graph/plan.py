@@ -21,6 +21,8 @@ from ..torch_internals import saved_tensors_of
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
+NEW_CHECKS = 16  # structures that are checked when they are met, however many come
+APART = 20  # graphs between the checks of further ones
 MOST_ROUTINGS = 8  # kept of one structure
 
 
@@ -109,6 +111,7 @@ class Plan:
         coupled: whether other examples influence a loss otherwise than by such statistics.
         routes: what must have the same values for the plan to hold.
         keeps: whether the plan may hold for another graph at all.
+        blind: whether some gradient was not finite when the plan was made.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
         unknown: by call (number) or entering node (position) the rows ``[*leading]`` that no gradient came to where
             nothing else tells whose they are.
@@ -124,6 +127,7 @@ class Plan:
     coupled: bool = False
     routes: tuple[Route, ...] = ()
     keeps: bool = True
+    blind: bool = False
     silent: tuple[int, ...] = ()
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
@@ -208,3 +212,31 @@ class PlanCache(dict[Hashable, list[Plan]]):
             del self[next(iter(self))]
         others = [other for other in self.get(signature, ()) if other is not instead]
         self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
+
+
+class Watch:
+    """When the gradients are compared with autograd's: the first time that a structure is met, and every so often.
+
+    Where almost every step has a structure of its own (layers that are skipped at random) only some of the new ones are
+    checked, after the first few.
+
+    Attributes:
+        steps: graphs so far.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._checked: dict[Hashable, int] = {}
+        self._latest = 0
+
+    def due(self, signature: Hashable, every: int) -> bool:
+        """Whether this graph is to be checked; every graph is asked about once."""
+        self.steps += 1
+        last = self._checked.get(signature)
+        few = len(self._checked) < NEW_CHECKS or self.steps - self._latest >= APART
+        if not (few if last is None else self.steps - last >= every):
+            return False
+        if last is None and len(self._checked) >= MOST_PLANS:
+            del self._checked[next(iter(self._checked))]
+        self._checked[signature] = self._latest = self.steps
+        return True

@@ -75,6 +75,7 @@ class _Planner:
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
+        self.blind = False
 
     def _group(self) -> ProcessGroup | None:
         """The processes that every backward pass is of."""
@@ -117,7 +118,7 @@ class _Planner:
         suspects = {p for p in suspects if self._speaks_of_data(p)}
         if suspects or self.group is not None:
             question.ask(suspects, by_element=True)
-        self.nodes, self.calls = question.nodes, question.calls
+        self.nodes, self.calls, self.blind = question.nodes, question.calls, question.blind
 
     def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
         nodes = {}
@@ -310,7 +311,8 @@ class _Planner:
             of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps and bool(torch.isfinite(self.losses.detach()).all()),
+            keeps=keeps and not self.blind,
+            blind=self.blind,
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,

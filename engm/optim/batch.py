@@ -215,14 +215,18 @@ class LossBatch:
             for weights, own in parts
             for parameter, gradient in collector.weighted_sums(weights / divisor, own)
         )
+        every = chain(self._zeros_of_reached(collector), sums)
         if self.ranks is None:
-            for parameter, gradient in list(sums):  # nothing is half changed, should one of the sums have failed
+            for parameter, gradient in list(every):  # nothing is half changed, should one of the sums have failed
                 _add_gradient(parameter, gradient)
         else:
-            backpropagate_leaves(chain(self._zeros_of_reached(collector), sums))
+            backpropagate_leaves(every)
 
     def _zeros_of_reached(self, collector: TermCollector) -> list[tuple[Tensor, Tensor]]:
-        """Parameters in the graph that no gradient arrived at, which ``DistributedDataParallel`` waits for, and 0."""
+        """Parameters in the graph that no gradient arrived at, and 0, as autograd gives them.
+
+        ``DistributedDataParallel`` waits for them.
+        """
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
         return [(p, torch.zeros_like(p)) for p in reached if id(p) not in collector.terms]
 

@@ -1,0 +1,77 @@
+"""One identity watches: a sum of per-example gradients with random signs is a gradient that autograd computes too.
+
+For random signs ``r`` the terms must satisfy ``sum_i r_i g_i = d/dtheta sum_i r_i L_i`` for every parameter, the right
+side by plain autograd. A wrong owner of a row, a use of a parameter that was missed, a plan that does not hold, a wrong
+rule, a broken kernel: each breaks it with probability one, for one backward pass, whatever the structure (Freivalds'
+check of a matrix product is the same idea). Statistics of batch norms are constants on both sides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..graph.plan import PlannedGraph
+from ..torch_internals import has_gradient_hooks, is_compiled_region, is_narrow_node
+from .collect import TermCollector
+
+# Of a gradient, as a share of the norms that add up to it.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
+
+
+def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, factor: float = 1.0) -> None:
+    """Compare sums of per-example gradients with autograd's; nothing is changed.
+
+    Args:
+        graph: behind ``losses``, which is kept.
+        losses: ``[n]``.
+        seed: of the signs.
+        factor: on the losses inside the passes (a loss scale for float16).
+
+    Raises:
+        RuntimeError: names the parameters that disagree, and says what to do.
+    """
+    traced, n = graph.trace, graph.n
+    named = [(name, p) for name, p in traced.trained if id(p) in traced.leaves and not has_gradient_hooks(p)]
+    if not named:
+        return
+    signs = 1.0 - 2.0 * torch.randint(2, (n,), generator=torch.Generator().manual_seed(seed), device="cpu")
+    signs = signs.to(losses)
+    collector = TermCollector(graph, keep=True)
+    collector.run(losses, torch.full_like(losses, factor), retain_graph=True)
+    sizes = collector.squared_norms(losses).sqrt().sum(1).double()
+    whole = sizes.norm()
+    sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named})}
+    with graph.frozen_statistics():
+        wanted = torch.autograd.grad(
+            losses, [p for _, p in named], signs * factor, retain_graph=True, allow_unused=True
+        )
+    narrow = any(is_narrow_node(node) for node in traced.order)
+    differences = []
+    for (_, parameter), gradient in zip(named, wanted, strict=True):
+        expected = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+        total = sums.get(id(parameter))
+        found = torch.zeros_like(parameter) if total is None else total.to_dense().reshape(parameter.shape)
+        size = torch.maximum(sizes[collector.rows[id(parameter)]], expected.double().norm())
+        share = NARROW_TOLERANCE if narrow else TOLERANCE.get(parameter.dtype, NARROW_TOLERANCE)
+        # Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left.
+        rounding = 100 * torch.finfo(parameter.dtype).eps * whole
+        differs = (found.double() - expected.double()).norm() > share * size + rounding
+        differences.append(differs & torch.isfinite(size))
+    wrong = [name for (name, _), differs in zip(named, torch.stack(differences).tolist(), strict=True) if differs]
+    if not wrong:
+        return
+    shown = ", ".join(f"'{name}'" for name in wrong[:5])
+    if any(is_compiled_region(node) for node in traced.order):
+        raise RuntimeError(
+            f"engm: inside a region made by torch.compile {shown} are used in more ways than by calls of their layers, "
+            "so a part of their per-example gradients cannot be seen. Call the layer itself instead of computing with "
+            "what is inside it, leave that part uncompiled with torch.compiler.disable, or freeze the parameter."
+        )
+    raise RuntimeError(
+        f"engm: the per-example gradients of {shown} do not add up to the gradient, so norms would be wrong. A rule "
+        "given with engm.register_rule may not fit its layer, a torch.autograd.Function may not be linear in the "
+        "gradients it is given, or a hook may change them; if it is none of these, please report it. Gradients and "
+        "parameters are as they were. GradNormModule(net, strict=False) goes on without this check."
+    )
