@@ -131,6 +131,19 @@ def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
     return [tensor.detach() if isinstance(tensor, Tensor) else None for tensor in found]
 
 
+def is_recomputed(node: Node) -> bool:
+    """Whether what a node saved is computed anew whenever it is asked for, as in activation checkpointing.
+
+    Within a backward pass such a thing may be asked for once, which is by the node itself.
+    """
+    for name in saved_tensor_names(node):
+        before, after = (saved_tensors_of(node, name) for _ in range(2))
+        for one, other in zip(before, after, strict=True):
+            if one is not None and other is not None and one.numel():
+                return one.data_ptr() != other.data_ptr()
+    return False
+
+
 def attributes_of_function(node: Node) -> dict[str, Any]:
     """What a ``torch.autograd.Function`` wrote on its context besides the tensors that it saved."""
     return dict(vars(node))
@@ -278,7 +291,7 @@ def batch_norm_inputs(node: Node) -> tuple[Tensor | None, Tensor | None]:
 def address_of(tensor: Tensor) -> int:
     """The address of the tensor's memory; 0 where there is none (inside of a function transform)."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return (tensor.values() if tensor.is_nested else tensor).untyped_storage().data_ptr()
     except NotImplementedError:
         return 0
 

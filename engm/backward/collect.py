@@ -115,7 +115,7 @@ class TermCollector:
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful
         self._consume = not (retain_graph or watched)
-        keep_graph = retain_graph or watched or not all(entry.ruled for entry in graph.plan.entries)
+        keep_graph = retain_graph or watched or any(entry.waits for entry in graph.plan.entries)
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):
@@ -132,7 +132,8 @@ class TermCollector:
             self._start()
             return self.run(losses, seeds, inputs, retain_graph=retain_graph, frozen=frozen)
         for entry, arrived in self._deferred:
-            self._take(entry, masked_gradients(graph.entry(entry), arrived))
+            at = graph.entry(entry)
+            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
         self._deferred.clear()
         for key in list(self._pending):  # parameters of which some use got no gradient
             self._finish(key)
@@ -243,7 +244,7 @@ class TermCollector:
             if position in plan.unknown_of_nodes and gradients[0] is not None:
                 self._doubt(gradients[0], plan.unknown_of_nodes[position])
         for entry in entries:
-            term = entry_term(self.graph.entry(entry), gradients)
+            term = None if entry.waits else entry_term(self.graph.entry(entry), gradients)
             if term is None:
                 self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
             else:

@@ -52,6 +52,7 @@ class PlannedEntry:
         transposed: the entering tensor is the input of a transposition in between.
         sources: the parameters behind it.
         ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
+        recomputed: whether what the node saved may not be read while a backward pass runs.
     """
 
     position: int
@@ -62,6 +63,12 @@ class PlannedEntry:
     transposed: bool
     sources: tuple[Source, ...]
     ruled: bool = True
+    recomputed: bool = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether its term cannot be formed before the backward pass is over, and needs the graph then."""
+        return self.recomputed or not self.ruled
 
     def at(self, traced: Trace, n: int) -> Entry:
         """The entry in a graph of the same structure."""

@@ -27,6 +27,7 @@ from ..torch_internals import (
     batch_norm_statistics,
     entering_shape,
     is_compiled_region,
+    is_recomputed,
     node_name,
     node_outputs,
     operator_name,
@@ -177,7 +178,7 @@ class _Planner:
             if owners is None or not bool((owners != NOBODY).any()):
                 found[number] = None
                 continue
-            if not call.rule.whole_call and call.rule.misses_batch(call.module, torch.empty(call.shape, device="meta")):
+            if not call.rule.whole_call and call.rule.misses_batch(call.module, torch.empty((1,) * len(call.shape), device="meta")):
                 found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
                 found[number] = arranged(owners, self.n)
@@ -372,8 +373,8 @@ class _Planner:
             transposed,
             tuple(self.structure.sources(behind)),
         )
-        ruled = has_rule(entry.at(traced, self.n))
-        return replace(entry, ruled=ruled), None if first is None else first.unknown
+        ruled, recomputed = has_rule(entry.at(traced, self.n)), is_recomputed(node)
+        return replace(entry, ruled=ruled, recomputed=recomputed), None if first is None else first.unknown
 
     def _arranged_output(self, position: int, number: int) -> Arrangement | None:
         owners = self.nodes.get((position, number))
