@@ -157,7 +157,9 @@ class TermCollector:
         handles = []
         try:
             for position, entries in passed.items():
-                handles.append(self.graph.trace.order[position].register_prehook(partial(self._enter, position, entries)))
+                handles.append(
+                    self.graph.trace.order[position].register_prehook(partial(self._enter, position, entries))
+                )
             yield
         finally:
             for handle in handles:
@@ -229,9 +231,7 @@ class TermCollector:
         found = ((rows != 0) & ~rows.isnan()).any()
         self._surprise = found if self._surprise is None else self._surprise | found
 
-    def _enter(
-        self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]
-    ) -> None:
+    def _enter(self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of the outputs of a node by which shared tensors enter, or that had none so far."""
         if all(gradient is None for gradient in gradients):
             return

@@ -178,7 +178,9 @@ class _Planner:
             if owners is None or not bool((owners != NOBODY).any()):
                 found[number] = None
                 continue
-            if not call.rule.whole_call and call.rule.misses_batch(call.module, torch.empty((1,) * len(call.shape), device="meta")):
+            if not call.rule.whole_call and call.rule.misses_batch(
+                call.module, torch.empty((1,) * len(call.shape), device="meta")
+            ):
                 found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
                 found[number] = arranged(owners, self.n)
@@ -338,7 +340,9 @@ class _Planner:
         return None if arrangement is None else self._on_device(arrangement.ownership)
 
     def _on_device(self, ownership: Ownership) -> Ownership:
-        return ownership if isinstance(ownership, Layout) else replace(ownership, of=ownership.of.to(self.losses.device))
+        return (
+            ownership if isinstance(ownership, Layout) else replace(ownership, of=ownership.of.to(self.losses.device))
+        )
 
     def _outermost(self, silent: Collection[int]) -> set[int]:
         """The nodes without a gradient, behind which there is something to train, that others pass gradients to."""
@@ -353,9 +357,7 @@ class _Planner:
     def _entry(self, position: int, slot: int) -> tuple[PlannedEntry, Tensor | None]:
         """The entry of what enters by an edge, and the rows of the node's first output that are not known."""
         traced, node = self.traced, self.traced.order[position]
-        found = [
-            self._arranged_output(position, number) for number in range(len(node_outputs(node)))
-        ]
+        found = [self._arranged_output(position, number) for number in range(len(node_outputs(node)))]
         first = found[0]
         others = tuple(None if a is None else self._on_device(a.ownership) for a in found[1:])
         child, number = node.next_functions[slot]
@@ -382,9 +384,7 @@ class _Planner:
             return Arrangement(PLAIN)
         return None if owners is None else arranged(owners, self.n)
 
-    def _sinks(
-        self, layouts: Sequence[Ownership | None], positions: Collection[int]
-    ) -> tuple[tuple[int, int], ...]:
+    def _sinks(self, layouts: Sequence[Ownership | None], positions: Collection[int]) -> tuple[tuple[int, int], ...]:
         """Edges such that a pass to them runs through all calls with a layout and the nodes at ``positions``."""
         wanted: dict[int, set[int]] = {}
         for number, layout in enumerate(layouts):
@@ -415,8 +415,10 @@ class _Planner:
         if self.model.coupled == "exact":
             return
         call = self.traced.calls[number] if number >= 0 else None
-        what = "an input that requires grad" if call is None else (
-            f"the output of layer '{call.name}' ({type(call.module).__name__})"
+        what = (
+            "an input that requires grad"
+            if call is None
+            else (f"the output of layer '{call.name}' ({type(call.module).__name__})")
         )
         where = "" if position is None else f" They meet in {node_name(self.traced.order[position])}."
         raise RuntimeError(

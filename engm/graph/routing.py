@@ -148,7 +148,9 @@ def routes_of(traced: Trace, structure: Structure, owners: Owners, skip: Collect
         if position in skip or position in structure.inner:
             continue
         name = operator_name(node)
-        behind = [child for child in traced.children[position] if child is not None and child >= 0 and child not in skip]
+        behind = [
+            child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
+        ]
         if not behind or is_compiled_region(node):
             continue
         if is_python_function(node):
@@ -230,5 +232,3 @@ def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int]
         if any(a != s and dim in differs for dim, (a, s) in enumerate(zip(aligned, shape, strict=False))):
             return True
     return False
-
-

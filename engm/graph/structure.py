@@ -250,5 +250,3 @@ def reads_more(node: object) -> bool:
     """Whether an operator may read data besides its differentiable inputs."""
     own = is_python_function(node) and operator_name(node) != "Tap"  # a user's own function
     return own or is_compiled_region(node) or operator_name(node) in INDEXING
-
-

@@ -54,13 +54,17 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
 
 def _masked(entry, backprops):
     shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
+
     def of(gradients):
         found = passed_to_input(entry.node, entry.slot, gradients)
         return None if found is None else found.sum_to_size(shape)
+
     layouts = (entry.layout, *entry.others)
     masked = []
     for g, o in zip(backprops, layouts):
-        if g is None: masked.append(None); continue
+        if g is None:
+            masked.append(None)
+            continue
         if isinstance(o, Layout):
             rows = o.examples_first(g, entry.n)
             masked.append(torch.stack([_only(rows, i, o) for i in range(entry.n)]))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..terms import MixedTerm, Term, combine, squared_norm_of_dense
+from ..terms import MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..torch_internals import leaf_of, node_outputs
 from .any_operator import backward_of_each
 
@@ -78,6 +78,9 @@ class Derived(Term):
 
     def dense(self, rows: slice) -> Tensor:
         return pull_back(self.origin.edge, self.parameter, self.term.dense(rows))
+
+    def _regrouped(self, owners: Owners) -> Term:
+        return Derived(self.term.regrouped(owners), self.origin, self.parameter)
 
 
 @dataclass

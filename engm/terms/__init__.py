@@ -11,6 +11,7 @@ term                        per-example gradient                   kept
 :class:`ConvFactors`        ``B_i^T patches(X_i)``                 input and output gradient, never patches
 :class:`EmbeddingFactors`   backprops summed by index              indices and backprops
 :class:`TiedTable`          of an embedding and a projection       the factors of both
+:class:`Scattered`          the sum over the rows it owns           a term of all rows, and their owners
 :class:`MixedTerm`          the sum of any terms                   those terms
 ==========================  =====================================  =========================================
 
@@ -21,10 +22,8 @@ norm holds the cross terms between uses: adding the squared norms of the uses wo
 from ..ops import accumulation_dtype
 from .base import (
     CHUNK_BYTES,
-    Factors,
     LocalCorrection,
     PerExampleGradient,
-    PositionFactors,
     Term,
     squared_norm_of_dense,
     squared_rows,
@@ -32,11 +31,15 @@ from .base import (
 from .combination import MixedTerm, combine
 from .convolution import ConvFactors, ConvGeometry, conv_weight_gradient
 from .embedding import EmbeddingFactors, TiedTable
+from .factors import Factors, PositionFactors
 from .linear import BilinearFactors, LinearFactors
+from .owners import NOBODY, Owners
+from .scattered import Scattered
 from .sums import weighted_sums
 
 __all__ = [
     "CHUNK_BYTES",
+    "NOBODY",
     "BilinearFactors",
     "ConvFactors",
     "ConvGeometry",
@@ -45,8 +48,10 @@ __all__ = [
     "LinearFactors",
     "LocalCorrection",
     "MixedTerm",
+    "Owners",
     "PerExampleGradient",
     "PositionFactors",
+    "Scattered",
     "Term",
     "TiedTable",
     "accumulation_dtype",

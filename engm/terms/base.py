@@ -1,13 +1,13 @@
 """What every term can do: norms, weighted sums and slices of per-example gradients that it need not hold.
 
-Besides the base class here are the term that does hold its gradients, and what terms made of factors share.
+Besides the base class here is the term that does hold its gradients. :mod:`engm.terms.factors` has what terms made of
+factors share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +99,6 @@ class Term:
             )
         return self if outer * inner == 1 else self._folded(outer, n, inner)
 
-    def regrouped(self, owners: Owners) -> Term:  # TEMPORARY
-        dense = self.dense(slice(0, self.examples))
-        known = owners.of >= 0
-        out = dense.new_zeros(owners.n, *dense.shape[1:])
-        return PerExampleGradient(out.index_add(0, owners.of[known], dense[known]))
-
     def grouped(self, ownership: Ownership) -> Term:
         """The term of the examples, where this one counts the rows of a batch as examples.
 
@@ -122,6 +116,28 @@ class Term:
     def _folded(self, outer: int, n: int, inner: int) -> Term:
         """What :meth:`fold` returns where an example has several rows."""
         raise TypeError(f"{type(self).__name__} must define _folded")
+
+    def regrouped(self, owners: Owners) -> Term:
+        """The term of ``owners.n`` examples, where this one counts the rows of a batch as examples.
+
+        An example's gradient is the sum over the rows that it owns, in whatever order these lie; it is zero where the
+        example owns none. :meth:`fold` is the cheaper method where the rows lie in a regular order.
+
+        Args:
+            owners: of the rows, which are taken in the order of ``owners.of.flatten()``. The gradients of rows that
+                belong to nobody must be finite.
+
+        Raises:
+            ValueError: the term has not one row an owner, or carries a local correction, which holds for the gradients
+                of single rows alone.
+        """
+        if owners.of.numel() != self.examples:
+            raise ValueError(f"a term of {self.examples} rows cannot be regrouped by {owners.of.numel()} owners.")
+        return self._regrouped(owners)
+
+    def _regrouped(self, owners: Owners) -> Term:
+        """What :meth:`regrouped` returns."""
+        raise TypeError(f"{type(self).__name__} must define _regrouped")
 
     def compact(self) -> Term:
         """The smallest equivalent term, to be kept until the weights are known.
@@ -180,63 +196,9 @@ class PerExampleGradient(Term):
         split = self.gradient.unflatten(0, (outer, n, inner))
         return PerExampleGradient(split.sum((0, 2), dtype=accumulation_dtype(split)))
 
-
-def cheaper_to_scale(backprops: Tensor, activations: Tensor) -> Tensor:
-    """The smaller factor; in float16 always the backprops, which the loss scale keeps clear of underflow."""
-    if backprops.dtype == torch.float16 or backprops.numel() <= activations.numel():
-        return backprops
-    return activations
-
-
-class Factors(Term):
-    """A term of factors whose product is the gradient: weighting the examples of one factor weights the gradients."""
-
-    def to_scale(self) -> Tensor:
-        """The factor whose examples are weighted."""
-        raise TypeError(f"{type(self).__name__} must define to_scale")
-
-    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
-        """The sum over examples, given :meth:`to_scale` times the examples' weights."""
-        raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return self.sum_of_scaled(ops.scale_examples([self.to_scale()], weights)[0])
-
-
-class PositionFactors(Factors):
-    """A term of factors whose gradient is a sum over positions.
-
-    Uses of one parameter are joined, and rows of one example folded, by laying their positions side by side.
-
-    Attributes:
-        by_position: names of the attributes that have positions, each a tensor ``[n, T, ...]``.
-    """
-
-    by_position: ClassVar[tuple[str, ...]]
-
-    @property
-    def examples(self) -> int:
-        return getattr(self, self.by_position[0]).shape[0]
-
-    def joined(self, others: Sequence[Self]) -> Self:
-        """The term of all positions of this term and of ``others``, which are of the same kind."""
-        tensors = {name: torch.cat([getattr(t, name) for t in (self, *others)], 1) for name in self.by_position}
-        return replace(self, **tensors)  # type: ignore[type-var]
-
-    def _folded(self, outer: int, n: int, inner: int) -> Self:
-        tensors = {}
-        for name in self.by_position:
-            tensor = getattr(self, name)
-            split = tensor.unflatten(0, (outer, n, inner)).transpose(0, 1)
-            tensors[name] = split.flatten(1, 3)
-        return replace(self, **tensors)  # type: ignore[type-var]
-
-
-def refuse_correction(correction: LocalCorrection | None) -> None:
-    """Refuses to fold a term with a local correction.
-
-    Raises:
-        ValueError: there is a correction.
-    """
-    if correction is not None:
-        raise ValueError("a term with a local batch-norm correction cannot be folded: correct the folded term instead.")
+    def _regrouped(self, owners: Owners) -> Term:
+        rows, of = self.gradient, owners.of.flatten()
+        shape = (owners.n + 1, *rows.shape[1:])  # the last is nobody's
+        sums = torch.zeros(shape, dtype=accumulation_dtype(rows), device=rows.device)
+        sums.index_add_(0, torch.where(of < 0, owners.n, of), rows.to(sums.dtype))
+        return PerExampleGradient(sums[: owners.n])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .base import PerExampleGradient, PositionFactors, Term, squared_norm_of_dense
+from .base import PerExampleGradient, Term, squared_norm_of_dense
 from .convolution import ConvFactors, joined_convolutions
 from .embedding import EmbeddingFactors, TiedTable
+from .factors import PositionFactors
 from .linear import LinearFactors
+from .owners import Owners
+from .scattered import Scattered, joined_rows
 
 
 @dataclass
@@ -44,6 +47,9 @@ class MixedTerm(Term):
     def _folded(self, outer: int, n: int, inner: int) -> Term:
         return MixedTerm([part.fold(outer, n, inner) for part in self.parts])
 
+    def _regrouped(self, owners: Owners) -> Term:
+        return replace(self, parts=[part.regrouped(owners) for part in self.parts])
+
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of tensors of one shape; sparse ones come last, so that the sum is dense if any of them is."""
@@ -56,14 +62,17 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 def combine(terms: Sequence[Term]) -> Term:
     """One term whose per-example gradient is the sum of the given ones (several uses of one parameter).
 
-    Uses of one kind are joined in factored form. An embedding tied to a projection becomes a :class:`TiedTable`, any
-    other mixture (two convolutions of different stride, a user's rule and a linear layer) a :class:`MixedTerm`.
+    Uses of one kind are joined in factored form: scattered ones row after row, others with their positions side by
+    side. An embedding tied to a projection becomes a :class:`TiedTable`, any other mixture (two convolutions of
+    different stride, a user's rule and a linear layer) a :class:`MixedTerm`.
 
     Args:
         terms: one term a use, of the same parameter and the same examples.
     """
     if len(terms) == 1:
         return terms[0]
+    if any(isinstance(term, Scattered) for term in terms):
+        terms = joined_rows(terms)
     whole = [term for term in terms if isinstance(term, PerExampleGradient)]
     joined: list[Term] = []
     if whole:

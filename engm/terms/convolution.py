@@ -5,17 +5,19 @@ Several uses of one weight, or several images of one example, are laid in one im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from .base import Factors, LocalCorrection, PerExampleGradient, Term, cheaper_to_scale, refuse_correction
+from .base import LocalCorrection, PerExampleGradient, Term
+from .factors import Factors, cheaper_to_scale, refuse_correction
+from .owners import Owners
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class ConvFactors(Factors):
         stacked: whether the first spatial dimension counts images of one example and is none of the weight's.
     """
 
+    by_example: ClassVar[tuple[str, ...]] = ("inputs", "backprops")
+
     inputs: Tensor
     backprops: Tensor
     geometry: ConvGeometry
@@ -65,8 +69,18 @@ class ConvFactors(Factors):
     stacked: bool = False
 
     @property
-    def examples(self) -> int:
-        return self.inputs.shape[0]
+    def gradient_shape(self) -> tuple[int, ...]:
+        kernel = self.geometry.kernel_size[1 if self.stacked else 0 :]
+        return self.backprops.shape[1], self.inputs.shape[1] // self.geometry.groups, *kernel
+
+    @property
+    def alike(self) -> Hashable:
+        return self.geometry, self.transposed, self.stacked, self.inputs.shape[1:], self.backprops.shape[1:]
+
+    def concatenated(self, others: Sequence[Self]) -> Self:
+        uses = (self, *others)
+        inputs, backprops = torch.cat([use.inputs for use in uses]), torch.cat([use.backprops for use in uses])
+        return replace(self, inputs=inputs, backprops=backprops)
 
     def _read(self) -> tuple[Any, ...]:
         """The geometry as the operators take it."""
@@ -78,9 +92,7 @@ class ConvFactors(Factors):
         return ops.conv_norm_sq(self.inputs, self.backprops, *self._read(), **correction)
 
     def compact(self) -> Term:
-        geometry = self.geometry
-        gradient = self.backprops.shape[1] * (self.inputs.shape[1] // geometry.groups) * prod(geometry.kernel_size)
-        if gradient * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
+        if prod(self.gradient_shape) * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
             return self
         norm_sq, gradients = ops.conv_grads(self.inputs, self.backprops, *self._read())
         return PerExampleGradient(self._unstacked(gradients), norm_sq)
@@ -112,6 +124,10 @@ class ConvFactors(Factors):
             return replace(self, inputs=x, backprops=gy, geometry=self.geometry.of_stack(), stacked=True)
         rows = [(o, i) for o in range(outer) for i in range(inner)]
         return side_by_side([replace(self, inputs=x[o, :, i], backprops=gy[o, :, i]) for o, i in rows])
+
+    def _regrouped(self, owners: Owners) -> Term:
+        refuse_correction(self.correction)
+        return super()._regrouped(owners)
 
 
 def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:

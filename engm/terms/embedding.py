@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import accumulation_dtype
-from .base import CHUNK_BYTES, PositionFactors, Term, squared_norm_of_dense
+from .base import CHUNK_BYTES, Term, squared_norm_of_dense
+from .factors import PositionFactors
 from .linear import LinearFactors
+from .scattered import RowTerm
 
 
 @dataclass
@@ -27,7 +29,7 @@ class EmbeddingFactors(PositionFactors):
         sparse: whether the weighted sum is a sparse tensor, as the gradient of ``nn.Embedding(sparse=True)`` is.
     """
 
-    by_position: ClassVar[tuple[str, ...]] = ("indices", "backprops")
+    by_example: ClassVar[tuple[str, ...]] = ("indices", "backprops")
 
     indices: Tensor
     backprops: Tensor
@@ -38,6 +40,14 @@ class EmbeddingFactors(PositionFactors):
     def __post_init__(self) -> None:
         if not 0 <= self.padding_idx < self.num_embeddings:
             self.padding_idx = -1
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return self.num_embeddings, self.backprops.shape[2]
+
+    @property
+    def may_be_formed(self) -> bool:
+        return not self.sparse
 
     def squared_norm(self) -> Tensor:
         return ops.embedding_norm_sq(self.indices, self.backprops, self.padding_idx)
@@ -65,18 +75,18 @@ class EmbeddingFactors(PositionFactors):
         kept = self.backprops.masked_fill((self.indices == self.padding_idx).unsqueeze(2), 0)
         return EmbeddingFactors(self.indices, kept, self.num_embeddings, -1, self.sparse)
 
-    def joined(self, others: Sequence[Self]) -> Self:
+    def joined(self, others: Sequence[Self], dim: int = 1) -> Self:
         uses: list[Self] = [self, *others]
         sparse = all(use.sparse for use in uses)
         if len({use.padding_idx for use in uses}) > 1:
             uses = [use.without_padding() for use in uses]  # type: ignore[misc]
-        total = super(EmbeddingFactors, uses[0]).joined(uses[1:])
+        total = super(EmbeddingFactors, uses[0]).joined(uses[1:], dim)
         total.sparse = sparse
         return total
 
 
 @dataclass
-class TiedTable(Term):
+class TiedTable(RowTerm):
     """One matrix as the table of an embedding and the weight of a linear layer: a language model's input and output.
 
     Attributes:
@@ -90,6 +100,24 @@ class TiedTable(Term):
     @property
     def examples(self) -> int:
         return self.embedding.examples
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return self.linear.gradient_shape
+
+    def held(self) -> list[Tensor]:
+        return [*self.embedding.held(), *self.linear.held()]
+
+    def selected(self, rows: Tensor, valid: Tensor | None) -> TiedTable:
+        return TiedTable(self.embedding.selected(rows, valid), self.linear.selected(rows, valid))
+
+    @property
+    def alike(self) -> Hashable:
+        return TiedTable, self.embedding.row_length, self.linear.row_length
+
+    def concatenated(self, others: Sequence[TiedTable]) -> TiedTable:
+        embedding = self.embedding.concatenated([other.embedding for other in others])
+        return TiedTable(embedding, self.linear.concatenated([other.linear for other in others]))
 
     def squared_norm(self) -> Tensor:
         """The sum of both squared norms and twice the inner product of the two gradients.

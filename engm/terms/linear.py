@@ -11,15 +11,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import accumulation_dtype
-from .base import (
-    CHUNK_BYTES,
-    LocalCorrection,
-    PerExampleGradient,
-    PositionFactors,
-    Term,
-    cheaper_to_scale,
-    refuse_correction,
-)
+from .base import CHUNK_BYTES, LocalCorrection, PerExampleGradient, Term
+from .factors import PositionFactors, cheaper_to_scale, refuse_correction
+from .owners import Owners
 
 
 @dataclass
@@ -32,11 +26,15 @@ class LinearFactors(PositionFactors):
         correction: what a batch norm behind the layer subtracts.
     """
 
-    by_position: ClassVar[tuple[str, ...]] = ("activations", "backprops")
+    by_example: ClassVar[tuple[str, ...]] = ("activations", "backprops")
 
     activations: Tensor
     backprops: Tensor
     correction: LocalCorrection | None = None
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return self.backprops.shape[2], self.activations.shape[2]
 
     def squared_norm(self) -> Tensor:
         correction = self.correction.as_arguments() if self.correction else {}
@@ -65,6 +63,10 @@ class LinearFactors(PositionFactors):
         refuse_correction(self.correction)
         return super()._folded(outer, n, inner)
 
+    def _regrouped(self, owners: Owners) -> Term:
+        refuse_correction(self.correction)
+        return super()._regrouped(owners)
+
 
 @dataclass
 class BilinearFactors(PositionFactors):
@@ -76,11 +78,15 @@ class BilinearFactors(PositionFactors):
         backprops: the ``b_t``, ``[n, T, d]``.
     """
 
-    by_position: ClassVar[tuple[str, ...]] = ("first", "second", "backprops")
+    by_example: ClassVar[tuple[str, ...]] = ("first", "second", "backprops")
 
     first: Tensor
     second: Tensor
     backprops: Tensor
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        return self.backprops.shape[2], self.first.shape[2], self.second.shape[2]
 
     def squared_norm(self) -> Tensor:
         if self.backprops.shape[1] == 1:
@@ -97,7 +103,7 @@ class BilinearFactors(PositionFactors):
         for rows in self._chunks():
             part = scaled[rows].flatten(0, 1).t() @ self._pairs(rows).flatten(0, 1)
             total = part if total is None else total + part
-        shape = (self.backprops.shape[2], self.first.shape[2], self.second.shape[2])
+        shape = self.gradient_shape
         return scaled.new_zeros(shape) if total is None else total.view(shape)
 
     def dense(self, rows: slice) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from .. import ops
-from .base import Factors, PerExampleGradient, Term
+from .base import PerExampleGradient, Term
+from .factors import Factors
 
 
 def weighted_sums(

@@ -1,0 +1,106 @@
+"""What terms made of factors share: whatever is done to their examples is done to the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import LocalCorrection
+from .scattered import RowTerm
+
+
+def cheaper_to_scale(backprops: Tensor, activations: Tensor) -> Tensor:
+    """The smaller factor; in float16 always the backprops, which the loss scale keeps clear of underflow."""
+    if backprops.dtype == torch.float16 or backprops.numel() <= activations.numel():
+        return backprops
+    return activations
+
+
+class Factors(RowTerm):
+    """A term of factors whose product is the gradient: weighting the examples of one factor weights the gradients.
+
+    Attributes:
+        by_example: names of the attributes that have examples, each a tensor ``[n, ...]``; ``backprops`` is one.
+    """
+
+    by_example: ClassVar[tuple[str, ...]]
+
+    @property
+    def examples(self) -> int:
+        return getattr(self, self.by_example[0]).shape[0]
+
+    def to_scale(self) -> Tensor:
+        """The factor whose examples are weighted."""
+        raise TypeError(f"{type(self).__name__} must define to_scale")
+
+    def sum_of_scaled(self, scaled: Tensor) -> Tensor:
+        """The sum over examples, given :meth:`to_scale` times the examples' weights."""
+        raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.sum_of_scaled(ops.scale_examples([self.to_scale()], weights)[0])
+
+    def held(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.by_example]
+
+    def selected(self, rows: Tensor, valid: Tensor | None) -> Self:
+        tensors = {name: getattr(self, name).index_select(0, rows) for name in self.by_example}
+        if valid is not None:
+            backprops = tensors["backprops"]
+            backprops.masked_fill_(~valid.view(-1, *[1] * (backprops.dim() - 1)), 0)
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
+class PositionFactors(Factors):
+    """A term of factors whose gradient is a sum over positions: every tensor of ``by_example`` is ``[n, T, ...]``.
+
+    Uses of one parameter are joined, and rows of one example folded, by laying their positions side by side.
+    """
+
+    def joined(self, others: Sequence[Self], dim: int = 1) -> Self:
+        """The term of this term and of ``others``, which are of the same kind.
+
+        Args:
+            others: the terms.
+            dim: 1 lays the positions of the same examples side by side, 0 puts examples after one another.
+        """
+        tensors = {name: torch.cat([getattr(t, name) for t in (self, *others)], dim) for name in self.by_example}
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+    def concatenated(self, others: Sequence[Self]) -> Self:
+        return self.joined(others, 0)
+
+    @property
+    def row_length(self) -> int:
+        return getattr(self, self.by_example[0]).shape[1]
+
+    def cut(self, length: int) -> Self:
+        split = {name: getattr(self, name).flatten(0, 1) for name in self.by_example}
+        pieces = {name: t.unflatten(0, (len(t) // length, length)) for name, t in split.items()}
+        return replace(self, **pieces)  # type: ignore[type-var]
+
+    def _folded(self, outer: int, n: int, inner: int) -> Self:
+        tensors = {}
+        for name in self.by_example:
+            tensor = getattr(self, name)
+            split = tensor.unflatten(0, (outer, n, inner)).transpose(0, 1)
+            tensors[name] = split.flatten(1, 3)
+        return replace(self, **tensors)  # type: ignore[type-var]
+
+
+def refuse_correction(correction: LocalCorrection | None) -> None:
+    """Refuses to fold or to regroup a term with a local correction.
+
+    Raises:
+        ValueError: there is a correction.
+    """
+    if correction is not None:
+        raise ValueError(
+            "a term with a local batch-norm correction cannot be folded or regrouped: correct the resulting term "
+            "instead."
+        )

@@ -1,0 +1,208 @@
+"""The term of examples whose rows lie in no regular order, from a term of the rows and the owners of these.
+
+An example's gradient is the sum over its rows. The weighted sum needs no more than a weight for every row. For norms,
+examples of similar numbers of rows are put together as a regular batch, which is padded with rows whose gradient is
+zero and folded: then the kernels of the row term answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..ops import accumulation_dtype
+from .base import PerExampleGradient, Term
+from .layout import PLAIN, Layout
+from .owners import Owners
+
+GATHERED_BYTES = 8 << 20  # of rows that are copied at once, or the size of one example's gradient where that is larger
+
+
+class RowTerm(Term):
+    """A term whose examples can be copied in any order and number, so that they can be the rows of other examples."""
+
+    @property
+    def gradient_shape(self) -> tuple[int, ...]:
+        """Shape of one example's gradient."""
+        raise TypeError(f"{type(self).__name__} must define gradient_shape")
+
+    def held(self) -> list[Tensor]:
+        """The tensors that the term is made of, each with examples first; backprops come last."""
+        raise TypeError(f"{type(self).__name__} must define held")
+
+    def selected(self, rows: Tensor, valid: Tensor | None) -> Self:
+        """The term of some examples, copied in the order that is asked for.
+
+        Args:
+            rows: int64 ``[m]``, the numbers of the examples; a number may come more than once.
+            valid: bool ``[m]``; where it is false, the gradient is zero. None: all are valid.
+        """
+        raise TypeError(f"{type(self).__name__} must define selected")
+
+    @property
+    def alike(self) -> Hashable:
+        """Terms of one parameter that agree in this can be :meth:`concatenated`."""
+        return (type(self),)
+
+    @property
+    def row_length(self) -> int:
+        """Into how many rows, all alike, an example can be :meth:`cut`."""
+        return 1
+
+    def cut(self, length: int) -> Self:
+        """The term whose examples are parts of this term's examples, in order.
+
+        Args:
+            length: of a part; it divides :attr:`row_length`.
+        """
+        return self
+
+    def concatenated(self, others: Sequence[Self]) -> Self:
+        """The term of the examples of this one and then of ``others``, which are alike and of one row length."""
+        raise TypeError(f"{type(self).__name__} must define concatenated")
+
+    @property
+    def may_be_formed(self) -> bool:
+        """Whether the gradients themselves may stand for this term, in the weighted sum too."""
+        return True
+
+    def _regrouped(self, owners: Owners) -> Term:
+        return Scattered(self, owners)
+
+
+@dataclass
+class Scattered(Term):
+    """The term of the examples that own the rows of another term.
+
+    Attributes:
+        rows: the term that counts every row as an example.
+        owners: of the rows.
+    """
+
+    rows: RowTerm
+    owners: Owners
+
+    @property
+    def examples(self) -> int:
+        return self.owners.n
+
+    def squared_norm(self) -> Tensor:
+        found = self._zeros(self.examples)
+        for numbers, term in self._regular(slice(0, self.examples)):
+            found.index_copy_(0, numbers, term.squared_norm().to(found.dtype))
+        return found
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.rows.weighted_sum(self.owners.each(weights, 0).flatten())
+
+    def dense(self, rows: slice) -> Tensor:
+        first, end, _ = rows.indices(self.examples)
+        found = self._zeros(end - first, *self.rows.gradient_shape)
+        for numbers, term in self._regular(slice(first, end)):
+            found.index_copy_(0, numbers - first, term.dense(slice(0, term.examples)).to(found.dtype))
+        return found
+
+    def compact(self) -> Term:
+        """The gradients themselves where they take less memory than the factors of all rows, else this term."""
+        kept = sum(tensor.nbytes for tensor in self.rows.held())
+        if not self.rows.may_be_formed or self.examples * self._gradient_bytes() >= kept:
+            return self
+        return PerExampleGradient(self.dense(slice(0, self.examples)))
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        return self._regrouped(Owners.regular(Layout(0, outer, inner), n, self.owners.of.device))
+
+    def _regrouped(self, owners: Owners) -> Term:
+        return Scattered(self.rows, self.owners.then(owners))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        backprops = self.rows.held()[-1]
+        return backprops.new_zeros(shape, dtype=accumulation_dtype(backprops))
+
+    def _gradient_bytes(self) -> int:
+        return prod(self.rows.gradient_shape) * accumulation_dtype(self.rows.held()[-1]).itemsize
+
+    def _at_once(self) -> int:
+        """How many rows may be copied at once."""
+        row = sum(tensor.nbytes for tensor in self.rows.held()) // max(1, self.rows.examples)
+        return max(1, max(GATHERED_BYTES, self._gradient_bytes()) // max(1, row))
+
+    def _regular(self, examples: slice) -> Iterator[tuple[Tensor, Term]]:
+        """The numbers of some of the ``examples`` and their regular term, until all that have rows had their turn.
+
+        Examples come by their numbers of rows, those together of which none has more than half as many again as
+        another: less than a third of the copied rows is padding. An example of more rows than may be copied at once
+        comes alone and with its gradient formed, which is then smaller than its rows.
+        """
+        by_owner = self.owners.sorted_rows
+        ascending, numbers = by_owner.counts_on_host[examples].sort(stable=True)
+        numbers = (numbers + examples.start).to(by_owner.order.device)
+        counts, most = ascending.tolist(), self._at_once()
+        start = bisect_right(counts, 0)
+        while start < len(counts):
+            end = bisect_right(counts, counts[start] + counts[start] // 2)
+            end = min(end, start + max(1, most // counts[end - 1]))
+            of_these, length = numbers[start:end], counts[end - 1]
+            if length > most:
+                yield of_these, self._formed(of_these, length, most)
+            else:
+                yield of_these, self._padded(of_these, length, counts[start] < length)
+            start = end
+
+    def _padded(self, numbers: Tensor, length: int, uneven: bool) -> Term:
+        """The regular term of examples of at most ``length`` rows, of which an example repeats its last as padding."""
+        by_owner = self.owners.sorted_rows
+        place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
+        counts = by_owner.counts[numbers].unsqueeze(1)
+        rows = by_owner.order[by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)]
+        valid = (place < counts).flatten() if uneven else None
+        return self.rows.selected(rows.flatten(), valid).fold(1, len(numbers), length)
+
+    def _formed(self, number: Tensor, length: int, most: int) -> Term:
+        """The gradient of one example, from at most ``most`` of its ``length`` rows at once."""
+        by_owner = self.owners.sorted_rows
+        total = self._zeros(1, *self.rows.gradient_shape)
+        for first in range(0, length, most):
+            some = torch.arange(first, min(first + most, length), device=number.device)
+            rows = self.rows.selected(by_owner.order[by_owner.starts[number] + some], None)
+            total += rows.fold(1, 1, len(some)).dense(slice(0, 1))
+        return PerExampleGradient(total)
+
+
+def joined_rows(terms: Sequence[Term]) -> list[Term]:
+    """The terms of the uses of one parameter, in which those that are alike in their rows have become one.
+
+    A regular term joins scattered ones of its kind: its examples are rows that own themselves. Terms that are like no
+    scattered one stay as they are.
+    """
+    groups: dict[Hashable, list[Scattered]] = {}
+    for term in terms:
+        if isinstance(term, Scattered):
+            groups.setdefault(term.rows.alike, [])
+    others = []
+    for term in terms:
+        if isinstance(term, RowTerm) and term.alike in groups:
+            device = term.held()[-1].device
+            term = term.regrouped(Owners.regular(PLAIN, term.examples, device))
+        if isinstance(term, Scattered):
+            groups[term.rows.alike].append(term)
+        else:
+            others.append(term)
+    return [*map(_concatenated, groups.values()), *others]
+
+
+def _concatenated(uses: list[Scattered]) -> Scattered:
+    """One term for several whose rows are alike; rows of different lengths are cut to a length that divides all."""
+    if len(uses) == 1:
+        return uses[0]
+    length = max(1, gcd(*(use.rows.row_length for use in uses)))
+    rows: list[Any] = [use.rows.cut(length) for use in uses]
+    owners = [use.owners.of.flatten().repeat_interleave(use.rows.row_length // length) for use in uses]
+    first, *others = rows
+    return Scattered(first.concatenated(others), Owners(torch.cat(owners), uses[0].owners.n))
