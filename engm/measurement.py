@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .backward.inputs import Inputs, input_gradients, pack_input_grads, resolve_inputs
+from .backward.inputs import Inputs, input_gradients, input_rows, pack_input_grads, resolve_inputs
 from .backward.norms import (
     Measurement,
     calibrated_squared_norms,
@@ -57,7 +57,7 @@ def measure(
     if not norms:
         return _measure_inputs(wrapped, losses, inputs, scale, check)
     graph = planned_losses(wrapped, losses, check=check)
-    return measure_graph(graph, losses, lent_mode(wrapped, graph), inputs, scale)
+    return measure_graph(wrapped, graph, losses, lent_mode(wrapped, graph), inputs, scale)
 
 
 def _measure_inputs(
@@ -67,9 +67,11 @@ def _measure_inputs(
         raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
     check_losses(losses, finite=check)
     leaves = resolve_inputs(None, inputs)
+    rows = input_rows(model, losses, leaves)
     gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
     names = tuple(name for name, _ in model.trainable_parameters())
-    return Measurement(names, None, "exact", losses.detach(), pack_input_grads(inputs, leaves, gradients))
+    packed = pack_input_grads(inputs, leaves, gradients)
+    return Measurement(names, None, "exact", losses.detach(), packed, rows)
 
 
 def per_example_grad_norms(
@@ -97,7 +99,7 @@ def per_example_grad_norms(
     wrapped = as_wrapped(model)
     scale = LossScale(check_positive("loss_scale", loss_scale))
     graph = planned_losses(wrapped, losses, check=check)
-    measurement = measure_graph(graph, losses, own_mode(wrapped, graph), scale=scale)
+    measurement = measure_graph(wrapped, graph, losses, own_mode(wrapped, graph), scale=scale)
     return mapped_norms(
         *calibrated_squared_norms(wrapped, graph, losses, measurement, borrowed=False, count=False, scale=scale)
     )

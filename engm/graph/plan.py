@@ -98,6 +98,8 @@ class Route:
         if self.number >= len(found):
             return False
         now = found[self.number]
+        if now is None:
+            return False
         alike = now.shape == self.values.shape and now.device == self.values.device
         return alike and torch.equal(now, self.values)
 

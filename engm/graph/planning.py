@@ -71,7 +71,7 @@ class _Planner:
         self.n = losses.shape[0]
         self.names = {id(parameter): name for name, parameter in traced.trained}
         self.group = self._group()
-        self.aside = {number for number, call in enumerate(traced.calls) if call.rule.generic}
+        self.aside = account_by_operators(traced.calls)
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.nodes: dict[Key, Tensor] = {}
@@ -439,6 +439,15 @@ class _Planner:
         }
         if lost:
             raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
+
+
+def account_by_operators(calls: Sequence[Call]) -> set[int]:
+    """Numbers of the calls whose parameters are accounted for where they enter, inside of the call.
+
+    These are the calls of the generic rule. What goes on inside is cheaper than to run a module again, and goes where a
+    module draws random numbers. The rule is for compiled regions, into which nobody sees.
+    """
+    return {number for number, call in enumerate(calls) if call.rule.generic}
 
 
 def _fits(call: Call, ownership: Ownership) -> bool:

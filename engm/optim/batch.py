@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backward.collect import TermCollector
-from ..backward.inputs import Inputs, input_gradients, input_norms, pack_input_grads, resolve_inputs
+from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 from ..backward.norms import Measurement, calibrated_squared_norms, measure_graph, own_mode
 from ..backward.prepare import planned_losses
 from ..checks import check_losses
@@ -120,7 +120,9 @@ class LossBatch:
                 found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
             if of_gradients:
                 inputs = self.inputs if leaves and found is None else None
-                measured = measure_graph(graph, self.losses, own_mode(self.model, graph), inputs, self.scale)
+                measured = measure_graph(
+                    self.model, graph, self.losses, own_mode(self.model, graph), inputs, self.scale
+                )
                 found = measured.input_norms if found is None else found
                 squared, factors = self._calibrated(graph, measured, borrowed=False)
         return ExampleNorms(self.losses.detach(), squared, factors, found, self.ranks)
@@ -161,22 +163,17 @@ class LossBatch:
                 "measurement that was taken with inputs."
             )
         leaves = resolve_inputs(self.trace, self.inputs)
-        n, views = self.losses.shape[0], self.model.views
-        for leaf in leaves:
-            if leaf.dim() == 0 or leaf.shape[0] != n * views:
-                wanted = f"{n} examples" if views == 1 else f"{n} examples times views={views}"
-                raise ValueError(
-                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there "
-                    "is one input gradient for each loss."
-                )
         if not leaves:
             raise ValueError("inputs must name at least one tensor.")
+        self._input_rows = input_rows(self.model, self.losses, leaves, self.trace)
         return leaves
 
     def _input_norms(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
         """``[n]`` from gradients of the scaled losses."""
         packed = pack_input_grads(self.inputs, leaves, gradients)
-        return self.scale.off_norms(input_norms(() if packed is None else packed, self.losses.shape[0]))
+        return self.scale.off_norms(
+            input_norms(() if packed is None else packed, self._input_rows, self.losses.shape[0])
+        )
 
     def _has_hooks(self) -> bool:
         """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
