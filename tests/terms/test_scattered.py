@@ -171,8 +171,8 @@ def recorded(monkeypatch, kind):
     """Bytes of every copy of rows that a kind of term makes."""
     copied, selected = [], kind.selected
 
-    def recording(self, rows, valid):
-        found = selected(self, rows, valid)
+    def recording(self, rows, padding):
+        found = selected(self, rows, padding)
         copied.append(sum(tensor.nbytes for tensor in found.held()))
         return found
 
