@@ -15,6 +15,7 @@ from .backward.norms import (
 )
 from .backward.prepare import planned_losses
 from .checks import check_losses, check_positive
+from .graph.trace import trace
 from .module import GradNormModule, as_wrapped
 from .terms.loss_scale import LossScale
 
@@ -57,7 +58,7 @@ def measure(
     if not norms:
         return _measure_inputs(wrapped, losses, inputs, scale, check)
     graph = planned_losses(wrapped, losses, check=check)
-    return measure_graph(wrapped, graph, losses, lent_mode(wrapped, graph), inputs, scale)
+    return measure_graph(graph, losses, lent_mode(wrapped, graph), inputs, scale)
 
 
 def _measure_inputs(
@@ -67,7 +68,7 @@ def _measure_inputs(
         raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
     check_losses(losses, finite=check)
     leaves = resolve_inputs(None, inputs)
-    rows = input_rows(model, losses, leaves)
+    rows = input_rows(model.plans, losses, leaves, trace(losses, model))
     gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
     names = tuple(name for name, _ in model.trainable_parameters())
     packed = pack_input_grads(inputs, leaves, gradients)
@@ -99,7 +100,7 @@ def per_example_grad_norms(
     wrapped = as_wrapped(model)
     scale = LossScale(check_positive("loss_scale", loss_scale))
     graph = planned_losses(wrapped, losses, check=check)
-    measurement = measure_graph(wrapped, graph, losses, own_mode(wrapped, graph), scale=scale)
+    measurement = measure_graph(graph, losses, own_mode(wrapped, graph), scale=scale)
     return mapped_norms(
         *calibrated_squared_norms(wrapped, graph, losses, measurement, borrowed=False, count=False, scale=scale)
     )

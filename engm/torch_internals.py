@@ -103,7 +103,7 @@ def saved_by(node: Node, name: str) -> Any:
 
 
 @functools.cache
-def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What nodes of a kind save: names of what is no tensor, and names of tensors."""
     names = [name.removeprefix("_saved_") for name in dir(kind) if name.startswith("_saved_")]
     tensors = tuple(name for name in names if hasattr(kind, f"_raw_saved_{name}"))
@@ -117,6 +117,11 @@ def saved_options(node: Node) -> tuple[Any, ...]:
 
 def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def saved_option(node: Node, name: str) -> Any:
+    """One of the :func:`saved_options` of a node; None if it has none of that name."""
+    return _plain(getattr(node, f"_saved_{name}", None))
 
 
 def saved_tensor_names(node: Node) -> tuple[str, ...]:

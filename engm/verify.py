@@ -110,7 +110,7 @@ def verify(
     try:
         with untouched(wrapped.unwrap()), torch.enable_grad():
             losses = _losses(wrapped, loss_fn, batch)
-            report = _compare(wrapped, planned_losses(wrapped, losses, check=True), losses)
+            report = _compare(wrapped, planned_losses(wrapped, losses, check=True, watch=False), losses)
     finally:
         wrapped.calibration.load_state_dict(calibration)
         wrapped.plans = plans
@@ -152,13 +152,13 @@ def _positional(function: Callable[..., Any]) -> int | None:
 def _compare(model: GradNormModule, graph: PlannedGraph, losses: Tensor) -> VerifyReport:
     names, parameters = graph.names, graph.parameters
     mode = lent_mode(model, graph)
-    raw = measure_graph(model, graph, losses, mode).require_stacked()
+    raw = measure_graph(graph, losses, mode).require_stacked()
     calibrated_error = None
     if mode == "frozen":
         with graph.frozen_statistics():
             oracle = exact_squared_norms(losses, parameters)
         exact = exact_squared_norms(losses, parameters).sum(0).sqrt()
-        measurement = measure_graph(model, graph, losses, own_mode(model, graph))
+        measurement = measure_graph(graph, losses, own_mode(model, graph))
         mapped = mapped_norms(*calibrated_squared_norms(model, graph, losses, measurement, borrowed=False, count=False))
         calibrated_error = float(((mapped - exact).abs() / exact.clamp_min(torch.finfo(exact.dtype).tiny)).mean())
     else:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..graph.input_rows import plan_of_inputs
+from ..graph.plan import PlanCache
 from ..graph.routing import signature_of
-from ..graph.trace import Trace, trace
-from ..module import GradNormModule
+from ..graph.trace import Trace
 from ..terms import PerExampleGradient, accumulation_dtype
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..terms.owners import Owners, Ownership
@@ -28,31 +28,28 @@ def input_gradients(losses: Tensor, leaves: Sequence[Tensor], scale: LossScale =
     return torch.autograd.grad(losses, list(leaves), scale.seeds(losses), retain_graph=True, allow_unused=True)
 
 
-def input_rows(
-    model: GradNormModule, losses: Tensor, leaves: Sequence[Tensor], traced: Trace | None = None
-) -> tuple[Ownership, ...]:
+def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], traced: Trace) -> tuple[Ownership, ...]:
     """In which rows of each of ``leaves`` the examples lie: measured once a structure of the graph, and remembered.
 
     Args:
-        model: the wrapper that remembers.
+        plans: where the answer is remembered.
         losses: ``[n]``.
         leaves: tensors that require grad.
-        traced: the graph behind ``losses``, if it was looked at before.
+        traced: the graph behind ``losses``.
 
     Raises:
         ValueError: an input does not have its examples along the first dimension.
     """
     if not leaves:
         return ()
-    traced = trace(losses, model, model.trainable_parameters()) if traced is None else traced
     numbers = {key: number for number, key in enumerate(traced.leaves)}
     which = tuple(numbers.get(id(leaf), tuple(leaf.shape)) for leaf in leaves)
     signature = ("inputs", which, signature_of(traced, losses.shape[0]))
-    plan = model.plans.find(signature, traced)
+    plan = plans.find(signature, traced)
     if plan is None:
         plan = plan_of_inputs(traced, losses, leaves)
         if plan.keeps:
-            model.plans.keep(signature, plan)
+            plans.keep(signature, plan)
     return plan.layouts  # type: ignore[return-value]
 
 

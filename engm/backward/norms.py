@@ -88,7 +88,6 @@ def own_mode(model: GradNormModule, graph: PlannedGraph) -> str:
 
 
 def measure_graph(
-    model: GradNormModule,
     graph: PlannedGraph,
     losses: Tensor,
     mode: str,
@@ -98,7 +97,6 @@ def measure_graph(
     """One backward pass that computes no weight gradient and keeps the graph.
 
     Args:
-        model: whose losses they are.
         graph: behind ``losses``.
         losses: ``[n]``.
         mode: how to treat batch statistics, from :func:`lent_mode` or :func:`own_mode`.
@@ -110,7 +108,7 @@ def measure_graph(
         TypeError, ValueError: the inputs do not fit.
     """
     leaves = resolve_inputs(graph.trace, inputs)
-    rows = input_rows(model, losses, leaves, graph.trace)
+    rows = input_rows(graph.plans, losses, leaves, graph.trace)
     if mode in ("exact", "corrected"):
         _refuse_other_ranks(graph)
     if mode == "exact":

@@ -13,13 +13,16 @@ from ..module import GradNormModule
 from .identity import check_identity
 
 
-def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None = None) -> PlannedGraph:
+def planned_losses(
+    model: GradNormModule, losses: Tensor, *, check: bool | None = None, watch: bool = True
+) -> PlannedGraph:
     """The graph behind ``losses``, checked: it is this model's, captured, and (strict) all of it can be seen.
 
     Args:
         model: the wrapper that computed the losses.
         losses: ``[n]``, one loss an example.
         check: look for non-finite losses; default on the CPU only.
+        watch: compare the gradients with autograd's if that is due (strict).
 
     Raises:
         TypeError, ValueError: the losses are no such vector, see :func:`engm.checks.check_losses`.
@@ -49,9 +52,9 @@ def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None 
 
     if old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        graph = PlannedGraph(traced, old, n, measured)
+        graph = PlannedGraph(traced, old, n, model.plans, measured)
     else:
-        graph = PlannedGraph(traced, measured(), n)
-    if model.strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
+        graph = PlannedGraph(traced, measured(), n, model.plans)
+    if watch and model.strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
         check_identity(graph, losses, model.watch.steps)
     return graph

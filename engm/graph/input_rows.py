@@ -54,7 +54,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if owners is None or bool((owners == SEVERAL).any()) or not bool((owners != NOBODY).any()):
             found.append(_required(usual[number], tensor, n))
             continue
-        arrangement = arranged(owners, n)
+        arrangement = arranged(owners, n, question.blind.get(("tensor", number)))
         if isinstance(arrangement.ownership, Layout):
             found.append(arrangement.ownership)
         else:

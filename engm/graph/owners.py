@@ -32,6 +32,7 @@ from .trace import Trace
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
 
 BASE = 64  # of the numbers whose digits are the exponents; float32 holds 2^63 times any gradient there may be
@@ -120,11 +121,10 @@ class Owned:
         self.several |= differs
 
     def owners(self, n: int) -> Tensor:
-        """``[*leading]``, the number of an example, :data:`NOBODY` or :data:`SEVERAL`."""
+        """``[*leading]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
         found = torch.where(self.several | (self.of >= n), SEVERAL, self.of)
         found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
-        # What is not finite tells nothing. It counts for the first example, so that the step is visibly bad.
-        found = torch.where(self.plain.largest.isfinite(), found, 0)
+        found = torch.where(self.plain.largest.isfinite(), found, BLIND)
         return found.view(self.plain.shape)
 
 
@@ -142,7 +142,7 @@ class Question:
     Attributes:
         nodes: by tensor, the owners of its rows, on the CPU.
         tensors: by number of a further tensor that was asked about, the owners of its rows.
-        blind: whether some gradient was not finite, so that its owners are not known.
+        blind: by tensor, which rows were not finite, so that their owners are not known: they count as nobody's here.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
     """
 
@@ -162,7 +162,7 @@ class Question:
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
         self.tensors: dict[int, Tensor] = {}
-        self.blind = False
+        self.blind: dict[Any, Tensor] = {}
         self._tensors: Sequence[Tensor] = ()
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
@@ -192,10 +192,10 @@ class Question:
                 else:
                     found[key].add_digit(seen, place)
             place *= base
-        if found:
-            sums = torch.stack([owned.plain.largest.sum().double() for owned in found.values()])
-            self.blind = self.blind or not bool(sums.isfinite().all())
         for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
+            blind = owners == BLIND
+            if bool(blind.any()):
+                self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
             elif key[0] == "call":

@@ -120,9 +120,7 @@ class LossBatch:
                 found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
             if of_gradients:
                 inputs = self.inputs if leaves and found is None else None
-                measured = measure_graph(
-                    self.model, graph, self.losses, own_mode(self.model, graph), inputs, self.scale
-                )
+                measured = measure_graph(graph, self.losses, own_mode(self.model, graph), inputs, self.scale)
                 found = measured.input_norms if found is None else found
                 squared, factors = self._calibrated(graph, measured, borrowed=False)
         return ExampleNorms(self.losses.detach(), squared, factors, found, self.ranks)
@@ -165,7 +163,7 @@ class LossBatch:
         leaves = resolve_inputs(self.trace, self.inputs)
         if not leaves:
             raise ValueError("inputs must name at least one tensor.")
-        self._input_rows = input_rows(self.model, self.losses, leaves, self.trace)
+        self._input_rows = input_rows(self.model.plans, self.losses, leaves, self.trace)
         return leaves
 
     def _input_norms(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
