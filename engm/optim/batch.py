@@ -89,6 +89,23 @@ class LossBatch:
         """The processes whose batches make up this one with it; None where the losses were computed by one alone."""
         return self.trace.ranks
 
+    def check_request(self, *, of_gradients: bool, of_inputs: bool) -> None:
+        """Refuses what cannot be answered by :meth:`norms`, before anything is changed.
+
+        Raises:
+            TypeError, ValueError: as :meth:`norms`.
+        """
+        if self._graph is None:
+            return
+        if self.measurement is None:
+            if of_inputs:
+                self._input_leaves()
+            return
+        if of_inputs:
+            self._borrowed_input_norms(self.measurement)
+        if of_gradients:
+            self._check_has_norms(self.measurement)
+
     # -- norms -----------------------------------------------------------------------------------------------
 
     def norms(self, *, of_gradients: bool, of_inputs: bool, one_pass: bool) -> ExampleNorms:
@@ -137,14 +154,17 @@ class LossBatch:
     def _calibrated(
         self, graph: PlannedGraph, measurement: Measurement, *, borrowed: bool
     ) -> tuple[Tensor, Tensor | None]:
+        self._check_has_norms(measurement)
+        return calibrated_squared_norms(
+            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
+        )
+
+    def _check_has_norms(self, measurement: Measurement) -> None:
         if measurement.stacked is None:
             raise ValueError(
                 "the measurement was taken with norms=False and this step reads norms: leave norms at True (see "
                 "needs_norms of the optimizer), or leave measurement out."
             )
-        return calibrated_squared_norms(
-            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
-        )
 
     def _borrowed_input_norms(self, measurement: Measurement) -> Tensor:
         found = measurement.input_norms
