@@ -144,6 +144,7 @@ class AENGM(ExampleOptimizer):
 
     @property
     def estimates_from_all(self) -> bool:
+        """Whether the regression is due, through the examples of all ranks."""
         return self.needs_norms
 
     def _check_options(self) -> None:

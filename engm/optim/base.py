@@ -135,8 +135,10 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "under fully_shard gradients are reduced in a backward pass of its own, to the shards: use "
                 "opt.reweight(losses).mean().backward() there."
             )
-        batch = self._batch(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
-        with torch.autocast(losses.device.type, enabled=False):  # the caller's may still be on, as in Lightning
+        with torch.enable_grad():  # the caller may be in no_grad, where a backward pass may run as well
+            batch = self._batch(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
+        # The caller's autocast may still be on, as in Lightning.
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             weighting = self._weighting(batch, one_pass=True)
             batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
         return self._record(batch, weighting)
@@ -168,8 +170,9 @@ class ExampleOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
-        batch = self._batch(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
-        with torch.autocast(losses.device.type, enabled=False):
+        with torch.enable_grad():
+            batch = self._batch(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             weighting = self._weighting(batch, one_pass=False)
         batch.release()
         self._record(batch, weighting)

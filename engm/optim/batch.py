@@ -70,8 +70,17 @@ class LossBatch:
         else:
             check_losses(losses, finite=check)
             self.trace = trace(losses, model, model.trainable_parameters())
+            self._check_reached()
         if measurement is not None:
             self._check_measurement(measurement)
+
+    def _check_reached(self) -> None:
+        """Refuses losses from which no gradient would come; who reads norms learns it when the graph is planned."""
+        whole = self.model.shard_group is None  # else the parameters in the graph are copies, which may not be known
+        if whole and not any(id(p) in self.trace.leaves for _, p in self.trace.trained):
+            raise RuntimeError(
+                "the losses reach no trained parameter of this model: pass the model that computed them."
+            )
 
     def _check_measurement(self, measurement: Measurement) -> None:
         if not isinstance(measurement, Measurement):
@@ -216,10 +225,6 @@ class LossBatch:
     def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:
         """Run an ordinary backward pass of the reweighted losses, one for each part."""
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
-        if not reached:
-            raise RuntimeError(
-                "the losses reach no trained parameter of this model: pass the model that computed them."
-            )
         parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
         for i, (weights, own) in enumerate(parts):
             targets = [p for p in reached if own is None or id(p) in own]
@@ -236,8 +241,10 @@ class LossBatch:
             for parameter, gradient in collector.weighted_sums(weights / divisor, own)
         )
         if self.ranks is None:
-            for parameter, gradient in list(sums):  # nothing is half changed, should one of the sums have failed
-                _add_gradient(parameter, gradient)
+            found = list(sums)  # nothing is half changed, should one of the sums have failed
+            with torch.no_grad():  # gradients that were there before may have a graph, as behind create_graph=True
+                for parameter, gradient in found:
+                    _add_gradient(parameter, gradient)
         else:
             backpropagate_leaves(chain(self._zeros_of_reached(collector), sums))
 

@@ -119,6 +119,7 @@ class ENGM(ExampleOptimizer):
 
     @property
     def estimates_from_all(self) -> bool:
+        """Whether ``alpha`` follows the norms of all ranks."""
         return self.quantile is not None
 
     def _check_options(self) -> None:

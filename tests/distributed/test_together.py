@@ -110,48 +110,47 @@ def whole(tensors):
     return [None if t is None else t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for t in tensors]
 
 
-def attempt(rank, model, method="engm", way="backward", fault=not_finite, steps=2, **options):
-    """One good step, ``fault`` on one rank, and a good step again: the error, and what was changed by it."""
+def attempt(rank, model, method="engm", way="backward", fault=not_finite, **options):
+    """Three good steps, with ``fault`` on one rank before the first and the second: the errors, and the parameters."""
     opt = METHODS[method](model, sgd(model))
-    found = {"unchanged": True, "errors": []}
-    for step in range(steps):
-        x, y = share(rank, seed=step)
-        opt.zero_grad()
-        take(opt, way, losses_of(model, x, y), x)
-        opt.step()
-        before = whole(grads(opt.model))
-        x, y = share(rank, seed=step + 10)
-        losses = losses_of(model, x, y)
-        if rank == BAD:
-            losses, x = fault(losses, x)
-        try:
-            take(opt, way, losses, x, **options)
-        except (TypeError, ValueError, RuntimeError) as error:
-            found["errors"].append((type(error).__name__, str(error)))
-        assert_same(whole(grads(opt.model)), before)
-    x, y = share(rank, seed=5)
+    found = {"errors": []}
+    for step in range(3):
+        if step < 2:
+            before = whole(grads(opt.model))
+            x, y = share(rank, seed=step + 10)
+            losses = losses_of(model, x, y)
+            if rank == BAD:
+                losses, x = fault(losses, x)
+            try:
+                take(opt, way, losses, x, **options)
+            except (TypeError, ValueError, RuntimeError) as error:
+                found["errors"].append((type(error).__name__, str(error)))
+            assert_same(whole(grads(opt.model)), before)
+        good(rank, model, opt, way, step)
+    found["parameters"] = parameters_of(opt.model)
+    return found
+
+
+def good(rank, model, opt, way, seed):
+    x, y = share(rank, seed=seed)
     opt.zero_grad()
     take(opt, way, losses_of(model, x, y), x)
     opt.step()
-    for part in opt.model.unwrap().modules():
+
+
+def parameters_of(model):
+    for part in model.unwrap().modules():
         if hasattr(part, "reshard"):
             part.reshard()
-    found["parameters"] = whole(p.detach() for p in model.parameters())
-    return found
+    return whole(p.detach() for p in model.parameters())
 
 
 def straight(method, way, model, rank):
     """The good steps of :func:`attempt` alone."""
     opt = METHODS[method](model, sgd(model))
-    for seed in (0, 1, 5):
-        x, y = share(rank, seed=seed)
-        opt.zero_grad()
-        take(opt, way, losses_of(model, x, y), x)
-        opt.step()
-    for part in opt.model.unwrap().modules():
-        if hasattr(part, "reshard"):
-            part.reshard()
-    return whole(p.detach() for p in model.parameters())
+    for seed in range(3):
+        good(rank, model, opt, way, seed)
+    return parameters_of(opt.model)
 
 
 def strict(rank):
