@@ -196,6 +196,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "a step notes would be lost on it: call backward and reweight of the optimizer itself, opt.optimizer."
             )
 
+        self._check_options()
+
         def checked() -> LossBatch:
             if divisor is not None:
                 check_positive("divisor", divisor)
@@ -203,7 +205,6 @@ class ExampleOptimizer(torch.optim.Optimizer):
             captured = self.uses_norms or self.uses_input_grads
             batch = LossBatch(self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured)
             self._watch.look(batch.trace, self.model, self.param_groups, one_pass=one_pass)
-            self._check_options()
             batch.check_request(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads)
             return batch
 

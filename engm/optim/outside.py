@@ -69,6 +69,9 @@ class OutsideWatch:
             RuntimeError: names the parameters, and says what to do.
         """
         beside = traced.leaves.keys() - {id(parameter) for _, parameter in traced.trained}
+        if beside:  # inputs that require grad are beside the model as well
+            held = {id(parameter) for group in groups for parameter in group["params"]}
+            beside = {key for key in beside if key in held or _is_trained(traced.leaves[key])}
         if not beside:
             return
         beside -= {id(parameter) for parameter in model.parameters()}

@@ -95,7 +95,7 @@ class Agreement:
         if first < size:
             said = None if error is None else (_kind(error), str(error))
             kind, text = told_by(ranks.group, first, said)
-            raise KINDS[kind](f"on rank {first} of {size}, and so on all of them: {text}") from error
+            raise KINDS[kind](f"on rank {first} of {size}, which stops all of them: {text}") from error
 
     @cached_property
     def _traced(self) -> Trace:

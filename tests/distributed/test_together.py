@@ -70,13 +70,13 @@ def synchronised_on_the_cpu():
         yield
 
 
-def sharded():
+def sharded(reshard=None):
     mesh = init_device_mesh("cpu", (RANKS,))
     net = network("group")
     for layer in net:
         if next(layer.parameters(), None) is not None:
-            fully_shard(layer, mesh=mesh)
-    return engm.GradNormModule(fully_shard(net, mesh=mesh))
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+    return engm.GradNormModule(fully_shard(net, mesh=mesh, reshard_after_forward=reshard))
 
 
 def share(rank, seed=0):
@@ -200,6 +200,20 @@ def micro_batches(rank):
     return refused, whole(grads(model))
 
 
+def made_late(rank):
+    """An optimizer made while the parts hold whole copies of their parameters; and one that holds a head besides."""
+    model = sharded(reshard=False)
+    inner = sgd(model)
+    x, y = share(rank)
+    losses_of(model, x, y)
+    opt = METHODS["engm"](model, inner)
+    take(opt, "reweight", losses_of(model, x, y), x)
+    opt.step()
+    with pytest.raises(ValueError, match="1 trained parameter that the wrapped model does not") as caught:
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    return str(caught.value)
+
+
 def alone(rank):
     """Without ``DistributedDataParallel``, and in a group of one, nobody else is asked."""
     found = []
@@ -236,6 +250,7 @@ def work(rank, port, results):
         found["strict"] = strict(rank)
         found["first"] = first_step(rank)
         found["micro"] = micro_batches(rank)
+        found["late"] = made_late(rank)
         found["alone"] = alone(rank)
         torch.save(found, results / f"{rank}.pt")
 
@@ -254,7 +269,7 @@ def the_error(ranks, key, kind, text):
             assert error == ranks[0][key]["errors"][0]
     found, said = ranks[0][key]["errors"][0]
     assert found == kind
-    assert said.startswith(f"on rank {BAD} of {RANKS}, and so on all of them: ")
+    assert said.startswith(f"on rank {BAD} of {RANKS}, which stops all of them: ")
     assert text in said
 
 
@@ -314,7 +329,7 @@ def test_a_divisor(ranks):
 def test_a_structure_that_strict_refuses_on_one_rank(ranks):
     for rank in ranks:
         (said,) = rank["strict"]
-        assert said.startswith(f"on rank {BAD} of {RANKS}, and so on all of them: ")
+        assert said.startswith(f"on rank {BAD} of {RANKS}, which stops all of them: ")
         assert "influences the losses of other examples" in said
         assert said == ranks[0]["strict"][0]
 
@@ -330,3 +345,7 @@ def test_micro_batches_under_no_sync_ask_nobody(ranks):
 
 def test_nobody_else_is_asked_where_nothing_is_shared(ranks):
     assert [len(rank["alone"]) for rank in ranks] == [2 * (rank == BAD) for rank in range(RANKS)]
+
+
+def test_parameters_that_are_split_are_the_optimizers_own(ranks):
+    assert all("param_groups[1]['params'][0] of shape (3,)" in rank["late"] for rank in ranks)
