@@ -128,7 +128,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError, RuntimeError: bad arguments, as :func:`engm.measure`, or a network split by
-                ``fully_shard``; parameters, gradients and optimizer state are as they were.
+                ``fully_shard``; parameters, gradients and optimizer state are as they were. Of several ranks that work
+                together all raise the error of the first (on the CPU, or with ``check=True`` on all of them).
         """
         if self.model.shard_group is not None:
             raise RuntimeError(
