@@ -102,6 +102,10 @@ def saved_by(node: Node, name: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def _kind(node: Node) -> Any:
+    return type(node)
+
+
 @functools.cache
 def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What nodes of a kind save: names of what is no tensor, and names of tensors."""
@@ -112,7 +116,7 @@ def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def saved_options(node: Node) -> tuple[Any, ...]:
     """What an operator's node saved that is no tensor: dimensions, sizes, and other arguments of the operator."""
-    return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(type(node))[0])
+    return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
 
 
 def _plain(value: Any) -> Any:
@@ -126,7 +130,7 @@ def saved_option(node: Node, name: str) -> Any:
 
 def saved_tensor_names(node: Node) -> tuple[str, ...]:
     """The names under which a node saved tensors; a function in Python saves its tensors under no name, ``""``."""
-    return ("",) if is_python_function(node) else _saved_names(type(node))[1]
+    return ("",) if is_python_function(node) else _saved_names(_kind(node))[1]
 
 
 def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:

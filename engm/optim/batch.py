@@ -70,8 +70,17 @@ class LossBatch:
         else:
             check_losses(losses, finite=check)
             self.trace = trace(losses, model, model.trainable_parameters())
+            self._check_reached()
         if measurement is not None:
             self._check_measurement(measurement)
+
+    def _check_reached(self) -> None:
+        """Refuses losses from which no gradient would come; who reads norms learns it when the graph is planned."""
+        whole = self.model.shard_group is None  # else the parameters in the graph are copies, which may not be known
+        if whole and not any(id(p) in self.trace.leaves for _, p in self.trace.trained):
+            raise RuntimeError(
+                "the losses reach no trained parameter of this model: pass the model that computed them."
+            )
 
     def _check_measurement(self, measurement: Measurement) -> None:
         if not isinstance(measurement, Measurement):
@@ -88,6 +97,23 @@ class LossBatch:
     def ranks(self) -> Ranks | None:
         """The processes whose batches make up this one with it; None where the losses were computed by one alone."""
         return self.trace.ranks
+
+    def check_request(self, *, of_gradients: bool, of_inputs: bool) -> None:
+        """Refuses what cannot be answered by :meth:`norms`, before anything is changed.
+
+        Raises:
+            TypeError, ValueError: as :meth:`norms`.
+        """
+        if self._graph is None:
+            return
+        if self.measurement is None:
+            if of_inputs:
+                self._input_leaves()
+            return
+        if of_inputs:
+            self._borrowed_input_norms(self.measurement)
+        if of_gradients:
+            self._check_has_norms(self.measurement)
 
     # -- norms -----------------------------------------------------------------------------------------------
 
@@ -137,14 +163,17 @@ class LossBatch:
     def _calibrated(
         self, graph: PlannedGraph, measurement: Measurement, *, borrowed: bool
     ) -> tuple[Tensor, Tensor | None]:
+        self._check_has_norms(measurement)
+        return calibrated_squared_norms(
+            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
+        )
+
+    def _check_has_norms(self, measurement: Measurement) -> None:
         if measurement.stacked is None:
             raise ValueError(
                 "the measurement was taken with norms=False and this step reads norms: leave norms at True (see "
                 "needs_norms of the optimizer), or leave measurement out."
             )
-        return calibrated_squared_norms(
-            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
-        )
 
     def _borrowed_input_norms(self, measurement: Measurement) -> Tensor:
         found = measurement.input_norms
@@ -191,10 +220,6 @@ class LossBatch:
     def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:
         """Run an ordinary backward pass of the reweighted losses, one for each part."""
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
-        if not reached:
-            raise RuntimeError(
-                "the losses reach no trained parameter of this model: pass the model that computed them."
-            )
         parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
         for i, (weights, own) in enumerate(parts):
             targets = [p for p in reached if own is None or id(p) in own]
@@ -212,8 +237,10 @@ class LossBatch:
         )
         every = chain(self._zeros_of_reached(collector), sums)
         if self.ranks is None:
-            for parameter, gradient in list(every):  # nothing is half changed, should one of the sums have failed
-                _add_gradient(parameter, gradient)
+            found = list(every)  # nothing is half changed, should one of the sums have failed
+            with torch.no_grad():  # gradients that were there before may have a graph, as behind create_graph=True
+                for parameter, gradient in found:
+                    _add_gradient(parameter, gradient)
         else:
             backpropagate_leaves(every)
 

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from methods import METHODS, every
 from torch import nn
 from training import assert_same, batch, grads, losses_of, network, sgd, snapshot
 
 import engm
 
-METHODS = {
-    "engm": lambda model, inner: engm.ENGM(model, inner, 5.0),
-    "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=1),
-    "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
-    "msgd": engm.MSGD,
-    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
-    "sngm": engm.SNGM,
-    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
-}
 METERED = [name for name in METHODS if name not in ("msgd", "sngm", "gnc")]
 
 
@@ -38,10 +30,6 @@ def check(opt, error, message, losses, inputs=None, call="backward", **arguments
     with pytest.raises(error, match=message):
         getattr(opt, call)(losses, inputs, **arguments)
     assert_same(snapshot(opt), before)
-
-
-def every(*methods):
-    return pytest.mark.parametrize("method", methods or METHODS)
 
 
 both_calls = pytest.mark.parametrize("call", ["backward", "reweight"])
