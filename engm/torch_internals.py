@@ -69,11 +69,6 @@ def node_outputs(node: Node) -> Sequence[Any]:
     return cast(Sequence[Any], node._input_metadata)
 
 
-def is_narrow_node(node: Node) -> bool:
-    """Whether an output of the node has numbers of 16 bits."""
-    return any(output.dtype in (torch.float16, torch.bfloat16) for output in node_outputs(node))
-
-
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of one output of a node."""
     return tuple(node_outputs(node)[number].shape)

@@ -442,7 +442,8 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return False
     if name in ("Mm", "Addmm"):
         right = traced.children[position][2 if name == "Addmm" else 1]
-        return (right is not None and right >= 0 and right not in skip) or 1 in varying(own)
+        owned = right is not None and right not in skip and (right, 0) in owners
+        return owned or 1 in varying(own)
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip)
     differs = varying(own)
