@@ -85,6 +85,12 @@ def entering_shape(child: Node, number: int) -> tuple[int, ...]:
     return tuple(leaf.shape) if leaf is not None else output_shape(child, number)
 
 
+def entering_dtype(child: Node, number: int) -> torch.dtype:
+    """The dtype of the tensor behind an edge of the graph, which may be a leaf."""
+    leaf = leaf_of(child)
+    return leaf.dtype if leaf is not None else cast(torch.dtype, node_outputs(child)[number].dtype)
+
+
 def is_python_function(node: Node) -> bool:
     """Whether the node is of a ``torch.autograd.Function``, whose saved tensors have no names.
 
