@@ -236,7 +236,9 @@ def saved_statistics(output: Tensor, name: str) -> Statistics | None:
     if hooks_pack_what_is_saved() or node is None or not node_name(node).startswith(name):
         return None
     mean, rstd = saved_by(node, "result1"), saved_by(node, "result2")
-    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0 or is_narrow(rstd):
+    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or is_narrow(rstd):
+        return None
+    if mean.numel() == 0 and output.numel():
         return None
     return mean, rstd
 

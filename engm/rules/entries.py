@@ -83,6 +83,8 @@ class Entry:
         """
         shape = output_shape(self.node)
         where = self.layout
+        if isinstance(where, Owners) and where.dims == 0:  # all is one example's
+            where = Owners(where.of.expand(shape[:1]), where.n)
         dims = where.dims if isinstance(where, Owners) else where.dim + 1
         if dims > most:
             return None
@@ -172,6 +174,11 @@ def _rule_of(node: Any) -> OperatorRule | None:
     if is_python_function(node) and name != _SYNC_BATCH_NORM:
         return None
     return _RULES.get(name)
+
+
+def has_operator_rule(node: Any) -> bool:
+    """Whether there is a rule for the node's operator, whether or not it holds for what enters."""
+    return _rule_of(node) is not None
 
 
 def has_rule(entry: Entry) -> bool:
