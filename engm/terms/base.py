@@ -151,8 +151,8 @@ class Term:
 
 def squared_rows(gradients: Tensor) -> Tensor:
     """``||g_i||^2``, ``[n]``, of gradients ``[n, *parameter.shape]``, which may have no further dimension."""
-    rows = gradients.unsqueeze(-1).flatten(1)
-    return rows.to(accumulation_dtype(rows)).square().sum(1)
+    rows = gradients.unsqueeze(-1).flatten(1).to(accumulation_dtype(gradients))
+    return (torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows).square().sum(1)
 
 
 def squared_norm_of_dense(term: Term) -> Tensor:
