@@ -19,6 +19,7 @@ from torch import Tensor
 from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
+from ..distributed import on_any
 from ..graph.plan import PlannedEntry, PlannedGraph
 from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
@@ -130,6 +131,28 @@ class TermCollector:
                 see in an ordinary backward pass, where batch norms couple the examples: not the gradient of anything.
         """
         graph = self.graph
+        gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
+        surprised = self._surprise is not None and bool(self._surprise)
+        if on_any(graph.trace.group, surprised, losses.device):
+            graph.renew()
+            self._start()
+            gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
+        for entry, arrived in self._deferred:
+            at = graph.entry(entry)
+            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
+        self._deferred.clear()
+        for joining in self._joining.values():  # modules of which some call got no gradient
+            if joining.arrived:
+                self._join(joining)
+        for key in list(self._pending):  # parameters of which some use got no gradient
+            self._finish(key)
+        return gradients
+
+    def _passed(
+        self, losses: Tensor, seeds: Tensor, inputs: Sequence[Tensor], retain_graph: bool, frozen: bool
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass, in which terms are collected; returns the inputs' gradients."""
+        graph = self.graph
         sinks = graph.sinks()
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful
@@ -146,19 +169,6 @@ class TermCollector:
             outputs.setdefault(position, []).append(gradient)
         for position, entries in captured.items():
             self._enter(position, entries, outputs[position])
-        if watched and self._surprise is not None and bool(self._surprise):
-            graph.renew()
-            self._start()
-            return self.run(losses, seeds, inputs, retain_graph=retain_graph, frozen=frozen)
-        for entry, arrived in self._deferred:
-            at = graph.entry(entry)
-            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
-        self._deferred.clear()
-        for joining in self._joining.values():  # modules of which some call got no gradient
-            if joining.arrived:
-                self._join(joining)
-        for key in list(self._pending):  # parameters of which some use got no gradient
-            self._finish(key)
         return tuple(gradients[len(sinks) :])
 
     def _entries_by_node(self) -> tuple[dict[int, list[PlannedEntry]], dict[int, list[PlannedEntry]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_losses
+from ..distributed import on_any
 from ..graph.plan import Plan, PlannedGraph
 from ..graph.planning import check_parameters, make_plan
 from ..graph.routing import signature_of
@@ -44,6 +45,7 @@ def planned_losses(
         )
     n = losses.shape[0]
     signature = signature_of(traced, n)
+    group = traced.group
     old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
@@ -52,12 +54,13 @@ def planned_losses(
             model.plans.keep(signature, plan, old)
         return plan
 
-    if old is not None:
-        check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        graph = PlannedGraph(traced, old, n, model.plans, measured)
+    if on_any(group, old is None, losses.device) or old is None:
+        graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
     else:
-        graph = PlannedGraph(traced, measured(), n, model.plans)
+        check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
+        graph = PlannedGraph(traced, old, n, model.plans, measured, False)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
-    if watch and strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
+    due = watch and strict and model.watch.due(signature, model.check_every) and not graph.plan.blind
+    if on_any(group, due, losses.device):
         check_identity(graph, losses, model.watch.steps, scale)
     return graph

@@ -35,7 +35,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     """
     n = losses.shape[0]
     usual = [_usual(tensor, n) for tensor in tensors]
-    if n == 1:
+    if n == 1 and traced.group is None:
         return Plan(tuple(_required(layout, tensor, n) for layout, tensor in zip(usual, tensors, strict=True)))
     structure = Structure(traced, ())
     couplings = [
@@ -44,7 +44,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if operator_name(node) in BATCH_NORMS and position not in structure.calls_at
         if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
     ]
-    question = Question(traced, losses, seed, couplings)
+    question = Question(traced, losses, seed, couplings, group=traced.group)
     positions = {p for p, pure in enumerate(structure.pure) if not pure} - structure.inner
     question.ask(positions, tensors=tensors)
     found: list[Ownership] = []
