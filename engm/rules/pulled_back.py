@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..terms import MixedTerm, Owners, Term, combine, squared_norm_of_dense
+from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
+from ..terms.combination import sum_of
 from ..torch_internals import leaf_of, node_outputs
 from .any_operator import backward_of_each
+from .same_tensor import same_tensors
 
 
 @dataclass(frozen=True)
@@ -48,39 +50,48 @@ class Origin:
 
 @dataclass
 class Derived(Term):
-    """The term of a parameter, from the term of a tensor that was computed from the parameter.
+    """The term of a parameter, from the terms of tensors that were computed from the parameter.
 
     Attributes:
-        term: the term of the tensor.
-        origin: the tensor.
+        uses: the tensors and their terms.
         parameter: the parameter.
     """
 
-    term: Term
-    origin: Origin
+    uses: Sequence[tuple[Origin, Term]]
     parameter: Tensor
 
     @property
     def examples(self) -> int:
-        return self.term.examples
+        return self.uses[0][1].examples
 
     def squared_norm(self) -> Tensor:
-        if self.origin.rearranged:
-            return self.term.squared_norm()
+        if len(self.uses) == 1 and self.uses[0][0].rearranged:
+            return self.uses[0][1].squared_norm()
         return squared_norm_of_dense(self)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        total = self.term.weighted_sum(weights)
-        return pull_back(self.origin.edge, self.parameter, total.unsqueeze(0))[0]
+        totals = [term.weighted_sum(weights).unsqueeze(0) for _, term in self.uses]
+        return pull_back([origin.edge for origin, _ in self.uses], self.parameter, totals)[0]
 
     def compact(self) -> Term:
-        return Derived(self.term.compact(), self.origin, self.parameter)
+        return Derived([(origin, term.compact()) for origin, term in self.uses], self.parameter)
 
     def dense(self, rows: slice) -> Tensor:
-        return pull_back(self.origin.edge, self.parameter, self.term.dense(rows))
+        found, edges, gradients, held = [], [], [], 0
+        for place, (origin, term) in enumerate(self.uses):
+            edges.append(origin.edge)
+            gradients.append(term.dense(rows))
+            held += gradients[-1].nbytes
+            if held >= CHUNK_BYTES or place == len(self.uses) - 1:
+                found.append(pull_back(edges, self.parameter, gradients))
+                edges, gradients, held = [], [], 0
+        return sum_of(found)
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        return Derived([(origin, term.fold(outer, n, inner)) for origin, term in self.uses], self.parameter)
 
     def _regrouped(self, owners: Owners) -> Term:
-        return Derived(self.term.regrouped(owners), self.origin, self.parameter)
+        return Derived([(origin, term.regrouped(owners)) for origin, term in self.uses], self.parameter)
 
 
 @dataclass
@@ -101,46 +112,52 @@ def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) 
         uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
     """
-    by_origin: dict[Origin | None, list[Term]] = {}
+    own = [term for origin, term in uses if origin is None]
+    by_origin: dict[Origin, list[Term]] = {}
     for origin, term in uses:
-        by_origin.setdefault(origin, []).append(term)
-    terms = [
-        combine(found) if origin is None else Derived(combine(found), origin, parameter)
-        for origin, found in by_origin.items()
-    ]
-    if len(terms) == 1:
-        return terms[0]
-    derived = [term for term in terms if isinstance(term, Derived) and term.origin.rearranged]
-    if len(derived) == len(terms) and _disjoint(derived, parameter):
-        return Pieces(terms)
-    return MixedTerm(terms)
+        if origin is not None:
+            by_origin.setdefault(origin, []).append(term)
+    origins = list(by_origin)
+    joined: dict[Origin, list[Term]] = {}
+    for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
+        joined.setdefault(origins[first], []).extend(by_origin[origin])
+    derived = [(origin, combine(found)) for origin, found in joined.items()]
+    if (
+        not own
+        and len(derived) > 1
+        and all(origin.rearranged for origin, _ in derived)
+        and _disjoint(derived, parameter)
+    ):
+        return Pieces([Derived([use], parameter) for use in derived])
+    terms = [combine(own)] if own else []
+    if derived:
+        terms.append(Derived(derived, parameter))
+    return terms[0] if len(terms) == 1 else MixedTerm(terms)
 
 
-def _disjoint(terms: Sequence[Derived], parameter: Tensor) -> bool:
+def _disjoint(uses: Sequence[tuple[Origin, Term]], parameter: Tensor) -> bool:
     """Whether rearranged tensors have no element of the parameter in common."""
-    taken = torch.zeros_like(parameter)
-    for term in terms:
-        node, number = term.origin.node, term.origin.number
-        meta = node_outputs(node)[number]
-        ones = torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device)
-        taken += pull_back(term.origin.edge, parameter, ones)[0].to(taken.dtype)
-    return bool((taken <= 1).all())
+    ones = []
+    for origin, _ in uses:
+        meta = node_outputs(origin.node)[origin.number]
+        ones.append(torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device))
+    return bool((pull_back([origin.edge for origin, _ in uses], parameter, ones)[0].real <= 1).all())
 
 
-def pull_back(edge: GradientEdge, parameter: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients of a parameter, from gradients of a tensor that was computed from it.
+def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Gradients of a parameter, from gradients of tensors that were computed from it.
 
     Args:
-        edge: the tensor, of shape ``[*shape]``.
+        edges: the tensors, each of a shape ``[*shape]``.
         parameter: the parameter.
-        gradients: of the tensor, ``[k, *shape]``.
+        gradients: of the tensors, ``[k, *shape]`` each.
 
     Returns:
-        ``[k, *parameter.shape]``.
+        ``[k, *parameter.shape]``, the sums over the tensors.
     """
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        (found,) = torch.autograd.grad([edge], [parameter], parts, retain_graph=True, allow_unused=True)
+        (found,) = torch.autograd.grad(edges, [parameter], parts, retain_graph=True, allow_unused=True)
         return found
 
-    return backward_of_each(of, [gradients], tuple(parameter.shape))
+    return backward_of_each(of, gradients, tuple(parameter.shape), is_complex=parameter.is_complex())
