@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,13 @@ def fewest(group: ProcessGroup, number: int, device: torch.device) -> int:
 def most(group: ProcessGroup, number: int, device: torch.device) -> int:
     """The largest of the ranks' numbers; the host waits for the answer."""
     return -fewest(group, -number, device)
+
+
+def told_by(group: ProcessGroup, rank: int, said: Any) -> Any:
+    """What one rank of the group says, on all of them; the others' words are ignored."""
+    words = [said]
+    dist.broadcast_object_list(words, group_src=rank, group=group)
+    return words[0]
 
 
 def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,6 @@ from .graph.planning import make_plan
 from .graph.trace import trace
 from .module import GradNormModule, layers_to_capture
 from .rules import Rule
-from .terms.layout import layouts_of
 from .torch_internals import operator_name, tree_leaves
 
 
@@ -173,7 +172,8 @@ def _costs_outside_of_layers(model: GradNormModule, outputs: Any, x: Any) -> lis
     if not found:
         return []
     n = inputs[0].shape[0]
-    rows = [o.movedim(layouts_of(o.shape, n)[0].dim, 0) for o in found if layouts_of(o.shape, n)]
+    dims = {id(o): next((d for d in range(min(2, o.dim())) if o.shape[d] and o.shape[d] % n == 0), None) for o in found}
+    rows = [o.movedim(dim, 0) for o in found if (dim := dims[id(o)]) is not None]
     if not rows:
         return []
     losses = torch.stack([o.reshape(-1, n, o[0].numel()).sum((0, 2)) for o in rows]).sum(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .backward.inputs import Inputs, input_gradients, pack_input_grads, resolve_inputs
+from .backward.inputs import Inputs, input_gradients, input_rows, pack_input_grads, resolve_inputs
 from .backward.norms import (
     Measurement,
     calibrated_squared_norms,
@@ -15,6 +15,7 @@ from .backward.norms import (
 )
 from .backward.prepare import planned_losses
 from .checks import check_losses, check_positive
+from .graph.trace import trace
 from .module import GradNormModule, as_wrapped
 from .terms.loss_scale import LossScale
 
@@ -56,7 +57,7 @@ def measure(
     scale = LossScale(check_positive("loss_scale", loss_scale))
     if not norms:
         return _measure_inputs(wrapped, losses, inputs, scale, check)
-    graph = planned_losses(wrapped, losses, check=check)
+    graph = planned_losses(wrapped, losses, check=check, scale=scale)
     return measure_graph(graph, losses, lent_mode(wrapped, graph), inputs, scale)
 
 
@@ -67,9 +68,11 @@ def _measure_inputs(
         raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
     check_losses(losses, finite=check)
     leaves = resolve_inputs(None, inputs)
+    rows = input_rows(model.plans, losses, leaves, trace(losses, model, model.trainable_parameters()))
     gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
     names = tuple(name for name, _ in model.trainable_parameters())
-    return Measurement(names, None, "exact", losses.detach(), pack_input_grads(inputs, leaves, gradients))
+    packed = pack_input_grads(inputs, leaves, gradients)
+    return Measurement(names, None, "exact", losses.detach(), packed, rows)
 
 
 def per_example_grad_norms(
@@ -96,7 +99,7 @@ def per_example_grad_norms(
     """
     wrapped = as_wrapped(model)
     scale = LossScale(check_positive("loss_scale", loss_scale))
-    graph = planned_losses(wrapped, losses, check=check)
+    graph = planned_losses(wrapped, losses, check=check, scale=scale)
     measurement = measure_graph(graph, losses, own_mode(wrapped, graph), scale=scale)
     return mapped_norms(
         *calibrated_squared_norms(wrapped, graph, losses, measurement, borrowed=False, count=False, scale=scale)

@@ -69,11 +69,6 @@ def node_outputs(node: Node) -> Sequence[Any]:
     return cast(Sequence[Any], node._input_metadata)
 
 
-def is_narrow_node(node: Node) -> bool:
-    """Whether an output of the node has numbers of 16 bits."""
-    return any(output.dtype in (torch.float16, torch.bfloat16) for output in node_outputs(node))
-
-
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of one output of a node."""
     return tuple(node_outputs(node)[number].shape)
@@ -108,8 +103,12 @@ def saved_by(node: Node, name: str) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def _kind(node: Node) -> Any:
+    return type(node)
+
+
 @functools.cache
-def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What nodes of a kind save: names of what is no tensor, and names of tensors."""
     names = [name.removeprefix("_saved_") for name in dir(kind) if name.startswith("_saved_")]
     tensors = tuple(name for name in names if hasattr(kind, f"_raw_saved_{name}"))
@@ -118,16 +117,21 @@ def _saved_names(kind: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def saved_options(node: Node) -> tuple[Any, ...]:
     """What an operator's node saved that is no tensor: dimensions, sizes, and other arguments of the operator."""
-    return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(type(node))[0])
+    return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
 
 
 def _plain(value: Any) -> Any:
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
+def saved_option(node: Node, name: str) -> Any:
+    """One of the :func:`saved_options` of a node; None if it has none of that name."""
+    return _plain(getattr(node, f"_saved_{name}", None))
+
+
 def saved_tensor_names(node: Node) -> tuple[str, ...]:
     """The names under which a node saved tensors; a function in Python saves its tensors under no name, ``""``."""
-    return ("",) if is_python_function(node) else _saved_names(type(node))[1]
+    return ("",) if is_python_function(node) else _saved_names(_kind(node))[1]
 
 
 def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:

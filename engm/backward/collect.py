@@ -122,11 +122,11 @@ class TermCollector:
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)
-        arrived: dict[int, list[Tensor | None]] = {}
+        outputs: dict[int, list[Tensor | None]] = {}
         for (position, _), gradient in zip(graph.plan.sinks, gradients, strict=False):
-            arrived.setdefault(position, []).append(gradient)
+            outputs.setdefault(position, []).append(gradient)
         for position, entries in captured.items():
-            self._enter(position, entries, arrived[position])
+            self._enter(position, entries, outputs[position])
         if watched and self._surprise is not None and bool(self._surprise):
             graph.renew()
             self._start()
@@ -214,8 +214,8 @@ class TermCollector:
         if id(call) in self._unknown:
             for rows in call.by_example(given):
                 self._doubt(rows, self._unknown[id(call)])
-        rows = slice(0, call.batch)
-        terms = call.rule.terms(call.module, call.activations(), given, call.saved, rows, tuple(call.parameters))
+        every = slice(0, call.batch)
+        terms = call.rule.terms(call.module, call.activations(), given, call.saved, every, tuple(call.parameters))
         self._add_rows(call, layout, terms)
 
     def _add_rows(self, call: Call, layout: Ownership, terms: dict[str, Term]) -> None:

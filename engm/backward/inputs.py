@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..graph.input_rows import plan_of_inputs
+from ..graph.plan import PlanCache
+from ..graph.routing import signature_of
 from ..graph.trace import Trace
-from ..terms import accumulation_dtype
+from ..terms import PerExampleGradient, accumulation_dtype
 from ..terms.loss_scale import UNSCALED, LossScale
+from ..terms.owners import Owners, Ownership
 
 Inputs = Tensor | Sequence[Tensor] | None
 
@@ -24,23 +28,47 @@ def input_gradients(losses: Tensor, leaves: Sequence[Tensor], scale: LossScale =
     return torch.autograd.grad(losses, list(leaves), scale.seeds(losses), retain_graph=True, allow_unused=True)
 
 
-def input_norms(gradients: Tensor | Sequence[Tensor], n: int) -> Tensor:
-    """``[n]``, norm of each example's input gradient; views of an example and several inputs add up.
+def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], traced: Trace) -> tuple[Ownership, ...]:
+    """In which rows of each of ``leaves`` the examples lie: measured once a structure of the graph, and remembered.
+
+    Args:
+        plans: where the answer is remembered.
+        losses: ``[n]``.
+        leaves: tensors that require grad.
+        traced: the graph behind ``losses``.
 
     Raises:
         ValueError: an input does not have its examples along the first dimension.
     """
+    if not leaves:
+        return ()
+    numbers = {key: number for number, key in enumerate(traced.leaves)}
+    which = tuple(numbers.get(id(leaf), tuple(leaf.shape)) for leaf in leaves)
+    signature = ("inputs", which, signature_of(traced, losses.shape[0]))
+    plan = plans.find(signature, traced)
+    if plan is None:
+        plan = plan_of_inputs(traced, losses, leaves)
+        if plan.keeps:
+            plans.keep(signature, plan)
+    return plan.layouts  # type: ignore[return-value]
+
+
+def input_norms(gradients: Tensor | Sequence[Tensor], rows: Sequence[Ownership], n: int) -> Tensor:
+    """``[n]``, norm of each example's input gradient; rows of an example and several inputs add up.
+
+    Args:
+        gradients: of the inputs.
+        rows: where the examples lie in each of them.
+        n: number of examples.
+    """
     parts = [gradients] if isinstance(gradients, Tensor) else list(gradients)
-    for part in parts:
-        if part.dim() == 0 or part.shape[0] == 0 or part.shape[0] % n:
-            raise ValueError(
-                f"inputs must have the {n} examples along their first dimension, one of them has shape "
-                f"{tuple(part.shape)}, so it has no gradient an example."
-            )
     total: Tensor | float = 0.0
-    for part in parts:
-        squares = part.detach().to(accumulation_dtype(part)).square().reshape(-1, n, part[0].numel()).sum((0, 2))
-        total = total + squares
+    for part, ownership in zip(parts, rows, strict=True):
+        dims = ownership.dims if isinstance(ownership, Owners) else 1 + ownership.dim
+        squares = part.detach().to(accumulation_dtype(part)).abs().square()
+        squares = squares.reshape(part.shape[:dims].numel(), -1).sum(1)
+        grouped = PerExampleGradient(squares).grouped(ownership.flattened(tuple(part.shape)))
+        total = total + grouped.dense(slice(0, n))
     return torch.as_tensor(total).sqrt()
 
 

@@ -11,8 +11,9 @@ from ..exact import exact_squared_norms
 from ..graph.plan import PlannedGraph
 from ..module import GradNormModule
 from ..terms.loss_scale import UNSCALED, LossScale
+from ..terms.owners import Ownership
 from .collect import TermCollector
-from .inputs import Inputs, input_gradients, input_norms, pack_input_grads, resolve_inputs
+from .inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Measurement:
             the statistics, as are input gradients that were measured alone).
         losses: ``[n]``, detached.
         input_grads: gradient of the summed losses with respect to ``inputs``, same structure; None if not asked for.
+        input_rows: in which rows of each of the inputs the examples lie.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,7 @@ class Measurement:
     mode: str
     losses: Tensor
     input_grads: Tensor | tuple[Tensor, ...] | None = None
+    input_rows: tuple[Ownership, ...] = ()
 
     @property
     def squared_norms(self) -> dict[str, Tensor]:
@@ -60,7 +63,7 @@ class Measurement:
     @property
     def input_norms(self) -> Tensor | None:
         """``[n]``, norms of the input gradients over everything but the example; None without ``inputs``."""
-        return None if self.input_grads is None else input_norms(self.input_grads, self.losses.shape[0])
+        return None if self.input_grads is None else input_norms(self.input_grads, self.input_rows, self.n)
 
     @property
     def n(self) -> int:
@@ -85,7 +88,11 @@ def own_mode(model: GradNormModule, graph: PlannedGraph) -> str:
 
 
 def measure_graph(
-    graph: PlannedGraph, losses: Tensor, mode: str, inputs: Inputs = None, scale: LossScale = UNSCALED
+    graph: PlannedGraph,
+    losses: Tensor,
+    mode: str,
+    inputs: Inputs = None,
+    scale: LossScale = UNSCALED,
 ) -> Measurement:
     """One backward pass that computes no weight gradient and keeps the graph.
 
@@ -101,6 +108,7 @@ def measure_graph(
         TypeError, ValueError: the inputs do not fit.
     """
     leaves = resolve_inputs(graph.trace, inputs)
+    rows = input_rows(graph.plans, losses, leaves, graph.trace)
     if mode in ("exact", "corrected"):
         _refuse_other_ranks(graph)
     if mode == "exact":
@@ -111,7 +119,7 @@ def measure_graph(
         gradients = collector.run(losses, scale.seeds(losses), leaves, retain_graph=True)
         stacked = scale.off_squares(collector.squared_norms(losses))
     packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
-    return Measurement(graph.names, stacked, mode, losses.detach(), packed)
+    return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows)
 
 
 def calibrated_squared_norms(

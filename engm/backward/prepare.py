@@ -10,16 +10,21 @@ from ..graph.planning import check_parameters, make_plan
 from ..graph.routing import signature_of
 from ..graph.trace import trace
 from ..module import GradNormModule
+from ..terms.loss_scale import UNSCALED, LossScale
 from .identity import check_identity
 
 
-def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None = None) -> PlannedGraph:
+def planned_losses(
+    model: GradNormModule, losses: Tensor, *, check: bool | None = None, scale: LossScale = UNSCALED, watch: bool = True
+) -> PlannedGraph:
     """The graph behind ``losses``, checked: it is this model's, captured, and (strict) all of it can be seen.
 
     Args:
         model: the wrapper that computed the losses.
         losses: ``[n]``, one loss an example.
         check: look for non-finite losses; default on the CPU only.
+        scale: on the losses inside of backward passes.
+        watch: compare the gradients with autograd's if that is due (strict).
 
     Raises:
         TypeError, ValueError: the losses are no such vector, see :func:`engm.checks.check_losses`.
@@ -42,16 +47,17 @@ def planned_losses(model: GradNormModule, losses: Tensor, *, check: bool | None 
     old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
-        plan = make_plan(model, traced, losses)
+        plan = make_plan(model, traced, losses, scale.factor)
         if plan.keeps:
             model.plans.keep(signature, plan, old)
         return plan
 
     if old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        graph = PlannedGraph(traced, old, n, measured)
+        graph = PlannedGraph(traced, old, n, model.plans, measured)
     else:
-        graph = PlannedGraph(traced, measured(), n)
-    if model.strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
-        check_identity(graph, losses, model.watch.steps)
+        graph = PlannedGraph(traced, measured(), n, model.plans)
+    strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
+    if watch and strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
+        check_identity(graph, losses, model.watch.steps, scale)
     return graph

@@ -20,8 +20,8 @@ from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
     first_global_forward_hook,
-    selective_checkpoint,
     is_view,
+    selective_checkpoint,
     some_global_forward_hook,
     tree_flatten,
     tree_unflatten,

@@ -1,4 +1,4 @@
-"""From measured owners to the order that the examples lie in: a layout where there is one, else the owners themselves."""
+"""From measured owners to the order that the examples lie in: a layout where there is one, else the owners."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ class Arrangement:
     unknown: Tensor | None = None
 
 
-def arranged(owners: Tensor, n: int) -> Arrangement:
+def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement:
     """The arrangement of a tensor.
 
     Args:
         owners: of its rows, ``[*leading]`` on the CPU: numbers of examples or ``NOBODY``.
         n: number of examples.
+        blind: which rows are not finite. Where no layout tells whose they are they count for the first example, so
+            that the step is visibly bad.
     """
     rows = without_trailing(owners)
     if rows.dim() == 1:
@@ -45,6 +47,8 @@ def arranged(owners: Tensor, n: int) -> Arrangement:
             found = _fitted(second, n, 1)
             if found is not None:
                 return found
+    if blind is not None:
+        rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
     unknown = rows == NOBODY
     return Arrangement(Owners(rows, n), unknown if bool(unknown.any()) else None)
 

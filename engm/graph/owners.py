@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..capture.calls import Call
 from ..distributed import most
@@ -32,6 +32,7 @@ from .trace import Trace
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
 
 BASE = 64  # of the numbers whose digits are the exponents; float32 holds 2^63 times any gradient there may be
@@ -120,11 +121,10 @@ class Owned:
         self.several |= differs
 
     def owners(self, n: int) -> Tensor:
-        """``[*leading]``, the number of an example, :data:`NOBODY` or :data:`SEVERAL`."""
+        """``[*leading]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
         found = torch.where(self.several | (self.of >= n), SEVERAL, self.of)
         found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
-        # What is not finite tells nothing. It counts for the first example, so that the step is visibly bad.
-        found = torch.where(self.plain.largest.isfinite(), found, 0)
+        found = torch.where(self.plain.largest.isfinite(), found, BLIND)
         return found.view(self.plain.shape)
 
 
@@ -141,7 +141,8 @@ class Question:
 
     Attributes:
         nodes: by tensor, the owners of its rows, on the CPU.
-        blind: whether some gradient was not finite, so that its owners are not known.
+        tensors: by number of a further tensor that was asked about, the owners of its rows.
+        blind: by tensor, which rows were not finite, so that their owners are not known: they count as nobody's here.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
     """
 
@@ -160,20 +161,23 @@ class Question:
         self.most = self.n if group is None else most(group, self.n, losses.device)
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
-        self.blind = False
+        self.tensors: dict[int, Tensor] = {}
+        self.blind: dict[Any, Tensor] = {}
+        self._tensors: Sequence[Tensor] = ()
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
         self._prints: dict[Any, Print] = {}
 
-    def ask(self, positions: Iterable[int], by_element: bool = False) -> None:
+    def ask(self, positions: Iterable[int], by_element: bool = False, tensors: Sequence[Tensor] = ()) -> None:
         """Find the owners of the outputs of these nodes, and of all calls.
 
         Args:
             positions: of the nodes.
             by_element: tell every element apart, by masks of 0 and 1.
+            tensors: others to find the owners of.
         """
-        self._positions, self._by_element = frozenset(positions), by_element
+        self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
         numbers = torch.arange(self.n, device=self.losses.device)
         found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
         place, base = 1, 2 if by_element or self._is_half() else BASE
@@ -188,11 +192,13 @@ class Question:
                 else:
                     found[key].add_digit(seen, place)
             place *= base
-        if found:
-            sums = torch.stack([owned.plain.largest.sum().double() for owned in found.values()])
-            self.blind = self.blind or not bool(sums.isfinite().all())
         for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
-            if key[0] == "call":
+            blind = owners == BLIND
+            if bool(blind.any()):
+                self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)
+            if key[0] == "tensor":
+                self.tensors[key[1]] = owners
+            elif key[0] == "call":
                 self.calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
@@ -205,11 +211,12 @@ class Question:
 
     def _pass(self, seeds: Tensor) -> dict[Any, Print]:
         """The prints of all gradients that arrive when the losses are backpropagated with these factors."""
-        self._prints, self._parts = {}, {}
+        self._prints = {}
         traced = self.traced
         ends = self._ends()
         passed = self._positions - {position for position, _ in ends}
         targets = [GradientEdge(traced.order[position], number) for position, number in ends]
+        targets += map(get_gradient_edge, self._tensors)
         tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
         handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
         try:
@@ -222,7 +229,8 @@ class Question:
         finally:
             for handle in handles:
                 handle.remove()
-        for key, gradient in zip(ends, gradients, strict=False):
+        keys: list[Any] = [*ends, *(("tensor", number) for number in range(len(self._tensors)))]
+        for key, gradient in zip(keys, gradients, strict=False):
             self._take(key, gradient)
         found, self._prints = self._prints, {}
         return found

@@ -98,6 +98,8 @@ class Route:
         if self.number >= len(found):
             return False
         now = found[self.number]
+        if now is None:
+            return False
         alike = now.shape == self.values.shape and now.device == self.values.device
         return alike and torch.equal(now, self.values)
 
@@ -145,6 +147,24 @@ class Plan:
         return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes)
 
 
+class PlanCache(dict[Hashable, list[Plan]]):
+    """The plans of the structures that were met, by signature; the oldest goes when there are too many."""
+
+    def find(self, signature: Hashable, traced: Trace) -> Plan | None:
+        """The plan that holds for a graph, if there is one."""
+        for plan in self.get(signature, ()):
+            if all(route.holds(traced) for route in plan.routes):
+                return plan
+        return None
+
+    def keep(self, signature: Hashable, plan: Plan, instead: Plan | None = None) -> None:
+        """Remember a plan, ``instead`` of an older one that turned out not to hold."""
+        if signature not in self and len(self) >= MOST_PLANS:
+            del self[next(iter(self))]
+        others = [other for other in self.get(signature, ()) if other is not instead]
+        self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
+
+
 @dataclass
 class PlannedGraph:
     """A graph behind losses, and the plan that holds for it.
@@ -153,12 +173,14 @@ class PlannedGraph:
         trace: the graph.
         plan: where the examples lie in it.
         n: number of examples, one loss each.
+        plans: the wrapper's, where what is measured is remembered.
         measure_again: makes the plan anew from this very graph; None where it was made from this graph.
     """
 
     trace: Trace
     plan: Plan
     n: int
+    plans: PlanCache
     measure_again: Callable[[], Plan] | None = None
 
     @property
@@ -201,24 +223,6 @@ class PlannedGraph:
     def collecting(self, collector: Collector) -> AbstractContextManager[None]:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
         return self.trace.collecting(collector)
-
-
-class PlanCache(dict[Hashable, list[Plan]]):
-    """The plans of the structures that were met, by signature; the oldest goes when there are too many."""
-
-    def find(self, signature: Hashable, traced: Trace) -> Plan | None:
-        """The plan that holds for a graph, if there is one."""
-        for plan in self.get(signature, ()):
-            if all(route.holds(traced) for route in plan.routes):
-                return plan
-        return None
-
-    def keep(self, signature: Hashable, plan: Plan, instead: Plan | None = None) -> None:
-        """Remember a plan, ``instead`` of an older one that turned out not to hold."""
-        if signature not in self and len(self) >= MOST_PLANS:
-            del self[next(iter(self))]
-        others = [other for other in self.get(signature, ()) if other is not instead]
-        self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
 
 
 class Watch:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,12 +71,12 @@ class _Planner:
         self.n = losses.shape[0]
         self.names = {id(parameter): name for name, parameter in traced.trained}
         self.group = self._group()
-        self.aside = {number for number, call in enumerate(traced.calls) if call.rule.generic}
+        self.aside = account_by_operators(traced.calls)
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
-        self.blind = False
+        self.blind: dict[Any, Tensor] = {}
 
     def _group(self) -> ProcessGroup | None:
         """The processes that every backward pass is of."""
@@ -175,7 +175,8 @@ class _Planner:
                 continue
             parts = self._parts(number, position)
             owners = None if not parts else _agreed(parts)
-            if owners is None or not bool((owners != NOBODY).any()):
+            blind = self._blind_rows(number, position)
+            if owners is None or not (blind is not None or bool((owners != NOBODY).any())):
                 found[number] = None
                 continue
             if not call.rule.whole_call and call.rule.misses_batch(
@@ -183,8 +184,15 @@ class _Planner:
             ):
                 found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
-                found[number] = arranged(owners, self.n)
+                found[number] = arranged(owners, self.n, blind)
         return found
+
+    def _blind_rows(self, number: int, position: int) -> Tensor | None:
+        key: Any = (
+            ("call", number) if self._seen_by_collector(number) else (position, self.traced.calls[number].output_nr)
+        )
+        found = [rows for other, rows in self.blind.items() if other[:2] == key]
+        return found[0] if found else None
 
     def _only_owner(self, call: Call, owners: Tensor) -> Tensor:
         """The example that a layer without a dimension of examples was called on, 0-dimensional."""
@@ -216,9 +224,7 @@ class _Planner:
         border = self._border()
         for position, slot in border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
-            if self.structure.covered(position, slot) is None:
-                found |= set(around)
-            elif around and position in self.structure.inner:
+            if self.structure.covered(position, slot) is None or (around and position in self.structure.inner):
                 found |= set(around)
         lost = {
             source.parameter
@@ -263,6 +269,8 @@ class _Planner:
         for (position, _), owners in self.nodes.items():
             if bool((owners != NOBODY).any()):
                 spoken.add(position)
+        for key in self.blind:
+            spoken.add(self.traced.positions[self.traced.nodes[key[1]]] if key[0] == "call" else key[0])
         for number, parts in self.calls.items():
             if any(bool((owners != NOBODY).any()) for owners in parts):
                 spoken.add(self.traced.positions[self.traced.nodes[number]])
@@ -315,7 +323,7 @@ class _Planner:
             coupled=coupled,
             routes=tuple(routes),
             keeps=keeps and not self.blind,
-            blind=self.blind,
+            blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
@@ -382,7 +390,7 @@ class _Planner:
         owners = self.nodes.get((position, number))
         if position == len(self.traced.order) - 1:
             return Arrangement(PLAIN)
-        return None if owners is None else arranged(owners, self.n)
+        return None if owners is None else arranged(owners, self.n, self.blind.get((position, number)))
 
     def _sinks(self, layouts: Sequence[Ownership | None], positions: Collection[int]) -> tuple[tuple[int, int], ...]:
         """Edges such that a pass to them runs through all calls with a layout and the nodes at ``positions``."""
@@ -439,6 +447,15 @@ class _Planner:
         }
         if lost:
             raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
+
+
+def account_by_operators(calls: Sequence[Call]) -> set[int]:
+    """Numbers of the calls whose parameters are accounted for where they enter, inside of the call.
+
+    These are the calls of the generic rule. What goes on inside is cheaper than to run a module again, and goes where a
+    module draws random numbers. The rule is for compiled regions, into which nobody sees.
+    """
+    return {number for number, call in enumerate(calls) if call.rule.generic}
 
 
 def _fits(call: Call, ownership: Ownership) -> bool:

@@ -20,6 +20,7 @@ from ..torch_internals import (
     is_python_function,
     operator_name,
     output_shape,
+    saved_option,
     saved_options,
     saved_tensor_names,
     saved_tensors_of,
@@ -31,53 +32,296 @@ from .trace import Trace
 
 # Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
 FIXED = frozenset(
-    """
-    Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh Ceil Celu Clamp ClampMax ClampMin Clone
-    Conj Copy Cos Cosh Deg2Rad Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmod Frac Gelu Hardshrink Hardsigmoid
-    Hardswish Hardtanh Hypot I0 Imag Leaky_Relu LeakyRelu Lerp Lgamma Log Log10 Log1P Log2 LogSigmoid Logaddexp
-    Logaddexp2 Logit Maximum Minimum Mish Mul NanToNum NativeDropout FusedDropout Neg Positive Pow PreluKernel Rad2Deg
-    Real Reciprocal Relu Relu6 Remainder Round RreluWithNoise Rsqrt Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh Softplus
-    Softshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Trunc Xlogy ViewAsReal ViewAsComplex
-    Where MaskedFill
-    Addmm Addmv Addr Baddbmm Bmm Dot Mm MkldnnLinear Mv
-    Convolution ConvolutionOverrideable CudnnConvolution MkldnnConvolution MiopenConvolution ThnnConv2D
-    NativeLayerNorm NativeGroupNorm FusedRmsNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm
-    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention
-    ScaledDotProductCudnnAttention ScaledDotProductAttentionMath
-    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices
-    MaxPool3DWithIndices MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact2D GridSampler2D
-    BinaryCrossEntropy BinaryCrossEntropyWithLogits HuberLoss KlDiv MseLoss NllLoss NllLoss2D NllLossNd SmoothL1Loss
-    SoftMarginLoss
-    T Embedding Tap WeightNormInterface LinearCrossEntropy
-    """.split()
+    [
+        "Abs",
+        "Acos",
+        "Acosh",
+        "Add",
+        "Addcdiv",
+        "Addcmul",
+        "Alias",
+        "Angle",
+        "Asin",
+        "Asinh",
+        "Atan",
+        "Atan2",
+        "Atanh",
+        "Ceil",
+        "Celu",
+        "Clamp",
+        "ClampMax",
+        "ClampMin",
+        "Clone",
+        "Conj",
+        "Copy",
+        "Cos",
+        "Cosh",
+        "Deg2Rad",
+        "Digamma",
+        "Div",
+        "Elu",
+        "Erf",
+        "Erfc",
+        "Erfinv",
+        "Exp",
+        "Exp2",
+        "Expm1",
+        "Floor",
+        "Fmod",
+        "Frac",
+        "Gelu",
+        "Hardshrink",
+        "Hardsigmoid",
+        "Hardswish",
+        "Hardtanh",
+        "Hypot",
+        "I0",
+        "Imag",
+        "Leaky_Relu",
+        "LeakyRelu",
+        "Lerp",
+        "Lgamma",
+        "Log",
+        "Log10",
+        "Log1P",
+        "Log2",
+        "LogSigmoid",
+        "Logaddexp",
+        "Logaddexp2",
+        "Logit",
+        "Maximum",
+        "Minimum",
+        "Mish",
+        "Mul",
+        "NanToNum",
+        "NativeDropout",
+        "FusedDropout",
+        "Neg",
+        "Positive",
+        "Pow",
+        "PreluKernel",
+        "Rad2Deg",
+        "Real",
+        "Reciprocal",
+        "Relu",
+        "Relu6",
+        "Remainder",
+        "Round",
+        "RreluWithNoise",
+        "Rsqrt",
+        "Selu",
+        "Sgn",
+        "Sigmoid",
+        "Sign",
+        "Silu",
+        "Sin",
+        "Sinc",
+        "Sinh",
+        "Softplus",
+        "Softshrink",
+        "Sqrt",
+        "Square",
+        "Sub",
+        "Tan",
+        "Tanh",
+        "Threshold",
+        "ToCopy",
+        "Trunc",
+        "Xlogy",
+        "ViewAsReal",
+        "ViewAsComplex",
+        "Where",
+        "MaskedFill",
+        "Addmm",
+        "Addmv",
+        "Addr",
+        "Baddbmm",
+        "Bmm",
+        "Dot",
+        "Mm",
+        "MkldnnLinear",
+        "Mv",
+        "Convolution",
+        "ConvolutionOverrideable",
+        "CudnnConvolution",
+        "MkldnnConvolution",
+        "MiopenConvolution",
+        "ThnnConv2D",
+        "NativeLayerNorm",
+        "NativeGroupNorm",
+        "FusedRmsNorm",
+        "NativeBatchNorm",
+        "CudnnBatchNorm",
+        "MiopenBatchNorm",
+        "ScaledDotProductFlashAttention",
+        "ScaledDotProductFlashAttentionForCpu",
+        "ScaledDotProductEfficientAttention",
+        "ScaledDotProductCudnnAttention",
+        "ScaledDotProductAttentionMath",
+        "AdaptiveAvgPool2D",
+        "AdaptiveAvgPool3D",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+        "AvgPool2D",
+        "AvgPool3D",
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "MkldnnAdaptiveAvgPool2D",
+        "MkldnnMaxPool2D",
+        "UpsampleBicubic2D",
+        "UpsampleBilinear2D",
+        "UpsampleLinear1D",
+        "UpsampleNearest1D",
+        "UpsampleNearest2D",
+        "UpsampleNearest3D",
+        "UpsampleTrilinear3D",
+        "UpsampleNearestExact2D",
+        "GridSampler2D",
+        "BinaryCrossEntropy",
+        "BinaryCrossEntropyWithLogits",
+        "HuberLoss",
+        "KlDiv",
+        "MseLoss",
+        "NllLoss",
+        "NllLoss2D",
+        "NllLossNd",
+        "SmoothL1Loss",
+        "SoftMarginLoss",
+        "T",
+        "Embedding",
+        "Tap",
+        "WeightNormInterface",
+        "LinearCrossEntropy",
+    ]
 )
 
 # Of these, the ones that combine the rows of an operand's dimension with each other, whatever else they do.
 ELEMENTWISE = FIXED - frozenset(
-    """
-    Addmm Addmv Addr Baddbmm Bmm Dot Mm MkldnnLinear Mv
-    Convolution ConvolutionOverrideable CudnnConvolution MkldnnConvolution MiopenConvolution ThnnConv2D
-    NativeLayerNorm NativeGroupNorm FusedRmsNorm
-    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu ScaledDotProductEfficientAttention
-    ScaledDotProductCudnnAttention ScaledDotProductAttentionMath
-    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D AvgPool2D AvgPool3D MaxPool2DWithIndices
-    MaxPool3DWithIndices MkldnnAdaptiveAvgPool2D MkldnnMaxPool2D UpsampleBicubic2D UpsampleBilinear2D UpsampleLinear1D
-    UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleTrilinear3D UpsampleNearestExact2D GridSampler2D
-    NllLoss NllLoss2D NllLossNd T Embedding Tap WeightNormInterface LinearCrossEntropy
-    """.split()
+    [
+        "Addmm",
+        "Addmv",
+        "Addr",
+        "Baddbmm",
+        "Bmm",
+        "Dot",
+        "Mm",
+        "MkldnnLinear",
+        "Mv",
+        "Convolution",
+        "ConvolutionOverrideable",
+        "CudnnConvolution",
+        "MkldnnConvolution",
+        "MiopenConvolution",
+        "ThnnConv2D",
+        "NativeLayerNorm",
+        "NativeGroupNorm",
+        "FusedRmsNorm",
+        "ScaledDotProductFlashAttention",
+        "ScaledDotProductFlashAttentionForCpu",
+        "ScaledDotProductEfficientAttention",
+        "ScaledDotProductCudnnAttention",
+        "ScaledDotProductAttentionMath",
+        "AdaptiveAvgPool2D",
+        "AdaptiveAvgPool3D",
+        "AdaptiveMaxPool2D",
+        "AdaptiveMaxPool3D",
+        "AvgPool2D",
+        "AvgPool3D",
+        "MaxPool2DWithIndices",
+        "MaxPool3DWithIndices",
+        "MkldnnAdaptiveAvgPool2D",
+        "MkldnnMaxPool2D",
+        "UpsampleBicubic2D",
+        "UpsampleBilinear2D",
+        "UpsampleLinear1D",
+        "UpsampleNearest1D",
+        "UpsampleNearest2D",
+        "UpsampleNearest3D",
+        "UpsampleTrilinear3D",
+        "UpsampleNearestExact2D",
+        "GridSampler2D",
+        "NllLoss",
+        "NllLoss2D",
+        "NllLossNd",
+        "T",
+        "Embedding",
+        "Tap",
+        "WeightNormInterface",
+        "LinearCrossEntropy",
+    ]
 )
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
 MOVING = frozenset(
-    """
-    View ReshapeAlias UnsafeView AsStrided Transpose Permute Movedim Unsqueeze Squeeze Slice Select Split SplitWithSizes
-    Unbind Cat Stack Roll Flip Rot90 Diagonal DiagEmbed Unfold Narrow Sum Mean Nansum Amax Amin Max Min Prod
-    Var VarMean Std StdMean LinalgVectorNorm Norm ConstantPadNd Tril Triu Split Chunk PixelShuffle PixelUnshuffle
-    Index IndexSelect Gather Take Sort Topk Kthvalue Median Nanmedian Mode MaskedSelect MaskedScatter PackPaddedSequence
-    IndexAdd IndexCopy IndexFill IndexPut Scatter ScatterAdd ScatterReduce UnsafeIndex IndexReduce
-    """.split()
+    [
+        "View",
+        "ReshapeAlias",
+        "UnsafeView",
+        "AsStrided",
+        "Transpose",
+        "Permute",
+        "Movedim",
+        "Unsqueeze",
+        "Squeeze",
+        "Slice",
+        "Select",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Cat",
+        "Stack",
+        "Roll",
+        "Flip",
+        "Rot90",
+        "Diagonal",
+        "DiagEmbed",
+        "Unfold",
+        "Narrow",
+        "Sum",
+        "Mean",
+        "Nansum",
+        "Amax",
+        "Amin",
+        "Max",
+        "Min",
+        "Prod",
+        "Var",
+        "VarMean",
+        "Std",
+        "StdMean",
+        "LinalgVectorNorm",
+        "Norm",
+        "ConstantPadNd",
+        "Tril",
+        "Triu",
+        "Split",
+        "Chunk",
+        "PixelShuffle",
+        "PixelUnshuffle",
+        "Index",
+        "IndexSelect",
+        "Gather",
+        "Take",
+        "Sort",
+        "Topk",
+        "Kthvalue",
+        "Median",
+        "Nanmedian",
+        "Mode",
+        "MaskedSelect",
+        "MaskedScatter",
+        "PackPaddedSequence",
+        "IndexAdd",
+        "IndexCopy",
+        "IndexFill",
+        "IndexPut",
+        "Scatter",
+        "ScatterAdd",
+        "ScatterReduce",
+        "UnsafeIndex",
+        "IndexReduce",
+    ]
 )
 
 Owners = Mapping[tuple[int, int], Tensor]
@@ -178,7 +422,7 @@ def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
 def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners) -> bool:
     """Whether indices pick among rows of several examples."""
     found = [owners.get((child, 0)) for child in behind]
-    along = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else getattr(node, "_saved_dim", None)
+    along = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
     if not isinstance(along, int):
         return True
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
@@ -198,18 +442,19 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return False
     if name in ("Mm", "Addmm"):
         right = traced.children[position][2 if name == "Addmm" else 1]
-        return (right is not None and right >= 0 and right not in skip) or 1 in varying(own)
+        owned = right is not None and right not in skip and (right, 0) in owners
+        return owned or 1 in varying(own)
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip)
     differs = varying(own)
     if name in ("Softmax", "LogSoftmax", "Cumsum", "Logsumexp", "Cumprod", "Logcumsumexp"):
-        dim = getattr(traced.order[position], "_saved_dim", 0)
+        dim = saved_option(traced.order[position], "dim")
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         rank = len(output_shape(traced.order[position]))
         return any(_dimension(d, rank) in differs for d in dims)
     if name in ("NativeLayerNorm", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
-        return any(dim >= rank - len(traced.order[position]._saved_normalized_shape) for dim in differs)
+        return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
     return bool(differs - {0})
 
 

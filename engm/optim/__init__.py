@@ -2,10 +2,10 @@
 
 from .aengm import AENGM, NENGM
 from .alpha import alpha_for
-from .base import ExampleOptimizer, StepStats
+from .base import ExampleOptimizer
 from .baselines import FENGM, GNC, MSGD, SNGM
 from .engm import ENGM
-from .weights import ExampleNorms, Weighting
+from .weights import ExampleNorms, StepStats, Weighting
 
 __all__ = [
     "AENGM",

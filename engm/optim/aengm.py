@@ -43,6 +43,14 @@ def fit_line(x: Tensor, y: Tensor, group: ProcessGroup | None = None) -> tuple[T
     return coefficients, r_squared, spread & torch.isfinite(coefficients).all()
 
 
+def _check_smoothing(tau: int, beta_gamma: float) -> None:
+    """Refuses options of the regression that are out of range."""
+    if not isinstance(tau, int) or tau < 1:
+        raise ValueError(f"tau must be a positive integer, got {tau!r}.")
+    if not isinstance(beta_gamma, int | float) or not 0 <= beta_gamma < 1:
+        raise ValueError(f"beta_gamma must lie in [0, 1), got {beta_gamma!r}.")
+
+
 class NENGM(ExampleOptimizer):
     """Naive ENGM: ``w_i = min(alpha / ||dL_i/dx_i||, 1)`` (Alg. 1 with Naive = True).
 
@@ -117,10 +125,7 @@ class AENGM(ExampleOptimizer):
         average_first_fit: bool = False,
     ) -> None:
         self.alpha = check_alpha(alpha)
-        if not isinstance(tau, int) or tau < 1:
-            raise ValueError(f"tau must be a positive integer, got {tau!r}.")
-        if not isinstance(beta_gamma, int | float) or not 0 <= beta_gamma < 1:
-            raise ValueError(f"beta_gamma must lie in [0, 1), got {beta_gamma!r}.")
+        _check_smoothing(tau, beta_gamma)
         super().__init__(model, optimizer)
         self.tau = tau
         self.beta_gamma = beta_gamma
@@ -137,8 +142,14 @@ class AENGM(ExampleOptimizer):
         """Whether this step is one of every ``tau``, at which the regression reads norms."""
         return self.steps % self.tau == 0
 
+    @property
+    def estimates_from_all(self) -> bool:
+        """Whether the regression is due, through the examples of all ranks."""
+        return self.needs_norms
+
     def _check_options(self) -> None:
         check_alpha(self.alpha)
+        _check_smoothing(self.tau, self.beta_gamma)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
         found = norms.of_inputs

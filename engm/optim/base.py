@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..backward.inputs import Inputs
 from ..backward.norms import Measurement
-from ..checks import check_positive
+from ..checks import check_losses, check_positive
 from ..distributed import Ranks, total
 from ..module import as_wrapped
 from ..terms.loss_scale import LossScale
 from ..torch_internals import norms_of_each
 from .batch import LossBatch
-from .weights import ExampleNorms, Weighting
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Figures of one ``backward`` or ``reweight``, as tensors on the losses' device (reading them synchronises).
-
-    Attributes:
-        losses: ``[n]``, the losses, detached.
-        weights: ``[n]``, ``w_i``.
-        norms: ``[n]``, the norms the weights were made from (a prediction for N- and A-ENGM); None for MSGD.
-        input_norms: ``[n]``, norms of the input gradients, where they were used.
-
-    Weights and norms are ``[groups, n]`` where :class:`engm.ENGM` clips by groups.
-    """
-
-    losses: Tensor
-    weights: Tensor
-    norms: Tensor | None = None
-    input_norms: Tensor | None = None
-
-    @property
-    def clipped_fraction(self) -> Tensor:
-        """Share of the weights below 1, 0-dimensional."""
-        return (self.weights < 1).to(self.weights.dtype).mean()
+from .closure import refuse_missing_closure, refuse_unweighted_closure
+from .outside import OutsideWatch, refuse_parameters_outside
+from .together import Agreement, in_processes
+from .weights import ExampleNorms, StepStats, Weighting
 
 
 class ExampleOptimizer(torch.optim.Optimizer):
@@ -56,6 +36,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
     Raises:
         TypeError: the model is not wrapped, or ``optimizer`` is not a torch optimizer.
+        ValueError: the optimizer holds trained parameters that are not the model's.
 
     Attributes:
         stats: :class:`StepStats` of the last call, or None.
@@ -75,7 +56,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
         self.optimizer = optimizer
+        refuse_parameters_outside(self.model, optimizer.param_groups)
         self.stats: StepStats | None = None
+        self._watch = OutsideWatch()
+        if isinstance(model, DistributedDataParallel):
+            self._ranks = Ranks(model.process_group)
         if self.uses_input_grads:
             self.model.input_grads_wanted = True
 
@@ -105,6 +90,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def needs_input_grads(self) -> bool:
         """Whether the next ``backward`` reads input gradients."""
         return self.uses_input_grads
+
+    @property
+    def estimates_from_all(self) -> bool:
+        """Whether the next ``backward`` estimates from the batch of all ranks, see :attr:`ExampleNorms.group`."""
+        return False
 
     # -- the face --------------------------------------------------------------------------------------------
 
@@ -138,18 +128,20 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError, RuntimeError: bad arguments, as :func:`engm.measure`, or a network split by
-                ``fully_shard``; parameters, gradients and optimizer state are as they were.
+                ``fully_shard``; parameters, gradients and optimizer state are as they were. Of several ranks that work
+                together all raise the error of the first (on the CPU, or with ``check=True`` on all of them).
         """
-        divisor = None if divisor is None else check_positive("divisor", divisor)
         if self.model.shard_group is not None:
             raise RuntimeError(
                 "under fully_shard gradients are reduced in a backward pass of its own, to the shards: use "
                 "opt.reweight(losses).mean().backward() there."
             )
-        batch = self._batch(losses, inputs, measurement, loss_scale, check)
-        with torch.autocast(losses.device.type, enabled=False):  # the caller's may still be on, as in Lightning
+        with torch.enable_grad():  # the caller may be in no_grad, where a backward pass may run as well
+            batch = self._batch(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
+        # The caller's autocast may still be on, as in Lightning.
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             weighting = self._weighting(batch, one_pass=True)
-            batch.accumulate(weighting, losses.shape[0] if divisor is None else divisor)
+            batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
         return self._record(batch, weighting)
 
     def reweight(
@@ -179,27 +171,59 @@ class ExampleOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
-        batch = self._batch(losses, inputs, measurement, loss_scale, check)
-        with torch.autocast(losses.device.type, enabled=False):
+        with torch.enable_grad():
+            batch = self._batch(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
+        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
             weighting = self._weighting(batch, one_pass=False)
         batch.release()
         self._record(batch, weighting)
         return losses * weighting.weights.to(losses.dtype)
 
     def _batch(
-        self, losses: Tensor, inputs: Inputs, measurement: Measurement | None, loss_scale: float, check: bool | None
+        self,
+        losses: Tensor,
+        inputs: Inputs,
+        measurement: Measurement | None,
+        divisor: float | None,
+        loss_scale: float,
+        check: bool | None,
+        *,
+        one_pass: bool,
     ) -> LossBatch:
+        """The batch, checked. Of several ranks that work together all get one, or all raise the same error."""
         if "optimizer" not in self.__dict__:
             raise TypeError(
                 f"this {type(self).__name__} only stands for an engm optimizer, as Lightning's wrapper does, and what "
                 "a step notes would be lost on it: call backward and reweight of the optimizer itself, opt.optimizer."
             )
-        captured = self.uses_norms or self.uses_input_grads
-        scale = LossScale(check_positive("loss_scale", loss_scale))
-        return LossBatch(self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured)
+
+        self._check_options()
+
+        def checked() -> LossBatch:
+            if divisor is not None:
+                check_positive("divisor", divisor)
+            scale = LossScale(check_positive("loss_scale", loss_scale))
+            captured = self.uses_norms or self.uses_input_grads
+            batch = LossBatch(self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured)
+            self._watch.look(batch.trace, self.model, self.param_groups, one_pass=one_pass)
+            batch.check_request(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads)
+            return batch
+
+        if not in_processes():
+            return checked()
+        agreement = Agreement(
+            self.model,
+            losses,
+            latest=self._ranks,
+            check=check,
+            estimates=self.estimates_from_all,
+            norms=self.needs_norms,
+        )
+        if agreement.passes_are_shared:  # a rank that is not there would be missed by the first pass of the checks
+            agreement.reached(lambda: check_losses(losses, finite=check))
+        return agreement.reached(checked)
 
     def _weighting(self, batch: LossBatch, *, one_pass: bool) -> Weighting:
-        self._check_options()
         return self.weights(
             batch.norms(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads, one_pass=one_pass)
         )
@@ -276,23 +300,48 @@ class ExampleOptimizer(torch.optim.Optimizer):
             raise AttributeError(name)
         return getattr(optimizer, name)
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The inner optimizer's step.
 
+        Args:
+            closure: for inner optimizers that evaluate the loss themselves, once or several times a step, as
+                :class:`torch.optim.LBFGS`: it clears the gradients, computes the losses, calls ``backward(losses)`` of
+                this optimizer and returns the loss, ``losses.mean()``. Every evaluation is clipped.
+
         Raises:
-            ValueError: a closure is given; it would bypass the weights.
+            TypeError: the inner optimizer needs a closure and there is none.
+            RuntimeError: the closure calls neither ``backward`` nor ``reweight``, so it would go round the weights.
         """
         if closure is not None:
-            raise ValueError("engm optimizers take no closure: call opt.backward(losses), then opt.step().")
+            return self.optimizer.step(partial(self._evaluated, closure))
+        refuse_missing_closure(self.optimizer)
         return self.optimizer.step()
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
+        """What the closure returns; it has to have weighted the examples."""
+        before = self.stats
+        loss = closure()
+        if self.stats is before:
+            refuse_unweighted_closure()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The inner optimizer's ``zero_grad``."""
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The inner optimizer's ``add_param_group``."""
+        """The inner optimizer's ``add_param_group``.
+
+        Raises:
+            ValueError: the group has trained parameters that are not the model's; it is not added.
+        """
+        known = len(self.param_groups)
         self.optimizer.add_param_group(param_group)
+        try:
+            refuse_parameters_outside(self.model, self.param_groups[known:], known)
+        except ValueError:
+            del self.param_groups[known:]
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and under ``"engm"`` ours: coefficients, calibration factors, counters."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_alpha, check_positive
+from ..checks import check_positive
 from .base import ExampleOptimizer, total_norm
+from .closure import refuse_missing_closure
 from .weights import ExampleNorms, Weighting
 
 
@@ -46,20 +47,34 @@ class WholeGradientOptimizer(MSGD):
         """The factor for a gradient of this norm; both 0-dimensional."""
         raise TypeError(f"{type(self).__name__} must define _factor")
 
-    def step(self, closure: Callable[[], float] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Multiply the gradient by its factor, then take the inner optimizer's step.
 
+        Args:
+            closure: as in :meth:`ExampleOptimizer.step`; the gradient of every evaluation gets its factor.
+
         Raises:
-            ValueError: a closure is given.
+            TypeError, RuntimeError: as :meth:`ExampleOptimizer.step`.
         """
         if closure is None:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            if gradients:
-                self.grad_norm = total_norm(gradients)
-                factor = self._factor(self.grad_norm)
-                for gradient in gradients:
-                    gradient.mul_(factor.to(gradient))
+            refuse_missing_closure(self.optimizer)
+            self._multiply()
         return super().step(closure)
+
+    def _evaluated(self, closure: Callable[[], Any]) -> Any:
+        loss = super()._evaluated(closure)
+        self._multiply()
+        return loss
+
+    @torch.no_grad()
+    def _multiply(self) -> None:
+        """Multiply the gradient that there is by its factor."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            self.grad_norm = total_norm(gradients)
+            factor = self._factor(self.grad_norm)
+            for gradient in gradients:
+                gradient.mul_(factor.to(gradient))
 
 
 class SNGM(WholeGradientOptimizer):
@@ -101,7 +116,11 @@ class GNC(WholeGradientOptimizer):
         self.max_norm = check_positive("max_norm", max_norm)
         super().__init__(model, optimizer)
 
+    def _check_options(self) -> None:
+        check_positive("max_norm", self.max_norm)
+
     def _factor(self, norm: Tensor) -> Tensor:
+        self._check_options()  # a negative one, set since, would turn the gradient round
         return torch.where(norm > self.max_norm, self.max_norm / norm, torch.ones_like(norm))
 
 
@@ -130,9 +149,9 @@ class FENGM(ExampleOptimizer):
         super().__init__(model, optimizer)
 
     def _check_options(self) -> None:
-        check_alpha(self.alpha)
+        check_positive("alpha", self.alpha)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
         found = norms.of_gradients
-        weights = torch.where(found > 0, check_alpha(self.alpha) / found, torch.ones_like(found))
+        weights = torch.where(found > 0, float(self.alpha) / found, torch.ones_like(found))
         return Weighting(torch.where(found.isfinite(), weights, torch.full_like(found, torch.nan)), found)

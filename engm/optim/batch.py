@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backward.collect import TermCollector
-from ..backward.inputs import Inputs, input_gradients, input_norms, pack_input_grads, resolve_inputs
+from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 from ..backward.norms import Measurement, calibrated_squared_norms, measure_graph, own_mode
 from ..backward.prepare import planned_losses
 from ..checks import check_losses
@@ -65,13 +65,22 @@ class LossBatch:
         self._collector: TermCollector | None = None
         self._graph: PlannedGraph | None = None
         if captured:
-            self._graph = planned_losses(model, losses, check=check)
+            self._graph = planned_losses(model, losses, check=check, scale=scale)
             self.trace = self._graph.trace
         else:
             check_losses(losses, finite=check)
             self.trace = trace(losses, model, model.trainable_parameters())
+            self._check_reached()
         if measurement is not None:
             self._check_measurement(measurement)
+
+    def _check_reached(self) -> None:
+        """Refuses losses from which no gradient would come; who reads norms learns it when the graph is planned."""
+        whole = self.model.shard_group is None  # else the parameters in the graph are copies, which may not be known
+        if whole and not any(id(p) in self.trace.leaves for _, p in self.trace.trained):
+            raise RuntimeError(
+                "the losses reach no trained parameter of this model: pass the model that computed them."
+            )
 
     def _check_measurement(self, measurement: Measurement) -> None:
         if not isinstance(measurement, Measurement):
@@ -88,6 +97,23 @@ class LossBatch:
     def ranks(self) -> Ranks | None:
         """The processes whose batches make up this one with it; None where the losses were computed by one alone."""
         return self.trace.ranks
+
+    def check_request(self, *, of_gradients: bool, of_inputs: bool) -> None:
+        """Refuses what cannot be answered by :meth:`norms`, before anything is changed.
+
+        Raises:
+            TypeError, ValueError: as :meth:`norms`.
+        """
+        if self._graph is None:
+            return
+        if self.measurement is None:
+            if of_inputs:
+                self._input_leaves()
+            return
+        if of_inputs:
+            self._borrowed_input_norms(self.measurement)
+        if of_gradients:
+            self._check_has_norms(self.measurement)
 
     # -- norms -----------------------------------------------------------------------------------------------
 
@@ -137,14 +163,17 @@ class LossBatch:
     def _calibrated(
         self, graph: PlannedGraph, measurement: Measurement, *, borrowed: bool
     ) -> tuple[Tensor, Tensor | None]:
+        self._check_has_norms(measurement)
+        return calibrated_squared_norms(
+            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
+        )
+
+    def _check_has_norms(self, measurement: Measurement) -> None:
         if measurement.stacked is None:
             raise ValueError(
                 "the measurement was taken with norms=False and this step reads norms: leave norms at True (see "
                 "needs_norms of the optimizer), or leave measurement out."
             )
-        return calibrated_squared_norms(
-            self.model, graph, self.losses, measurement, borrowed=borrowed, count=True, scale=self.scale
-        )
 
     def _borrowed_input_norms(self, measurement: Measurement) -> Tensor:
         found = measurement.input_norms
@@ -161,22 +190,17 @@ class LossBatch:
                 "measurement that was taken with inputs."
             )
         leaves = resolve_inputs(self.trace, self.inputs)
-        n, views = self.losses.shape[0], self.model.views
-        for leaf in leaves:
-            if leaf.dim() == 0 or leaf.shape[0] != n * views:
-                wanted = f"{n} examples" if views == 1 else f"{n} examples times views={views}"
-                raise ValueError(
-                    f"inputs must have the {wanted} along their first dimension, got shape {tuple(leaf.shape)}: there "
-                    "is one input gradient for each loss."
-                )
         if not leaves:
             raise ValueError("inputs must name at least one tensor.")
+        self._input_rows = input_rows(self.model.plans, self.losses, leaves, self.trace)
         return leaves
 
     def _input_norms(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:
         """``[n]`` from gradients of the scaled losses."""
         packed = pack_input_grads(self.inputs, leaves, gradients)
-        return self.scale.off_norms(input_norms(() if packed is None else packed, self.losses.shape[0]))
+        return self.scale.off_norms(
+            input_norms(() if packed is None else packed, self._input_rows, self.losses.shape[0])
+        )
 
     def _has_hooks(self) -> bool:
         """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
@@ -196,10 +220,6 @@ class LossBatch:
     def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:
         """Run an ordinary backward pass of the reweighted losses, one for each part."""
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
-        if not reached:
-            raise RuntimeError(
-                "the losses reach no trained parameter of this model: pass the model that computed them."
-            )
         parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
         for i, (weights, own) in enumerate(parts):
             targets = [p for p in reached if own is None or id(p) in own]
@@ -217,8 +237,10 @@ class LossBatch:
         )
         every = chain(self._zeros_of_reached(collector), sums)
         if self.ranks is None:
-            for parameter, gradient in list(every):  # nothing is half changed, should one of the sums have failed
-                _add_gradient(parameter, gradient)
+            found = list(every)  # nothing is half changed, should one of the sums have failed
+            with torch.no_grad():  # gradients that were there before may have a graph, as behind create_graph=True
+                for parameter, gradient in found:
+                    _add_gradient(parameter, gradient)
         else:
             backpropagate_leaves(every)
 

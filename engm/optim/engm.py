@@ -117,6 +117,11 @@ class ENGM(ExampleOptimizer):
             raise ValueError("reweight gives every loss one weight: clipping by groups needs opt.backward(losses).")
         return super().reweight(losses, inputs, measurement=measurement, loss_scale=loss_scale, check=check)
 
+    @property
+    def estimates_from_all(self) -> bool:
+        """Whether ``alpha`` follows the norms of all ranks."""
+        return self.quantile is not None
+
     def _check_options(self) -> None:
         self._alphas()
         names = tuple(name for name, _ in self.model.trainable_parameters())

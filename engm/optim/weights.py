@@ -1,4 +1,4 @@
-"""What a method of weighting gets and gives: norms of a batch's examples in, their weights out."""
+"""What a method of weighting gets and gives: norms of a batch's examples in, their weights and a step's figures out."""
 
 from __future__ import annotations
 
@@ -96,6 +96,30 @@ class Weighting:
     norms: Tensor | None = None
     input_norms: Tensor | None = None
     groups: Sequence[Sequence[int]] | None = None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Figures of one ``backward`` or ``reweight``, as tensors on the losses' device (reading them synchronises).
+
+    Attributes:
+        losses: ``[n]``, the losses, detached.
+        weights: ``[n]``, ``w_i``.
+        norms: ``[n]``, the norms the weights were made from (a prediction for N- and A-ENGM); None for MSGD.
+        input_norms: ``[n]``, norms of the input gradients, where they were used.
+
+    Weights and norms are ``[groups, n]`` where :class:`engm.ENGM` clips by groups.
+    """
+
+    losses: Tensor
+    weights: Tensor
+    norms: Tensor | None = None
+    input_norms: Tensor | None = None
+
+    @property
+    def clipped_fraction(self) -> Tensor:
+        """Share of the weights below 1, 0-dimensional."""
+        return (self.weights < 1).to(self.weights.dtype).mean()
 
 
 def predicted_weights(predicted: Tensor, alpha: float | Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class TiedTable(RowTerm):
     def held(self) -> list[Tensor]:
         return [*self.embedding.held(), *self.linear.held()]
 
-    def selected(self, rows: Tensor, valid: Tensor | None) -> TiedTable:
-        return TiedTable(self.embedding.selected(rows, valid), self.linear.selected(rows, valid))
+    def selected(self, rows: Tensor, padding: Tensor | None) -> TiedTable:
+        return TiedTable(self.embedding.selected(rows, padding), self.linear.selected(rows, padding))
 
     @property
     def alike(self) -> Hashable:

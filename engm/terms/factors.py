@@ -48,11 +48,10 @@ class Factors(RowTerm):
     def held(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.by_example]
 
-    def selected(self, rows: Tensor, valid: Tensor | None) -> Self:
+    def selected(self, rows: Tensor, padding: Tensor | None) -> Self:
         tensors = {name: getattr(self, name).index_select(0, rows) for name in self.by_example}
-        if valid is not None:
-            backprops = tensors["backprops"]
-            backprops.masked_fill_(~valid.view(-1, *[1] * (backprops.dim() - 1)), 0)
+        if padding is not None:
+            tensors["backprops"].index_fill_(0, padding, 0)
         return replace(self, **tensors)  # type: ignore[type-var]
 
 

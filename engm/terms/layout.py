@@ -52,22 +52,3 @@ class Layout:
 
 
 PLAIN = Layout()
-
-
-def layouts_of(shape: tuple[int, ...], n: int, views: int = 1) -> list[Layout]:
-    """Every layout that a tensor may have by its shape, the likeliest first.
-
-    Args:
-        shape: of the tensor.
-        n: number of examples.
-        views: how often the user says that the batch is repeated.
-    """
-    found = []
-    for dim in range(min(2, len(shape))):
-        rows, rest = divmod(shape[dim], n)
-        if rest or rows == 0:
-            continue
-        outers = [outer for outer in range(1, rows + 1) if rows % outer == 0]
-        outers.sort(key=lambda outer: (outer != views, outer not in (1, rows), outer))
-        found += [Layout(dim, outer, rows // outer) for outer in outers]
-    return found

@@ -36,12 +36,12 @@ class RowTerm(Term):
         """The tensors that the term is made of, each with examples first; backprops come last."""
         raise TypeError(f"{type(self).__name__} must define held")
 
-    def selected(self, rows: Tensor, valid: Tensor | None) -> Self:
+    def selected(self, rows: Tensor, padding: Tensor | None) -> Self:
         """The term of some examples, copied in the order that is asked for.
 
         Args:
             rows: int64 ``[m]``, the numbers of the examples; a number may come more than once.
-            valid: bool ``[m]``; where it is false, the gradient is zero. None: all are valid.
+            padding: int64, the places among the ``m`` whose gradient is zero instead of the example's.
         """
         raise TypeError(f"{type(self).__name__} must define selected")
 
@@ -152,17 +152,17 @@ class Scattered(Term):
             if length > most:
                 yield of_these, self._formed(of_these, length, most)
             else:
-                yield of_these, self._padded(of_these, length, counts[start] < length)
+                yield of_these, self._padded(of_these, length, len(of_these) * length - sum(counts[start:end]))
             start = end
 
-    def _padded(self, numbers: Tensor, length: int, uneven: bool) -> Term:
-        """The regular term of examples of at most ``length`` rows, of which an example repeats its last as padding."""
+    def _padded(self, numbers: Tensor, length: int, missing: int) -> Term:
+        """The regular term of examples of at most ``length`` rows; ``missing`` ones are padded with their last rows."""
         by_owner = self.owners.sorted_rows
         place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
         counts = by_owner.counts[numbers].unsqueeze(1)
         rows = by_owner.order[by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)]
-        valid = (place < counts).flatten() if uneven else None
-        return self.rows.selected(rows.flatten(), valid).fold(1, len(numbers), length)
+        padding = (place >= counts).flatten().nonzero_static(size=missing).flatten() if missing else None
+        return self.rows.selected(rows.flatten(), padding).fold(1, len(numbers), length)
 
     def _formed(self, number: Tensor, length: int, most: int) -> Term:
         """The gradient of one example, from at most ``most`` of its ``length`` rows at once."""

@@ -246,7 +246,8 @@ class TestRegression:
     @pytest.mark.parametrize("call", ["backward", "reweight"])
     def test_training_mode_batch_norm(self, call):
         net, model, opt, x, y = make(engm.AENGM, "batch")
-        opt_engm = engm.ENGM(engm.GradNormModule(copy.deepcopy(net)), sgd(net), 0.3)
+        twin = engm.GradNormModule(copy.deepcopy(net))
+        opt_engm = engm.ENGM(twin, sgd(twin), 0.3)
         norms = opt_engm.backward(losses_of(opt_engm.model, x, y)).norms
         found = input_oracle(net, x, y)
         getattr(opt, call)(losses_of(model, x, y), x)

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from methods import METHODS, every
 from torch import nn
 from training import assert_same, batch, grads, losses_of, network, sgd, snapshot
 
 import engm
 
-METHODS = {
-    "engm": lambda model, inner: engm.ENGM(model, inner, 5.0),
-    "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=1),
-    "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
-    "msgd": engm.MSGD,
-    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
-    "sngm": engm.SNGM,
-    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
-}
 METERED = [name for name in METHODS if name not in ("msgd", "sngm", "gnc")]
 
 
@@ -38,10 +29,6 @@ def check(opt, error, message, losses, inputs=None, call="backward", **arguments
     with pytest.raises(error, match=message):
         getattr(opt, call)(losses, inputs, **arguments)
     assert_same(snapshot(opt), before)
-
-
-def every(*methods):
-    return pytest.mark.parametrize("method", methods or METHODS)
 
 
 both_calls = pytest.mark.parametrize("call", ["backward", "reweight"])
@@ -109,13 +96,6 @@ class TestModels:
         with model.paused():
             losses = losses_of(model, x, y)
         check(opt, RuntimeError, "Call the GradNormModule itself", losses, x, call)
-
-    def test_two_rows_an_example(self, method, norm, call):
-        model, opt, x, y = make(method, norm)
-        both = torch.cat([x, x])
-        logits = model(both)
-        losses = F.cross_entropy(logits[:8], y, reduction="none") + F.cross_entropy(logits[8:], y, reduction="none")
-        check(opt, RuntimeError, r"views=2\)", losses, both, call)
 
 
 class TestDivisor:

@@ -143,11 +143,6 @@ class TestTorchOptimizer:
         opt.load_state_dict(opt.state_dict())
         assert seen == ["pre", "post", "pre", "save", "load"]
 
-    def test_closures_are_refused(self, method):
-        _model, opt = make(method)
-        with pytest.raises(ValueError, match=r"opt.backward\(losses\), then opt.step\(\)"):
-            opt.step(lambda: 0.0)
-
     def test_repr_names_the_method_its_options_and_the_inner_optimizer(self, method):
         _, opt = make(method)
         assert repr(opt).startswith(type(opt).__name__ + "(")

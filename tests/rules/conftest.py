@@ -23,4 +23,4 @@ def run_again(monkeypatch):
 @pytest.fixture
 def preferred(monkeypatch):
     """The engine runs modules again, also those whose operators it could look into instead."""
-    monkeypatch.setattr(planning, "set_aside", lambda traced, choices: {})
+    monkeypatch.setattr(planning, "account_by_operators", lambda calls: set())

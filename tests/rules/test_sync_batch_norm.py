@@ -5,6 +5,7 @@ import torch
 from engine_checks import TOLERANCE, assert_measured, check
 from normalization import losses_of, shaken
 from oracle import random_losses, relative, tensor, truth
+from synchronised import KERNELS, forward_over, stats
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm as SyncFunction
 
@@ -29,10 +30,6 @@ class Gloo:
         return "gloo"
 
 
-def channelwise(x, *values):
-    return (value.view([1, -1] + [1] * (x.dim() - 2)) for value in values)
-
-
 @pytest.fixture
 def first_of_two_ranks(monkeypatch):
     """torch's synchronised batch norm, whose kernels are CUDA's alone, on the CPU as the first of two processes.
@@ -41,50 +38,17 @@ def first_of_two_ranks(monkeypatch):
     """
     other = []
 
-    def stats(x, eps):
-        var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
-        return mean, torch.rsqrt(var + eps)
-
-    def gather_stats(x, means, rstds, running_mean, running_var, momentum, eps, counts):
-        share = (counts / counts.sum()).unsqueeze(1)
-        mean = (means * share).sum(0)
-        var = ((rstds**-2 - eps + means**2) * share).sum(0) - mean**2
-        return mean, torch.rsqrt(var + eps)
-
-    def normalise(x, weight, bias, mean, rstd, eps):
-        mean, rstd, weight, bias = channelwise(x, mean, rstd, weight, bias)
-        return (x - mean) * rstd * weight + bias
-
-    def reduce_gradients(gy, x, mean, rstd, weight, *wanted):
-        centred = x - next(channelwise(x, mean))
-        dims = [0, *range(2, x.dim())]
-        return gy.sum(dims), (gy * centred).sum(dims), (gy * centred).sum(dims) * rstd, gy.sum(dims)
-
-    def input_gradient(gy, x, mean, rstd, weight, sum_dy, sum_dy_xmu, counts):
-        mean, rstd, weight, sum_dy, sum_dy_xmu = channelwise(x, mean, rstd, weight, sum_dy, sum_dy_xmu)
-        return (gy - (sum_dy + (x - mean) * rstd**2 * sum_dy_xmu) / counts.sum()) * rstd * weight
-
     def all_gather(found, own, group, async_op):
         found[0].copy_(own)
         x = other[-1]
         found[1].copy_(torch.cat([*stats(x, 1e-5), x.new_full((1,), x.numel() // x.shape[1])]))
 
-    def forward(self, x):
-        options = (self.running_mean, self.running_var, self.eps, self.momentum, Gloo(), 2)
-        return SyncFunction.apply(x, self.weight, self.bias, *options)
-
-    replaced = {
-        "batch_norm_stats": stats,
-        "batch_norm_gather_stats_with_counts": gather_stats,
-        "batch_norm_elemt": normalise,
-        "batch_norm_backward_reduce": reduce_gradients,
-        "batch_norm_backward_elemt": input_gradient,
-        "distributed.all_gather": all_gather,
-        "distributed.all_reduce": lambda *_, **__: None,  # sums that frozen statistics have no use for
-    }
-    for name, function in replaced.items():
-        monkeypatch.setattr(f"torch.{name}", function)
-    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward)
+    for name, function in KERNELS.items():
+        monkeypatch.setattr(name, function)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    # These are sums that frozen statistics have no use for.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", forward_over(Gloo(), 2))
     return other
 
 

@@ -46,18 +46,24 @@ def summed(rows, owners):
     return total
 
 
+def changed(term, change):
+    """The same term with every tensor changed."""
+    if isinstance(term, MixedTerm):
+        return MixedTerm([changed(part, change) for part in term.parts])
+    values = {field.name: getattr(term, field.name) for field in fields(term)}
+    parts = {name: changed(value, change) for name, value in values.items() if isinstance(value, Term)}
+    tensors = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(term, **parts, **tensors)
+
+
 def in_dtype(term, dtype):
     """The same term with its floating point tensors rounded to ``dtype``."""
-    if isinstance(term, MixedTerm):
-        return MixedTerm([in_dtype(part, dtype) for part in term.parts])
-    changed = {}
-    for field in fields(term):
-        value = getattr(term, field.name)
-        if isinstance(value, Term):
-            changed[field.name] = in_dtype(value, dtype)
-        elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            changed[field.name] = value.to(dtype)
-    return replace(term, **changed)
+    return changed(term, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def cropped(term, n):
+    """The term of the first ``n`` examples."""
+    return changed(term, lambda tensor: tensor[:n])
 
 
 @every_kind
@@ -94,6 +100,29 @@ def test_examples_without_any_rows(kind):
     of = Owners(torch.full((4,), NOBODY), 3)
     term, rows = KINDS[kind](4)
     assert_term(term.regrouped(of), torch.zeros(3, *rows.shape[1:], dtype=torch.float64))
+
+
+@every_kind
+def test_no_rows_at_all(kind):
+    """As of an expert that no token was routed to."""
+    of = Owners(torch.zeros(0, dtype=torch.int64), 3)
+    some, rows = KINDS[kind](4)
+    none = cropped(some, 0).regrouped(of)
+    nothing = torch.zeros(3, *rows.shape[1:], dtype=torch.float64)
+    assert_term(none, nothing)
+    assert_term(none.compact(), nothing)
+    others = owners([1, 0, 3])
+    assert_term(combine([none, some.regrouped(others)]), summed(rows, others))
+
+
+def test_an_infinite_row_stays_with_its_owner():
+    of = owners([3, 2, 1, 2])
+    term, rows = linear(8)
+    term.backprops[of.of == 1] = torch.inf
+    norms = term.regrouped(of).squared_norm()
+    assert norms.isfinite().tolist() == [True, False, True, True]
+    want = summed(rows, of).flatten(1).square().sum(1)
+    assert relative(norms[[0, 2, 3]], want[[0, 2, 3]]) <= 1e-9
 
 
 @every_kind
@@ -171,8 +200,8 @@ def recorded(monkeypatch, kind):
     """Bytes of every copy of rows that a kind of term makes."""
     copied, selected = [], kind.selected
 
-    def recording(self, rows, valid):
-        found = selected(self, rows, valid)
+    def recording(self, rows, padding):
+        found = selected(self, rows, padding)
         copied.append(sum(tensor.nbytes for tensor in found.held()))
         return found
 

@@ -1,0 +1,83 @@
+"""In which rows of the network's inputs each example lies, for the norms of input gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..rules.entries import BATCH_NORMS
+from ..terms.layout import Layout
+from ..terms.owners import NOBODY, Ownership
+from ..torch_internals import batch_norm_statistics, operator_name
+from .arrangement import arranged
+from .owners import SEVERAL, Question
+from .plan import Plan
+from .routing import routes_of
+from .structure import Structure
+from .trace import Trace
+
+
+def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], seed: float = 1.0) -> Plan:
+    """Where the examples lie in tensors that the losses depend on, as the ``layouts`` of a plan.
+
+    Where several examples have a share in a row, as behind a batch norm in training mode, or where no gradient comes
+    to, examples are taken to lie along the first dimension in order, several times if there are as many rows.
+
+    Args:
+        traced: the graph.
+        losses: ``[n]``.
+        tensors: the inputs, which require grad.
+        seed: what losses are multiplied by in backward passes.
+
+    Raises:
+        ValueError: the examples do not lie along the first dimension of one of them.
+    """
+    n = losses.shape[0]
+    usual = [_usual(tensor, n) for tensor in tensors]
+    if n == 1:
+        return Plan(tuple(_required(layout, tensor, n) for layout, tensor in zip(usual, tensors, strict=True)))
+    structure = Structure(traced, ())
+    couplings = [
+        position
+        for position, node in enumerate(traced.order)
+        if operator_name(node) in BATCH_NORMS and position not in structure.calls_at
+        if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
+    ]
+    question = Question(traced, losses, seed, couplings)
+    positions = {p for p, pure in enumerate(structure.pure) if not pure} - structure.inner
+    question.ask(positions, tensors=tensors)
+    found: list[Ownership] = []
+    keeps = not question.blind
+    for number, tensor in enumerate(tensors):
+        owners = question.tensors.get(number)
+        if owners is None or bool((owners == SEVERAL).any()) or not bool((owners != NOBODY).any()):
+            found.append(_required(usual[number], tensor, n))
+            continue
+        arrangement = arranged(owners, n, question.blind.get(("tensor", number)))
+        if isinstance(arrangement.ownership, Layout):
+            found.append(arrangement.ownership)
+        else:
+            found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
+            keeps = keeps and arrangement.unknown is None
+    mixed = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
+    spoken = {position for (position, _), owners in question.nodes.items() if bool((owners != NOBODY).any())}
+    shared = structure.below(mixed | {position for position, pure in enumerate(structure.pure) if pure})
+    routes, comparable = routes_of(traced, structure, question.nodes, shared | (positions - spoken))
+    return Plan(tuple(found), routes=tuple(routes), keeps=keeps and comparable)
+
+
+def _usual(tensor: Tensor, n: int) -> Ownership | None:
+    rows = tensor.shape[0] if tensor.dim() else 0
+    if rows == 0 or rows % n:
+        return None
+    return Layout(0, 1, rows) if n == 1 else Layout(0, rows // n, 1)
+
+
+def _required(layout: Ownership | None, tensor: Tensor, n: int) -> Ownership:
+    if layout is None:
+        raise ValueError(
+            f"inputs must have the {n} examples along their first dimension, one of them has shape "
+            f"{tuple(tensor.shape)}, so it has no gradient an example."
+        )
+    return layout

@@ -1,0 +1,172 @@
+"""What a loop may do without a word from torch: it does what it does in torch, or it is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from methods import METHODS, every
+from torch import nn
+from training import assert_close, assert_same, batch, grads, losses_of, network, sgd, snapshot
+
+import engm
+
+
+def make(method="engm", norm="group"):
+    model = engm.GradNormModule(network(norm))
+    x, y = batch()
+    return model, METHODS[method](model, sgd(model)), x.requires_grad_(), y
+
+
+def wanted(method="engm", norm="group"):
+    """The gradient of one step, nothing special about it."""
+    model, opt, x, y = make(method, norm)
+    opt.backward(losses_of(model, x, y), x)
+    return [g.clone() for g in grads(model)]
+
+
+class TestGradients:
+    @every()
+    def test_zeros_that_were_left_are_filled_in_place(self, method):
+        model, opt, x, y = make(method)
+        opt.backward(losses_of(model, x, y), x)
+        opt.zero_grad(set_to_none=False)
+        assert all(bool((g == 0).all()) for g in grads(model))
+        places = [g.data_ptr() for g in grads(model)]
+        opt.backward(losses_of(model, x, y), x)
+        assert [g.data_ptr() for g in grads(model)] == places
+        assert_close(grads(model), wanted(method))
+
+    @every()
+    def test_no_two_share_memory(self, method):
+        found = wanted(method)
+        assert len({g.untyped_storage().data_ptr() for g in found}) == len(found)
+
+    @every()
+    def test_with_a_graph_of_their_own(self, method):
+        """They are left by ``backward(create_graph=True)`` of a penalty."""
+        model, opt, x, y = make(method)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p).requires_grad_()
+        opt.backward(losses_of(model, x, y), x)
+        assert_close([g.detach() for g in grads(model)], wanted(method))
+
+    @every()
+    @pytest.mark.parametrize("norm", ["group", "batch"])
+    def test_without_recording_around_backward(self, method, norm):
+        """torch's own ``backward`` does not mind ``no_grad`` either."""
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model, x, y)
+        with torch.no_grad():
+            opt.backward(losses, x)
+        assert_close(grads(model), wanted(method, norm))
+
+    @every()
+    @pytest.mark.parametrize("norm", ["group", "batch"])
+    def test_without_recording_around_reweight(self, method, norm):
+        model, opt, x, y = make(method, norm)
+        losses = losses_of(model, x, y)
+        with torch.no_grad():
+            found = opt.reweight(losses, x)
+        assert not found.requires_grad
+        assert_same(found, losses.detach() * opt.stats.weights)
+
+    @every()
+    @pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+    def test_hooks_run_once_for_every_parameter(self, method, kind):
+        model, opt, x, y = make(method)
+        seen = []
+        for p in model.parameters():
+            getattr(p, kind)(lambda _: seen.append(1))
+        opt.backward(losses_of(model, x, y), x)
+        assert len(seen) == len(list(model.parameters()))
+
+    def test_a_hook_of_a_module_that_changes_the_gradient_changes_that_of_every_example(self):
+        model, _, x, y = make()
+        opt = engm.ENGM(model, sgd(model), 1e9)
+        model.unwrap()[3].register_full_backward_hook(lambda _, given, __: (given[0] * 2,))
+        losses = losses_of(model, x, y)
+        expected = torch.autograd.grad(losses.mean(), list(model.parameters()), retain_graph=True)
+        opt.backward(losses)
+        assert_close(grads(model), list(expected))
+
+
+class TestLosses:
+    @every()
+    @pytest.mark.parametrize("call", ["backward", "reweight"])
+    def test_of_a_detached_part_are_refused(self, method, call):
+        model, opt, x, y = make(method)
+        temperature = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        losses = F.cross_entropy(model(x).detach() * temperature, y, reduction="none")
+        before = snapshot(opt)
+        with pytest.raises(RuntimeError, match=r"reach no trained parameter|not computed by a captured forward pass"):
+            getattr(opt, call)(losses, x)
+        assert_same(snapshot(opt), before)
+
+    @every()
+    def test_other_forward_passes_in_between_do_not_matter(self, method):
+        model, opt, x, y = make(method)
+        losses = losses_of(model, x, y)
+        losses_of(model, x.detach() + 1, y).sum()
+        with torch.no_grad():
+            model(x)
+        opt.backward(losses, x)
+        assert_close(grads(model), wanted(method))
+
+    @every()
+    def test_backward_after_reweight(self, method):
+        model, opt, x, y = make(method)
+        losses = losses_of(model, x, y)
+        opt.reweight(losses, x)
+        opt.backward(losses, x)
+        assert_close(grads(model), wanted(method))
+
+    @every()
+    def test_backward_twice(self, method):
+        model, opt, x, y = make(method)
+        losses = losses_of(model, x, y)
+        opt.backward(losses, x)
+        before = snapshot(opt)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            opt.backward(losses, x)
+        assert_same(snapshot(opt), before)
+
+    @every()
+    def test_a_step_between_forward_and_backward(self, method):
+        model, opt, x, y = make(method)
+        first, second = losses_of(model, x, y), losses_of(model, x, y)
+        opt.backward(first, x)
+        opt.step()
+        opt.zero_grad()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            opt.backward(second, x)
+        assert grads(model) == [None] * len(grads(model))
+
+
+class TestOptionsSetSince:
+    @pytest.mark.parametrize(
+        ("method", "option", "value"),
+        [
+            ("gnc", "max_norm", -1.0),
+            ("gnc", "max_norm", 0),
+            ("fengm", "alpha", float("inf")),
+            ("aengm", "tau", 0),
+            ("aengm", "beta_gamma", 1.0),
+        ],
+    )
+    def test_are_checked(self, method, option, value):
+        model, opt, x, y = make(method)
+        setattr(opt, option, value)
+        before = snapshot(opt)
+        with pytest.raises(ValueError, match=option):
+            opt.backward(losses_of(model, x, y), x)
+        assert_same(snapshot(opt), before)
+
+    def test_a_negative_bound_does_not_turn_the_gradient_round(self):
+        model, opt, x, y = make("gnc")
+        opt.backward(losses_of(model, x, y))
+        opt.max_norm = -1.0
+        before = snapshot(opt)
+        with pytest.raises(ValueError, match="max_norm"):
+            opt.step()
+        assert_same(snapshot(opt), before)
