@@ -21,6 +21,7 @@ from ..terms.combination import sum_of
 from ..torch_internals import leaf_of, node_outputs
 from .any_operator import backward_of_each
 from .same_tensor import same_tensors
+from .weight_norm import through_weight_norm
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Derived(Term):
     def squared_norm(self) -> Tensor:
         if len(self.uses) == 1 and self.uses[0][0].rearranged:
             return self.uses[0][1].squared_norm()
-        return squared_norm_of_dense(self)
+        return squared_norm_of_dense(self, max(1, CHUNK_BYTES // max(1, self.parameter.nbytes)))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         totals = [term.weighted_sum(weights).unsqueeze(0) for _, term in self.uses]
@@ -105,23 +106,46 @@ class Pieces(MixedTerm):
         return Pieces([part.compact() for part in self.parts])
 
 
-def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) -> Term:
+class Joining:
+    """Joins the terms of tensors that are one tensor, and remembers what was joined last.
+
+    Parameters that a tensor is computed from together, as the direction and the length of a weight, have their turns
+    one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]]] = ([], [])
+
+    def joined(self, uses: list[tuple[Origin, Term]]) -> list[tuple[Origin, Term]]:
+        """One term for each of the different tensors in ``uses``."""
+        last, found = self._last
+        places = {(origin.node, origin.number): origin for origin, _ in uses}
+        if len(last) == len(uses) and all(
+            (a.node, a.number) == (b.node, b.number) and s is t for (a, s), (b, t) in zip(last, uses, strict=True)
+        ):
+            return [(places[origin.node, origin.number], term) for origin, term in found]
+        by_origin: dict[Origin, list[Term]] = {}
+        for origin, term in uses:
+            by_origin.setdefault(origin, []).append(term)
+        origins = list(by_origin)
+        terms: dict[Origin, list[Term]] = {}
+        for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
+            terms.setdefault(origins[first], []).extend(by_origin[origin])
+        found = [(origin, combine(own)) for origin, own in terms.items()]
+        self._last = uses, found
+        return found
+
+
+def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, joining: Joining | None = None) -> Term:
     """One term for all uses of a parameter.
 
     Args:
         uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
+        joining: what joins terms, for several parameters that are derived one after the other.
     """
     own = [term for origin, term in uses if origin is None]
-    by_origin: dict[Origin, list[Term]] = {}
-    for origin, term in uses:
-        if origin is not None:
-            by_origin.setdefault(origin, []).append(term)
-    origins = list(by_origin)
-    joined: dict[Origin, list[Term]] = {}
-    for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
-        joined.setdefault(origins[first], []).extend(by_origin[origin])
-    derived = [(origin, combine(found)) for origin, found in joined.items()]
+    derived = (joining or Joining()).joined([(origin, term) for origin, term in uses if origin is not None])
     if (
         not own
         and len(derived) > 1
@@ -155,9 +179,21 @@ def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Seque
     Returns:
         ``[k, *parameter.shape]``, the sums over the tensors.
     """
+    found: list[Tensor] = []
+    others: list[tuple[GradientEdge, Tensor]] = []
+    for edge, gradient in zip(edges, gradients, strict=True):
+        known = through_weight_norm(edge.node, parameter, gradient)
+        if known is None:
+            others.append((edge, gradient))
+        else:
+            found.append(known)
+    left = [edge for edge, _ in others]
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        (found,) = torch.autograd.grad(edges, [parameter], parts, retain_graph=True, allow_unused=True)
-        return found
+        (pulled,) = torch.autograd.grad(left, [parameter], parts, retain_graph=True, allow_unused=True)
+        return pulled
 
-    return backward_of_each(of, gradients, tuple(parameter.shape), is_complex=parameter.is_complex())
+    if left:
+        given = [gradient for _, gradient in others]
+        found.append(backward_of_each(of, given, tuple(parameter.shape), is_complex=parameter.is_complex()))
+    return sum_of(found)
