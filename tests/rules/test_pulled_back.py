@@ -20,7 +20,7 @@ def test_of_a_tensor_computed_from_the_parameter():
     parameter = tensor(6, 4, seed=9).requires_grad_()
     of_tensor, rows = linear(6)
     for computed, pulled, rearranged in ((parameter.t(), rows.mT, True), (2 * parameter.t(), 2 * rows.mT, False)):
-        term = Derived(of_tensor, Origin(computed.grad_fn, 0, rearranged), parameter).regrouped(OWNERS)
+        term = Derived([(Origin(computed.grad_fn, 0, rearranged), of_tensor)], parameter).regrouped(OWNERS)
         assert_term(term, summed(pulled))
         assert_term(term.compact(), summed(pulled))
 
@@ -31,7 +31,7 @@ def test_of_pieces_of_the_parameter():
     pieces = []
     for part in (slice(0, 1), slice(1, 4)):
         own = LinearFactors(term.activations, term.backprops[:, :, part])
-        pieces.append(Derived(own, Origin(parameter[part].grad_fn, 0, True), parameter))
+        pieces.append(Derived([(Origin(parameter[part].grad_fn, 0, True), own)], parameter))
     regrouped = Pieces(pieces).regrouped(OWNERS)
     assert isinstance(regrouped, Pieces)
     assert_term(regrouped, summed(rows))
