@@ -9,7 +9,7 @@ tensor only rearranges elements of the parameter, which leaves norms as they are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
-from ..torch_internals import leaf_of, node_outputs
+from ..torch_internals import leaf_of, node_outputs, operator_name, saved_by
 from .any_operator import backward_of_each
 from .same_tensor import same_tensors
 from .weight_norm import through_weight_norm
@@ -75,7 +75,7 @@ class Derived(Term):
         return pull_back([origin.edge for origin, _ in self.uses], self.parameter, totals)[0]
 
     def compact(self) -> Term:
-        return Derived([(origin, term.compact()) for origin, term in self.uses], self.parameter)
+        return replace(self, uses=[(origin, term.compact()) for origin, term in self.uses])
 
     def dense(self, rows: slice) -> Tensor:
         found, edges, gradients, held = [], [], [], 0
@@ -89,21 +89,17 @@ class Derived(Term):
         return sum_of(found)
 
     def _folded(self, outer: int, n: int, inner: int) -> Term:
-        return Derived([(origin, term.fold(outer, n, inner)) for origin, term in self.uses], self.parameter)
+        return replace(self, uses=[(origin, term.fold(outer, n, inner)) for origin, term in self.uses])
 
     def _regrouped(self, owners: Owners) -> Term:
-        return Derived([(origin, term.regrouped(owners)) for origin, term in self.uses], self.parameter)
+        return replace(self, uses=[(origin, term.regrouped(owners)) for origin, term in self.uses])
 
 
-@dataclass
-class Pieces(MixedTerm):
-    """The sum of the terms of disjoint pieces of a parameter, whose squared norms add up."""
+class Pieces(Derived):
+    """The term of a parameter that is used through disjoint pieces of it, whose squared norms add up."""
 
     def squared_norm(self) -> Tensor:
-        return torch.stack([part.squared_norm() for part in self.parts]).sum(0)
-
-    def compact(self) -> Term:
-        return Pieces([part.compact() for part in self.parts])
+        return torch.stack([term.squared_norm() for _, term in self.uses]).sum(0)
 
 
 class Joining:
@@ -152,7 +148,7 @@ def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, 
         and all(origin.rearranged for origin, _ in derived)
         and _disjoint(derived, parameter)
     ):
-        return Pieces([Derived([use], parameter) for use in derived])
+        return Pieces(derived, parameter)
     terms = [combine(own)] if own else []
     if derived:
         terms.append(Derived(derived, parameter))
@@ -161,11 +157,30 @@ def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, 
 
 def _disjoint(uses: Sequence[tuple[Origin, Term]], parameter: Tensor) -> bool:
     """Whether rearranged tensors have no element of the parameter in common."""
+    nodes = {origin.node for origin, _ in uses}
+    if len(nodes) == 1 and operator_name(*nodes) in ("Split", "SplitWithSizes", "Unbind"):
+        return True
+    rows = [selected_row(node, parameter) for node in nodes]
+    if None not in rows and len({dim for dim, _ in filter(None, rows)}) == 1:
+        return len(set(rows)) == len(rows)
     ones = []
     for origin, _ in uses:
         meta = node_outputs(origin.node)[origin.number]
         ones.append(torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device))
     return bool((pull_back([origin.edge for origin, _ in uses], parameter, ones)[0].real <= 1).all())
+
+
+def selected_row(node: Any, parameter: Tensor) -> tuple[int, int] | None:
+    """``(dim, index)`` where the node takes ``parameter.select(dim, index)``; None for other nodes."""
+    if operator_name(node) != "Select" or leaf_of(node.next_functions[0][0]) is not parameter:
+        return None
+    dim = _signed(saved_by(node, "dim")) % parameter.dim()
+    return dim, _signed(saved_by(node, "index")) % parameter.shape[dim]
+
+
+def _signed(number: int) -> int:
+    """A number that a node may show as an unsigned one of 64 bits."""
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Sequence[Tensor]) -> Tensor:

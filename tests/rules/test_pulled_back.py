@@ -4,8 +4,8 @@ import torch
 from oracle import tensor
 from term_kinds import assert_term, linear
 
-from engm.rules.pulled_back import Derived, Origin, Pieces
-from engm.terms import LinearFactors, Owners
+from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term
+from engm.terms import LinearFactors, Owners, PerExampleGradient
 
 OWNERS = Owners(torch.tensor([2, 0, 2, -1, 0, 2]), 3)
 
@@ -31,8 +31,28 @@ def test_of_pieces_of_the_parameter():
     pieces = []
     for part in (slice(0, 1), slice(1, 4)):
         own = LinearFactors(term.activations, term.backprops[:, :, part])
-        pieces.append(Derived([(Origin(parameter[part].grad_fn, 0, True), own)], parameter))
-    regrouped = Pieces(pieces).regrouped(OWNERS)
+        pieces.append((Origin(parameter[part].grad_fn, 0, True), own))
+    regrouped = Pieces(pieces, parameter).regrouped(OWNERS)
     assert isinstance(regrouped, Pieces)
     assert_term(regrouped, summed(rows))
     assert_term(regrouped.compact(), summed(rows))
+
+
+def test_which_pieces_are_disjoint():
+    def kind(*pieces):
+        uses = [
+            (Origin(piece.grad_fn, piece.output_nr, True), PerExampleGradient(tensor(2, *piece.shape)))
+            for piece in pieces
+        ]
+        return type(derived_term(uses, parameter))
+
+    parameter = tensor(4, 6, seed=9).requires_grad_()
+    assert kind(*parameter.split(2)) is Pieces
+    assert kind(*parameter.unbind(1)) is Pieces
+    assert kind(parameter[0], parameter[-1], parameter[2]) is Pieces
+    assert kind(parameter[:2], parameter[2:]) is Pieces
+    assert kind(parameter[0], parameter[-4]) is Derived
+    assert kind(parameter[3], parameter[-1]) is Derived
+    assert kind(parameter[0], parameter[:, 0]) is Derived
+    assert kind(parameter.split(2)[0], parameter.split(3)[1]) is Pieces
+    assert kind(parameter.split(2)[1], parameter.split(1)[2]) is Derived
