@@ -77,6 +77,7 @@ class _Planner:
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
+        self._interned: dict[tuple[int, ...], list[tuple[Tensor, Owners]]] = {}
 
     def _group(self) -> ProcessGroup | None:
         """The processes that every backward pass is of."""
@@ -348,9 +349,15 @@ class _Planner:
         return None if arrangement is None else self._on_device(arrangement.ownership)
 
     def _on_device(self, ownership: Ownership) -> Ownership:
-        return (
-            ownership if isinstance(ownership, Layout) else replace(ownership, of=ownership.of.to(self.losses.device))
-        )
+        """The owners where the losses are; the same object for the same owners, which keeps what it works out."""
+        if isinstance(ownership, Layout):
+            return ownership
+        alike = self._interned.setdefault(tuple(ownership.of.shape), [])
+        for known, owners in alike:
+            if torch.equal(known, ownership.of):
+                return owners
+        alike.append((ownership.of, Owners(ownership.of.to(self.losses.device), self.n)))
+        return alike[-1][1]
 
     def _outermost(self, silent: Collection[int]) -> set[int]:
         """The nodes without a gradient, behind which there is something to train, that others pass gradients to."""

@@ -88,7 +88,7 @@ class Entry:
         dims = where.dims if isinstance(where, Owners) else where.dim + 1
         if dims > most:
             return None
-        flat = Owners(where.of.flatten(), where.n) if isinstance(where, Owners) else where.flattened(shape)
+        flat = where.flattened(shape)
         return Rows(dims, prod(shape[:dims]), flat, self.n)
 
 
