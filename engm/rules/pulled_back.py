@@ -102,7 +102,7 @@ class Pieces(Derived):
         return torch.stack([term.squared_norm() for _, term in self.uses]).sum(0)
 
 
-class Joining:
+class JoinedUses:
     """Joins the terms of tensors that are one tensor, and remembers what was joined last.
 
     Parameters that a tensor is computed from together, as the direction and the length of a weight, have their turns
@@ -112,7 +112,7 @@ class Joining:
     def __init__(self) -> None:
         self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]]] = ([], [])
 
-    def joined(self, uses: list[tuple[Origin, Term]]) -> list[tuple[Origin, Term]]:
+    def of(self, uses: list[tuple[Origin, Term]]) -> list[tuple[Origin, Term]]:
         """One term for each of the different tensors in ``uses``."""
         last, found = self._last
         places = {(origin.node, origin.number): origin for origin, _ in uses}
@@ -132,16 +132,18 @@ class Joining:
         return found
 
 
-def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, joining: Joining | None = None) -> Term:
+def derived_term(
+    uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, joined: JoinedUses | None = None
+) -> Term:
     """One term for all uses of a parameter.
 
     Args:
         uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
-        joining: what joins terms, for several parameters that are derived one after the other.
+        joined: what joins the terms, for several parameters whose terms are asked for one after the other.
     """
     own = [term for origin, term in uses if origin is None]
-    derived = (joining or Joining()).joined([(origin, term) for origin, term in uses if origin is not None])
+    derived = (joined or JoinedUses()).of([(origin, term) for origin, term in uses if origin is not None])
     if (
         not own
         and len(derived) > 1

@@ -1,10 +1,13 @@
 """Terms of a parameter that is used through tensors computed from it, regrouped to the examples that own the rows."""
 
+import pytest
 import torch
 from oracle import tensor
 from term_kinds import assert_term, linear
+from torch.autograd.graph import get_gradient_edge
 
-from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term
+from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term, pull_back
+from engm.rules.weight_norm import through_weight_norm
 from engm.terms import LinearFactors, Owners, PerExampleGradient
 
 OWNERS = Owners(torch.tensor([2, 0, 2, -1, 0, 2]), 3)
@@ -56,3 +59,27 @@ def test_which_pieces_are_disjoint():
     assert kind(parameter[0], parameter[:, 0]) is Derived
     assert kind(parameter.split(2)[0], parameter.split(3)[1]) is Pieces
     assert kind(parameter.split(2)[1], parameter.split(1)[2]) is Derived
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2, 3)])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.filterwarnings("error")
+def test_weight_norm_by_its_formula(shape, dim):
+    """In any dimension torch knows no batched backward pass, which nobody is warned of."""
+    v = tensor(*shape, seed=1).requires_grad_()
+    kept = dim % len(shape)
+    g = tensor(*(size if k == kept else 1 for k, size in enumerate(shape)), seed=2).requires_grad_()
+    if kept not in (0, len(shape) - 1):
+        return  # torch computes that by other operators
+    weight = torch._weight_norm_interface(v, g, kept)[0]
+    gradients = tensor(5, *shape, seed=3)
+    for parameter in (v, g):
+        wanted = [torch.autograd.grad(weight, parameter, gradient, retain_graph=True)[0] for gradient in gradients]
+        assert through_weight_norm(weight.grad_fn, parameter, gradients) is not None
+        found = pull_back([get_gradient_edge(weight)], parameter, [gradients])
+        torch.testing.assert_close(found, torch.stack(wanted))
+    doubled = torch._weight_norm_interface(2 * v, g, kept)[0]
+    assert through_weight_norm(doubled.grad_fn, v, gradients) is None
+    found = pull_back([get_gradient_edge(doubled), get_gradient_edge(weight)], v, [gradients, gradients])
+    both = [torch.autograd.grad([doubled, weight], v, [g_i, g_i], retain_graph=True)[0] for g_i in gradients]
+    torch.testing.assert_close(found, torch.stack(both))
