@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_internals import leaf_of, node_outputs, operator_name, saved_options, saved_tensor_names, saved_tensors_of
+from ..torch_internals import (
+    is_python_function,
+    leaf_of,
+    node_name,
+    node_outputs,
+    operator_name,
+    saved_options,
+    saved_tensor_names,
+    saved_tensors_of,
+)
 
 # Operators whose nodes show all that their backward pass reads. Others are the same as no other.
 _ARRANGE = (
@@ -69,8 +78,7 @@ class Numbering:
         leaf = leaf_of(node)
         if leaf is not None:
             return id(leaf)
-        name = operator_name(node)
-        if name not in COMPARED:
+        if operator_name(node) not in COMPARED or is_python_function(node):
             return node
         try:
             saved = [t for kept in saved_tensor_names(node) for t in saved_tensors_of(node, kept) if t is not None]
@@ -81,7 +89,7 @@ class Numbering:
         )
         made = tuple((tuple(output.shape), output.dtype) for output in node_outputs(node))
         kinds = tuple((tuple(t.shape), t.dtype, t.device) for t in saved)
-        number = (name, saved_options(node), behind, made, kinds)
+        number = (node_name(node), saved_options(node), behind, made, kinds)
         first = self._saved.setdefault(number, saved)
         self.compared += [(a, b) for a, b in zip(first, saved, strict=True) if not _is_same_memory(a, b)]
         return number
