@@ -27,7 +27,7 @@ from ..rules.conv import ConvRule
 from ..rules.entries import entry_term
 from ..rules.linear import LinearRule
 from ..rules.normalization import BatchNormRule
-from ..rules.pulled_back import Origin, derived_term
+from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import Owners, Ownership
@@ -82,6 +82,7 @@ class TermCollector:
         self._surprise: Tensor | None = None  # whether a gradient came where the plan knows of none
         self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
+        self._joined_uses = JoinedUses()
         self._expected: dict[int, int] = {}
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
@@ -323,7 +324,7 @@ class TermCollector:
 
     def _finish(self, key: int) -> None:
         row = self.rows[key]
-        term = derived_term(self._pending.pop(key), self.parameters[row])
+        term = derived_term(self._pending.pop(key), self.parameters[row], self._joined_uses)
         if self.keep:
             term = term.compact()
         if self.norms:

@@ -6,6 +6,7 @@ others set to zero it gives that example's gradient, for any operator whose outp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     each = sum(a.gradient.nbytes for a in arrived if a is not None)
     if each == 0:
         like = next(g for g in backprops if g is not None)
+        like = like if entry.is_complex else like.real
         return PerExampleGradient(like.new_zeros((entry.n, *entry.shape), dtype=accumulation_dtype(like)))
     chunk = max(1, min(entry.n, CHUNK_BYTES // each))
 
@@ -45,7 +47,8 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     found: list[Tensor] = []
     for start in range(0, entry.n, chunk):
         examples = range(start, min(start + chunk, entry.n))
-        found.append(backward_of_each(of, [None if a is None else a.of_each(examples) for a in arrived], shape))
+        masked = [None if a is None else a.of_each(examples) for a in arrived]
+        found.append(backward_of_each(of, masked, shape, is_complex=entry.is_complex))
     gradient = torch.cat(found)
     return PerExampleGradient(gradient.mT if entry.transposed else gradient)
 
@@ -77,6 +80,8 @@ def backward_of_each(
     backward: Callable[[Sequence[Tensor | None]], Tensor | None],
     gradients: Sequence[Tensor | None],
     shape: tuple[int, ...],
+    *,
+    is_complex: bool = False,
 ) -> Tensor:
     """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
 
@@ -86,6 +91,7 @@ def backward_of_each(
         backward: from gradients of the outputs to the gradient ``[*shape]`` of one input, or None for zero.
         gradients: ``[batch, ...]`` for every output; None where there is none.
         shape: of the input.
+        is_complex: whether the input has complex numbers.
 
     Returns:
         ``[batch, *shape]``.
@@ -95,11 +101,15 @@ def backward_of_each(
     def one(*parts: Tensor) -> Tensor:
         rest = iter(parts)
         found = backward([None if g is None else next(rest) for g in gradients])
-        return parts[0].new_zeros(shape) if found is None else found
+        if found is not None:
+            return found
+        return (parts[0] if is_complex else parts[0].real).new_zeros(shape)
 
     if given[0].shape[0] > 1:
         try:
-            batched = torch.func.vmap(one)(*given)
+            with warnings.catch_warnings():  # that an operator has no batching rule, which a user can do nothing about
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                batched = torch.func.vmap(one)(*given)
         except (RuntimeError, ValueError):
             pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:

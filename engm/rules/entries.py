@@ -89,7 +89,7 @@ class Entry:
         if dims > most:
             return None
         flat = where.flattened(shape)
-        return Rows(dims, prod(shape[:dims]), flat, self.n)
+        return Rows(dims, prod(shape[:dims]), flat)
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,11 @@ class Rows:
         dims: how many dimensions there are.
         count: how many rows.
         ownership: of the rows, along one dimension.
-        n: number of examples.
     """
 
     dims: int
     count: int
     ownership: Ownership
-    n: int
 
     def of(self, tensor: Tensor) -> Tensor:
         """A tensor with these leading dimensions as ``[rows, *the other dimensions]``."""
@@ -114,9 +112,7 @@ class Rows:
 
     def add_up(self, term: Term) -> Term:
         """The term of the examples, from a term that counts every row as an example."""
-        if isinstance(self.ownership, Owners):
-            return term.regrouped(self.ownership)
-        return term.fold(self.ownership.outer, self.n, self.ownership.inner)
+        return term.grouped(self.ownership)
 
 
 def owners_of(where: Ownership, shape: tuple[int, ...], n: int, device: torch.device) -> Owners:

@@ -153,7 +153,7 @@ def _left(entry: Entry, right: Tensor | None, gy: Tensor) -> Term | None:
         return None
     where = entry.layout
     if isinstance(where, Layout) and where.dim == 1:
-        columns = Rows(1, gy.shape[1], Layout(0, where.outer, where.inner), entry.n)
+        columns = Rows(1, gy.shape[1], Layout(0, where.outer, where.inner))
         return _outer(entry, columns, gy.t(), right.t().to(gy.dtype))
     if entry.transposed or entry.rows(most=1) is None:
         return None
@@ -213,8 +213,7 @@ def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
     where, parts = entry.layout, []
     for number, (a, b) in enumerate(zip(left, gy, strict=True)):
         own = Owners(where.of[number], where.n) if isinstance(where, Owners) else Layout(0, where.outer, where.inner)
-        term = Rows(1, len(b), own, entry.n).add_up(LinearFactors(b.unsqueeze(1), a.unsqueeze(1)))
-        parts.append(term)
+        parts.append(LinearFactors(b.unsqueeze(1), a.unsqueeze(1)).grouped(own))
     return Stacked(parts)
 
 

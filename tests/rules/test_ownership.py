@@ -11,7 +11,7 @@ from oracle import tensor
 from engm.rules.any_operator import masked_gradients
 from engm.rules.entries import Entry, entry_term
 from engm.terms import PerExampleGradient
-from engm.terms.layout import Layout, layouts_of
+from engm.terms.layout import Layout
 from engm.terms.owners import Owners
 
 pytestmark = pytest.mark.torch_insides
@@ -79,6 +79,15 @@ def test_owners_of_any_depth(name, operator, shape, deepest, data, rows, steps, 
     dims = data.draw(st.integers(1, output.dim()))
     owners = Owners(random_owners(tuple(output.shape[:dims]), N, seed), N)
     check_entry(output, entering, owners, N, ruled=None if name == "mm, on the left" else dims <= deepest)
+
+
+def layouts_of(shape, n):
+    """Every layout that a tensor may have by its shape."""
+    found = []
+    for dim, size in enumerate(shape[:2]):
+        rows = size // n if size % n == 0 else 0
+        found += [Layout(dim, outer, rows // outer) for outer in range(1, rows + 1) if rows % outer == 0]
+    return found
 
 
 @settings(max_examples=5)
