@@ -122,12 +122,13 @@ def test_a_network_that_mixes_the_batch():
 
 def test_prints_as_a_table():
     lines = str(engm.explain(network(), X)).splitlines()
-    assert len(lines) == 1 + 2 + 5 + 1
+    assert len(lines) == 1 + 2 + 5 + 2
     assert lines[0] == "forms are chosen by the cost table: built-in (cpu)"
-    assert lines[1].split() == ["layer", "type", "rule", "form", "MFLOP", "kB"]
+    assert lines[1].split() == ["layer", "type", "rule", "form", "MFLOP", "kB", "rows"]
     assert "couples the batch" in lines[4]
-    assert "second backward pass" in lines[-1]
-    assert "one pass" in str(engm.explain(network().eval(), X)).splitlines()[-1]
+    assert "second backward pass" in lines[-2]
+    assert "one pass" in str(engm.explain(network().eval(), X)).splitlines()[-2]
+    assert lines[-1] == "rows: the same for every batch of these shapes"
     assert all(line == line.rstrip() for line in lines)
 
 

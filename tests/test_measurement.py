@@ -332,8 +332,9 @@ class TestErrors:
 
     def test_subset_of_the_losses(self, call):
         model = plain()
-        with pytest.raises(RuntimeError, match=r"5, .*but there are 3 losses"):
-            call(model, cross_entropy(model)[:3])
+        found = call(model, cross_entropy(model)[:3])
+        norms = found if isinstance(found, torch.Tensor) else found.norms
+        assert relative(norms, truth(model.unwrap(), cross_entropy).norms[:3]) <= 1e-9
 
 
 def test_nothing_trained():
@@ -363,5 +364,5 @@ def test_measuring_inside_a_backward_pass_of_the_same_graph():
     model.strict = False
     losses = Meddles.apply(cross_entropy(model))
     measured = engm.measure(model, losses)
-    assert errors == ["engm: this graph is being measured already (a measurement inside a backward hook?)."]
+    assert set(errors) == {"engm: this graph is being measured already (a measurement inside a backward hook?)."}
     assert_measured(measured, truth(model.unwrap(), cross_entropy))

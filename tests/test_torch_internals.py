@@ -231,12 +231,12 @@ def test_hooks_pack_what_is_saved():
     assert not internals.hooks_pack_what_is_saved()
 
 
-def test_forgetful_checkpoint():
-    """Where it is false, torch refuses a second backward pass by itself; where it is true, the pass may be wrong."""
+def test_selective_checkpoint():
+    """torch 2.13 refuses a second backward pass through one; on torch 2.11 the pass may be wrong."""
     seen = []
 
     def part(x):
-        seen.append(internals.forgetful_checkpoint())
+        seen.append(internals.selective_checkpoint())
         return torch.addmm(x, x, torch.addmm(x, x, x).sin())  # the second is kept, and not needed again
 
     def policy(ctx, operator, *args, **kwargs):
@@ -249,14 +249,67 @@ def test_forgetful_checkpoint():
     output = checkpoint(
         part, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, policy)
     ).sum()
-    assert seen == [False, torch.__version__ < (2, 13)]
+    assert seen == [False, True]
     (first,) = torch.autograd.grad(output, x, retain_graph=True)
-    if seen[1]:
+    if torch.__version__ < (2, 13):
         (second,) = torch.autograd.grad(output, x)
         assert not torch.allclose(first, second)
     else:
         with pytest.raises(RuntimeError, match="only allowed to backward once"):
             torch.autograd.grad(output, x)
+
+
+def test_saved_options():
+    assert set(internals.saved_options((leaf(3, 4) * 1).select(1, 2).grad_fn)) == {1, 2, (3, 4)}
+
+
+def test_saved_option():
+    node = (leaf(3, 4) * 1).select(1, 2).grad_fn
+    assert internals.saved_option(node, "dim") == 1
+    assert internals.saved_option(node, "nothing") is None
+
+
+def test_saved_tensor_names():
+    x = leaf(3, 4)
+    assert internals.saved_tensor_names((x * 1).select(1, 2).grad_fn) == ()
+    assert internals.saved_tensor_names((x * 1)[torch.tensor([2, 0])].grad_fn) == ("indices",)
+    assert internals.saved_tensor_names(Ordered.apply(x, torch.tensor([2, 0, 1])).grad_fn) == ("",)
+
+
+def test_saved_tensors_of():
+    x, order = leaf(3, 4), torch.tensor([2, 0, 1])
+    (found,) = internals.saved_tensors_of((x * 1)[order].grad_fn, "indices")
+    assert torch.equal(found, order)
+    assert torch.equal(internals.saved_tensors_of(Ordered.apply(x, order).grad_fn, "")[0], x)
+
+
+class Ordered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order, ctx.note = order, "kept"
+        ctx.save_for_backward(x)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient[ctx.order.argsort()], None
+
+
+def test_attributes_of_function():
+    order = torch.tensor([2, 0, 1])
+    attributes = internals.attributes_of_function(Ordered.apply(leaf(3, 4), order).grad_fn)
+    assert attributes["note"] == "kept"
+    assert attributes["order"] is order
+
+
+def test_is_recomputed():
+    x = leaf(3, 4)
+    assert not internals.is_recomputed((x * x).grad_fn)
+    assert not internals.is_recomputed((x * 1).view(4, 3).grad_fn)
+    seen = []
+    checkpoint(lambda x: seen.append((x * x.sin()).grad_fn) or x * 2, x, use_reentrant=False)
+    kept = checkpoint(lambda x: (x * x).cos(), x, use_reentrant=False)
+    assert internals.is_recomputed(kept.grad_fn)
 
 
 def test_put_last():

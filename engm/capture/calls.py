@@ -187,6 +187,21 @@ class Call:
         self._activations = None
 
 
+class NotedCall(Call):
+    """A call of a module whose parameters are accounted for by operators; it accounts for nothing itself."""
+
+    def __init__(
+        self, capture: Capture, name: str, module: nn.Module, rule: Rule, taken: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        self._belongs_to(capture, name, module, rule)
+        self.couples = self.reads = False
+        self.saved = self.producer = None
+        self.shape = tuple(output.shape)
+        self.batch = output.shape[0] if output.dim() else 0
+        self.output_nr, self.slot = output.output_nr, 0
+        self._keep(taken)
+
+
 class WholeCall(Call):
     """A call of a module that takes and returns any nest of tensors.
 

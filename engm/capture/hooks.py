@@ -24,10 +24,11 @@ from ..torch_internals import (
     selective_checkpoint,
     some_global_forward_hook,
     tree_flatten,
+    tree_leaves,
     tree_unflatten,
     untracked_alias,
 )
-from .calls import CALLS_KEY, Call, Capture, WholeCall
+from .calls import CALLS_KEY, Call, Capture, NotedCall, WholeCall
 
 Before = Callable[..., None]
 Record = Callable[..., Any]
@@ -51,7 +52,9 @@ def hooked(
     try:
         for name, module, rule in layers:
             before: Before | None = None
-            if isinstance(rule, WholeCallRule):
+            if rule.generic and adapt is None:
+                record = _note_hook(capture, name, rule, thread)
+            elif isinstance(rule, WholeCallRule):
                 before, record = _whole_call_hooks(capture, name, rule, thread)
             else:
                 record = _call_hook(capture, name, rule, thread)
@@ -103,6 +106,25 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
         return replaced
 
     return record
+
+
+def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
+    """A forward hook for a module whose parameters are accounted for by operators: it notes what the module read."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+        if threading.get_ident() != thread or not torch.is_grad_enabled():
+            return
+        taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
+        given = output if isinstance(output, Tensor) else next(filter(_has_node, tree_leaves(output)), None)
+        if taken and given is not None and given.grad_fn is not None:
+            node: Any = given.grad_fn
+            node.metadata.setdefault(CALLS_KEY, []).append(NotedCall(capture, name, module, rule, taken, given))
+
+    return record
+
+
+def _has_node(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: int) -> tuple[Before, Record]:

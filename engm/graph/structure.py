@@ -238,12 +238,14 @@ class Structure:
     def _call_reads_data(self, number: int, owner: Wrapper, n: int) -> bool:
         """Whether an input of a call that no gradient goes to is about the examples."""
         call = self.traced.calls[number]
-        if call.input_nodes and not call.input_storages & call.capture.input_storages:
-            return False
+        if call.batch % n:
+            return False  # its rows are no examples of these losses
         if call.input_storages & call.capture.input_storages:
             return True
+        if call.input_nodes:
+            return False
         own = {address_of(tensor) for tensor in owner.buffers()} | {address_of(p) for _, p in self.traced.trained}
-        return not (call.input_is_index or call.input_storages <= own or call.batch % n)
+        return not (call.input_is_index or call.input_storages <= own)
 
 
 def reads_more(node: object) -> bool:

@@ -124,8 +124,9 @@ class ENGM(ExampleOptimizer):
 
     def _check_options(self) -> None:
         self._alphas()
-        names = tuple(name for name, _ in self.model.trainable_parameters())
-        if self.groups is not None and names != self._grouped:
+        if self.groups is None:
+            return
+        if tuple(name for name, _ in self.model.trainable_parameters()) != self._grouped:
             raise RuntimeError(
                 "groups were made for other trained parameters than the model has now: make a new ENGM after "
                 "parameters were frozen, unfrozen, added or removed."
