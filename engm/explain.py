@@ -48,7 +48,7 @@ class LayerCost:
         couples: whether the layer takes statistics from the batch in its present mode.
         problem: why the layer is not supported, or empty.
         rows: how the examples' rows lie in the output: ``"n"`` (along the first dimension, one after the other),
-            ``"n x 4"`` (four rows of one example side by side), ``"2 x n"`` (the whole batch twice), ``"[:, n]"`` (along
+            ``"n x 4"`` (four rows of one example side by side), ``"2 x n"`` (the batch twice), ``"[:, n]"`` (along
             the second dimension), ``"any order"`` (each row's owner was measured, and rows are taken by it),
             ``"shared"`` (the layer computes something for all examples); empty where no gradient comes to.
     """
