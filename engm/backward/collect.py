@@ -277,8 +277,9 @@ class TermCollector:
 
     def _add_rows(self, call: Call, layout: Ownership, terms: dict[str, Term]) -> None:
         """Add terms that have every row of a call for an example."""
+        plain = layout == PLAIN
         for key, parameter in call.parameters.items():
-            self._add(id(parameter), None, terms[key].grouped(layout))
+            self._add(id(parameter), None, terms[key] if plain else terms[key].grouped(layout))
         if self._consume:
             call.release()
 
@@ -317,14 +318,21 @@ class TermCollector:
     def _add(self, key: int, origin: Origin | None, term: Term) -> None:
         if key not in self.rows:
             return  # frozen between the forward and the backward pass
+        expected = self._expected[key]
+        if expected == 1 and origin is None:
+            self._hold(key, term)
+            return
         pending = self._pending.setdefault(key, [])
         pending.append((origin, term))
-        if len(pending) == self._expected[key]:
+        if len(pending) == expected:
             self._finish(key)
 
     def _finish(self, key: int) -> None:
+        self._hold(key, derived_term(self._pending.pop(key), self.parameters[self.rows[key]], self._joined_uses))
+
+    def _hold(self, key: int, term: Term) -> None:
+        """Take the norms of the one term of a parameter, and keep it if it is wanted."""
         row = self.rows[key]
-        term = derived_term(self._pending.pop(key), self.parameters[row], self._joined_uses)
         if self.keep:
             term = term.compact()
         if self.norms:

@@ -86,8 +86,8 @@ class Call:
         output_nr: which output of the node it is.
         hooks: handles of the hooks on its outputs.
         input_nodes: the nodes that made its inputs.
-        input_storages: addresses of its inputs' memory.
-        input_is_index: whether its inputs hold integers.
+        input_storages: addresses of the memory of its inputs that no node made.
+        input_is_index: whether these hold integers.
         producer: the call whose output was this call's input, if any; noted where the call couples.
         slot: which input of the node this call's input is; noted where the call couples.
         reads: whether the rule needs the activations again.
@@ -120,9 +120,11 @@ class Call:
 
     def _keep(self, activations: Activations) -> None:
         tensors = [t for t in (activations if isinstance(activations, tuple) else (activations,)) if t is not None]
-        self.input_nodes = tuple(t.grad_fn for t in tensors if t.grad_fn is not None)
-        self.input_storages = frozenset(map(address_of, tensors))
-        self.input_is_index = not any(t.is_floating_point() or t.is_complex() for t in tensors)
+        made = [(t, t.grad_fn) for t in tensors]
+        self.input_nodes = tuple(node for _, node in made if node is not None)
+        given = [t for t, node in made if node is None]
+        self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
+        self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
         self._activations: Activations | None = activations if self.reads else None
         self._weak = _each(weakref.ref, activations)
         self._versions = _each(version_of, activations)

@@ -229,7 +229,9 @@ class Structure:
             # The nearest call that reads them is the first on the way; it may read what others computed.
             return next(k for k in numbers if k in reading or self._leads_to(k, reading))
         leaves = (self._leaves[-1 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
-        return -1 if any(not isinstance(leaf, nn.Parameter) for leaf in leaves) else None
+        if all(isinstance(leaf, nn.Parameter) for leaf in leaves):
+            return None
+        return numbers[0] if numbers else -1
 
     def _leads_to(self, number: int, reading: Collection[int]) -> bool:
         below = self.below([self.traced.positions[self.traced.nodes[number]]])
@@ -242,7 +244,7 @@ class Structure:
             return False  # its rows are no examples of these losses
         if call.input_storages & call.capture.input_storages:
             return True
-        if call.input_nodes:
+        if not call.input_storages:
             return False
         own = {address_of(tensor) for tensor in owner.buffers()} | {address_of(p) for _, p in self.traced.trained}
         return not (call.input_is_index or call.input_storages <= own)
