@@ -1,8 +1,8 @@
-"""From measured owners to the order that the examples lie in: a layout where there is one, else the owners themselves."""
+"""From measured owners to the order that the examples lie in: a layout, or else the owners themselves."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,20 +37,22 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
             that the step is visibly bad.
     """
     rows = without_trailing(owners)
+    found = None
     if rows.dim() == 1:
         found = _fitted(rows, n, 0)
-        if found is not None:
-            return found
-    if rows.dim() == 2 and rows.numel():
+    elif rows.dim() == 2 and rows.numel():
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
             found = _fitted(second, n, 1)
-            if found is not None:
-                return found
+    silent = owners == NOBODY
+    if found is not None:
+        # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
+        witnessed = owners[~silent].unique().numel() >= min(WITNESSES, n)
+        return found if witnessed or not bool(silent.any()) else replace(found, unknown=silent)
     if blind is not None:
         rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
-    unknown = rows == NOBODY
-    return Arrangement(Owners(rows, n), unknown if bool(unknown.any()) else None)
+        silent &= ~blind
+    return Arrangement(Owners(rows, n), silent if bool(silent.any()) else None)
 
 
 def without_trailing(owners: Tensor) -> Tensor:
@@ -63,8 +65,10 @@ def without_trailing(owners: Tensor) -> Tensor:
     return owners
 
 
-def varying(owners: Tensor) -> set[int]:
-    """The dimensions along which owners ``[*leading]`` differ."""
+def varying(owners: Tensor, n: int) -> set[int]:
+    """The dimensions along which owners ``[*leading]`` of ``n`` examples differ, or may differ as far as is known."""
+    if bool((owners == NOBODY).any()) and owners.unique().numel() <= min(WITNESSES, n):
+        return {dim for dim, length in enumerate(owners.shape) if length > 1}
     found = set()
     for dim in range(owners.dim() if owners.numel() else 0):
         one = owners.amax(dim, keepdim=True)

@@ -61,7 +61,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
             found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
             keeps = keeps and arrangement.unknown is None
     silent = {p for p in positions if all(bool((o == NOBODY).all()) for k, o in question.nodes.items() if k[0] == p)}
-    routes, comparable = routes_of(traced, structure, question.nodes, silent)
+    routes, comparable = routes_of(traced, structure, question.nodes, silent, n)
     return Plan(tuple(found), routes=tuple(routes), keeps=keeps and comparable)
 
 

@@ -312,6 +312,8 @@ class _Planner:
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
         routes, keeps = self._routes(silent)
+        found = [*layouts, *(entry.layout for entry in entries)]
+        irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
@@ -322,12 +324,20 @@ class _Planner:
             of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps and not self.blind,
+            keeps=keeps and not self.blind and not (irregular and self._some_unseen()),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
         )
+
+    def _some_unseen(self) -> bool:
+        """Whether some examples have no rows, so that nothing tells where they would lie."""
+        last = len(self.traced.order) - 1
+        owners = [owners for (position, _), owners in self.nodes.items() if position != last]
+        owners += [part for parts in self.calls.values() for part in parts]
+        seen = torch.cat([part.flatten() for part in owners]).unique()
+        return int((seen >= 0).sum()) < self.n
 
     def _through_all(self) -> set[int]:
         """Batch norms whose statistics are not constants: of a part of the batch, or below a coupling."""
@@ -341,7 +351,7 @@ class _Planner:
     def _routes(self, silent: Collection[int]) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
             return [], True
-        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent))
+        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent), self.n)
 
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)
