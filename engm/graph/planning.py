@@ -37,7 +37,7 @@ from ..torch_internals import (
 from .arrangement import Arrangement, arranged, without_trailing
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route
-from .routing import routes_of
+from .routing import MOVING, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -77,6 +77,7 @@ class _Planner:
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
+        self.edges: dict[Key, Tensor] = {}
 
     def _group(self) -> ProcessGroup | None:
         """The processes that every backward pass is of."""
@@ -114,12 +115,50 @@ class _Planner:
             self.nodes, self.calls = self._of_one(positions)
             return
         question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
-        question.ask(positions)
+        question.ask(positions, edges=self._meeting(positions))
         suspects = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
         suspects = {p for p in suspects if self._speaks_of_data(p)}
         if suspects or self.group is not None:
             question.ask(suspects, by_element=True)
         self.nodes, self.calls, self.blind = question.nodes, question.calls, question.blind
+        self.edges = question.edges
+
+    def _meeting(self, positions: Collection[int]) -> dict[int, list[int]]:
+        """The inputs (slots), by node, of the edges that end where others end too, where zeros may part them."""
+        ends: dict[tuple[int, int], list[Key]] = {}
+        for position, node in enumerate(self.traced.order):
+            for slot, child in enumerate(self.traced.children[position]):
+                if child is not None and child in positions and self.structure.trains[child]:
+                    ends.setdefault((child, node.next_functions[slot][1]), []).append((position, slot))
+        found: dict[int, list[int]] = {}
+        for edges in ends.values():
+            for position, slot in edges if len(edges) > 1 else ():
+                found.setdefault(position, []).append(slot)
+        return found
+
+    def _parted_by_zeros(self) -> bool:
+        """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient."""
+        for (position, slot), owners in self.edges.items():
+            child = self._child(position, slot)
+            if child in self.shared or position in self.shared or self._cuts(position):
+                continue
+            arrangement = arranged(owners, self.n)
+            whole = self._arranged_output(child, self.traced.order[position].next_functions[slot][1])
+            if (
+                arrangement.unknown is not None
+                or whole is None
+                or not isinstance(whole.ownership, Layout)
+                or arrangement.ownership != whole.ownership
+            ):
+                return True
+        return False
+
+    def _cuts(self, position: int) -> bool:
+        """Whether a node passes no gradient to some rows because of what it is, and not because of zeros."""
+        if operator_name(self.traced.order[position]) not in MOVING:
+            return False
+        owners = [owners for (other, _), owners in self.nodes.items() if other == position]
+        return not any(bool((found == NOBODY).any()) for found in owners)
 
     def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
         nodes = {}
@@ -324,7 +363,7 @@ class _Planner:
             of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps and not self.blind and not (irregular and self._some_unseen()),
+            keeps=keeps and not self.blind and not (irregular and self._some_unseen()) and not self._parted_by_zeros(),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
