@@ -69,12 +69,23 @@ def varying(owners: Tensor, n: int) -> set[int]:
     """The dimensions along which owners ``[*leading]`` of ``n`` examples differ, or may differ as far as is known."""
     if bool((owners == NOBODY).any()) and owners.unique().numel() <= min(WITNESSES, n):
         return {dim for dim, length in enumerate(owners.shape) if length > 1}
-    found = set()
-    for dim in range(owners.dim() if owners.numel() else 0):
-        one = owners.amax(dim, keepdim=True)
-        if not bool(((owners == one) | (owners == NOBODY)).all()):
-            found.add(dim)
-    return found
+    return {dim for dim in range(owners.dim() if owners.numel() else 0) if not _collapses(owners, dim)}
+
+
+def regular(owners: Tensor, n: int) -> bool:
+    """Whether owners ``[*leading]`` surely are a layout along one of the dimensions, whatever the others."""
+    while owners.dim() > 1:
+        same = next((dim for dim in range(owners.dim()) if _collapses(owners, dim)), None)
+        if same is None:
+            return False
+        owners = owners.amax(same)
+    found = _fitted(owners, n, 0)
+    return found is not None and found.unknown is None
+
+
+def _collapses(owners: Tensor, dim: int) -> bool:
+    one = owners.amax(dim, keepdim=True)
+    return bool(((owners == one) | (owners == NOBODY)).all())
 
 
 def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:

@@ -34,7 +34,7 @@ from ..torch_internals import (
     output_shape,
     own_parameters,
 )
-from .arrangement import Arrangement, arranged, without_trailing
+from .arrangement import Arrangement, arranged, regular, without_trailing
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route
 from .routing import MOVING, routes_of
@@ -136,29 +136,27 @@ class _Planner:
                 found.setdefault(position, []).append(slot)
         return found
 
-    def _parted_by_zeros(self) -> bool:
+    def _parted_by_zeros(self, routed: Collection[int]) -> bool:
         """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient."""
         for (position, slot), owners in self.edges.items():
             child = self._child(position, slot)
-            if child in self.shared or position in self.shared or self._cuts(position):
+            if child in self.shared or position in self.shared:
                 continue
-            arrangement = arranged(owners, self.n)
-            whole = self._arranged_output(child, self.traced.order[position].next_functions[slot][1])
-            if (
-                arrangement.unknown is not None
-                or whole is None
-                or not isinstance(whole.ownership, Layout)
-                or arrangement.ownership != whole.ownership
-            ):
+            whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
+            if whole is None or not regular(whole, self.n):
+                return True
+            if operator_name(self.traced.order[position]) in MOVING:  # it cuts off, and its own rows tell what it hides
+                if self._hides(position, position in routed):
+                    return True
+            elif not regular(owners, self.n):
                 return True
         return False
 
-    def _cuts(self, position: int) -> bool:
-        """Whether a node passes no gradient to some rows because of what it is, and not because of zeros."""
-        if operator_name(self.traced.order[position]) not in MOVING:
-            return False
-        owners = [owners for (other, _), owners in self.nodes.items() if other == position]
-        return not any(bool((found == NOBODY).any()) for found in owners)
+    def _hides(self, position: int, by_routes: bool) -> bool:
+        """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
+        outputs = (owners for (other, _), owners in self.nodes.items() if other == position)
+        gaps = [owners for owners in outputs if bool((owners == NOBODY).any())]
+        return bool(gaps) if by_routes else not all(regular(owners, self.n) for owners in gaps)
 
     def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
         nodes = {}
@@ -363,7 +361,10 @@ class _Planner:
             of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps and not self.blind and not (irregular and self._some_unseen()) and not self._parted_by_zeros(),
+            keeps=keeps
+            and not self.blind
+            and not (irregular and self._some_unseen())
+            and not self._parted_by_zeros({route.position for route in routes}),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,

@@ -109,6 +109,7 @@ FIXED = frozenset(
         "Relu6",
         "Remainder",
         "Round",
+        "Rsub",
         "RreluWithNoise",
         "Rsqrt",
         "Selu",
