@@ -510,9 +510,9 @@ def account_by_operators(calls: Sequence[Call]) -> set[int]:
 
 def _fits(call: Call, ownership: Ownership) -> bool:
     """Whether a call's rule can be told that its examples lie like this."""
-    if isinstance(ownership, Layout):
-        return ownership.dim == 0 or call.rule.positionwise
-    return ownership.dims <= 1 or call.rule.positionwise
+    dims = 1 + ownership.dim if isinstance(ownership, Layout) else ownership.dims
+    features = len(getattr(call.module, "normalized_shape", (0,)))  # the last dimensions, which belong together
+    return dims <= 1 or (call.rule.positionwise and dims <= len(call.shape) - features)
 
 
 def _agreed(parts: Sequence[Tensor]) -> Tensor:

@@ -329,6 +329,9 @@ MOVING = frozenset(
 # Operators that treat what lies along the first dimension of their output apart, unless that is all there is to it.
 BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
 
+# Operators that move rows by what they tell nobody: a place to write to, the lengths of sequences.
+HIDING = frozenset(["CopySlices", "NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
+
 # Operators that multiply matrices: which input has its rows added up, whatever the other one is.
 RIGHT = {"Mm": 1, "Addmm": 2, "Mv": 1, "Addmv": 2, "Cdist": 1, "EuclideanDist": 1}
 
@@ -425,6 +428,8 @@ def routes_of(
         ]
         if not behind or is_compiled_region(node):
             continue
+        if name in HIDING:
+            return [], False
         if is_python_function(node):
             if name != "Tap" and not name.startswith("SyncBatchNorm"):
                 if any(isinstance(value, Tensor) for value in attributes_of_function(node).values()):
