@@ -219,7 +219,9 @@ class _Planner:
             if not call.rule.whole_call and call.rule.misses_batch(
                 call.module, torch.empty((1,) * len(call.shape), device="meta")
             ):
-                found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
+                found[number] = Arrangement(Owners(owners, self.n))
+                if not call.rule.positionwise or owners[owners != NOBODY].unique().numel() == 1:
+                    found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
                 found[number] = arranged(owners, self.n, blind)
         return found
@@ -512,7 +514,7 @@ def _fits(call: Call, ownership: Ownership) -> bool:
     """Whether a call's rule can be told that its examples lie like this."""
     dims = 1 + ownership.dim if isinstance(ownership, Layout) else ownership.dims
     features = len(getattr(call.module, "normalized_shape", (0,)))  # the last dimensions, which belong together
-    return dims <= 1 or (call.rule.positionwise and dims <= len(call.shape) - features)
+    return dims <= (len(call.shape) - features if call.rule.positionwise else 1)
 
 
 def _agreed(parts: Sequence[Tensor]) -> Tensor:
