@@ -329,6 +329,9 @@ MOVING = frozenset(
 # Operators that treat what lies along the first dimension of their output apart, unless that is all there is to it.
 BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
 
+# Operators whose indices tell rows of their output.
+INTO = frozenset(["IndexAdd", "IndexCopy", "IndexPut", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"])
+
 # Operators that move rows by what they tell nobody: a place to write to, the lengths of sequences.
 HIDING = frozenset(["CopySlices", "NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
 
@@ -456,6 +459,8 @@ def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
 def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners, n: int) -> bool:
     """Whether indices pick among rows of several examples."""
     found = [owners.get((child, 0)) for child in behind]
+    if name in INTO:
+        found.append(owners.get((route.position, 0)))
     along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
     if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
         along = min(1, len(entering_shape(*node.next_functions[0])) - 1)
