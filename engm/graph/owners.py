@@ -13,6 +13,7 @@ masks of 0 and 1 in place of the powers, which neither underflow nor rounding ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,14 +75,15 @@ def print_of(gradient: Tensor, by_element: bool) -> Print:
     tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
     rows = rows.to(accumulation_dtype(rows))
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
-    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows)
+    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
     return Print(tuple(leading), largest, marks, tolerance * max(1.0, rows.shape[1] ** 0.5))
 
 
-def _directions(rows: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    drawn = torch.randn(rows.shape[1], 2, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(rows)
+@functools.lru_cache(256)
+def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.randn(width, 2, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(device, dtype)
 
 
 class Owned:

@@ -19,6 +19,7 @@ from ..torch_internals import (
     attributes_of_function,
     entering_shape,
     is_compiled_region,
+    is_opaque,
     is_python_function,
     operator_name,
     output_shape,
@@ -27,7 +28,7 @@ from ..torch_internals import (
     saved_tensor_names,
     saved_tensors_of,
 )
-from .arrangement import varying
+from .arrangement import regular, varying
 from .plan import Route
 from .structure import Structure
 from .trace import Trace
@@ -431,7 +432,7 @@ def routes_of(
         ]
         if not behind or is_compiled_region(node):
             continue
-        if name in HIDING:
+        if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
             if name != "Tap" and not name.startswith("SyncBatchNorm"):
@@ -469,6 +470,13 @@ def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], ow
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
     return any(own is None or _dimension(along, rank) in varying(own, n) for own in found for rank in ranks)
+
+
+def _stays(position: int, behind: Collection[int], owners: Owners, n: int) -> bool:
+    """Whether the examples lie in the same regular order before and behind a node that shows nothing of itself."""
+    found = [owners.get((other, 0)) for other in (position, *behind)]
+    lengths = {None if own is None or not regular(own, n) else own.shape[0] for own in found}
+    return len(lengths) == 1 and None not in lengths
 
 
 def _dimension(dim: int, rank: int) -> int:

@@ -426,7 +426,7 @@ def error(model: engm.GradNormModule, program: Program, losses: Tensor) -> float
 
 
 @seed(0)
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(number=st.integers(0, 1 << 30), length=st.integers(0, 5))
 def test_any_routing_is_right_at_every_step(number: int, length: int) -> None:
     torch.manual_seed(number)
@@ -437,7 +437,7 @@ def test_any_routing_is_right_at_every_step(number: int, length: int) -> None:
 
 
 @seed(0)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=24, deadline=None, derandomize=True)
 @given(number=st.integers(0, 1 << 30), length=st.integers(0, 3))
 def test_couplings_that_wake_up_are_refused_or_computed(number: int, length: int) -> None:
     for coupled in ("refuse", "exact"):
