@@ -75,6 +75,11 @@ def fewest(group: ProcessGroup, number: int, device: torch.device) -> int:
     return int(least)
 
 
+def on_any(group: ProcessGroup | None, answer: bool, device: torch.device) -> bool:
+    """Whether the answer is yes on any of the ranks; the host waits for it."""
+    return answer if group is None else bool(most(group, int(answer), device))
+
+
 def most(group: ProcessGroup, number: int, device: torch.device) -> int:
     """The largest of the ranks' numbers; the host waits for the answer."""
     return -fewest(group, -number, device)

@@ -6,7 +6,7 @@ of the outputs tells which parameters enter outside of layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from .capture.layers import untouched
 from .cost.table import describe, device_text
+from .graph.plan import Plan
 from .graph.planning import make_plan
-from .graph.trace import trace
+from .graph.trace import Trace, trace
 from .module import GradNormModule, layers_to_capture
 from .rules import Rule
+from .terms.owners import Owners, Ownership
 from .torch_internals import operator_name, tree_leaves
+
+ROUTING = {
+    "fixed": "the same for every batch of these shapes",
+    "compared": "moved by indices, orders or masks that are compared at every step, and measured where they differ",
+    "measured": "kept apart by zeros in the data alone, so they are measured at every step",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class LayerCost:
         bytes: operands read for one example.
         couples: whether the layer takes statistics from the batch in its present mode.
         problem: why the layer is not supported, or empty.
+        rows: how the examples' rows lie in the output: ``"n"`` (along the first dimension, one after the other),
+            ``"n x 4"`` (four rows of one example side by side), ``"2 x n"`` (the whole batch twice), ``"[:, n]"`` (along
+            the second dimension), ``"any order"`` (each row's owner was measured, and rows are taken by it), ``"shared"``
+            (the layer computes something for all examples); empty where no gradient comes to.
     """
 
     name: str
@@ -51,6 +63,7 @@ class LayerCost:
     bytes: int = 0
     couples: bool = False
     problem: str = ""
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,11 +75,15 @@ class Explanation:
             of layer calls.
         batch_norm: which norms the engine gives where batch norms couple the examples, as in :class:`GradNormModule`.
         cost_table: what the forms are chosen by: ``"built-in"`` or a file of :func:`engm.tune`, and the device.
+        routing: how long what was measured of the rows holds: ``"fixed"`` (for every batch of these shapes),
+            ``"compared"`` (as long as indices, orders or masks that move rows are the same, which is compared at every
+            step), ``"measured"`` (examples are kept apart by zeros in the data alone: measured at every step).
     """
 
     layers: tuple[LayerCost, ...]
     batch_norm: str
     cost_table: str = "built-in (cpu)"
+    routing: str = "fixed"
 
     @property
     def supported(self) -> bool:
@@ -84,7 +101,7 @@ class Explanation:
         return sum(layer.flops for layer in self.layers)
 
     def __str__(self) -> str:
-        header = ("layer", "type", "rule", "form", "MFLOP", "kB", "")
+        header = ("layer", "type", "rule", "form", "MFLOP", "kB", "rows", "")
         rows = [
             (
                 layer.name or "(net)",
@@ -93,6 +110,7 @@ class Explanation:
                 layer.form,
                 f"{layer.flops / 1e6:.3f}",
                 f"{layer.bytes / 1e3:.1f}",
+                layer.rows,
                 layer.problem or ("couples the batch" if layer.couples else ""),
             )
             for layer in self.layers
@@ -115,6 +133,7 @@ class Explanation:
         else:
             verdict = "nothing couples the examples: norms and update are exact, in one pass"
         lines.append(f"norms: {self.flops / 1e6:.1f} MFLOP an example; {verdict}")
+        lines.append(f"rows: {ROUTING[self.routing]}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -140,6 +159,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         raise TypeError(f"explain expects a torch.nn.Module, got {type(model).__name__}.")
     net = model.unwrap() if isinstance(model, GradNormModule) else model
     layers: list[LayerCost] = []
+    routing = "fixed"
     handles = []
     devices: set[str] = set()
     try:
@@ -157,32 +177,62 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         wrapped = GradNormModule(net, strict=False)
         with torch.enable_grad(), untouched(net):
             outputs = wrapped(**x) if isinstance(x, dict) else wrapped(*x) if isinstance(x, tuple) else wrapped(x)
-            layers += _costs_outside_of_layers(wrapped, outputs, x)
+            traced, plan, problem = _planned(wrapped, outputs, x)
+        if problem:
+            layers.append(LayerCost("", type(net).__name__, "-", "-", problem=problem))
+        if plan is not None:
+            layers = _with_rows(layers, traced, plan) + _costs_outside_of_layers(traced, plan)
+            routing = "measured" if not plan.keeps else "compared" if plan.routes else "fixed"
     finally:
         for handle in handles:
             handle.remove()
     batch_norm = model.batch_norm if isinstance(model, GradNormModule) else "calibrated"
-    return Explanation(tuple(layers), batch_norm, describe(devices))
+    return Explanation(tuple(layers), batch_norm, describe(devices), routing)
 
 
-def _costs_outside_of_layers(model: GradNormModule, outputs: Any, x: Any) -> list[LayerCost]:
-    """Modules that are run again and parameters that enter outside of layer calls; or why there is no plan for them."""
+def _planned(model: GradNormModule, outputs: Any, x: Any) -> tuple[Trace, Plan | None, str]:
+    """The graph of a loss of the outputs and its plan; or why there is none."""
     inputs = [value for value in tree_leaves(x) if isinstance(value, Tensor) and value.dim()]
     found = [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.grad_fn is not None and inputs]
-    if not found:
-        return []
-    n = inputs[0].shape[0]
-    dims = {id(o): next((d for d in range(min(2, o.dim())) if o.shape[d] and o.shape[d] % n == 0), None) for o in found}
-    rows = [o.movedim(dim, 0) for o in found if (dim := dims[id(o)]) is not None]
+    n = inputs[0].shape[0] if inputs else 0
+    rows = [o.movedim(dim, 0) for o in found if (dim := _dimension_of(o, n)) is not None]
     if not rows:
-        return []
+        return Trace(), None, ""
     losses = torch.stack([o.reshape(-1, n, o[0].numel()).sum((0, 2)) for o in rows]).sum(0)
     traced = trace(losses, model, model.trainable_parameters())
-    names = {id(parameter): name for name, parameter in traced.trained}
     try:
-        plan = make_plan(model, traced, losses)
+        return traced, make_plan(model, traced, losses), ""
     except RuntimeError as error:
-        return [LayerCost("", type(model.unwrap()).__name__, "-", "-", problem=str(error))]
+        return traced, None, str(error)
+
+
+def _dimension_of(output: Tensor, n: int) -> int | None:
+    """The dimension of an output that the examples probably lie along."""
+    return next((d for d in range(min(2, output.dim())) if output.shape[d] and output.shape[d] % n == 0), None)
+
+
+def _with_rows(layers: list[LayerCost], traced: Trace, plan: Plan) -> list[LayerCost]:
+    """The layers with the order that their rows lie in; ``layers`` are in the order of the forward pass."""
+    orders: dict[str, list[str]] = {}
+    for call, layout in zip(reversed(traced.calls), reversed(plan.layouts), strict=True):
+        orders.setdefault(call.name, []).append("shared" if layout is None else _described(layout))
+    found = []
+    for layer in layers:
+        waiting = orders.get(layer.name, [])
+        found.append(replace(layer, rows=waiting.pop(0) if waiting else ""))
+    return found
+
+
+def _described(layout: Ownership) -> str:
+    if isinstance(layout, Owners):
+        return "any order"
+    outer, inner = f"{layout.outer} x " if layout.outer > 1 else "", f" x {layout.inner}" if layout.inner > 1 else ""
+    return f"[:, {outer}n{inner}]" if layout.dim else f"{outer}n{inner}"
+
+
+def _costs_outside_of_layers(traced: Trace, plan: Plan) -> list[LayerCost]:
+    """Modules that are run again, and parameters that enter outside of layer calls."""
+    names = {id(parameter): name for name, parameter in traced.trained}
     costs = [
         LayerCost(call.name, type(call.module).__name__, "module run again", "sum")
         for call, layout in zip(traced.calls, plan.layouts, strict=True)
@@ -193,7 +243,7 @@ def _costs_outside_of_layers(model: GradNormModule, outputs: Any, x: Any) -> lis
         rule = "operator" if entry.ruled else "operator, once an example"
         for source in entry.sources:
             form = "sum" if source.rearranged else "pulled back"
-            costs.append(LayerCost(names[source.parameter], kind, rule, form))
+            costs.append(LayerCost(names[source.parameter], kind, rule, form, rows=_described(entry.layout)))
     return costs
 
 

@@ -57,7 +57,7 @@ def measure(
     scale = LossScale(check_positive("loss_scale", loss_scale))
     if not norms:
         return _measure_inputs(wrapped, losses, inputs, scale, check)
-    graph = planned_losses(wrapped, losses, check=check)
+    graph = planned_losses(wrapped, losses, check=check, scale=scale)
     return measure_graph(graph, losses, lent_mode(wrapped, graph), inputs, scale)
 
 
@@ -68,7 +68,7 @@ def _measure_inputs(
         raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
     check_losses(losses, finite=check)
     leaves = resolve_inputs(None, inputs)
-    rows = input_rows(model.plans, losses, leaves, trace(losses, model))
+    rows = input_rows(model.plans, losses, leaves, trace(losses, model, model.trainable_parameters()))
     gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
     names = tuple(name for name, _ in model.trainable_parameters())
     packed = pack_input_grads(inputs, leaves, gradients)
@@ -99,7 +99,7 @@ def per_example_grad_norms(
     """
     wrapped = as_wrapped(model)
     scale = LossScale(check_positive("loss_scale", loss_scale))
-    graph = planned_losses(wrapped, losses, check=check)
+    graph = planned_losses(wrapped, losses, check=check, scale=scale)
     measurement = measure_graph(graph, losses, own_mode(wrapped, graph), scale=scale)
     return mapped_norms(
         *calibrated_squared_norms(wrapped, graph, losses, measurement, borrowed=False, count=False, scale=scale)

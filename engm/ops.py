@@ -293,18 +293,20 @@ def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     examples in a fixed order, so they are bitwise repeatable. A weight of 0 times an infinity or NaN is NaN.
 
     Args:
-        tensors: ``[n, *shape]`` each, of any floating dtypes and shapes.
+        tensors: ``[n, *shape]`` each, of any floating or complex dtypes and shapes.
         weights: ``[n]``.
 
     Returns:
-        One contiguous ``[*shape]`` for each, float64 for float64 tensors, else float32.
+        One contiguous ``[*shape]`` for each, float64 for float64 tensors, else float32; complex for complex tensors.
 
     Raises:
         RuntimeError: A tensor has not one row a weight, is on another device, or is not of a floating point dtype.
 
     Workspace: none beyond the results; tensors that are not contiguous are copied.
     """
-    return torch.ops.engm.weighted_sums(tensors, weights)
+    parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    sums = torch.ops.engm.weighted_sums(parts, weights)
+    return [torch.view_as_complex(s) if t.is_complex() else s for s, t in zip(sums, tensors, strict=True)]
 
 
 def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
@@ -331,7 +333,12 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:
-    """The type that sums over ``t`` are formed in: float64 for float64, float32 for everything narrower."""
+    """The type that sums over ``t`` are formed in: float64 for float64, float32 for everything narrower.
+
+    Complex numbers have real and imaginary parts of these types.
+    """
+    if t.is_complex():
+        return torch.complex128 if t.dtype == torch.complex128 else torch.complex64
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 

@@ -69,11 +69,6 @@ def node_outputs(node: Node) -> Sequence[Any]:
     return cast(Sequence[Any], node._input_metadata)
 
 
-def is_narrow_node(node: Node) -> bool:
-    """Whether an output of the node has numbers of 16 bits."""
-    return any(output.dtype in (torch.float16, torch.bfloat16) for output in node_outputs(node))
-
-
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of one output of a node."""
     return tuple(node_outputs(node)[number].shape)
@@ -83,6 +78,12 @@ def entering_shape(child: Node, number: int) -> tuple[int, ...]:
     """The shape of the tensor behind an edge of the graph, which may be a leaf."""
     leaf = leaf_of(child)
     return tuple(leaf.shape) if leaf is not None else output_shape(child, number)
+
+
+def entering_dtype(child: Node, number: int) -> torch.dtype:
+    """The dtype of the tensor behind an edge of the graph, which may be a leaf."""
+    leaf = leaf_of(child)
+    return leaf.dtype if leaf is not None else cast(torch.dtype, node_outputs(child)[number].dtype)
 
 
 def is_python_function(node: Node) -> bool:
@@ -244,7 +245,9 @@ def saved_statistics(output: Tensor, name: str) -> Statistics | None:
     if hooks_pack_what_is_saved() or node is None or not node_name(node).startswith(name):
         return None
     mean, rstd = saved_by(node, "result1"), saved_by(node, "result2")
-    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or mean.numel() == 0 or is_narrow(rstd):
+    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or is_narrow(rstd):
+        return None
+    if mean.numel() == 0 and output.numel():
         return None
     return mean, rstd
 

@@ -51,7 +51,7 @@ def test_the_code_of_the_design_verbatim():
 
 SIGNATURES = {
     "GradNormModule": "(net, *, batch_norm='calibrated', calibrate_every=50, calibrate_examples=16, strict=True, "
-    "views=1)",
+    "coupled='refuse', check_every=200, views=1)",
     "per_example_grad_norms": "(model, losses, *, loss_scale=1.0, check=None)",
     "measure": "(model, losses, inputs=None, *, norms=True, loss_scale=1.0, check=None)",
     "naive_grad_norms": "(model, losses)",

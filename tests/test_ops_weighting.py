@@ -84,6 +84,13 @@ def test_bad_embeddings_are_refused(arguments, message):
         ops.embedding_norm_sq(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_weighted_sums_of_complex_numbers(dtype):
+    t, weights = torch.randn(3, 4, dtype=dtype), torch.rand(3)
+    for tensor in (t, t.conj(), t[:, ::2]):
+        torch.testing.assert_close(ops.weighted_sums([tensor], weights)[0], weights.to(dtype) @ tensor)
+
+
 @pytest.mark.parametrize("op", [ops.scale_examples, ops.weighted_sums])
 @pytest.mark.parametrize(("arguments", "message"), BAD_LISTS)
 def test_bad_lists_are_refused(op, arguments, message):

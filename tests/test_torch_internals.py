@@ -123,6 +123,12 @@ def test_entering_shape():
     assert [internals.entering_shape(child, number) for child, number in node.next_functions] == [(3,), (5, 4), (4, 3)]
 
 
+def test_entering_dtype():
+    node = (leaf(3) * torch.ones(3, dtype=torch.complex64).requires_grad_().conj()).grad_fn
+    found = [internals.entering_dtype(child, number) for child, number in node.next_functions]
+    assert found == [leaf(3).dtype, torch.complex64]
+
+
 def test_is_python_function():
     assert internals.is_python_function(scaled()[2].grad_fn)
     assert not internals.is_python_function(leaf(2).square().grad_fn)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,20 +19,35 @@ from torch import Tensor
 from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
+from ..distributed import on_any
 from ..graph.plan import PlannedEntry, PlannedGraph
+from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
 from ..rules.conv import ConvRule
 from ..rules.entries import entry_term
 from ..rules.linear import LinearRule
 from ..rules.normalization import BatchNormRule
-from ..rules.pulled_back import Origin, derived_term
+from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
-from ..terms.layout import PLAIN
+from ..terms.layout import PLAIN, Layout
 from ..terms.owners import Owners, Ownership
 
 # On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
 # factor at a time and needs no more memory than the largest of them.
 SCALED_AT_ONCE = 64 << 20
+
+
+@dataclass
+class Joining:
+    """Calls of one module that become one.
+
+    Attributes:
+        to_come: how many there are.
+        arrived: those whose gradients are in: the call, where its examples lie, the gradients of its outputs.
+    """
+
+    to_come: int = 0
+    arrived: list[tuple[Call, Ownership, tuple[Tensor | None, ...]]] = field(default_factory=list)
 
 
 class TermCollector:
@@ -64,7 +80,9 @@ class TermCollector:
         self.squared: list[Tensor | None] = [None] * len(self.parameters)
         self.terms: dict[int, Term] = {}
         self._surprise: Tensor | None = None  # whether a gradient came where the plan knows of none
+        self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
+        self._joined_uses = JoinedUses()
         self._expected: dict[int, int] = {}
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
@@ -84,8 +102,11 @@ class TermCollector:
             self._layouts[id(call)] = layout
             if self.graph.doubtful and number in plan.unknown_of_calls:
                 self._unknown[id(call)] = plan.unknown_of_calls[number]
-            for parameter in call.parameters.values():
-                self._expect(id(parameter), 1)
+            if call.rule.joins:
+                self._joining.setdefault(id(call.module), Joining()).to_come += 1
+            if not call.rule.joins or self._joining[id(call.module)].to_come == 1:
+                for parameter in call.parameters.values():
+                    self._expect(id(parameter), 1)
             if self.correct and layout == PLAIN and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
         for entry in plan.entries:
@@ -111,6 +132,28 @@ class TermCollector:
                 see in an ordinary backward pass, where batch norms couple the examples: not the gradient of anything.
         """
         graph = self.graph
+        gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
+        surprised = self._surprise is not None and bool(self._surprise)
+        if on_any(graph.trace.group, surprised, losses.device):
+            graph.renew()
+            self._start()
+            gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
+        for entry, arrived in self._deferred:
+            at = graph.entry(entry)
+            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
+        self._deferred.clear()
+        for joining in self._joining.values():  # modules of which some call got no gradient
+            if joining.arrived:
+                self._join(joining)
+        for key in list(self._pending):  # parameters of which some use got no gradient
+            self._finish(key)
+        return gradients
+
+    def _passed(
+        self, losses: Tensor, seeds: Tensor, inputs: Sequence[Tensor], retain_graph: bool, frozen: bool
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass, in which terms are collected; returns the inputs' gradients."""
+        graph = self.graph
         sinks = graph.sinks()
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful
@@ -127,16 +170,6 @@ class TermCollector:
             outputs.setdefault(position, []).append(gradient)
         for position, entries in captured.items():
             self._enter(position, entries, outputs[position])
-        if watched and self._surprise is not None and bool(self._surprise):
-            graph.renew()
-            self._start()
-            return self.run(losses, seeds, inputs, retain_graph=retain_graph, frozen=frozen)
-        for entry, arrived in self._deferred:
-            at = graph.entry(entry)
-            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
-        self._deferred.clear()
-        for key in list(self._pending):  # parameters of which some use got no gradient
-            self._finish(key)
         return tuple(gradients[len(sinks) :])
 
     def _entries_by_node(self) -> tuple[dict[int, list[PlannedEntry]], dict[int, list[PlannedEntry]]]:
@@ -214,9 +247,33 @@ class TermCollector:
         if id(call) in self._unknown:
             for rows in call.by_example(given):
                 self._doubt(rows, self._unknown[id(call)])
+        if call.rule.joins:
+            joining = self._joining[id(call.module)]
+            joining.arrived.append((call, layout, given))
+            if len(joining.arrived) == joining.to_come:
+                self._join(joining)
+            return
         every = slice(0, call.batch)
         terms = call.rule.terms(call.module, call.activations(), given, call.saved, every, tuple(call.parameters))
         self._add_rows(call, layout, terms)
+
+    def _join(self, joining: Joining) -> None:
+        """Form the terms of all calls of a module that have arrived, as those of one call."""
+        calls = [call for call, _, _ in joining.arrived]
+        first = calls[0]
+        rule = cast(WholeCallRule, first.rule)
+        arguments, given = rule.joined(first.module, [(c.activations(), g) for c, _, g in joining.arrived])
+        device = next(g for g in given if g is not None).device
+        layout: Ownership = Layout(0, len(calls), 1)
+        if any(own != PLAIN for _, own, _ in joining.arrived):
+            owners = [o if isinstance(o, Owners) else Owners.regular(o, self.n, device) for _, o, _ in joining.arrived]
+            layout = Owners(torch.cat([own.of.flatten() for own in owners]), self.n)
+        joining.arrived.clear()
+        every = slice(0, sum(call.batch for call in calls))
+        terms = first.rule.terms(first.module, arguments, given, first.saved, every, tuple(first.parameters))
+        self._add_rows(first, layout, terms)
+        for call in calls[1:] if self._consume else ():
+            call.release()
 
     def _add_rows(self, call: Call, layout: Ownership, terms: dict[str, Term]) -> None:
         """Add terms that have every row of a call for an example."""
@@ -267,7 +324,7 @@ class TermCollector:
 
     def _finish(self, key: int) -> None:
         row = self.rows[key]
-        term = derived_term(self._pending.pop(key), self.parameters[row])
+        term = derived_term(self._pending.pop(key), self.parameters[row], self._joined_uses)
         if self.keep:
             term = term.compact()
         if self.norms:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..graph.plan import PlannedGraph
-from ..torch_internals import has_gradient_hooks, is_compiled_region, is_narrow_node
+from ..terms.loss_scale import UNSCALED, LossScale
+from ..torch_internals import has_gradient_hooks, is_compiled_region, node_outputs
 from .collect import TermCollector
 
 # Of a gradient, as a share of the norms that add up to it, by the type of the parameter. In 16 bits autograd's own sums
@@ -21,14 +22,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
 
 
-def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, factor: float = 1.0) -> None:
+def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossScale = UNSCALED) -> None:
     """Compare sums of per-example gradients with autograd's; nothing is changed.
 
     Args:
         graph: behind ``losses``, which is kept.
         losses: ``[n]``.
         seed: of the signs.
-        factor: on the losses inside the passes (a loss scale for float16).
+        scale: on the losses inside the passes.
 
     Raises:
         RuntimeError: names the parameters that disagree, and says what to do.
@@ -44,27 +45,34 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, factor: float
     signs = 1.0 - 2.0 * torch.randint(2, (n,), generator=torch.Generator().manual_seed(seed), device="cpu")
     signs = signs.to(losses)
     collector = TermCollector(graph, keep=True)
-    collector.run(losses, torch.full_like(losses, factor), retain_graph=True)
+    collector.run(losses, scale.seeds(losses), retain_graph=True)
     sizes = collector.squared_norms(losses).sqrt().sum(1).double()
     whole = sizes.norm()
     sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named})}
     with graph.frozen_statistics():
         wanted = torch.autograd.grad(
-            losses, [p for _, p in named], signs * factor, retain_graph=True, allow_unused=True
+            losses, [p for _, p in named], signs * scale.factor, retain_graph=True, allow_unused=True
         )
-    narrow = any(is_narrow_node(node) for node in traced.order)
+    types = {output.dtype for node in traced.order for output in node_outputs(node)}
+    half, narrow = torch.float16 in types, bool(types & {torch.float16, torch.bfloat16})
     differences = []
-    for (_, parameter), gradient in zip(named, wanted, strict=True):
-        expected = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+    reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
+    if not reached:  # parameters that were cast since are others to autograd
+        return
+    for (_, parameter), gradient in reached:
+        expected = gradient.to_dense()
         total = sums.get(id(parameter))
         found = torch.zeros_like(parameter) if total is None else total.to_dense().reshape(parameter.shape)
         size = torch.maximum(sizes[collector.rows[id(parameter)]], expected.double().norm())
         share = NARROW_TOLERANCE if narrow else TOLERANCE[parameter.dtype]
         # Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left.
         rounding = 100 * torch.finfo(parameter.dtype).eps * whole
+        if half:  # autograd's products may be too small for float16
+            rounding = rounding + torch.finfo(torch.float16).smallest_normal * parameter.numel() ** 0.5
         differs = (found.double() - expected.double()).norm() > share * size + rounding
         differences.append(differs & torch.isfinite(size))
-    wrong = [name for (name, _), differs in zip(named, torch.stack(differences).tolist(), strict=True) if differs]
+    found_wrong = torch.stack(differences).tolist()
+    wrong = [name for ((name, _), _), differs in zip(reached, found_wrong, strict=True) if differs]
     if not wrong:
         return
     shown = ", ".join(f"'{name}'" for name in wrong[:5])

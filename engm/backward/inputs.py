@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..distributed import on_any
 from ..graph.input_rows import plan_of_inputs
 from ..graph.plan import PlanCache
 from ..graph.routing import signature_of
@@ -46,7 +47,7 @@ def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], trace
     which = tuple(numbers.get(id(leaf), tuple(leaf.shape)) for leaf in leaves)
     signature = ("inputs", which, signature_of(traced, losses.shape[0]))
     plan = plans.find(signature, traced)
-    if plan is None:
+    if on_any(traced.group, plan is None, losses.device) or plan is None:
         plan = plan_of_inputs(traced, losses, leaves)
         if plan.keeps:
             plans.keep(signature, plan)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_losses
+from ..distributed import on_any
 from ..graph.plan import Plan, PlannedGraph
 from ..graph.planning import check_parameters, make_plan
 from ..graph.routing import signature_of
 from ..graph.trace import trace
 from ..module import GradNormModule
+from ..terms.loss_scale import UNSCALED, LossScale
 from .identity import check_identity
 
 
 def planned_losses(
-    model: GradNormModule, losses: Tensor, *, check: bool | None = None, watch: bool = True
+    model: GradNormModule, losses: Tensor, *, check: bool | None = None, scale: LossScale = UNSCALED, watch: bool = True
 ) -> PlannedGraph:
     """The graph behind ``losses``, checked: it is this model's, captured, and (strict) all of it can be seen.
 
@@ -22,6 +24,7 @@ def planned_losses(
         model: the wrapper that computed the losses.
         losses: ``[n]``, one loss an example.
         check: look for non-finite losses; default on the CPU only.
+        scale: on the losses inside of backward passes.
         watch: compare the gradients with autograd's if that is due (strict).
 
     Raises:
@@ -42,19 +45,22 @@ def planned_losses(
         )
     n = losses.shape[0]
     signature = signature_of(traced, n)
+    group = traced.group
     old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
-        plan = make_plan(model, traced, losses)
+        plan = make_plan(model, traced, losses, scale.factor)
         if plan.keeps:
             model.plans.keep(signature, plan, old)
         return plan
 
-    if old is not None:
-        check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        graph = PlannedGraph(traced, old, n, model.plans, measured)
+    if on_any(group, old is None, losses.device) or old is None:
+        graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
     else:
-        graph = PlannedGraph(traced, measured(), n, model.plans)
-    if watch and model.strict and model.watch.due(signature, model.check_every) and not graph.plan.blind:
-        check_identity(graph, losses, model.watch.steps)
+        check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
+        graph = PlannedGraph(traced, old, n, model.plans, measured, False)
+    strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
+    due = watch and strict and model.watch.due(signature, model.check_every) and not graph.plan.blind
+    if on_any(group, due, losses.device):
+        check_identity(graph, losses, model.watch.steps, scale)
     return graph

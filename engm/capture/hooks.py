@@ -154,16 +154,11 @@ def _refuse_selective_checkpoint(name: str, module: nn.Module) -> None:
 class Tap(torch.autograd.Function):
     """Hands tensors on as they are, so that one node of the graph gets the gradients of all of them."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         # Detached, not as they are: autograd would call those views, and forbid in-place operations on them.
         return tuple(tensor.detach() for tensor in tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,4 +1,4 @@
-"""From measured owners to the order that the examples lie in: a layout, or else the owners themselves."""
+"""From measured owners to the order that the examples lie in: a layout where there is one, else the owners."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     """
     n = losses.shape[0]
     usual = [_usual(tensor, n) for tensor in tensors]
-    if n == 1:
+    if n == 1 and traced.group is None:
         return Plan(tuple(_required(layout, tensor, n) for layout, tensor in zip(usual, tensors, strict=True)))
     structure = Structure(traced, ())
     couplings = [
@@ -44,8 +44,8 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if operator_name(node) in BATCH_NORMS and position not in structure.calls_at
         if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
     ]
-    question = Question(traced, losses, seed, couplings)
-    positions = set(range(len(traced.order))) - structure.inner
+    question = Question(traced, losses, seed, couplings, group=traced.group)
+    positions = {p for p, pure in enumerate(structure.pure) if not pure} - structure.inner
     question.ask(positions, tensors=tensors)
     found: list[Ownership] = []
     keeps = not question.blind
@@ -60,8 +60,10 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         else:
             found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
             keeps = keeps and arrangement.unknown is None
-    silent = {p for p in positions if all(bool((o == NOBODY).all()) for k, o in question.nodes.items() if k[0] == p)}
-    routes, comparable = routes_of(traced, structure, question.nodes, silent, n)
+    mixed = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
+    spoken = {position for (position, _), owners in question.nodes.items() if bool((owners != NOBODY).any())}
+    shared = structure.below(mixed | {position for position, pure in enumerate(structure.pure) if pure})
+    routes, comparable = routes_of(traced, structure, question.nodes, shared | (positions - spoken), n)
     return Plan(tuple(found), routes=tuple(routes), keeps=keeps and comparable)
 
 

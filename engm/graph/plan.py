@@ -174,14 +174,16 @@ class PlannedGraph:
         plan: where the examples lie in it.
         n: number of examples, one loss each.
         plans: the wrapper's, where what is measured is remembered.
-        measure_again: makes the plan anew from this very graph; None where it was made from this graph.
+        measured: makes a plan from this very graph.
+        fresh: whether the plan was made from this very graph.
     """
 
     trace: Trace
     plan: Plan
     n: int
     plans: PlanCache
-    measure_again: Callable[[], Plan] | None = None
+    measured: Callable[[], Plan]
+    fresh: bool
 
     @property
     def couples(self) -> bool:
@@ -191,12 +193,11 @@ class PlannedGraph:
     @property
     def doubtful(self) -> bool:
         """Whether the plan has to be watched: it is of another graph, in which some rows had no gradient."""
-        return self.measure_again is not None and self.plan.doubtful
+        return not self.fresh and self.plan.doubtful
 
     def renew(self) -> None:
         """Take a plan that is made from this very graph."""
-        assert self.measure_again is not None
-        self.plan, self.measure_again = self.measure_again(), None
+        self.plan, self.fresh = self.measured(), True
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -11,14 +11,15 @@ each other: the batch is *coupled* there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..capture.calls import Call, Wrapper
+from ..distributed import on_any
 from ..rules.entries import BATCH_NORMS, has_rule
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Owners, Ownership
@@ -40,9 +41,6 @@ from .plan import Plan, PlannedEntry, Route
 from .routing import MOVING, routes_of
 from .structure import Structure
 from .trace import Trace
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) -> Plan:
@@ -70,7 +68,7 @@ class _Planner:
         self.model, self.traced, self.losses, self.seed = model, traced, losses, seed
         self.n = losses.shape[0]
         self.names = {id(parameter): name for name, parameter in traced.trained}
-        self.group = self._group()
+        self.group = traced.group
         self.aside = account_by_operators(traced.calls)
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
@@ -78,14 +76,7 @@ class _Planner:
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
         self.edges: dict[Key, Tensor] = {}
-
-    def _group(self) -> ProcessGroup | None:
-        """The processes that every backward pass is of."""
-        ranks = self.traced.ranks
-        if ranks is None:
-            return None
-        synchronised = any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order)
-        return ranks.group if synchronised or self.model.shard_group is not None else None
+        self._interned: dict[tuple[int, ...], list[tuple[Tensor, Owners]]] = {}
 
     def plan(self) -> Plan:
         while True:
@@ -95,7 +86,7 @@ class _Planner:
             self.shared = self._shared()
             self.arranged = self._arrange_calls()
             more = self._unaccounted() - self.settled
-            if not more:
+            if not on_any(self.group, bool(more), self.losses.device):
                 break
             self.aside ^= more
             self.settled |= more
@@ -116,9 +107,8 @@ class _Planner:
             return
         question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
         question.ask(positions, edges=self._meeting(positions))
-        suspects = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
-        suspects = {p for p in suspects if self._speaks_of_data(p)}
-        if suspects or self.group is not None:
+        suspects = self._suspects(question.nodes)
+        if on_any(self.group, bool(suspects), self.losses.device):
             question.ask(suspects, by_element=True)
         self.nodes, self.calls, self.blind = question.nodes, question.calls, question.blind
         self.edges = question.edges
@@ -175,9 +165,22 @@ class _Planner:
         """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
         return self.traced.calls[number].rule.whole_call or self.traced.nodes[number] in self.traced.tokens
 
-    def _speaks_of_data(self, position: int) -> bool:
-        """Whether something below a node reads the examples, so that a share of several is a coupling."""
-        return self.structure.trains[position] and self.structure.reads_data(position, self.model, self.n) is not None
+    def _suspects(self, nodes: Mapping[Key, Tensor]) -> set[int]:
+        """Nodes of which some row looks like one of several, though what lies below is the examples' own.
+
+        The examples may lie along the last dimension, or numbers may be too small to be told apart by powers of two.
+        """
+        mixed = {position for (position, _), owners in nodes.items() if bool((owners == SEVERAL).any())}
+        owned: list[bool] = []
+        for position, children in enumerate(self.traced.children):
+            own = (owners for number in range(8) if (owners := nodes.get((position, number))) is not None)
+            apart = position not in mixed and any(bool((owners > 0).any()) for owners in own)
+            owned.append(apart or any(owned[child] for child in children if child is not None and child >= 0))
+        return {
+            p
+            for p in mixed
+            if self.structure.trains[p] and (owned[p] or self.structure.reads_data(p, self.model, self.n) is not None)
+        }
 
     def _couplings(self) -> tuple[int, ...]:
         """Positions of batch norms outside of calls that take their statistics from the batch."""
@@ -400,9 +403,15 @@ class _Planner:
         return None if arrangement is None else self._on_device(arrangement.ownership)
 
     def _on_device(self, ownership: Ownership) -> Ownership:
-        return (
-            ownership if isinstance(ownership, Layout) else replace(ownership, of=ownership.of.to(self.losses.device))
-        )
+        """The owners where the losses are; the same object for the same owners, which keeps what it works out."""
+        if isinstance(ownership, Layout):
+            return ownership
+        alike = self._interned.setdefault(tuple(ownership.of.shape), [])
+        for known, owners in alike:
+            if torch.equal(known, ownership.of):
+                return owners
+        alike.append((ownership.of, Owners(ownership.of.to(self.losses.device), self.n)))
+        return alike[-1][1]
 
     def _outermost(self, silent: Collection[int]) -> set[int]:
         """The nodes without a gradient, behind which there is something to train, that others pass gradients to."""

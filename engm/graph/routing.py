@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..torch_internals import (
@@ -432,7 +433,7 @@ def routes_of(
         ]
         if not behind or is_compiled_region(node):
             continue
-        if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
+        if name in HIDING or (is_opaque(node) and name != "Tap" and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
             if name != "Tap" and not name.startswith("SyncBatchNorm"):
@@ -465,7 +466,7 @@ def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], ow
     along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
     if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
         along = min(1, len(entering_shape(*node.next_functions[0])) - 1)
-    if not isinstance(along, int):
+    if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
         return True
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
@@ -491,7 +492,8 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return False
     if name in RIGHT:
         right = traced.children[position][RIGHT[name]]
-        return (right is not None and right >= 0 and right not in skip) or 1 in varying(own, n)
+        owned = right is not None and right not in skip and (right, 0) in owners
+        return owned or 1 in varying(own, n)
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, n)
     differs = varying(own, n)

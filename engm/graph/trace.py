@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -17,7 +18,17 @@ from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_
 from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
 from ..capture.compiled import attach, segment_of
 from ..distributed import Ranks
-from ..torch_internals import Node, is_compiled_region, leaf_of, let_graph_be_kept
+from ..torch_internals import (
+    SYNC_BATCH_NORM_NODE,
+    Node,
+    is_compiled_region,
+    leaf_of,
+    let_graph_be_kept,
+    node_name,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass
@@ -94,6 +105,19 @@ class Trace:
         ]
         others = [self.order[position] for position in outside]
         return frozen_statistics([*called, *(BatchNormNode(node, partial(gain_of_node, node)) for node in others)])
+
+    @cached_property
+    def group(self) -> ProcessGroup | None:
+        """The processes that every backward pass through the graph is of, if it is not of this one alone.
+
+        They are where parameters are split over processes, or batch statistics are taken over them. Whatever passes one
+        of them needs, all have to run.
+        """
+        ranks = self.ranks
+        if ranks is None or self.owner is None:
+            return None
+        synchronised = any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
+        return ranks.group if synchronised or self.owner.shard_group is not None else None
 
     def release(self) -> None:
         """Let go of what the owner's calls remember, before the graph itself is gone."""

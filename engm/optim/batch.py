@@ -65,7 +65,7 @@ class LossBatch:
         self._collector: TermCollector | None = None
         self._graph: PlannedGraph | None = None
         if captured:
-            self._graph = planned_losses(model, losses, check=check)
+            self._graph = planned_losses(model, losses, check=check, scale=scale)
             self.trace = self._graph.trace
         else:
             check_losses(losses, finite=check)

@@ -28,6 +28,6 @@ class PReLURule(Rule):
     ) -> dict[str, Term]:
         x, gy = activations.clamp(max=0), backprops
         if module.num_parameters == 1:
-            x, gy = (t.reshape(t.shape[0], 1, -1) for t in (x, gy))
+            x, gy = (t.reshape(t.shape[0], 1, t.shape[1:].numel()) for t in (x, gy))
         # That sum is the scale gradient of a normalisation with mean 0 and deviation 1.
         return affine_terms(by_channel(x, gy, None, gy.new_ones(1, 1)), names)

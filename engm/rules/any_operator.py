@@ -1,21 +1,21 @@
 """Per-example gradients for an operator without a rule: its own backward pass is run once for every example.
 
 An operator's backward pass is linear in the gradients of its outputs. So with the rows of one example kept and all
-others set to zero it gives that example's gradient, for any operator whose rows each belong to one example.
+others set to zero it gives that example's gradient, for any operator whose output's elements each belong to one.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..terms import CHUNK_BYTES, PerExampleGradient
-from ..terms.layout import Layout
-from ..terms.owners import Owners
+from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
 from ..torch_internals import adds_up, passed_to_input
-from .entries import Entry
+from .entries import Entry, owners_of
 
 
 def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExampleGradient:
@@ -31,13 +31,14 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     Returns:
         The gradients ``[n, *entry.shape]``.
     """
-    if isinstance(entry.layout, Owners):
-        return _masked(entry, backprops)
-    rows = [None if g is None else entry.layout.examples_first(g.detach(), entry.n) for g in backprops]
-    each = max(1, sum(r.numel() * r.element_size() for r in rows if r is not None))
-    chunk = max(1, min(entry.n, CHUNK_BYTES // each))
-
+    arrived = [_Arrived.at(entry, number, g) for number, g in enumerate(backprops)]
     shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
+    each = sum(a.gradient.nbytes for a in arrived if a is not None)
+    if each == 0:
+        like = next(g for g in backprops if g is not None)
+        like = like if entry.is_complex else like.real
+        return PerExampleGradient(like.new_zeros((entry.n, *entry.shape), dtype=accumulation_dtype(like)))
+    chunk = max(1, min(entry.n, CHUNK_BYTES // each))
 
     def of(gradients: Sequence[Tensor | None]) -> Tensor | None:
         found = passed_to_input(entry.node, entry.slot, gradients)
@@ -45,46 +46,42 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
 
     found: list[Tensor] = []
     for start in range(0, entry.n, chunk):
-        picked = range(start, min(start + chunk, entry.n))
-        masked = [None if r is None else torch.stack([_only(r, i, entry.layout) for i in picked]) for r in rows]
-        found.append(backward_of_each(of, masked, shape))
+        examples = range(start, min(start + chunk, entry.n))
+        masked = [None if a is None else a.of_each(examples) for a in arrived]
+        found.append(backward_of_each(of, masked, shape, is_complex=entry.is_complex))
     gradient = torch.cat(found)
     return PerExampleGradient(gradient.mT if entry.transposed else gradient)
 
 
-def _masked(entry, backprops):
-    shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
+@dataclass
+class _Arrived:
+    """The gradient of one of a node's outputs, and whose each element is."""
 
-    def of(gradients):
-        found = passed_to_input(entry.node, entry.slot, gradients)
-        return None if found is None else found.sum_to_size(shape)
+    gradient: Tensor
+    owner: Tensor
 
-    layouts = (entry.layout, *entry.others)
-    masked = []
-    for g, o in zip(backprops, layouts):
-        if g is None:
-            masked.append(None)
-            continue
-        if isinstance(o, Layout):
-            rows = o.examples_first(g, entry.n)
-            masked.append(torch.stack([_only(rows, i, o) for i in range(entry.n)]))
-        else:
-            masked.append(torch.stack([g * (o.elements(g.dim()) == i) for i in range(entry.n)]))
-    gradient = backward_of_each(of, masked, shape)
-    return PerExampleGradient(gradient.mT if entry.transposed else gradient)
+    @classmethod
+    def at(cls, entry: Entry, output: int, gradient: Tensor | None) -> _Arrived | None:
+        """What arrived at an output; None if nothing did."""
+        where = entry.ownership(output)
+        if gradient is None or where is None:
+            return None
+        owners = owners_of(where, tuple(gradient.shape), entry.n, gradient.device)
+        return cls(gradient.detach(), owners.elements(gradient.dim()))
 
-
-def _only(rows: Tensor, example: int, layout: Layout) -> Tensor:
-    """A gradient of the node's output that is zero outside of one example's rows, given ``rows [n, rows, ...]``."""
-    kept = torch.zeros_like(rows)
-    kept[example] = rows[example]
-    return layout.from_examples(kept)
+    def of_each(self, examples: range) -> Tensor:
+        """``[examples, ...]``: the gradient of each example's own elements, and zero for all others."""
+        numbers = torch.arange(examples.start, examples.stop, device=self.owner.device)
+        own = numbers.reshape(-1, *(1 for _ in self.gradient.shape)) == self.owner
+        return torch.where(own, self.gradient, 0)
 
 
 def backward_of_each(
     backward: Callable[[Sequence[Tensor | None]], Tensor | None],
     gradients: Sequence[Tensor | None],
     shape: tuple[int, ...],
+    *,
+    is_complex: bool = False,
 ) -> Tensor:
     """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
 
@@ -94,6 +91,7 @@ def backward_of_each(
         backward: from gradients of the outputs to the gradient ``[*shape]`` of one input, or None for zero.
         gradients: ``[batch, ...]`` for every output; None where there is none.
         shape: of the input.
+        is_complex: whether the input has complex numbers.
 
     Returns:
         ``[batch, *shape]``.
@@ -103,11 +101,15 @@ def backward_of_each(
     def one(*parts: Tensor) -> Tensor:
         rest = iter(parts)
         found = backward([None if g is None else next(rest) for g in gradients])
-        return parts[0].new_zeros(shape) if found is None else found
+        if found is not None:
+            return found
+        return (parts[0] if is_complex else parts[0].real).new_zeros(shape)
 
     if given[0].shape[0] > 1:
         try:
-            batched = torch.func.vmap(one)(*given)
+            with warnings.catch_warnings():  # that an operator has no batching rule, which a user can do nothing about
+                warnings.filterwarnings("ignore", "There is a performance drop")
+                batched = torch.func.vmap(one)(*given)
         except (RuntimeError, ValueError):
             pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:

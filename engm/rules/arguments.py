@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -37,11 +37,19 @@ class Arguments:
     @cached_property
     def flattened(self) -> tuple[list[Any], TreeSpec]:
         """The leaves of ``(args, kwargs)``, and how they were nested."""
+        if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
+            return list(self.args), _nested_as_tensors(len(self.args))
         return tree_flatten((self.args, self.kwargs))
 
     def get(self, position: int, name: str) -> Any:
         """The argument at ``position``, or under ``name`` if it was given as a keyword; None without one."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+
+@cache
+def _nested_as_tensors(count: int) -> TreeSpec:
+    """How so many positional arguments are nested: torch takes longer to find out than a small layer to compute."""
+    return tree_flatten(((0,) * count, {}))[1]
 
 
 class Frame:

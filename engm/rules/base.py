@@ -61,6 +61,7 @@ class Rule:
         always: whether calls without trained parameters are captured too, so that the nodes inside of them are
             accounted for.
         whole_call: whether the rule is a :class:`WholeCallRule`.
+        joins: whether calls of one module are taken together, see :class:`WholeCallRule`.
         generic: whether the rule runs the module again, in place of a rule that nobody wrote.
     """
 
@@ -69,6 +70,7 @@ class Rule:
     positionwise = False
     always = False
     whole_call = False
+    joins = False
     generic = False
 
     def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
@@ -153,6 +155,19 @@ class WholeCallRule(Rule):
     """
 
     whole_call = True
+
+    def joined(
+        self, module: nn.Module, calls: Sequence[tuple[Arguments, Sequence[Tensor | None]]]
+    ) -> tuple[Arguments, tuple[Tensor | None, ...]]:
+        """Calls of one module as a single call with the examples of all of them, one call after the other.
+
+        Asked where :attr:`joins` is set, because many small calls cost more than a large one.
+
+        Args:
+            module: the layer.
+            calls: arguments and gradients of the outputs of each call.
+        """
+        raise TypeError(f"{type(self).__name__} must define joined")
 
     def before(self, module: nn.Module) -> Any:
         """What :meth:`save_call` needs to know of the time right before the module's forward, or None."""

@@ -54,8 +54,7 @@ class EmbeddingRule(Rule):
         rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        n, d = backprops.shape[0], backprops.shape[-1]
-        indices, gy = activations.reshape(n, -1), backprops.reshape(n, -1, d)
+        indices, gy = activations.unsqueeze(1).flatten(1), backprops.unsqueeze(1).flatten(1, -2)
         if saved is not None:
             gy = gy * saved.view(-1, indices.shape[1])[rows].unsqueeze(2).to(gy.dtype)
         padding = -1 if module.padding_idx is None else module.padding_idx

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..terms import Term
+from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
 from ..torch_internals import (
     BATCH_NORM_NODES,
     SYNC_BATCH_NORM_NODE,
+    entering_dtype,
+    is_python_function,
     node_outputs,
     operator_name,
     output_shape,
     saved_by,
 )
 
-BATCH_NORMS = tuple(name.removesuffix("Backward") for name in (*BATCH_NORM_NODES, SYNC_BATCH_NORM_NODE))
+_SYNC_BATCH_NORM = SYNC_BATCH_NORM_NODE.removesuffix("Backward")  # a function in Python
+BATCH_NORMS = (*(name.removesuffix("Backward") for name in BATCH_NORM_NODES), _SYNC_BATCH_NORM)
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,11 @@ class Entry:
         node: the node.
         slot: which of the node's inputs the tensor is.
         shape: of the tensor.
-        layout: where the examples lie in the node's (first) output.
+        layout: where the examples lie in the node's first output.
         n: number of examples.
         transposed: whether the node's input is the transpose of the tensor (for matrix products).
+        others: where the examples lie in the node's further outputs, None for one that no gradient arrives at; without
+            any, the examples lie in all outputs as they do in the first.
     """
 
     node: Any
@@ -59,19 +66,83 @@ class Entry:
         """What the node saved under ``name`` (tensors detached), or None."""
         return saved_by(self.node, name)
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether the tensor that enters has complex numbers."""
+        return entering_dtype(*self.node.next_functions[self.slot]).is_complex
+
+    def ownership(self, output: int) -> Ownership | None:
+        """Where the examples lie in one of the node's outputs; None where no gradient arrives."""
+        return self.others[output - 1] if output and self.others else self.layout
+
+    def rows(self, most: int) -> Rows | None:
+        """The leading dimensions of the node's first output in which the examples lie, as rows.
+
+        Args:
+            most: how many leading dimensions the operator treats alike. None is returned where the examples lie deeper.
+        """
+        shape = output_shape(self.node)
+        where = self.layout
+        if isinstance(where, Owners) and where.dims == 0:  # all is one example's
+            where = Owners(where.of.expand(shape[:1]), where.n)
+        dims = where.dims if isinstance(where, Owners) else where.dim + 1
+        if dims > most:
+            return None
+        flat = where.flattened(shape)
+        return Rows(dims, prod(shape[:dims]), flat)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Leading dimensions of tensors, taken together as rows of which each belongs to one example or to nobody.
+
+    Attributes:
+        dims: how many dimensions there are.
+        count: how many rows.
+        ownership: of the rows, along one dimension.
+    """
+
+    dims: int
+    count: int
+    ownership: Ownership
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A tensor with these leading dimensions as ``[rows, *the other dimensions]``."""
+        return tensor.reshape(self.count, *tensor.shape[self.dims :])
+
+    def add_up(self, term: Term) -> Term:
+        """The term of the examples, from a term that counts every row as an example."""
+        return term.grouped(self.ownership)
+
+
+def owners_of(where: Ownership, shape: tuple[int, ...], n: int, device: torch.device) -> Owners:
+    """Owners that say the same as a layout of a tensor of ``shape`` does; owners are returned as they are."""
+    if isinstance(where, Owners):
+        return where
+    along = Owners.regular(Layout(0, where.outer, where.inner), n, device)
+    return along if where.dim == 0 else Owners(along.of.expand(shape[0], -1), n)
+
 
 OperatorRule = Callable[[Entry, Tensor], Term | None]
 """``(entry, gradient of the node's first output) -> term of what enters``; None where the rule does not hold."""
 
 _RULES: dict[str, OperatorRule] = {}
+_COMPLEX: set[OperatorRule] = set()  # the rules that hold for complex numbers too
 
 
-def add_operator(*names: str) -> Callable[[OperatorRule], OperatorRule]:
-    """A decorator that registers a function as the rule of the operators with these names; for rules inside engm."""
+def add_operator(*names: str, of_complex: bool = False) -> Callable[[OperatorRule], OperatorRule]:
+    """A decorator that registers a function as the rule of the operators with these names; for rules inside engm.
+
+    Args:
+        names: of the operators, without ``Backward0``.
+        of_complex: whether the rule holds for complex numbers too.
+    """
 
     def register(rule: OperatorRule) -> OperatorRule:
         for name in names:
             _RULES[name] = rule
+        if of_complex:
+            _COMPLEX.add(rule)
         return rule
 
     return register
@@ -86,11 +157,24 @@ def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
         entry: where the tensor enters.
         backprops: gradients of the summed losses with respect to the node's outputs.
     """
-    rule = _RULES.get(operator_name(entry.node))
     first = backprops[0]
-    if rule is None or first is None or first.is_complex() or isinstance(entry.layout, Owners):
+    rule = _rule_of(entry.node)
+    if rule is None or first is None or (first.is_complex() and rule not in _COMPLEX):
         return None
     return rule(entry, first.detach())
+
+
+def _rule_of(node: Any) -> OperatorRule | None:
+    """The rule of a node's operator. A user's own function may have the name of an operator, and is none."""
+    name = operator_name(node)
+    if is_python_function(node) and name != _SYNC_BATCH_NORM:
+        return None
+    return _RULES.get(name)
+
+
+def has_operator_rule(node: Any) -> bool:
+    """Whether there is a rule for the node's operator, whether or not it holds for what enters."""
+    return _rule_of(node) is not None
 
 
 def has_rule(entry: Entry) -> bool:
@@ -98,23 +182,6 @@ def has_rule(entry: Entry) -> bool:
     output = node_outputs(entry.node)[0]
     zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(tuple(output.shape))
     return entry_term(entry, [zeros]) is not None
-
-
-def enters_by_broadcast(entry: Entry) -> bool:
-    """Whether every example sees the same values of the tensor: it is a weight, or is repeated over the batch."""
-    by_position = {"Bmm": (1,), "Embedding": (0,), "NativeLayerNorm": (1, 2), "FusedRmsNorm": (1, 2)}
-    by_row = {"Mm": (1,), "Addmm": (0, 2), "Convolution": (1, 2)}
-    by_row |= dict.fromkeys(("NativeGroupNorm", *BATCH_NORMS), (1, 2))
-    name = operator_name(entry.node)
-    if name in by_position:
-        return entry.slot in by_position[name]
-    if name in by_row:
-        return entry.slot in by_row[name] and entry.layout.dim == 0  # dimension 1 is the weight's own
-    rank = len(output_shape(entry.node))
-    if len(entry.shape) > rank:
-        return False
-    rows = aligned_shape(entry)[entry.layout.dim]
-    return rows == 1 or (name == "Repeat" and entry.layout.inner % rows == 0)  # each example gets whole copies
 
 
 def aligned_shape(entry: Entry) -> tuple[int, ...]:

@@ -252,7 +252,7 @@ def _divides(tensor: Tensor, batch: int) -> bool:
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
     """A tensor that holds its examples along the first dimension, as ``[batch, rows of one example, ...]``."""
-    return tensor.reshape(batch, -1, *tensor.shape[1:])
+    return tensor.reshape(batch, tensor.shape[0] // batch, *tensor.shape[1:])
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class _MatrixRule(Rule):
 
 def _by_position(tensor: Tensor) -> Tensor:
     """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
-    return tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+    return tensor.unsqueeze(1).flatten(1, -2)
 
 
 @add_rule(nn.Linear)

@@ -201,11 +201,12 @@ class _TrailingNormRule(Rule):
         rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        n, size = backprops.shape[0], prod(module.normalized_shape)
-        x, gy = (t.reshape(n, -1, size) for t in (activations, backprops))
+        n, shape = backprops.shape[0], tuple(module.normalized_shape)
+        positions = prod(backprops.shape[1 : backprops.dim() - len(shape)])
+        x, gy = (t.reshape(n, positions, prod(shape)) for t in (activations, backprops))
         mean, rstd = saved
-        mean = None if mean is None else mean[rows].reshape(n, -1, 1)
-        return affine_terms((x, gy, mean, rstd[rows].reshape(n, -1, 1), 2), names, tuple(module.normalized_shape))
+        mean = None if mean is None else mean[rows].reshape(n, positions, 1)
+        return affine_terms((x, gy, mean, rstd[rows].reshape(n, positions, 1), 2), names, shape)
 
 
 @add_rule(nn.LayerNorm)

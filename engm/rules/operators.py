@@ -11,8 +11,10 @@ it does not hold. Then, and for operators without a rule, :mod:`engm.rules.any_o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 
 from ..terms import (
@@ -21,99 +23,198 @@ from ..terms import (
     EmbeddingFactors,
     LinearFactors,
     PerExampleGradient,
+    Stacked,
     Term,
     accumulation_dtype,
 )
+from ..terms.layout import Layout
+from ..terms.owners import Owners
 from ..torch_internals import batch_norm_statistics, is_python_function, operator_name
 from .conv import transposed_factors
-from .entries import BATCH_NORMS, Entry, add_operator, aligned_shape
+from .entries import BATCH_NORMS, Entry, Rows, add_operator, aligned_shape, owners_of
 from .normalization import affine_terms, by_channel
 
 # -- sums and products with broadcasting --------------------------------------------------------------------------
 
 
-def _repeated(entry: Entry, contribution: Tensor) -> Term | None:
+def _repeated(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | None = None) -> Term | None:
     """The term of a tensor that broadcasting repeated: ``contribution`` summed over everything it was repeated along.
 
     Args:
         entry: where the tensor enters.
-        contribution: gradient of the repeated tensor, of the shape of the node's output.
+        contribution: gradient of the repeated tensor, which has the dimensions of the node's output, or has others
+            behind those in which the examples lie.
+        aligned: the shape of the tensor in these dimensions; by default that of broadcasting.
 
     Returns:
-        The term, or None if the tensor is not repeated along the batch: then each example has rows of its own in it.
+        The term, or None if the contribution does not consist of repetitions of the tensor.
     """
-    aligned = aligned_shape(entry)
-    if aligned[entry.layout.dim] != 1:
+    aligned = aligned_shape(entry) if aligned is None else aligned
+    if contribution.is_complex() and not entry.is_complex:
+        contribution = contribution.real
+    if contribution.numel() == 0:
+        return _nothing(entry, contribution)
+    if any(size == 0 or length % size for size, length in zip(aligned, contribution.shape, strict=True)):
         return None
-    kept = [size for dim, size in enumerate(aligned) if dim != entry.layout.dim]
-    rows = entry.layout.examples_first(contribution, entry.n)
-    shape, reduced = [entry.n, rows.shape[1]], [1]
-    for size, length in zip(kept, rows.shape[2:], strict=True):
-        if size == 0 or length % size:
-            return None
-        reduced.append(len(shape))
+    where = entry.layout
+    if isinstance(where, Layout) and aligned[where.dim] == 1:
+        rows = where.examples_first(contribution, entry.n)
+        gradient = _within(rows, 2, tuple(size for dim, size in enumerate(aligned) if dim != where.dim))
+    else:
+        gradient = _scattered(
+            contribution, aligned, owners_of(where, tuple(contribution.shape), entry.n, contribution.device)
+        )
+    return PerExampleGradient(gradient.reshape(entry.n, *entry.shape))
+
+
+def _nothing(entry: Entry, gy: Tensor) -> PerExampleGradient:
+    """The term of a tensor that no element of the node's output depends on, because the output has none."""
+    return PerExampleGradient(gy.new_zeros((entry.n, *entry.shape), dtype=accumulation_dtype(gy)))
+
+
+def _within(rows: Tensor, leading: int, sizes: tuple[int, ...]) -> Tensor:
+    """Sums over the second of ``leading`` dimensions and over repetitions along those that follow, to ``sizes``."""
+    shape, summed = list(rows.shape[:leading]), [1]
+    for size, length in zip(sizes, rows.shape[leading:], strict=True):
+        summed.append(len(shape))
         shape += [length // size, size]
-    rows = rows.reshape(shape)
-    total = rows.sum(reduced, dtype=accumulation_dtype(rows))
-    return PerExampleGradient(total.reshape(entry.n, *entry.shape))
+    return rows.reshape(shape).sum(summed, dtype=accumulation_dtype(rows))
 
 
-@add_operator("Expand", "Repeat")
+def _scattered(contribution: Tensor, aligned: tuple[int, ...], owners: Owners) -> Tensor:
+    """Contributions added to the gradients of their owners, ``[n, elements of the tensor]``.
+
+    Args:
+        contribution: gradient of the repeated tensor.
+        aligned: shape of the tensor in the same dimensions.
+        owners: of the contribution's elements.
+    """
+    dims, device = owners.dims, contribution.device
+    count, size = owners.of.numel(), prod(aligned[dims:])
+    rows = _within(contribution.reshape(count, 1, *contribution.shape[dims:]), 2, aligned[dims:]).reshape(count, size)
+    place = torch.zeros((), dtype=torch.int64, device=device)  # of a row of the output in the rows of the tensor
+    for dim in range(dims):
+        along = torch.arange(contribution.shape[dim], device=device) % aligned[dim]
+        place = place.unsqueeze(-1) * aligned[dim] + along
+    held = prod(aligned[:dims])
+    owner = torch.where(owners.of < 0, owners.n, owners.of)  # the gradients behind the last example's are nobody's
+    total = torch.zeros(((owners.n + 1) * held, size), dtype=rows.dtype, device=device)
+    return total.index_add_(0, (owner * held + place).flatten(), rows)[: owners.n * held]
+
+
+@add_operator("Expand", "Repeat", of_complex=True)
 def _expand(entry: Entry, gy: Tensor) -> Term | None:
     return _repeated(entry, gy)
 
 
-@add_operator("Add", "Sub")
+@add_operator("Add", "Sub", of_complex=True)
 def _add(entry: Entry, gy: Tensor) -> Term | None:
     sign = -1 if operator_name(entry.node) == "Sub" else 1
-    factor = sign * entry.saved("alpha") if entry.slot == 1 else 1
+    factor = sign * entry.saved("alpha").conjugate() if entry.slot == 1 else 1
     return _repeated(entry, gy if factor == 1 else gy * factor)
 
 
-@add_operator("Mul")
+@add_operator("Mul", of_complex=True)
 def _mul(entry: Entry, gy: Tensor) -> Term | None:
     other = entry.saved("self" if entry.slot == 1 else "other")
-    return _repeated(entry, gy * other) if isinstance(other, Tensor) else None
+    return _repeated(entry, gy * other.conj()) if isinstance(other, Tensor) else None
 
 
-@add_operator("Div")
+@add_operator("Div", of_complex=True)
 def _div(entry: Entry, gy: Tensor) -> Term | None:
     other = entry.saved("other")
-    return _repeated(entry, gy / other) if entry.slot == 0 and isinstance(other, Tensor) else None
+    if entry.slot != 0 or not isinstance(other, Tensor) or entry.saved("rounding_mode") is not None:
+        return None
+    return _repeated(entry, gy / other.conj())
 
 
 # -- matrix products -----------------------------------------------------------------------------------------------
 
 
-def _product(entry: Entry, left: Tensor | None, gy: Tensor) -> Term | None:
-    """The term of the right factor in ``left [R, p] @ entering [p, d]``, given ``gy [R, d]``."""
-    if left is None or entry.layout.dim != 0:
+def _outer(entry: Entry, rows: Rows | None, a: Tensor | None, b: Tensor) -> Term | None:
+    """The term of a matrix ``[p, d]`` with the gradient ``sum_r a_r b_r^T`` over rows ``a [R, p]`` and ``b [R, d]``."""
+    if a is None or rows is None:
         return None
-    a, b = (entry.layout.examples_first(t, entry.n) for t in (left.to(gy.dtype), gy))
-    return LinearFactors(a, b) if entry.transposed else LinearFactors(b, a)
+    a, b = (t.unsqueeze(1) for t in (a.to(b.dtype), b))
+    return rows.add_up(LinearFactors(a, b) if entry.transposed else LinearFactors(b, a))
+
+
+def _right(entry: Entry, left: Tensor | None, gy: Tensor) -> Term | None:
+    """The term of the right factor in ``left [R, p] @ entering [p, d]``, given ``gy [R, d]``."""
+    return _outer(entry, entry.rows(most=1), left, gy)
+
+
+def _left(entry: Entry, right: Tensor | None, gy: Tensor) -> Term | None:
+    """The term of the left factor in ``entering [d, p] @ right [p, R]``, whose examples are columns of ``gy [d, R]``.
+
+    Where they are rows instead, every example has rows of its own in the factor.
+    """
+    if right is None:
+        return None
+    where = entry.layout
+    if isinstance(where, Layout) and where.dim == 1:
+        columns = Rows(1, gy.shape[1], Layout(0, where.outer, where.inner))
+        return _outer(entry, columns, gy.t(), right.t().to(gy.dtype))
+    if entry.transposed or entry.rows(most=1) is None:
+        return None
+    return _repeated(entry, gy @ right.to(gy.dtype).t(), entry.shape)
 
 
 @add_operator("Mm")
 def _mm(entry: Entry, gy: Tensor) -> Term | None:
-    return _product(entry, entry.saved("self"), gy) if entry.slot == 1 else None
+    if entry.slot == 1:
+        return _right(entry, entry.saved("self"), gy)
+    return _left(entry, entry.saved("mat2"), gy)
 
 
 @add_operator("Addmm")
 def _addmm(entry: Entry, gy: Tensor) -> Term | None:
+    factor = entry.saved("alpha" if entry.slot else "beta")
+    gy = gy if factor == 1 else gy * factor
     if entry.slot == 0:
-        beta = entry.saved("beta")
-        return _repeated(entry, gy if beta == 1 else gy * beta)
-    alpha = entry.saved("alpha")
-    return _product(entry, entry.saved("mat1"), gy if alpha == 1 else gy * alpha) if entry.slot == 2 else None
+        return _repeated(entry, gy)
+    if entry.slot == 2:
+        return _right(entry, entry.saved("mat1"), gy)
+    return _left(entry, entry.saved("mat2"), gy)
 
 
 @add_operator("Bmm")
 def _bmm(entry: Entry, gy: Tensor) -> Term | None:
-    left = entry.saved("self")
-    if entry.slot != 1 or left is None or gy.shape[0] != 1 or entry.layout.dim != 1:
+    return _left_of_many(entry, "mat2", gy) if entry.slot == 0 else _right_of_many(entry, "self", gy)
+
+
+@add_operator("Baddbmm")
+def _baddbmm(entry: Entry, gy: Tensor) -> Term | None:
+    factor = entry.saved("alpha" if entry.slot else "beta")
+    gy = gy if factor == 1 else gy * factor
+    if entry.slot == 0:
+        return _repeated(entry, gy)
+    return _left_of_many(entry, "batch2", gy) if entry.slot == 1 else _right_of_many(entry, "batch1", gy)
+
+
+def _left_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
+    """The term of the left factors in ``entering [m, R, p] @ right [m, p, d]``, given ``gy [m, R, d]``."""
+    right = entry.saved(name)
+    if right is None or entry.rows(most=2) is None:
         return None
-    a, b = (entry.layout.examples_first(t, entry.n).flatten(2) for t in (left.to(gy.dtype), gy))
-    return PerExampleGradient(LinearFactors(b, a).dense(slice(0, entry.n)).unsqueeze(1))
+    return _repeated(entry, gy @ right.to(gy.dtype).mT, entry.shape)
+
+
+def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
+    """The term of the right factors in ``left [m, R, p] @ entering [m, p, d]``, given ``gy [m, R, d]``."""
+    left, rows = entry.saved(name), entry.rows(most=2)
+    if left is None or rows is None:
+        return None
+    if gy.numel() == 0:
+        return _nothing(entry, gy)
+    left = left.to(gy.dtype)
+    if rows.dims == 1:  # each product is one example's
+        return _repeated(entry, left.mT @ gy, entry.shape)
+    where, parts = entry.layout, []
+    for number, (a, b) in enumerate(zip(left, gy, strict=True)):
+        own = Owners(where.of[number], where.n) if isinstance(where, Owners) else Layout(0, where.outer, where.inner)
+        parts.append(LinearFactors(b.unsqueeze(1), a.unsqueeze(1)).grouped(own))
+    return Stacked(parts)
 
 
 # -- layers called as functions -------------------------------------------------------------------------------------
@@ -121,80 +222,82 @@ def _bmm(entry: Entry, gy: Tensor) -> Term | None:
 
 @add_operator("Convolution")
 def _convolution(entry: Entry, gy: Tensor) -> Term | None:
-    if entry.layout.dim != 0 or entry.slot not in (1, 2):
-        return None
-    layout, n = entry.layout, entry.n
     if entry.slot == 2:
-        rows = gy.flatten(2).sum(2, dtype=accumulation_dtype(gy))
-        return PerExampleGradient(layout.examples_first(rows, n).sum(1))
-    inputs = entry.saved("input")
-    if inputs is None:
+        return _repeated(entry, gy, (1, *entry.shape, *(1 for _ in gy.shape[2:])))
+    inputs, rows = entry.saved("input"), entry.rows(most=1)
+    if inputs is None or rows is None or entry.slot != 1:
         return None
-    geometry = ConvGeometry(
-        tuple(entry.shape[2:]),
-        tuple(entry.saved("stride")),
-        tuple(entry.saved("padding")),
-        tuple(entry.saved("dilation")),
-        int(entry.saved("groups")),
-    )
+    dims = len(entry.shape) - 2
+    stride, padding, dilation = (_each(entry.saved(name), dims) for name in ("stride", "padding", "dilation"))
+    geometry = ConvGeometry(tuple(entry.shape[2:]), stride, padding, dilation, int(entry.saved("groups")))
     inputs = inputs.to(gy.dtype)
-    factors = ConvFactors(inputs, gy, geometry)
-    if entry.saved("transposed"):
-        factors = transposed_factors(inputs, gy, geometry)
-    return factors.fold(layout.outer, n, layout.inner)
+    transposed = entry.saved("transposed")
+    factors = transposed_factors(inputs, gy, geometry) if transposed else ConvFactors(inputs, gy, geometry)
+    return rows.add_up(factors)
+
+
+def _each(values: Sequence[int], dims: int) -> tuple[int, ...]:
+    """One value for every spatial dimension; a single one, as a convolution may save it, stands for all."""
+    return tuple(values) * dims if len(values) == 1 else tuple(values)
 
 
 @add_operator("Embedding")
 def _embedding(entry: Entry, gy: Tensor) -> Term | None:
-    indices = entry.saved("indices")
-    if indices is None or entry.saved("scale_grad_by_freq"):
+    indices, rows = entry.saved("indices"), entry.rows(most=gy.dim() - 1)
+    if indices is None or rows is None or entry.saved("scale_grad_by_freq"):
         return None
-    a = entry.layout.examples_first(indices, entry.n).flatten(1)
-    b = entry.layout.examples_first(gy, entry.n).reshape(*a.shape, gy.shape[-1])
-    return EmbeddingFactors(a, b, entry.shape[0], int(entry.saved("padding_idx")), bool(entry.saved("sparse")))
+    a = rows.of(indices).unsqueeze(1).flatten(1)
+    b = gy.reshape(*a.shape, gy.shape[-1])
+    padding_idx, sparse = int(entry.saved("padding_idx")), bool(entry.saved("sparse"))
+    return rows.add_up(EmbeddingFactors(a, b, entry.shape[0], padding_idx, sparse))
 
 
-def _affine(entry: Entry, views: tuple[Tensor, Tensor, Tensor | None, Tensor, int]) -> Term:
+def _affine(entry: Entry, rows: Rows, views: tuple[Tensor, Tensor, Tensor | None, Tensor, int]) -> Term:
     """The term of the scale (slot 1) or shift (slot 2) of a normalisation.
 
     Args:
         entry: where the scale or shift enters.
+        rows: of the batch.
         views: the arguments of :func:`engm.ops.affine_norm_sq`, with every row of the batch as an example.
     """
     name = "weight" if entry.slot == 1 else "bias"
-    rows = affine_terms(views, (name,))[name].gradient  # type: ignore[attr-defined]
-    gradient = entry.layout.examples_first(rows, entry.n).sum(1)
-    return PerExampleGradient(gradient.reshape(entry.n, *entry.shape))
+    return rows.add_up(affine_terms(views, (name,), entry.shape)[name])
 
 
 @add_operator("NativeLayerNorm")
 def _layer_norm(entry: Entry, gy: Tensor) -> Term | None:
     x, mean, rstd = (entry.saved(name) for name in ("input", "result1", "result2"))
-    if x is None or mean is None or rstd is None or entry.slot not in (1, 2):
+    size = prod(entry.shape)
+    rows = entry.rows(most=gy.dim() - len(entry.shape))
+    if x is None or mean is None or rstd is None or rows is None or entry.slot not in (1, 2):
         return None
-    layout = entry.layout.flattened(tuple(gy.shape))
-    rows, size = layout.outer * entry.n * layout.inner, prod(entry.shape)
-    x, gy = (t.reshape(rows, -1, size) for t in (x, gy))
-    flat = Entry(entry.node, entry.slot, entry.shape, layout, entry.n)
-    return _affine(flat, (x, gy, mean.reshape(rows, -1, 1), rstd.reshape(rows, -1, 1), 2))
+    if gy.numel() == 0:
+        return _nothing(entry, gy)
+    x, gy = (t.reshape(rows.count, -1, size) for t in (x, gy))
+    return _affine(entry, rows, (x, gy, mean.reshape(rows.count, -1, 1), rstd.reshape(rows.count, -1, 1), 2))
 
 
 @add_operator("NativeGroupNorm")
 def _group_norm(entry: Entry, gy: Tensor) -> Term | None:
     x, mean, rstd = (entry.saved(name) for name in ("input", "result1", "result2"))
-    if x is None or mean is None or rstd is None or entry.slot not in (1, 2) or entry.layout.dim != 0:
+    rows = entry.rows(most=1)
+    if x is None or mean is None or rstd is None or rows is None or entry.slot not in (1, 2):
         return None
-    per_group = gy.shape[1] // int(entry.saved("group"))
-    mean, rstd = (t.reshape(gy.shape[0], -1).repeat_interleave(per_group, 1) for t in (mean, rstd))
-    return _affine(entry, by_channel(x, gy, mean, rstd))
+    if gy.numel() == 0:
+        return _nothing(entry, gy)
+    groups = int(entry.saved("group"))
+    mean, rstd = (t.reshape(-1, groups).repeat_interleave(gy.shape[1] // groups, 1) for t in (mean, rstd))
+    return _affine(entry, rows, by_channel(x, gy, mean, rstd))
 
 
 @add_operator(*BATCH_NORMS)
 def _batch_norm(entry: Entry, gy: Tensor) -> Term | None:
     python = is_python_function(entry.node)
     x = entry.node.saved_tensors[0].detach() if python else entry.saved("input")
-    statistics = batch_norm_statistics(entry.node)
-    if x is None or statistics is None or entry.slot not in (1, 2) or entry.layout.dim != 0:
+    statistics, rows = batch_norm_statistics(entry.node), entry.rows(most=1)
+    if x is None or statistics is None or rows is None or entry.slot not in (1, 2):
         return None
+    if gy.numel() == 0:
+        return _nothing(entry, gy)
     mean, rstd, _ = statistics
-    return _affine(entry, by_channel(x, gy, mean.unsqueeze(0), rstd.unsqueeze(0)))
+    return _affine(entry, rows, by_channel(x, gy, mean.unsqueeze(0), rstd.unsqueeze(0)))

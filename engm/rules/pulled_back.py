@@ -9,16 +9,19 @@ tensor only rearranges elements of the parameter, which leaves norms as they are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..terms import MixedTerm, Owners, Term, combine, squared_norm_of_dense
-from ..torch_internals import leaf_of, node_outputs
+from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
+from ..terms.combination import sum_of
+from ..torch_internals import leaf_of, node_outputs, operator_name, saved_by
 from .any_operator import backward_of_each
+from .same_tensor import same_tensors
+from .weight_norm import through_weight_norm
 
 
 @dataclass(frozen=True)
@@ -48,99 +51,166 @@ class Origin:
 
 @dataclass
 class Derived(Term):
-    """The term of a parameter, from the term of a tensor that was computed from the parameter.
+    """The term of a parameter, from the terms of tensors that were computed from the parameter.
 
     Attributes:
-        term: the term of the tensor.
-        origin: the tensor.
+        uses: the tensors and their terms.
         parameter: the parameter.
     """
 
-    term: Term
-    origin: Origin
+    uses: Sequence[tuple[Origin, Term]]
     parameter: Tensor
 
     @property
     def examples(self) -> int:
-        return self.term.examples
+        return self.uses[0][1].examples
 
     def squared_norm(self) -> Tensor:
-        if self.origin.rearranged:
-            return self.term.squared_norm()
-        return squared_norm_of_dense(self)
+        if len(self.uses) == 1 and self.uses[0][0].rearranged:
+            return self.uses[0][1].squared_norm()
+        return squared_norm_of_dense(self, max(1, CHUNK_BYTES // max(1, self.parameter.nbytes)))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        total = self.term.weighted_sum(weights)
-        return pull_back(self.origin.edge, self.parameter, total.unsqueeze(0))[0]
+        totals = [term.weighted_sum(weights).unsqueeze(0) for _, term in self.uses]
+        return pull_back([origin.edge for origin, _ in self.uses], self.parameter, totals)[0]
 
     def compact(self) -> Term:
-        return Derived(self.term.compact(), self.origin, self.parameter)
+        return replace(self, uses=[(origin, term.compact()) for origin, term in self.uses])
 
     def dense(self, rows: slice) -> Tensor:
-        return pull_back(self.origin.edge, self.parameter, self.term.dense(rows))
+        found, edges, gradients, held = [], [], [], 0
+        for place, (origin, term) in enumerate(self.uses):
+            edges.append(origin.edge)
+            gradients.append(term.dense(rows))
+            held += gradients[-1].nbytes
+            if held >= CHUNK_BYTES or place == len(self.uses) - 1:
+                found.append(pull_back(edges, self.parameter, gradients))
+                edges, gradients, held = [], [], 0
+        return sum_of(found)
+
+    def _folded(self, outer: int, n: int, inner: int) -> Term:
+        return replace(self, uses=[(origin, term.fold(outer, n, inner)) for origin, term in self.uses])
 
     def _regrouped(self, owners: Owners) -> Term:
-        return Derived(self.term.regrouped(owners), self.origin, self.parameter)
+        return replace(self, uses=[(origin, term.regrouped(owners)) for origin, term in self.uses])
 
 
-@dataclass
-class Pieces(MixedTerm):
-    """The sum of the terms of disjoint pieces of a parameter, whose squared norms add up."""
+class Pieces(Derived):
+    """The term of a parameter that is used through disjoint pieces of it, whose squared norms add up."""
 
     def squared_norm(self) -> Tensor:
-        return torch.stack([part.squared_norm() for part in self.parts]).sum(0)
-
-    def compact(self) -> Term:
-        return Pieces([part.compact() for part in self.parts])
+        return torch.stack([term.squared_norm() for _, term in self.uses]).sum(0)
 
 
-def derived_term(uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor) -> Term:
+class JoinedUses:
+    """Joins the terms of tensors that are one tensor, and remembers what was joined last.
+
+    Parameters that a tensor is computed from together, as the direction and the length of a weight, have their turns
+    one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]]] = ([], [])
+
+    def of(self, uses: list[tuple[Origin, Term]]) -> list[tuple[Origin, Term]]:
+        """One term for each of the different tensors in ``uses``."""
+        last, found = self._last
+        places = {(origin.node, origin.number): origin for origin, _ in uses}
+        if len(last) == len(uses) and all(
+            (a.node, a.number) == (b.node, b.number) and s is t for (a, s), (b, t) in zip(last, uses, strict=True)
+        ):
+            return [(places[origin.node, origin.number], term) for origin, term in found]
+        by_origin: dict[Origin, list[Term]] = {}
+        for origin, term in uses:
+            by_origin.setdefault(origin, []).append(term)
+        origins = list(by_origin)
+        terms: dict[Origin, list[Term]] = {}
+        for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
+            terms.setdefault(origins[first], []).extend(by_origin[origin])
+        found = [(origin, combine(own)) for origin, own in terms.items()]
+        self._last = uses, found
+        return found
+
+
+def derived_term(
+    uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, joined: JoinedUses | None = None
+) -> Term:
     """One term for all uses of a parameter.
 
     Args:
         uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
+        joined: what joins the terms, for several parameters whose terms are asked for one after the other.
     """
-    by_origin: dict[Origin | None, list[Term]] = {}
-    for origin, term in uses:
-        by_origin.setdefault(origin, []).append(term)
-    terms = [
-        combine(found) if origin is None else Derived(combine(found), origin, parameter)
-        for origin, found in by_origin.items()
-    ]
-    if len(terms) == 1:
-        return terms[0]
-    derived = [term for term in terms if isinstance(term, Derived) and term.origin.rearranged]
-    if len(derived) == len(terms) and _disjoint(derived, parameter):
-        return Pieces(terms)
-    return MixedTerm(terms)
+    own = [term for origin, term in uses if origin is None]
+    derived = (joined or JoinedUses()).of([(origin, term) for origin, term in uses if origin is not None])
+    if (
+        not own
+        and len(derived) > 1
+        and all(origin.rearranged for origin, _ in derived)
+        and _disjoint(derived, parameter)
+    ):
+        return Pieces(derived, parameter)
+    terms = [combine(own)] if own else []
+    if derived:
+        terms.append(Derived(derived, parameter))
+    return terms[0] if len(terms) == 1 else MixedTerm(terms)
 
 
-def _disjoint(terms: Sequence[Derived], parameter: Tensor) -> bool:
+def _disjoint(uses: Sequence[tuple[Origin, Term]], parameter: Tensor) -> bool:
     """Whether rearranged tensors have no element of the parameter in common."""
-    taken = torch.zeros_like(parameter)
-    for term in terms:
-        node, number = term.origin.node, term.origin.number
-        meta = node_outputs(node)[number]
-        ones = torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device)
-        taken += pull_back(term.origin.edge, parameter, ones)[0].to(taken.dtype)
-    return bool((taken <= 1).all())
+    nodes = {origin.node for origin, _ in uses}
+    if len(nodes) == 1 and operator_name(*nodes) in ("Split", "SplitWithSizes", "Unbind"):
+        return True
+    rows = [selected_row(node, parameter) for node in nodes]
+    if None not in rows and len({dim for dim, _ in filter(None, rows)}) == 1:
+        return len(set(rows)) == len(rows)
+    ones = []
+    for origin, _ in uses:
+        meta = node_outputs(origin.node)[origin.number]
+        ones.append(torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device))
+    return bool((pull_back([origin.edge for origin, _ in uses], parameter, ones)[0].real <= 1).all())
 
 
-def pull_back(edge: GradientEdge, parameter: Tensor, gradients: Tensor) -> Tensor:
-    """Gradients of a parameter, from gradients of a tensor that was computed from it.
+def selected_row(node: Any, parameter: Tensor) -> tuple[int, int] | None:
+    """``(dim, index)`` where the node takes ``parameter.select(dim, index)``; None for other nodes."""
+    if operator_name(node) != "Select" or leaf_of(node.next_functions[0][0]) is not parameter:
+        return None
+    dim = _signed(saved_by(node, "dim")) % parameter.dim()
+    return dim, _signed(saved_by(node, "index")) % parameter.shape[dim]
+
+
+def _signed(number: int) -> int:
+    """A number that a node may show as an unsigned one of 64 bits."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Gradients of a parameter, from gradients of tensors that were computed from it.
 
     Args:
-        edge: the tensor, of shape ``[*shape]``.
+        edges: the tensors, each of a shape ``[*shape]``.
         parameter: the parameter.
-        gradients: of the tensor, ``[k, *shape]``.
+        gradients: of the tensors, ``[k, *shape]`` each.
 
     Returns:
-        ``[k, *parameter.shape]``.
+        ``[k, *parameter.shape]``, the sums over the tensors.
     """
+    found: list[Tensor] = []
+    others: list[tuple[GradientEdge, Tensor]] = []
+    for edge, gradient in zip(edges, gradients, strict=True):
+        known = through_weight_norm(edge.node, parameter, gradient)
+        if known is None:
+            others.append((edge, gradient))
+        else:
+            found.append(known)
+    left = [edge for edge, _ in others]
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        (found,) = torch.autograd.grad([edge], [parameter], parts, retain_graph=True, allow_unused=True)
-        return found
+        (pulled,) = torch.autograd.grad(left, [parameter], parts, retain_graph=True, allow_unused=True)
+        return pulled
 
-    return backward_of_each(of, [gradients], tuple(parameter.shape))
+    if left:
+        given = [gradient for _, gradient in others]
+        found.append(backward_of_each(of, given, tuple(parameter.shape), is_complex=parameter.is_complex()))
+    return sum_of(found)

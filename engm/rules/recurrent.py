@@ -279,6 +279,26 @@ class CellRule(WholeCallRule):
     """One step, ``[n, p]`` or ``[p]``; called in a loop, every call is a use of the parameters."""
 
     parameter_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    joins = True
+
+    def joined(
+        self, module: Any, calls: Sequence[tuple[Arguments, Sequence[Tensor | None]]]
+    ) -> tuple[Arguments, tuple[Tensor | None, ...]]:
+        inputs = [_rows(arguments.get(0, "input")) for arguments, _ in calls]
+        states = [self._state(module, call[0].get(1, "hx"), x) for call, x in zip(calls, inputs, strict=True)]
+        state = tuple(map(torch.cat, zip(*states, strict=True)))
+        gradients: list[Tensor | None] = []
+        for given in zip(*(backprops for _, backprops in calls), strict=True):
+            known = next((g for g in given if g is not None), None)
+            if known is not None:
+                width = known.shape[-1]
+                filled = [
+                    x.new_zeros(len(x), width) if g is None else _rows(g) for g, x in zip(given, inputs, strict=True)
+                ]
+                known = torch.cat(filled)
+            gradients.append(known)
+        hidden = state if isinstance(module, nn.LSTMCell) else state[0]
+        return Arguments((torch.cat(inputs), hidden), {}), tuple(gradients)
 
     def batch(self, module: nn.Module, arguments: Arguments, outputs: Sequence[Any]) -> int:
         inputs = arguments.get(0, "input")

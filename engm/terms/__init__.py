@@ -12,6 +12,7 @@ term                        per-example gradient                   kept
 :class:`EmbeddingFactors`   backprops summed by index              indices and backprops
 :class:`TiedTable`          of an embedding and a projection       the factors of both
 :class:`Scattered`          the sum over the rows it owns           a term of all rows, and their owners
+:class:`Stacked`            matrices in one parameter              a term of each
 :class:`MixedTerm`          the sum of any terms                   those terms
 ==========================  =====================================  =========================================
 
@@ -35,6 +36,7 @@ from .factors import Factors, PositionFactors
 from .linear import BilinearFactors, LinearFactors
 from .owners import NOBODY, Owners
 from .scattered import Scattered
+from .stacked import Stacked
 from .sums import weighted_sums
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "PerExampleGradient",
     "PositionFactors",
     "Scattered",
+    "Stacked",
     "Term",
     "TiedTable",
     "accumulation_dtype",

@@ -151,13 +151,18 @@ class Term:
 
 def squared_rows(gradients: Tensor) -> Tensor:
     """``||g_i||^2``, ``[n]``, of gradients ``[n, *parameter.shape]``, which may have no further dimension."""
-    rows = gradients.unsqueeze(-1).flatten(1)
-    return rows.to(accumulation_dtype(rows)).square().sum(1)
+    rows = gradients.unsqueeze(-1).flatten(1).to(accumulation_dtype(gradients))
+    return (torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows).square().sum(1)
 
 
-def squared_norm_of_dense(term: Term) -> Tensor:
-    """``||g_i||^2``, ``[n]``, from the gradients themselves, at most :data:`CHUNK_BYTES` of them at once."""
-    n, start, chunk = term.examples, 0, 1
+def squared_norm_of_dense(term: Term, chunk: int = 1) -> Tensor:
+    """``||g_i||^2``, ``[n]``, from the gradients themselves, at most :data:`CHUNK_BYTES` of them at once.
+
+    Args:
+        term: of the gradients.
+        chunk: of how many examples the gradients are formed first, where their size is not known.
+    """
+    n, start = term.examples, 0
     found = []
     while start < n:
         gradients = term.dense(slice(start, min(start + chunk, n)))

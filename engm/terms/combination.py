@@ -14,6 +14,7 @@ from .factors import PositionFactors
 from .linear import LinearFactors
 from .owners import Owners
 from .scattered import Scattered, joined_rows
+from .stacked import Stacked
 
 
 @dataclass
@@ -83,7 +84,11 @@ def combine(terms: Sequence[Term]) -> Term:
             by_kind.setdefault(type(term), []).append(term)
     joined += [first.joined(others) if others else first for first, *others in by_kind.values()]
     joined += joined_convolutions([term for term in terms if isinstance(term, ConvFactors)])
-    joined += [term for term in terms if not isinstance(term, PerExampleGradient | PositionFactors | ConvFactors)]
+    stacks = [term.parts for term in terms if isinstance(term, Stacked)]
+    if stacks:
+        joined.append(Stacked([combine(parts) for parts in zip(*stacks, strict=True)]))
+    kinds = PerExampleGradient | PositionFactors | ConvFactors | Stacked
+    joined += [term for term in terms if not isinstance(term, kinds)]
     match joined:
         case [term]:
             return term

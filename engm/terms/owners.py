@@ -7,7 +7,9 @@ are an example's, and a vector of owners does (:mod:`engm.graph.owners` measures
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -36,6 +38,24 @@ class SortedRows:
 
 
 @dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples of similar numbers of rows.
+
+    Attributes:
+        numbers: of the examples, ``[k]``.
+        length: rows of the example with the most.
+        rows: the rows of each, those of a shorter example filled up with its last row, ``[k * length]``; None for a
+            single example of more rows than may be copied at once.
+        padding: which of ``rows`` are such a filling; None if none are.
+    """
+
+    numbers: Tensor
+    length: int
+    rows: Tensor | None
+    padding: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Owners:
     """The owner of every row of a tensor ``[*leading, ...]``.
 
@@ -47,6 +67,7 @@ class Owners:
 
     of: Tensor
     n: int
+    _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def dims(self) -> int:
@@ -86,6 +107,45 @@ class Owners:
         counts = of.new_zeros(self.n + 1).index_add_(0, of - NOBODY, torch.ones_like(of))
         starts = counts.cumsum(0)[:-1]
         return SortedRows(of.argsort(stable=True), starts, counts[1:], counts[1:].cpu())
+
+    def batches(self, first: int, end: int, most: int) -> list[Batch]:
+        """The examples from ``first`` to ``end`` that own rows, in batches to be copied; worked out once.
+
+        Of the examples of a batch none has more than half as many rows again as another: less than a third of what is
+        copied is padding.
+
+        Args:
+            first: number of the first example.
+            end: number behind the last.
+            most: how many rows may be copied at once.
+        """
+        key = (first, end, most)
+        if key not in self._batches:
+            self._batches[key] = list(self._batched(*key))
+        return self._batches[key]
+
+    def _batched(self, first: int, end: int, most: int) -> Iterator[Batch]:
+        by_owner = self.sorted_rows
+        ascending, numbers = by_owner.counts_on_host[first:end].sort(stable=True)
+        numbers = (numbers + first).to(by_owner.order.device)
+        counts = ascending.tolist()
+        start = bisect_right(counts, 0)
+        while start < len(counts):
+            end = bisect_right(counts, counts[start] + counts[start] // 2)
+            end = min(end, start + max(1, most // counts[end - 1]))
+            of_these, length = numbers[start:end], counts[end - 1]
+            missing = len(of_these) * length - sum(counts[start:end])
+            yield Batch(of_these, length, None) if length > most else self._padded(of_these, length, missing)
+            start = end
+
+    def _padded(self, numbers: Tensor, length: int, missing: int) -> Batch:
+        """Examples of at most ``length`` rows, of which ``missing`` are filled up."""
+        by_owner = self.sorted_rows
+        place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
+        counts = by_owner.counts[numbers].unsqueeze(1)
+        rows = by_owner.order[by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)]
+        padding = (place >= counts).flatten().nonzero_static(size=missing).flatten() if missing else None
+        return Batch(numbers, length, rows.flatten(), padding)
 
 
 Ownership = Layout | Owners

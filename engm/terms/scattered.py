@@ -7,7 +7,6 @@ zero and folded: then the kernels of the row term answer.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
@@ -136,33 +135,16 @@ class Scattered(Term):
     def _regular(self, examples: slice) -> Iterator[tuple[Tensor, Term]]:
         """The numbers of some of the ``examples`` and their regular term, until all that have rows had their turn.
 
-        Examples come by their numbers of rows, those together of which none has more than half as many again as
-        another: less than a third of the copied rows is padding. An example of more rows than may be copied at once
-        comes alone and with its gradient formed, which is then smaller than its rows.
+        An example of more rows than may be copied at once comes alone and with its gradient formed, which is then
+        smaller than its rows.
         """
-        by_owner = self.owners.sorted_rows
-        ascending, numbers = by_owner.counts_on_host[examples].sort(stable=True)
-        numbers = (numbers + examples.start).to(by_owner.order.device)
-        counts, most = ascending.tolist(), self._at_once()
-        start = bisect_right(counts, 0)
-        while start < len(counts):
-            end = bisect_right(counts, counts[start] + counts[start] // 2)
-            end = min(end, start + max(1, most // counts[end - 1]))
-            of_these, length = numbers[start:end], counts[end - 1]
-            if length > most:
-                yield of_these, self._formed(of_these, length, most)
+        most = self._at_once()
+        for batch in self.owners.batches(examples.start, examples.stop, most):
+            if batch.rows is None:
+                yield batch.numbers, self._formed(batch.numbers, batch.length, most)
             else:
-                yield of_these, self._padded(of_these, length, len(of_these) * length - sum(counts[start:end]))
-            start = end
-
-    def _padded(self, numbers: Tensor, length: int, missing: int) -> Term:
-        """The regular term of examples of at most ``length`` rows; ``missing`` ones are padded with their last rows."""
-        by_owner = self.owners.sorted_rows
-        place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
-        counts = by_owner.counts[numbers].unsqueeze(1)
-        rows = by_owner.order[by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)]
-        padding = (place >= counts).flatten().nonzero_static(size=missing).flatten() if missing else None
-        return self.rows.selected(rows.flatten(), padding).fold(1, len(numbers), length)
+                rows = self.rows.selected(batch.rows, batch.padding)
+                yield batch.numbers, rows.fold(1, len(batch.numbers), batch.length)
 
     def _formed(self, number: Tensor, length: int, most: int) -> Term:
         """The gradient of one example, from at most ``most`` of its ``length`` rows at once."""

@@ -148,43 +148,25 @@ def test_sequential():
     check(Net().double(), lambda net: random_losses(net(x)))
 
 
-def test_selective():
-    """Some operators' results are kept, the others run again; torch allows one backward pass, and no look before."""
-    x = tensor(4, 6)
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.LSTM(6, 8)], ids=["a tensor", "a nest of tensors"])
+def test_selective(layer):
+    """Some operators' results are kept, the others run again; torch allows one backward pass, and it takes several."""
 
     def policy(ctx, operator, *args, **kwargs):
         kept = operator == torch.ops.aten.addmm.default
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).double()
-    expected = truth(net, lambda net: random_losses(net(x)))
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = net
+            self.net = nn.Sequential(layer)
 
         def forward(self, x):
             return keep(self.net, x, context_fn=partial(create_selective_checkpoint_contexts, policy))
 
-    model = engm.GradNormModule(Net(), strict=False)
-    expected.gradients = {f"net.{name}": gradient for name, gradient in expected.gradients.items()}
-    assert_step(model, random_losses(model(x)), expected)
-    model.strict = True
-    model.plans.clear()
-    # The second message is engm's, on a torch that does not notice by itself.
-    with pytest.raises(RuntimeError, match=r"only allowed to backward once|gets only one backward pass right"):
-        engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=1.0).backward(random_losses(model(x)))
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(6, 8), nn.LSTM(6, 8)], ids=["a tensor", "a nest of tensors"])
-def test_selective_on_a_torch_that_forgets(layer, monkeypatch):
-    """Whatever kind of layer runs in such a checkpoint, the strict check does not."""
-    monkeypatch.setattr("engm.capture.hooks.forgetful_checkpoint", lambda: True)
-    net = nn.Sequential(layer)
-    engm.GradNormModule(net, strict=False)(tensor(5, 4, 6, dtype=torch.float32))
-    with pytest.raises(RuntimeError, match=r"layer '0' .* gets only one backward pass right"):
-        engm.GradNormModule(net)(tensor(5, 4, 6, dtype=torch.float32))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"layer 'net.0' .* selective checkpoint .*Leave context_fn out"):
+            engm.GradNormModule(Net(), strict=strict)(tensor(5, 4, 6, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("early_stop", [True, False])

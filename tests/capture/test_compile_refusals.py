@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from compiled import BACKEND, assert_refused, mlp, whole
 from engine_checks import assert_measured, assert_step
-from oracle import random_losses, tensor, truth
+from oracle import random_losses, relative, tensor, truth
 from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
@@ -220,7 +220,7 @@ def test_two_threads_at_once():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_losses_in_each_others_place(compiled):
-    """Every pair of six losses is tried: a check that backpropagates one drawn half of them would miss some pairs."""
+    """Every pair of six losses is tried."""
     x = tensor(6, 6)
     for i, j in itertools.combinations(range(6), 2):
         model = engm.GradNormModule(mlp())
@@ -228,5 +228,5 @@ def test_two_losses_in_each_others_place(compiled):
             model.compile(backend=BACKEND)
         order = list(range(6))
         order[i], order[j] = j, i
-        with pytest.raises(RuntimeError, match="influences the losses of other examples"):
-            engm.measure(model, random_losses(model(x))[order])
+        losses = random_losses(model(x))[order]
+        assert relative(engm.measure(model, losses).norms, engm.naive_grad_norms(model, losses)) <= 1e-9

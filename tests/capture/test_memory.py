@@ -118,4 +118,4 @@ class TestLifetimes:
         # What other tests left behind may go or come meanwhile, once; a leak is there every time.
         assert min(abs(objects) for objects, _ in grown) < 30, grown
         assert min(abs(size) for _, size in grown) == 0, grown
-        assert len(model.plans) == 1
+        assert len(model.plans) <= 2  # of the parameters, and of the inputs where they are asked for

@@ -108,6 +108,11 @@ def nested_and_padded(h: Tensor, lengths: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(h, offsets=offsets).to_padded_tensor(0.0, (4, 2, 8)).sum(1)
 
 
+@case((1, 1, 0, 1), (0, 1, 1, 1), (1, 0, 1, 1))
+def picked_by_a_mask_of_two_dimensions(h: Tensor, mask: Tensor) -> Tensor:
+    return h.view(1, 4, 8)[mask.bool().view(1, 4)]
+
+
 @case((1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 0, 0))
 def swapped_where_a_mask_says(h: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask[:, None] > 0, h, h.flip(0))

@@ -58,7 +58,7 @@ class Loop:
         """A measurement, then losses that are not this model's."""
         losses = self.losses()
         engm.measure(self.model, losses)
-        for wrong in (losses.sum(), losses[:1], losses * torch.nan):
+        for wrong in (losses.sum(), losses[:0], losses * torch.nan):
             try:
                 self.opt.backward(wrong)
             except (ValueError, RuntimeError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from methods import METHODS, every
 from torch import nn
 from training import assert_same, batch, grads, losses_of, network, sgd, snapshot
@@ -97,13 +96,6 @@ class TestModels:
         with model.paused():
             losses = losses_of(model, x, y)
         check(opt, RuntimeError, "Call the GradNormModule itself", losses, x, call)
-
-    def test_two_rows_an_example(self, method, norm, call):
-        model, opt, x, y = make(method, norm)
-        both = torch.cat([x, x])
-        logits = model(both)
-        losses = F.cross_entropy(logits[:8], y, reduction="none") + F.cross_entropy(logits[8:], y, reduction="none")
-        check(opt, RuntimeError, r"views=2\)", losses, both, call)
 
 
 class TestDivisor:

@@ -31,7 +31,7 @@ class TestWhereVmapCannotGo:
         monkeypatch.setattr(fallback._Run, "batched", lambda self, g: batched.append(1) or by_vmap(self, g))
         net = Around(self.Branches()).double()
         check(net, losses_of())
-        assert len(looped) == 2  # a measurement and a step
+        assert len(looped) == 3  # a measurement and a step, one of which is compared with autograd's
         assert len(batched) == 1  # tried once
 
     def test_parameter_not_reached_for_some_examples(self):
@@ -89,13 +89,6 @@ class TestRefused:
                 return super().forward(x.mul_(2))
 
         self.refused(Changes())
-
-    def test_mixes_examples(self):
-        class Mixes(Form):
-            def forward(self, x):
-                return super().forward(x - x.mean(0))
-
-        self.refused(Mixes())
 
     def test_output_of_zeros_is_no_excuse(self):
         class Zero(Form):
@@ -210,9 +203,9 @@ class TestWhenItIsUsed:
 
         net = Around(Turned()).double()
         check(net, losses_of())
-        assert set(run_again) == {"Turned"}
+        assert not run_again
         rows = {layer.name: layer.rule for layer in engm.explain(net, X).layers}
-        assert rows == {"before": "LinearRule", "inner": "module run again"}
+        assert rows == {"before": "LinearRule", "inner.weight": "operator"}
 
     def test_module_whose_parameters_take_no_part(self):
         class Idle(Form):

@@ -109,6 +109,15 @@ def test_tables_of_positions(n, steps, wide):
         (lambda h, x, p: F.rms_norm(h, (4,), p), (4,)),
         (lambda h, x, p: F.group_norm(h, 2, p), (4,)),
         (lambda h, x, p: F.prelu(h, p), (1,)),
+        (lambda h, x, p: h + torch.div(p, x.abs() + 0.1, rounding_mode="floor"), (4,)),
+        (lambda h, x, p: h + torch.div(p, x.abs() + 0.1, rounding_mode="trunc") + p, (4,)),
+        (lambda h, x, p: torch.fft.irfft(torch.fft.rfft(h) * torch.fft.rfft(p), n=4), (4,)),
+        (lambda h, x, p: (h * torch.complex(p, p.square())).abs(), (4,)),
+        (lambda h, x, p: torch.view_as_real(torch.view_as_complex(h.view(-1, 2, 2)) * p).flatten(1), (2,)),
+        (lambda h, x, p: h + torch.baddbmm(p, h.unsqueeze(1), x.unsqueeze(2), beta=2, alpha=3)[:, 0], (1,)),
+        (lambda h, x, p: torch.rsub(p, h, alpha=2), (4,)),
+        (lambda h, x, p: (p @ h.t()).t(), (4, 4)),
+        (lambda h, x, p: torch.bmm(h.view(-1, 2, 2).transpose(0, 1), p).transpose(0, 1).flatten(1), (2, 2, 2)),
         (lambda h, x, p: F.conv1d(h.unsqueeze(1), p, padding=1).sum(1), (2, 1, 3)),
         (lambda h, x, p: F.conv_transpose1d(h.unsqueeze(1), p, padding=1).sum(1), (1, 2, 3)),
         (lambda h, x, p: h * F.softplus(p).cumsum(0), (4,)),
@@ -177,6 +186,23 @@ def test_parametrized_convolution_called_twice():
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 3, padding=1))
     net = nn.Sequential(conv, nn.Tanh(), conv, nn.Flatten()).double()
     check(net, lambda m: random_losses(m(tensor(3, 2, 5, 5))))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["valid", "same", 1])
+@pytest.mark.parametrize("size", [2, 3])
+def test_parametrized_convolutions_of_any_padding(dims, padding, size):
+    """What the operator saved of its options may be one number for all dimensions."""
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](2, 4, size, padding=padding, dilation=2, groups=2)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(layer), nn.Tanh(), nn.Flatten()).double()
+    check(net, lambda m: random_losses(m(tensor(3, 2, *[5, 6, 7][:dims]))))
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+def test_parametrized_transposed_convolutions(dims):
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d)[dims - 1](2, 4, 3, stride=3, output_padding=2, padding=1, groups=2)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(layer), nn.Tanh(), nn.Flatten()).double()
+    check(net, lambda m: random_losses(m(tensor(3, 2, *[5, 6][:dims]))))
 
 
 def test_low_rank_adapter_on_a_frozen_layer():

@@ -1,11 +1,14 @@
 """Terms of a parameter that is used through tensors computed from it, regrouped to the examples that own the rows."""
 
+import pytest
 import torch
 from oracle import tensor
 from term_kinds import assert_term, linear
+from torch.autograd.graph import get_gradient_edge
 
-from engm.rules.pulled_back import Derived, Origin, Pieces
-from engm.terms import LinearFactors, Owners
+from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term, pull_back
+from engm.rules.weight_norm import through_weight_norm
+from engm.terms import LinearFactors, Owners, PerExampleGradient
 
 OWNERS = Owners(torch.tensor([2, 0, 2, -1, 0, 2]), 3)
 
@@ -20,7 +23,7 @@ def test_of_a_tensor_computed_from_the_parameter():
     parameter = tensor(6, 4, seed=9).requires_grad_()
     of_tensor, rows = linear(6)
     for computed, pulled, rearranged in ((parameter.t(), rows.mT, True), (2 * parameter.t(), 2 * rows.mT, False)):
-        term = Derived(of_tensor, Origin(computed.grad_fn, 0, rearranged), parameter).regrouped(OWNERS)
+        term = Derived([(Origin(computed.grad_fn, 0, rearranged), of_tensor)], parameter).regrouped(OWNERS)
         assert_term(term, summed(pulled))
         assert_term(term.compact(), summed(pulled))
 
@@ -31,8 +34,50 @@ def test_of_pieces_of_the_parameter():
     pieces = []
     for part in (slice(0, 1), slice(1, 4)):
         own = LinearFactors(term.activations, term.backprops[:, :, part])
-        pieces.append(Derived(own, Origin(parameter[part].grad_fn, 0, True), parameter))
-    regrouped = Pieces(pieces).regrouped(OWNERS)
+        pieces.append((Origin(parameter[part].grad_fn, 0, True), own))
+    regrouped = Pieces(pieces, parameter).regrouped(OWNERS)
     assert isinstance(regrouped, Pieces)
     assert_term(regrouped, summed(rows))
     assert_term(regrouped.compact(), summed(rows))
+
+
+def test_which_pieces_are_disjoint():
+    def kind(*pieces):
+        uses = [
+            (Origin(piece.grad_fn, piece.output_nr, True), PerExampleGradient(tensor(2, *piece.shape)))
+            for piece in pieces
+        ]
+        return type(derived_term(uses, parameter))
+
+    parameter = tensor(4, 6, seed=9).requires_grad_()
+    assert kind(*parameter.split(2)) is Pieces
+    assert kind(*parameter.unbind(1)) is Pieces
+    assert kind(parameter[0], parameter[-1], parameter[2]) is Pieces
+    assert kind(parameter[:2], parameter[2:]) is Pieces
+    assert kind(parameter[0], parameter[-4]) is Derived
+    assert kind(parameter[3], parameter[-1]) is Derived
+    assert kind(parameter[0], parameter[:, 0]) is Derived
+    assert kind(parameter.split(2)[0], parameter.split(3)[1]) is Pieces
+    assert kind(parameter.split(2)[1], parameter.split(1)[2]) is Derived
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2, 3)])
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.filterwarnings("error")
+def test_weight_norm_by_its_formula(shape, dim):
+    """Where torch knows no batched backward pass, which nobody is warned of."""
+    v = tensor(*shape, seed=1).requires_grad_()
+    kept = dim % len(shape)
+    g = tensor(*(size if k == kept else 1 for k, size in enumerate(shape)), seed=2).requires_grad_()
+    weight = torch._weight_norm_interface(v, g, kept)[0]
+    gradients = tensor(5, *shape, seed=3)
+    for parameter in (v, g):
+        wanted = [torch.autograd.grad(weight, parameter, gradient, retain_graph=True)[0] for gradient in gradients]
+        assert through_weight_norm(weight.grad_fn, parameter, gradients) is not None
+        found = pull_back([get_gradient_edge(weight)], parameter, [gradients])
+        torch.testing.assert_close(found, torch.stack(wanted))
+    doubled = torch._weight_norm_interface(2 * v, g, kept)[0]
+    assert through_weight_norm(doubled.grad_fn, v, gradients) is None
+    found = pull_back([get_gradient_edge(doubled), get_gradient_edge(weight)], v, [gradients, gradients])
+    both = [torch.autograd.grad([doubled, weight], v, [g_i, g_i], retain_graph=True)[0] for g_i in gradients]
+    torch.testing.assert_close(found, torch.stack(both))

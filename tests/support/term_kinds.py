@@ -14,6 +14,7 @@ from engm.terms import (
     LocalCorrection,
     MixedTerm,
     PerExampleGradient,
+    Stacked,
     TiedTable,
 )
 
@@ -63,6 +64,11 @@ def mixed(n, seed=0):
     return MixedTerm([first, second]), of_first + of_second
 
 
+def stacked(n, seed=0):
+    (first, of_first), (second, of_second) = linear(n, 3, seed), linear(n, 2, seed + 5)
+    return Stacked([first, second]), torch.stack([of_first, of_second], 1)
+
+
 def convolution(n, dims=2, stride=1, seed=0, groups=1, transposed=False):
     geometry = ConvGeometry((2,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims, groups)
     options = {"stride": stride, "padding": 1, "groups": groups}
@@ -85,6 +91,7 @@ KINDS = {
     "tied": tied,
     "tied, large table": lambda n, seed=0: tied(n, padding=1, seed=seed, shape=(30, 6)),
     "mixed": mixed,
+    "stacked": stacked,
     "conv1d": lambda n, seed=0: convolution(n, 1, 2, seed),
     "conv2d": lambda n, seed=0: convolution(n, 2, 1, seed, groups=2),
     "conv3d": lambda n, seed=0: convolution(n, 3, 2, seed),

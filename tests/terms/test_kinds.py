@@ -17,6 +17,7 @@ from term_kinds import (
     every_kind,
     gradients,
     linear,
+    stacked,
     tied,
     whole,
 )
@@ -32,6 +33,7 @@ from engm.terms import (
     LinearFactors,
     MixedTerm,
     PerExampleGradient,
+    Stacked,
     Term,
     TiedTable,
     combine,
@@ -94,6 +96,16 @@ def test_any_mixture_of_uses_of_a_matrix(uses, n, seed):
     term = combine([term for term, _ in pairs])
     assert_term(term, want)
     assert_term(term.compact(), want)
+
+
+def test_uses_of_a_stack_are_joined_matrix_by_matrix():
+    pairs = [stacked(3, seed=seed) for seed in range(3)]
+    want = torch.stack([gradient for _, gradient in pairs]).sum(0)
+    term = combine([term for term, _ in pairs])
+    assert isinstance(term, Stacked)
+    assert_term(term, want)
+    whole = tensor(3, 2, 4, 6)
+    assert_term(combine([*(term for term, _ in pairs), PerExampleGradient(whole)]), want + whole)
 
 
 @pytest.mark.parametrize(

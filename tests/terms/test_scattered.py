@@ -20,6 +20,7 @@ from engm.terms import (
     Owners,
     PerExampleGradient,
     Scattered,
+    Stacked,
     Term,
     TiedTable,
     combine,
@@ -48,8 +49,8 @@ def summed(rows, owners):
 
 def changed(term, change):
     """The same term with every tensor changed."""
-    if isinstance(term, MixedTerm):
-        return MixedTerm([changed(part, change) for part in term.parts])
+    if isinstance(term, MixedTerm | Stacked):
+        return replace(term, parts=[changed(part, change) for part in term.parts])
     values = {field.name: getattr(term, field.name) for field in fields(term)}
     parts = {name: changed(value, change) for name, value in values.items() if isinstance(value, Term)}
     tensors = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
