@@ -94,6 +94,11 @@ def is_python_function(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
+def is_opaque(node: Node) -> bool:
+    """Whether the node is of an operator outside of torch, which may save what it does not show."""
+    return is_python_function(node) or node.name().startswith("torch::autograd::CppNode")
+
+
 def saved_by(node: Node, name: str) -> Any:
     """What an operator's node saved under ``name``, a tensor detached; None if there is no such thing.
 
