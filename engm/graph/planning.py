@@ -38,7 +38,7 @@ from ..torch_internals import (
 from .arrangement import Arrangement, arranged, regular, without_trailing
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route
-from .routing import MOVING, routes_of
+from .routing import ELEMENTWISE, MOVING, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -126,27 +126,50 @@ class _Planner:
                 found.setdefault(position, []).append(slot)
         return found
 
-    def _parted_by_zeros(self, routed: Collection[int]) -> bool:
+    def _parted_by_zeros(self, routed: Collection[int], silent: Collection[int]) -> bool:
         """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient."""
         for (position, slot), owners in self.edges.items():
             child = self._child(position, slot)
-            if child in self.shared or position in self.shared:
+            if child in self.shared or position in self.shared or position in silent:  # silent ones are watched
                 continue
             whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
             if whole is None or not regular(whole, self.n):
                 return True
-            if operator_name(self.traced.order[position]) in MOVING:  # it cuts off, and its own rows tell what it hides
+            if self._tells(position, slot):
                 if self._hides(position, position in routed):
                     return True
             elif not regular(owners, self.n):
                 return True
         return False
 
+    def _tells(self, position: int, slot: int) -> bool:
+        """Whether the rows of a node's own outputs tell whose the rows are that it passes no gradient on to."""
+        node = self.traced.order[position]
+        name = operator_name(node)
+        return name in MOVING or (
+            name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node)
+        )
+
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
-        outputs = (owners for (other, _), owners in self.nodes.items() if other == position)
-        gaps = [owners for owners in outputs if bool((owners == NOBODY).any())]
-        return bool(gaps) if by_routes else not all(regular(owners, self.n) for owners in gaps)
+        gaps = self._gaps(position)
+        if not gaps or self._is_cut(position):
+            return False
+        return by_routes or not all(regular(owners, self.n) for owners in gaps)
+
+    def _gaps(self, position: int) -> list[Tensor]:
+        """The owners of those outputs of a node of which some rows got no gradient."""
+        numbers = range(len(node_outputs(self.traced.order[position])))
+        found = (self.nodes.get((position, number)) for number in numbers)
+        return [owners for owners in found if owners is not None and bool((owners == NOBODY).any())]
+
+    def _is_cut(self, position: int) -> bool:
+        """Whether the rows of a node without a gradient are those that no other node reads, whatever the data."""
+        parents = self.structure.parents[position]
+        return bool(parents) and all(
+            operator_name(self.traced.order[parent]) in MOVING and (not self._gaps(parent) or self._is_cut(parent))
+            for parent in parents
+        )
 
     def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
         nodes = {}
@@ -369,7 +392,7 @@ class _Planner:
             keeps=keeps
             and not self.blind
             and not (irregular and self._some_unseen())
-            and not self._parted_by_zeros({route.position for route in routes}),
+            and not self._parted_by_zeros({route.position for route in routes}, silent),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
