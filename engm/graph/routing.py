@@ -28,6 +28,7 @@ from ..torch_internals import (
     saved_options,
     saved_tensor_names,
     saved_tensors_of,
+    saves_data,
 )
 from .arrangement import regular, varying
 from .plan import Route
@@ -431,13 +432,17 @@ def routes_of(
         behind = [
             child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
         ]
-        if not behind or is_compiled_region(node):
+        if not behind:
+            continue
+        if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
+            routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
         if name in HIDING or (is_opaque(node) and name != "Tap" and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
             if name != "Tap" and not name.startswith("SyncBatchNorm"):
-                if any(isinstance(value, Tensor) for value in attributes_of_function(node).values()):
+                hidden = any(isinstance(value, Tensor) for value in attributes_of_function(node).values())
+                if hidden or saves_data(node):
                     return [], False
                 routes += _routes_of_node(position, node)
         elif name not in FIXED:

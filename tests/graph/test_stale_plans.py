@@ -221,7 +221,6 @@ def test_every_output_is_a_loss(net):
     torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
 
 
-@pytest.mark.xfail(strict=True, reason="A compiled region does not show the indices by which it moves rows.")
 def test_rows_moved_inside_of_a_compiled_region():
     moved = torch.compile(lambda h, order: torch.sin(h[order]), backend="aot_eager")
 
@@ -231,9 +230,6 @@ def test_rows_moved_inside_of_a_compiled_region():
     check(Net(moved), losses, 3)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="A function of more than two dimensions is taken to keep an order."
-)
 def test_a_function_of_the_users_that_moved_nothing_at_first():
     class MovedPlanes(Moved):
         @staticmethod
