@@ -6,8 +6,8 @@ round: whatever sort, gather, mask, padding, graph or expert lies in between. A 
 tell the owner of every row, and no weight gradient is computed. A row that is no one power times its plain self belongs
 to several examples. A row without a gradient belongs to nobody.
 
-Rows are told apart by the largest of their entries and by two random projections of them, so that nothing of the size
-of a gradient is kept between the passes. What looks like a row of several is asked again, element by element, with
+Rows are told apart by two random projections of them, so that nothing of the size of a gradient is kept between the
+passes. What looks like a row of several is asked again, element by element, with
 masks of 0 and 1 in place of the powers, which neither underflow nor rounding can fool.
 """
 
@@ -37,7 +37,7 @@ BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
 
 BASE = 64  # of the numbers whose digits are the exponents; float32 holds 2^63 times any gradient there may be
-# Of a row, as a share of its largest entry. On a CPU the passes agree to the last bit; on a GPU, where sums of atomic
+# Of a row, as a share of its projections. On a CPU the passes agree to the last bit; on a GPU, where sums of atomic
 # additions come in any order, to rounding.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
@@ -52,14 +52,14 @@ class Print:
 
     Attributes:
         shape: of the leading dimensions, by which rows are told apart.
-        largest: the largest entry of every row, ``[rows]``.
-        marks: two random projections of every row, ``[rows, 2]``.
-        tolerance: by how much, as a share of its largest entry, a row may differ.
+        marks: two random projections of every row, ``[rows, 2]``; the row itself where that is one number, ``[rows, 1]``.
+        largest: the larger of both, without its sign, ``[rows]``; 0 for a row of zeros.
+        tolerance: by how much, as a share of that, a row may differ.
     """
 
     shape: tuple[int, ...]
-    largest: Tensor
     marks: Tensor
+    largest: Tensor
     tolerance: float
 
 
@@ -74,9 +74,8 @@ def print_of(gradient: Tensor, by_element: bool) -> Print:
     rows = gradient.reshape(leading.numel(), -1) if gradient.numel() else gradient.new_zeros(leading.numel(), 1)
     tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
     rows = rows.to(accumulation_dtype(rows))
-    largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
     marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
-    return Print(tuple(leading), largest, marks, tolerance * max(1.0, rows.shape[1] ** 0.5))
+    return Print(tuple(leading), marks, marks.abs().amax(1), tolerance)
 
 
 @functools.lru_cache(256)
@@ -118,9 +117,7 @@ class Owned:
     def _compare(self, other: Print, factor: Tensor) -> None:
         plain = self.plain
         allowed = plain.tolerance * plain.largest * factor.clamp_min(1)
-        differs = (other.largest - factor * plain.largest).abs() > allowed
-        differs |= ((other.marks - factor.unsqueeze(1) * plain.marks).abs() > allowed.unsqueeze(1)).any(1)
-        self.several |= differs
+        self.several |= ((other.marks - factor.unsqueeze(1) * plain.marks).abs() > allowed.unsqueeze(1)).any(1)
 
     def owners(self, n: int) -> Tensor:
         """``[*leading]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
