@@ -94,6 +94,19 @@ def is_python_function(node: Node) -> bool:
     return isinstance(node, BackwardCFunction)
 
 
+def is_opaque(node: Node) -> bool:
+    """Whether the node is of an operator outside of torch, which may save what it does not show."""
+    return is_python_function(node) or node.name().startswith("torch::autograd::CppNode")
+
+
+def saves_data(node: Node) -> bool:
+    """Whether a ``torch.autograd.Function`` saved numbers that no gradient goes to, by which it may move rows."""
+    return any(
+        isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad and t.numel() > 1
+        for t in node.saved_tensors
+    )
+
+
 def saved_by(node: Node, name: str) -> Any:
     """What an operator's node saved under ``name``, a tensor detached; None if there is no such thing.
 

@@ -259,6 +259,28 @@ def test_selective_checkpoint():
             torch.autograd.grad(output, x)
 
 
+def test_is_opaque():
+    x = leaf(3, 4)
+    assert internals.is_opaque(Ordered.apply(x, torch.tensor([2, 0, 1])).grad_fn)
+    assert not internals.is_opaque((x * 2).grad_fn)
+
+
+def test_saves_data():
+    class Weighted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, by):
+            ctx.save_for_backward(x, by)
+            return by @ x
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return ctx.saved_tensors[1].T @ gradient, None
+
+    x = leaf(3, 4)
+    assert internals.saves_data(Weighted.apply(x, torch.eye(3, dtype=x.dtype)).grad_fn)
+    assert not internals.saves_data(Ordered.apply(x, torch.tensor([2, 0, 1])).grad_fn)
+
+
 def test_saved_options():
     assert set(internals.saved_options((leaf(3, 4) * 1).select(1, 2).grad_fn)) == {1, 2, (3, 4)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,20 +37,22 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
             that the step is visibly bad.
     """
     rows = without_trailing(owners)
+    found = None
     if rows.dim() == 1:
         found = _fitted(rows, n, 0)
-        if found is not None:
-            return found
-    if rows.dim() == 2 and rows.numel():
+    elif rows.dim() == 2 and rows.numel():
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
             found = _fitted(second, n, 1)
-            if found is not None:
-                return found
+    silent = owners == NOBODY
+    if found is not None:
+        # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
+        witnessed = owners[~silent].unique().numel() >= min(WITNESSES, n)
+        return found if witnessed or not bool(silent.any()) else replace(found, unknown=silent)
     if blind is not None:
         rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
-    unknown = rows == NOBODY
-    return Arrangement(Owners(rows, n), unknown if bool(unknown.any()) else None)
+        silent &= ~blind
+    return Arrangement(Owners(rows, n), silent if bool(silent.any()) else None)
 
 
 def without_trailing(owners: Tensor) -> Tensor:
@@ -63,14 +65,30 @@ def without_trailing(owners: Tensor) -> Tensor:
     return owners
 
 
-def varying(owners: Tensor) -> set[int]:
-    """The dimensions along which owners ``[*leading]`` differ."""
-    found = set()
-    for dim in range(owners.dim() if owners.numel() else 0):
-        one = owners.amax(dim, keepdim=True)
-        if not bool(((owners == one) | (owners == NOBODY)).all()):
-            found.add(dim)
-    return found
+def varying(owners: Tensor, n: int) -> set[int]:
+    """The dimensions along which owners ``[*leading]`` of ``n`` examples differ, or may differ as far as is known."""
+    if bool((owners == NOBODY).any()) and owners.unique().numel() <= min(WITNESSES, n):
+        plain = torch.arange(n).view(-1, *[1] * (owners.dim() - 1))
+        if owners.dim() and owners.shape[0] == n and bool(((owners == plain) | (owners == NOBODY)).all()):
+            return {0}  # the usual order, in which gradients that vanish leave one example or none
+        return {dim for dim, length in enumerate(owners.shape) if length > 1}
+    return {dim for dim in range(owners.dim() if owners.numel() else 0) if not _collapses(owners, dim)}
+
+
+def regular(owners: Tensor, n: int) -> bool:
+    """Whether owners ``[*leading]`` surely are a layout along one of the dimensions, whatever the others."""
+    while owners.dim() > 1:
+        same = next((dim for dim in range(owners.dim()) if _collapses(owners, dim)), None)
+        if same is None:
+            return False
+        owners = owners.amax(same)
+    found = _fitted(owners, n, 0)
+    return found is not None and found.unknown is None
+
+
+def _collapses(owners: Tensor, dim: int) -> bool:
+    one = owners.amax(dim, keepdim=True)
+    return bool(((owners == one) | (owners == NOBODY)).all())
 
 
 def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:

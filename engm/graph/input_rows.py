@@ -63,7 +63,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     mixed = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
     spoken = {position for (position, _), owners in question.nodes.items() if bool((owners != NOBODY).any())}
     shared = structure.below(mixed | {position for position, pure in enumerate(structure.pure) if pure})
-    routes, comparable = routes_of(traced, structure, question.nodes, shared | (positions - spoken))
+    routes, comparable = routes_of(traced, structure, question.nodes, shared | (positions - spoken), n)
     return Plan(tuple(found), routes=tuple(routes), keeps=keeps and comparable)
 
 

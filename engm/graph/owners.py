@@ -13,7 +13,8 @@ masks of 0 and 1 in place of the powers, which neither underflow nor rounding ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -74,14 +75,15 @@ def print_of(gradient: Tensor, by_element: bool) -> Print:
     tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
     rows = rows.to(accumulation_dtype(rows))
     largest = torch.linalg.vector_norm(rows, torch.inf, dim=1)
-    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows)
+    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
     return Print(tuple(leading), largest, marks, tolerance * max(1.0, rows.shape[1] ** 0.5))
 
 
-def _directions(rows: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(rows.shape[1])
-    drawn = torch.randn(rows.shape[1], 2, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(rows)
+@functools.lru_cache(256)
+def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    drawn = torch.randn(width, 2, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(device, dtype)
 
 
 class Owned:
@@ -144,6 +146,8 @@ class Question:
         tensors: by number of a further tensor that was asked about, the owners of its rows.
         blind: by tensor, which rows were not finite, so that their owners are not known: they count as nobody's here.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
+        edges: by node (position) and input (slot), of the edges that were asked about and by which some rows got no
+            gradient, the owners of the rows of the gradient that goes there.
     """
 
     def __init__(
@@ -163,23 +167,34 @@ class Question:
         self.calls: dict[int, list[Tensor]] = {}
         self.tensors: dict[int, Tensor] = {}
         self.blind: dict[Any, Tensor] = {}
+        self.edges: dict[Key, Tensor] = {}
         self._tensors: Sequence[Tensor] = ()
+        self._edges: Mapping[int, Collection[int]] = {}
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
         self._prints: dict[Any, Print] = {}
 
-    def ask(self, positions: Iterable[int], by_element: bool = False, tensors: Sequence[Tensor] = ()) -> None:
+    def ask(
+        self,
+        positions: Iterable[int],
+        by_element: bool = False,
+        tensors: Sequence[Tensor] = (),
+        edges: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
         """Find the owners of the outputs of these nodes, and of all calls.
 
         Args:
             positions: of the nodes.
             by_element: tell every element apart, by masks of 0 and 1.
             tensors: others to find the owners of.
+            edges: by position of a node, the inputs (slots) by which to look at the gradients that it passes on.
         """
         self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
+        self._edges = edges or {}
         numbers = torch.arange(self.n, device=self.losses.device)
         found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
+        self._leave_out_complete_edges(found)
         place, base = 1, 2 if by_element or self._is_half() else BASE
         while place < self.most:
             digit = numbers // place % base
@@ -198,10 +213,27 @@ class Question:
                 self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
+            elif key[0] == "edge":
+                self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
                 self.calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
+
+    def _leave_out_complete_edges(self, found: dict[Any, Owned]) -> None:
+        """Look no more at edges by which every row got a gradient."""
+        keys = [key for key in found if key[0] == "edge"]
+        if not keys:
+            return
+        gaps = torch.stack([(found[key].plain.largest == 0).any() for key in keys]).tolist()
+        for key, has_gaps in zip(keys, gaps, strict=True):
+            if not has_gaps:
+                del found[key]
+        left: dict[int, list[int]] = {}
+        for key in found:
+            if key[0] == "edge":
+                left.setdefault(key[1], []).append(key[2])
+        self._edges = left
 
     def _is_half(self) -> bool:
         """Whether a power of two might not fit into some gradient."""
@@ -219,6 +251,7 @@ class Question:
         targets += map(get_gradient_edge, self._tensors)
         tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
         handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
+        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
         try:
             with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
                 gradients: Sequence[Tensor | None] = ()
@@ -252,6 +285,11 @@ class Question:
         """Node hook: look at the gradients of a node's outputs."""
         for number, gradient in enumerate(gradients):
             self._take((position, number), gradient)
+
+    def _passed_on(self, position: int, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        """Node hook: look at the gradients that a node passes on."""
+        for slot in self._edges[position]:
+            self._take(("edge", position, slot), given[slot])
 
     def _take(self, key: Any, gradient: Tensor | None) -> None:
         if gradient is None:

@@ -35,10 +35,10 @@ from ..torch_internals import (
     output_shape,
     own_parameters,
 )
-from .arrangement import Arrangement, arranged, without_trailing
+from .arrangement import Arrangement, arranged, regular, without_trailing
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route
-from .routing import routes_of
+from .routing import ELEMENTWISE, MOVING, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -75,6 +75,7 @@ class _Planner:
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
+        self.edges: dict[Key, Tensor] = {}
         self._interned: dict[tuple[int, ...], list[tuple[Tensor, Owners]]] = {}
 
     def plan(self) -> Plan:
@@ -105,11 +106,70 @@ class _Planner:
             self.nodes, self.calls = self._of_one(positions)
             return
         question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
-        question.ask(positions)
+        question.ask(positions, edges=self._meeting(positions))
         suspects = self._suspects(question.nodes)
         if on_any(self.group, bool(suspects), self.losses.device):
             question.ask(suspects, by_element=True)
         self.nodes, self.calls, self.blind = question.nodes, question.calls, question.blind
+        self.edges = question.edges
+
+    def _meeting(self, positions: Collection[int]) -> dict[int, list[int]]:
+        """The inputs (slots), by node, of the edges that end where others end too, where zeros may part them."""
+        ends: dict[tuple[int, int], list[Key]] = {}
+        for position, node in enumerate(self.traced.order):
+            for slot, child in enumerate(self.traced.children[position]):
+                if child is not None and child in positions and self.structure.trains[child]:
+                    ends.setdefault((child, node.next_functions[slot][1]), []).append((position, slot))
+        found: dict[int, list[int]] = {}
+        for edges in ends.values():
+            for position, slot in edges if len(edges) > 1 else ():
+                found.setdefault(position, []).append(slot)
+        return found
+
+    def _parted_by_zeros(self, routed: Collection[int], silent: Collection[int]) -> bool:
+        """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient."""
+        for (position, slot), owners in self.edges.items():
+            child = self._child(position, slot)
+            if child in self.shared or position in self.shared or position in silent:  # silent ones are watched
+                continue
+            whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
+            if whole is None or not regular(whole, self.n):
+                return True
+            if self._tells(position, slot):
+                if self._hides(position, position in routed):
+                    return True
+            elif not regular(owners, self.n):
+                return True
+        return False
+
+    def _tells(self, position: int, slot: int) -> bool:
+        """Whether the rows of a node's own outputs tell whose the rows are that it passes no gradient on to."""
+        node = self.traced.order[position]
+        name = operator_name(node)
+        return name in MOVING or (
+            name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node)
+        )
+
+    def _hides(self, position: int, by_routes: bool) -> bool:
+        """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
+        gaps = self._gaps(position)
+        if not gaps or self._is_cut(position):
+            return False
+        return by_routes or not all(regular(owners, self.n) for owners in gaps)
+
+    def _gaps(self, position: int) -> list[Tensor]:
+        """The owners of those outputs of a node of which some rows got no gradient."""
+        numbers = range(len(node_outputs(self.traced.order[position])))
+        found = (self.nodes.get((position, number)) for number in numbers)
+        return [owners for owners in found if owners is not None and bool((owners == NOBODY).any())]
+
+    def _is_cut(self, position: int) -> bool:
+        """Whether the rows of a node without a gradient are those that no other node reads, whatever the data."""
+        parents = self.structure.parents[position]
+        return bool(parents) and all(
+            operator_name(self.traced.order[parent]) in MOVING and (not self._gaps(parent) or self._is_cut(parent))
+            for parent in parents
+        )
 
     def _of_one(self, positions: Collection[int]) -> tuple[dict[Key, Tensor], dict[int, list[Tensor]]]:
         nodes = {}
@@ -185,7 +245,9 @@ class _Planner:
             if not call.rule.whole_call and call.rule.misses_batch(
                 call.module, torch.empty((1,) * len(call.shape), device="meta")
             ):
-                found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
+                found[number] = Arrangement(Owners(owners, self.n))
+                if not call.rule.positionwise or owners[owners != NOBODY].unique().numel() == 1:
+                    found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
                 found[number] = arranged(owners, self.n, blind)
         return found
@@ -315,6 +377,8 @@ class _Planner:
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
         routes, keeps = self._routes(silent)
+        found = [*layouts, *(entry.layout for entry in entries)]
+        irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
@@ -325,12 +389,23 @@ class _Planner:
             of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps and not self.blind,
+            keeps=keeps
+            and not self.blind
+            and not (irregular and self._some_unseen())
+            and not self._parted_by_zeros({route.position for route in routes}, silent),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
         )
+
+    def _some_unseen(self) -> bool:
+        """Whether some examples have no rows, so that nothing tells where they would lie."""
+        last = len(self.traced.order) - 1
+        owners = [owners for (position, _), owners in self.nodes.items() if position != last]
+        owners += [part for parts in self.calls.values() for part in parts]
+        seen = torch.cat([part.flatten() for part in owners]).unique()
+        return int((seen >= 0).sum()) < self.n
 
     def _through_all(self) -> set[int]:
         """Batch norms whose statistics are not constants: of a part of the batch, or below a coupling."""
@@ -344,7 +419,7 @@ class _Planner:
     def _routes(self, silent: Collection[int]) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
             return [], True
-        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent))
+        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent), self.n)
 
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)
@@ -469,9 +544,9 @@ def account_by_operators(calls: Sequence[Call]) -> set[int]:
 
 def _fits(call: Call, ownership: Ownership) -> bool:
     """Whether a call's rule can be told that its examples lie like this."""
-    if isinstance(ownership, Layout):
-        return ownership.dim == 0 or call.rule.positionwise
-    return ownership.dims <= 1 or call.rule.positionwise
+    dims = 1 + ownership.dim if isinstance(ownership, Layout) else ownership.dims
+    features = len(getattr(call.module, "normalized_shape", (0,)))  # the last dimensions, which belong together
+    return dims <= (len(call.shape) - features if call.rule.positionwise else 1)
 
 
 def _agreed(parts: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,10 @@ such graphs are measured at every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..torch_internals import (
@@ -17,6 +20,7 @@ from ..torch_internals import (
     attributes_of_function,
     entering_shape,
     is_compiled_region,
+    is_opaque,
     is_python_function,
     operator_name,
     output_shape,
@@ -24,8 +28,9 @@ from ..torch_internals import (
     saved_options,
     saved_tensor_names,
     saved_tensors_of,
+    saves_data,
 )
-from .arrangement import varying
+from .arrangement import regular, varying
 from .plan import Route
 from .structure import Structure
 from .trace import Trace
@@ -107,6 +112,7 @@ FIXED = frozenset(
         "Relu6",
         "Remainder",
         "Round",
+        "Rsub",
         "RreluWithNoise",
         "Rsqrt",
         "Selu",
@@ -182,13 +188,9 @@ FIXED = frozenset(
         "HuberLoss",
         "KlDiv",
         "MseLoss",
-        "NllLoss",
-        "NllLoss2D",
-        "NllLossNd",
         "SmoothL1Loss",
         "SoftMarginLoss",
         "T",
-        "Embedding",
         "Tap",
         "WeightNormInterface",
         "LinearCrossEntropy",
@@ -240,11 +242,7 @@ ELEMENTWISE = FIXED - frozenset(
         "UpsampleTrilinear3D",
         "UpsampleNearestExact2D",
         "GridSampler2D",
-        "NllLoss",
-        "NllLoss2D",
-        "NllLossNd",
         "T",
-        "Embedding",
         "Tap",
         "WeightNormInterface",
         "LinearCrossEntropy",
@@ -258,7 +256,6 @@ MOVING = frozenset(
         "View",
         "ReshapeAlias",
         "UnsafeView",
-        "AsStrided",
         "Transpose",
         "Permute",
         "Movedim",
@@ -276,7 +273,6 @@ MOVING = frozenset(
         "Rot90",
         "Diagonal",
         "DiagEmbed",
-        "Unfold",
         "Narrow",
         "Sum",
         "Mean",
@@ -319,8 +315,46 @@ MOVING = frozenset(
         "Scatter",
         "ScatterAdd",
         "ScatterReduce",
+        "SegmentReduce",
         "UnsafeIndex",
         "IndexReduce",
+        "Embedding",
+        "NllLoss",
+        "NllLoss2D",
+        "NllLossNd",
+        "T",
+        "Tap",
+        "WeightNormInterface",
+        "LinearCrossEntropy",
+    ]
+)
+
+# Operators that treat what lies along the first dimension of their output apart, unless that is all there is to it.
+BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
+
+# Operators whose indices tell rows of their output.
+INTO = frozenset(["IndexAdd", "IndexCopy", "IndexPut", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"])
+
+# Operators that move rows by what they tell nobody: a place to write to, the lengths of sequences.
+HIDING = frozenset(["CopySlices", "NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
+
+# Operators that multiply matrices: which input has its rows added up, whatever the other one is.
+RIGHT = {"Mm": 1, "Addmm": 2, "Mv": 1, "Addmv": 2, "Cdist": 1, "EuclideanDist": 1}
+
+# Operators that combine what lies along the dimension that they are told.
+ALONG = frozenset(
+    [
+        "Softmax",
+        "LogSoftmax",
+        "Cumsum",
+        "Logsumexp",
+        "Cumprod",
+        "Logcumsumexp",
+        "Cummax",
+        "Cummin",
+        "FftR2C",
+        "FftC2C",
+        "FftC2R",
     ]
 )
 
@@ -378,7 +412,9 @@ def _options_of_function(node: Node) -> Hashable:
     return tuple(found)
 
 
-def routes_of(traced: Trace, structure: Structure, owners: Owners, skip: Collection[int]) -> tuple[list[Route], bool]:
+def routes_of(
+    traced: Trace, structure: Structure, owners: Owners, skip: Collection[int], n: int
+) -> tuple[list[Route], bool]:
     """The values that the rows of the examples are routed by, and whether comparing those is enough.
 
     Args:
@@ -386,6 +422,7 @@ def routes_of(traced: Trace, structure: Structure, owners: Owners, skip: Collect
         structure: what it tells by itself.
         owners: of the outputs of nodes, where they were measured.
         skip: positions of nodes through which nothing of the examples goes: shared ones, and those inside of calls.
+        n: number of examples.
     """
     routes: list[Route] = []
     for position, node in enumerate(traced.order):
@@ -395,21 +432,28 @@ def routes_of(traced: Trace, structure: Structure, owners: Owners, skip: Collect
         behind = [
             child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
         ]
-        if not behind or is_compiled_region(node):
+        if not behind:
             continue
+        if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
+            routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
+            continue
+        if name in HIDING or (is_opaque(node) and name != "Tap" and not _stays(position, behind, owners, n)):
+            return [], False
         if is_python_function(node):
             if name != "Tap" and not name.startswith("SyncBatchNorm"):
-                if any(isinstance(value, Tensor) for value in attributes_of_function(node).values()):
+                hidden = any(isinstance(value, Tensor) for value in attributes_of_function(node).values())
+                if hidden or saves_data(node):
                     return [], False
                 routes += _routes_of_node(position, node)
         elif name not in FIXED:
             found = list(_routes_of_node(position, node))
-            routes += [route for route in found if _moves_rows(route, node, name, behind, owners)]
-        if name not in ELEMENTWISE and name not in MOVING and _mixes(traced, position, name, owners, skip):
+            routes += [route for route in found if _moves_rows(route, node, name, behind, owners, n)]
+        if name not in ELEMENTWISE and name not in MOVING and _mixes(traced, position, name, owners, skip, n):
             return [], False
-        if name in ELEMENTWISE and _spreads(traced, position, owners, skip):
+        if name in ELEMENTWISE and _spreads(traced, position, owners, skip, n):
             return [], False
-    return routes, True
+    # The tensors are the network's, which may write into them before the next step.
+    return [replace(route, values=route.values.clone()) for route in routes], True
 
 
 def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
@@ -419,15 +463,26 @@ def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
                 yield Route(position, name, number, values)
 
 
-def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners) -> bool:
+def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners, n: int) -> bool:
     """Whether indices pick among rows of several examples."""
     found = [owners.get((child, 0)) for child in behind]
-    along = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
-    if not isinstance(along, int):
+    if name in INTO:
+        found.append(owners.get((route.position, 0)))
+    along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
+    if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
+        along = min(1, len(entering_shape(*node.next_functions[0])) - 1)
+    if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
         return True
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
-    return any(own is None or _dimension(along, rank) in varying(own) for own in found for rank in ranks)
+    return any(own is None or _dimension(along, rank) in varying(own, n) for own in found for rank in ranks)
+
+
+def _stays(position: int, behind: Collection[int], owners: Owners, n: int) -> bool:
+    """Whether the examples lie in the same regular order before and behind a node that shows nothing of itself."""
+    found = [owners.get((other, 0)) for other in (position, *behind)]
+    lengths = {None if own is None or not regular(own, n) else own.shape[0] for own in found}
+    return len(lengths) == 1 and None not in lengths
 
 
 def _dimension(dim: int, rank: int) -> int:
@@ -435,19 +490,19 @@ def _dimension(dim: int, rank: int) -> int:
     return (dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1)
 
 
-def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int]) -> bool:
+def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int], n: int) -> bool:
     """Whether an operator may combine rows of different examples, so that zeros alone would keep them apart."""
     own = owners.get((position, 0))
     if own is None:
         return False
-    if name in ("Mm", "Addmm"):
-        right = traced.children[position][2 if name == "Addmm" else 1]
+    if name in RIGHT:
+        right = traced.children[position][RIGHT[name]]
         owned = right is not None and right not in skip and (right, 0) in owners
-        return owned or 1 in varying(own)
+        return owned or 1 in varying(own, n)
     if name in ("Expand", "Repeat"):
-        return _spreads(traced, position, owners, skip)
-    differs = varying(own)
-    if name in ("Softmax", "LogSoftmax", "Cumsum", "Logsumexp", "Cumprod", "Logcumsumexp"):
+        return _spreads(traced, position, owners, skip, n)
+    differs = varying(own, n)
+    if name in ALONG:
         dim = saved_option(traced.order[position], "dim")
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         rank = len(output_shape(traced.order[position]))
@@ -455,10 +510,11 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     if name in ("NativeLayerNorm", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
         return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
-    return bool(differs - {0})
+    first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
+    return bool(differs - first)
 
 
-def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int]) -> bool:
+def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int], n: int) -> bool:
     """Whether an operand is repeated along a dimension along which the owners differ."""
     own = owners.get((position, 0))
     if own is None:
@@ -473,7 +529,7 @@ def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int]
         if given == shape:
             continue
         aligned = (1,) * (len(shape) - len(given)) + given
-        differs = varying(own) if differs is None else differs
+        differs = varying(own, n) if differs is None else differs
         if any(a != s and dim in differs for dim, (a, s) in enumerate(zip(aligned, shape, strict=False))):
             return True
     return False

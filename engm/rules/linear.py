@@ -59,6 +59,9 @@ class LinearRule(_MatrixRule):
 
     positionwise = True
 
+    def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
+        return output.dim() == 1
+
     def factors(self, activations: Tensor, backprops: Tensor, rows: slice) -> Term:
         return LinearFactors(_by_position(activations.to(backprops.dtype)), backprops)
 

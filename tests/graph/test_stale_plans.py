@@ -1,0 +1,260 @@
+"""Steps of one structure whose rows belong to other examples than at the step before: no plan of the last step is used.
+
+Each case stands for a way by which the values of a step, and no shape, tell whose a row is. ``steps`` are the data of
+the steps in turn. All examples are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import per_example_gradients, random_losses, trained
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import engm
+
+ORDERS = ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2))
+CASES: dict[str, tuple[Callable[..., Tensor], Sequence[object]]] = {}
+
+
+class Net(nn.Module):
+    """Two layers, and what lies between."""
+
+    def __init__(self, between: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.between = between
+        self.double()
+
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        return self.last(self.between(torch.tanh(self.first(x)), values))
+
+
+def case(*steps: object) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def add(between: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        CASES[between.__name__] = between, steps
+        return between
+
+    return add
+
+
+def matrix(order: Tensor) -> Tensor:
+    return torch.eye(len(order), dtype=torch.float64)[order]
+
+
+@case(*ORDERS)
+def rows_of_an_embedding(h: Tensor, order: Tensor) -> Tensor:
+    return F.embedding(order, h)
+
+
+@case(*ORDERS)
+def sparse_product(h: Tensor, order: Tensor) -> Tensor:
+    return torch.sparse.mm(matrix(order).to_sparse(), h)
+
+
+@case(*ORDERS)
+def products_with_vectors(h: Tensor, order: Tensor) -> Tensor:
+    return torch.stack([matrix(order) @ column for column in h.unbind(1)], 1)
+
+
+@case(*ORDERS)
+def solution_of_equations(h: Tensor, order: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix(order), h)
+
+
+class Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, by):
+        ctx.save_for_backward(by)
+        return by @ h
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0].T @ gradient, None
+
+
+@case(*ORDERS)
+def function_of_the_users(h: Tensor, order: Tensor) -> Tensor:
+    return Moved.apply(h, matrix(order))
+
+
+@case(*ORDERS)
+def inside_of_a_checkpoint(h: Tensor, order: Tensor) -> Tensor:
+    return checkpoint(lambda rows: torch.sin(rows[order]), h, use_reentrant=False)
+
+
+@case(*ORDERS)
+def written_into_a_view(h: Tensor, order: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out.view(2, 2, 8).view(4, 8)[order] = h
+    return out
+
+
+@case(*ORDERS)
+def written_row_by_row(h: Tensor, order: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    for source, row in enumerate(order.tolist()):
+        out[row] = h[source]
+    return out
+
+
+@case((2, 2, 0, 0), (1, 1, 1, 1), (0, 1, 2, 1))
+def nested_and_padded(h: Tensor, lengths: Tensor) -> Tensor:
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return torch.nested.nested_tensor_from_jagged(h, offsets=offsets).to_padded_tensor(0.0, (4, 2, 8)).sum(1)
+
+
+@case((1, 1, 0, 1), (0, 1, 1, 1), (1, 0, 1, 1))
+def picked_by_a_mask_of_two_dimensions(h: Tensor, mask: Tensor) -> Tensor:
+    return h.view(1, 4, 8)[mask.bool().view(1, 4)]
+
+
+@case((1, 0, 0, 1), (0, 1, 1, 0), (1, 1, 1, 1), (0, 0, 0, 0))
+def swapped_where_a_mask_says(h: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, None] > 0, h, h.flip(0))
+
+
+@case((1, 1, 0, 0), (0, 0, 1, 1), (1, 1, 0, 0))
+def kept_apart_by_products(h: Tensor, mask: Tensor) -> Tensor:
+    return h * mask[:, None] + h.flip(0) * mask[:, None]
+
+
+@case((1, 1, 0, 0, 1, 1, 0, 0), (0, 0, 1, 1, 0, 0, 1, 1), (1, 1, 1, 1, 0, 0, 0, 0))
+def kept_apart_in_a_stack(h: Tensor, mask: Tensor) -> Tensor:
+    return (torch.cat([h, h.flip(0)]) * mask[:, None]).view(2, 4, 8).sum(0)
+
+
+@case((1, 0, 0, 0), (0, 1, 0, 0), (0, 1, 1, 1))
+def one_example_with_a_gradient(h: Tensor, mask: Tensor) -> Tensor:
+    return h.view(1, 4, 8).transpose(0, 1).sum(1) * mask[:, None]
+
+
+@case((1, 1, 1, 1), (0, 1, 2, 3), (3, 3, 0, 1))
+def all_rows_of_one_example(h: Tensor, owner: Tensor) -> Tensor:
+    return torch.zeros_like(h).index_add(0, owner, h)
+
+
+def check(net: nn.Module, losses: Callable[[nn.Module, int], Tensor], steps: int) -> None:
+    model = engm.GradNormModule(net)
+    for step in range(steps):
+        torch.manual_seed(step)
+        found = losses(model, step)
+        truth = per_example_gradients(found, trained(net))
+        norms = engm.per_example_grad_norms(model, found)
+        assert float((norms - truth.norms).abs().max() / truth.norms.max()) < 1e-9, step
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_other_values_make_another_plan(name):
+    between, steps = CASES[name]
+
+    def losses(model, step):
+        values = torch.tensor(steps[step])
+        return random_losses(model(torch.randn(4, 4, dtype=torch.float64), values))
+
+    torch.manual_seed(0)
+    check(Net(between), losses, len(steps))
+
+
+def test_indices_that_are_written_over():
+    buffer = torch.zeros(4, dtype=torch.long)
+
+    def losses(model, step):
+        buffer.copy_(torch.tensor(ORDERS[step]))
+        return random_losses(model(torch.randn(4, 4, dtype=torch.float64), buffer))
+
+    check(Net(lambda h, order: h[order]), losses, 3)
+
+
+def test_packed_rows_of_which_one_example_had_gradients():
+    def losses(model, step):
+        mask = torch.tensor(((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))[step], dtype=torch.float64)
+        return random_losses(model(torch.randn(1, 4, 4, dtype=torch.float64), mask))
+
+    check(Net(lambda h, mask: h.view(2, 2, 8).sum(1) * mask[:, None]), losses, 3)
+
+
+@pytest.mark.parametrize("coupled", ["refuse", "exact"])
+def test_a_mask_that_begins_to_couple(coupled):
+    net = Net(lambda h, mask: h + mask[:, None] * h.flip(0))
+    model = engm.GradNormModule(net, coupled=coupled)
+    for step, mask in enumerate(((0, 1, 0), (1, 1, 0), (1, 1, 1))):
+        losses = random_losses(model(torch.randn(3, 4, dtype=torch.float64), torch.tensor(mask)))
+        if coupled == "refuse" and step:
+            with pytest.raises(RuntimeError, match="influences the losses"):
+                engm.per_example_grad_norms(model, losses)
+            continue
+        truth = per_example_gradients(losses, trained(net)).norms
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
+
+
+def test_layers_called_on_single_vectors():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return torch.stack([self.c(torch.tanh(self.b(self.a(row)))) for row in x])
+
+    check(Loop().double(), lambda model, _: random_losses(model(torch.randn(3, 4, dtype=torch.float64))), 2)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Linear(4, 3),
+        nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)),
+        nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.LayerNorm((2, 3)), nn.Flatten()),
+    ],
+    ids=["linear", "layer norm", "layer norm of two dimensions"],
+)
+def test_every_output_is_a_loss(net):
+    net = net.double()
+    model = engm.GradNormModule(net, coupled="exact")
+    losses = model(torch.randn(2, 4, dtype=torch.float64)).square().flatten()
+    truth = per_example_gradients(losses, trained(net)).norms
+    torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
+
+
+def test_rows_moved_inside_of_a_compiled_region():
+    moved = torch.compile(lambda h, order: torch.sin(h[order]), backend="aot_eager")
+
+    def losses(model, step):
+        return random_losses(model(torch.randn(4, 4, dtype=torch.float64), torch.tensor(ORDERS[step])))
+
+    check(Net(moved), losses, 3)
+
+
+def test_a_function_of_the_users_that_moved_nothing_at_first():
+    class MovedPlanes(Moved):
+        @staticmethod
+        def forward(ctx, h, by):
+            ctx.save_for_backward(by)
+            return torch.tensordot(by, h, 1)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return torch.tensordot(ctx.saved_tensors[0].T, gradient, 1), None
+
+    def losses(model, step):
+        return random_losses(model(torch.randn(4, 2, 4, dtype=torch.float64), torch.tensor(ORDERS[step])))
+
+    check(Net(lambda h, order: MovedPlanes.apply(h, matrix(order)).sum(1)), losses, 3)
+
+
+@pytest.mark.xfail(strict=True, reason="A grid made in the forward pass, as long as a multiple of n, passes for data.")
+def test_a_layer_called_on_a_grid_of_its_own():
+    class Filter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
+
+        def forward(self, x):
+            return x * self.make(torch.linspace(0, 1, 8, dtype=torch.float64)[:, None]).squeeze(1)
+
+    check(Filter().double(), lambda model, _: random_losses(model(torch.randn(4, 8, dtype=torch.float64))), 1)
