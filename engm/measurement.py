@@ -50,8 +50,9 @@ def measure(
         as that is).
 
     Raises:
-        TypeError, ValueError, RuntimeError: the losses are not such a vector, belong to another model, or a strict
-            check fails; ``norms=False`` without inputs. Nothing is changed.
+        TypeError, ValueError, RuntimeError: the losses are not such a vector or belong to another model, examples
+            influence each other, or gradients do not add up (strict); ``norms=False`` without inputs. Nothing is
+            changed.
     """
     wrapped = as_wrapped(model)
     scale = LossScale(check_positive("loss_scale", loss_scale))

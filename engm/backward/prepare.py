@@ -18,7 +18,7 @@ from .identity import check_identity
 def planned_losses(
     model: GradNormModule, losses: Tensor, *, check: bool | None = None, scale: LossScale = UNSCALED, watch: bool = True
 ) -> PlannedGraph:
-    """The graph behind ``losses``, checked: it is this model's, captured, and (strict) all of it can be seen.
+    """The graph behind ``losses``, checked: it is this model's and captured, and gradients add up where that is due.
 
     Args:
         model: the wrapper that computed the losses.
@@ -29,7 +29,8 @@ def planned_losses(
 
     Raises:
         TypeError, ValueError: the losses are no such vector, see :func:`engm.checks.check_losses`.
-        RuntimeError: no captured call of this model, or a strict check fails.
+        RuntimeError: no captured call of this model, examples that influence each other, or gradients that do not
+            add up.
     """
     check_losses(losses, finite=check)
     trained = model.trainable_parameters()

@@ -122,8 +122,9 @@ class Plan:
         keeps: whether the plan may hold for another graph at all.
         blind: whether some gradient was not finite when the plan was made.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
-        unknown: by call (number) or entering node (position) the rows ``[*leading]`` that no gradient came to where
-            nothing else tells whose they are.
+        unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
+            whose they are.
+        unknown_of_nodes: the same by entering node (position).
     """
 
     layouts: tuple[Ownership | None, ...]
