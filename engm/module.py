@@ -22,7 +22,7 @@ from .capture.hooks import hooked
 from .capture.layers import named_modules, trained_parameters
 from .capture.ranks import active_ranks
 from .capture.sharded import ORDER, noting_leaves, shards_of
-from .graph.plan import PlanCache, Watch
+from .graph.plan import PlanCache, Skeletons, Watch
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
 from .torch_internals import (
@@ -41,8 +41,8 @@ BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 COUPLED_MODES = ("refuse", "exact")
 _OWN = frozenset(
     [
-        *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "watch", "_net"),
-        *("input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
+        *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "_net"),
+        *("skeletons", "watch", "input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
         *CALL_OF_A_MODULE,
     ]
 )
@@ -134,6 +134,7 @@ class GradNormModule(nn.Module):
         self.views = views
         self.calibration = Calibration(calibrate_every, calibrate_examples)
         self.plans = PlanCache()
+        self.skeletons = Skeletons()
         self.watch = Watch()
         self.input_grads_wanted = False
         self.shard_group = shard_group
@@ -279,7 +280,13 @@ class GradNormModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Plans know modules and parameters by id; and as everywhere in torch a copy is not compiled.
-        return {**super().__getstate__(), "plans": PlanCache(), "watch": Watch(), "_compiled_net": None}
+        return {
+            **super().__getstate__(),
+            "plans": PlanCache(),
+            "skeletons": Skeletons(),
+            "watch": Watch(),
+            "_compiled_net": None,
+        }
 
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"

@@ -20,7 +20,7 @@ from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
 from ..distributed import on_any
-from ..graph.plan import PlannedEntry, PlannedGraph
+from ..graph.plan import PlannedEntry, PlannedGraph, Untold
 from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
 from ..rules.conv import ConvRule
@@ -156,7 +156,7 @@ class TermCollector:
         graph = self.graph
         sinks = graph.sinks()
         targets: list[Any] = [*sinks, *inputs]
-        watched = graph.doubtful
+        watched = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or watched)
         keep_graph = retain_graph or watched or any(entry.waits for entry in graph.plan.entries)
         captured, passed = self._entries_by_node()
@@ -209,6 +209,13 @@ class TermCollector:
         layout = self._layouts.get(id(call))
         if layout is None:
             return
+        told = self.graph.plan.told
+        if told is not None:
+            try:
+                layout = told.of_call(call, backprops)
+            except Untold:
+                self._surprise = torch.ones((), dtype=torch.bool)
+                return
         if call.rule.whole_call:
             self._receive_whole(call, layout, backprops)
             return
@@ -237,7 +244,7 @@ class TermCollector:
         if feeds:
             scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
             self._batch_norm_sums[id(call)] = (shift, scale)
-        if id(call) in self._batch_norm_of:
+        if id(call) in self._batch_norm_of and layout == PLAIN:
             self._correct(terms, call, self._batch_norm_of[id(call)])
         self._add_rows(call, layout, terms)
 
@@ -301,6 +308,13 @@ class TermCollector:
                         self._doubt(gradient, torch.ones((), dtype=torch.bool, device=gradient.device))
             if position in plan.unknown_of_nodes and gradients[0] is not None:
                 self._doubt(gradients[0], plan.unknown_of_nodes[position])
+        told = self.graph.plan.told
+        if told is not None:
+            try:
+                entries = [told.at(entry, gradients) for entry in entries]
+            except Untold:
+                self._surprise = torch.ones((), dtype=torch.bool)
+                return
         for entry in entries:
             term = None if entry.waits else entry_term(self.graph.entry(entry), gradients)
             if term is None:

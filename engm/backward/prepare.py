@@ -8,7 +8,8 @@ from ..checks import check_losses
 from ..distributed import on_any
 from ..graph.plan import Plan, PlannedGraph
 from ..graph.planning import check_parameters, make_plan
-from ..graph.routing import signature_of
+from ..graph.routed import may_be_told, plan_to_be_told
+from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
 from ..module import GradNormModule
 from ..terms.loss_scale import UNSCALED, LossScale
@@ -45,23 +46,29 @@ def planned_losses(
             "(not the network inside it), with gradients enabled, outside of model.paused()."
         )
     n = losses.shape[0]
-    signature = signature_of(traced, n)
+    signature, skeleton = signature_of(traced, n), skeleton_of(traced, n)
     group = traced.group
     old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
         plan = make_plan(model, traced, losses, scale.factor)
+        model.skeletons.measured(skeleton, plan)
         if plan.keeps:
             model.plans.keep(signature, plan, old)
         return plan
 
-    if on_any(group, old is None, losses.device) or old is None:
-        graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
-    else:
+    if not on_any(group, old is None, losses.device) and old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
+        model.skeletons.held(skeleton)
         graph = PlannedGraph(traced, old, n, model.plans, measured, False)
+    elif (known := model.skeletons.restless(skeleton)) is not None and may_be_told(known, traced, n):
+        check_parameters(traced)
+        told = plan_to_be_told(traced, losses, known, scale.factor)
+        graph = PlannedGraph(traced, told, n, model.plans, measured, False)
+    else:
+        graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
-    due = watch and strict and model.watch.due(signature, model.check_every) and not graph.plan.blind
+    due = watch and strict and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
     if on_any(group, due, losses.device):
         check_identity(graph, losses, model.watch.steps, scale)
     return graph

@@ -217,6 +217,16 @@ class Question:
             else:
                 self.nodes[key] = owners
 
+    def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
+        """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""
+        self._positions, self._by_element, self._tensors, self._edges = frozenset(positions), False, (), {}
+        numbers = torch.arange(self.n, device=self.losses.device)
+        found, place = [], 1
+        while place < self.most:
+            found.append((place, self._pass(torch.exp2((numbers // place % BASE).double()).to(self.losses))))
+            place *= BASE
+        return found
+
     def _leave_out_complete_edges(self, found: dict[Any, Owned]) -> None:
         """Look no more at edges by which every row got a gradient."""
         keys = [key for key in found if key[0] == "edge"]
@@ -291,12 +301,7 @@ class Question:
     def _take(self, key: Any, gradient: Tensor | None) -> None:
         if gradient is None:
             return
-        gradient = gradient.detach()
-        if gradient.is_nested:
-            gradient = gradient.values()
-        if gradient.layout != torch.strided:
-            gradient = gradient.to_dense()
-        self._prints[key] = print_of(gradient, self._by_element)
+        self._prints[key] = print_of(_dense(gradient), self._by_element)
 
     def holds(self, call: Call) -> bool:
         """No: gradients are looked at and let go."""
@@ -310,6 +315,41 @@ class Question:
         for part, gradient in enumerate(call.by_example(backprops)):
             rows = gradient.flatten(1) if call.rule.whole_call and gradient.dim() > 2 else gradient
             self._take(("call", number, part), rows)
+
+
+class Answers:
+    """Scaled gradients, from which the owners of a tensor's rows can be told as soon as its plain gradient is there.
+
+    This is for graphs of which it is known where to look: the pass that norms are taken from is the plain pass then.
+
+    Args:
+        question: about the graph; asked by powers of two, in passes of this process alone.
+        positions: of the nodes whose outputs will be asked about.
+    """
+
+    def __init__(self, question: Question, positions: Iterable[int]) -> None:
+        self._n = question.n
+        self._scaled = question.scaled(positions)
+
+    def owners(self, key: Any, gradient: Tensor) -> Tensor:
+        """The owners of a tensor's rows, ``[*leading]`` on the CPU.
+
+        Args:
+            key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
+            gradient: of the sum of the losses.
+        """
+        owned = Owned(print_of(_dense(gradient), False))
+        for place, prints in self._scaled:
+            if key in prints:
+                owned.add_digit(prints[key], place)
+        return owned.owners(self._n).cpu()
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    if gradient.is_nested:
+        gradient = gradient.values()
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _on_cpu(found: dict[Any, Tensor]) -> dict[Any, Tensor]:

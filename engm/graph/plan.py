@@ -6,21 +6,23 @@ structure whose routing has the same values. It is kept in a :class:`PlanCache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..capture.calls import Collector
+from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
 from ..terms.owners import Ownership
 from ..torch_internals import saved_tensors_of
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
+RESTLESS = 3  # graphs in a row that had to be measured, before their rows are told in the norm pass
 NEW_CHECKS = 16  # structures that are checked when they are met, however many come
 APART = 20  # graphs between the checks of further ones
 MOST_ROUTINGS = 8  # kept of one structure
@@ -104,6 +106,28 @@ class Route:
         return alike and torch.equal(now, self.values)
 
 
+class Untold(Exception):
+    """A row is of several examples, or a rule cannot be told where its examples lie: the graph has to be measured."""
+
+
+class Told(Protocol):
+    """Tells whose rows are whose while the pass runs that norms are taken from (:mod:`engm.graph.routed`)."""
+
+    def of_call(self, call: Call, backprops: Any) -> Ownership:
+        """Where the examples lie in a call, from the gradient of its output.
+
+        Raises:
+            Untold: see there.
+        """
+
+    def at(self, entry: PlannedEntry, gradients: Sequence[Tensor | None]) -> PlannedEntry:
+        """An entry as it is in this graph, from the gradients of the node's outputs.
+
+        Raises:
+            Untold: see there.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Where the examples and the parameters are, for every graph of one structure; positions are in ``Trace.order``.
@@ -125,6 +149,7 @@ class Plan:
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
         unknown_of_nodes: the same by entering node (position).
+        told: tells the layouts when gradients arrive; those that are there are of another graph.
     """
 
     layouts: tuple[Ownership | None, ...]
@@ -141,6 +166,7 @@ class Plan:
     silent: tuple[int, ...] = ()
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
+    told: Told | None = None
 
     @property
     def doubtful(self) -> bool:
@@ -225,6 +251,31 @@ class PlannedGraph:
     def collecting(self, collector: Collector) -> AbstractContextManager[None]:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
         return self.trace.collecting(collector)
+
+
+class Skeletons:
+    """The latest plan of every skeleton of a graph, and how often in a row none that is kept held."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, Plan] = {}
+        self._missed: dict[Hashable, int] = {}
+
+    def held(self, skeleton: Hashable) -> None:
+        """A plan that is kept held for a graph of this skeleton."""
+        self._missed.pop(skeleton, None)
+
+    def measured(self, skeleton: Hashable, plan: Plan) -> None:
+        """A graph of this skeleton was measured."""
+        if skeleton not in self._plans and len(self._plans) >= MOST_PLANS:
+            oldest = next(iter(self._plans))
+            del self._plans[oldest]
+            self._missed.pop(oldest, None)
+        self._plans[skeleton] = plan
+        self._missed[skeleton] = self._missed.get(skeleton, 0) + 1
+
+    def restless(self, skeleton: Hashable) -> Plan | None:
+        """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one."""
+        return self._plans[skeleton] if self._missed.get(skeleton, 0) >= RESTLESS else None
 
 
 class Watch:

@@ -35,7 +35,8 @@ from ..torch_internals import (
     output_shape,
     own_parameters,
 )
-from .arrangement import Arrangement, arranged, regular, without_trailing
+from .arrangement import Arrangement, arranged, regular
+from .fitting import agreed, fits, seen_by_collector
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route
 from .routing import ELEMENTWISE, MOVING, routes_of
@@ -180,13 +181,9 @@ class _Planner:
         calls = {
             number: [torch.zeros(call.batch, dtype=torch.long, device="cpu")]
             for number, call in enumerate(self.traced.calls)
-            if self._seen_by_collector(number)
+            if seen_by_collector(self.traced, number)
         }
         return nodes, calls
-
-    def _seen_by_collector(self, number: int) -> bool:
-        """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
-        return self.traced.calls[number].rule.whole_call or self.traced.nodes[number] in self.traced.tokens
 
     def _suspects(self, nodes: Mapping[Key, Tensor]) -> set[int]:
         """Nodes of which some row looks like one of several, though what lies below is the examples' own.
@@ -237,7 +234,7 @@ class _Planner:
             if number in self.aside or position in self.shared:
                 continue
             parts = self._parts(number, position)
-            owners = None if not parts else _agreed(parts)
+            owners = None if not parts else agreed(parts)
             blind = self._blind_rows(number, position)
             if owners is None or not (blind is not None or bool((owners != NOBODY).any())):
                 found[number] = None
@@ -254,7 +251,9 @@ class _Planner:
 
     def _blind_rows(self, number: int, position: int) -> Tensor | None:
         key: Any = (
-            ("call", number) if self._seen_by_collector(number) else (position, self.traced.calls[number].output_nr)
+            ("call", number)
+            if seen_by_collector(self.traced, number)
+            else (position, self.traced.calls[number].output_nr)
         )
         found = [rows for other, rows in self.blind.items() if other[:2] == key]
         return found[0] if found else None
@@ -270,7 +269,7 @@ class _Planner:
         return present[0]
 
     def _parts(self, number: int, position: int) -> list[Tensor]:
-        if self._seen_by_collector(number):
+        if seen_by_collector(self.traced, number):
             return self.calls.get(number, [])
         owners = self.nodes.get((position, self.traced.calls[number].output_nr))
         return [] if owners is None else [owners]
@@ -280,7 +279,7 @@ class _Planner:
         found: set[int] = set()
         for number, arrangement in self.arranged.items():
             call = self.traced.calls[number]
-            if arrangement is not None and not _fits(call, arrangement.ownership):
+            if arrangement is not None and not fits(call, arrangement.ownership):
                 found.add(number)
             if call.couples and arrangement is not None and self._is_part(number, arrangement.ownership):
                 self._refuse_coupling(number)
@@ -540,24 +539,6 @@ def account_by_operators(calls: Sequence[Call]) -> set[int]:
     module draws random numbers. The rule is for compiled regions, into which nobody sees.
     """
     return {number for number, call in enumerate(calls) if call.rule.generic}
-
-
-def _fits(call: Call, ownership: Ownership) -> bool:
-    """Whether a call's rule can be told that its examples lie like this."""
-    dims = 1 + ownership.dim if isinstance(ownership, Layout) else ownership.dims
-    features = len(getattr(call.module, "normalized_shape", (0,)))  # the last dimensions, which belong together
-    return dims <= (len(call.shape) - features if call.rule.positionwise else 1)
-
-
-def _agreed(parts: Sequence[Tensor]) -> Tensor:
-    """The owners of a call's rows, from those in each of its outputs."""
-    if len(parts) == 1:
-        return parts[0]
-    rows = [without_trailing(part) for part in parts]
-    rows = [part if part.dim() == 1 else part.amax(tuple(range(1, part.dim()))) for part in rows]
-    agreed = torch.stack(rows).amax(0)
-    differ = ((torch.stack(rows) != agreed) & (torch.stack(rows) != NOBODY)).any(0)
-    return torch.where(differ, SEVERAL, agreed)
 
 
 def refuse_hidden_layers(traced: Trace) -> None:

@@ -375,6 +375,15 @@ def signature_of(traced: Trace, n: int) -> Hashable:
     return (n, len(traced.order), kinds, edges, options, calls, leaves, shapes)
 
 
+def skeleton_of(traced: Trace, n: int) -> Hashable:
+    """What tells in which nodes rows and parameters are, whatever lies in them: the signature without any lengths."""
+    kinds = hash(tuple(map(type, traced.order)))
+    edges = hash(tuple(traced.children))
+    calls = tuple((id(c.module), c.couples, len(c.parameters)) for c in traced.calls)
+    leaves = tuple(key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items())
+    return (n, len(traced.order), kinds, edges, calls, leaves)
+
+
 _READERS: dict[type, Callable[[Node], Hashable] | None] = {}
 
 

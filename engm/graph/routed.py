@@ -1,0 +1,124 @@
+"""Plans for networks whose rows are moved otherwise at every step, made with one backward pass less.
+
+Once it is known where rows and parameters are in graphs of one skeleton, it remains to be told whose the rows are in
+those calls and entries alone. So the losses are backpropagated once, scaled by powers of two, and the pass that norms
+are taken from does for the plain one: each call's owners are told when its gradient arrives. Where a row turns out to
+be of several examples, or a call's rule cannot be told of the order, the graph is measured from the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture.calls import Call
+from ..terms.layout import PLAIN
+from ..terms.owners import Owners, Ownership
+from ..torch_internals import entering_shape, node_outputs
+from .arrangement import arranged
+from .fitting import agreed, fits, seen_by_collector
+from .owners import SEVERAL, Answers, Question
+from .plan import Plan, PlannedEntry, Told, Untold
+from .trace import Trace
+
+
+def may_be_told(plan: Plan, traced: Trace, n: int) -> bool:
+    """Whether a plan of one graph says where to look in another of the same skeleton."""
+    if (
+        n == 1
+        or traced.group is not None
+        or any(o.dtype == torch.float16 for v in traced.order for o in node_outputs(v))
+    ):
+        return False
+    unusual = any(isinstance(layout, Owners) and layout.dims == 0 for layout in plan.layouts)
+    return not (plan.couples or plan.through or plan.coupled or plan.blind or unusual)
+
+
+def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> Plan:
+    """A plan whose layouts are told when the gradients arrive.
+
+    Args:
+        traced: the graph.
+        losses: ``[n]``.
+        known: the plan of another graph of the same skeleton, which :func:`may_be_told`.
+        seed: what losses are multiplied by in backward passes.
+    """
+    question = Question(traced, losses, seed)
+    positions = {entry.position for entry in known.entries} | set(known.silent)
+    positions |= {
+        traced.positions[traced.nodes[number]] for number, layout in enumerate(known.layouts) if layout is not None
+    }
+    told = _Told(traced, losses, Answers(question, positions))
+    entries = tuple(replace(entry, shape=_shape_now(traced, entry)) for entry in known.entries)
+    return replace(known, entries=entries, routes=(), keeps=False, unknown_of_calls={}, unknown_of_nodes={}, told=told)
+
+
+def _shape_now(traced: Trace, entry: PlannedEntry) -> tuple[int, ...]:
+    """The shape of what enters, which may hang on the data."""
+    child, number = traced.order[entry.position].next_functions[entry.slot]
+    if entry.transposed:
+        child, number = child.next_functions[0]
+    return entering_shape(child, number)
+
+
+class _Told(Told):
+    """Tells whose the rows are as soon as their gradient is there, and remembers it."""
+
+    def __init__(self, traced: Trace, losses: Tensor, answers: Answers) -> None:
+        self._traced, self._answers = traced, answers
+        self._n, self._device = losses.shape[0], losses.device
+        self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
+        self._found: dict[Any, Ownership] = {}
+        self._known: dict[tuple[int, ...], list[Owners]] = {}
+
+    def of_call(self, call: Call, backprops: Any) -> Ownership:
+        number = self._numbers[id(call)]
+        key = ("call", number)
+        if key not in self._found:
+            if seen_by_collector(self._traced, number):
+                parts = [
+                    g.flatten(1) if call.rule.whole_call and g.dim() > 2 else g for g in call.by_example(backprops)
+                ]
+                owners = agreed([self._answers.owners(("call", number, part), g) for part, g in enumerate(parts)])
+            else:
+                position = self._traced.positions[self._traced.nodes[number]]
+                owners = self._answers.owners((position, call.output_nr), backprops)
+            found = self._ownership(owners)
+            if not fits(call, found):
+                raise Untold
+            self._found[key] = found
+        return self._found[key]
+
+    def at(self, entry: PlannedEntry, gradients: Sequence[Tensor | None]) -> PlannedEntry:
+        position = entry.position
+        if position == len(self._traced.order) - 1:
+            return replace(entry, layout=PLAIN)
+        outputs = range(len(node_outputs(self._traced.order[position])))
+        found = [self._of_output(position, k, gradients[k] if k < len(gradients) else None) for k in outputs]
+        return replace(entry, layout=found[0] or PLAIN, others=tuple(found[1:]))
+
+    def _of_output(self, position: int, number: int, gradient: Tensor | None) -> Ownership | None:
+        if gradient is None:
+            return None
+        key = (position, number)
+        if key not in self._found:
+            self._found[key] = self._ownership(self._answers.owners(key, gradient))
+        return self._found[key]
+
+    def _ownership(self, owners: Tensor) -> Ownership:
+        if bool((owners <= SEVERAL).any()):
+            raise Untold
+        found = arranged(owners, self._n).ownership
+        if not isinstance(found, Owners):
+            return found
+        alike = self._known.setdefault(tuple(found.of.shape), [])
+        moved = found.of.to(self._device)
+        for known in alike:
+            if known.of.equal(moved):
+                return known
+        alike.append(Owners(moved, self._n))
+        return alike[-1]
