@@ -20,7 +20,7 @@ from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
 from ..distributed import on_any
-from ..graph.plan import PlannedEntry, PlannedGraph, Untold
+from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
 from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
 from ..rules.conv import ConvRule
@@ -213,7 +213,7 @@ class TermCollector:
         if told is not None:
             try:
                 layout = told.of_call(call, backprops)
-            except Untold:
+            except UntoldError:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
         if call.rule.whole_call:
@@ -312,7 +312,7 @@ class TermCollector:
         if told is not None:
             try:
                 entries = [told.at(entry, gradients) for entry in entries]
-            except Untold:
+            except UntoldError:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
         for entry in entries:

@@ -52,7 +52,7 @@ class Print:
 
     Attributes:
         shape: of the leading dimensions, by which rows are told apart.
-        marks: two random projections of every row, ``[rows, 2]``; the row itself where that is one number, ``[rows, 1]``.
+        marks: two random projections of every row, ``[rows, 2]``; of a row of one number that number, ``[rows, 1]``.
         largest: the larger of both, without its sign, ``[rows]``; 0 for a row of zeros.
         tolerance: by how much, as a share of that, a row may differ.
     """

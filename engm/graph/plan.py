@@ -106,7 +106,7 @@ class Route:
         return alike and torch.equal(now, self.values)
 
 
-class Untold(Exception):
+class UntoldError(Exception):
     """A row is of several examples, or a rule cannot be told where its examples lie: the graph has to be measured."""
 
 
@@ -117,14 +117,14 @@ class Told(Protocol):
         """Where the examples lie in a call, from the gradient of its output.
 
         Raises:
-            Untold: see there.
+            UntoldError: see there.
         """
 
     def at(self, entry: PlannedEntry, gradients: Sequence[Tensor | None]) -> PlannedEntry:
         """An entry as it is in this graph, from the gradients of the node's outputs.
 
         Raises:
-            Untold: see there.
+            UntoldError: see there.
         """
 
 

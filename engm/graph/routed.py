@@ -22,7 +22,7 @@ from ..torch_internals import entering_shape, node_outputs
 from .arrangement import arranged
 from .fitting import agreed, fits, seen_by_collector
 from .owners import SEVERAL, Answers, Question
-from .plan import Plan, PlannedEntry, Told, Untold
+from .plan import Plan, PlannedEntry, Told, UntoldError
 from .trace import Trace
 
 
@@ -89,7 +89,7 @@ class _Told(Told):
                 owners = self._answers.owners((position, call.output_nr), backprops)
             found = self._ownership(owners)
             if not fits(call, found):
-                raise Untold
+                raise UntoldError
             self._found[key] = found
         return self._found[key]
 
@@ -111,7 +111,7 @@ class _Told(Told):
 
     def _ownership(self, owners: Tensor) -> Ownership:
         if bool((owners <= SEVERAL).any()):
-            raise Untold
+            raise UntoldError
         found = arranged(owners, self._n).ownership
         if not isinstance(found, Owners):
             return found
