@@ -25,6 +25,7 @@ from .torch_internals import operator_name, tree_leaves
 ROUTING = {
     "fixed": "the same for every batch of these shapes",
     "compared": "moved by indices, orders or masks that are compared at every step, and measured where they differ",
+    "unknown": "not known, as there is no loss of these outputs",
     "measured": "kept apart by zeros in the data alone, so they are measured at every step",
 }
 
@@ -77,13 +78,17 @@ class Explanation:
         cost_table: what the forms are chosen by: ``"built-in"`` or a file of :func:`engm.tune`, and the device.
         routing: how long what was measured of the rows holds: ``"fixed"`` (for every batch of these shapes),
             ``"compared"`` (as long as indices, orders or masks that move rows are the same, which is compared at every
-            step), ``"measured"`` (examples are kept apart by zeros in the data alone: measured at every step).
+            step), ``"measured"`` (examples are kept apart by zeros in the data alone: measured at every step),
+            ``"unknown"`` (the network is refused, or its outputs do not tell how many examples there are).
+        coupled: whether examples influence each other's losses otherwise than by a batch norm over the whole batch,
+            which ``GradNormModule(net, coupled="exact")`` allows.
     """
 
     layers: tuple[LayerCost, ...]
     batch_norm: str
     cost_table: str = "built-in (cpu)"
-    routing: str = "fixed"
+    routing: str = "unknown"
+    coupled: bool = False
 
     @property
     def supported(self) -> bool:
@@ -125,7 +130,11 @@ class Explanation:
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
         if not self.supported:
-            verdict = "not supported: freeze the layers marked above, or give them rules with engm.register_rule"
+            verdict = "not supported as it is, for the reasons above"
+        elif self.coupled:
+            verdict = (
+                "examples influence each other: exact, and as slow as one backpropagation an example from there on"
+            )
         elif self.couples:
             verdict = (
                 f"batch norm couples the examples: norms are {self.batch_norm}, the update is a second backward pass"
@@ -159,7 +168,7 @@ def explain(model: nn.Module, x: Any) -> Explanation:
         raise TypeError(f"explain expects a torch.nn.Module, got {type(model).__name__}.")
     net = model.unwrap() if isinstance(model, GradNormModule) else model
     layers: list[LayerCost] = []
-    routing = "fixed"
+    routing, coupled_there = "unknown", False
     handles = []
     devices: set[str] = set()
     try:
@@ -174,7 +183,8 @@ def explain(model: nn.Module, x: Any) -> Explanation:
             trained = any(p.requires_grad for p in module.parameters(recurse=False))
             if not rule.generic and (trained or rule.couples(module)):
                 handles.append(module.register_forward_hook(record, with_kwargs=True))
-        wrapped = GradNormModule(net, strict=False)
+        coupled = model.coupled if isinstance(model, GradNormModule) else "refuse"
+        wrapped = GradNormModule(net, strict=False, coupled=coupled)
         with torch.enable_grad(), untouched(net):
             outputs = wrapped(**x) if isinstance(x, dict) else wrapped(*x) if isinstance(x, tuple) else wrapped(x)
             traced, plan, problem = _planned(wrapped, outputs, x)
@@ -182,12 +192,13 @@ def explain(model: nn.Module, x: Any) -> Explanation:
             layers.append(LayerCost("", type(net).__name__, "-", "-", problem=problem))
         if plan is not None:
             layers = _with_rows(layers, traced, plan) + _costs_outside_of_layers(traced, plan)
+            coupled_there = plan.coupled
             routing = "measured" if not plan.keeps else "compared" if plan.routes else "fixed"
     finally:
         for handle in handles:
             handle.remove()
     batch_norm = model.batch_norm if isinstance(model, GradNormModule) else "calibrated"
-    return Explanation(tuple(layers), batch_norm, describe(devices), routing)
+    return Explanation(tuple(layers), batch_norm, describe(devices), routing, coupled_there)
 
 
 def _planned(model: GradNormModule, outputs: Any, x: Any) -> tuple[Trace, Plan | None, str]:

@@ -114,6 +114,7 @@ def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
         if threading.get_ident() != thread or not torch.is_grad_enabled():
             return
+        _refuse_selective_checkpoint(name, module)
         taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
         given = output if isinstance(output, Tensor) else next(filter(_has_node, tree_leaves(output)), None)
         if taken and given is not None and given.grad_fn is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rules.entries import BATCH_NORMS
 from ..terms.layout import Layout
@@ -13,9 +15,12 @@ from ..torch_internals import batch_norm_statistics, operator_name
 from .arrangement import arranged
 from .owners import SEVERAL, Question
 from .plan import Plan
-from .routing import routes_of
+from .planning import make_plan
 from .structure import Structure
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], seed: float = 1.0) -> Plan:
@@ -60,11 +65,29 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         else:
             found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
             keeps = keeps and arrangement.unknown is None
-    mixed = {position for (position, _), owners in question.nodes.items() if bool((owners == SEVERAL).any())}
-    spoken = {position for (position, _), owners in question.nodes.items() if bool((owners != NOBODY).any())}
-    shared = structure.below(mixed | {position for position, pure in enumerate(structure.pure) if pure})
-    routes, comparable = routes_of(traced, structure, question.nodes, shared | (positions - spoken), n)
-    return Plan(tuple(found), routes=tuple(routes), keeps=keeps and comparable)
+    holds = _plan_as_if_trained(traced, losses, seed)
+    return Plan(tuple(found), routes=holds.routes, keeps=keeps and holds.keeps)
+
+
+@dataclass
+class _Unwatched:
+    """A wrapper of no network, by which nothing is refused."""
+
+    strict: bool = False
+    coupled: str = "exact"
+    shard_group: ProcessGroup | None = None
+
+    def buffers(self) -> Iterator[Tensor]:
+        return iter(())
+
+
+def _plan_as_if_trained(traced: Trace, losses: Tensor, seed: float) -> Plan:
+    """The plan of the graph if its inputs were what is trained: it tells for how long the order of rows holds."""
+    inputs = [(str(k), leaf) for k, leaf in enumerate(traced.leaves.values()) if not isinstance(leaf, nn.Parameter)]
+    try:
+        return make_plan(_Unwatched(), replace(traced, trained=inputs), losses, seed)  # type: ignore[arg-type]
+    except RuntimeError:
+        return Plan((), keeps=False)
 
 
 def _usual(tensor: Tensor, n: int) -> Ownership | None:

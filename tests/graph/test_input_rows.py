@@ -1,0 +1,71 @@
+"""Norms of input gradients are of each loss's own rows, in whatever order the losses and the rows lie."""
+
+import pytest
+import torch
+from oracle import random_losses, relative, tensor
+from torch import nn
+
+import engm
+
+
+class Ordered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, order):
+        return self.last(torch.tanh(self.first(x))[order])
+
+
+def norms_of(losses, x):
+    return torch.stack([torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in losses])
+
+
+def orders(n):
+    return [torch.randperm(n, generator=torch.Generator().manual_seed(k)) for k in (0, 0, 1, 2, 2)]
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_losses_in_any_order(norms):
+    model, x = engm.GradNormModule(Ordered().double()), tensor(7, 4).requires_grad_()
+    for order in orders(7):
+        losses = random_losses(model(x, order))
+        found = engm.measure(model, losses, x, norms=norms).input_norms
+        assert relative(found, norms_of(losses, x)) <= 1e-9
+
+
+def test_naive_engm_weighs_by_them():
+    net, x = Ordered().double(), tensor(7, 4).requires_grad_()
+    model = engm.GradNormModule(net)
+    opt = engm.NENGM(model, torch.optim.SGD(net.parameters(), 0.1), 0.1)
+    for order in orders(7):
+        losses = random_losses(model(x, order))
+        expected = norms_of(losses, x)
+        assert relative(opt.backward(losses, x).weights, (0.1 / expected).clamp(max=1)) <= 1e-9
+
+
+@pytest.mark.parametrize("layout", [lambda x: torch.cat([x, x.flip(0)]), lambda x: x.repeat_interleave(2, 0)])
+def test_several_rows_an_example(layout):
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double())
+    x = layout(tensor(5, 4)).requires_grad_()
+    rows = random_losses(model(x))
+    owners = layout(torch.arange(5.0)[:, None]).flatten().long()
+    losses = torch.zeros(5, dtype=torch.float64).index_add(0, owners, rows)
+    assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
+
+
+def test_masks_that_part_the_examples_later_on():
+    """At first every example's rows lie in the usual order; nothing of that holds when the mask is another."""
+
+    class Mirrored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, mask):
+            return self.layer(torch.where(mask, x, x.flip(0)))
+
+    model, x = engm.GradNormModule(Mirrored().double()), tensor(6, 4).requires_grad_()
+    for mask in (torch.ones(6, 1, dtype=torch.bool), torch.zeros(6, 1, dtype=torch.bool)):
+        losses = random_losses(model(x, mask))
+        assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
