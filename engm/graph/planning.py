@@ -119,7 +119,9 @@ class _Planner:
         ends: dict[tuple[int, int], list[Key]] = {}
         for position, node in enumerate(self.traced.order):
             for slot, child in enumerate(self.traced.children[position]):
-                if child is not None and child in positions and self.structure.trains[child]:
+                if child is None:
+                    continue
+                if self.structure.is_input(child) if child < 0 else child in positions and self.structure.trains[child]:
                     ends.setdefault((child, node.next_functions[slot][1]), []).append((position, slot))
         found: dict[int, list[int]] = {}
         for edges in ends.values():
@@ -133,9 +135,10 @@ class _Planner:
             child = self._child(position, slot)
             if child in self.shared or position in self.shared or position in silent:  # silent ones are watched
                 continue
-            whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
-            if whole is None or not regular(whole, self.n):
-                return True
+            if child >= 0:
+                whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
+                if whole is None or not regular(whole, self.n):
+                    return True
             if self._tells(position, slot):
                 if self._hides(position, position in routed):
                     return True

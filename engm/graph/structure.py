@@ -107,7 +107,7 @@ class Structure:
     def _is_pure(self, child: int | None) -> bool:
         if child is None:
             return False
-        return self.pure[child] if child >= 0 else self._trained[-1 - child]
+        return self.pure[child] if child >= 0 else self._trained[-1 - child] and not self.is_input(child)
 
     def trained_behind(self, child: int | None) -> bool:
         """Whether what is behind an input of a node is a trained parameter, or leads to one."""
@@ -118,6 +118,10 @@ class Structure:
     def is_trained(self, child: int | None) -> bool:
         """Whether a trained parameter itself is behind an input of a node."""
         return child is not None and child < 0 and self._trained[-1 - child]
+
+    def is_input(self, child: int) -> bool:
+        """Whether a leaf behind an input of a node is trained and no parameter: an input of the network."""
+        return self._trained[-1 - child] and not isinstance(self._leaves[-1 - child], nn.Parameter)
 
     def _interior(self, number: int) -> set[int]:
         """The nodes between the output of a call and its inputs."""
