@@ -66,7 +66,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
             found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
             keeps = keeps and arrangement.unknown is None
     holds = _plan_as_if_trained(traced, losses, seed)
-    return Plan(tuple(found), routes=holds.routes, keeps=keeps and holds.keeps)
+    return Plan(tuple(found), routes=holds.routes, keeps=keeps and holds.keeps and not holds.doubtful)
 
 
 @dataclass
