@@ -2,7 +2,7 @@
 
 Whose row it is is measured at every step there: a plain and a scaled backward pass without weight gradients come before
 the one that norms are taken from. Then the first step of a recurrence, which measures and compares with autograd's
-gradients, for more and more calls.
+gradients, for more and more calls; and what that comparison costs a network whose rows stay where they are.
 
     python benchmarks/routed.py
     python benchmarks/routed.py --calls 100 --rounds 5
@@ -173,6 +173,26 @@ def first_step(calls: int) -> tuple[float, float]:
     return seconds[0], seconds[1]
 
 
+def checked_every_step() -> dict[str, Step]:
+    """A step of SGD on a convolutional network, ENGM's, and ENGM's with a comparison with autograd's gradients."""
+    layers: list[nn.Module] = []
+    for width in (32, 32, 64, 64):
+        previous = 3 if not layers else layers[-3].out_channels
+        layers += [nn.Conv2d(previous, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    x = torch.randn(N, 3, 32, 32)
+    steps = training_steps(net, lambda model: loss(model(x)))
+    model = engm.GradNormModule(net, check_every=1)
+    opt = engm.ENGM(model, torch.optim.SGD(net.parameters(), 0.0), 1.0)
+
+    def checked() -> None:
+        opt.zero_grad()
+        opt.backward(loss(model(x)))
+        opt.step()
+
+    return steps | {"ENGM, checked": checked}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -190,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for calls in options.calls:
         plain, measured = first_step(calls)
         first.append({"calls": calls, "plain_seconds": round(plain, 4), "ratio": round(measured / plain, 1)})
+    checked = compare(checked_every_step(), reference="SGD", rounds=options.rounds)
+    share = (checked["ENGM, checked"].ratio - checked["ENGM"].ratio) / checked["ENGM"].ratio / 200
     output.show(
         "data-routed rows, otherwise at every step",
         ["network", "SGD, ms", "ENGM / SGD"],
@@ -203,7 +225,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["calls", "SGD, ms", "first step / SGD"],
         [(str(row["calls"]), f"{row['plain_seconds'] * 1e3:.1f}", f"{row['ratio']:.1f}") for row in first],
     )
-    output.save(options.out, {"machine": output.machine(), "steps": steps, "first_step": first})
+    print(f"\na comparison with autograd's gradients every 200 steps takes {share:.2%} of ENGM's time")
+    comparison = {name: timing.as_json() for name, timing in checked.items()} | {"share": round(share, 5)}
+    document = {"machine": output.machine(), "steps": steps, "first_step": first, "comparison": comparison}
+    output.save(options.out, document)
 
 
 if __name__ == "__main__":
