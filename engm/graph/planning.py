@@ -353,10 +353,10 @@ class _Planner:
     def _planned(self) -> Plan:
         silent = self._silent()
         entries, unknown_of_nodes = [], {}
-        coupled = False
+        coupled, apart = False, self._calls_apart()
         for position, slot in self._border():
             child = self._child(position, slot)
-            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n)
+            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart)
             if reading is not None:
                 self._refuse_coupling(reading, position)
                 coupled = True
@@ -400,6 +400,15 @@ class _Planner:
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
         )
+
+    def _calls_apart(self) -> set[int]:
+        """Numbers of the calls of which some rows are of one example and others of another."""
+        found = set()
+        for number, node in enumerate(self.traced.nodes):
+            parts = self._parts(number, self.traced.positions[node])
+            if parts and any(part[part >= 0].unique().numel() > 1 for part in parts):
+                found.add(number)
+        return found
 
     def _some_unseen(self) -> bool:
         """Whether some examples have no rows, so that nothing tells where they would lie."""

@@ -329,6 +329,9 @@ MOVING = frozenset(
     ]
 )
 
+# Functions in Python, ours and those of fully_shard, that hand on what they are given.
+HANDING_ON = frozenset(["Tap", "RegisterPostBackwardFunction"])
+
 # Operators that treat what lies along the first dimension of their output apart, unless that is all there is to it.
 BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
 
@@ -400,7 +403,7 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
     if is_compiled_region(node):
         return None
     if is_python_function(node):
-        return None if operator_name(node) == "Tap" else _options_of_function
+        return None if operator_name(node) in HANDING_ON else _options_of_function
     name = operator_name(node)
     if name in FIXED:
         return None
@@ -446,10 +449,10 @@ def routes_of(
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
             routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
-        if name in HIDING or (is_opaque(node) and name != "Tap" and not _stays(position, behind, owners, n)):
+        if name in HIDING or (is_opaque(node) and name not in HANDING_ON and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
-            if name != "Tap" and not name.startswith("SyncBatchNorm"):
+            if name not in HANDING_ON and not name.startswith("SyncBatchNorm"):
                 hidden = any(isinstance(value, Tensor) for value in attributes_of_function(node).values())
                 if hidden or saves_data(node):
                     return [], False

@@ -218,17 +218,23 @@ class Structure:
         """Numbers of the calls that a node lies inside of, or made the output of."""
         return self._around.get(position, [])
 
-    def reads_data(self, child: int, owner: Wrapper, n: int) -> int | None:
+    def reads_data(self, child: int, owner: Wrapper, n: int, apart: Collection[int] = ()) -> int | None:
         """The call nearest to the losses by which what is behind an input of a node reads the examples.
 
-        What is computed from parameters, buffers and indices of the network's own reads none. Returns the number of
-        the call, -1 for an input that requires a gradient, None if nothing of the kind is there.
+        What is computed from parameters, buffers and indices of the network's own reads none. Nor does a call whose
+        rows cannot be the examples by their number, unless it is one of those (``apart``) of which some rows are of one
+        example alone. Returns the number of the call, -1 for an input that requires a gradient, None if nothing of the
+        kind is there.
         """
         if child < 0:
             return None if isinstance(self._leaves[-1 - child], nn.Parameter) else -1
         below = self.below([child])
         numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
-        reading = [k for k in numbers if self._call_reads_data(k, owner, n)]
+        reading = [
+            k
+            for k in numbers
+            if (k in apart or self.traced.calls[k].batch % n == 0) and self._call_reads_data(k, owner)
+        ]
         if reading:
             # The nearest call that reads them is the first on the way; it may read what others computed.
             return next(k for k in numbers if k in reading or self._leads_to(k, reading))
@@ -241,11 +247,9 @@ class Structure:
         below = self.below([self.traced.positions[self.traced.nodes[number]]])
         return any(self.traced.positions[self.traced.nodes[k]] in below for k in reading)
 
-    def _call_reads_data(self, number: int, owner: Wrapper, n: int) -> bool:
+    def _call_reads_data(self, number: int, owner: Wrapper) -> bool:
         """Whether an input of a call that no gradient goes to is about the examples."""
         call = self.traced.calls[number]
-        if call.batch % n:
-            return False  # its rows are no examples of these losses
         if call.input_storages & call.capture.input_storages:
             return True
         if not call.input_storages:
