@@ -444,15 +444,15 @@ def routes_of(
         behind = [
             child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
         ]
-        if not behind:
+        if not behind or name in HANDING_ON:
             continue
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
             routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
-        if name in HIDING or (is_opaque(node) and name not in HANDING_ON and not _stays(position, behind, owners, n)):
+        if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
-            if name not in HANDING_ON and not name.startswith("SyncBatchNorm"):
+            if not name.startswith("SyncBatchNorm"):
                 hidden = any(isinstance(value, Tensor) for value in attributes_of_function(node).values())
                 if hidden or saves_data(node):
                     return [], False
