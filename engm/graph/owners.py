@@ -330,19 +330,33 @@ class Answers:
     def __init__(self, question: Question, positions: Iterable[int]) -> None:
         self._n = question.n
         self._scaled = question.scaled(positions)
+        self._met: dict[tuple[int, ...], list[tuple[list[Tensor], Tensor]]] = {}
 
     def owners(self, key: Any, gradient: Tensor) -> Tensor:
-        """The owners of a tensor's rows, ``[*leading]`` on the CPU.
+        """The owners of a tensor's rows, ``[*leading]`` on the CPU; the same tensor for rows that are told alike.
 
         Args:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        owned = Owned(print_of(_dense(gradient), False))
-        for place, prints in self._scaled:
-            if key in prints:
-                owned.add_digit(prints[key], place)
-        return owned.owners(self._n).cpu()
+        plain = print_of(_dense(gradient), False)
+        scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
+        met = self._met.setdefault(plain.shape, [])
+        for factors, owners in met:  # most layers work on the rows that another one worked on
+            if all(torch.equal(seen.marks, plain.marks * f) for (_, seen), f in zip(scaled, factors, strict=False)):
+                return owners
+        owned = Owned(plain)
+        for place, seen in scaled:
+            owned.add_digit(seen, place)
+        found = owned.owners(self._n)
+        rows = found.flatten()
+        factors = [torch.exp2((rows // place % BASE).to(plain.marks)) for place, _ in scaled]
+        # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
+        factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
+        owners = found.cpu()
+        if len(factors) == len(self._scaled) and bool((owners >= NOBODY).all()):
+            met.append((factors, owners))
+        return owners
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class _Told(Told):
         self._n, self._device = losses.shape[0], losses.device
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._found: dict[Any, Ownership] = {}
+        self._arranged: dict[int, tuple[Tensor, Ownership]] = {}  # id(owners), which are kept so that it stays theirs
         self._known: dict[tuple[int, ...], list[Owners]] = {}
 
     def of_call(self, call: Call, backprops: Any) -> Ownership:
@@ -110,9 +111,15 @@ class _Told(Told):
         return self._found[key]
 
     def _ownership(self, owners: Tensor) -> Ownership:
+        if id(owners) in self._arranged:
+            return self._arranged[id(owners)][1]
         if bool((owners <= SEVERAL).any()):
             raise UntoldError
-        found = arranged(owners, self._n).ownership
+        found = self._on_device(arranged(owners, self._n).ownership)
+        self._arranged[id(owners)] = owners, found
+        return found
+
+    def _on_device(self, found: Ownership) -> Ownership:
         if not isinstance(found, Owners):
             return found
         alike = self._known.setdefault(tuple(found.of.shape), [])
