@@ -344,6 +344,12 @@ HIDING = frozenset(["CopySlices", "NestedViewFromJagged", "NestedFromPadded", "T
 # Operators that multiply matrices: which input has its rows added up, whatever the other one is.
 RIGHT = {"Mm": 1, "Addmm": 2, "Mv": 1, "Addmv": 2, "Cdist": 1, "EuclideanDist": 1}
 
+# The same for stacks of matrices.
+RIGHT_OF_STACKS = {"Bmm": 1, "Baddbmm": 2}
+
+# Operators whose output has a dimension at the end that their input lacks, or the other way round.
+PARTS = frozenset(["ViewAsReal", "ViewAsComplex"])
+
 # Operators that combine what lies along the dimension that they are told.
 ALONG = frozenset(
     [
@@ -507,9 +513,11 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     own = owners.get((position, 0))
     if own is None:
         return False
-    if name in RIGHT:
-        right = traced.children[position][RIGHT[name]]
+    if name in RIGHT or name in RIGHT_OF_STACKS:
+        right = traced.children[position][(RIGHT | RIGHT_OF_STACKS)[name]]
         owned = right is not None and right not in skip and (right, 0) in owners
+        if name in RIGHT_OF_STACKS:  # a shared matrix on the right takes rows to rows
+            return bool(varying(own, n) - ({0} if owned else {0, 1}))
         return owned or 1 in varying(own, n)
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, n)
@@ -538,7 +546,8 @@ def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int]
         if child is None or child < 0 or child in skip:
             continue
         given = entering_shape(*node.next_functions[slot])
-        if given == shape:
+        rank = min(len(given), len(shape))
+        if given == shape or (operator_name(node) in PARTS and given[:rank] == shape[:rank]):
             continue
         aligned = (1,) * (len(shape) - len(given)) + given
         differs = varying(own, n) if differs is None else differs

@@ -128,6 +128,16 @@ def kept_apart_in_a_stack(h: Tensor, mask: Tensor) -> Tensor:
     return (torch.cat([h, h.flip(0)]) * mask[:, None]).view(2, 4, 8).sum(0)
 
 
+@case(*ORDERS)
+def an_order_times_a_stack(h: Tensor, order: Tensor) -> Tensor:
+    return torch.bmm(matrix(order)[None], h[None])[0]
+
+
+@case(*ORDERS)
+def a_stack_times_an_order(h: Tensor, order: Tensor) -> Tensor:
+    return torch.bmm(h.T[None], matrix(order)[None])[0].T
+
+
 @case((1, 0, 0, 0), (0, 1, 0, 0), (0, 1, 1, 1))
 def one_example_with_a_gradient(h: Tensor, mask: Tensor) -> Tensor:
     return h.view(1, 4, 8).transpose(0, 1).sum(1) * mask[:, None]
