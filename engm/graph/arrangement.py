@@ -44,6 +44,8 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
             found = _fitted(second, n, 1)
+            if found is not None and found.unknown is not None:
+                found = replace(found, unknown=found.unknown.expand_as(rows))
     silent = owners == NOBODY
     if found is not None:
         # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
