@@ -93,6 +93,17 @@ def _collapses(owners: Tensor, dim: int) -> bool:
     return bool(((owners == one) | (owners == NOBODY)).all())
 
 
+def without_witnesses(unknown: Tensor, layout: Layout) -> Tensor:
+    """The rows that stay unknown, given that all others were seen to lie as the layout says."""
+    others = [dim for dim in range(unknown.dim()) if dim != layout.dim]
+    seen = (~unknown).any(others) if others else ~unknown
+    split = seen.view(layout.outer, -1, layout.inner)
+    few = split.sum(1, keepdim=True) < min(WITNESSES, split.shape[1])
+    shape = [1] * unknown.dim()
+    shape[layout.dim] = -1
+    return unknown & few.expand_as(split).reshape(shape)
+
+
 def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:
     """The layout along ``dim`` that owners ``[length]`` agree with, if there is one."""
     length = rows.shape[0]
