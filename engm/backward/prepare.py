@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..checks import check_losses
 from ..distributed import on_any
+from ..graph.combining import combined
 from ..graph.plan import Plan, PlannedGraph
 from ..graph.planning import check_parameters, make_plan
 from ..graph.routed import may_be_told, plan_to_be_told
@@ -54,7 +55,7 @@ def planned_losses(
         plan = make_plan(model, traced, losses, scale.factor)
         model.skeletons.measured(skeleton, plan)
         if plan.keeps:
-            model.plans.keep(signature, plan, old)
+            model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
         return plan
 
     if not on_any(group, old is None, losses.device) and old is not None:

@@ -44,6 +44,8 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
             found = _fitted(second, n, 1)
+            if found is not None and found.unknown is not None:
+                found = replace(found, unknown=found.unknown.expand_as(rows))
     silent = owners == NOBODY
     if found is not None:
         # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
@@ -89,6 +91,17 @@ def regular(owners: Tensor, n: int) -> bool:
 def _collapses(owners: Tensor, dim: int) -> bool:
     one = owners.amax(dim, keepdim=True)
     return bool(((owners == one) | (owners == NOBODY)).all())
+
+
+def without_witnesses(unknown: Tensor, layout: Layout) -> Tensor:
+    """The rows that stay unknown, given that all others were seen to lie as the layout says."""
+    others = [dim for dim in range(unknown.dim()) if dim != layout.dim]
+    seen = (~unknown).any(others) if others else ~unknown
+    split = seen.view(layout.outer, -1, layout.inner)
+    few = split.sum(1, keepdim=True) < min(WITNESSES, split.shape[1])
+    shape = [1] * unknown.dim()
+    shape[layout.dim] = -1
+    return unknown & few.expand_as(split).reshape(shape)
 
 
 def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:

@@ -6,7 +6,7 @@ structure whose routing has the same values. It is kept in a :class:`PlanCache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
 from ..terms.owners import Ownership
-from ..torch_internals import saved_tensors_of
+from ..torch_internals import node_outputs, saved_tensors_of
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
@@ -146,6 +146,7 @@ class Plan:
         keeps: whether the plan may hold for another graph at all.
         blind: whether some gradient was not finite when the plan was made.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
+        quiet: positions of all nodes that no gradient came to.
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
         unknown_of_nodes: the same by entering node (position).
@@ -164,6 +165,7 @@ class Plan:
     keeps: bool = True
     blind: bool = False
     silent: tuple[int, ...] = ()
+    quiet: frozenset[int] = frozenset()
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
     told: Told | None = None
@@ -172,6 +174,27 @@ class Plan:
     def doubtful(self) -> bool:
         """Whether a gradient where none was before would make the plan void."""
         return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes)
+
+
+def sinks_of(
+    traced: Trace, layouts: Sequence[Ownership | None], positions: Collection[int]
+) -> tuple[tuple[int, int], ...]:
+    """Edges such that a pass to them runs through all calls with a layout and the nodes at ``positions``."""
+    wanted: dict[int, set[int]] = {}
+    for number, layout in enumerate(layouts):
+        if layout is not None:
+            position = traced.positions[traced.nodes[number]]
+            wanted.setdefault(position, set()).add(traced.calls[number].output_nr)
+    for position in positions:
+        wanted.setdefault(position, set()).update(range(len(node_outputs(traced.order[position]))))
+    deep: list[bool] = []
+    sinks = []
+    for position, children in enumerate(traced.children):
+        below = any(child is not None and child >= 0 and deep[child] for child in children)
+        deep.append(below or position in wanted)
+        if position in wanted and not below:
+            sinks += [(position, number) for number in sorted(wanted[position])]
+    return tuple(sinks)
 
 
 class PlanCache(dict[Hashable, list[Plan]]):

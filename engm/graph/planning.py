@@ -38,7 +38,7 @@ from ..torch_internals import (
 from .arrangement import Arrangement, arranged, regular
 from .fitting import agreed, fits, seen_by_collector
 from .owners import SEVERAL, Key, Question
-from .plan import Plan, PlannedEntry, Route
+from .plan import Plan, PlannedEntry, Route, sinks_of
 from .routing import ELEMENTWISE, MOVING, routes_of
 from .structure import Structure
 from .trace import Trace
@@ -384,7 +384,7 @@ class _Planner:
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
-            sinks=self._sinks(layouts, positions),
+            sinks=sinks_of(self.traced, layouts, positions),
             couplings=couplings,
             through=tuple(sorted(self._through_all())),
             couples=bool(frozen or couplings),
@@ -397,6 +397,7 @@ class _Planner:
             and not self._parted_by_zeros({route.position for route in routes}, silent),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
+            quiet=frozenset(silent),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
         )
@@ -486,25 +487,6 @@ class _Planner:
         if position == len(self.traced.order) - 1:
             return Arrangement(PLAIN)
         return None if owners is None else arranged(owners, self.n, self.blind.get((position, number)))
-
-    def _sinks(self, layouts: Sequence[Ownership | None], positions: Collection[int]) -> tuple[tuple[int, int], ...]:
-        """Edges such that a pass to them runs through all calls with a layout and the nodes at ``positions``."""
-        wanted: dict[int, set[int]] = {}
-        for number, layout in enumerate(layouts):
-            if layout is not None:
-                position = self.traced.positions[self.traced.nodes[number]]
-                wanted.setdefault(position, set()).add(self.traced.calls[number].output_nr)
-        for position in positions:
-            outputs = range(len(node_outputs(self.traced.order[position])))
-            wanted.setdefault(position, set()).update(outputs)
-        deep: list[bool] = []
-        sinks = []
-        for position, children in enumerate(self.traced.children):
-            below = any(child is not None and child >= 0 and deep[child] for child in children)
-            deep.append(below or position in wanted)
-            if position in wanted and not below:
-                sinks += [(position, number) for number in sorted(wanted[position])]
-        return tuple(sinks)
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

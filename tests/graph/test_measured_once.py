@@ -57,11 +57,16 @@ class InOrderOfTime(Between):
         return torch.fft.fft(h.transpose(0, 1), dim=2, norm="ortho").abs().transpose(0, 1)
 
 
-@pytest.mark.parametrize("kind", [StacksOfParameters, SharedOnTheRight, Fourier, ComplexNumbers, InOrderOfTime])
-@pytest.mark.parametrize("n", [2, 5])
-def test_measured_once(kind, n, monkeypatch):
+@pytest.fixture
+def plans(monkeypatch):
     made, original = [], prepare.make_plan
     monkeypatch.setattr(prepare, "make_plan", lambda *args: made.append(1) or original(*args))
+    return made
+
+
+@pytest.mark.parametrize("kind", [StacksOfParameters, SharedOnTheRight, Fourier, ComplexNumbers, InOrderOfTime])
+@pytest.mark.parametrize("n", [2, 5])
+def test_measured_once(kind, n, plans):
     torch.manual_seed(0)
     net = kind().double()
     model = engm.GradNormModule(net)
@@ -69,4 +74,58 @@ def test_measured_once(kind, n, monkeypatch):
         losses = random_losses(model(torch.randn(n, 3, 4, dtype=torch.float64)))
         truth = per_example_gradients(losses, trained(net))
         assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
-    assert len(made) == 1
+    assert len(plans) == 1
+
+
+class Tokens(nn.Module):
+    """A language model with layers on tokens that were laid out one behind the other, by example or by time."""
+
+    def __init__(self, by_time):
+        super().__init__()
+        self.words, self.mixed, self.last = nn.Embedding(9, 4), nn.GRU(4, 4, batch_first=True), nn.Linear(4, 9)
+        self.by_time = by_time
+
+    def forward(self, words):
+        h, (n, length) = self.mixed(self.words(words))[0], words.shape
+        if self.by_time:
+            return self.last(h.transpose(0, 1).reshape(-1, 4)).view(length, n, 9).transpose(0, 1)
+        return self.last(h.reshape(-1, 4)).view(n, length, 9)
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+@pytest.mark.parametrize("n", [3, 8])
+def test_tokens_that_are_masked_otherwise_at_every_step(by_time, n, plans):
+    torch.manual_seed(0)
+    net = Tokens(by_time).double()
+    model = engm.GradNormModule(net)
+    for _ in range(14):
+        outputs = model(torch.randint(9, (n, 10))).square().sum(2)
+        losses = (outputs * (torch.rand(n, 10) < 0.3)).sum(1)
+        truth = per_example_gradients(losses, trained(net))
+        before = len(plans)
+        assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+    assert len(plans) == before
+
+
+class Gates(nn.Module):
+    """Two branches, each of which passes no gradient on where its gate is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6)) for _ in range(2))
+        self.token, self.last = nn.Parameter(tensor(6)), nn.Linear(6, 3)
+
+    def forward(self, x, gates):
+        found = zip(self.branches, gates, strict=True)
+        return self.last(sum(gate * torch.relu(branch(x) * self.token) for branch, gate in found))
+
+
+def test_branches_that_are_closed_by_turns(plans):
+    torch.manual_seed(0)
+    net = Gates().double()
+    model = engm.GradNormModule(net)
+    for gates in ((1, 0), (0, 1), (1, 0), (1, 1), (0, 0), (0, 1)):
+        losses = random_losses(model(torch.randn(4, 4, dtype=torch.float64), torch.tensor(gates)))
+        truth = per_example_gradients(losses, trained(net))
+        assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+    assert len(plans) == 2

@@ -188,6 +188,27 @@ def test_packed_rows_of_which_one_example_had_gradients():
     check(Net(lambda h, mask: h.view(2, 2, 8).sum(1) * mask[:, None]), losses, 3)
 
 
+def test_time_steps_of_which_the_last_has_a_gradient():
+    class Views(nn.Module):
+        """Two views of every example, one behind the other along the second dimension."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x, mask):
+            h = torch.tanh(self.first(x))  # [time, examples, 6]
+            h = torch.tanh(self.last(torch.cat([h, h.flip(2)], 1)))
+            return (h[-1].view(2, -1, 3) * mask).sum(0)
+
+    def losses(model, step):
+        mask = torch.eye(2, dtype=torch.float64) if step == 0 else torch.ones(2, 2, dtype=torch.float64)
+        return random_losses(model(torch.randn(4, 2, 4, dtype=torch.float64), mask[..., None]))
+
+    torch.manual_seed(0)
+    check(Views().double(), losses, 2)
+
+
 @pytest.mark.parametrize("coupled", ["refuse", "exact"])
 def test_a_mask_that_begins_to_couple(coupled):
     net = Net(lambda h, mask: h + mask[:, None] * h.flip(0))

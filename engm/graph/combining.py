@@ -1,0 +1,141 @@
+"""What the plans of two graphs know together, if the graphs are of one structure and route their rows alike.
+
+Gradients that vanish keep a plan from knowing whose the rows are behind them, and where they vanish may change from
+step to step: the tokens that a loss masks, a softmax over one key. What was seen once holds for later steps, so each
+measurement adds to what is known until nothing is in doubt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..terms.layout import Layout
+from ..terms.owners import NOBODY, Owners, Ownership
+from .arrangement import without_witnesses
+from .plan import Plan, PlannedEntry, sinks_of
+from .trace import Trace
+
+Known = tuple[Ownership | None, Tensor | None]
+"""Where the examples lie in a tensor, and of which rows that is not known."""
+
+
+class _ContradictionError(Exception):
+    """The plans do not agree on something that both of them have seen."""
+
+
+def combined(old: Plan, new: Plan, traced: Trace) -> Plan:
+    """The plan that knows what either plan does, or ``new`` where they contradict each other.
+
+    Args:
+        old: a plan that was kept.
+        new: made from a graph with the structure and the routes of ``old``.
+        traced: this graph.
+    """
+    try:
+        return _combined(old, new, traced)
+    except _ContradictionError:
+        return new
+
+
+def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
+    quiet = old.quiet & new.quiet
+    layouts, unknown_of_calls = [], {}
+    for number, node in enumerate(traced.nodes):
+        position = traced.positions[node]
+        layout, unknown = _of_both(
+            (old.layouts[number], old.unknown_of_calls.get(number)),
+            (new.layouts[number], new.unknown_of_calls.get(number)),
+            position in old.quiet,
+            position in new.quiet,
+        )
+        layouts.append(layout)
+        if unknown is not None:
+            unknown_of_calls[number] = unknown
+    entries, unknown_of_nodes = _entries_of_both(old, new)
+    silent = tuple(sorted({*old.silent, *new.silent} & quiet))
+    if set(old.through) - new.quiet != set(new.through) - old.quiet:
+        raise _ContradictionError
+    return replace(
+        new,
+        layouts=tuple(layouts),
+        entries=entries,
+        sinks=sinks_of(traced, layouts, {entry.position for entry in entries} | set(silent)),
+        couplings=tuple(sorted({*old.couplings, *new.couplings})),
+        through=tuple(sorted({*old.through, *new.through})),
+        couples=old.couples or new.couples,
+        coupled=old.coupled or new.coupled,
+        routes=tuple(
+            {(route.position, route.name, route.number): route for route in (*old.routes, *new.routes)}.values()
+        ),
+        silent=silent,
+        quiet=quiet,
+        unknown_of_calls=unknown_of_calls,
+        unknown_of_nodes=unknown_of_nodes,
+    )
+
+
+def _entries_of_both(old: Plan, new: Plan) -> tuple[tuple[PlannedEntry, ...], dict[int, Tensor]]:
+    before, now = ({(e.position, e.slot): e for e in plan.entries} for plan in (old, new))
+    entries, unknown_of_nodes = [], {}
+    for key in sorted({*before, *now}):
+        position = key[0]
+        if key not in before or key not in now:
+            _refuse_news(key in before, key in now, position in old.quiet, position in new.quiet)
+            entry = before[key] if key in before else now[key]
+            plan = old if key in before else new
+            unknown = plan.unknown_of_nodes.get(position)
+        else:
+            first, second = before[key], now[key]
+            layout, unknown = _agreed(
+                (first.layout, old.unknown_of_nodes.get(position)), (second.layout, new.unknown_of_nodes.get(position))
+            )
+            if len(first.others) != len(second.others):
+                raise _ContradictionError
+            others = [
+                a if b is None else b if a is None else _agreed((a, None), (b, None))[0]
+                for a, b in zip(first.others, second.others, strict=True)
+            ]
+            assert layout is not None
+            entry = replace(second, layout=layout, others=tuple(others))
+        entries.append(entry)
+        if unknown is not None:
+            unknown_of_nodes[position] = unknown
+    return tuple(entries), unknown_of_nodes
+
+
+def _of_both(before: Known, now: Known, was_quiet: bool, is_quiet: bool) -> Known:
+    if before[0] is not None and now[0] is not None:
+        return _agreed(before, now)
+    _refuse_news(before[0] is not None, now[0] is not None, was_quiet, is_quiet)
+    return before if now[0] is None else now
+
+
+def _refuse_news(was_there: bool, is_there: bool, was_quiet: bool, is_quiet: bool) -> None:
+    """What one plan alone knows of must be where the other one had no gradient."""
+    if (was_there and not is_quiet) or (is_there and not was_quiet):
+        raise _ContradictionError
+
+
+def _agreed(before: Known, now: Known) -> Known:
+    """What both have seen, and of which rows neither knows whose they are."""
+    (first, missed), (second, misses) = before, now
+    unknown = None if missed is None or misses is None else missed & misses
+    if isinstance(first, Layout) and unknown is not None:
+        unknown = without_witnesses(unknown, first)
+    if unknown is not None and not bool(unknown.any()):
+        unknown = None
+    if isinstance(first, Layout) or isinstance(second, Layout):
+        if first != second:
+            raise _ContradictionError
+        return second, unknown
+    assert first is not None
+    assert second is not None
+    if first.of.shape != second.of.shape:
+        raise _ContradictionError
+    both = (first.of != NOBODY) & (second.of != NOBODY)
+    if bool((both & (first.of != second.of)).any()):
+        raise _ContradictionError
+    return Owners(torch.where(second.of == NOBODY, first.of, second.of), second.n), unknown
