@@ -300,9 +300,10 @@ def test_saved_tensor_names():
 
 def test_saved_tensors_of():
     x, order = leaf(3, 4), torch.tensor([2, 0, 1])
-    (found,) = internals.saved_tensors_of((x * 1)[order].grad_fn, "indices")
+    indexed, ordered = (x * 1)[order], Ordered.apply(x, order)
+    (found,) = internals.saved_tensors_of(indexed.grad_fn, "indices")
     assert torch.equal(found, order)
-    assert torch.equal(internals.saved_tensors_of(Ordered.apply(x, order).grad_fn, "")[0], x)
+    assert torch.equal(internals.saved_tensors_of(ordered.grad_fn, "")[0], x)
 
 
 class Ordered(torch.autograd.Function):
