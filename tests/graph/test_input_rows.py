@@ -7,6 +7,8 @@ from torch import nn
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 
 class Ordered(nn.Module):
     def __init__(self):

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import engm
 
+pytestmark = pytest.mark.torch_insides
+
 ORDERS = ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2))
 CASES: dict[str, tuple[Callable[..., Tensor], Sequence[object]]] = {}
 

@@ -8,6 +8,8 @@ from torch import nn
 import engm
 from engm.backward import prepare
 
+pytestmark = pytest.mark.torch_insides
+
 STEPS = 9
 
 
