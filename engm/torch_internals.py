@@ -226,6 +226,8 @@ def selective_checkpoint() -> bool:
     torch 2.13 refuses a second one; torch 2.11 may take what the first one left over for other results, and says
     nothing.
     """
+    if not torch._C._len_torch_dispatch_stack():  # as always, and quicker to ask
+        return False
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 

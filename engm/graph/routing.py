@@ -35,298 +35,54 @@ from .plan import Route
 from .structure import Structure
 from .trace import Trace
 
-# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
-FIXED = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Acosh",
-        "Add",
-        "Addcdiv",
-        "Addcmul",
-        "Alias",
-        "Angle",
-        "Asin",
-        "Asinh",
-        "Atan",
-        "Atan2",
-        "Atanh",
-        "Ceil",
-        "Celu",
-        "Clamp",
-        "ClampMax",
-        "ClampMin",
-        "Clone",
-        "Conj",
-        "Copy",
-        "Cos",
-        "Cosh",
-        "Deg2Rad",
-        "Digamma",
-        "Div",
-        "Elu",
-        "Erf",
-        "Erfc",
-        "Erfinv",
-        "Exp",
-        "Exp2",
-        "Expm1",
-        "Floor",
-        "Fmod",
-        "Frac",
-        "Gelu",
-        "Hardshrink",
-        "Hardsigmoid",
-        "Hardswish",
-        "Hardtanh",
-        "Hypot",
-        "I0",
-        "Imag",
-        "Leaky_Relu",
-        "LeakyRelu",
-        "Lerp",
-        "Lgamma",
-        "Log",
-        "Log10",
-        "Log1P",
-        "Log2",
-        "LogSigmoid",
-        "Logaddexp",
-        "Logaddexp2",
-        "Logit",
-        "Maximum",
-        "Minimum",
-        "Mish",
-        "Mul",
-        "NanToNum",
-        "NativeDropout",
-        "FusedDropout",
-        "Neg",
-        "Positive",
-        "Pow",
-        "PreluKernel",
-        "Rad2Deg",
-        "Real",
-        "Reciprocal",
-        "Relu",
-        "Relu6",
-        "Remainder",
-        "Round",
-        "Rsub",
-        "RreluWithNoise",
-        "Rsqrt",
-        "Selu",
-        "Sgn",
-        "Sigmoid",
-        "Sign",
-        "Silu",
-        "Sin",
-        "Sinc",
-        "Sinh",
-        "Softplus",
-        "Softshrink",
-        "Sqrt",
-        "Square",
-        "Sub",
-        "Tan",
-        "Tanh",
-        "Threshold",
-        "ToCopy",
-        "Trunc",
-        "Xlogy",
-        "ViewAsReal",
-        "ViewAsComplex",
-        "Where",
-        "MaskedFill",
-        "Addmm",
-        "Addmv",
-        "Addr",
-        "Baddbmm",
-        "Bmm",
-        "Dot",
-        "Mm",
-        "MkldnnLinear",
-        "Mv",
-        "Convolution",
-        "ConvolutionOverrideable",
-        "CudnnConvolution",
-        "MkldnnConvolution",
-        "MiopenConvolution",
-        "ThnnConv2D",
-        "NativeLayerNorm",
-        "NativeGroupNorm",
-        "FusedRmsNorm",
-        "NativeBatchNorm",
-        "CudnnBatchNorm",
-        "MiopenBatchNorm",
-        "ScaledDotProductFlashAttention",
-        "ScaledDotProductFlashAttentionForCpu",
-        "ScaledDotProductEfficientAttention",
-        "ScaledDotProductCudnnAttention",
-        "ScaledDotProductAttentionMath",
-        "AdaptiveAvgPool2D",
-        "AdaptiveAvgPool3D",
-        "AdaptiveMaxPool2D",
-        "AdaptiveMaxPool3D",
-        "AvgPool2D",
-        "AvgPool3D",
-        "MaxPool2DWithIndices",
-        "MaxPool3DWithIndices",
-        "MkldnnAdaptiveAvgPool2D",
-        "MkldnnMaxPool2D",
-        "UpsampleBicubic2D",
-        "UpsampleBilinear2D",
-        "UpsampleLinear1D",
-        "UpsampleNearest1D",
-        "UpsampleNearest2D",
-        "UpsampleNearest3D",
-        "UpsampleTrilinear3D",
-        "UpsampleNearestExact2D",
-        "GridSampler2D",
-        "BinaryCrossEntropy",
-        "BinaryCrossEntropyWithLogits",
-        "HuberLoss",
-        "KlDiv",
-        "MseLoss",
-        "SmoothL1Loss",
-        "SoftMarginLoss",
-        "T",
-        "Tap",
-        "WeightNormInterface",
-        "LinearCrossEntropy",
-    ]
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Operators that treat every element apart.
+ELEMENTWISE = _names(
+    """
+    Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Conj Copy Cos Cosh CudnnBatchNorm Deg2Rad
+    Digamma Div Elu Erf Erfc Erfinv Exp Exp2 Expm1 Floor Fmod Frac FusedDropout Gelu Hardshrink Hardsigmoid
+    Hardswish Hardtanh HuberLoss Hypot I0 Imag KlDiv LeakyRelu Leaky_Relu Lerp Lgamma Log Log10 Log1P Log2
+    LogSigmoid Logaddexp Logaddexp2 Logit MaskedFill Maximum Minimum MiopenBatchNorm Mish MseLoss Mul NanToNum
+    NativeBatchNorm NativeDropout Neg Positive Pow PreluKernel Rad2Deg Real Reciprocal Relu Relu6 Remainder Round
+    RreluWithNoise Rsqrt Rsub Selu Sgn Sigmoid Sign Silu Sin Sinc Sinh SmoothL1Loss SoftMarginLoss Softplus
+    Softshrink Sqrt Square Sub Tan Tanh Threshold ToCopy Trunc ViewAsComplex ViewAsReal Where Xlogy
+    """
 )
 
-# Of these, the ones that combine the rows of an operand's dimension with each other, whatever else they do.
-ELEMENTWISE = FIXED - frozenset(
-    [
-        "Addmm",
-        "Addmv",
-        "Addr",
-        "Baddbmm",
-        "Bmm",
-        "Dot",
-        "Mm",
-        "MkldnnLinear",
-        "Mv",
-        "Convolution",
-        "ConvolutionOverrideable",
-        "CudnnConvolution",
-        "MkldnnConvolution",
-        "MiopenConvolution",
-        "ThnnConv2D",
-        "NativeLayerNorm",
-        "NativeGroupNorm",
-        "FusedRmsNorm",
-        "ScaledDotProductFlashAttention",
-        "ScaledDotProductFlashAttentionForCpu",
-        "ScaledDotProductEfficientAttention",
-        "ScaledDotProductCudnnAttention",
-        "ScaledDotProductAttentionMath",
-        "AdaptiveAvgPool2D",
-        "AdaptiveAvgPool3D",
-        "AdaptiveMaxPool2D",
-        "AdaptiveMaxPool3D",
-        "AvgPool2D",
-        "AvgPool3D",
-        "MaxPool2DWithIndices",
-        "MaxPool3DWithIndices",
-        "MkldnnAdaptiveAvgPool2D",
-        "MkldnnMaxPool2D",
-        "UpsampleBicubic2D",
-        "UpsampleBilinear2D",
-        "UpsampleLinear1D",
-        "UpsampleNearest1D",
-        "UpsampleNearest2D",
-        "UpsampleNearest3D",
-        "UpsampleTrilinear3D",
-        "UpsampleNearestExact2D",
-        "GridSampler2D",
-        "T",
-        "Tap",
-        "WeightNormInterface",
-        "LinearCrossEntropy",
-    ]
+# Operators that combine elements of a row, or rows of an operand's dimension with each other, whatever else they do.
+COMBINING = _names(
+    """
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Addmm Addmv Addr AvgPool2D AvgPool3D
+    Baddbmm Bmm Convolution ConvolutionOverrideable CudnnConvolution Dot FusedRmsNorm GridSampler2D
+    LinearCrossEntropy MaxPool2DWithIndices MaxPool3DWithIndices MiopenConvolution MkldnnAdaptiveAvgPool2D
+    MkldnnConvolution MkldnnLinear MkldnnMaxPool2D Mm Mv NativeGroupNorm NativeLayerNorm
+    ScaledDotProductAttentionMath ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu T Tap ThnnConv2D UpsampleBicubic2D
+    UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D
+    UpsampleNearestExact2D UpsampleTrilinear3D WeightNormInterface
+    """
 )
+
+# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
+FIXED = ELEMENTWISE | COMBINING
+
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
-MOVING = frozenset(
-    [
-        "View",
-        "ReshapeAlias",
-        "UnsafeView",
-        "Transpose",
-        "Permute",
-        "Movedim",
-        "Unsqueeze",
-        "Squeeze",
-        "Slice",
-        "Select",
-        "Split",
-        "SplitWithSizes",
-        "Unbind",
-        "Cat",
-        "Stack",
-        "Roll",
-        "Flip",
-        "Rot90",
-        "Diagonal",
-        "DiagEmbed",
-        "Narrow",
-        "Sum",
-        "Mean",
-        "Nansum",
-        "Amax",
-        "Amin",
-        "Max",
-        "Min",
-        "Prod",
-        "Var",
-        "VarMean",
-        "Std",
-        "StdMean",
-        "LinalgVectorNorm",
-        "Norm",
-        "ConstantPadNd",
-        "Tril",
-        "Triu",
-        "Split",
-        "Chunk",
-        "PixelShuffle",
-        "PixelUnshuffle",
-        "Index",
-        "IndexSelect",
-        "Gather",
-        "Take",
-        "Sort",
-        "Topk",
-        "Kthvalue",
-        "Median",
-        "Nanmedian",
-        "Mode",
-        "MaskedSelect",
-        "MaskedScatter",
-        "PackPaddedSequence",
-        "IndexAdd",
-        "IndexCopy",
-        "IndexFill",
-        "IndexPut",
-        "Scatter",
-        "ScatterAdd",
-        "ScatterReduce",
-        "SegmentReduce",
-        "UnsafeIndex",
-        "IndexReduce",
-        "Embedding",
-        "NllLoss",
-        "NllLoss2D",
-        "NllLossNd",
-        "T",
-        "Tap",
-        "WeightNormInterface",
-        "LinearCrossEntropy",
-    ]
+MOVING = _names(
+    """
+    Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Index IndexAdd IndexCopy IndexFill
+    IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy MaskedScatter MaskedSelect Max
+    Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd Norm PackPaddedSequence
+    Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter ScatterAdd ScatterReduce
+    SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T Take Tap Topk Transpose
+    Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
+    """
 )
 
 # Functions in Python, ours and those of fully_shard, that hand on what they are given.
@@ -351,20 +107,10 @@ RIGHT_OF_STACKS = {"Bmm": 1, "Baddbmm": 2}
 PARTS = frozenset(["ViewAsReal", "ViewAsComplex"])
 
 # Operators that combine what lies along the dimension that they are told.
-ALONG = frozenset(
-    [
-        "Softmax",
-        "LogSoftmax",
-        "Cumsum",
-        "Logsumexp",
-        "Cumprod",
-        "Logcumsumexp",
-        "Cummax",
-        "Cummin",
-        "FftR2C",
-        "FftC2C",
-        "FftC2R",
-    ]
+ALONG = _names(
+    """
+    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LogSoftmax Logcumsumexp Logsumexp Softmax
+    """
 )
 
 Owners = Mapping[tuple[int, int], Tensor]
@@ -402,7 +148,19 @@ def _options(node: Node) -> Hashable:
     if kind not in _READERS:
         _READERS[kind] = _reader(node)
     read = _READERS[kind]
-    return None if read is None else read(node)
+    return None if read is None else _apart(read(node))
+
+
+def _apart(value: Hashable) -> Hashable:
+    """The value, such that small numbers that differ have hashes that differ.
+
+    Negative ones come from torch as ``2^64 - k``, which has the hash of ``8 - k``; and -1 has the hash of -2.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_apart, value))
+    if isinstance(value, int) and value >= 2**63:
+        value -= 2**64
+    return "-1" if isinstance(value, int | float) and value == -1 else value
 
 
 def _reader(node: Node) -> Callable[[Node], Hashable] | None:

@@ -107,21 +107,21 @@ class Structure:
     def _is_pure(self, child: int | None) -> bool:
         if child is None:
             return False
-        return self.pure[child] if child >= 0 else self._trained[-1 - child] and not self.is_input(child)
+        return self.pure[child] if child >= 0 else self._trained[-2 - child] and not self.is_input(child)
 
     def trained_behind(self, child: int | None) -> bool:
         """Whether what is behind an input of a node is a trained parameter, or leads to one."""
         if child is None:
             return False
-        return self.trains[child] if child >= 0 else self._trained[-1 - child]
+        return self.trains[child] if child >= 0 else self._trained[-2 - child]
 
     def is_trained(self, child: int | None) -> bool:
         """Whether a trained parameter itself is behind an input of a node."""
-        return child is not None and child < 0 and self._trained[-1 - child]
+        return child is not None and child < 0 and self._trained[-2 - child]
 
     def is_input(self, child: int) -> bool:
         """Whether a leaf behind an input of a node is trained and no parameter: an input of the network."""
-        return self._trained[-1 - child] and not isinstance(self._leaves[-1 - child], nn.Parameter)
+        return self._trained[-2 - child] and not isinstance(self._leaves[-2 - child], nn.Parameter)
 
     def _interior(self, number: int) -> set[int]:
         """The nodes between the output of a call and its inputs."""
@@ -174,8 +174,8 @@ class Structure:
         while pending:
             current = pending.pop()
             if current < 0:
-                leaf = self._leaves[-1 - current]
-                if self._trained[-1 - current]:
+                leaf = self._leaves[-2 - current]
+                if self._trained[-2 - current]:
                     found[id(leaf)] = Source(id(leaf), rearranged)
             elif current not in visited:
                 visited.add(current)
@@ -227,7 +227,7 @@ class Structure:
         kind is there.
         """
         if child < 0:
-            return None if isinstance(self._leaves[-1 - child], nn.Parameter) else -1
+            return None if isinstance(self._leaves[-2 - child], nn.Parameter) else -1
         below = self.below([child])
         numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
         reading = [
@@ -238,7 +238,7 @@ class Structure:
         if reading:
             # The nearest call that reads them is the first on the way; it may read what others computed.
             return next(k for k in numbers if k in reading or self._leads_to(k, reading))
-        leaves = (self._leaves[-1 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
+        leaves = (self._leaves[-2 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
         if all(isinstance(leaf, nn.Parameter) for leaf in leaves):
             return None
         return numbers[0] if numbers else -1

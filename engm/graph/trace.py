@@ -41,7 +41,8 @@ class Trace:
         order: all nodes but those of leaves, each after the nodes that it passes gradients to; the losses' is the last.
         positions: the index in ``order`` of every node.
         children: for every node of ``order`` the positions of the nodes behind its inputs; None for an input without a
-            gradient, and ``-1 - k`` for the leaf that was met as number ``k``.
+            gradient, and ``-2 - k`` for the leaf that was met as number ``k``
+            (the hashes of -1 and -2 are the same).
         calls: captured calls, those nearest to the losses first.
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
@@ -143,7 +144,7 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     if root is None:
         return result
     seen = {root}
-    met: dict[int, int] = {}  # id(leaf) -> -1 - its number
+    met: dict[int, int] = {}  # id(leaf) -> -2 - its number
     behind = _behind(root, result, met)
     stack: list[tuple[Node, list[Node | int | None], Iterator[Node | int | None]]] = [(root, behind, iter(behind))]
     while stack:
@@ -182,6 +183,6 @@ def _behind(node: Node, result: Trace, met: dict[int, int]) -> list[Node | int |
             result.tokens[node] = leaf
             found.append(None)
         else:
-            found.append(met.setdefault(id(leaf), -1 - len(met)))
+            found.append(met.setdefault(id(leaf), -2 - len(met)))
             result.leaves.setdefault(id(leaf), leaf)
     return found

@@ -289,3 +289,12 @@ def test_a_layer_called_on_a_grid_of_its_own():
             return x * self.make(torch.linspace(0, 1, 8, dtype=torch.float64)[:, None]).squeeze(1)
 
     check(Filter().double(), lambda model, _: random_losses(model(torch.randn(4, 8, dtype=torch.float64))), 1)
+
+
+def test_options_whose_hashes_are_the_same():
+    """Autograd keeps -1 as 2^64 - 1, and the hash that Python gives that is 7's."""
+
+    def losses(model, step):
+        return random_losses(model(torch.randn(5, 4, 4, dtype=torch.float64), (-1, 7, -1)[step]))
+
+    check(Net(lambda h, by: h.roll(by, 0).sum(1)), losses, 3)
