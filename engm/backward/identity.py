@@ -20,6 +20,10 @@ from .collect import TermCollector
 # over many rows may be off by as much as all of it, so they are compared with nothing.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
+# Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left: as a share
+# of the whole gradient. What is smaller than that hardly counts in a norm.
+ROUNDING = 100  # in units of the parameter's type
+NARROW_ROUNDING = 1e-2
 
 
 def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossScale = UNSCALED) -> None:
@@ -65,8 +69,7 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
         found = torch.zeros_like(parameter) if total is None else total.to_dense().reshape(parameter.shape)
         size = torch.maximum(sizes[collector.rows[id(parameter)]], expected.double().norm())
         share = NARROW_TOLERANCE if narrow else TOLERANCE[parameter.dtype]
-        # Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left.
-        rounding = 100 * torch.finfo(parameter.dtype).eps * whole
+        rounding = (NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(parameter.dtype).eps) * whole
         if half:  # autograd's products may be too small for float16
             rounding = rounding + torch.finfo(torch.float16).smallest_normal * parameter.numel() ** 0.5
         differs = (found.double() - expected.double()).norm() > share * size + rounding

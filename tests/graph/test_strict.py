@@ -11,6 +11,7 @@ from oracle import random_losses, relative, tensor, truth
 from torch import nn
 
 import engm
+from engm.rules.linear import LinearRule
 
 pytestmark = pytest.mark.torch_insides
 
@@ -291,3 +292,36 @@ def test_a_parameter_that_nobody_reads_in_a_time_major_module(n):
 
     x = tensor(n, 5, 5)
     check(Network().double(), lambda model: random_losses(model(x)))
+
+
+class Attention(nn.Module):
+    """Every query is added the same by a bias of the keys, which the softmax takes away: its gradient is rounding."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys, self.values = (nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(3))
+        self.last = nn.Linear(16, 8)
+
+    def forward(self, x):
+        scores = (self.queries(x) @ self.keys(x).mT / 4).softmax(-1)
+        return self.last(scores @ self.values(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gradient_that_is_nothing_but_rounding(dtype, seed):
+    torch.manual_seed(seed)
+    model = engm.GradNormModule(Attention())
+    with torch.autocast("cpu", dtype):
+        losses = model(torch.randn(4, 49, 16)).square().mean((1, 2)).float()
+    engm.measure(model, losses)
+
+
+def test_a_wrong_rule_is_found_where_sums_are_rounded(monkeypatch):
+    right = LinearRule.terms
+    monkeypatch.setattr(LinearRule, "terms", lambda rule, module, a, *rest: right(rule, module, 2 * a, *rest))
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(torch.randn(6, 5)).square().mean(1).float()
+    with pytest.raises(RuntimeError, match="do not add up"):
+        engm.measure(model, losses)
