@@ -50,7 +50,9 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
     if found is not None:
         # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
         witnessed = owners[~silent].unique().numel() >= min(WITNESSES, n)
-        return found if witnessed or not bool(silent.any()) else replace(found, unknown=silent)
+        if bool(silent.any()) and (not witnessed or _fits_elsewhere(owners, n, found.ownership)):
+            return replace(found, unknown=silent)
+        return found
     if blind is not None:
         rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
         silent &= ~blind
@@ -74,11 +76,16 @@ def varying(owners: Tensor, n: int) -> set[int]:
         if owners.dim() and owners.shape[0] == n and bool(((owners == plain) | (owners == NOBODY)).all()):
             return {0}  # the usual order, in which gradients that vanish leave one example or none
         return {dim for dim, length in enumerate(owners.shape) if length > 1}
-    return {dim for dim in range(owners.dim() if owners.numel() else 0) if not _collapses(owners, dim)}
+    constant = _constant(owners)
+    if constant is None:
+        return {dim for dim, length in enumerate(owners.shape) if length > 1}
+    return set(range(owners.dim() if owners.numel() else 0)) - constant
 
 
 def regular(owners: Tensor, n: int) -> bool:
     """Whether owners ``[*leading]`` surely are a layout along one of the dimensions, whatever the others."""
+    if _constant(owners) is None:
+        return False
     while owners.dim() > 1:
         same = next((dim for dim in range(owners.dim()) if _collapses(owners, dim)), None)
         if same is None:
@@ -88,15 +95,41 @@ def regular(owners: Tensor, n: int) -> bool:
     return found is not None and found.unknown is None
 
 
+def _constant(owners: Tensor) -> set[int] | None:
+    """The dimensions along which the owners are the same.
+
+    None if too few rows are seen to tell: along each of some dimensions they may be the same, but not along all.
+    """
+    found = {dim for dim in range(owners.dim() if owners.numel() else 0) if _collapses(owners, dim)}
+    if len(found) > 1:
+        one = owners.amax(sorted(found), keepdim=True)
+        if not bool(((owners == one) | (owners == NOBODY)).all()):
+            return None
+    return found
+
+
 def _collapses(owners: Tensor, dim: int) -> bool:
     one = owners.amax(dim, keepdim=True)
     return bool(((owners == one) | (owners == NOBODY)).all())
+
+
+def _fits_elsewhere(owners: Tensor, n: int, found: Ownership) -> bool:
+    """Whether the examples that are seen may as well lie along another dimension, as one row of each does."""
+    for dim in range(owners.dim()):
+        if isinstance(found, Layout) and dim != found.dim:
+            others = [other for other in range(owners.dim()) if other != dim]
+            along = owners.amax(others, keepdim=True)
+            if bool(((owners == along) | (owners == NOBODY)).all()) and _fitted(along.flatten(), n, dim) is not None:
+                return True
+    return False
 
 
 def without_witnesses(unknown: Tensor, layout: Layout) -> Tensor:
     """The rows that stay unknown, given that all others were seen to lie as the layout says."""
     others = [dim for dim in range(unknown.dim()) if dim != layout.dim]
     seen = (~unknown).any(others) if others else ~unknown
+    if others and bool((unknown.any(others) == seen).any()):
+        return unknown  # not for want of witnesses
     split = seen.view(layout.outer, -1, layout.inner)
     few = split.sum(1, keepdim=True) < min(WITNESSES, split.shape[1])
     shape = [1] * unknown.dim()

@@ -300,3 +300,40 @@ def test_options_whose_hashes_are_the_same():
         return random_losses(model(torch.randn(5, 4, 4, dtype=torch.float64), (-1, 7, -1)[step]))
 
     check(Net(lambda h, by: h.roll(by, 0).sum(1)), losses, 3)
+
+
+class Places(nn.Module):
+    """A table of places ``[time, 4]``, added to tokens of which a loss may read any."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table, self.last = nn.Embedding(length, 4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.last(torch.tanh(x + self.table(torch.arange(x.shape[1]))))
+
+
+class Planes(nn.Module):
+    """A matrix that is repeated for every step of time, by which the tokens of all examples are multiplied."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.table, self.length = nn.Parameter(torch.randn(4, 4, dtype=torch.float64)), length
+
+    def forward(self, x):
+        return torch.bmm(x.transpose(0, 1), self.table.expand(self.length, 4, 4)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", [Places, Planes])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_tokens_of_one_example_at_every_time(kind, n):
+    """What all examples share looks like theirs as long as no two of them read the same part."""
+
+    def losses(model, step):
+        read = torch.eye(n, dtype=torch.float64)
+        read = (read, read.flip(0), torch.ones(n, n, dtype=torch.float64), read.roll(1, 0))[step]
+        return (model(torch.randn(n, n, 4, dtype=torch.float64)).square().sum(2) * read).sum(1)
+
+    torch.manual_seed(0)
+    check(kind(n), losses, 4)
