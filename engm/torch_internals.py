@@ -134,7 +134,10 @@ def saved_options(node: Node) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
+    """Lists as tuples, and numbers below zero as such, which some nodes show as unsigned ones of 64 bits."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
 def saved_option(node: Node, name: str) -> Any:

@@ -289,6 +289,7 @@ def test_saved_option():
     node = (leaf(3, 4) * 1).select(1, 2).grad_fn
     assert internals.saved_option(node, "dim") == 1
     assert internals.saved_option(node, "nothing") is None
+    assert internals.saved_option((leaf(3, 4) * 1).roll(-1, 0).grad_fn, "shifts") == (-1,)
 
 
 def test_saved_tensor_names():

@@ -240,7 +240,7 @@ class TermCollector:
             activations, backprops = (t.flatten(0, dims - 1) for t in (activations, backprops))
         feeds = id(call) in self._feeding
         names = ("weight", "bias") if feeds else tuple(call.parameters)
-        terms = call.rule.terms(call.module, activations, backprops, call.saved, slice(0, len(backprops)), names)
+        terms = call.rule.terms(call.module, activations, backprops, call.saved, names)
         if feeds:
             scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
             self._batch_norm_sums[id(call)] = (shift, scale)
@@ -260,8 +260,7 @@ class TermCollector:
             if len(joining.arrived) == joining.to_come:
                 self._join(joining)
             return
-        every = slice(0, call.batch)
-        terms = call.rule.terms(call.module, call.activations(), given, call.saved, every, tuple(call.parameters))
+        terms = call.rule.terms(call.module, call.activations(), given, call.saved, tuple(call.parameters))
         self._add_rows(call, layout, terms)
 
     def _join(self, joining: Joining) -> None:
@@ -276,8 +275,7 @@ class TermCollector:
             owners = [o if isinstance(o, Owners) else Owners.regular(o, self.n, device) for _, o, _ in joining.arrived]
             layout = Owners(torch.cat([own.of.flatten() for own in owners]), self.n)
         joining.arrived.clear()
-        every = slice(0, sum(call.batch for call in calls))
-        terms = first.rule.terms(first.module, arguments, given, first.saved, every, tuple(first.parameters))
+        terms = first.rule.terms(first.module, arguments, given, first.saved, tuple(first.parameters))
         self._add_rows(first, layout, terms)
         for call in calls[1:] if self._consume else ():
             call.release()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graph.plan import PlannedGraph
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import has_gradient_hooks, is_compiled_region, node_outputs
+from ..torch_internals import has_gradient_hooks, is_compiled_region
 from .collect import TermCollector
 
 # Of a gradient, as a share of the norms that add up to it, by the type of the parameter. In 16 bits autograd's own sums
@@ -57,8 +57,7 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
         wanted = torch.autograd.grad(
             losses, [p for _, p in named], signs * scale.factor, retain_graph=True, allow_unused=True
         )
-    types = {output.dtype for node in traced.order for output in node_outputs(node)}
-    half, narrow = torch.float16 in types, bool(types & {torch.float16, torch.bfloat16})
+    half, narrow = torch.float16 in traced.dtypes, bool(traced.dtypes & {torch.float16, torch.bfloat16})
     differences = []
     reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
     if not reached:  # parameters that were cast since are others to autograd

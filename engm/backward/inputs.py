@@ -10,7 +10,7 @@ from torch import Tensor
 from ..distributed import on_any
 from ..graph.input_rows import plan_of_inputs
 from ..graph.plan import PlanCache
-from ..graph.routing import signature_of
+from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import Trace
 from ..terms import PerExampleGradient, accumulation_dtype
 from ..terms.loss_scale import UNSCALED, LossScale
@@ -43,15 +43,19 @@ def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], trace
     """
     if not leaves:
         return ()
+    asked = tuple(map(id, leaves))
+    if asked in traced.rows_of_inputs:
+        return traced.rows_of_inputs[asked]
     numbers = {key: number for number, key in enumerate(traced.leaves)}
     which = tuple(numbers.get(id(leaf), tuple(leaf.shape)) for leaf in leaves)
-    signature = ("inputs", which, signature_of(traced, losses.shape[0]))
+    signature = ("inputs", which, signature_of(traced, skeleton_of(traced, losses.shape[0])))
     plan = plans.find(signature, traced)
     if on_any(traced.group, plan is None, losses.device) or plan is None:
         plan = plan_of_inputs(traced, losses, leaves)
         if plan.keeps:
             plans.keep(signature, plan)
-    return plan.layouts  # type: ignore[return-value]
+    traced.rows_of_inputs[asked] = plan.layouts  # type: ignore[assignment]
+    return traced.rows_of_inputs[asked]
 
 
 def input_norms(gradients: Tensor | Sequence[Tensor], rows: Sequence[Ownership], n: int) -> Tensor:

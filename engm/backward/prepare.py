@@ -47,7 +47,8 @@ def planned_losses(
             "(not the network inside it), with gradients enabled, outside of model.paused()."
         )
     n = losses.shape[0]
-    signature, skeleton = signature_of(traced, n), skeleton_of(traced, n)
+    skeleton = skeleton_of(traced, n)
+    signature = signature_of(traced, skeleton)
     group = traced.group
     old = model.plans.find(signature, traced)
 

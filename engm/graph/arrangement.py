@@ -71,14 +71,15 @@ def without_trailing(owners: Tensor) -> Tensor:
 
 def varying(owners: Tensor, n: int) -> set[int]:
     """The dimensions along which owners ``[*leading]`` of ``n`` examples differ, or may differ as far as is known."""
+    anywhere = {dim for dim, length in enumerate(owners.shape) if length > 1}
     if bool((owners == NOBODY).any()) and owners.unique().numel() <= min(WITNESSES, n):
         plain = torch.arange(n).view(-1, *[1] * (owners.dim() - 1))
         if owners.dim() and owners.shape[0] == n and bool(((owners == plain) | (owners == NOBODY)).all()):
             return {0}  # the usual order, in which gradients that vanish leave one example or none
-        return {dim for dim, length in enumerate(owners.shape) if length > 1}
+        return anywhere
     constant = _constant(owners)
     if constant is None:
-        return {dim for dim, length in enumerate(owners.shape) if length > 1}
+        return anywhere
     return set(range(owners.dim() if owners.numel() else 0)) - constant
 
 
@@ -162,10 +163,5 @@ def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:
 
 def _divisors(number: int) -> list[int]:
     """Divisors, 1 and the number itself first."""
-    found = [k for k in range(1, number + 1) if number % k == 0] if number < 1 << 12 else _large_divisors(number)
-    return sorted(found, key=lambda k: (k not in (1, number), k))
-
-
-def _large_divisors(number: int) -> list[int]:
     small = [k for k in range(1, int(number**0.5) + 1) if number % k == 0]
-    return sorted({*small, *(number // k for k in small)})
+    return sorted({*small, *(number // k for k in small)}, key=lambda k: (k not in (1, number), k))

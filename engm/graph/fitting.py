@@ -1,4 +1,4 @@
-"""What a call's rule can be told of where its examples lie."""
+"""What a call's rule can be told of where its examples lie, and where that is kept."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from torch import Tensor
 
 from ..capture.calls import Call
 from ..terms.layout import Layout
-from ..terms.owners import NOBODY, Ownership
+from ..terms.owners import NOBODY, Owners, Ownership
 from .arrangement import without_trailing
 from .owners import SEVERAL
-from .trace import Trace
-
-
-def seen_by_collector(traced: Trace, number: int) -> bool:
-    """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
-    return traced.calls[number].rule.whole_call or traced.nodes[number] in traced.tokens
 
 
 def fits(call: Call, ownership: Ownership) -> bool:
@@ -33,6 +27,25 @@ def agreed(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     rows = [without_trailing(part) for part in parts]
     rows = [part if part.dim() == 1 else part.amax(tuple(range(1, part.dim()))) for part in rows]
-    agreed = torch.stack(rows).amax(0)
-    differ = ((torch.stack(rows) != agreed) & (torch.stack(rows) != NOBODY)).any(0)
-    return torch.where(differ, SEVERAL, agreed)
+    all_rows = torch.stack(rows)
+    one = all_rows.amax(0)
+    return torch.where(((all_rows != one) & (all_rows != NOBODY)).any(0), SEVERAL, one)
+
+
+class OwnersOnDevice:
+    """Puts owners where the losses are: the same object for the same owners, which keeps what it works out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[tuple[int, ...], list[tuple[Tensor, Owners]]] = {}
+
+    def __call__(self, ownership: Ownership) -> Ownership:
+        """The owners, given on the CPU, on the device; layouts as they are."""
+        if isinstance(ownership, Layout):
+            return ownership
+        alike = self._known.setdefault(tuple(ownership.of.shape), [])
+        for known, owners in alike:
+            if torch.equal(known, ownership.of):
+                return owners
+        alike.append((ownership.of, Owners(ownership.of.to(self._device), ownership.n)))
+        return alike[-1][1]

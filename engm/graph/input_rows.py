@@ -50,8 +50,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
     ]
     question = Question(traced, losses, seed, couplings, group=traced.group)
-    positions = {p for p, pure in enumerate(structure.pure) if not pure} - structure.inner
-    question.ask(positions, tensors=tensors)
+    question.ask(structure.looked_at, tensors=tensors)
     found: list[Ownership] = []
     keeps = not question.blind
     for number, tensor in enumerate(tensors):

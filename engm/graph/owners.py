@@ -192,7 +192,8 @@ class Question:
         numbers = torch.arange(self.n, device=self.losses.device)
         found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
         self._leave_out_complete_edges(found)
-        place, base = 1, 2 if by_element or self._is_half() else BASE
+        # In float16 a power of two might not fit into a gradient.
+        place, base = 1, 2 if by_element or torch.float16 in self.traced.dtypes else BASE
         while place < self.most:
             digit = numbers // place % base
             seeds = digit if base == 2 else torch.exp2(digit.double())
@@ -242,10 +243,6 @@ class Question:
                 left.setdefault(key[1], []).append(key[2])
         self._edges = left
 
-    def _is_half(self) -> bool:
-        """Whether a power of two might not fit into some gradient."""
-        return any(output.dtype == torch.float16 for node in self.traced.order for output in node_outputs(node))
-
     # -- one pass ----------------------------------------------------------------------------------------------
 
     def _pass(self, seeds: Tensor) -> dict[Any, Print]:
@@ -277,15 +274,11 @@ class Question:
 
     def _ends(self) -> list[Key]:
         """The outputs of watched nodes below which no other is: where a pass may end."""
-        deep: list[bool] = []
         found = []
-        for position, children in enumerate(self.traced.children):
-            below = any(child is not None and child >= 0 and deep[child] for child in children)
-            watched = position in self._positions
-            deep.append(below or watched)
-            if watched and not below and self.traced.order[position] not in self.traced.tokens:
-                outputs = len(node_outputs(self.traced.order[position]))
-                found += [(position, number) for number in range(outputs)]
+        for position in self.traced.deepest(self._positions):
+            node = self.traced.order[position]
+            if node not in self.traced.tokens:
+                found += [(position, number) for number in range(len(node_outputs(node)))]
         return found
 
     def _arrived(self, position: int, gradients: Sequence[Tensor | None]) -> None:
@@ -310,11 +303,15 @@ class Question:
     def receive(self, call: Call, backprops: Any) -> None:
         """Look at the gradient of a call's output, which a capture hands over."""
         number = self._numbers.get(id(call))
-        if number is None or not (call.rule.whole_call or self.traced.nodes[number] in self.traced.tokens):
-            return
-        for part, gradient in enumerate(call.by_example(backprops)):
-            rows = gradient.flatten(1) if call.rule.whole_call and gradient.dim() > 2 else gradient
-            self._take(("call", number, part), rows)
+        if number is not None and self.traced.seen_by_collector(number):
+            for part, rows in enumerate(rows_of_call(call, backprops)):
+                self._take(("call", number, part), rows)
+
+
+def rows_of_call(call: Call, backprops: Any) -> list[Tensor]:
+    """The gradients of a call's outputs, such that rows are told apart by the dimensions that the call's rule does."""
+    rows = call.by_example(backprops)
+    return [row.flatten(1) if call.rule.whole_call and row.dim() > 2 else row for row in rows]
 
 
 class Answers:

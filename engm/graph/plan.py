@@ -187,14 +187,7 @@ def sinks_of(
             wanted.setdefault(position, set()).add(traced.calls[number].output_nr)
     for position in positions:
         wanted.setdefault(position, set()).update(range(len(node_outputs(traced.order[position]))))
-    deep: list[bool] = []
-    sinks = []
-    for position, children in enumerate(traced.children):
-        below = any(child is not None and child >= 0 and deep[child] for child in children)
-        deep.append(below or position in wanted)
-        if position in wanted and not below:
-            sinks += [(position, number) for number in sorted(wanted[position])]
-    return tuple(sinks)
+    return tuple((position, number) for position in traced.deepest(wanted) for number in sorted(wanted[position]))
 
 
 class PlanCache(dict[Hashable, list[Plan]]):

@@ -24,7 +24,6 @@ from ..rules.entries import BATCH_NORMS, has_rule
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import (
-    SYNC_BATCH_NORM_NODE,
     batch_norm_statistics,
     entering_shape,
     is_compiled_region,
@@ -36,7 +35,7 @@ from ..torch_internals import (
     own_parameters,
 )
 from .arrangement import Arrangement, arranged, regular
-from .fitting import agreed, fits, seen_by_collector
+from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Key, Question
 from .plan import Plan, PlannedEntry, Route, sinks_of
 from .routing import ELEMENTWISE, MOVING, routes_of
@@ -77,7 +76,7 @@ class _Planner:
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
         self.edges: dict[Key, Tensor] = {}
-        self._interned: dict[tuple[int, ...], list[tuple[Tensor, Owners]]] = {}
+        self._on_device = OwnersOnDevice(losses.device)
 
     def plan(self) -> Plan:
         while True:
@@ -86,6 +85,8 @@ class _Planner:
             self._measure()
             self.shared = self._shared()
             self.arranged = self._arrange_calls()
+            self.silent = self._silent()
+            self.border = self._border()
             more = self._unaccounted() - self.settled
             if not on_any(self.group, bool(more), self.losses.device):
                 break
@@ -98,11 +99,7 @@ class _Planner:
 
     def _measure(self) -> None:
         """Find the owners of the outputs of all nodes that are of interest."""
-        positions = {
-            position
-            for position in range(len(self.traced.order))
-            if not self.structure.pure[position] and position not in self.structure.inner
-        }
+        positions = self.structure.looked_at
         if self.n == 1 and self.group is None:  # all there is belongs to the one example
             self.nodes, self.calls = self._of_one(positions)
             return
@@ -129,11 +126,11 @@ class _Planner:
                 found.setdefault(position, []).append(slot)
         return found
 
-    def _parted_by_zeros(self, routed: Collection[int], silent: Collection[int]) -> bool:
+    def _parted_by_zeros(self, routed: Collection[int]) -> bool:
         """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient."""
         for (position, slot), owners in self.edges.items():
             child = self._child(position, slot)
-            if child in self.shared or position in self.shared or position in silent:  # silent ones are watched
+            if child in self.shared or position in self.shared or position in self.silent:  # silent ones are watched
                 continue
             if child >= 0:
                 whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
@@ -184,7 +181,7 @@ class _Planner:
         calls = {
             number: [torch.zeros(call.batch, dtype=torch.long, device="cpu")]
             for number, call in enumerate(self.traced.calls)
-            if seen_by_collector(self.traced, number)
+            if self.traced.seen_by_collector(number)
         }
         return nodes, calls
 
@@ -255,7 +252,7 @@ class _Planner:
     def _blind_rows(self, number: int, position: int) -> Tensor | None:
         key: Any = (
             ("call", number)
-            if seen_by_collector(self.traced, number)
+            if self.traced.seen_by_collector(number)
             else (position, self.traced.calls[number].output_nr)
         )
         found = [rows for other, rows in self.blind.items() if other[:2] == key]
@@ -272,7 +269,7 @@ class _Planner:
         return present[0]
 
     def _parts(self, number: int, position: int) -> list[Tensor]:
-        if seen_by_collector(self.traced, number):
+        if self.traced.seen_by_collector(number):
             return self.calls.get(number, [])
         owners = self.nodes.get((position, self.traced.calls[number].output_nr))
         return [] if owners is None else [owners]
@@ -288,22 +285,25 @@ class _Planner:
                 self._refuse_coupling(number)
                 self.through.add(self.traced.positions[self.traced.nodes[number]])
                 found.add(number)
-        border = self._border()
-        for position, slot in border:
+        for position, slot in self.border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
             if self.structure.covered(position, slot) is None or (around and position in self.structure.inner):
                 found |= set(around)
-        lost = {
-            source.parameter
-            for position, slot in border
-            if is_compiled_region(self.traced.order[position])
-            for source in self.structure.sources(self._child(position, slot))
-        }
+        lost = self._lost_in_regions()
         for number in self.aside:
             call = self.traced.calls[number]
             if lost and call.rule.generic and any(id(p) in lost for p in call.parameters.values()):
                 found.add(number)
         return found
+
+    def _lost_in_regions(self) -> set[int]:
+        """Ids of the parameters that compiled regions use beside their layers."""
+        return {
+            source.parameter
+            for position, slot in self.border
+            if is_compiled_region(self.traced.order[position])
+            for source in self.structure.sources(self._child(position, slot))
+        }
 
     def _is_part(self, number: int, ownership: Ownership) -> bool:
         """Whether a call that takes statistics from the batch got a part of the examples alone."""
@@ -319,9 +319,8 @@ class _Planner:
     def _border(self) -> list[tuple[int, int]]:
         """``(position, slot)`` of the edges by which something enters that no call accounts for."""
         found = []
-        silent = self._silent()
         for position, children in enumerate(self.traced.children):
-            if position in self.shared or position in silent:
+            if position in self.shared or position in self.silent:
                 continue
             for slot, child in enumerate(children):
                 if child is None or not self.structure.trained_behind(child):
@@ -341,20 +340,14 @@ class _Planner:
         for number, parts in self.calls.items():
             if any(bool((owners != NOBODY).any()) for owners in parts):
                 spoken.add(self.traced.positions[self.traced.nodes[number]])
-        measured = {
-            position
-            for position in range(len(self.traced.order))
-            if not self.structure.pure[position] and position not in self.structure.inner
-        }
-        return measured - spoken
+        return self.structure.looked_at - spoken
 
     # -- the plan ----------------------------------------------------------------------------------------------
 
     def _planned(self) -> Plan:
-        silent = self._silent()
         entries, unknown_of_nodes = [], {}
         coupled, apart = False, self._calls_apart()
-        for position, slot in self._border():
+        for position, slot in self.border:
             child = self._child(position, slot)
             reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart)
             if reading is not None:
@@ -370,7 +363,7 @@ class _Planner:
             for number, arrangement in self.arranged.items()
             if arrangement is not None and arrangement.unknown is not None
         }
-        outermost = self._outermost(silent)
+        outermost = self._outermost()
         positions = {entry.position for entry in entries} | outermost
         frozen = [
             number
@@ -378,7 +371,7 @@ class _Planner:
             if call.couples and self.traced.positions[self.traced.nodes[number]] not in self.shared | self.through
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
-        routes, keeps = self._routes(silent)
+        routes, keeps = self._routes()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         return Plan(
@@ -388,16 +381,16 @@ class _Planner:
             couplings=couplings,
             through=tuple(sorted(self._through_all())),
             couples=bool(frozen or couplings),
-            of_all_ranks=any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.traced.order),
+            of_all_ranks=self.traced.synchronised,
             coupled=coupled,
             routes=tuple(routes),
             keeps=keeps
             and not self.blind
             and not (irregular and self._some_unseen())
-            and not self._parted_by_zeros({route.position for route in routes}, silent),
+            and not self._parted_by_zeros({route.position for route in routes}),
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
-            quiet=frozenset(silent),
+            quiet=frozenset(self.silent),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
         )
@@ -428,34 +421,23 @@ class _Planner:
         }
         return self.through | below
 
-    def _routes(self, silent: Collection[int]) -> tuple[list[Route], bool]:
+    def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
             return [], True
-        return routes_of(self.traced, self.structure, self.nodes, self.shared | set(silent), self.n)
+        return routes_of(self.traced, self.structure, self.nodes, self.shared | self.silent, self.n)
 
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)
         return None if arrangement is None else self._on_device(arrangement.ownership)
 
-    def _on_device(self, ownership: Ownership) -> Ownership:
-        """The owners where the losses are; the same object for the same owners, which keeps what it works out."""
-        if isinstance(ownership, Layout):
-            return ownership
-        alike = self._interned.setdefault(tuple(ownership.of.shape), [])
-        for known, owners in alike:
-            if torch.equal(known, ownership.of):
-                return owners
-        alike.append((ownership.of, Owners(ownership.of.to(self.losses.device), self.n)))
-        return alike[-1][1]
-
-    def _outermost(self, silent: Collection[int]) -> set[int]:
+    def _outermost(self) -> set[int]:
         """The nodes without a gradient, behind which there is something to train, that others pass gradients to."""
         return {
             position
-            for position in silent
+            for position in self.silent
             if self.structure.trains[position]
             and position not in self.shared
-            and any(parent not in silent for parent in self.structure.parents[position])
+            and any(parent not in self.silent for parent in self.structure.parents[position])
         }
 
     def _entry(self, position: int, slot: int) -> tuple[PlannedEntry, Tensor | None]:
@@ -516,12 +498,7 @@ class _Planner:
 
     def _refuse_regions(self) -> None:
         """Parameters that a compiled region uses beside its layers cannot be seen."""
-        lost = {
-            self.names[source.parameter]
-            for position, slot in self._border()
-            if is_compiled_region(self.traced.order[position])
-            for source in self.structure.sources(self._child(position, slot))
-        }
+        lost = {self.names[parameter] for parameter in self._lost_in_regions()}
         if lost:
             raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
 

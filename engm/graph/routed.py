@@ -20,19 +20,15 @@ from ..terms.layout import PLAIN
 from ..terms.owners import Owners, Ownership
 from ..torch_internals import entering_shape, node_outputs
 from .arrangement import arranged
-from .fitting import agreed, fits, seen_by_collector
-from .owners import SEVERAL, Answers, Question
+from .fitting import OwnersOnDevice, agreed, fits
+from .owners import SEVERAL, Answers, Question, rows_of_call
 from .plan import Plan, PlannedEntry, Told, UntoldError
 from .trace import Trace
 
 
 def may_be_told(plan: Plan, traced: Trace, n: int) -> bool:
     """Whether a plan of one graph says where to look in another of the same skeleton."""
-    if (
-        n == 1
-        or traced.group is not None
-        or any(o.dtype == torch.float16 for v in traced.order for o in node_outputs(v))
-    ):
+    if n == 1 or traced.group is not None or torch.float16 in traced.dtypes:
         return False
     unusual = any(isinstance(layout, Owners) and layout.dims == 0 for layout in plan.layouts)
     return not (plan.couples or plan.through or plan.coupled or plan.blind or unusual)
@@ -70,21 +66,19 @@ class _Told(Told):
 
     def __init__(self, traced: Trace, losses: Tensor, answers: Answers) -> None:
         self._traced, self._answers = traced, answers
-        self._n, self._device = losses.shape[0], losses.device
+        self._n = losses.shape[0]
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._found: dict[Any, Ownership] = {}
         self._arranged: dict[int, tuple[Tensor, Ownership]] = {}  # id(owners), which are kept so that it stays theirs
-        self._known: dict[tuple[int, ...], list[Owners]] = {}
+        self._on_device = OwnersOnDevice(losses.device)
 
     def of_call(self, call: Call, backprops: Any) -> Ownership:
         number = self._numbers[id(call)]
         key = ("call", number)
         if key not in self._found:
-            if seen_by_collector(self._traced, number):
-                parts = [
-                    g.flatten(1) if call.rule.whole_call and g.dim() > 2 else g for g in call.by_example(backprops)
-                ]
-                owners = agreed([self._answers.owners(("call", number, part), g) for part, g in enumerate(parts)])
+            if self._traced.seen_by_collector(number):
+                parts = enumerate(rows_of_call(call, backprops))
+                owners = agreed([self._answers.owners(("call", number, part), rows) for part, rows in parts])
             else:
                 position = self._traced.positions[self._traced.nodes[number]]
                 owners = self._answers.owners((position, call.output_nr), backprops)
@@ -118,14 +112,3 @@ class _Told(Told):
         found = self._on_device(arranged(owners, self._n).ownership)
         self._arranged[id(owners)] = owners, found
         return found
-
-    def _on_device(self, found: Ownership) -> Ownership:
-        if not isinstance(found, Owners):
-            return found
-        alike = self._known.setdefault(tuple(found.of.shape), [])
-        moved = found.of.to(self._device)
-        for known in alike:
-            if known.of.equal(moved):
-                return known
-        alike.append(Owners(moved, self._n))
-        return alike[-1]

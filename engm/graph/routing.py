@@ -116,27 +116,23 @@ ALONG = _names(
 Owners = Mapping[tuple[int, int], Tensor]
 
 
-def signature_of(traced: Trace, n: int) -> Hashable:
-    """What a plan depends on besides the values of routes: nodes, edges, options, leaves, calls, shapes, modes."""
-    kinds = hash(tuple(map(type, traced.order)))
-    edges = hash(tuple(traced.children))
-    options = hash(tuple(_options(node) for node in traced.order))
-    calls = tuple((id(c.module), c.couples, len(c.parameters), c.shape) for c in traced.calls)
-    leaves = tuple(  # parameters are known by identity, inputs, which are new at every step, by what they look like
-        (key, tuple(leaf.shape)) if isinstance(leaf, nn.Parameter) else (0, tuple(leaf.shape))
-        for key, leaf in traced.leaves.items()
-    )
-    shapes = tuple(capture.input_shape for capture in traced.own_captures)
-    return (n, len(traced.order), kinds, edges, options, calls, leaves, shapes)
-
-
 def skeleton_of(traced: Trace, n: int) -> Hashable:
-    """What tells in which nodes rows and parameters are, whatever lies in them: the signature without any lengths."""
+    """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes."""
     kinds = hash(tuple(map(type, traced.order)))
     edges = hash(tuple(traced.children))
     calls = tuple((id(c.module), c.couples, len(c.parameters)) for c in traced.calls)
+    # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple(key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items())
     return (n, len(traced.order), kinds, edges, calls, leaves)
+
+
+def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
+    """What a plan depends on besides the values of routes: the graph's skeleton, options, and shapes."""
+    options = hash(tuple(_options(node) for node in traced.order))
+    calls = tuple(call.shape for call in traced.calls)
+    leaves = tuple(tuple(leaf.shape) for leaf in traced.leaves.values())
+    inputs = tuple(capture.input_shape for capture in traced.own_captures)
+    return (skeleton, options, calls, leaves, inputs)
 
 
 _READERS: dict[type, Callable[[Node], Hashable] | None] = {}
@@ -152,14 +148,9 @@ def _options(node: Node) -> Hashable:
 
 
 def _apart(value: Hashable) -> Hashable:
-    """The value, such that small numbers that differ have hashes that differ.
-
-    Negative ones come from torch as ``2^64 - k``, which has the hash of ``8 - k``; and -1 has the hash of -2.
-    """
+    """The value, such that small numbers that differ have hashes that differ: those of -1 and -2 are the same."""
     if isinstance(value, tuple):
         return tuple(map(_apart, value))
-    if isinstance(value, int) and value >= 2**63:
-        value -= 2**64
     return "-1" if isinstance(value, int | float) and value == -1 else value
 
 
@@ -263,7 +254,7 @@ def _stays(position: int, behind: Collection[int], owners: Owners, n: int) -> bo
 
 def _dimension(dim: int, rank: int) -> int:
     """A dimension as a number that is not negative, which nodes keep as torch got it."""
-    return (dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1)
+    return dim % max(rank, 1)
 
 
 def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int], n: int) -> bool:

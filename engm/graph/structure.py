@@ -13,32 +13,10 @@ from functools import cached_property
 from torch import nn
 
 from ..capture.calls import CALLS_KEY, Wrapper
+from ..rules.same_tensor import REARRANGING
 from ..torch_internals import address_of, is_compiled_region, is_python_function, operator_name
 from .plan import Source
 from .trace import Trace
-
-# Operators that hand on the elements of their input as they are, each at most once: gradients keep their norm.
-REARRANGING = frozenset(
-    [
-        "T",
-        "Transpose",
-        "Permute",
-        "View",
-        "ReshapeAlias",
-        "UnsafeView",
-        "Unsqueeze",
-        "Squeeze",
-        "Slice",
-        "Select",
-        "Split",
-        "SplitWithSizes",
-        "Unbind",
-        "Clone",
-        "Alias",
-        "ToCopy",
-        "Tap",
-    ]
-)
 
 # Operators that may read data which the graph does not show, although each of their inputs requires a gradient.
 INDEXING = frozenset(
@@ -115,10 +93,6 @@ class Structure:
             return False
         return self.trains[child] if child >= 0 else self._trained[-2 - child]
 
-    def is_trained(self, child: int | None) -> bool:
-        """Whether a trained parameter itself is behind an input of a node."""
-        return child is not None and child < 0 and self._trained[-2 - child]
-
     def is_input(self, child: int) -> bool:
         """Whether a leaf behind an input of a node is trained and no parameter: an input of the network."""
         return self._trained[-2 - child] and not isinstance(self._leaves[-2 - child], nn.Parameter)
@@ -145,6 +119,11 @@ class Structure:
                 if call.rule.generic or CALLS_KEY not in traced.order[child].metadata:
                     pending.append(child)
         return within
+
+    @cached_property
+    def looked_at(self) -> set[int]:
+        """The nodes whose outputs are of interest: not those inside of calls, nor those of parameters alone."""
+        return {position for position, pure in enumerate(self.pure) if not pure} - self.inner
 
     @cached_property
     def parents(self) -> list[list[int]]:

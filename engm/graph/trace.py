@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -18,6 +19,7 @@ from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_
 from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
 from ..capture.compiled import attach, segment_of
 from ..distributed import Ranks
+from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
@@ -25,6 +27,7 @@ from ..torch_internals import (
     leaf_of,
     let_graph_be_kept,
     node_name,
+    node_outputs,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class Trace:
         leaves: every leaf (by ``id``), in the order they were met.
         tokens: by compiled region, the leaf that a backward pass must go to for the region to run
             (:mod:`engm.capture.compiled`).
+        rows_of_inputs: by tensors (``id``), where the examples lie in them, for those that were asked about.
     """
 
     owner: Wrapper | None = None
@@ -61,6 +65,7 @@ class Trace:
     marked: list[Capture] = field(default_factory=list)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[Node, Tensor] = field(default_factory=dict)
+    rows_of_inputs: dict[tuple[int, ...], tuple[Ownership, ...]] = field(default_factory=dict)
 
     @cached_property
     def captures(self) -> list[Capture]:
@@ -108,6 +113,31 @@ class Trace:
         return frozen_statistics([*called, *(BatchNormNode(node, partial(gain_of_node, node)) for node in others)])
 
     @cached_property
+    def synchronised(self) -> bool:
+        """Whether some batch norm takes its statistics from the batches of several processes."""
+        return any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
+
+    @cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """The types of the numbers that the nodes made."""
+        return {output.dtype for node in self.order for output in node_outputs(node)}
+
+    def seen_by_collector(self, number: int) -> bool:
+        """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
+        return self.calls[number].rule.whole_call or self.nodes[number] in self.tokens
+
+    def deepest(self, positions: Collection[int]) -> list[int]:
+        """Those of some nodes below which there is no other of them: where a pass through all of them may end."""
+        deep: list[bool] = []
+        found = []
+        for position, children in enumerate(self.children):
+            below = any(child is not None and child >= 0 and deep[child] for child in children)
+            deep.append(below or position in positions)
+            if position in positions and not below:
+                found.append(position)
+        return found
+
+    @cached_property
     def group(self) -> ProcessGroup | None:
         """The processes that every backward pass through the graph is of, if it is not of this one alone.
 
@@ -117,8 +147,7 @@ class Trace:
         ranks = self.ranks
         if ranks is None or self.owner is None:
             return None
-        synchronised = any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
-        return ranks.group if synchronised or self.owner.shard_group is not None else None
+        return ranks.group if self.synchronised or self.owner.shard_group is not None else None
 
     def release(self) -> None:
         """Let go of what the owner's calls remember, before the graph itself is gone."""

@@ -23,7 +23,6 @@ class PReLURule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         x, gy = activations.clamp(max=0), backprops

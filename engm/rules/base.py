@@ -103,19 +103,17 @@ class Rule:
         activations: Any,
         backprops: Any,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        """Terms of the parameters in ``names`` for the examples in ``rows``.
+        """Terms of the parameters in ``names`` with every row of the call as an example.
 
         Args:
             module: the layer.
-            activations: the layer's input, already cut to ``rows``, ``[n, ...]``; meaningless if not
+            activations: the layer's input, ``[n, ...]``; meaningless if not
                 :meth:`reads_activations`. Several inputs are a tuple and are not cut, because the rule alone knows
                 which of them have a row for every example.
-            backprops: gradient of the summed losses with respect to the layer's output, cut to ``rows``, ``[n, ...]``.
+            backprops: gradient of the summed losses with respect to the layer's output, ``[n, ...]``.
             saved: what :meth:`save` returned, not cut.
-            rows: which rows of the batch these are.
             names: the parameters that are trained.
 
         Returns:
@@ -218,7 +216,6 @@ class FunctionRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         gradients = self.function(module, activations, backprops)

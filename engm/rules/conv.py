@@ -72,7 +72,6 @@ class _ConvolutionRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         terms: dict[str, Term] = {}

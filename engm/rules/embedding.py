@@ -51,12 +51,11 @@ class EmbeddingRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         indices, gy = activations.unsqueeze(1).flatten(1), backprops.unsqueeze(1).flatten(1, -2)
         if saved is not None:
-            gy = gy * saved.view(-1, indices.shape[1])[rows].unsqueeze(2).to(gy.dtype)
+            gy = gy * saved.view(-1, indices.shape[1]).unsqueeze(2).to(gy.dtype)
         padding = -1 if module.padding_idx is None else module.padding_idx
         return {"weight": EmbeddingFactors(indices, gy, module.num_embeddings, padding, module.sparse)}
 
@@ -84,7 +83,6 @@ class EmbeddingBagRule(Rule):
         activations: Any,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         counts, winners = saved
@@ -92,18 +90,18 @@ class EmbeddingBagRule(Rule):
         size, dtype = module.num_embeddings, backprops.dtype
         inside, indices = bags(module, source, offsets)
         if winners is not None:  # a feature's gradient goes to the position that has its maximum
-            empty = ~inside[rows].any(1, keepdim=True)
+            empty = ~inside.any(1, keepdim=True)
             gy = backprops.new_zeros(backprops.shape[0], indices.shape[1], backprops.shape[1])
-            gy.scatter_(1, winners[rows].unsqueeze(1), backprops.masked_fill(empty, 0).unsqueeze(1))
-            return {"weight": EmbeddingFactors(indices[rows], gy, size)}
+            gy.scatter_(1, winners.unsqueeze(1), backprops.masked_fill(empty, 0).unsqueeze(1))
+            return {"weight": EmbeddingFactors(indices, gy, size)}
         share = inside.to(torch.promote_types(dtype, torch.float32))
         if module.mode == "mean":
             share = share / share.sum(1, keepdim=True).clamp_min(1)
         for factor in (counts, weights):
             if factor is not None:
                 share = share * laid_out(module, factor.detach(), offsets).to(share.dtype)
-        gy = (backprops.unsqueeze(1) * share[rows].unsqueeze(2)).to(dtype)
-        return {"weight": EmbeddingFactors(indices[rows], gy, size, sparse=module.sparse)}
+        gy = (backprops.unsqueeze(1) * share.unsqueeze(2)).to(dtype)
+        return {"weight": EmbeddingFactors(indices, gy, size, sparse=module.sparse)}
 
 
 def laid_out(module: Any, values: Tensor, offsets: Tensor | None) -> Tensor:

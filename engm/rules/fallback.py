@@ -93,7 +93,6 @@ class GenericRule(WholeCallRule):
         activations: Arguments,
         backprops: Sequence[Tensor | None],
         saved: Remembered,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         given = {place: g for place, g in enumerate(backprops) if g is not None}

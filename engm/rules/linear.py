@@ -23,7 +23,7 @@ def matrix_cost(positions: int, p: int, d: int, device: torch.device, dtype: tor
 class _MatrixRule(Rule):
     """What the rules of linear and bilinear layers share; dimensions between batch and features are positions."""
 
-    def factors(self, activations: Any, backprops: Tensor, rows: slice) -> Term:
+    def factors(self, activations: Any, backprops: Tensor) -> Term:
         """The weight's term, from what :meth:`terms` was given and backprops laid out as ``[n, T, d]``."""
         raise TypeError(f"{type(self).__name__} must define factors")
 
@@ -36,13 +36,12 @@ class _MatrixRule(Rule):
         activations: Any,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         b = _by_position(backprops)
         terms: dict[str, Term] = {}
         if "weight" in names:
-            terms["weight"] = self.factors(activations, b, rows)
+            terms["weight"] = self.factors(activations, b)
         if "bias" in names:
             terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
         return terms
@@ -62,7 +61,7 @@ class LinearRule(_MatrixRule):
     def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
         return output.dim() == 1
 
-    def factors(self, activations: Tensor, backprops: Tensor, rows: slice) -> Term:
+    def factors(self, activations: Tensor, backprops: Tensor) -> Term:
         return LinearFactors(_by_position(activations.to(backprops.dtype)), backprops)
 
     def cost(
@@ -83,8 +82,8 @@ class BilinearRule(_MatrixRule):
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return tuple(args[k] if k < len(args) else kwargs.get(f"input{k + 1}") for k in range(2))
 
-    def factors(self, activations: Any, backprops: Tensor, rows: slice) -> Term:
-        first, second = (_by_position(x[rows].to(backprops.dtype)) for x in activations)
+    def factors(self, activations: Any, backprops: Tensor) -> Term:
+        first, second = (_by_position(x.to(backprops.dtype)) for x in activations)
         return BilinearFactors(first, second, backprops)
 
     def cost(

@@ -107,7 +107,6 @@ class BatchNormRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         mean, rstd = saved
@@ -149,11 +148,10 @@ class GroupNormRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         groups, per_group = module.num_groups, module.num_channels // module.num_groups
-        mean, rstd = (t.view(-1, groups, 1)[rows].expand(-1, -1, per_group).flatten(1) for t in saved)
+        mean, rstd = (t.view(-1, groups, 1).expand(-1, -1, per_group).flatten(1) for t in saved)
         return affine_terms(by_channel(activations, backprops, mean, rstd), names)
 
 
@@ -180,10 +178,9 @@ class InstanceNormRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        mean, rstd = (t if t.shape[0] == 1 else t[rows] for t in saved)
+        mean, rstd = saved
         return affine_terms(by_channel(activations, backprops, mean, rstd), names)
 
 
@@ -198,15 +195,14 @@ class _TrailingNormRule(Rule):
         activations: Tensor,
         backprops: Tensor,
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         n, shape = backprops.shape[0], tuple(module.normalized_shape)
         positions = prod(backprops.shape[1 : backprops.dim() - len(shape)])
         x, gy = (t.reshape(n, positions, prod(shape)) for t in (activations, backprops))
         mean, rstd = saved
-        mean = None if mean is None else mean[rows].reshape(n, positions, 1)
-        return affine_terms((x, gy, mean, rstd[rows].reshape(n, positions, 1), 2), names, shape)
+        mean = None if mean is None else mean.reshape(n, positions, 1)
+        return affine_terms((x, gy, mean, rstd.reshape(n, positions, 1), 2), names, shape)
 
 
 @add_rule(nn.LayerNorm)

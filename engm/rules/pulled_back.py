@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
-from ..torch_internals import leaf_of, node_outputs, operator_name, saved_by
+from ..torch_internals import leaf_of, node_outputs, operator_name, saved_option
 from .any_operator import backward_of_each
 from .same_tensor import same_tensors
 from .weight_norm import through_weight_norm
@@ -176,13 +176,8 @@ def selected_row(node: Any, parameter: Tensor) -> tuple[int, int] | None:
     """``(dim, index)`` where the node takes ``parameter.select(dim, index)``; None for other nodes."""
     if operator_name(node) != "Select" or leaf_of(node.next_functions[0][0]) is not parameter:
         return None
-    dim = _signed(saved_by(node, "dim")) % parameter.dim()
-    return dim, _signed(saved_by(node, "index")) % parameter.shape[dim]
-
-
-def _signed(number: int) -> int:
-    """A number that a node may show as an unsigned one of 64 bits."""
-    return number - (1 << 64) if number >= 1 << 63 else number
+    dim = saved_option(node, "dim") % parameter.dim()
+    return dim, saved_option(node, "index") % parameter.shape[dim]
 
 
 def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Sequence[Tensor]) -> Tensor:

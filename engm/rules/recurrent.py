@@ -108,7 +108,6 @@ class RecurrentRule(WholeCallRule):
         activations: Arguments,
         backprops: Sequence[Tensor | None],
         saved: Remembered,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         gradients = self._backprops(module, saved, backprops)
@@ -313,7 +312,6 @@ class CellRule(WholeCallRule):
         activations: Arguments,
         backprops: Sequence[Tensor | None],
         saved: Any,
-        rows: slice,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
         gradients = [None if g is None else _rows(g) for g in backprops]

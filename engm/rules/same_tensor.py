@@ -28,24 +28,35 @@ from ..torch_internals import (
     saved_tensors_of,
 )
 
-# Operators whose nodes show all that their backward pass reads. Others are the same as no other.
-_ARRANGE = (
-    "T",
-    "Transpose",
-    "Permute",
-    "View",
-    "ReshapeAlias",
-    "UnsafeView",
-    "Unsqueeze",
-    "Squeeze",
-    "Expand",
-    "Clone",
+# Operators that hand on the elements of their input as they are, each at most once: gradients keep their norm.
+REARRANGING = frozenset(
+    [
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "ReshapeAlias",
+        "UnsafeView",
+        "Unsqueeze",
+        "Squeeze",
+        "Slice",
+        "Select",
+        "Split",
+        "SplitWithSizes",
+        "Unbind",
+        "Clone",
+        "Alias",
+        "ToCopy",
+        "Tap",
+    ]
 )
-_CUT = ("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "Cat", "Stack", "Alias", "Diagonal", "Tril", "Triu")
+
+# Operators whose nodes show all that their backward pass reads. Others are the same as no other.
+_ARRANGE = ("Expand", "Cat", "Stack", "Diagonal", "Tril", "Triu")
 _COUNT = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Square", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Log", "Abs")
 _BEND = ("Tanh", "Sigmoid", "Softplus", "Relu", "Softmax", "LogSoftmax", "Clamp", "ClampMin", "ToCopy")
 _SUM = ("Sum", "Mean", "Norm", "LinalgVectorNorm", "Mm", "Bmm", "Addmm", "Mv", "Dot", "WeightNormInterface")
-COMPARED = frozenset((*_ARRANGE, *_CUT, *_COUNT, *_BEND, *_SUM))
+COMPARED = REARRANGING | frozenset((*_ARRANGE, *_COUNT, *_BEND, *_SUM))
 
 
 class Numbering:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..torch_internals import leaf_of, operator_name, saved_by
+from ..torch_internals import leaf_of, operator_name, saved_by, saved_option
 
 
 def through_weight_norm(node: Any, parameter: Tensor, gradients: Tensor) -> Tensor | None:
@@ -30,7 +30,7 @@ def through_weight_norm(node: Any, parameter: Tensor, gradients: Tensor) -> Tens
     if own.count(True) != 1:
         return None
     v, g, norm = (saved_by(node, name).to(gradients.dtype) for name in ("v", "g", "result1"))
-    others = [1 + dim for dim in range(v.dim()) if dim != int(saved_by(node, "dim")) % v.dim()]
+    others = [1 + dim for dim in range(v.dim()) if dim != saved_option(node, "dim") % v.dim()]
     along = (gradients * v).sum(others, keepdim=True) / norm
     if own[1]:
         return along.reshape(len(gradients), *g.shape)

@@ -8,6 +8,7 @@ import fidelity
 import layers
 import peers
 import pytest
+import routed
 import scaling
 import table1
 import torch
@@ -110,6 +111,16 @@ def test_scaling_names_what_the_budget_leaves_out(tmp_path):
     assert [p["point"]["width"] for p in axes["width"]["points"]] == [2]
     assert axes["width"]["passed over"] == [4, 8, 16]
     assert set(axes["width"]["exponents"].values()) == {None}
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_routed(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    routed.main(["--rounds", "1", "--threads", "1", "--calls", "3", "5", "--out", str(path)])
+    document = json.loads(path.read_text())
+    assert set(document["steps"]) == set(routed.NETWORKS)
+    assert [row["calls"] for row in document["first_step"]] == [3, 5]
+    assert "a comparison with autograd's gradients" in capsys.readouterr().out
 
 
 def test_exponent():

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import timm.optim
 import torch
+from methods import METHODS
 from oracle import per_example_gradients, trained
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, SequentialLR, StepLR
@@ -25,15 +26,7 @@ from training import (
 
 import engm
 
-ALL = {
-    "engm": lambda model, inner: engm.ENGM(model, inner, 5.0),
-    "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=2),
-    "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
-    "msgd": engm.MSGD,
-    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
-    "sngm": engm.SNGM,
-    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
-}
+ALL = METHODS | {"aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=2)}
 every_method = pytest.mark.parametrize("method", ALL)
 
 

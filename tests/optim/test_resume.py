@@ -7,19 +7,12 @@ import io
 
 import pytest
 import torch
+from methods import METHODS as ALL
 from training import assert_same, batch, losses_of, network, sgd, snapshot
 
 import engm
 
-METHODS = {
-    "engm": lambda model, inner: engm.ENGM(model, inner, 5.0),
-    "aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=3),
-    "nengm": lambda model, inner: engm.NENGM(model, inner, 0.45),
-    "msgd": engm.MSGD,
-    "fengm": lambda model, inner: engm.FENGM(model, inner, 2.0),
-    "sngm": engm.SNGM,
-    "gnc": lambda model, inner: engm.GNC(model, inner, 0.5),
-}
+METHODS = ALL | {"aengm": lambda model, inner: engm.AENGM(model, inner, 5.0, tau=3)}
 INNER = {"sgd": sgd, "adam": lambda model: torch.optim.Adam(model.parameters(), lr=0.01)}
 
 
