@@ -51,7 +51,15 @@ TEN = (
 
 
 def calm(net: nn.Module) -> nn.Module:
-    """The network without randomness: dropout and stochastic depth off, which no oracle could repeat."""
+    """The network without randomness, which no oracle could repeat, and without branches or heads that begin at zero.
+
+    Dropout and stochastic depth are off. Parameters that are nowhere larger than 0.001 (the scale of a residual branch,
+    a head) get noise, for behind them every gradient is zero and nothing would be compared.
+    """
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.is_floating_point() and parameter.numel() and float(parameter.abs().max()) < 1e-3:
+                parameter.normal_(std=0.05)
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
