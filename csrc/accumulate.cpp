@@ -1,3 +1,7 @@
+// What is composed of ATen's operators, for every device.
+//
+// position_sums:  sums[i] = Σ_t g[i, t, :] or Σ_t g[i, :, t], and norm_sq[i] = ‖sums[i]‖²     g [n, T, d] or [n, d, T]
+//
 // scaled_accumulate:  out[o, c] = Σ_i w_i Σ_t b[i, t, o] a[i, t, c]        a [n, T, p], b [n, T, d], w [n]
 //
 // The sum is one matrix product over K = n·T. The weights are multiplied into the smaller factor before, whose copy
@@ -5,11 +9,22 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/mv.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include "ops.h"
 
 namespace engm {
+
+std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim) {
+  TORCH_CHECK(gradients.dim() == 3 && (dim == 1 || dim == 2),
+              "position_sums: expected gradients [n, ., .] and dim 1 or 2, got gradients ", gradients.sizes(),
+              " and dim ", dim, ".");
+  const at::ScalarType type = compute_type(gradients, gradients, "position_sums");
+  const at::Tensor sums = gradients.size(dim) == 1 ? gradients.select(dim, 0).to(type)
+                                                   : at::sum(gradients, at::IntArrayRef{dim}, false, type);
+  return {at::sum(at::mul(sums, sums), at::IntArrayRef{1}), sums};
+}
 
 at::Tensor scaled_accumulate(const OptionalTensor& a_in, const at::Tensor& b_in, const at::Tensor& weights) {
   TORCH_CHECK(b_in.dim() == 3, "scaled_accumulate: expected backprops b [n, T, d], got ", b_in.sizes(), ".");

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include "calls.h"
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
 #include "schemas.h"
@@ -48,6 +49,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of engm: operators in the namespace torch.ops.engm, and what is bound here.";
   engm::bind_cost_model(m);
+  engm::bind_calls(m);
   m.def("build_info", &build_info, "What was compiled in and which CPU instruction set is in use.");
   m.def(
       "set_isa",

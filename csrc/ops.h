@@ -89,6 +89,9 @@ at::Tensor weighted_gemm(const at::Tensor& a, const at::Tensor& b, const at::Ten
 }  // namespace cuda
 #endif
 
+// Serves every device, as the one below does: the sums over a dimension of [n, ., .] and their squared norms [n].
+std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
+
 // Serves every device: it is composed of ATen's operators. a [n, T, p] or nothing, b [n, T, d], weights [n] -> [d, p],
 // or [d] without a.
 at::Tensor scaled_accumulate(const OptionalTensor& a, const at::Tensor& b, const at::Tensor& weights);

@@ -32,6 +32,7 @@ inline void define_operators(torch::Library& m) {
   m.def("scale_examples(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_sums(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_gemm(Tensor a, Tensor b, Tensor weights) -> Tensor");
+  m.def("position_sums(Tensor gradients, int dim) -> (Tensor norm_sq, Tensor sums)", position_sums);
   m.def("scaled_accumulate(Tensor? a, Tensor b, Tensor weights) -> Tensor", scaled_accumulate);
 }
 

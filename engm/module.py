@@ -19,9 +19,9 @@ from .batch_norm.calibration import Calibration
 from .capture.calls import Capture
 from .capture.compiled import capturing, not_capturing, traceable
 from .capture.hooks import hooked
-from .capture.layers import named_modules, trained_parameters
+from .capture.layers import Walks, named_modules, trained_parameters
 from .capture.ranks import active_ranks
-from .capture.sharded import ORDER, noting_leaves, shards_of
+from .capture.sharded import ORDER, noting_leaves, sharded_parts, shards_of
 from .graph.plan import PlanCache, Skeletons, Watch
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
@@ -125,6 +125,7 @@ class GradNormModule(nn.Module):
         layers_to_capture(net)
         super().__init__()
         object.__setattr__(self, "_net", net)
+        object.__setattr__(self, "_walks", Walks(net))
         for name in STATE_OF_A_MODULE:
             object.__setattr__(self, name, net.__dict__[name])
         self.batch_norm = batch_norm
@@ -174,8 +175,8 @@ class GradNormModule(nn.Module):
         if self.input_grads_wanted:
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
-        noting = noting_leaves(self._net, self.shard_group, self._leaves)
-        layers = layers_to_capture(self._net)
+        noting = noting_leaves(self._walks.found(sharded_parts), self.shard_group, self._leaves)
+        layers = _those_that_matter(self._walks.found(_layers_with_rules))
         hooks = hooked(capture, layers, traceable if dynamo_in_use() else None)
         with capturing(capture, layers), hooks, self.paused(), noting:
             outputs = self._network()(*args, **kwargs)
@@ -215,8 +216,8 @@ class GradNormModule(nn.Module):
 
         Under ``fully_shard`` the whole copies that the latest forward pass ran with, not the shards.
         """
-        found = trained_parameters(self._net)
-        return [(name, self._leaves.get(name, parameter)) for name, parameter in found] if self._leaves else found
+        found = self._walks.found(trained_parameters)
+        return [(name, self._leaves.get(name, parameter)) for name, parameter in found] if self._leaves else [*found]
 
     # -- transparency ----------------------------------------------------------------------------------------
 
@@ -286,19 +287,33 @@ class GradNormModule(nn.Module):
             "skeletons": Skeletons(),
             "watch": Watch(),
             "_compiled_net": None,
+            "_walks": Walks(self._net),
         }
 
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"
 
 
-def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
-    """``(name, module, rule)`` of the modules whose calls matter: trained parameters, or batch statistics.
+Layer = tuple[str, nn.Module, Rule]  # a module by its name, and the module's rule
+
+
+def layers_to_capture(net: nn.Module) -> list[Layer]:
+    """The modules whose calls matter: those with trained parameters, or with batch statistics.
 
     Raises:
         TypeError: a module is wrapped by itself.
         ValueError: a trained parameter is complex.
     """
+    return _those_that_matter(_layers_with_rules(net))
+
+
+def _those_that_matter(layers: list[Layer]) -> list[Layer]:
+    """Those of :func:`_layers_with_rules` whose calls matter in the modes that they are in."""
+    return [(name, m, rule) for name, m, rule in layers if rule.always or rule.couples(m) or trained_of(m)]
+
+
+def _layers_with_rules(net: nn.Module) -> list[Layer]:
+    """The modules whose calls matter in some mode."""
     layers = []
     for name, module in named_modules(net):
         if isinstance(module, GradNormModule):
@@ -312,7 +327,7 @@ def layers_to_capture(net: nn.Module) -> list[tuple[str, nn.Module, Rule]]:
         rule = find_rule(module)
         if isinstance(rule, str):
             rule = GENERIC  # used where its parameters cannot be told from the graph
-        if own or rule.couples(module) or rule.always:
+        if own or rule.always or type(rule).couples is not Rule.couples:
             layers.append((name, module, rule))
     return layers
 

@@ -5,12 +5,13 @@ float64; squared norms come back in that type. No operator is differentiable. :m
 each. At the end of this file are their fake implementations, which tell ``torch.compile`` shapes and dtypes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401 (registers the operators)
+from . import _C
 
 __all__ = [
     "affine_norm_sq",
@@ -20,11 +21,17 @@ __all__ = [
     "embedding_norm_sq",
     "linear_grads",
     "linear_norm_sq",
+    "position_sums",
     "scale_examples",
     "scaled_accumulate",
     "weighted_gemm",
     "weighted_sums",
 ]
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """The operator of that name: as ``torch.compile`` knows it, or the quicker way to the same (csrc/calls.cpp)."""
+    return getattr(torch.ops.engm if torch.compiler.is_compiling() else _C, name)  # type: ignore[no-any-return]
 
 
 def linear_norm_sq(
@@ -62,7 +69,7 @@ def linear_norm_sq(
     On the CPU a thread's workspace is about 0.4 MB for either factor, or 64·T bytes where that is more, in direct form,
     and ``2T² + 2T(p + d)`` elements in Gram form. No per-example gradient is stored.
     """
-    return torch.ops.engm.linear_norm_sq(a, b, form, shift, patch_mean, scale, correlation)
+    return _operator("linear_norm_sq")(a, b, form, shift, patch_mean, scale, correlation)
 
 
 def conv_norm_sq(
@@ -112,7 +119,7 @@ def conv_norm_sq(
     ``(pixels + C)·padded pixels + (T + d)·T`` elements and a copy of either factor. No batch is ever unfolded and no
     per-example gradient stored.
     """
-    return torch.ops.engm.conv_norm_sq(
+    return _operator("conv_norm_sq")(
         x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale, correlation
     )
 
@@ -135,7 +142,7 @@ def linear_grads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     Workspace and cost are those of :func:`linear_norm_sq` in direct form; the gradients are written once.
     """
-    return torch.ops.engm.linear_grads(a, b)
+    return _operator("linear_grads")(a, b)
 
 
 def conv_grads(
@@ -172,7 +179,7 @@ def conv_grads(
     On the CPU a thread's workspace is that of :func:`conv_norm_sq` in direct form and one panel of at most 8 rows of
     the gradient.
     """
-    return torch.ops.engm.conv_grads(x, gy, kernel_size, stride, padding, dilation, groups)
+    return _operator("conv_grads")(x, gy, kernel_size, stride, padding, dilation, groups)
 
 
 def affine_norm_sq(
@@ -197,7 +204,7 @@ def affine_norm_sq(
 
     Workspace: 4·C elements a thread; operands whose last dimension is strided are copied.
     """
-    return torch.ops.engm.affine_norm_sq(x, gy, mean, rstd, channel_dim)
+    return _operator("affine_norm_sq")(x, gy, mean, rstd, channel_dim)
 
 
 def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
@@ -220,7 +227,7 @@ def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Ten
     Workspace: on the CPU ``T`` positions and ``d`` doubles a thread; on CUDA ``n·T`` 32-bit links, which take T²
     comparisons an example. Operands that are not contiguous are copied.
     """
-    return torch.ops.engm.embedding_norm_sq(indices, gy, padding_idx)
+    return _operator("embedding_norm_sq")(indices, gy, padding_idx)
 
 
 def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -242,7 +249,26 @@ def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = N
 
     Workspace: ``n`` doubles.
     """
-    return torch.ops.engm.clip_weights(squared_norms, alpha, factors)
+    return _operator("clip_weights")(squared_norms, alpha, factors)
+
+
+def position_sums(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    r"""Per-example gradients of a bias, ``s_i = Σ_t gradients_it``, and their squared norms.
+
+    Args:
+        gradients: Gradients of a layer's output, ``[n, T, d]`` or ``[n, d, T]``.
+        dim: The dimension of the positions, 1 or 2.
+
+    Returns:
+        ``norm_sq [n]`` and ``sums [n, d]``, float64 for float64 gradients, else float32. With one position the sums
+        may be a view of the gradients.
+
+    Raises:
+        RuntimeError: The gradients have not three dimensions, or ``dim`` is none of the two.
+
+    Workspace: ``n d`` elements.
+    """
+    return _operator("position_sums")(gradients, dim)
 
 
 def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
@@ -261,7 +287,7 @@ def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
 
     Workspace: one scaled copy of the smaller of ``a`` and ``b``.
     """
-    return torch.ops.engm.scaled_accumulate(a, b, weights)
+    return _operator("scaled_accumulate")(a, b, weights)
 
 
 def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -283,7 +309,7 @@ def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
 
     Workspace: none beyond the results.
     """
-    return torch.ops.engm.scale_examples(tensors, weights)
+    return _operator("scale_examples")(tensors, weights)
 
 
 def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
@@ -305,7 +331,7 @@ def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]:
     Workspace: none beyond the results; tensors that are not contiguous are copied.
     """
     parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
-    sums = torch.ops.engm.weighted_sums(parts, weights)
+    sums = _operator("weighted_sums")(parts, weights)
     return [torch.view_as_complex(s) if t.is_complex() else s for s, t in zip(sums, tensors, strict=True)]
 
 
@@ -329,7 +355,7 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 
     Workspace on CUDA: partial sums of about 264 tiles of 128×128 at most.
     """
-    return torch.ops.engm.weighted_gemm(a, b, weights)
+    return _operator("weighted_gemm")(a, b, weights)
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:

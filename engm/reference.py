@@ -110,6 +110,12 @@ def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None = N
     return norms.to(dtype), weights.to(dtype)
 
 
+def position_sums(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Twin of :func:`engm.ops.position_sums`."""
+    sums = gradients.sum(dim)
+    return sums.square().sum(1), sums
+
+
 def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
     """Twin of :func:`engm.ops.scaled_accumulate`."""
     if a is None:

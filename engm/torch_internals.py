@@ -27,11 +27,14 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from . import _C
+
 __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
 
 Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
+_LEAF_NODE = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
 
@@ -60,8 +63,7 @@ def operator_name(node: Node) -> str:
 
 def leaf_of(node: Node) -> Tensor | None:
     """The leaf tensor that an ``AccumulateGrad`` node stands for; None for other nodes."""
-    variable = getattr(node, "variable", None)
-    return variable if isinstance(variable, Tensor) else None
+    return cast(Tensor, node.variable) if type(node) is _LEAF_NODE else None
 
 
 def node_outputs(node: Node) -> Sequence[Any]:
@@ -338,7 +340,9 @@ def is_view(tensor: Tensor) -> bool:
 
 def untracked_alias(tensor: Tensor) -> Tensor:
     """The same numbers in the same memory, which autograd does not track as a view: in-place operations may follow."""
-    return cast(Tensor, torch.ops.aten._unsafe_view(tensor, tensor.shape))
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.aten._unsafe_view(tensor, tensor.shape))
+    return _C.untracked_alias(tensor)
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
@@ -462,9 +466,16 @@ def is_exported() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+_COMPILED = [False]  # whether anything was found to be compiled; a reset of the compiler forgets it, we do not
+
+
 def dynamo_in_use() -> bool:
-    """Whether anything in this process may have been compiled."""
-    return "torch._dynamo" in sys.modules
+    """Whether anything in this process was given to ``torch.compile``."""
+    if not _COMPILED[0]:
+        eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # optimizers import it, whatever they are used for
+        backends = () if eval_frame is None else eval_frame.cached_backends.values()
+        _COMPILED[0] = any(backend is not None for backend in backends)  # None: of what is not to be compiled
+    return _COMPILED[0]
 
 
 @contextmanager

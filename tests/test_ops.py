@@ -242,6 +242,21 @@ def test_scaled_accumulate_is_its_twin(shape, dtype, layout):
         torch.testing.assert_close(ops.scaled_accumulate(factor, b, weights).double(), want, rtol=1e-4, atol=1e-5)
 
 
+@EXAMPLES
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    dim=st.sampled_from([1, 2]),
+    dtype=dtypes,
+    layout=layouts,
+)
+def test_position_sums_is_its_twin(shape, dim, dtype, layout):
+    gradients = operand(shape, dtype, layout)
+    norm_sq, sums = ops.position_sums(gradients, dim)
+    want = reference.position_sums(gradients.double(), dim)
+    assert_norms_close(norm_sq, want[0], dtype)
+    torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-6)
+
+
 def test_opcheck():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
@@ -256,6 +271,8 @@ def test_opcheck():
         (engm.affine_norm_sq, (a, a + 1, torch.rand(1, 4, 1), torch.rand(1, 4, 1), 1)),
         (engm.clip_weights, (torch.rand(5, 3), 1.0)),
         (engm.clip_weights, (torch.rand(5, 3).double(), 1.0, torch.rand(5))),
+        (engm.position_sums, (a, 1)),
+        (engm.position_sums, (a.bfloat16(), 2)),
         (engm.scaled_accumulate, (a, b, torch.rand(3))),
         (engm.scaled_accumulate, (None, b, torch.rand(3))),
     ]:
@@ -299,6 +316,8 @@ A, B = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
         (lambda: ops.clip_weights(torch.ones(3, 2), 0.0), "alpha must be positive"),
         (lambda: ops.clip_weights(torch.ones(3, 2), float("nan")), "alpha must be positive"),
         (lambda: ops.clip_weights(torch.ones(3, 2), 1.0, torch.ones(2)), "one factor for each of the 3"),
+        (lambda: ops.position_sums(A, 0), "dim 1 or 2, got"),
+        (lambda: ops.position_sums(A[0], 1), "expected gradients"),
         (lambda: ops.scaled_accumulate(A, B, torch.ones(3)), "one weight for each of the 2"),
         (lambda: ops.scaled_accumulate(A[:1], B, torch.ones(2)), "with the n and T of b"),
     ],

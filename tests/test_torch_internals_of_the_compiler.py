@@ -1,5 +1,6 @@
 """Names of engm/torch_internals.py, one by one, against plain torch: what the engine asks of torch's compiler."""
 
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -58,10 +59,19 @@ def test_is_exported(strict):
     assert not internals.is_exported()
 
 
-def test_dynamo_in_use(monkeypatch):
-    assert internals.dynamo_in_use()
-    monkeypatch.delitem(sys.modules, "torch._dynamo")
-    assert not internals.dynamo_in_use()
+def test_dynamo_in_use():
+    script = """
+import torch
+from engm import torch_internals as internals
+layer = torch.nn.Linear(2, 2)
+torch.optim.SGD(layer.parameters(), 0.1).step()  # imports the compiler
+assert not internals.dynamo_in_use()
+torch.compile(layer, backend="eager")
+assert internals.dynamo_in_use()
+torch.compiler.reset()
+assert internals.dynamo_in_use()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def keeps_its_graph(where, prepare=lambda node: None) -> bool:

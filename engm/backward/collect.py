@@ -29,7 +29,7 @@ from ..rules.linear import LinearRule
 from ..rules.normalization import BatchNormRule
 from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
-from ..terms.layout import PLAIN, Layout
+from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
 
 # On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
@@ -107,7 +107,7 @@ class TermCollector:
             if not call.rule.joins or self._joining[id(call.module)].to_come == 1:
                 for parameter in call.parameters.values():
                     self._expect(id(parameter), 1)
-            if self.correct and layout == PLAIN and correctable(call):
+            if self.correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
         for entry in plan.entries:
             for source in entry.sources:
@@ -235,8 +235,8 @@ class TermCollector:
         if backprops.is_nested:
             activations, backprops = (t.values() if t.is_nested else t for t in (activations, backprops))
         dims = layout.dims if isinstance(layout, Owners) else 1 + layout.dim
-        layout = layout.flattened(tuple(backprops.shape))
         if dims > 1:
+            layout = layout.flattened(backprops.shape)
             activations, backprops = (t.flatten(0, dims - 1) for t in (activations, backprops))
         feeds = id(call) in self._feeding
         names = ("weight", "bias") if feeds else tuple(call.parameters)
@@ -244,7 +244,7 @@ class TermCollector:
         if feeds:
             scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
             self._batch_norm_sums[id(call)] = (shift, scale)
-        if id(call) in self._batch_norm_of and layout == PLAIN:
+        if id(call) in self._batch_norm_of and layout.plain:
             self._correct(terms, call, self._batch_norm_of[id(call)])
         self._add_rows(call, layout, terms)
 
@@ -271,7 +271,7 @@ class TermCollector:
         arguments, given = rule.joined(first.module, [(c.activations(), g) for c, _, g in joining.arrived])
         device = next(g for g in given if g is not None).device
         layout: Ownership = Layout(0, len(calls), 1)
-        if any(own != PLAIN for _, own, _ in joining.arrived):
+        if not all(own.plain for _, own, _ in joining.arrived):
             owners = [o if isinstance(o, Owners) else Owners.regular(o, self.n, device) for _, o, _ in joining.arrived]
             layout = Owners(torch.cat([own.of.flatten() for own in owners]), self.n)
         joining.arrived.clear()
@@ -282,7 +282,7 @@ class TermCollector:
 
     def _add_rows(self, call: Call, layout: Ownership, terms: dict[str, Term]) -> None:
         """Add terms that have every row of a call for an example."""
-        plain = layout == PLAIN
+        plain = layout.plain
         for key, parameter in call.parameters.items():
             self._add(id(parameter), None, terms[key] if plain else terms[key].grouped(layout))
         if self._consume:

@@ -20,6 +20,7 @@ from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
 from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
+    Node,
     address_of,
     graph_is_kept,
     put_last,
@@ -99,8 +100,8 @@ class Call:
         self._belongs_to(capture, name, module, rule)
         self.couples = rule.couples(module)
         self.saved: Any = self._save(activations, output) if self.parameters or self.couples else None
-        self.shape = tuple(output.shape)
-        self.batch = output.shape[0] if output.dim() else 0
+        self.shape = output.shape
+        self.batch = self.shape[0] if self.shape else 0
         self.output_nr = output.output_nr
         self.producer = self._find_producer(activations) if self.couples else None
         self.slot = slot_of(output.grad_fn, activations) if self.couples else 0
@@ -119,10 +120,16 @@ class Call:
         self.parameters = trained_of(module)
 
     def _keep(self, activations: Activations) -> None:
-        tensors = [t for t in (activations if isinstance(activations, tuple) else (activations,)) if t is not None]
-        made = [(t, t.grad_fn) for t in tensors]
-        self.input_nodes = tuple(node for _, node in made if node is not None)
-        given = [t for t, node in made if node is None]
+        nodes: list[Node] = []
+        given = []
+        for tensor in activations if isinstance(activations, tuple) else (activations,):
+            if tensor is not None:
+                node = tensor.grad_fn
+                if node is None:
+                    given.append(tensor)
+                else:
+                    nodes.append(node)
+        self.input_nodes = nodes
         self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
         self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
         self._activations: Activations | None = activations if self.reads else None

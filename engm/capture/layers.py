@@ -6,13 +6,17 @@ a step needs several walks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..torch_internals import own_children, trained_of
+from ..rules import registrations
+from ..torch_internals import own_children, own_parameters, trained_of
+
+Found = TypeVar("Found")
 
 
 def named_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -41,6 +45,51 @@ def trained_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
                 seen.add(parameter)
                 found.append((f"{name}.{key}" if name else key, parameter))
     return found
+
+
+class Walks:
+    """What walks over a network found, remembered for as long as the network consists of the same.
+
+    Args:
+        net: the network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self._modules: Sequence[nn.Module] = ()
+        self._parts: list[Any] = []
+        self._found: dict[Callable[[nn.Module], Any], Any] = {}
+
+    def found(self, walk: Callable[[nn.Module], Found]) -> Found:
+        """What ``walk(net)`` finds, which may depend on whatever :func:`parts_of` tells and on nothing else."""
+        if not self._modules or parts_of(self._modules) != self._parts:
+            self._modules = [module for _, module in named_modules(self._net)]
+            self._parts = parts_of(self._modules)
+            self._found.clear()
+        if walk not in self._found:
+            self._found[walk] = walk(self._net)
+        return self._found[walk]  # type: ignore[no-any-return]
+
+
+def parts_of(modules: Sequence[nn.Module]) -> list[Any]:
+    """What modules consist of: types, children, parameters, which of these are trained, and how many rules there are.
+
+    Two lists that are equal are of the same, as long as the modules live. Modes and the numbers in tensors do not count.
+    """
+    parts: list[Any] = [registrations()]
+    add = parts.append
+    for module in modules:
+        add(type(module))
+        add("forward" in module.__dict__)
+        children, parameters = own_children(module), own_parameters(module)
+        if children:
+            parts += children
+            parts += map(id, children.values())
+        for name, parameter in parameters.items():
+            add(name)
+            if parameter is not None:
+                parts += (id(parameter), parameter.requires_grad, parameter.dtype)
+    return parts
 
 
 @contextmanager

@@ -7,7 +7,7 @@ that take the shards' places while a part of the network runs. They are told apa
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -68,18 +68,19 @@ def sharded_parts(net: nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def noting_leaves(net: nn.Module, shard_group: ProcessGroup | None, leaves: dict[str, nn.Parameter]) -> Iterator[None]:
-    """While this context is open, parts of ``net`` that run write their whole parameters into ``leaves``, by name.
+def noting_leaves(
+    parts: Sequence[tuple[str, Any]], shard_group: ProcessGroup | None, leaves: dict[str, nn.Parameter]
+) -> Iterator[None]:
+    """While this context is open, parts that run write their whole parameters into ``leaves``, by name.
 
     Args:
-        net: the network.
+        parts: of the network, see :func:`sharded_parts`.
         shard_group: what :func:`shards_of` found when it was wrapped.
         leaves: written to.
 
     Raises:
         RuntimeError: it was not split then, and is now.
     """
-    parts = sharded_parts(net)
     if not parts:
         yield
         return

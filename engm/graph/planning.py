@@ -264,7 +264,7 @@ class _Planner:
         if present.numel() > 1:
             raise RuntimeError(
                 f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
-                f"output has shape {call.shape}), so there are no examples in it. Give it x.unsqueeze(0)."
+                f"output has shape {tuple(call.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
             )
         return present[0]
 

@@ -118,40 +118,32 @@ Owners = Mapping[tuple[int, int], Tensor]
 
 def skeleton_of(traced: Trace, n: int) -> Hashable:
     """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes."""
-    kinds = hash(tuple(map(type, traced.order)))
-    edges = hash(tuple(traced.children))
-    calls = tuple((id(c.module), c.couples, len(c.parameters)) for c in traced.calls)
+    calls = tuple([(id(c.module), c.couples, len(c.parameters)) for c in traced.calls])
     # Parameters are known by identity, inputs, which are new at every step, by their place.
-    leaves = tuple(key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items())
-    return (n, len(traced.order), kinds, edges, calls, leaves)
+    leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
+    return (n, tuple(map(type, traced.order)), tuple(traced.children), calls, leaves)
 
 
 def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
-    """What a plan depends on besides the values of routes: the graph's skeleton, options, and shapes."""
-    options = hash(tuple(_options(node) for node in traced.order))
-    calls = tuple(call.shape for call in traced.calls)
-    leaves = tuple(tuple(leaf.shape) for leaf in traced.leaves.values())
-    inputs = tuple(capture.input_shape for capture in traced.own_captures)
-    return (skeleton, options, calls, leaves, inputs)
+    """What a plan depends on besides the values of routes: the graph's skeleton, options, and shapes.
+
+    These are the things themselves and not their hashes, which are the same for -1 and -2.
+    """
+    options = []
+    for node in traced.order:
+        kind = type(node)
+        if kind not in _READERS:
+            _READERS[kind] = _reader(node)
+        read = _READERS[kind]
+        if read is not None:
+            options.append(read(node))
+    calls = tuple([call.shape for call in traced.calls])
+    leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
+    inputs = tuple([capture.input_shape for capture in traced.own_captures])
+    return (skeleton, tuple(options), calls, leaves, inputs)
 
 
-_READERS: dict[type, Callable[[Node], Hashable] | None] = {}
-
-
-def _options(node: Node) -> Hashable:
-    """The arguments of a node's operator by which rows may come to lie elsewhere."""
-    kind = type(node)
-    if kind not in _READERS:
-        _READERS[kind] = _reader(node)
-    read = _READERS[kind]
-    return None if read is None else _apart(read(node))
-
-
-def _apart(value: Hashable) -> Hashable:
-    """The value, such that small numbers that differ have hashes that differ: those of -1 and -2 are the same."""
-    if isinstance(value, tuple):
-        return tuple(map(_apart, value))
-    return "-1" if isinstance(value, int | float) and value == -1 else value
+_READERS: dict[type, Callable[[Node], Hashable] | None] = {}  # of the arguments by which rows may come to lie elsewhere
 
 
 def _reader(node: Node) -> Callable[[Node], Hashable] | None:

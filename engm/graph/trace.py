@@ -44,8 +44,7 @@ class Trace:
         order: all nodes but those of leaves, each after the nodes that it passes gradients to; the losses' is the last.
         positions: the index in ``order`` of every node.
         children: for every node of ``order`` the positions of the nodes behind its inputs; None for an input without a
-            gradient, and ``-2 - k`` for the leaf that was met as number ``k``
-            (the hashes of -1 and -2 are the same).
+            gradient, and ``-2 - k`` for the leaf that was met as number ``k``.
         calls: captured calls, those nearest to the losses first.
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
@@ -172,23 +171,25 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     root = losses.grad_fn
     if root is None:
         return result
-    seen = {root}
+    order, positions = result.order, result.positions
+    behind: dict[Node, list[Node | int | None]] = {}
     met: dict[int, int] = {}  # id(leaf) -> -2 - its number
-    behind = _behind(root, result, met)
-    stack: list[tuple[Node, list[Node | int | None], Iterator[Node | int | None]]] = [(root, behind, iter(behind))]
+    stack = [root]
     while stack:
-        node, behind, children = stack[-1]
-        for child in children:
-            if child is not None and not isinstance(child, int) and child not in seen:
-                seen.add(child)
-                behind = _behind(child, result, met)
-                stack.append((child, behind, iter(behind)))
-                break
-        else:
+        node = stack[-1]
+        if node in positions:  # it was put on the stack from two sides
             stack.pop()
-            result.positions[node] = len(result.order)
-            result.order.append(node)
-            result.children.append(tuple(result.positions.get(c, c) for c in behind))
+            continue
+        if node not in behind:
+            found = behind[node] = _behind(node, result, met)
+            further = [child for child in found if child is not None and type(child) is not int and child not in behind]
+            if further:
+                stack += reversed(further)
+                continue
+        stack.pop()
+        positions[node] = len(order)
+        order.append(node)
+        result.children.append(tuple([positions.get(child, child) for child in behind[node]]))
     for node in reversed(result.order):
         metadata = node.metadata
         for call in metadata.get(CALLS_KEY, ()):
@@ -207,11 +208,16 @@ def _behind(node: Node, result: Trace, met: dict[int, int]) -> list[Node | int |
         leaf = None if child is None else leaf_of(child)
         if leaf is None:
             found.append(child)
+            continue
+        key = id(leaf)
+        if key in met:
+            found.append(met[key])
         elif (segment := segment_of(leaf)) is not None:
             attach(segment, node)
             result.tokens[node] = leaf
             found.append(None)
         else:
-            found.append(met.setdefault(id(leaf), -2 - len(met)))
-            result.leaves.setdefault(id(leaf), leaf)
+            met[key] = -2 - len(met)
+            result.leaves[key] = leaf
+            found.append(met[key])
     return found

@@ -4,7 +4,7 @@ A rule is registered where it is written, so every file with rules is imported h
 """
 
 from . import activation, conv, embedding, fallback, linear, normalization, operators, recurrent
-from .base import Activations, Cost, FunctionRule, Rule, WholeCallRule, find_rule, register_rule
+from .base import Activations, Cost, FunctionRule, Rule, WholeCallRule, find_rule, register_rule, registrations
 
 __all__ = [
     "Activations",
@@ -22,4 +22,5 @@ __all__ = [
     "operators",
     "recurrent",
     "register_rule",
+    "registrations",
 ]

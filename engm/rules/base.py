@@ -234,6 +234,17 @@ class FunctionRule(Rule):
 
 
 _REGISTRY: dict[type[nn.Module], Rule] = {}
+_registrations = [0]
+
+
+def registrations() -> int:
+    """How often a rule was registered so far: what was looked up before the latest one has to be looked up again."""
+    return _registrations[0]
+
+
+def _register(module_type: type[nn.Module], rule: Rule) -> None:
+    _REGISTRY[module_type] = rule
+    _registrations[0] += 1
 
 
 def add_rule(*module_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule]]:
@@ -241,7 +252,7 @@ def add_rule(*module_types: type[nn.Module]) -> Callable[[type[Rule]], type[Rule
 
     def register(rule: type[Rule]) -> type[Rule]:
         for module_type in module_types:
-            _REGISTRY[module_type] = rule()
+            _register(module_type, rule())
         return rule
 
     return register
@@ -279,7 +290,7 @@ def register_rule(
     def register(function: UserRule) -> UserRule:
         if not callable(function):
             raise TypeError(f"a rule must be callable as rule(module, activations, backprops), got {function!r}.")
-        _REGISTRY[module_type] = FunctionRule(function, parameters)
+        _register(module_type, FunctionRule(function, parameters))
         return function
 
     return register

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from .._C import conv_cost
 from ..cost.table import cost_arguments
-from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term, accumulation_dtype
+from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term
 from .base import CPU, Cost, Rule, add_rule
 
 
@@ -78,7 +79,8 @@ class _ConvolutionRule(Rule):
         if "weight" in names:
             terms["weight"] = self.factors(module, activations.to(backprops.dtype), backprops)
         if "bias" in names:
-            terms["bias"] = PerExampleGradient(backprops.flatten(2).sum(2, dtype=accumulation_dtype(backprops)))
+            norm_sq, sums = ops.position_sums(backprops.flatten(2), 2)
+            terms["bias"] = PerExampleGradient(sums, norm_sq)
         return terms
 
     def cost(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .._C import linear_cost
 from ..cost.table import cost_arguments
-from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term, accumulation_dtype
+from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term
 from .base import CPU, Cost, Rule, add_rule
 
 
@@ -43,13 +44,14 @@ class _MatrixRule(Rule):
         if "weight" in names:
             terms["weight"] = self.factors(activations, b)
         if "bias" in names:
-            terms["bias"] = PerExampleGradient(b.sum(1, dtype=accumulation_dtype(b)))
+            norm_sq, sums = ops.position_sums(b, 1)
+            terms["bias"] = PerExampleGradient(sums, norm_sq)
         return terms
 
 
 def _by_position(tensor: Tensor) -> Tensor:
     """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
-    return tensor.unsqueeze(1).flatten(1, -2)
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1).flatten(1, -2)
 
 
 @add_rule(nn.Linear)

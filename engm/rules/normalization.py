@@ -44,8 +44,9 @@ def affine_terms(
     x, gy, mean, rstd, channel_dim = views
     # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: what the layer normalised was x cast.
     norm_sq, scale, shift = ops.affine_norm_sq(x.to(gy.dtype), gy, mean, rstd, channel_dim)
-    found = {"weight": (scale, norm_sq[0]), "bias": (shift, norm_sq[1])}
-    if shape is not None:
+    norm_of_scale, norm_of_shift = norm_sq.unbind(0)
+    found = {"weight": (scale, norm_of_scale), "bias": (shift, norm_of_shift)}
+    if shape is not None and len(shape) != 1:
         found = {name: (gradient.view(-1, *shape), norm) for name, (gradient, norm) in found.items()}
     return {name: PerExampleGradient(*found[name]) for name in names}
 

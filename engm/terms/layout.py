@@ -6,6 +6,7 @@ patches, time-major sequences ``[T, n, ...]``, or such a thing flattened for a m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +29,7 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether the tensor is ``[n, ...]``."""
-        return self == PLAIN
+        return self.dim == 0 and self.outer == 1 and self.inner == 1
 
     @property
     def rows(self) -> int:
@@ -46,7 +47,7 @@ class Layout:
         split = tensor.reshape(n, self.outer, self.inner, *rest).transpose(0, 1)
         return split.reshape(self.outer * n * self.inner, *rest).movedim(0, self.dim)
 
-    def flattened(self, shape: tuple[int, ...]) -> Layout:
+    def flattened(self, shape: Sequence[int]) -> Layout:
         """The layout after a tensor of ``shape`` had its first two dimensions flattened."""
         return self if self.dim == 0 else Layout(0, shape[0] * self.outer, self.inner)
 

@@ -8,7 +8,7 @@ are an example's, and a vector of owners does (:mod:`engm.graph.owners` measures
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -69,6 +69,8 @@ class Owners:
     n: int
     _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
 
+    plain = False  # as of a layout: one row an example, in their order
+
     @property
     def dims(self) -> int:
         """How many leading dimensions of the tensor tell rows apart."""
@@ -78,7 +80,7 @@ class Owners:
         """The owners, with dimensions of length 1 behind up to ``rank``: they broadcast against the tensor."""
         return self.of.reshape(tuple(self.of.shape) + (1,) * (rank - self.dims))
 
-    def flattened(self, shape: tuple[int, ...]) -> Owners:
+    def flattened(self, shape: Sequence[int]) -> Owners:
         """The owners after the dimensions of a tensor of ``shape`` that tell rows apart were made one."""
         return self if self.dims == 1 else Owners(self.of.flatten(), self.n)
 
