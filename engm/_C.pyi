@@ -1,4 +1,4 @@
-"""What csrc/ops.cpp, csrc/cost_model_bindings.cpp and csrc/calls.cpp bind. The operators are in ``torch.ops.engm`` too."""
+"""What csrc/ops.cpp, csrc/cost_model_bindings.cpp and csrc/calls.cpp bind; the operators are in ``torch.ops`` too."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -31,7 +31,7 @@ __all__ = [
 
 def _operator(name: str) -> Callable[..., Any]:
     """The operator of that name: as ``torch.compile`` knows it, or the quicker way to the same (csrc/calls.cpp)."""
-    return getattr(torch.ops.engm if torch.compiler.is_compiling() else _C, name)  # type: ignore[no-any-return]
+    return getattr(torch.ops.engm if torch.compiler.is_compiling() else _C, name)
 
 
 def linear_norm_sq(

@@ -34,7 +34,7 @@ __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unfl
 Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
-_LEAF_NODE = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_LEAF_NODE = torch._C._functions.AccumulateGrad
 BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
 SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
 
@@ -63,7 +63,7 @@ def operator_name(node: Node) -> str:
 
 def leaf_of(node: Node) -> Tensor | None:
     """The leaf tensor that an ``AccumulateGrad`` node stands for; None for other nodes."""
-    return cast(Tensor, node.variable) if type(node) is _LEAF_NODE else None
+    return node.variable if type(node) is _LEAF_NODE else None
 
 
 def node_outputs(node: Node) -> Sequence[Any]:

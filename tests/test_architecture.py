@@ -18,7 +18,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not know each other
     {"recipes"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHIN = {("ops", "_C"), ("build", "_C")}
+WITHIN = {("ops", "_C"), ("build", "_C"), ("torch_internals", "_C")}
 
 
 def room(path: Path) -> str:

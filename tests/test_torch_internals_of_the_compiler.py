@@ -60,6 +60,8 @@ def test_is_exported(strict):
 
 
 def test_dynamo_in_use():
+    torch.compile(nn.Linear(2, 2), backend="eager")
+    assert internals.dynamo_in_use()
     script = """
 import torch
 from engm import torch_internals as internals

@@ -100,7 +100,7 @@ class Call:
         self._belongs_to(capture, name, module, rule)
         self.couples = rule.couples(module)
         self.saved: Any = self._save(activations, output) if self.parameters or self.couples else None
-        self.shape = output.shape
+        self.shape: tuple[int, ...] = output.shape
         self.batch = self.shape[0] if self.shape else 0
         self.output_nr = output.output_nr
         self.producer = self._find_producer(activations) if self.couples else None

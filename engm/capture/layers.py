@@ -68,13 +68,13 @@ class Walks:
             self._found.clear()
         if walk not in self._found:
             self._found[walk] = walk(self._net)
-        return self._found[walk]  # type: ignore[no-any-return]
+        return self._found[walk]
 
 
 def parts_of(modules: Sequence[nn.Module]) -> list[Any]:
     """What modules consist of: types, children, parameters, which of these are trained, and how many rules there are.
 
-    Two lists that are equal are of the same, as long as the modules live. Modes and the numbers in tensors do not count.
+    Equal lists are of the same parts, as long as the modules live. Modes and the numbers in tensors do not count.
     """
     parts: list[Any] = [registrations()]
     add = parts.append

@@ -5,7 +5,7 @@ Captured calls are found here and nowhere else: in the metadata of the graph's n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -182,7 +182,9 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
             continue
         if node not in behind:
             found = behind[node] = _behind(node, result, met)
-            further = [child for child in found if child is not None and type(child) is not int and child not in behind]
+            further: list[Node] = [
+                child for child in found if child is not None and type(child) is not int and child not in behind
+            ]
             if further:
                 stack += reversed(further)
                 continue

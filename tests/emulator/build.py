@@ -27,6 +27,7 @@ COMPILER = os.environ.get("CXX", "g++")
 WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-g0", "-ffp-contract=off", "-DENGM_EMULATOR", *WARNINGS)
 SANITIZERS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bounds")
+OF_PYTHON = ("ops.cpp", "cost_model_bindings.cpp", "calls.cpp")  # bind what Python sees of the extension
 KEPT_OBJECTS = 4  # of one source, for going back and forth between versions
 
 
@@ -66,7 +67,7 @@ def torch_unit(source: Path) -> Unit:
 def operator_units() -> list[Unit]:
     """Everything that the operators need: bindings, checks, kernels and the emulator."""
     bindings = [EMULATOR / "operators.cpp", *(CSRC / "cuda").glob("*.cpp")]
-    bindings += [path for path in CSRC.glob("*.cpp") if path.name not in ("ops.cpp", "cost_model_bindings.cpp")]
+    bindings += [path for path in CSRC.glob("*.cpp") if path.name not in OF_PYTHON]
     kernels = sorted((CSRC / "cuda").glob("*.cu"))
     return [torch_unit(path) for path in sorted(bindings)] + [kernel_unit(path) for path in kernels] + runtime_units()
 
