@@ -6,6 +6,7 @@
 #include "calls.h"
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
+#include "program.h"
 #include "schemas.h"
 
 #define ENGM_STRING_(x) #x
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of engm: operators in the namespace torch.ops.engm, and what is bound here.";
   engm::bind_cost_model(m);
   engm::bind_calls(m);
+  engm::bind_program(m);
   m.def("build_info", &build_info, "What was compiled in and which CPU instruction set is in use.");
   m.def(
       "set_isa",

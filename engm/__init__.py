@@ -18,6 +18,7 @@ from .explain import Explanation, explain
 from .measurement import measure, per_example_grad_norms
 from .module import GradNormModule
 from .optim import AENGM, ENGM, FENGM, GNC, MSGD, NENGM, SNGM, ExampleOptimizer, StepStats, alpha_for
+from .recording import record
 from .rules import register_rule
 from .verify import VerifyReport, verify
 
@@ -44,6 +45,7 @@ __all__ = [
     "naive_grad_norms",
     "ops",
     "per_example_grad_norms",
+    "record",
     "reference",
     "register_rule",
     "tune",

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_internals import is_recorded
+
 
 def check_name(name: str, known: Iterable[str], *, what: str) -> None:
     """Refuses a name that is not known.
@@ -63,8 +65,18 @@ def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
             "whose parameters require grad)."
         )
     if finite is None:
-        finite = losses.device.type == "cpu"
-    if finite and not bool(torch.isfinite(losses.detach()).all()):
+        finite = losses.device.type == "cpu" and not is_recorded()
+    if finite:
+        check_finite(losses)
+
+
+def check_finite(losses: Tensor) -> None:
+    """Refuses losses that are not finite; the host waits for the device.
+
+    Raises:
+        NonFiniteError: names them.
+    """
+    if not bool(torch.isfinite(losses.detach()).all()):
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
         raise NonFiniteError(
             f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "

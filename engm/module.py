@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -22,7 +22,7 @@ from .capture.hooks import hooked
 from .capture.layers import Walks, named_modules, trained_parameters
 from .capture.ranks import active_ranks
 from .capture.sharded import ORDER, noting_leaves, sharded_parts, shards_of
-from .graph.plan import PlanCache, Skeletons, Watch
+from .graph.plan import PlanCache, PlannedGraph, Skeletons, Watch
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
 from .torch_internals import (
@@ -42,7 +42,7 @@ COUPLED_MODES = ("refuse", "exact")
 _OWN = frozenset(
     [
         *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "_net"),
-        *("skeletons", "watch", "input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
+        *("observer", "skeletons", "watch", "input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
         *CALL_OF_A_MODULE,
     ]
 )
@@ -137,6 +137,7 @@ class GradNormModule(nn.Module):
         self.plans = PlanCache()
         self.skeletons = Skeletons()
         self.watch = Watch()
+        self.observer: Callable[[PlannedGraph, Hashable], None] | None = None
         self.input_grads_wanted = False
         self.shard_group = shard_group
         self._leaves: dict[str, nn.Parameter] = {}
@@ -286,6 +287,7 @@ class GradNormModule(nn.Module):
             "plans": PlanCache(),
             "skeletons": Skeletons(),
             "watch": Watch(),
+            "observer": None,
             "_compiled_net": None,
             "_walks": Walks(self._net),
         }

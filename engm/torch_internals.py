@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import CodeType
 from typing import Any, cast
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -464,6 +465,16 @@ def is_exported() -> bool:
     The compiler of torch 2.11 takes the public ``torch.compiler.is_exporting()`` for true in every region.
     """
     return bool(torch.compiler._is_exporting_flag)
+
+
+def is_recorded() -> bool:
+    """Whether operators are being traced into a program, whose values the host may not read."""
+    return bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None
+
+
+def unrecorded() -> AbstractContextManager[object]:
+    """While this context is open, operators run as they do without a tracer, and the host may read values."""
+    return _disable_current_modes() if is_recorded() else nullcontext()
 
 
 _COMPILED = [False]  # whether anything was found to be compiled; a reset of the compiler forgets it, we do not

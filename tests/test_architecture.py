@@ -14,11 +14,12 @@ FLOORS = (  # from the ground up; rooms of one floor do not know each other
     {"module"},
     {"backward"},
     {"measurement", "optim", "verify", "explain"},
+    {"recording"},
     {"__init__", "adversarial"},
     {"recipes"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHIN = {("ops", "_C"), ("build", "_C"), ("torch_internals", "_C")}
+WITHIN = {("ops", "_C"), ("build", "_C"), ("torch_internals", "_C"), ("checks", "torch_internals")}
 
 
 def room(path: Path) -> str:

@@ -14,6 +14,7 @@ from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
 from ..module import GradNormModule
 from ..terms.loss_scale import UNSCALED, LossScale
+from ..torch_internals import unrecorded
 from .identity import check_identity
 
 
@@ -50,10 +51,12 @@ def planned_losses(
     skeleton = skeleton_of(traced, n)
     signature = signature_of(traced, skeleton)
     group = traced.group
-    old = model.plans.find(signature, traced)
+    with unrecorded():
+        old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
-        plan = make_plan(model, traced, losses, scale.factor)
+        with unrecorded():
+            plan = make_plan(model, traced, losses, scale.factor)
         model.skeletons.measured(skeleton, plan)
         if plan.keeps:
             model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
@@ -69,6 +72,8 @@ def planned_losses(
         graph = PlannedGraph(traced, told, n, model.plans, measured, False)
     else:
         graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
+    if model.observer is not None:
+        model.observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
     due = watch and strict and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
     if on_any(group, due, losses.device):

@@ -162,6 +162,20 @@ class Calibration:
         self.steps = 0
         self._factors: dict[FactorKey, Factors] = {}
 
+    def due(self) -> bool:
+        """Whether any of the factors would be taken afresh in a training step."""
+        return any(self.steps - known.taken >= known.lifetime() for known in self._factors.values())
+
+    def carried(self) -> dict[FactorKey, Tensor]:
+        """The factors that there are, which a step reads."""
+        return {key: known.values for key, known in self._factors.items()}
+
+    def carry(self, values: Mapping[FactorKey, Tensor]) -> None:
+        """Put other tensors in the place of those of :meth:`carried`."""
+        self._factors = {
+            key: replace(known, values=values.get(key, known.values)) for key, known in self._factors.items()
+        }
+
     def advance(self) -> None:
         """One training step is over."""
         self.steps += 1

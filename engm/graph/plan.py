@@ -309,14 +309,19 @@ class Watch:
         self._checked: dict[Hashable, int] = {}
         self._latest = 0
 
+    def would_be_due(self, signature: Hashable, every: int, after: int = 1) -> bool:
+        """What :meth:`due` would say of the next graph but ``after - 1``."""
+        steps, last = self.steps + after, self._checked.get(signature)
+        few = len(self._checked) < NEW_CHECKS or steps - self._latest >= APART
+        return few if last is None else steps - last >= every
+
     def due(self, signature: Hashable, every: int) -> bool:
         """Whether this graph is to be checked; every graph is asked about once."""
+        due = self.would_be_due(signature, every)
         self.steps += 1
-        last = self._checked.get(signature)
-        few = len(self._checked) < NEW_CHECKS or self.steps - self._latest >= APART
-        if not (few if last is None else self.steps - last >= every):
+        if not due:
             return False
-        if last is None and len(self._checked) >= MOST_PLANS:
+        if signature not in self._checked and len(self._checked) >= MOST_PLANS:
             del self._checked[next(iter(self._checked))]
         self._checked[signature] = self._latest = self.steps
         return True

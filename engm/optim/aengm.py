@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_alpha
 from ..distributed import means, total
 from .base import ExampleOptimizer
-from .weights import ExampleNorms, Weighting, predicted_weights
+from .weights import ExampleNorms, StepStats, Weighting, predicted_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -160,6 +160,17 @@ class AENGM(ExampleOptimizer):
         predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
         return Weighting(predicted_weights(predicted, check_alpha(self.alpha)), predicted, found)
+
+    not_for_programs = ("steps",)
+
+    def eager_reason(self) -> str | None:
+        """As the base's: regressions are left out."""
+        return "A-ENGM's regression is due" if self.needs_norms else None
+
+    def after_program(self, stats: StepStats) -> StepStats:
+        """As the base's."""
+        self.steps += 1
+        return super().after_program(stats)
 
     def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> None:
         fresh, r_squared, usable = fit_line(found, norms, group)

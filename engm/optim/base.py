@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -269,6 +269,28 @@ class ExampleOptimizer(torch.optim.Optimizer):
         each, share = total(group, each.double() / size, torch.full_like(each, 1 / (size**2 * n)).double())
         mean = total_norm(gradients).square()
         return ((each - mean) / (mean - share * each)).to(stats.norms.dtype)
+
+    # -- for steps that a program does -----------------------------------------------------------------------
+
+    not_for_programs: tuple[str, ...] = ()  # attributes that count steps
+
+    def carried(self) -> dict[str, Tensor]:
+        """The tensors that a step reads and may put others in the place of, by name: what goes from step to step."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in the place of those of :meth:`carried`."""
+        vars(self).update(tensors)
+
+    def eager_reason(self) -> str | None:
+        """Why the next step should not be done by a program, in words; None where it may be."""
+        return None
+
+    def after_program(self, stats: StepStats) -> StepStats:
+        """One step more, of which a program has done all but the counting."""
+        self.model.calibration.advance()
+        self.stats = stats
+        return stats
 
     # -- the inner optimizer's -------------------------------------------------------------------------------
 

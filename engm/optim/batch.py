@@ -240,7 +240,7 @@ class LossBatch:
             found = list(every)  # nothing is half changed, should one of the sums have failed
             with torch.no_grad():  # gradients that were there before may have a graph, as behind create_graph=True
                 for parameter, gradient in found:
-                    _add_gradient(parameter, gradient)
+                    add_gradient(parameter, gradient)
         else:
             backpropagate_leaves(every)
 
@@ -274,7 +274,7 @@ def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)
 
 
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """Accumulate as autograd does: a gradient stays sparse until a dense one is added."""
     if parameter.grad is None:
         parameter.grad = gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf, sqrt
 from typing import Any, Literal
 
@@ -156,6 +156,24 @@ class ENGM(ExampleOptimizer):
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weigh must return one weight for each of the {len(norms)} norms, got {got}.")
         return weights.detach()
+
+    def carried(self) -> dict[str, Tensor]:
+        """As the base's, and the running quantile."""
+        value = None if self.quantile is None else self.quantile.value
+        return super().carried() if value is None else {**super().carried(), "quantile": value}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """As the base's."""
+        own = dict(tensors)
+        value = own.pop("quantile", None)
+        super().carry(own)
+        if self.quantile is not None:
+            self.quantile.value = value
+
+    def eager_reason(self) -> str | None:
+        """As the base's: the first quantile is the batch's own, those that follow are averages."""
+        first = self.quantile is not None and self.quantile.value is None
+        return "alpha='auto' takes its first quantile" if first else None
 
     def _own_state(self) -> dict[str, Any]:
         state = super()._own_state()

@@ -1,0 +1,191 @@
+"""A recorded step as a straight-line program: how it is traced, cleaned and run.
+
+The engine runs as it is while torch's own tracer notes every operator. What comes out has no hook, rule or plan in it:
+it reads its inputs, and the tensors that were there before it was recorded (parameters, buffers) by identity.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .._C import StraightLine
+from .refusals import UnrecordableError
+
+Function = Callable[..., list[Tensor]]
+COPIES = frozenset([torch.ops.aten.detach.default, torch.ops.aten.alias.default])  # nothing is left to detach from
+
+
+class Program:
+    """What a function of tensors did, to be done again for other tensors.
+
+    Args:
+        module: the recorded operators.
+
+    Attributes:
+        length: number of operators.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._line, self.length = _straight_line(module)
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, which are as many and as large as those that were recorded."""
+        with torch.no_grad():
+            return self._line.run(inputs)
+
+
+def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
+    """The operators of a recording as a program that runs without Python, and how many there are.
+
+    Raises:
+        UnrecordableError: something in it is no operator of tensors.
+    """
+    nodes = list(module.graph.nodes)
+    last = {source: node for node in nodes for source in node.all_input_nodes}
+    place: dict[fx.Node, int] = {}
+    owned: dict[fx.Node, list[int]] = {}  # by the node that reads them last, the places that are free afterwards
+    constants, inputs, calls = [], [], []
+    outputs: list[int] = []
+    count = 0
+    for node in nodes:
+        first, width = count, 1
+        if node.op == "placeholder":
+            inputs.append(count)
+        elif node.op == "get_attr":
+            constants.append((count, _attribute(module, str(node.target))))
+        elif node.op == "output":
+            outputs, width = [place[result] for result in node.args[0]], 0
+        elif node.target is operator.getitem:
+            place[node], width = place[node.args[0]] + node.args[1], 0
+        elif isinstance(node.target, torch._ops.OpOverload):
+            width = _width(node)
+            calls.append((node, first, width))
+        else:
+            raise UnrecordableError(f"'{node.target}' is no operator of tensors", for_good=True)
+        if width:
+            place[node] = first
+            count += width
+    for node, first, width in calls:
+        readers = [user for user in node.users if user.target is operator.getitem]
+        ends = [
+            last[other] for other in (node, *readers) if other in last and last[other].target is not operator.getitem
+        ]
+        end = max(ends, key=nodes.index) if ends else node
+        owned.setdefault(end, []).extend(range(first, first + width))
+    line = StraightLine(count, constants, inputs, outputs)
+    for node, first, width in calls:
+        name, _, overload = str(node.target._schema.name), None, node.target._schema.overload_name
+        line.add(name, overload, _arguments(node, place), first, width, owned.get(node, []))
+    return line, len(calls)
+
+
+def _attribute(module: fx.GraphModule, name: str) -> Tensor:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found  # type: ignore[no-any-return]
+
+
+def _width(node: fx.Node) -> int:
+    """How many values an operator returns; of a list of tensors as many as are read."""
+    returns = node.target._schema.returns
+    if len(returns) == 1 and returns[0].type.kind() == "ListType":
+        picked = [user.args[1] for user in node.users]
+        if any(user.target is not operator.getitem for user in node.users):
+            raise UnrecordableError(f"the tensors of '{node.target}' are handed on as a list", for_good=True)
+        return max(picked, default=-1) + 1
+    return len(returns)
+
+
+def _arguments(node: fx.Node, place: dict[fx.Node, int]) -> list[Any]:
+    """The arguments of an operator in the order of its schema, as ``StraightLine.add`` takes them."""
+
+    def described(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return (place[value],)
+        if isinstance(value, list | tuple) and any(isinstance(part, fx.Node) for part in value):
+            return ([-1 if part is None else place[part] for part in value],)
+        return [value]
+
+    found = []
+    for number, argument in enumerate(node.target._schema.arguments):
+        if number < len(node.args):
+            found.append(described(node.args[number]))
+        else:
+            found.append(described(node.kwargs[argument.name]) if argument.name in node.kwargs else None)
+    return found
+
+
+def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The operators that ``function(*inputs)`` runs, and what it returns; it is run once, on these very inputs.
+
+    Raises:
+        Exception: whatever the function raises; also where the host reads a value that comes of the inputs.
+    """
+    outputs: list[Tensor] = []
+
+    def noted(*tensors: Tensor) -> list[Tensor]:
+        outputs[:] = function(*tensors)
+        return outputs
+
+    module = make_fx(noted, tracing_mode="real")(*inputs)
+    return module, outputs
+
+
+def cleaned(module: fx.GraphModule) -> Program:
+    """The program of a recording: without copies that only autograd needs, and without what nobody reads."""
+    for node in list(module.graph.nodes):
+        if node.target in COPIES:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code(is_kept)
+    module.recompile()
+    return Program(module)
+
+
+def is_kept(node: fx.Node) -> bool:
+    """Whether a node matters even if nobody reads what it returns: it writes into a tensor, or draws at random."""
+    return node.op in ("placeholder", "output") or is_random(node) or _writes(node)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def hang_on_data(module: fx.GraphModule, first: int, data: int) -> bool:
+    """Whether any of the outputs from number ``first`` on comes of the first ``data`` inputs, or of random numbers.
+
+    The other inputs, and what was there before, are no data. What is written into a view is in all views of the memory.
+    """
+    nodes = list(module.graph.nodes)
+    memory: dict[fx.Node, fx.Node] = {}  # the node that the memory of a node's result is of
+    moved = set([node for node in nodes if node.op == "placeholder"][:data])
+    for node in nodes:
+        memory[node] = memory[node.all_input_nodes[0]] if _is_view(node) else node
+        if is_random(node) or any(memory[source] in moved for source in node.all_input_nodes):
+            moved.add(memory[node])
+            if _writes(node):
+                moved.update(memory[source] for source in node.all_input_nodes[:1])
+    (output,) = (node for node in nodes if node.op == "output")
+    results: Any = output.args[0]
+    return any(memory[result] in moved for result in results[first:] if isinstance(result, fx.Node))
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node returns memory of its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.returns or not node.all_input_nodes:
+        return False
+    return schema.returns[0].alias_info is not None

@@ -1,0 +1,37 @@
+"""Why a step cannot be recorded, in one sentence that names the operator and the line of the user's code."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import Path
+
+import torch
+
+OURS = str(Path(__file__).parents[1])
+TORCHS = str(Path(torch.__file__).parent)
+
+
+class UnrecordableError(Exception):
+    """A step cannot be recorded.
+
+    Args:
+        reason: in words.
+        for_good: whether the next step of its kind cannot be either.
+    """
+
+    def __init__(self, reason: str, *, for_good: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.for_good = for_good
+
+
+def in_words(error: Exception) -> str:
+    """What kept a step from being recorded: what torch says, the operator, and where the user's code ran it."""
+    operator = re.search(r"(?:aten|engm)[.:]+\w+", str(error))
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not frame.filename.startswith((OURS, TORCHS, "<"))]
+    where = f", at {Path(users[-1].filename).name}:{users[-1].lineno} ({users[-1].line})" if users else ""
+    what = f"'{operator.group(0)}' " if operator else ""
+    said = str(error).strip().splitlines()
+    return f"{what}cannot be recorded{where}: {type(error).__name__}: {said[0] if said else ''}"

@@ -1,0 +1,407 @@
+"""A training step that is recorded the second time that it is asked for, and replayed from then on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..checks import check_finite
+from ..graph.plan import PlannedGraph
+from ..measurement import Measurement
+from ..optim import ExampleOptimizer, StepStats
+from ..optim.batch import add_gradient
+from ..torch_internals import has_gradient_hooks, saved_tensors_of, tree_flatten, tree_unflatten
+from .guards import of_function, of_leaf, of_network, of_object, of_torch
+from .program import Program, cleaned, hang_on_data, recorded
+from .refusals import UnrecordableError, in_words
+from .state import Before
+
+BACKENDS = ("replay",)
+MOST_PROGRAMS = 8  # kept at once
+LossFunction = Callable[..., Any]
+
+
+@dataclass
+class Report:
+    """What became of the steps so far.
+
+    Attributes:
+        recorded: programs that were made; the steps at which they were are among the eager ones.
+        replayed: steps that a program did.
+        eager: steps that ran as without recording, by the reason.
+        refused: why steps of some kind are never recorded, one sentence each.
+        length: operators of the program that was replayed last.
+    """
+
+    recorded: int = 0
+    replayed: int = 0
+    eager: Counter[str] = field(default_factory=Counter)
+    refused: list[str] = field(default_factory=list)
+    length: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.recorded} recorded, {self.replayed} replayed ({self.length} operators), {self.eager.total()} eager"
+        ]
+        lines += [f"  eager {count} times: {reason}" for reason, count in self.eager.most_common()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """A program with the meaning of its inputs and outputs.
+
+    Attributes:
+        program: the operators.
+        reached: the parameters that get gradients, which are the first outputs.
+        figures: the names of the figures of the step, the next outputs.
+        carried: the names of the optimizer's tensors that are replaced, the last outputs.
+        watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
+    """
+
+    program: Program
+    reached: list[Tensor]
+    figures: tuple[str, ...]
+    carried: tuple[str, ...]
+    watched: tuple[Hashable, ...]
+
+
+class RecordedStep:
+    """What :func:`record` returns; call it with a batch.
+
+    Args:
+        opt: the optimizer.
+        loss_fn: computes losses, see :func:`record`.
+        backend: how programs run.
+    """
+
+    def __init__(self, opt: ExampleOptimizer, loss_fn: LossFunction, backend: str) -> None:
+        self.opt = opt
+        self.loss_fn = loss_fn
+        self.backend = backend
+        self._recordings: dict[Hashable, _Recording | str] = {}  # or why there is none
+        self._met: set[Hashable] = set()
+        self._report = Report()
+
+    def report(self) -> Report:
+        """How many steps were recorded, replayed and run eagerly, and why."""
+        return self._report
+
+    def __call__(self, *batch: Any, divisor: float | None = None, loss_scale: float = 1.0) -> StepStats:
+        """Do what ``opt.backward(loss_fn(*batch))`` does, and return the same figures.
+
+        Args:
+            *batch: what the loss function takes: tensors and anything else, in any nest.
+            divisor: as in :meth:`engm.ExampleOptimizer.backward`.
+            loss_scale: as there.
+
+        Raises:
+            Exception: whatever the loss function or ``backward`` raises.
+        """
+        leaves, spec = tree_flatten(batch)
+        call = _Call(self.opt, self.loss_fn, leaves, spec, divisor, loss_scale)
+        reason = _reason_for_eager(self.opt)
+        if reason is not None:
+            return self._eager(call, reason)
+        key = call.key()
+        known = self._recordings.get(key)
+        if isinstance(known, str):
+            return self._eager(call, known)
+        if known is not None:
+            if _comparison_is_due(self.opt, known.watched):
+                return self._eager(call, "a comparison with autograd's gradients is due")
+            return self._replay(call, known)
+        if key not in self._met:
+            self._met.add(key)
+            return self._eager(call, "the first step of its kind")
+        return self._record(call, key)
+
+    def _eager(self, call: _Call, reason: str) -> StepStats:
+        self._report.eager[reason] += 1
+        return call.run()
+
+    def _replay(self, call: _Call, recording: _Recording) -> StepStats:
+        outputs = recording.program(call.inputs())
+        gradients, figures, carried = _split(recording, outputs)
+        stats = StepStats(**figures)
+        if stats.losses.device.type == "cpu":
+            check_finite(stats.losses)
+        for parameter, gradient in gradients:
+            add_gradient(parameter, gradient)
+        self.opt.carry(carried)
+        self.opt.model.watch.steps += len(recording.watched)
+        self._report.replayed += 1
+        self._report.length = recording.program.length
+        return self.opt.after_program(stats)
+
+    def _record(self, call: _Call, key: Hashable) -> StepStats:
+        """Record the step, replay it, and run it eagerly on the same data; what the last has done stays.
+
+        The program is kept if all three give the same bits.
+        """
+        before = Before(self.opt)
+        found: _Recording | UnrecordableError
+        got: list[Tensor] = []
+        try:
+            try:
+                found = _recording_of(call, before)
+                before.put_back()
+                call.clear_gradients()
+                got = [*found.program(call.inputs()), *before.buffers_now()]
+            finally:
+                before.put_back()
+        except UnrecordableError as error:
+            found = error
+        except Exception as error:
+            found = UnrecordableError(in_words(error), for_good=True)
+        if isinstance(found, UnrecordableError):
+            if found.for_good:
+                self._keep(key, found.reason)
+                self._report.refused.append(found.reason)
+            return self._eager(call, found.reason)
+        call.clear_gradients()
+        try:
+            stats = call.run()
+        except BaseException:
+            before.put_back_gradients()
+            raise
+        gradients = [parameter.grad for parameter in found.reached if parameter.grad is not None]
+        every = [(p, p.grad) for p, _ in before.gradients if p.grad is not None]
+        want = [*gradients, *(getattr(stats, name) for name in found.figures)]
+        want += [self.opt.carried()[name] for name in found.carried] + before.buffers_now()
+        before.put_back_gradients()
+        for parameter, gradient in every:
+            add_gradient(parameter, gradient)
+        same = len(every) == len(gradients) and len(got) == len(want) and all(map(_same_bits, got, want))
+        if same:
+            self._keep(key, found)
+            self._report.recorded += 1
+        else:
+            reason = "replayed, the recorded step gives other numbers than the step itself"
+            self._keep(key, reason)
+            self._report.refused.append(reason)
+        self._report.eager["recorded, and compared with its replay"] += 1
+        return stats
+
+    def _keep(self, key: Hashable, found: _Recording | str) -> None:
+        if len(self._recordings) >= MOST_PROGRAMS:
+            del self._recordings[next(iter(self._recordings))]
+        self._recordings[key] = found
+
+
+class _Call:
+    """One call of a step."""
+
+    def __init__(
+        self,
+        opt: ExampleOptimizer,
+        loss_fn: LossFunction,
+        leaves: list[Any],
+        spec: Any,
+        divisor: float | None,
+        loss_scale: float,
+    ) -> None:
+        self.opt = opt
+        self._loss_fn = loss_fn
+        self._leaves = leaves
+        self._spec = spec
+        self._options: dict[str, Any] = {"divisor": divisor, "loss_scale": loss_scale}
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def key(self) -> Hashable:
+        """What a program for this call depends on."""
+        opt = self.opt
+        device = next(opt.model.parameters()).device
+        carried = [(name, of_leaf(tensor)) for name, tensor in opt.carried().items()]
+        factors = [(key, of_leaf(tensor)) for key, tensor in opt.model.calibration.carried().items()]
+        return (
+            tuple(map(of_leaf, self._leaves)),
+            self._spec,
+            tuple(self._options.values()),
+            of_object(opt, opt.not_for_programs),
+            tuple(carried),
+            tuple(factors),
+            of_network(opt.model),
+            of_function(self._loss_fn),
+            of_torch(device),
+        )
+
+    def run(self) -> StepStats:
+        """The step as it is without recording."""
+        return self.run_with(self.tensors)
+
+    def run_with(self, tensors: Sequence[Tensor], check: bool | None = None) -> StepStats:
+        """The step for other tensors in the batch."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        found = self._loss_fn(*tree_unflatten(leaves, self._spec))
+        measurement: Measurement | None = None
+        if isinstance(found, tuple):
+            if len(found) != 2:
+                raise TypeError(
+                    f"loss_fn must return losses or (losses, measurement), it returned {len(found)} values."
+                )
+            found, measurement = found
+        return self.opt.backward(found, measurement=measurement, check=check, **self._options)
+
+    def inputs(self) -> list[Tensor]:
+        """What a program reads: the batch's tensors, the optimizer's, and the calibration's."""
+        return [*self.tensors, *self.opt.carried().values(), *self.opt.model.calibration.carried().values()]
+
+    def clear_gradients(self) -> None:
+        """No parameter has a gradient any more."""
+        for parameter in self.opt.model.parameters():
+            parameter.grad = None
+
+
+def _recording_of(call: _Call, before: Before) -> _Recording:
+    """Record a call.
+
+    Raises:
+        UnrecordableError: it cannot be recorded, today or ever.
+    """
+    opt, model = call.opt, call.opt.model
+    names, keys, data = list(opt.carried()), list(model.calibration.carried()), len(call.tensors)
+    watched: list[Hashable] = []
+    routes: list[Tensor] = []
+    described: list[Any] = []
+
+    def observe(graph: PlannedGraph, skeleton: Hashable) -> None:
+        _refuse_unsettled(graph)
+        for route in graph.plan.routes:
+            saved = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
+            routes.append(saved)  # type: ignore[arg-type]
+        if model.strict:
+            watched.append(skeleton)
+            if model.watch.would_be_due(skeleton, model.check_every):
+                raise UnrecordableError("a comparison with autograd's gradients is due")
+
+    def function(*inputs: Tensor) -> list[Tensor]:
+        opt.carry(dict(zip(names, inputs[data:], strict=False)))
+        model.calibration.carry(dict(zip(keys, inputs[data + len(names) :], strict=True)))
+        stats = call.run_with(inputs[:data], check=False)
+        reached = [p for p in model.parameters() if p.grad is not None]
+        figures = {name: value for name, value in vars(stats).items() if value is not None}
+        after = opt.carried()
+        changed = {
+            name: after[name] for name, given in zip(names, inputs[data:], strict=False) if after[name] is not given
+        }
+        described[:] = reached, tuple(figures), tuple(changed)
+        return [*(p.grad for p in reached), *figures.values(), *changed.values(), *routes]
+
+    draws = model.calibration.sample.draws
+    call.clear_gradients()
+    model.observer = observe
+    try:
+        module, outputs = recorded(function, call.inputs())
+    finally:
+        model.observer = None
+    if model.calibration.sample.draws != draws:
+        raise UnrecordableError("a calibration is due")
+    beyond = before.changed_beyond_a_program()
+    if beyond is not None:
+        raise UnrecordableError(beyond, for_good=True)
+    first = len(outputs) - len(routes)
+    if hang_on_data(module, first, data):
+        raise UnrecordableError(
+            "rows are moved by the batch's data, so that whose they are is looked at", for_good=True
+        )
+    reached, figures, carried = described
+    return _Recording(_without(module, first), reached, figures, carried, tuple(watched))
+
+
+def _without(module: GraphModule, first: int) -> Program:
+    """The program of a recording, without its outputs from number ``first`` on."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    output.args = (list(output.args[0][:first]),)
+    return cleaned(module)
+
+
+def _refuse_unsettled(graph: PlannedGraph) -> None:
+    """Refuses graphs whose plans are not known to hold for the next step.
+
+    Raises:
+        UnrecordableError: see there.
+    """
+    plan = graph.plan
+    if plan.told is not None or not plan.keeps:
+        raise UnrecordableError(
+            "rows are moved by data, so that whose they are is measured at every step", for_good=True
+        )
+    if plan.blind or plan.doubtful:
+        raise UnrecordableError("some rows had no gradient yet, so that it is not known whose they are")
+    if graph.trace.tokens:
+        raise UnrecordableError("a part of the network is compiled: leave that to the recorded step", for_good=True)
+
+
+def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
+    """Why this very step runs eagerly, whatever is recorded."""
+    if opt.model.shard_group is not None or (
+        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ):
+        return "several processes work together"
+    if any(has_gradient_hooks(parameter) for _, parameter in opt.model.trainable_parameters()):
+        return "hooks hang on parameters, which autograd alone runs"
+    if opt.model.calibration.due():
+        return "a calibration is due"
+    return opt.eager_reason()
+
+
+def _comparison_is_due(opt: ExampleOptimizer, watched: Sequence[Hashable]) -> bool:
+    model = opt.model
+    return any(model.watch.would_be_due(s, model.check_every, k) for k, s in enumerate(watched, 1))
+
+
+def _split(
+    recording: _Recording, outputs: Sequence[Tensor]
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients by parameter, figures and carried tensors by name."""
+    given = iter(outputs)
+    gradients = [(parameter, next(given)) for parameter in recording.reached]
+    figures = {name: next(given) for name in recording.figures}
+    return gradients, figures, {name: next(given) for name in recording.carried}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, NaN for NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "replay") -> RecordedStep:
+    """A training step that is recorded once as a straight-line program, and replayed from then on.
+
+    ``step(*batch)`` does what ``opt.backward(loss_fn(*batch))`` does, and gives the same bits: gradients are added to
+    ``p.grad``, batch norms take note of their statistics, random numbers are drawn. What costs host time in a step,
+    hooks and rules and the walk through the graph, is gone. The first step of every kind (batch size, modes, options)
+    runs eagerly; the second is recorded, replayed and run, and the program is kept where all give the same bits.
+
+    Steps at which something else is due run eagerly: calibrations of batch norm, regressions of A-ENGM, comparisons
+    with autograd's gradients; and steps that cannot be recorded: where data move rows between examples, or decide what
+    runs. :meth:`RecordedStep.report` says how many and why.
+
+    Args:
+        opt: an engm optimizer.
+        loss_fn: takes a batch, calls the wrapped model (and an attack, if it likes), and returns losses ``[n]`` or
+            ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step; whatever
+            else it reads is taken to be as it was when the step was recorded, but for the modes and options of the
+            network and the optimizer and plain values that it closes over, which are looked at.
+        backend: ``"replay"``: the program as it is.
+
+    Raises:
+        TypeError: ``opt`` is no engm optimizer.
+        ValueError: the backend is not known.
+    """
+    if not isinstance(opt, ExampleOptimizer):
+        raise TypeError(f"record expects an engm optimizer, got {type(opt).__name__}: wrap it, engm.MSGD(model, opt).")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    return RecordedStep(opt, loss_fn, backend)
