@@ -1,0 +1,303 @@
+"""Recorded steps against the same steps without recording: the same bits, whatever the network, optimizer and data."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import engm
+
+SIDE, N, CLASSES = 6, 5, 3
+
+
+class Images(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(2, 4, 3, padding=1), norm(4), nn.ReLU()),
+            *(nn.Conv2d(4, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(), nn.Dropout(0.2)),
+        )
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class Sequences(nn.Module):
+    """An LSTM or a transformer over the rows of an image."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        found = self.layer(x.transpose(1, 2).flatten(2))
+        return self.head((found[0] if isinstance(found, tuple) else found).mean(1))
+
+
+NETWORKS = {
+    "group norm": lambda: Images(lambda c: nn.GroupNorm(2, c)),
+    "batch norm": lambda: Images(nn.BatchNorm2d),
+    "transformer": lambda: Sequences(nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)),
+    "LSTM": lambda: Sequences(nn.LSTM(12, 12, batch_first=True)),
+}
+
+
+def engm_of(model, sgd):
+    return engm.ENGM(model, sgd, 0.5)
+
+
+OPTIMIZERS = {
+    "ENGM": engm_of,
+    "ENGM auto": lambda model, sgd: engm.ENGM(model, sgd, "auto"),
+    "MSGD": engm.MSGD,
+    "A-ENGM": lambda model, sgd: engm.AENGM(model, sgd, 0.5, tau=10),
+    "N-ENGM": lambda model, sgd: engm.NENGM(model, sgd, 0.05),
+    "SNGM": engm.SNGM,
+    "GNC": lambda model, sgd: engm.GNC(model, sgd, 0.5),
+    "F-ENGM": lambda model, sgd: engm.FENGM(model, sgd),
+}
+
+
+class Training:
+    """A network with its optimizer, and a step that calls both by hand or as a recorded one."""
+
+    def __init__(self, net, optimizer=engm_of, attacked=False, **options):
+        self.model = engm.GradNormModule(net, **options)
+        self.opt = optimizer(self.model, torch.optim.SGD(net.parameters(), 0.05, momentum=0.9))
+        self.attacked = attacked
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.opt, [7])
+        self.recorded = engm.record(self.opt, self.losses)
+
+    def losses(self, x, y):
+        if not self.attacked:
+            return F.cross_entropy(self.model(x), y, reduction="none")
+        self.model.eval()
+        x_adv = (x + 0.1 * torch.rand_like(x)).requires_grad_()
+        with self.model.paused():
+            (slope,) = torch.autograd.grad(F.cross_entropy(self.model(x_adv), y, reduction="sum"), x_adv)
+        x_adv = (x_adv + 0.1 * slope.sign()).detach().requires_grad_()
+        losses = F.cross_entropy(self.model(x_adv), y, reduction="none")
+        measured = engm.measure(self.model, losses, x_adv, norms=self.opt.needs_norms)
+        x_adv = (x_adv + 0.1 * measured.input_grads.sign()).detach()
+        self.model.train()
+        return F.cross_entropy(self.model(x_adv), y, reduction="none"), measured
+
+    def by_hand(self, x, y):
+        found = self.losses(x, y)
+        return self.opt.backward(*found[:1], measurement=found[1]) if self.attacked else self.opt.backward(found)
+
+    def go(self, step, batches, seed=0):
+        """Steps over the batches, and everything that they leave."""
+        figures = []
+        for number, (x, y) in enumerate(batches):
+            torch.manual_seed(seed + number)
+            stats = step(x, y)
+            figures.append({name: t.clone() for name, t in vars(stats).items() if t is not None})
+            self.opt.step()
+            self.opt.zero_grad()
+            self.schedule.step()
+        return figures, copy.deepcopy(self.model.state_dict()), copy.deepcopy(self.opt.state_dict())
+
+
+def batches(count, sizes=(N,), seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(n, 2, SIDE, SIDE, generator=generator), torch.randint(CLASSES, (n,), generator=generator))
+        for n in (sizes[k * len(sizes) // count] for k in range(count))
+    ]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.nan_to_num(7), b.nan_to_num(7)) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_the_same(net, data, least, **options):
+    """Recorded steps leave what steps by hand leave, and at least so many of them were replayed."""
+    recorded, plain = Training(copy.deepcopy(net), **options), Training(net, **options)
+    assert same(recorded.go(recorded.recorded, data), plain.go(plain.by_hand, data)), recorded.recorded.report()
+    report = recorded.recorded.report()
+    assert report.replayed >= least, report
+    assert report.replayed + report.eager.total() == len(data)
+    return report
+
+
+@pytest.mark.parametrize("attacked", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_is_the_step_by_hand(optimizer, name, attacked):
+    if optimizer in ("A-ENGM", "N-ENGM") and not attacked:
+        pytest.skip("reads input gradients, which the loss function has to measure")
+    torch.manual_seed(3)
+    net = NETWORKS[name]()
+    assert_the_same(net, batches(16), 8, optimizer=OPTIMIZERS[optimizer], attacked=attacked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attacked", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_over_many_steps(name, attacked):
+    torch.manual_seed(3)
+    options = {"calibrate_every": 30, "check_every": 50}
+    report = assert_the_same(NETWORKS[name](), batches(120, (N, N + 2, N)), 90, attacked=attacked, **options)
+    assert report.recorded == 2
+    assert report.eager["a comparison with autograd's gradients is due"] >= 1
+
+
+def training(**options):
+    torch.manual_seed(3)
+    return Training(NETWORKS["group norm"](), **options)
+
+
+def test_gradients_accumulate():
+    a, b = training(), training()
+    for number, (x, y) in enumerate(batches(6)):
+        torch.manual_seed(number)
+        a.recorded(x, y, divisor=2 * N)
+        torch.manual_seed(number)
+        b.opt.backward(b.losses(x, y), divisor=2 * N)
+        assert same([p.grad for p in a.model.parameters()], [p.grad for p in b.model.parameters()])
+    assert a.recorded.report().replayed == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: setattr(t.opt, "alpha", 0.01),
+        lambda t: t.model.eval(),
+        lambda t: setattr(t.model.body[-1], "p", 0.7),
+        lambda t: t.model.head.bias.requires_grad_(False),
+        lambda t: t.model.head.weight.data.copy_(torch.ones(CLASSES, 4)),
+        lambda t: setattr(t.model.head, "weight", nn.Parameter(torch.ones(CLASSES, 4))),
+        lambda t: t.model.head.register_buffer("other", torch.ones(2)),
+        lambda t: t.model.double(),
+    ],
+)
+def test_what_changes_between_steps_counts(change):
+    a, b = training(), training()
+    data = batches(8)
+    for t, step in ((a, a.recorded), (b, b.by_hand)):
+        t.go(step, data)
+        change(t)
+    cast = [(x.to(next(a.model.parameters()).dtype), y) for x, y in data]
+    a.opt.zero_grad()
+    b.opt.zero_grad()
+    for number, (x, y) in enumerate(cast):
+        for t, step in ((a, a.recorded), (b, b.by_hand)):
+            torch.manual_seed(number)
+            t.stats = step(x, y)
+        assert same(vars(a.stats), vars(b.stats))
+        assert same([p.grad for p in a.model.parameters()], [p.grad for p in b.model.parameters()])
+
+
+def test_plain_values_that_the_loss_function_closes_over_count():
+    t = training()
+    factor = 1.0
+
+    def losses(x, y):
+        return factor * F.cross_entropy(t.model(x), y, reduction="none")
+
+    step = engm.record(t.opt, losses)
+    t.model.eval()
+    x, y = batches(1)[0]
+    for _ in range(3):
+        first = step(x, y).losses
+    factor = 2.0
+    assert torch.equal(step(x, y).losses, 2 * first)
+
+
+def test_losses_that_are_not_finite_change_nothing():
+    t = training()
+    data = batches(4)
+    t.go(t.recorded, data)
+    x, y = data[0]
+    with pytest.raises(engm.checks.NonFiniteError):
+        t.recorded(x * torch.inf, y)
+    assert all(p.grad is None for p in t.model.parameters())
+    assert t.recorded.report().replayed == 2
+
+
+class Decides(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(72, 4), nn.Linear(4, CLASSES)
+        self.calls = 0
+
+    def forward(self, x):
+        return self.b(self.how(self, torch.relu(self.a(x.flatten(1)))))
+
+
+def reads_a_value(net, h):
+    return h if h.sum().item() > 1e9 else 2 * h
+
+
+def draws_from_python(net, h):
+    return h * random.random()
+
+
+def moves_rows(net, h):
+    order = h[:, 0].argsort()
+    return net.b.weight.mean() * h[order].cumsum(1)[order.argsort()] + h
+
+
+def counts(net, h):
+    net.calls += 1
+    return h * net.calls
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (reads_a_value, r"'aten._local_scalar_dense' cannot be recorded, at test_record.py:\d+ \(return h if h.sum"),
+        (draws_from_python, "draws random numbers from Python"),
+        (moves_rows, "rows are moved by"),
+    ],
+)
+def test_what_cannot_be_recorded_says_so_and_runs(how, words):
+    torch.manual_seed(0)
+    net = Decides(how)
+    recorded, plain = Training(copy.deepcopy(net)), Training(net)
+    data = batches(5)
+    results = []
+    for t, step in ((recorded, recorded.recorded), (plain, plain.by_hand)):
+        random.seed(0)
+        results.append(t.go(step, data))
+    assert same(*results)
+    report = recorded.recorded.report()
+    assert report.replayed == report.recorded == 0
+    (reason,) = report.refused
+    pytest.importorskip("re")
+    import re
+
+    assert re.search(words, reason), reason
+    assert reason in str(report)
+
+
+def test_a_network_that_counts_its_calls_is_not_replayed():
+    torch.manual_seed(0)
+    net = Decides(counts)
+    assert_the_same(net, batches(5), 0)
+
+
+def test_refuses_what_is_no_optimizer_of_ours():
+    t = training()
+    with pytest.raises(TypeError, match="engm.MSGD"):
+        engm.record(t.opt.optimizer, t.losses)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        engm.record(t.opt, t.losses, backend="magic")
+
+
+def test_a_wrong_loss_function_says_what_it_should_return():
+    t = training()
+    step = engm.record(t.opt, lambda x, y: (x, y, x))
+    with pytest.raises(TypeError, match=r"\(losses, measurement\), it returned 3"):
+        step(*batches(1)[0])
