@@ -180,7 +180,8 @@ class TermCollector:
         for entry in self.graph.plan.entries:
             found = captured if entry.position in sinks else passed
             found.setdefault(entry.position, []).append(entry)
-        for position in self.graph.plan.silent if self.graph.doubtful else ():
+        plan = self.graph.plan
+        for position in {*plan.silent, *(key[0] for key in plan.junctions)} if self.graph.doubtful else ():
             (captured if position in sinks else passed).setdefault(position, [])
         return captured, passed
 
@@ -306,6 +307,9 @@ class TermCollector:
                         self._doubt(gradient, torch.ones((), dtype=torch.bool, device=gradient.device))
             if position in plan.unknown_of_nodes and gradients[0] is not None:
                 self._doubt(gradients[0], plan.unknown_of_nodes[position])
+            for number, gradient in enumerate(gradients):
+                if gradient is not None and (position, number) in plan.junctions:
+                    self._doubt(gradient, plan.junctions[position, number].unknown)
         told = self.graph.plan.told
         if told is not None:
             try:

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 
-WITNESSES = 2  # examples that have to be seen in a column of rows before rows without a gradient count as known
+# Examples that have to be seen in a column of rows before rows without a gradient count as known, and places along a
+# dimension before the owners count as the same along it.
+WITNESSES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +54,30 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
         witnessed = owners[~silent].unique().numel() >= min(WITNESSES, n)
         if bool(silent.any()) and (not witnessed or _fits_elsewhere(owners, n, found.ownership)):
             return replace(found, unknown=silent)
-        return found
+        return _with_lone_places(found, owners, n) if bool(silent.any()) and n > 1 else found
     if blind is not None:
         rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
         silent &= ~blind
     return Arrangement(Owners(rows, n), silent if bool(silent.any()) else None)
+
+
+def _with_lone_places(found: Arrangement, owners: Tensor, n: int) -> Arrangement:
+    """Where one place along a dimension tells of the others, what those hold without a gradient is not known."""
+    unknown = torch.zeros_like(owners, dtype=torch.bool)
+    silent = owners == NOBODY
+    for dim, length in enumerate(owners.shape):
+        if length == 1 or (isinstance(found.ownership, Layout) and dim == found.ownership.dim):
+            continue
+        others = [other for other in range(owners.dim()) if other != dim]
+        lowest = torch.where(silent, n, owners).amin(others, keepdim=True)
+        witnessed = owners.amax(others, keepdim=True) > lowest  # by two examples or more
+        if int(witnessed.sum()) < WITNESSES:
+            unknown |= silent & ~witnessed
+    if not bool(unknown.any()):
+        return found
+    if found.unknown is not None:
+        unknown |= found.unknown.view(*found.unknown.shape, *[1] * (owners.dim() - found.unknown.dim()))
+    return replace(found, unknown=unknown)
 
 
 def without_trailing(owners: Tensor) -> Tensor:
@@ -144,21 +165,30 @@ def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:
     if length == 0 or length % n:
         return None
     numbers = torch.arange(n).view(1, n, 1)
+    silent, ambiguous = rows == NOBODY, torch.zeros_like(rows, dtype=torch.bool)
+    complete = not bool(silent.any())
+    first: Tensor | None = None  # the owners of all rows by the first layout that fits
     best: tuple[int, Arrangement] | None = None
-    silent = rows == NOBODY
     for outer in _divisors(length // n):
         split = rows.view(outer, n, -1)
         if not bool(((split == numbers) | (split == NOBODY)).all()):
             continue
         layout = Layout(dim, outer, split.shape[2])
+        if complete:
+            return Arrangement(layout)
         seen = (split != NOBODY).sum(1, keepdim=True) >= min(WITNESSES, n)
         unknown = silent & ~seen.expand_as(split).reshape(-1)
         missing = int(unknown.sum())
-        if missing == 0:
-            return Arrangement(layout)
         if best is None or missing < best[0]:
             best = missing, Arrangement(layout, unknown)
-    return None if best is None else best[1]
+        given = numbers.expand_as(split).reshape(-1)
+        first = given if first is None else first
+        ambiguous |= given != first
+    if best is None:
+        return None
+    found = best[1]
+    unknown = silent & ambiguous if found.unknown is None else found.unknown | (silent & ambiguous)
+    return replace(found, unknown=unknown if bool(unknown.any()) else None)
 
 
 def _divisors(number: int) -> list[int]:
