@@ -291,8 +291,10 @@ class TermCollector:
 
     def _doubt(self, gradient: Tensor, unknown: Tensor) -> None:
         """Note whether a gradient came to rows of which the plan does not know whose they are."""
-        rows = gradient.reshape(*unknown.shape, -1)[unknown]
-        found = ((rows != 0) & ~rows.isnan()).any()
+        if gradient.numel() == 0:
+            return
+        largest = gradient.detach().reshape(*unknown.shape, -1).abs().amax(-1)
+        found = ((largest != 0) & unknown).any()
         self._surprise = found if self._surprise is None else self._surprise | found
 
     def _enter(self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:

@@ -132,10 +132,9 @@ class _Planner:
             child = self._child(position, slot)
             if child in self.shared or position in self.shared or position in self.silent:  # silent ones are watched
                 continue
-            if child >= 0:
-                whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
-                if whole is None or not regular(whole, self.n):
-                    return True
+            whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
+            if whole is None or not regular(whole, self.n):
+                return True
             if self._tells(position, slot):
                 if self._hides(position, position in routed):
                     return True
@@ -402,13 +401,13 @@ class _Planner:
     def _junctions(self) -> dict[Key, Junction]:
         """Outputs in which rows come up more than once, or that read what others read, if some had no gradient."""
         found: dict[Key, Junction] = {}
-        meeting = {position for position, _ in self.edges}
+        meeting, skip = {position for position, _ in self.edges}, self.shared | self.structure.no_inputs
         for (position, number), owners in self.nodes.items():
             if position in self.shared or position in self.silent or not self.structure.trains[position]:
                 continue
             if not bool((owners == NOBODY).any()) or self._accounts_for(position):
                 continue
-            if position in meeting or repeats_rows(self.traced, position, self.shared):
+            if position in meeting or repeats_rows(self.traced, position, skip):
                 arrangement = arranged(owners, self.n)
                 if arrangement.unknown is not None:
                     unknown = arrangement.unknown.to(self.losses.device)
@@ -449,7 +448,8 @@ class _Planner:
     def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
             return [], True
-        return routes_of(self.traced, self.structure, self.nodes, self.shared | self.silent, self.n)
+        skip = self.shared | self.silent | self.structure.no_inputs
+        return routes_of(self.traced, self.structure, self.nodes, skip, self.n)
 
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)

@@ -235,7 +235,8 @@ def routes_of(
         traced: the graph.
         structure: what it tells by itself.
         owners: of the outputs of nodes, where they were measured.
-        skip: positions of nodes through which nothing of the examples goes: shared ones, and those inside of calls.
+        skip: nodes (positions) and leaves (numbers) through which nothing of the examples goes: shared ones, those
+            without a gradient, parameters.
         n: number of examples.
     """
     routes: list[Route] = []
@@ -243,9 +244,7 @@ def routes_of(
         if position in skip or position in structure.inner:
             continue
         name = operator_name(node)
-        behind = [
-            child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
-        ]
+        behind = [child for child in traced.children[position] if child is not None and child not in skip]
         if not behind or name in HANDING_ON:
             continue
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
@@ -311,7 +310,7 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return False
     if name in RIGHT or name in RIGHT_OF_STACKS:
         right = traced.children[position][(RIGHT | RIGHT_OF_STACKS)[name]]
-        owned = right is not None and right not in skip and (right, 0) in owners
+        owned = right is not None and right not in skip and (right < 0 or (right, 0) in owners)
         if name in RIGHT_OF_STACKS:  # a shared matrix on the right takes rows to rows
             return bool(varying(own, n) - ({0} if owned else {0, 1}))
         return owned or 1 in varying(own, n)
@@ -379,7 +378,7 @@ def _repeated(traced: Trace, position: int, skip: Collection[int]) -> set[int]:
     shape = output_shape(node)
     found: set[int] = set()
     for slot, child in enumerate(traced.children[position]):
-        if child is None or child < 0 or child in skip:
+        if child is None or child in skip:
             continue
         given = entering_shape(*node.next_functions[slot])
         rank = min(len(given), len(shape))
