@@ -21,8 +21,8 @@ class Arrangement:
 
     Attributes:
         ownership: in which rows every example lies.
-        unknown: rows ``[*leading]`` without a gradient, so that nothing tells whether they lie as the others do; None
-            if there are none. They count nothing as long as they have no gradient.
+        unknown: rows ``[*leading]`` without a gradient, as many as were asked about, so that nothing tells whether they
+            lie as the others do; None if there are none. They count nothing as long as they have no gradient.
     """
 
     ownership: Ownership
@@ -39,15 +39,16 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
             that the step is visibly bad.
     """
     rows = without_trailing(owners)
-    found = None
+    found, dim = None, rows.dim() - 1
     if rows.dim() == 1:
-        found = _fitted(rows, n, 0)
+        found = _fitted(rows, n, dim)
     elif rows.dim() == 2 and rows.numel():
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
-            found = _fitted(second, n, 1)
-            if found is not None and found.unknown is not None:
-                found = replace(found, unknown=found.unknown.expand_as(rows))
+            found = _fitted(second, n, dim)
+    if found is not None and found.unknown is not None:  # of all that was left out above, too
+        along = [-1 if other == dim else 1 for other in range(owners.dim())]
+        found = replace(found, unknown=found.unknown.view(along).expand_as(owners))
     silent = owners == NOBODY
     if found is not None:
         # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
@@ -75,9 +76,7 @@ def _with_lone_places(found: Arrangement, owners: Tensor, n: int) -> Arrangement
             unknown |= silent & ~witnessed
     if not bool(unknown.any()):
         return found
-    if found.unknown is not None:
-        unknown |= found.unknown.view(*found.unknown.shape, *[1] * (owners.dim() - found.unknown.dim()))
-    return replace(found, unknown=unknown)
+    return replace(found, unknown=unknown if found.unknown is None else unknown | found.unknown)
 
 
 def without_trailing(owners: Tensor) -> Tensor:

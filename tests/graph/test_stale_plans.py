@@ -221,6 +221,25 @@ def test_layers_on_rows_of_which_one_place_had_gradients(by_time):
     check(net, losses, 4)
 
 
+def test_images_of_which_the_first_or_the_second_half_has_gradients():
+    """Half of the rows of a layer are not known then: all of an image at one step, a row of pixels at another."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x, mask):
+            rows = torch.tanh(self.layer(x)).flatten(1) * mask.repeat_interleave(4)[:, None]
+            return rows[torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])].view(2, 4, -1).sum(0)
+
+    def losses(model, step):
+        mask = torch.tensor(((1, 0), (0, 1))[step % 2])
+        return random_losses(model(torch.randn(8, 2, 4, 4, dtype=torch.float64), mask))
+
+    check(Halves().double(), losses, 4)
+
+
 def test_rows_that_lie_as_two_layouts_say():
     """Rows 0 and 6 are of the examples 0 and 2, be there three rows an example or three steps of time."""
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
