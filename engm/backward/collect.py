@@ -180,7 +180,8 @@ class TermCollector:
         for entry in self.graph.plan.entries:
             found = captured if entry.position in sinks else passed
             found.setdefault(entry.position, []).append(entry)
-        for position in self.graph.plan.silent if self.graph.doubtful else ():
+        plan = self.graph.plan
+        for position in {*plan.silent, *(key[0] for key in plan.junctions)} if self.graph.doubtful else ():
             (captured if position in sinks else passed).setdefault(position, [])
         return captured, passed
 
@@ -290,8 +291,10 @@ class TermCollector:
 
     def _doubt(self, gradient: Tensor, unknown: Tensor) -> None:
         """Note whether a gradient came to rows of which the plan does not know whose they are."""
-        rows = gradient.reshape(*unknown.shape, -1)[unknown]
-        found = ((rows != 0) & ~rows.isnan()).any()
+        if gradient.numel() == 0:
+            return
+        largest = gradient.detach().reshape(*unknown.shape, -1).abs().amax(-1)
+        found = ((largest != 0) & unknown).any()
         self._surprise = found if self._surprise is None else self._surprise | found
 
     def _enter(self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
@@ -306,6 +309,9 @@ class TermCollector:
                         self._doubt(gradient, torch.ones((), dtype=torch.bool, device=gradient.device))
             if position in plan.unknown_of_nodes and gradients[0] is not None:
                 self._doubt(gradients[0], plan.unknown_of_nodes[position])
+            for number, gradient in enumerate(gradients):
+                if gradient is not None and (position, number) in plan.junctions:
+                    self._doubt(gradient, plan.junctions[position, number].unknown)
         told = self.graph.plan.told
         if told is not None:
             try:

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 
-WITNESSES = 2  # examples that have to be seen in a column of rows before rows without a gradient count as known
+# Examples that have to be seen in a column of rows before rows without a gradient count as known, and places along a
+# dimension before the owners count as the same along it.
+WITNESSES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,8 @@ class Arrangement:
 
     Attributes:
         ownership: in which rows every example lies.
-        unknown: rows ``[*leading]`` without a gradient, so that nothing tells whether they lie as the others do; None
-            if there are none. They count nothing as long as they have no gradient.
+        unknown: rows ``[*leading]`` without a gradient, as many as were asked about, so that nothing tells whether they
+            lie as the others do; None if there are none. They count nothing as long as they have no gradient.
     """
 
     ownership: Ownership
@@ -37,26 +39,44 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
             that the step is visibly bad.
     """
     rows = without_trailing(owners)
-    found = None
+    found, dim = None, rows.dim() - 1
     if rows.dim() == 1:
-        found = _fitted(rows, n, 0)
+        found = _fitted(rows, n, dim)
     elif rows.dim() == 2 and rows.numel():
         second = rows.amax(0)
         if bool(((rows == second) | (rows == NOBODY)).all()):
-            found = _fitted(second, n, 1)
-            if found is not None and found.unknown is not None:
-                found = replace(found, unknown=found.unknown.expand_as(rows))
+            found = _fitted(second, n, dim)
+    if found is not None and found.unknown is not None:  # of all that was left out above, too
+        along = [-1 if other == dim else 1 for other in range(owners.dim())]
+        found = replace(found, unknown=found.unknown.view(along).expand_as(owners))
     silent = owners == NOBODY
     if found is not None:
         # What was left out above is known if the examples that are seen lie as the layout says, but not from one.
         witnessed = owners[~silent].unique().numel() >= min(WITNESSES, n)
         if bool(silent.any()) and (not witnessed or _fits_elsewhere(owners, n, found.ownership)):
             return replace(found, unknown=silent)
-        return found
+        return _with_lone_places(found, owners, n) if bool(silent.any()) and n > 1 else found
     if blind is not None:
         rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
         silent &= ~blind
     return Arrangement(Owners(rows, n), silent if bool(silent.any()) else None)
+
+
+def _with_lone_places(found: Arrangement, owners: Tensor, n: int) -> Arrangement:
+    """Where one place along a dimension tells of the others, what those hold without a gradient is not known."""
+    unknown = torch.zeros_like(owners, dtype=torch.bool)
+    silent = owners == NOBODY
+    for dim, length in enumerate(owners.shape):
+        if length == 1 or (isinstance(found.ownership, Layout) and dim == found.ownership.dim):
+            continue
+        others = [other for other in range(owners.dim()) if other != dim]
+        lowest = torch.where(silent, n, owners).amin(others, keepdim=True)
+        witnessed = owners.amax(others, keepdim=True) > lowest  # by two examples or more
+        if int(witnessed.sum()) < WITNESSES:
+            unknown |= silent & ~witnessed
+    if not bool(unknown.any()):
+        return found
+    return replace(found, unknown=unknown if found.unknown is None else unknown | found.unknown)
 
 
 def without_trailing(owners: Tensor) -> Tensor:
@@ -144,21 +164,30 @@ def _fitted(rows: Tensor, n: int, dim: int) -> Arrangement | None:
     if length == 0 or length % n:
         return None
     numbers = torch.arange(n).view(1, n, 1)
+    silent, ambiguous = rows == NOBODY, torch.zeros_like(rows, dtype=torch.bool)
+    complete = not bool(silent.any())
+    first: Tensor | None = None  # the owners of all rows by the first layout that fits
     best: tuple[int, Arrangement] | None = None
-    silent = rows == NOBODY
     for outer in _divisors(length // n):
         split = rows.view(outer, n, -1)
         if not bool(((split == numbers) | (split == NOBODY)).all()):
             continue
         layout = Layout(dim, outer, split.shape[2])
+        if complete:
+            return Arrangement(layout)
         seen = (split != NOBODY).sum(1, keepdim=True) >= min(WITNESSES, n)
         unknown = silent & ~seen.expand_as(split).reshape(-1)
         missing = int(unknown.sum())
-        if missing == 0:
-            return Arrangement(layout)
         if best is None or missing < best[0]:
             best = missing, Arrangement(layout, unknown)
-    return None if best is None else best[1]
+        given = numbers.expand_as(split).reshape(-1)
+        first = given if first is None else first
+        ambiguous |= given != first
+    if best is None:
+        return None
+    found = best[1]
+    unknown = silent & ambiguous if found.unknown is None else found.unknown | (silent & ambiguous)
+    return replace(found, unknown=unknown if bool(unknown.any()) else None)
 
 
 def _divisors(number: int) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from .arrangement import without_witnesses
-from .plan import Plan, PlannedEntry, sinks_of
+from .plan import Junction, Plan, PlannedEntry, sinks_of
 from .trace import Trace
 
 Known = tuple[Ownership | None, Tensor | None]
@@ -74,6 +74,7 @@ def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
         quiet=quiet,
         unknown_of_calls=unknown_of_calls,
         unknown_of_nodes=unknown_of_nodes,
+        junctions=_junctions_of_both(old, new),
     )
 
 
@@ -104,6 +105,27 @@ def _entries_of_both(old: Plan, new: Plan) -> tuple[tuple[PlannedEntry, ...], di
         if unknown is not None:
             unknown_of_nodes[position] = unknown
     return tuple(entries), unknown_of_nodes
+
+
+def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
+    """The junctions of which neither plan has seen all rows.
+
+    Rows that come up more than once are the same example's as long as one plan has seen them, or a layout tells.
+    """
+    found = {}
+    for key in {*old.junctions, *new.junctions}:
+        before, now = old.junctions.get(key), new.junctions.get(key)
+        if before is None or now is None:
+            there, other = (new, old) if before is None else (old, new)
+            if key[0] in other.quiet:  # else the other one has seen all rows
+                found[key] = there.junctions[key]
+            continue
+        layout, unknown = _agreed((before.layout, before.unknown), (now.layout, now.unknown))
+        if now.by_index or not isinstance(layout, Layout):
+            found[key] = now if bool((before.unknown & ~now.unknown).any()) else before
+        elif unknown is not None:
+            found[key] = replace(now, unknown=unknown)
+    return found
 
 
 def _of_both(before: Known, now: Known, was_quiet: bool, is_quiet: bool) -> Known:

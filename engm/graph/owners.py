@@ -254,6 +254,14 @@ class Question:
         targets = [GradientEdge(traced.order[position], number) for position, number in ends]
         targets += map(get_gradient_edge, self._tensors)
         tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
+        # A pass that ends at a node does not show what the node would pass on to an input of the network.
+        onwards = {
+            traced.order[position].next_functions[slot]
+            for position, slots in self._edges.items()
+            for slot in slots
+            if (child := traced.children[position][slot]) is not None and child < 0
+        }
+        tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
         handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
         handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
         try:

@@ -79,6 +79,23 @@ class PlannedEntry:
 
 
 @dataclass(frozen=True, eq=False)
+class Junction:
+    """An output of a node in which rows that it reads come up more than once, some of them without a gradient.
+
+    Whose the latter are hangs on nothing that was seen: another place in which the same row comes up may be another's.
+
+    Attributes:
+        layout: where the examples lie in it.
+        unknown: rows ``[*leading]`` that no gradient came to where nothing else tells whose they are.
+        by_index: whether indices tell which rows come up more than once, not dimensions.
+    """
+
+    layout: Ownership
+    unknown: Tensor
+    by_index: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Route:
     """Indices, a mask, an order or the like, by which a node moves rows of the examples.
 
@@ -150,6 +167,7 @@ class Plan:
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
         unknown_of_nodes: the same by entering node (position).
+        junctions: by position and number of the output.
         told: tells the layouts when gradients arrive; those that are there are of another graph.
     """
 
@@ -168,12 +186,13 @@ class Plan:
     quiet: frozenset[int] = frozenset()
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
+    junctions: Mapping[tuple[int, int], Junction] = field(default_factory=dict)
     told: Told | None = None
 
     @property
     def doubtful(self) -> bool:
         """Whether a gradient where none was before would make the plan void."""
-        return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes)
+        return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes or self.junctions)
 
 
 def sinks_of(

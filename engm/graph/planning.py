@@ -37,8 +37,8 @@ from ..torch_internals import (
 from .arrangement import Arrangement, arranged, regular
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Key, Question
-from .plan import Plan, PlannedEntry, Route, sinks_of
-from .routing import ELEMENTWISE, MOVING, routes_of
+from .plan import Junction, Plan, PlannedEntry, Route, sinks_of
+from .routing import ELEMENTWISE, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -132,10 +132,9 @@ class _Planner:
             child = self._child(position, slot)
             if child in self.shared or position in self.shared or position in self.silent:  # silent ones are watched
                 continue
-            if child >= 0:
-                whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
-                if whole is None or not regular(whole, self.n):
-                    return True
+            whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
+            if whole is None or not regular(whole, self.n):
+                return True
             if self._tells(position, slot):
                 if self._hides(position, position in routed):
                     return True
@@ -374,6 +373,12 @@ class _Planner:
         routes, keeps = self._routes()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
+        keeps = (
+            keeps
+            and not self.blind
+            and not (irregular and self._some_unseen())
+            and not self._parted_by_zeros({route.position for route in routes})
+        )
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
@@ -384,16 +389,35 @@ class _Planner:
             of_all_ranks=self.traced.synchronised,
             coupled=coupled,
             routes=tuple(routes),
-            keeps=keeps
-            and not self.blind
-            and not (irregular and self._some_unseen())
-            and not self._parted_by_zeros({route.position for route in routes}),
+            keeps=keeps,
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
             quiet=frozenset(self.silent),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
+            junctions=self._junctions() if keeps else {},
         )
+
+    def _junctions(self) -> dict[Key, Junction]:
+        """Outputs in which rows come up more than once, or that read what others read, if some had no gradient."""
+        found: dict[Key, Junction] = {}
+        meeting, skip = {position for position, _ in self.edges}, self.shared | self.structure.no_inputs
+        for (position, number), owners in self.nodes.items():
+            if position in self.shared or position in self.silent or not self.structure.trains[position]:
+                continue
+            if not bool((owners == NOBODY).any()) or self._accounts_for(position):
+                continue
+            if position in meeting or repeats_rows(self.traced, position, skip):
+                arrangement = arranged(owners, self.n)
+                if arrangement.unknown is not None:
+                    unknown = arrangement.unknown.to(self.losses.device)
+                    by_index = operator_name(self.traced.order[position]) in PICKING
+                    found[position, number] = Junction(arrangement.ownership, unknown, by_index)
+        return found
+
+    def _accounts_for(self, position: int) -> bool:
+        """Whether a node made the output of a call whose rows without a gradient are known of."""
+        return any(self.arranged.get(number) is not None for number in self.structure.calls_at.get(position, ()))
 
     def _calls_apart(self) -> set[int]:
         """Numbers of the calls of which some rows are of one example and others of another."""
@@ -424,7 +448,8 @@ class _Planner:
     def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
             return [], True
-        return routes_of(self.traced, self.structure, self.nodes, self.shared | self.silent, self.n)
+        skip = self.shared | self.silent | self.structure.no_inputs
+        return routes_of(self.traced, self.structure, self.nodes, skip, self.n)
 
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)

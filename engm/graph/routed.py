@@ -50,7 +50,17 @@ def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> 
     }
     told = _Told(traced, losses, Answers(question, positions))
     entries = tuple(replace(entry, shape=_shape_now(traced, entry)) for entry in known.entries)
-    return replace(known, entries=entries, routes=(), keeps=False, unknown_of_calls={}, unknown_of_nodes={}, told=told)
+    nothing: dict[Any, Any] = {}
+    return replace(
+        known,
+        entries=entries,
+        routes=(),
+        keeps=False,
+        unknown_of_calls=nothing,
+        unknown_of_nodes=nothing,
+        junctions=nothing,
+        told=told,
+    )
 
 
 def _shape_now(traced: Trace, entry: PlannedEntry) -> tuple[int, ...]:

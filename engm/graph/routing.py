@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,10 @@ from ..torch_internals import (
     is_compiled_region,
     is_opaque,
     is_python_function,
+    node_outputs,
     operator_name,
     output_shape,
+    passed_to_input,
     saved_option,
     saved_options,
     saved_tensor_names,
@@ -76,9 +78,9 @@ FIXED = ELEMENTWISE | COMBINING
 # round, by their arguments alone: they mix nothing.
 MOVING = _names(
     """
-    Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Index IndexAdd IndexCopy IndexFill
-    IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy MaskedScatter MaskedSelect Max
-    Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd Norm PackPaddedSequence
+    Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd IndexCopy IndexFill
+    IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp MaskedScatter MaskedSelect
+    Max Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd Norm PackPaddedSequence
     Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter ScatterAdd ScatterReduce
     SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T Take Tap Topk Transpose
     Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
@@ -106,12 +108,29 @@ RIGHT_OF_STACKS = {"Bmm": 1, "Baddbmm": 2}
 # Operators whose output has a dimension at the end that their input lacks, or the other way round.
 PARTS = frozenset(["ViewAsReal", "ViewAsComplex"])
 
+# Operators whose indices may name a row more than once.
+PICKING = frozenset(["Embedding", "Gather", "Index", "IndexSelect", "Take", "UnsafeIndex"])
+
+# Operators that move elements along a dimension that they are told, each by an index of its own.
+BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk"])
+
+# Operators whose output may have the elements of one row in several.
+SPLITTING = BY_ELEMENT | _names(
+    """
+    Chunk Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle PixelUnshuffle
+    ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView Unsqueeze View
+    """
+)
+
 # Operators that combine what lies along the dimension that they are told.
 ALONG = _names(
     """
-    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LogSoftmax Logcumsumexp Logsumexp Softmax
+    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LinalgCross LogSoftmax Logcumsumexp Softmax Unfold
     """
 )
+
+# Operators that may combine what lies along any dimension.
+ANYHOW = frozenset(["AsStrided", "AsStridedScatter", "Renorm"])
 
 Owners = Mapping[tuple[int, int], Tensor]
 
@@ -154,9 +173,30 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
     name = operator_name(node)
     if name in FIXED:
         return None
+    if name == "Cat":
+        return _options_of_cat
     if name in ("View", "UnsafeView", "ReshapeAlias", "Expand", "Repeat", "Squeeze"):
         return lambda node: (saved_options(node), output_shape(node))
     return saved_options
+
+
+def _options_of_cat(node: Node) -> Hashable:
+    """Where in the output each input lies, although those without a gradient tell the node nothing of their length."""
+    output, edges = node_outputs(node)[0], node.next_functions
+    if output.is_nested_tensor:
+        return saved_options(node)
+    dim, shape = cast(int, saved_option(node, "dim")), output_shape(node)
+    lengths = tuple(None if edge[0] is None else entering_shape(*edge) for edge in edges)
+    if lengths.count(None) < 2:  # the other lengths tell that of one
+        return dim, lengths, shape
+    along = _dimension(dim, len(shape))
+    numbered = torch.empty(shape[along], dtype=output.dtype, device="meta").view(-1, *[1] * (len(shape) - along - 1))
+    parts = (
+        passed_to_input(node, slot, [numbered.expand(shape)])
+        for slot, length in enumerate(lengths)
+        if length is not None
+    )
+    return dim, lengths, shape, tuple(None if part is None else part.storage_offset() for part in parts)
 
 
 def _options_of_function(node: Node) -> Hashable:
@@ -180,7 +220,8 @@ def routes_of(
         traced: the graph.
         structure: what it tells by itself.
         owners: of the outputs of nodes, where they were measured.
-        skip: positions of nodes through which nothing of the examples goes: shared ones, and those inside of calls.
+        skip: nodes (positions) and leaves (numbers) through which nothing of the examples goes: shared ones, those
+            without a gradient, parameters.
         n: number of examples.
     """
     routes: list[Route] = []
@@ -188,9 +229,7 @@ def routes_of(
         if position in skip or position in structure.inner:
             continue
         name = operator_name(node)
-        behind = [
-            child for child in traced.children[position] if child is not None and child >= 0 and child not in skip
-        ]
+        behind = [child for child in traced.children[position] if child is not None and child not in skip]
         if not behind or name in HANDING_ON:
             continue
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
@@ -256,17 +295,20 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return False
     if name in RIGHT or name in RIGHT_OF_STACKS:
         right = traced.children[position][(RIGHT | RIGHT_OF_STACKS)[name]]
-        owned = right is not None and right not in skip and (right, 0) in owners
+        owned = right is not None and right not in skip and (right < 0 or (right, 0) in owners)
         if name in RIGHT_OF_STACKS:  # a shared matrix on the right takes rows to rows
             return bool(varying(own, n) - ({0} if owned else {0, 1}))
         return owned or 1 in varying(own, n)
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, n)
     differs = varying(own, n)
+    if name in ANYHOW:
+        return bool(differs)
     if name in ALONG:
-        dim = saved_option(traced.order[position], "dim")
+        node = traced.order[position]
+        dim: Any = saved_option(node, "dimension" if name == "Unfold" else "dim")
         dims = dim if isinstance(dim, tuple | list) else (dim,)
-        rank = len(output_shape(traced.order[position]))
+        rank = next(len(entering_shape(*edge)) for edge in node.next_functions if edge[0] is not None)
         return any(_dimension(d, rank) in differs for d in dims)
     if name in ("NativeLayerNorm", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
@@ -275,23 +317,58 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     return bool(differs - first)
 
 
+def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
+    """Whether a row that a node reads may come up in several rows of its output, as a whole or in parts."""
+    node = traced.order[position]
+    name = operator_name(node)
+    if name in SPLITTING and not _keeps_rows(node, name):
+        return True
+    if name in PICKING:
+        ones = torch.ones(output_shape(node), dtype=node_outputs(node)[0].dtype, device=node_outputs(node)[0].device)
+        slot = next(slot for slot, (child, _) in enumerate(node.next_functions) if child is not None)
+        given = passed_to_input(node, slot, [ones])
+        return given is not None and bool((given.to_dense().abs() > 1).any())
+    if name in ELEMENTWISE or name in ("Expand", "Repeat"):
+        return bool(_repeated(traced, position, skip))
+    return name not in MOVING and name not in HANDING_ON
+
+
+def _keeps_rows(node: Node, name: str) -> bool:
+    """Whether what lies along the last dimension of a node's inputs does so in its output."""
+    given, shape = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None], output_shape(node)
+    last = len(given[0]) - 1
+    if name in BY_ELEMENT or name in ("Split", "SplitWithSizes", "Chunk", "Unbind"):
+        along: Any = saved_option(node, "dim")
+        return isinstance(along, int) and (_dimension(along, last + 1) == last) == (name in BY_ELEMENT)
+    if name == "Permute":
+        dims: Any = saved_option(node, "dims")
+        return not dims or _dimension(dims[-1], last + 1) == last
+    if name == "Transpose":
+        return all(_dimension(cast(int, saved_option(node, dim)), last + 1) != last for dim in ("dim0", "dim1"))
+    return name != "T" and all(one[-1:] == shape[-1:] for one in given)
+
+
 def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int], n: int) -> bool:
     """Whether an operand is repeated along a dimension along which the owners differ."""
     own = owners.get((position, 0))
     if own is None:
         return False
+    along = _repeated(traced, position, skip)
+    return bool(along) and bool(along & varying(own, n))
+
+
+def _repeated(traced: Trace, position: int, skip: Collection[int]) -> set[int]:
+    """The dimensions of a node's output along which an operand is repeated."""
     node = traced.order[position]
     shape = output_shape(node)
-    differs: set[int] | None = None
+    found: set[int] = set()
     for slot, child in enumerate(traced.children[position]):
-        if child is None or child < 0 or child in skip:
+        if child is None or child in skip:
             continue
         given = entering_shape(*node.next_functions[slot])
         rank = min(len(given), len(shape))
         if given == shape or (operator_name(node) in PARTS and given[:rank] == shape[:rank]):
             continue
         aligned = (1,) * (len(shape) - len(given)) + given
-        differs = varying(own, n) if differs is None else differs
-        if any(a != s and dim in differs for dim, (a, s) in enumerate(zip(aligned, shape, strict=False))):
-            return True
-    return False
+        found |= {dim for dim, (a, s) in enumerate(zip(aligned, shape, strict=False)) if a != s}
+    return found

@@ -97,6 +97,11 @@ class Structure:
         """Whether a leaf behind an input of a node is trained and no parameter: an input of the network."""
         return self._trained[-2 - child] and not isinstance(self._leaves[-2 - child], nn.Parameter)
 
+    @cached_property
+    def no_inputs(self) -> set[int]:
+        """The numbers of all leaves but those that are trained and no parameters."""
+        return {leaf for leaf in (-2 - k for k in range(len(self._leaves))) if not self.is_input(leaf)}
+
     def _interior(self, number: int) -> set[int]:
         """The nodes between the output of a call and its inputs."""
         traced, call = self.traced, self.traced.calls[number]

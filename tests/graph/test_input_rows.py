@@ -56,6 +56,47 @@ def test_several_rows_an_example(layout):
     assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
 
 
+ORDER = torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])
+
+
+def by_turns(copies, step):
+    """Adds up two copies ``[2, 4, 4]``, of which the second is in another order and one counts nothing at first."""
+    mask = torch.tensor([[[1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 0], [0, 1, 0, 1]]])[
+        step
+    ]
+    return (copies * mask[..., None]).reshape(8, 4)[ORDER].view(2, 4, 4).sum(0)
+
+
+READERS = {
+    "in another order": lambda x, step: x[ORDER[:4].roll(step)],
+    "expanded": lambda x, step: by_turns(x[None].expand(2, 4, 4), step),
+    "added to": lambda x, step: by_turns(x[None] + x.new_ones(2, 1, 1), step),
+    "stacked": lambda x, step: by_turns(torch.stack([x, x]), step),
+    "between constants": lambda x, step: torch.cat([x.new_zeros(step, 4), x[:2], x.new_zeros(2 - step, 4)]),
+    "joined to constants": lambda x, step: torch.cat([x.new_zeros(step, 4), x, x.new_zeros(2 - step, 4)])[1:5],
+    "multiplied": lambda x, step: torch.eye(4, dtype=x.dtype).roll(step, 0) @ x,
+    "read twice": lambda x, step: x * (step == 0) + x.flip(0) * (step == 1) + x.roll(1, 0) * (step == 2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_inputs_whose_rows_are_moved_at_once(name):
+    """No layer lies between the input and what moves its rows."""
+
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, step):
+            return self.layer(READERS[name](x, step))
+
+    model, x = engm.GradNormModule(Moved().double()), tensor(4, 4).requires_grad_()
+    for step in (0, 1, 2, 0, 1):
+        losses = random_losses(model(x, step))
+        assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
+
+
 def test_masks_that_part_the_examples_later_on():
     """At first every example's rows lie in the usual order; nothing of that holds when the mask is another."""
 

@@ -57,6 +57,17 @@ class InOrderOfTime(Between):
         return torch.fft.fft(h.transpose(0, 1), dim=2, norm="ortho").abs().transpose(0, 1)
 
 
+class Normalised(Between):
+    def between(self, h):
+        rows = h.reshape(-1, 4)
+        return (rows - rows.logsumexp(-1)[:, None]).view(h.shape)
+
+
+class Gated(Between):
+    def between(self, h):
+        return nn.functional.glu(h.reshape(-1, 4).repeat(1, 2), 1).view(h.shape)
+
+
 @pytest.fixture
 def plans(monkeypatch):
     made, original = [], prepare.make_plan
@@ -64,7 +75,10 @@ def plans(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("kind", [StacksOfParameters, SharedOnTheRight, Fourier, ComplexNumbers, InOrderOfTime])
+KINDS = [StacksOfParameters, SharedOnTheRight, Fourier, ComplexNumbers, InOrderOfTime, Normalised, Gated]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", [2, 5])
 def test_measured_once(kind, n, plans):
     torch.manual_seed(0)

@@ -333,6 +333,29 @@ def swapped_by_where(program: Program, h: Tensor, of: Tensor) -> Rows:
 
 
 @operator
+def one_of_two_copies(program: Program, h: Tensor, of: Tensor) -> Rows:
+    mask = program.coin(len(h)) if program.coin() else program.coin(1).expand(len(h))
+    mask = mask & mask.flip(0)
+    copies = h[None].expand(2, len(h), WIDTH) * torch.stack([mask, ~mask])[..., None]
+    order = torch.cat([torch.arange(len(h)), torch.arange(len(h)).flip(0) + len(h)])
+    return copies.reshape(-1, WIDTH)[order].view(2, -1, WIDTH).sum(0), torch.where(mask, of, of.flip(0))
+
+
+@operator
+def one_of_two_windows(program: Program, h: Tensor, of: Tensor) -> Rows:
+    by = int(program.coin())
+    pairs = torch.cat([h, torch.zeros_like(h[:1])]).unfold(0, 2, 1)
+    return (pairs * torch.eye(2, dtype=h.dtype)[by]).sum(2), of.roll(-by)
+
+
+@operator
+def joined_to_constants(program: Program, h: Tensor, of: Tensor) -> Rows:
+    before = int(torch.randint(3, (), generator=program.draw))
+    rows = torch.cat([h.new_zeros(before, WIDTH), h, h.new_zeros(2 - before, WIDTH)])
+    return rows, torch.cat([of.new_zeros(before), of, of.new_zeros(2 - before)])
+
+
+@operator
 def segment_means(program: Program, h: Tensor, of: Tensor) -> Rows:
     means = h.new_zeros(program.n, WIDTH).index_add(0, of, h)
     return h + means[of] / of.bincount(minlength=program.n)[of, None], of

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import engm
+from engm.graph.routing import signature_of, skeleton_of
+from engm.graph.trace import trace
 
 pytestmark = pytest.mark.torch_insides
 
@@ -148,6 +150,107 @@ def one_example_with_a_gradient(h: Tensor, mask: Tensor) -> Tensor:
 @case((1, 1, 1, 1), (0, 1, 2, 3), (3, 3, 0, 1))
 def all_rows_of_one_example(h: Tensor, owner: Tensor) -> Tensor:
     return torch.zeros_like(h).index_add(0, owner, h)
+
+
+@case(((1, 0),) * 4, ((0, 1),) * 4, ((1, 0),) * 4)
+def windows_of_rows(h: Tensor, weights: Tensor) -> Tensor:
+    return (F.pad(h, (0, 0, 0, 1)).unfold(0, 2, 1) * weights[:, None]).sum(2)
+
+
+@case(((1, 0),) * 4, ((0, 1),) * 4, ((1, 0),) * 4)
+def strided_rows(h: Tensor, weights: Tensor) -> Tensor:
+    return (F.pad(h, (0, 0, 0, 1)).as_strided((4, 2, 8), (8, 8, 1)) * weights[:, :, None]).sum(1)
+
+
+@case(0, 2, 1, 0)
+def between_constants_of_any_length(h: Tensor, at: Tensor) -> Tensor:
+    return torch.cat([h.new_zeros(int(at), 8), h[:2], h.new_zeros(2 - int(at), 8)])
+
+
+@case(0, 2, 1, 0)
+def behind_a_constant_of_any_length(h: Tensor, at: Tensor) -> Tensor:
+    return torch.cat([h.new_zeros(int(at), 8), h[: 4 - int(at)]])
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda h: h[None].expand(2, 4, 8),
+    "repeated": lambda h: h.repeat(2, 1, 1),
+    "stacked": lambda h: torch.stack([h, h]),
+    "repeated one by one": lambda h: h.repeat_interleave(2, 0).view(4, 2, 8).transpose(0, 1),
+    "added to": lambda h: h[None] + h.new_ones(2, 1, 8),
+    "chosen": lambda h: torch.where(h.new_ones(2, 1, 1) > 0, h[None], 2 * h[None]),
+    "indexed": lambda h: h[torch.arange(8) % 4].view(2, 4, 8),
+    "gathered": lambda h: h.gather(0, (torch.arange(8) % 4)[:, None].expand(8, 8)).view(2, 4, 8),
+    "embedded": lambda h: F.embedding(torch.arange(8) % 4, h).view(2, 4, 8),
+    "added up along": lambda h: F.pad(h[None], (0, 0, 0, 0, 0, 1)).cumsum(0),
+    "normalised along": lambda h: F.pad(h[None], (0, 0, 0, 0, 0, 1)).softmax(0),
+    "transformed along": lambda h: torch.fft.fft(F.pad(h[None], (0, 0, 0, 0, 0, 1)), dim=0).real,
+    "multiplied": lambda h: torch.einsum("a,nd->and", torch.tensor([1.0, 2.0], dtype=h.dtype), h),
+    "multiplied within rows": lambda h: F.linear(h.T[..., None], h.new_ones(2, 1)).permute(2, 1, 0),
+    "rows in two parts": lambda h: h.view(4, 2, 4).transpose(0, 1).repeat(1, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(COPIES))
+def test_copies_that_are_read_by_turns(name):
+    """The second copy of a row goes to another example than the first, and nothing is told of it at the first step."""
+    masks = torch.tensor([[[1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [1, 1, 1, 1]], [[1, 0, 1, 0], [0, 1, 0, 1]]])
+
+    def between(h, mask):
+        rows = (COPIES[name](h) * mask[:, :, None]).reshape(8, 8)
+        return rows[torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])].view(2, 4, 8).sum(0)
+
+    def losses(model, step):
+        return random_losses(model(torch.randn(4, 4, dtype=torch.float64), masks[(0, 1, 0, 2, 1)[step]]))
+
+    torch.manual_seed(0)
+    check(Net(between), losses, 5)
+
+
+@pytest.mark.parametrize("by_time", [False, True])
+def test_layers_on_rows_of_which_one_place_had_gradients(by_time):
+    order = torch.tensor([0, 1, 2, 3, 7, 6, 5, 4] if by_time else [0, 7, 2, 5, 4, 3, 6, 1])
+    masks = torch.tensor([[[1], [0]], [[0], [1]], [[1], [1]], [[1], [0]]]).expand(4, 2, 4)
+    masks, shape = (masks, (2, 4)) if by_time else (masks.transpose(1, 2), (4, 2))
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def losses(model, step):
+        rows = model(torch.randn(*shape, 4, dtype=torch.float64)) * masks[step][..., None]
+        return random_losses(rows.reshape(8, 3)[order].view(*shape, 3).sum(0 if by_time else 1))
+
+    check(net, losses, 4)
+
+
+def test_images_of_which_the_first_or_the_second_half_has_gradients():
+    """Half of the rows of a layer are not known then: all of an image at one step, a row of pixels at another."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(2, 3, 3)
+
+        def forward(self, x, mask):
+            rows = torch.tanh(self.layer(x)).flatten(1) * mask.repeat_interleave(4)[:, None]
+            return rows[torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])].view(2, 4, -1).sum(0)
+
+    def losses(model, step):
+        mask = torch.tensor(((1, 0), (0, 1))[step % 2])
+        return random_losses(model(torch.randn(8, 2, 4, 4, dtype=torch.float64), mask))
+
+    check(Halves().double(), losses, 4)
+
+
+def test_rows_that_lie_as_two_layouts_say():
+    """Rows 0 and 6 are of the examples 0 and 2, be there three rows an example or three steps of time."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def losses(model, step):
+        mask = torch.zeros(12, dtype=torch.float64)
+        mask[torch.tensor(([0, 6], [0, 6, 3, 9], [0, 6])[step])] = 1
+        rows = model(torch.randn(12, 4, dtype=torch.float64)) * mask[:, None]
+        return rows.view(3, 4, 3).square().sum((0, 2))
+
+    check(net, losses, 3)
 
 
 def check(net: nn.Module, losses: Callable[[nn.Module, int], Tensor], steps: int) -> None:
@@ -300,6 +403,13 @@ def test_options_whose_hashes_are_the_same():
         return random_losses(model(torch.randn(5, 4, 4, dtype=torch.float64), (-1, 7, -1)[step]))
 
     check(Net(lambda h, by: h.roll(by, 0).sum(1)), losses, 3)
+
+
+def test_a_slice_to_the_end_is_another_than_one_to_the_third_row():
+    """The end is the largest integer then, the hash of which is that of 3."""
+    table = nn.Parameter(torch.randn(6, 2))
+    found = [trace(losses) for losses in (table[1:].amax(0), table[1:3].amax(0))]
+    assert signature_of(found[0], skeleton_of(found[0], 2)) != signature_of(found[1], skeleton_of(found[1], 2))
 
 
 class Places(nn.Module):
