@@ -9,6 +9,7 @@
 #include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
@@ -77,6 +78,7 @@ class StraightLine {
     TORCH_CHECK(inputs.size() == inputs_.size(), "this program takes ", inputs_.size(), " tensors, got ",
                 inputs.size(), ".");
     at::AutoDispatchBelowAutograd below;
+    c10::AutoGradMode training(true);  // oneDNN's recurrent layers keep what their backward pass needs only then
     std::vector<c10::IValue> values(places_);
     for (const auto& [place, tensor] : constants_) values[place] = tensor;
     for (size_t k = 0; k < inputs.size(); ++k) values[inputs_[k]] = inputs[k];

@@ -212,6 +212,11 @@ def adds_up(batched: Tensor, whole: Tensor) -> bool:
     comparison goes as far as rounding lets one tell.
     """
     precision = torch.finfo(whole.dtype).eps ** 0.5
+    with unrecorded():  # what torch does is the same for other numbers
+        return _adds_up(batched, whole, precision)
+
+
+def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     scale = batched.unsqueeze(-1).flatten(1).norm(dim=1).sum()
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
@@ -475,6 +480,28 @@ def is_recorded() -> bool:
 def unrecorded() -> AbstractContextManager[object]:
     """While this context is open, operators run as they do without a tracer, and the host may read values."""
     return _disable_current_modes() if is_recorded() else nullcontext()
+
+
+_DECISIONS: list[Tensor] = []
+
+
+def decided(value: Tensor) -> bool:
+    """The truth of a 0-dimensional tensor, which the host waits for.
+
+    Where operators are traced into a program the answer is a part of it, and :func:`take_decisions` tells of it.
+    """
+    if not is_recorded():
+        return bool(value)
+    _DECISIONS.append(value)
+    with unrecorded():
+        return bool(value)
+
+
+def take_decisions() -> list[Tensor]:
+    """What was :func:`decided` upon while operators were traced, since this was last asked."""
+    taken = list(_DECISIONS)
+    _DECISIONS.clear()
+    return taken
 
 
 _COMPILED = [False]  # whether anything was found to be compiled; a reset of the compiler forgets it, we do not

@@ -31,6 +31,7 @@ from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
+from ..torch_internals import is_recorded
 
 # On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
 # factor at a time and needs no more memory than the largest of them.
@@ -133,7 +134,11 @@ class TermCollector:
         """
         graph = self.graph
         gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
-        surprised = self._surprise is not None and bool(self._surprise)
+        surprised = False
+        if self._surprise is not None and is_recorded():
+            graph.surprises.append(self._surprise)
+        elif self._surprise is not None:
+            surprised = bool(self._surprise)
         if on_any(graph.trace.group, surprised, losses.device):
             graph.renew()
             self._start()

@@ -14,7 +14,7 @@ from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
 from ..module import GradNormModule
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import unrecorded
+from ..torch_internals import is_recorded, unrecorded
 from .identity import check_identity
 
 
@@ -75,7 +75,8 @@ def planned_losses(
     if model.observer is not None:
         model.observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
-    due = watch and strict and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
+    watch = watch and strict and not is_recorded()  # a recorded step is held against one that was not
+    due = watch and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
     if on_any(group, due, losses.device):
         check_identity(graph, losses, model.watch.steps, scale)
     return graph

@@ -238,6 +238,7 @@ class PlannedGraph:
         plans: the wrapper's, where what is measured is remembered.
         measured: makes a plan from this very graph.
         fresh: whether the plan was made from this very graph.
+        surprises: while a step is recorded, whether gradients came where the plan knows of none, 0-dimensional.
     """
 
     trace: Trace
@@ -246,6 +247,7 @@ class PlannedGraph:
     plans: PlanCache
     measured: Callable[[], Plan]
     fresh: bool
+    surprises: list[Tensor] = field(default_factory=list)
 
     @property
     def couples(self) -> bool:

@@ -161,7 +161,7 @@ class AENGM(ExampleOptimizer):
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
         return Weighting(predicted_weights(predicted, check_alpha(self.alpha)), predicted, found)
 
-    not_for_programs = ("steps",)
+    not_for_programs = (*ExampleOptimizer.not_for_programs, "steps")
 
     def eager_reason(self) -> str | None:
         """As the base's: regressions are left out."""

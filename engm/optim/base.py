@@ -272,7 +272,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
     # -- for steps that a program does -----------------------------------------------------------------------
 
-    not_for_programs: tuple[str, ...] = ()  # attributes that count steps
+    not_for_programs: tuple[str, ...] = ("stats", "_ranks", "_opt_called")  # of steps; the last is a scheduler's
 
     def carried(self) -> dict[str, Tensor]:
         """The tensors that a step reads and may put others in the place of, by name: what goes from step to step."""

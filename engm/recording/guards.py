@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..capture.layers import named_modules, parts_of
 from ..module import GradNormModule
-from ..torch_internals import own_buffers, version_of
+from ..torch_internals import own_buffers, own_parameters, version_of
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
@@ -28,25 +28,69 @@ def of_leaf(leaf: Any) -> Hashable:
     return type(leaf), leaf
 
 
-def of_network(model: GradNormModule) -> Hashable:
-    """What a program depends on of the network."""
-    modules = [module for _, module in named_modules(model.unwrap())]
-    parts = parts_of(modules)
-    for module in modules:
-        parts += _options(vars(module), OF_A_MODULE - {"training"})
-        for name, buffer in own_buffers(module).items():
-            if buffer is not None:
-                # Indices are baked in wherever the engine has looked at them; counters change at every step.
-                version = 0 if buffer.is_floating_point() or buffer.dim() == 0 else version_of(buffer)
-                parts += (name, id(buffer), buffer.dtype, buffer.device, buffer.shape, version)
-    parts += [(p.device, p.shape, p.layout) for p in model.unwrap().parameters()]
-    parts += (model.batch_norm, model.strict, model.coupled)
-    return tuple(parts)
+class OfNetwork:
+    """What a program depends on of the network, as a number: the same one as long as, and whenever, it is the same.
+
+    Args:
+        model: the wrapper.
+    """
+
+    def __init__(self, model: GradNormModule) -> None:
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._parts: list[Any] = []
+        self._names: list[tuple[dict[str, Any], int, list[str]]] = []
+        self._state: list[Any] = []
+        self._number = 0
+        self._numbers: dict[Hashable, int] = {}
+
+    def number(self) -> int:
+        """The number of the network as it is now."""
+        state = self._now()
+        if state != self._state:
+            self._state = state
+            self._number = self._numbers.setdefault(tuple(state), len(self._numbers))
+        return self._number
+
+    def _now(self) -> list[Any]:
+        parts = parts_of(self._modules)
+        if parts != self._parts or not self._modules:
+            self._modules = [module for _, module in named_modules(self._model.unwrap())]
+            self._parts = parts = parts_of(self._modules)
+            self._names = []
+        if any(len(attributes) != length for attributes, length, _ in self._names) or not self._names:
+            self._names = [(vars(m), len(vars(m)), _names_of_options(vars(m))) for m in self._modules]
+        state = [self._model.batch_norm, self._model.strict, self._model.coupled, *parts]
+        for module, (attributes, _, names) in zip(self._modules, self._names, strict=True):
+            state += [_frozen(attributes[name]) for name in names]
+            state += [p.data_ptr() for p in own_parameters(module).values() if p is not None]
+            for name, buffer in own_buffers(module).items():
+                if buffer is not None:
+                    # Indices are baked in wherever the engine has looked at them; counters change at every step.
+                    version = 0 if buffer.is_floating_point() or buffer.dim() == 0 else version_of(buffer)
+                    state += (name, id(buffer), buffer.dtype, buffer.data_ptr(), buffer.shape, version)
+        return state
 
 
-def of_object(thing: Any, counters: Sequence[str] = ()) -> Hashable:
-    """The plain attributes of an object, but for counters."""
-    return tuple(_options(vars(thing), counters))
+def _names_of_options(attributes: dict[str, Any]) -> list[str]:
+    """The attributes of a module that are plain values, or tuples and lists of such, and the module's mode."""
+    kept = [name for name in attributes if name == "training" or name not in OF_A_MODULE]
+    return [name for name in kept if _is_plain(attributes[name])]
+
+
+def _frozen(value: Any) -> Any:
+    """The value as it is now, whatever becomes of its lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, tuple | list) else value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) or (isinstance(value, tuple | list) and all(map(_is_plain, value)))
+
+
+def of_object(thing: Any, left_out: Sequence[str]) -> Hashable:
+    """The plain attributes of an object, but for some."""
+    plain = [item for item in vars(thing).items() if isinstance(item[1], (*PLAIN, tuple, list))]
+    return tuple(_plain_values([item for item in plain if item[0] not in left_out]))
 
 
 def of_function(function: Callable[..., Any]) -> Hashable:
@@ -78,18 +122,6 @@ def of_torch(device: torch.device) -> Hashable:
         backends.cuda.mem_efficient_sdp_enabled(),
         backends.cuda.math_sdp_enabled(),
     )
-
-
-def _options(attributes: dict[str, Any], left_out: Any) -> list[Any]:
-    """Names and values of the attributes that are plain values, or tuples and lists of such."""
-    found: list[Any] = []
-    for name, value in attributes.items():
-        if name not in left_out:
-            if isinstance(value, PLAIN):
-                found += (name, type(value), value)
-            elif isinstance(value, tuple | list):
-                found += (name, *_plain_values(value))
-    return found
 
 
 def _plain_values(value: Any) -> Iterator[Any]:

@@ -36,8 +36,7 @@ class Program:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, which are as many and as large as those that were recorded."""
-        with torch.no_grad():
-            return self._line.run(inputs)
+        return self._line.run(inputs)
 
 
 def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
@@ -46,7 +45,7 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
     Raises:
         UnrecordableError: something in it is no operator of tensors.
     """
-    nodes = list(module.graph.nodes)
+    nodes: list[Any] = list(module.graph.nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     place: dict[fx.Node, int] = {}
     owned: dict[fx.Node, list[int]] = {}  # by the node that reads them last, the places that are free afterwards
@@ -80,26 +79,30 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         owned.setdefault(end, []).extend(range(first, first + width))
     line = StraightLine(count, constants, inputs, outputs)
     for node, first, width in calls:
-        name, _, overload = str(node.target._schema.name), None, node.target._schema.overload_name
-        line.add(name, overload, _arguments(node, place), first, width, owned.get(node, []))
+        schema = _schema(node)
+        line.add(schema.name, schema.overload_name, _arguments(node, place), first, width, owned.get(node, []))
     return line, len(calls)
+
+
+def _schema(node: Any) -> Any:
+    return node.target._schema
 
 
 def _attribute(module: fx.GraphModule, name: str) -> Tensor:
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _width(node: fx.Node) -> int:
     """How many values an operator returns; of a list of tensors as many as are read."""
-    returns = node.target._schema.returns
+    returns = _schema(node).returns
     if len(returns) == 1 and returns[0].type.kind() == "ListType":
-        picked = [user.args[1] for user in node.users]
+        picked: list[Any] = [user.args[1] for user in node.users]
         if any(user.target is not operator.getitem for user in node.users):
             raise UnrecordableError(f"the tensors of '{node.target}' are handed on as a list", for_good=True)
-        return max(picked, default=-1) + 1
+        return int(max(picked, default=-1)) + 1
     return len(returns)
 
 
@@ -114,7 +117,7 @@ def _arguments(node: fx.Node, place: dict[fx.Node, int]) -> list[Any]:
         return [value]
 
     found = []
-    for number, argument in enumerate(node.target._schema.arguments):
+    for number, argument in enumerate(_schema(node).arguments):
         if number < len(node.args):
             found.append(described(node.args[number]))
         else:

@@ -40,6 +40,10 @@ class Before:
                 torch.set_rng_state(state)
             else:
                 torch.cuda.set_rng_state(state, device)
+        of_python, of_numpy = self._of_python
+        random.setstate(of_python)
+        if of_numpy is not None:
+            sys.modules["numpy"].random.set_state(of_numpy)
         for thing, attributes in self._counted:
             vars(thing).update(attributes)
         for sample, draws in self._draws:
@@ -53,7 +57,7 @@ class Before:
 
     def changed_beyond_a_program(self) -> str | None:
         """What a step changed that no program can change again, in words; None where there is nothing."""
-        if _random_of_python() != self._of_python:
+        if str(_random_of_python()) != str(self._of_python):
             return "the step draws random numbers from Python or NumPy, which a program cannot repeat: use torch's"
         now = dict(self._opt.model.named_buffers())
         known = {id(buffer) for buffer, _ in self._buffers}
@@ -67,7 +71,6 @@ class Before:
         return [buffer.detach().clone() for buffer, _ in self._buffers]
 
 
-def _random_of_python() -> Any:
+def _random_of_python() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else tuple(map(str, numpy.random.get_state()))
-    return random.getstate(), drawn
+    return random.getstate(), None if numpy is None else numpy.random.get_state()

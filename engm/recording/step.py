@@ -17,8 +17,8 @@ from ..graph.plan import PlannedGraph
 from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
-from ..torch_internals import has_gradient_hooks, saved_tensors_of, tree_flatten, tree_unflatten
-from .guards import of_function, of_leaf, of_network, of_object, of_torch
+from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
+from .guards import OfNetwork, of_function, of_leaf, of_object, of_torch
 from .program import Program, cleaned, hang_on_data, recorded
 from .refusals import UnrecordableError, in_words
 from .state import Before
@@ -63,6 +63,7 @@ class _Recording:
         reached: the parameters that get gradients, which are the first outputs.
         figures: the names of the figures of the step, the next outputs.
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
+        watches: whether a last output tells of gradients where there were none before, so that nothing is known.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
     """
 
@@ -70,7 +71,8 @@ class _Recording:
     reached: list[Tensor]
     figures: tuple[str, ...]
     carried: tuple[str, ...]
-    watched: tuple[Hashable, ...]
+    watches: bool
+    watched: list[Hashable] = field(default_factory=list)
 
 
 class RecordedStep:
@@ -86,6 +88,7 @@ class RecordedStep:
         self.opt = opt
         self.loss_fn = loss_fn
         self.backend = backend
+        self._network = OfNetwork(opt.model)
         self._recordings: dict[Hashable, _Recording | str] = {}  # or why there is none
         self._met: set[Hashable] = set()
         self._report = Report()
@@ -106,7 +109,7 @@ class RecordedStep:
             Exception: whatever the loss function or ``backward`` raises.
         """
         leaves, spec = tree_flatten(batch)
-        call = _Call(self.opt, self.loss_fn, leaves, spec, divisor, loss_scale)
+        call = _Call(self.opt, self.loss_fn, leaves, spec, self._network.number(), divisor, loss_scale)
         reason = _reason_for_eager(self.opt)
         if reason is not None:
             return self._eager(call, reason)
@@ -117,7 +120,7 @@ class RecordedStep:
         if known is not None:
             if _comparison_is_due(self.opt, known.watched):
                 return self._eager(call, "a comparison with autograd's gradients is due")
-            return self._replay(call, known)
+            return self._replay(call, key, known)
         if key not in self._met:
             self._met.add(key)
             return self._eager(call, "the first step of its kind")
@@ -127,8 +130,13 @@ class RecordedStep:
         self._report.eager[reason] += 1
         return call.run()
 
-    def _replay(self, call: _Call, recording: _Recording) -> StepStats:
+    def _replay(self, call: _Call, key: Hashable, recording: _Recording) -> StepStats:
+        before = Before(self.opt) if recording.watches else None
         outputs = recording.program(call.inputs())
+        if before is not None and bool(outputs.pop()):
+            before.put_back()
+            del self._recordings[key]
+            return self._eager(call, "gradients came where there were none before")
         gradients, figures, carried = _split(recording, outputs)
         stats = StepStats(**figures)
         if stats.losses.device.type == "cpu":
@@ -154,7 +162,10 @@ class RecordedStep:
                 found = _recording_of(call, before)
                 before.put_back()
                 call.clear_gradients()
-                got = [*found.program(call.inputs()), *before.buffers_now()]
+                got = found.program(call.inputs())
+                if found.watches:
+                    got.pop()
+                got += before.buffers_now()
             finally:
                 before.put_back()
         except UnrecordableError as error:
@@ -167,11 +178,15 @@ class RecordedStep:
                 self._report.refused.append(found.reason)
             return self._eager(call, found.reason)
         call.clear_gradients()
+        model = self.opt.model
+        model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
         try:
             stats = call.run()
         except BaseException:
             before.put_back_gradients()
             raise
+        finally:
+            model.observer = None
         gradients = [parameter.grad for parameter in found.reached if parameter.grad is not None]
         every = [(p, p.grad) for p, _ in before.gradients if p.grad is not None]
         want = [*gradients, *(getattr(stats, name) for name in found.figures)]
@@ -205,10 +220,12 @@ class _Call:
         loss_fn: LossFunction,
         leaves: list[Any],
         spec: Any,
+        network: int,
         divisor: float | None,
         loss_scale: float,
     ) -> None:
         self.opt = opt
+        self._network = network
         self._loss_fn = loss_fn
         self._leaves = leaves
         self._spec = spec
@@ -228,7 +245,7 @@ class _Call:
             of_object(opt, opt.not_for_programs),
             tuple(carried),
             tuple(factors),
-            of_network(opt.model),
+            self._network,
             of_function(self._loss_fn),
             of_torch(device),
         )
@@ -269,19 +286,16 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
     """
     opt, model = call.opt, call.opt.model
     names, keys, data = list(opt.carried()), list(model.calibration.carried()), len(call.tensors)
-    watched: list[Hashable] = []
     routes: list[Tensor] = []
+    graphs: list[PlannedGraph] = []
     described: list[Any] = []
 
-    def observe(graph: PlannedGraph, skeleton: Hashable) -> None:
+    def observe(graph: PlannedGraph, _: Hashable) -> None:
         _refuse_unsettled(graph)
+        graphs.append(graph)
         for route in graph.plan.routes:
             saved = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
             routes.append(saved)  # type: ignore[arg-type]
-        if model.strict:
-            watched.append(skeleton)
-            if model.watch.would_be_due(skeleton, model.check_every):
-                raise UnrecordableError("a comparison with autograd's gradients is due")
 
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
@@ -293,12 +307,16 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
         changed = {
             name: after[name] for name, given in zip(names, inputs[data:], strict=False) if after[name] is not given
         }
-        described[:] = reached, tuple(figures), tuple(changed)
-        return [*(p.grad for p in reached), *figures.values(), *changed.values(), *routes]
+        surprises = [surprise for graph in graphs for surprise in graph.surprises]
+        watches = [torch.stack(surprises).any()] if surprises else []
+        described[:] = reached, tuple(figures), tuple(changed), bool(watches)
+        routes.extend(take_decisions())
+        return [*(p.grad for p in reached), *figures.values(), *changed.values(), *watches, *routes]
 
     draws = model.calibration.sample.draws
     call.clear_gradients()
     model.observer = observe
+    take_decisions()
     try:
         module, outputs = recorded(function, call.inputs())
     finally:
@@ -313,8 +331,7 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
         raise UnrecordableError(
             "rows are moved by the batch's data, so that whose they are is looked at", for_good=True
         )
-    reached, figures, carried = described
-    return _Recording(_without(module, first), reached, figures, carried, tuple(watched))
+    return _Recording(_without(module, first), *described)
 
 
 def _without(module: GraphModule, first: int) -> Program:
@@ -335,8 +352,8 @@ def _refuse_unsettled(graph: PlannedGraph) -> None:
         raise UnrecordableError(
             "rows are moved by data, so that whose they are is measured at every step", for_good=True
         )
-    if plan.blind or plan.doubtful:
-        raise UnrecordableError("some rows had no gradient yet, so that it is not known whose they are")
+    if plan.blind:
+        raise UnrecordableError("some gradients are not finite")
     if graph.trace.tokens:
         raise UnrecordableError("a part of the network is compiled: leave that to the recorded step", for_good=True)
 

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
-from ..torch_internals import leaf_of, node_outputs, operator_name, saved_option
+from ..torch_internals import decided, leaf_of, node_outputs, operator_name, saved_option
 from .any_operator import backward_of_each
 from .same_tensor import same_tensors
 from .weight_norm import through_weight_norm
@@ -169,7 +169,7 @@ def _disjoint(uses: Sequence[tuple[Origin, Term]], parameter: Tensor) -> bool:
     for origin, _ in uses:
         meta = node_outputs(origin.node)[origin.number]
         ones.append(torch.ones(1, *meta.shape, dtype=meta.dtype, device=meta.device))
-    return bool((pull_back([origin.edge for origin, _ in uses], parameter, ones)[0].real <= 1).all())
+    return decided((pull_back([origin.edge for origin, _ in uses], parameter, ones)[0].real <= 1).all())
 
 
 def selected_row(node: Any, parameter: Tensor) -> tuple[int, int] | None:

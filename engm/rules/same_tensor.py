@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import (
+    decided,
     is_python_function,
+    is_recorded,
     leaf_of,
     node_name,
     node_outputs,
@@ -129,6 +131,6 @@ def same_tensors(made: Sequence[tuple[Any, int]]) -> list[int]:
 
 def _all_equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the tensors of every pair are equal; a device is waited for once."""
-    if not any(a.is_cuda for a, _ in pairs):
+    if not any(a.is_cuda for a, _ in pairs) and not is_recorded():
         return all(torch.equal(a, b) for a, b in pairs)
-    return bool(torch.stack([torch.eq(a, b).all() for a, b in pairs]).all())
+    return decided(torch.stack([torch.eq(a, b).all() for a, b in pairs]).all())
