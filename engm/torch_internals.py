@@ -23,7 +23,11 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import _CachingTorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -480,6 +484,27 @@ def is_recorded() -> bool:
 def unrecorded() -> AbstractContextManager[object]:
     """While this context is open, operators run as they do without a tracer, and the host may read values."""
     return _disable_current_modes() if is_recorded() else nullcontext()
+
+
+class Operators(TorchDispatchMode):
+    """While the context is open, :meth:`before` is told of every operator."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.before(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """An operator is about to run."""
+
+
+def is_operator(target: Any) -> bool:
+    """Whether the target of a node of ``torch.fx`` is an operator of the dispatcher, whose overload is known."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def schema_of(operator: Any) -> Any:
+    """The schema of an operator: name, arguments, what it returns and writes into; None for what is none."""
+    return getattr(operator, "_schema", None)
 
 
 _DECISIONS: list[Tensor] = []

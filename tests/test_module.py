@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from training import assert_close, assert_same, batch, losses_of, network, sgd
 
 import engm
+from engm.rules import base
 
 pytestmark = pytest.mark.torch_insides
 
@@ -376,3 +377,46 @@ class TestWrapping:
         assert f"{name}.weight" in dict(model.named_parameters())
         losses = losses_of(model, *batch(4))
         assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)
+
+
+CHANGES_OF_A_NETWORK = {
+    "frozen": lambda net: net.fc.weight.requires_grad_(False),
+    "replaced parameter": lambda net: setattr(net.fc, "weight", nn.Parameter(net.fc.weight.detach().clone())),
+    "replaced module": lambda net: setattr(net, "fc", nn.Linear(24, 5).double()),
+    "removed": lambda net: net.fc.register_parameter("bias", None),
+    "replaced forward": lambda net: setattr(net.fc, "forward", lambda x: 2 * F.linear(x, net.fc.weight, net.fc.bias)),
+    "cast": lambda net: net.float(),
+    "mode": lambda net: net.eval(),
+}
+
+
+class TestWalks:
+    """What is remembered of a network is forgotten as soon as it is another."""
+
+    @pytest.mark.parametrize("change", CHANGES_OF_A_NETWORK)
+    def test_changes_count(self, net, change):
+        model = engm.GradNormModule(net, batch_norm="frozen")
+        x, y = batch(6)
+        engm.per_example_grad_norms(model, losses_of(model, x, y))
+        CHANGES_OF_A_NETWORK[change](net)
+        x = x.to(net.fc.weight.dtype)
+        got = engm.per_example_grad_norms(model, losses_of(model, x, y))
+        fresh = engm.GradNormModule(net, batch_norm="frozen")
+        want = engm.per_example_grad_norms(fresh, losses_of(fresh, x, y))
+        torch.testing.assert_close(got, want)
+        assert [name for name, _ in model.trainable_parameters()] == [name for name, _ in fresh.trainable_parameters()]
+        assert all(
+            a is b for (_, a), (_, b) in zip(model.trainable_parameters(), fresh.trainable_parameters(), strict=True)
+        )
+
+    def test_rules_that_are_registered_later_count(self, model, net, monkeypatch):
+        monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+        x, y = batch(6)
+        first = engm.per_example_grad_norms(model, losses_of(model, x, y))
+
+        @engm.register_rule(nn.Linear)
+        def zero(module, activations, backprops):
+            return {name: torch.zeros(len(backprops), *p.shape).double() for name, p in module.named_parameters()}
+
+        model.strict = False
+        assert not torch.equal(engm.per_example_grad_norms(model, losses_of(model, x, y)), first)

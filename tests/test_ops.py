@@ -279,6 +279,30 @@ def test_opcheck():
         torch.library.opcheck(op.default, arguments)
 
 
+def test_bound_operators_are_those_of_the_dispatcher():
+    a, b, w = torch.randn(3, 4, 5), torch.randn(3, 4, 6), torch.rand(3)
+    x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
+    geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    calls = {
+        "linear_norm_sq": (a, b, "auto", None, None, None, None),
+        "conv_norm_sq": (x, gy, *geometry, "auto", None, None, None, None),
+        "linear_grads": (a, b),
+        "conv_grads": (x, gy, *geometry),
+        "affine_norm_sq": (a, a + 1, None, torch.rand(3, 1, 1), 2),
+        "embedding_norm_sq": (torch.randint(5, (3, 4)), a, -1),
+        "clip_weights": (torch.rand(5, 3), 0.5, torch.rand(5)),
+        "scale_examples": ([a, b], w),
+        "weighted_sums": ([a, b], w),
+        "weighted_gemm": (a, b, w),
+        "scaled_accumulate": (None, b, w),
+        "position_sums": (b, 1),
+    }
+    assert set(calls) == set(ops.__all__)
+    for name, arguments in calls.items():
+        bound, dispatched = getattr(_C, name)(*arguments), getattr(torch.ops.engm, name)(*arguments)
+        torch.testing.assert_close(bound, dispatched, rtol=0, atol=0)
+
+
 def test_operators_compile_into_a_graph():
     @torch.compile(backend="aot_eager", fullgraph=True)
     def weights(a, b):

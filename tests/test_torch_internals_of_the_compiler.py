@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engm import torch_internals as internals
 
@@ -139,3 +140,74 @@ def test_skip_code():
     assert counter.frame_count == 0, "a region of its own"
     torch.compile(around, backend=counter, fullgraph=True)(torch.ones(2))
     assert (counter.frame_count, counter.op_count) == (1, 3), "a part of one"
+
+
+def traced(function, *inputs):
+    return make_fx(function, tracing_mode="real")(*inputs)
+
+
+def test_is_recorded():
+    seen = []
+    traced(lambda x: seen.append(internals.is_recorded()) or x + 1, torch.ones(2))
+    assert seen == [True]
+    assert not internals.is_recorded()
+    with internals.Operators():
+        assert not internals.is_recorded()
+
+
+def test_unrecorded():
+    def function(x):
+        with internals.unrecorded():
+            assert (x * 3).sum().item() == 6
+        return x + 1
+
+    graph = traced(function, torch.ones(2)).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [torch.ops.aten.add.Tensor]
+    with internals.unrecorded():
+        assert torch.ones(()).item() == 1
+
+
+def test_decided():
+    internals.take_decisions()
+    assert internals.decided(torch.tensor(True))
+    assert internals.take_decisions() == []
+    found = []
+
+    def function(x):
+        assert not internals.decided((x > 1).any())
+        found.extend(internals.take_decisions())
+        return [x + 1, *found]
+
+    graph = traced(function, torch.ones(2)).graph
+    assert len(found) == 1
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"][:2] == [
+        "aten.gt.Scalar",
+        "aten.any.default",
+    ]
+
+
+def test_take_decisions():
+    internals.take_decisions()
+    assert internals.take_decisions() == []
+
+
+def test_operators():
+    class Noting(internals.Operators):
+        def before(self, func, args, kwargs):
+            found.append((str(func), len(args)))
+
+    found = []
+    with Noting():
+        assert (torch.ones(2) + 1).tolist() == [2, 2]
+    assert ("aten.add.Tensor", 2) in found
+
+
+def test_is_operator():
+    assert internals.is_operator(torch.ops.aten.add.Tensor)
+    assert not internals.is_operator(torch.add)
+
+
+def test_schema_of():
+    schema = internals.schema_of(torch.ops.aten.add_.Tensor)
+    assert (schema.name, schema.overload_name, schema.is_mutable) == ("aten::add_", "Tensor", True)
+    assert internals.schema_of(torch.add) is None

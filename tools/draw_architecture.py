@@ -28,6 +28,7 @@ PURPOSE = {
     "recipes": "training, evaluation, the paper's figures, models, data: the command line",
     "__init__": "the public names",
     "adversarial": "attacks, objectives, weight perturbation",
+    "recording": "a step as a straight-line program",
     "measurement": "norms for anybody",
     "optim": "norms to weights",
     "verify": "engine against oracle",

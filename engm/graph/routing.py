@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,7 @@ from ..torch_internals import (
     saved_tensor_names,
     saved_tensors_of,
     saves_data,
+    unrecorded,
 )
 from .arrangement import regular, varying
 from .plan import Route
@@ -177,6 +179,8 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return _options_of_cat
     if name in ("View", "UnsafeView", "ReshapeAlias", "Expand", "Repeat", "Squeeze"):
         return lambda node: (saved_options(node), output_shape(node))
+    if name == "AsStrided":
+        return lambda node: (saved_options(node), hands_on(node))
     return saved_options
 
 
@@ -303,7 +307,7 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return _spreads(traced, position, owners, skip, n)
     differs = varying(own, n)
     if name in ANYHOW:
-        return bool(differs)
+        return bool(differs) and not hands_on(traced.order[position])
     if name in ALONG:
         node = traced.order[position]
         dim: Any = saved_option(node, "dimension" if name == "Unfold" else "dim")
@@ -315,6 +319,20 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
     return bool(differs - first)
+
+
+def hands_on(node: Node) -> bool:
+    """Whether ``as_strided`` tells no more than the memory that its input has: a pooling of channels-last images does.
+
+    The strides of the input are not to be seen, but where an element's gradient goes is.
+    """
+    given = entering_shape(*node.next_functions[0]) if operator_name(node) == "AsStrided" else None
+    if given is None or given != output_shape(node):
+        return False
+    with unrecorded():
+        numbers = torch.arange(prod(given), dtype=torch.float64, device="cpu").view(given)
+        passed = passed_to_input(node, 0, [numbers])
+        return passed is not None and torch.equal(passed, numbers)
 
 
 def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
@@ -330,7 +348,7 @@ def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
         return given is not None and bool((given.to_dense().abs() > 1).any())
     if name in ELEMENTWISE or name in ("Expand", "Repeat"):
         return bool(_repeated(traced, position, skip))
-    return name not in MOVING and name not in HANDING_ON
+    return name not in MOVING and name not in HANDING_ON and not hands_on(node)
 
 
 def _keeps_rows(node: Node, name: str) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
+from ..torch_internals import is_operator, schema_of
 from .refusals import UnrecordableError
 
 Function = Callable[..., list[Tensor]]
@@ -50,6 +51,7 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
     place: dict[fx.Node, int] = {}
     owned: dict[fx.Node, list[int]] = {}  # by the node that reads them last, the places that are free afterwards
     constants, inputs, calls = [], [], []
+    objects: dict[fx.Node, Any] = {}  # generators of random numbers
     outputs: list[int] = []
     count = 0
     for node in nodes:
@@ -57,12 +59,16 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         if node.op == "placeholder":
             inputs.append(count)
         elif node.op == "get_attr":
-            constants.append((count, _attribute(module, str(node.target))))
+            found = _attribute(module, str(node.target))
+            if isinstance(found, Tensor):
+                constants.append((count, found))
+            else:
+                objects[node], width = found, 0
         elif node.op == "output":
             outputs, width = [place[result] for result in node.args[0]], 0
         elif node.target is operator.getitem:
             place[node], width = place[node.args[0]] + node.args[1], 0
-        elif isinstance(node.target, torch._ops.OpOverload):
+        elif is_operator(node.target):
             width = _width(node)
             calls.append((node, first, width))
         else:
@@ -79,16 +85,12 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         owned.setdefault(end, []).extend(range(first, first + width))
     line = StraightLine(count, constants, inputs, outputs)
     for node, first, width in calls:
-        schema = _schema(node)
-        line.add(schema.name, schema.overload_name, _arguments(node, place), first, width, owned.get(node, []))
+        schema = schema_of(node.target)
+        line.add(schema.name, schema.overload_name, _arguments(node, place, objects), first, width, owned.get(node, []))
     return line, len(calls)
 
 
-def _schema(node: Any) -> Any:
-    return node.target._schema
-
-
-def _attribute(module: fx.GraphModule, name: str) -> Tensor:
+def _attribute(module: fx.GraphModule, name: str) -> Any:
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
@@ -97,7 +99,7 @@ def _attribute(module: fx.GraphModule, name: str) -> Tensor:
 
 def _width(node: fx.Node) -> int:
     """How many values an operator returns; of a list of tensors as many as are read."""
-    returns = _schema(node).returns
+    returns = schema_of(node.target).returns
     if len(returns) == 1 and returns[0].type.kind() == "ListType":
         picked: list[Any] = [user.args[1] for user in node.users]
         if any(user.target is not operator.getitem for user in node.users):
@@ -106,18 +108,18 @@ def _width(node: fx.Node) -> int:
     return len(returns)
 
 
-def _arguments(node: fx.Node, place: dict[fx.Node, int]) -> list[Any]:
+def _arguments(node: fx.Node, place: dict[fx.Node, int], objects: dict[fx.Node, Any]) -> list[Any]:
     """The arguments of an operator in the order of its schema, as ``StraightLine.add`` takes them."""
 
     def described(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            return (place[value],)
+            return [objects[value]] if value in objects else (place[value],)
         if isinstance(value, list | tuple) and any(isinstance(part, fx.Node) for part in value):
             return ([-1 if part is None else place[part] for part in value],)
         return [value]
 
     found = []
-    for number, argument in enumerate(_schema(node).arguments):
+    for number, argument in enumerate(schema_of(node.target).arguments):
         if number < len(node.args):
             found.append(described(node.args[number]))
         else:
@@ -163,7 +165,7 @@ def is_random(node: fx.Node) -> bool:
 
 
 def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     return schema is not None and bool(schema.is_mutable)
 
 
@@ -188,7 +190,7 @@ def hang_on_data(module: fx.GraphModule, first: int, data: int) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether a node returns memory of its first operand."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or not schema.returns or not node.all_input_nodes:
         return False
     return schema.returns[0].alias_info is not None

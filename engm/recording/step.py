@@ -25,6 +25,7 @@ from .state import Before
 
 BACKENDS = ("replay",)
 MOST_PROGRAMS = 8  # kept at once
+MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 LossFunction = Callable[..., Any]
 
 
@@ -91,6 +92,7 @@ class RecordedStep:
         self._network = OfNetwork(opt.model)
         self._recordings: dict[Hashable, _Recording | str] = {}  # or why there is none
         self._met: set[Hashable] = set()
+        self._generators: list[torch.Generator] = []
         self._report = Report()
 
     def report(self) -> Report:
@@ -154,7 +156,7 @@ class RecordedStep:
 
         The program is kept if all three give the same bits.
         """
-        before = Before(self.opt)
+        before = Before(self.opt, self._generators)
         found: _Recording | UnrecordableError
         got: list[Tensor] = []
         try:
@@ -170,6 +172,12 @@ class RecordedStep:
                 before.put_back()
         except UnrecordableError as error:
             found = error
+            self._generators += before.new_generators()
+            if len(self._generators) > MOST_GENERATORS:
+                self._generators.clear()
+                found = UnrecordableError(
+                    "the step makes generators of random numbers anew: make them before", for_good=True
+                )
         except Exception as error:
             found = UnrecordableError(in_words(error), for_good=True)
         if isinstance(found, UnrecordableError):
@@ -300,7 +308,8 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
         model.calibration.carry(dict(zip(keys, inputs[data + len(names) :], strict=True)))
-        stats = call.run_with(inputs[:data], check=False)
+        with before.noting_generators():
+            stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
         figures = {name: value for name, value in vars(stats).items() if value is not None}
         after = opt.carried()
@@ -323,6 +332,11 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
         model.observer = None
     if model.calibration.sample.draws != draws:
         raise UnrecordableError("a calibration is due")
+    watches = described[-1]
+    if watches and bool(outputs[len(outputs) - len(routes) - 1]):
+        raise UnrecordableError("gradients came where there were none before")
+    if before.new_generators():
+        raise UnrecordableError("random numbers come from a generator that was not known yet")
     beyond = before.changed_beyond_a_program()
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)

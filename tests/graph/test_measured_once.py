@@ -68,6 +68,14 @@ class Gated(Between):
         return nn.functional.glu(h.reshape(-1, 4).repeat(1, 2), 1).view(h.shape)
 
 
+class PooledChannelsLast(Between):
+    """Pooling images to one pixel hands on memory of other strides, by ``as_strided``."""
+
+    def between(self, h):
+        images = h.reshape(-1, 3, 2, 2).to(memory_format=torch.channels_last)
+        return h + nn.functional.adaptive_avg_pool2d(images, 1).flatten(1).unsqueeze(2)
+
+
 @pytest.fixture
 def plans(monkeypatch):
     made, original = [], prepare.make_plan
@@ -75,7 +83,16 @@ def plans(monkeypatch):
     return made
 
 
-KINDS = [StacksOfParameters, SharedOnTheRight, Fourier, ComplexNumbers, InOrderOfTime, Normalised, Gated]
+KINDS = [
+    StacksOfParameters,
+    SharedOnTheRight,
+    Fourier,
+    ComplexNumbers,
+    InOrderOfTime,
+    Normalised,
+    Gated,
+    PooledChannelsLast,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,10 @@
 """Recorded steps against the same steps without recording: the same bits, whatever the network, optimizer and data."""
 
 import copy
+import gc
 import random
 import re
+import weakref
 
 import pytest
 import torch
@@ -299,3 +301,75 @@ def test_a_wrong_loss_function_says_what_it_should_return():
     step = engm.record(t.opt, lambda x, y: (x, y, x))
     with pytest.raises(TypeError, match=r"\(losses, measurement\), it returned 3"):
         step(*batches(1)[0])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_generators_of_the_users(kept):
+    """One that is kept goes on as by hand; one that is made, or seeded, in every step is not recorded."""
+
+    class Drawing(Training):
+        def losses(self, x, y):
+            generator = self.generator if kept else torch.Generator().manual_seed(3)
+            return super().losses(x + torch.randn(x.shape, generator=generator), y)
+
+    nets = [NETWORKS["group norm"]() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    results = []
+    for net, way in zip(nets, ("recorded", "by_hand"), strict=True):
+        t = Drawing(net)
+        t.generator = torch.Generator().manual_seed(1)
+        results.append(t.go(getattr(t, way), batches(10)))
+        if way == "recorded":
+            report = t.recorded.report()
+    assert same(*results)
+    assert (report.replayed > 0) == kept
+    assert kept or "generators of random numbers anew" in report.refused[0]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_step_that_seeds_is_not_recorded(own):
+    t = training()
+    generator = torch.Generator()
+
+    def losses(x, y):
+        source = generator.manual_seed(5) if own else torch.manual_seed(5) and None
+        return F.cross_entropy(t.model(x + torch.randn(x.shape, generator=source)), y, reduction="none")
+
+    step = engm.record(t.opt, losses)
+    for x, y in batches(6):
+        step(x, y)
+    assert not step.report().replayed
+    assert "seeds the random numbers" in step.report().refused[0]
+
+
+def test_gradients_that_come_later():
+    """A branch behind a zero: its plan is watched, and a step in which its gradients come runs eagerly."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.gate = (
+                nn.Linear(72, CLASSES),
+                nn.Linear(72, CLASSES),
+                nn.Parameter(torch.zeros(CLASSES)),
+            )
+
+        def forward(self, x):
+            return self.a(x.flatten(1)) + self.gate * torch.tanh(self.b(x.flatten(1)))
+
+    torch.manual_seed(0)
+    report = assert_the_same(Gated(), batches(12), 6, optimizer=lambda m, sgd: engm.ENGM(m, sgd, 0.5))
+    assert report.recorded >= 1
+
+
+def test_memory_is_let_go():
+    """What was replayed keeps nothing of a batch but what it returns."""
+    t = training()
+    x, y = batches(1)[0]
+    for _ in range(4):
+        t.recorded(x, y)
+        t.opt.zero_grad()
+    reference = weakref.ref(x)
+    del x
+    gc.collect()
+    assert reference() is None
