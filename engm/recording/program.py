@@ -47,7 +47,6 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         UnrecordableError: something in it is no operator of tensors.
     """
     nodes: list[Any] = list(module.graph.nodes)
-    last = {source: node for node in nodes for source in node.all_input_nodes}
     place: dict[fx.Node, int] = {}
     owned: dict[fx.Node, list[int]] = {}  # by the node that reads them last, the places that are free afterwards
     constants, inputs, calls = [], [], []
@@ -76,13 +75,14 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         if width:
             place[node] = first
             count += width
+    when = {node: number for number, node in enumerate(nodes)}
     for node, first, width in calls:
-        readers = [user for user in node.users if user.target is operator.getitem]
-        ends = [
-            last[other] for other in (node, *readers) if other in last and last[other].target is not operator.getitem
-        ]
-        end = max(ends, key=nodes.index) if ends else node
-        owned.setdefault(end, []).extend(range(first, first + width))
+        ends: dict[int, Any] = dict.fromkeys(range(first, first + width), node)
+        for name in () if not width else (node, *(user for user in node.users if user.target is operator.getitem)):
+            readers = [user for user in name.users if user.target is not operator.getitem]
+            ends[place[name]] = max([ends[place[name]], *readers], key=when.__getitem__)
+        for free, end in ends.items():
+            owned.setdefault(end, []).append(free)
     line = StraightLine(count, constants, inputs, outputs)
     for node, first, width in calls:
         schema = schema_of(node.target)
