@@ -16,6 +16,8 @@ import engm
 pytestmark = pytest.mark.torch_insides
 
 SIDE, N, CLASSES = 6, 5, 3
+# torch 2.11 traces neither quantiles, whose operator reads a value there, nor generators: such steps run eagerly.
+TRACES_ALL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 
 class Images(nn.Module):
@@ -144,7 +146,8 @@ def test_is_the_step_by_hand(optimizer, name, attacked):
         pytest.skip("reads input gradients, which the loss function has to measure")
     torch.manual_seed(3)
     net = NETWORKS[name]()
-    assert_the_same(net, batches(16), 8, optimizer=OPTIMIZERS[optimizer], attacked=attacked)
+    least = 8 if TRACES_ALL or optimizer != "ENGM auto" else 0
+    assert_the_same(net, batches(16), least, optimizer=OPTIMIZERS[optimizer], attacked=attacked)
 
 
 @pytest.mark.slow
@@ -324,8 +327,9 @@ def test_generators_of_the_users(kept):
         if way == "recorded":
             report = t.recorded.report()
     assert same(*results)
-    assert (report.replayed > 0) == kept
-    assert kept or "generators of random numbers anew" in report.refused[0]
+    assert (report.replayed > 0) == (kept and TRACES_ALL)
+    if not report.replayed:
+        assert ("generators of random numbers anew" if TRACES_ALL else "torch._C.Generator") in report.refused[0]
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -341,7 +345,8 @@ def test_a_step_that_seeds_is_not_recorded(own):
     for x, y in batches(6):
         step(x, y)
     assert not step.report().replayed
-    assert "seeds the random numbers" in step.report().refused[0]
+    traced = TRACES_ALL or not own
+    assert ("seeds the random numbers" if traced else "torch._C.Generator") in step.report().refused[0]
 
 
 def test_gradients_that_come_later():
