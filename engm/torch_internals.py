@@ -410,12 +410,8 @@ def own_children(module: nn.Module) -> Mapping[str, nn.Module | None]:
 
 def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     """The hooks that hang on the module's calls, of all kinds."""
-    return (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
+    own = module.__dict__
+    return own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
 
 
 def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:

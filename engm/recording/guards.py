@@ -6,13 +6,15 @@ its modes and options, the optimizer's options, the numbers that the loss functi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Sequence
+import sys
+import sysconfig
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,10 @@ from ..module import GradNormModule
 from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters, version_of
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
-LIBRARIES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+OURS = str(Path(__file__).parents[1])
+LIBRARIES = OURS, *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 Place = tuple[Any, Any]  # a dict, list or cell, and the key, number or name there
+USUAL = frozenset([bool, int, float, str, type(None)])
 MOST_STATES = 1000  # that are remembered
 OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
 
@@ -90,10 +94,13 @@ class OfNetwork:
         if any(len(attributes) != length for attributes, length, _ in self._names) or not self._names:
             self._names = [(vars(m), len(vars(m)), _names_of_options(vars(m))) for m in self._modules]
         state = [self._model.batch_norm, self._model.strict, self._model.coupled, *parts]
+        add = state.append
         for module, (attributes, _, names) in zip(self._modules, self._names, strict=True):
             for name in names:
                 value = attributes[name]
-                state += (type(value), _frozen(value))
+                kind = type(value)
+                add(kind)
+                add(value if kind in USUAL else _frozen(value))
             for hooks in hooks_of(module):
                 if hooks:
                     state += hooks.values()
@@ -111,15 +118,27 @@ def _names_of_options(attributes: dict[str, Any]) -> list[str]:
     return [name for name in attributes if name == "training" or name not in OF_A_MODULE]
 
 
-def _frozen(value: Any) -> Hashable:
+def _frozen(value: Any) -> Any:
     """What a program depends on of any value, as it is now: of tensors and other objects nothing but what they are."""
-    if isinstance(value, (*PLAIN, FunctionType, BuiltinFunctionType, type)):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple([(type(part), _frozen(part)) for part in value])
-    if isinstance(value, dict):
-        return tuple([(key, type(part), _frozen(part)) for key, part in value.items()])
-    return cast(Hashable, type(value))
+    kind: Any = type(value)
+    freeze = _freezing(kind)
+    return value if freeze is None else freeze(value)
+
+
+@cache
+def _freezing(kind: type) -> Callable[[Any], Any] | None:
+    """How values of a type are frozen; None for those that are as they are."""
+    if issubclass(kind, (*PLAIN, FunctionType, BuiltinFunctionType, type)):
+        return None
+    if issubclass(kind, tuple | list):
+        return lambda value: tuple([(type(part), _frozen(part)) for part in value])
+    if issubclass(kind, dict):
+        return lambda value: tuple([(key, type(part), _frozen(part)) for key, part in value.items()])
+    if issubclass(kind, set | frozenset):
+        return frozenset
+    if kind.__module__ == "numpy" and hasattr(kind, "tobytes"):
+        return lambda value: (value.dtype.str, value.shape, value.tobytes())
+    return lambda _: kind
 
 
 class Reach:
@@ -225,14 +244,24 @@ def said(place: Place) -> str:
 
 
 def is_followed(thing: Any) -> bool:
-    """Whether what a thing holds may matter to a step: not if it is a plain value, a tensor, a class or torch's."""
+    """Whether what a thing holds may matter to a step: not if it is a plain value, a tensor, a class or a library's.
+
+    Of libraries' objects torch's and ours are looked at, and all modules.
+    """
     if isinstance(thing, (*PLAIN, Tensor, type, ModuleType, torch.optim.Optimizer, GradNormModule)):
         return False
     if isinstance(thing, FunctionType):
         return not thing.__code__.co_filename.startswith(LIBRARIES)
+    if isinstance(thing, nn.Module | MethodType | partial):
+        return True
     if isinstance(thing, list | tuple | dict):
         return not _is_plain(thing)
-    return isinstance(thing, MethodType | partial) or hasattr(thing, "__dict__")
+    source = getattr(sys.modules.get(type(thing).__module__), "__file__", None) or ""
+    return hasattr(thing, "__dict__") and (_is_ours(thing) or not source.startswith(LIBRARIES))
+
+
+def _is_ours(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] in ("engm", "torch")
 
 
 def _is_plain(value: Any) -> bool:
@@ -266,8 +295,7 @@ def _places_in(thing: Any, names: Collection[str]) -> list[Place]:
         return inside + [(attributes, name) for name in _names_of_options(attributes)]
     if not isinstance(attributes, dict):
         return []
-    known = type(thing).__module__.partition(".")[0] in ("engm", "torch")
-    return [(attributes, name) for name in attributes if known or name in names]
+    return [(attributes, name) for name in attributes if name in names or _is_ours(thing)]
 
 
 def _members(thing: Any, names: Collection[str]) -> list[Any]:
