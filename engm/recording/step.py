@@ -457,7 +457,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return False
     if a.layout == torch.sparse_coo:
-        return _same_bits(a._indices(), b._indices()) and _same_bits(a._values(), b._values())
+        a, b = a.coalesce(), b.coalesce()
+        return _same_bits(a.indices(), b.indices()) and _same_bits(a.values(), b.values())
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
