@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -407,6 +408,12 @@ def own_children(module: nn.Module) -> Mapping[str, nn.Module | None]:
     return module._modules
 
 
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The hooks that hang on the module's calls, of all kinds."""
+    own = module.__dict__
+    return own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
+
+
 def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Those of the module's own parameters that require grad, by name."""
     return {name: p for name, p in own_parameters(module).items() if p is not None and p.requires_grad}
@@ -476,6 +483,11 @@ def is_exported() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def without_autocast() -> AbstractContextManager[object]:
+    """While this context is open, operators take their operands as they are, whatever the caller's autocast."""
+    return cast(AbstractContextManager[object], torch._C._DisableAutocast())
+
+
 def is_recorded() -> bool:
     """Whether operators are being traced into a program, whose values the host may not read."""
     return bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None
@@ -491,10 +503,50 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.before(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.after(func, result)
+        return result
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """An operator is about to run."""
+
+    def after(self, func: Any, result: Any) -> None:
+        """An operator has run."""
+
+
+class Memory:
+    """A set of tensors' memory, which is not held, but is not mistaken for other memory either."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """The tensor's memory belongs to the set."""
+        if tensor.layout == torch.strided:
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self._held[reference.cdata] = reference
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.layout == torch.strided and StorageWeakRef(tensor.untyped_storage()).cdata in self._held
+
+
+def all_memory_of(tensor: Tensor) -> Tensor:
+    """The memory that a tensor is a view of, as a vector; what is written there leaves no trace in versions."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def deciding_sizes(operator: Any, args: Sequence[Any]) -> list[Tensor]:
+    """The tensors whose numbers decide how large what an operator returns is."""
+    if torch.Tag.dynamic_output_shape not in operator.tags:
+        return []
+    if operator is torch.ops.aten.index.Tensor:
+        return [part for part in args[1] if part is not None and part.dtype in (torch.bool, torch.uint8)]
+    return tensors_in(args)
+
+
+def tensors_in(nest: Any) -> list[Tensor]:
+    """The tensors in a nest of arguments."""
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
 
 
 def is_operator(target: Any) -> bool:

@@ -313,3 +313,18 @@ def test_is_transformed():
     torch.jit.trace(asks, x, check_trace=False)
     asks(x)
     assert seen == [False, True, True, True, True, False]
+
+
+def test_hooks_of():
+    layer = nn.Linear(2, 2)
+    assert not any(internals.hooks_of(layer))
+    handles = [
+        layer.register_forward_pre_hook(print),
+        layer.register_forward_hook(print),
+        layer.register_full_backward_pre_hook(print),
+        layer.register_full_backward_hook(print),
+    ]
+    assert [list(hooks.values()) for hooks in internals.hooks_of(layer)] == [[print]] * 4
+    for handle in handles:
+        handle.remove()
+    assert not any(internals.hooks_of(layer))

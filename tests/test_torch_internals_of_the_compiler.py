@@ -211,3 +211,46 @@ def test_schema_of():
     schema = internals.schema_of(torch.ops.aten.add_.Tensor)
     assert (schema.name, schema.overload_name, schema.is_mutable) == ("aten::add_", "Tensor", True)
     assert internals.schema_of(torch.add) is None
+
+
+def test_without_autocast():
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with internals.without_autocast():
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_memory():
+    memory, x = internals.Memory(), torch.ones(4)
+    memory.add(x[1:])
+    assert x[:2] in memory
+    assert torch.ones(4) not in memory
+    sparse = torch.eye(2).to_sparse()
+    memory.add(sparse)
+    assert sparse not in memory
+    del x
+    assert not any(torch.ones(4) in memory for _ in range(5))  # the address is not given to others
+
+
+def test_all_memory_of():
+    x = torch.arange(6.0).view(2, 3)
+    version = internals.version_of(x)
+    internals.all_memory_of(x[1:, ::2]).fill_(3)
+    assert x.eq(3).all()
+    assert internals.version_of(x) == version
+
+
+def test_deciding_sizes():
+    aten, x = torch.ops.aten, torch.ones(3)
+    mask, rows = x > 0, torch.tensor([0, 1])
+    assert internals.deciding_sizes(aten.nonzero.default, (x,)) == [x]
+    assert internals.deciding_sizes(aten.index.Tensor, (x, [mask])) == [mask]
+    assert internals.deciding_sizes(aten.index.Tensor, (x, [None, rows])) == []
+    assert internals.deciding_sizes(aten.add.Tensor, (x, x)) == []
+
+
+def test_tensors_in():
+    x, y = torch.ones(1), torch.ones(2)
+    assert internals.tensors_in(((x, 1), {"a": [None, y]})) == [x, y]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..distributed import fewest, total
 from ..exact import exact_squared_norms
 from ..terms.loss_scale import UNSCALED, LossScale
+from ..torch_internals import unrecorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,7 +100,8 @@ class DeviceFlag:
             elif not self._arrived.query():
                 return False
             self._arrived = None
-        return not bool(self._value)
+        with unrecorded():  # steps that are replayed ask before they are
+            return not bool(self._value)
 
     def __getstate__(self) -> dict[str, Any]:  # an event can neither be copied nor pickled
         if self._arrived is not None:

@@ -270,13 +270,13 @@ def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], ow
     found = [owners.get((child, 0)) for child in behind]
     if name in INTO:
         found.append(owners.get((route.position, 0)))
-    along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
-    if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
-        along = min(1, len(entering_shape(*node.next_functions[0])) - 1)
-    if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
-        return True
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
+    along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
+    if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
+        along = min(1, max(ranks) - 1)
+    if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
+        return True
     return any(own is None or _dimension(along, rank) in varying(own, n) for own in found for rank in ranks)
 
 

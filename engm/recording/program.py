@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
-from ..torch_internals import is_operator, schema_of
+from ..torch_internals import is_operator, schema_of, without_autocast
 from .refusals import UnrecordableError
 
 Function = Callable[..., list[Tensor]]
@@ -34,10 +34,17 @@ class Program:
 
     def __init__(self, module: fx.GraphModule) -> None:
         self._line, self.length = _straight_line(module)
+        self._read = [value for value in vars(module).values() if isinstance(value, Tensor)]
+        self._read += [*module.parameters(), *module.buffers()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, which are as many and as large as those that were recorded."""
-        return self._line.run(inputs)
+        with without_autocast():  # the program has its casts in it
+            return self._line.run(inputs)
+
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of those from before the recording that the program reads."""
+        return any(tensor is known for known in self._read)
 
 
 def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
@@ -134,6 +141,8 @@ def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModu
         Exception: whatever the function raises; also where the host reads a value that comes of the inputs.
     """
     outputs: list[Tensor] = []
+    # Tensors of their own: the batch may have the same one twice, or one that is also read from elsewhere.
+    inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs]
 
     def noted(*tensors: Tensor) -> list[Tensor]:
         outputs[:] = function(*tensors)

@@ -12,17 +12,41 @@ from torch import Tensor
 
 from ..module import GradNormModule
 from ..optim import ExampleOptimizer
-from ..torch_internals import Operators, version_of
+from ..torch_internals import (
+    Memory,
+    Operators,
+    all_memory_of,
+    deciding_sizes,
+    schema_of,
+    tensors_in,
+    unrecorded,
+    version_of,
+)
+from .guards import Reach, at, put_at, said
+from .program import Program
 
 
 class Before:
-    """Everything as it is before a step: buffers, gradients, random numbers, and the counters of the engine."""
+    """Everything as it is before a step: buffers, gradients, random numbers, and the counters of the engine.
 
-    def __init__(self, opt: ExampleOptimizer, generators: Iterable[torch.Generator] = ()) -> None:
+    Args:
+        opt: the optimizer.
+        generators: those that steps draw from.
+        reach: where the step's code finds what else it reads.
+
+    Attributes:
+        buffers: of the network, with copies.
+        written: other memory from before the step that operators wrote into while it was noted, with copies.
+        drawn_from: generators (None: torch's own), with their states before the first draw.
+    """
+
+    def __init__(
+        self, opt: ExampleOptimizer, generators: Iterable[torch.Generator] = (), reach: Reach | None = None
+    ) -> None:
         model: GradNormModule = opt.model
         self._opt = opt
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._versions = [version_of(buffer) for buffer, _ in self._buffers]
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._versions = [version_of(buffer) for buffer, _ in self.buffers]
         self.gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
         devices = {p.device for p in model.parameters() if p.is_cuda}
         self._random: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
@@ -32,24 +56,34 @@ class Before:
         self._draws = [(sample, sample.draws) for sample in (model.calibration.sample, model.calibration.shared_sample)]
         self._of_python = _random_of_python()
         self._generators = [(generator, generator.get_state()) for generator in generators]
-        self._drawn_from: list[tuple[torch.Generator | None, Tensor]] = []
+        self.drawn_from: list[tuple[torch.Generator | None, Tensor]] = []
+        self.written: list[tuple[Tensor, Tensor]] = []
+        held = [] if reach is None else reach.values()
+        carried = {id(tensor) for tensor in self._carried.values()}
+        self._held = [(place, value) for place, value in held if id(value) not in carried]
 
-    def noting_generators(self) -> Operators:
-        """A context in which what random numbers are drawn from is noted, as it is before the first draw."""
-        return _Noting(self._drawn_from)
+    def noting(self) -> Operators:
+        """A context in which what random numbers are drawn from, and what is written into, is noted before it is.
+
+        Operators by which the host reads data raise RuntimeError in it.
+        """
+        return _Noting(self)
 
     def put_back(self) -> None:
         """Everything as it was."""
+        torch.clear_autocast_cache()  # what was cast while a step was traced belongs to that
         known = [generator for generator, _ in self._generators]
-        for generator, state in self._generators + [item for item in self._drawn_from if item[0] not in known]:
+        for generator, state in self._generators + [item for item in self.drawn_from if item[0] not in known]:
             if generator is not None:
                 generator.set_state(state)
         with torch.no_grad():
-            for (buffer, value), version in zip(self._buffers, self._versions, strict=True):
+            for (buffer, value), version in zip(self.buffers, self._versions, strict=True):
                 # Indices that were not written to are left alone, so that they count as unchanged; batch norms do not
                 # tell that they write into their running statistics.
                 if buffer.is_floating_point() or version_of(buffer) != version:
                     buffer.copy_(value)
+            for memory, value in self.written:
+                memory.copy_(value)
         self.put_back_gradients()
         for device, state in self._random:
             if device is None:
@@ -65,6 +99,8 @@ class Before:
         for sample, draws in self._draws:
             sample.draws = draws
         self._opt.carry(self._carried)
+        for place, value in self._changed_places():
+            put_at(place, value)
 
     def put_back_gradients(self) -> None:
         """The gradients as they were."""
@@ -74,34 +110,58 @@ class Before:
     def new_generators(self) -> list[torch.Generator]:
         """The generators that were drawn from and not known of before the step."""
         known = [generator for generator, _ in self._generators]
-        return [generator for generator, _ in self._drawn_from if generator is not None and generator not in known]
+        return [generator for generator, _ in self.drawn_from if generator is not None and generator not in known]
 
-    def changed_beyond_a_program(self) -> str | None:
-        """What a step changed that no program can change again, in words; None where there is nothing."""
+    def changed_beyond_a_program(self, program: Program) -> str | None:
+        """What a step changed that this program of it cannot change again, in words; None where there is nothing."""
         if str(_random_of_python()) != str(self._of_python):
             return "the step draws random numbers from Python or NumPy, which a program cannot repeat: use torch's"
         states = [(None, self._random[0][1]), *self._generators]
-        seeded = [
-            g for g, state in states for drawn, first in self._drawn_from if drawn is g and not state.equal(first)
-        ]
+        seeded = [g for g, state in states for drawn, first in self.drawn_from if drawn is g and not state.equal(first)]
         if seeded:
             return "the step seeds the random numbers that it draws, which a program would go on drawing: seed before"
+        changed = [
+            said(place)
+            for place, value in self._changed_places()
+            if not isinstance(value, Tensor) or program.reads(value)  # others are only left there
+        ]
+        if changed:
+            return (
+                f"the step puts other values in the place of {', '.join(changed[:3])}, which a program cannot do again"
+            )
         now = dict(self._opt.model.named_buffers())
-        known = {id(buffer) for buffer, _ in self._buffers}
+        known = {id(buffer) for buffer, _ in self.buffers}
         replaced = [name for name, buffer in now.items() if id(buffer) not in known]
         if replaced:
             return f"the step puts new tensors in the place of buffers ({', '.join(replaced[:3])}): write into the old"
         return None
 
-    def buffers_now(self) -> list[Tensor]:
-        """Copies of the buffers as they are now."""
-        return [buffer.detach().clone() for buffer, _ in self._buffers]
+    def tensors_now(self) -> list[Tensor]:
+        """Copies of the buffers, of other memory that was written into, and of the random numbers' states as now."""
+        now = [tensor.detach().clone() for tensor, _ in (*self.buffers, *self.written)]
+        return [*now, torch.get_rng_state(), *[torch.cuda.get_rng_state(device) for device, _ in self._random[1:]]]
+
+    def _changed_places(self) -> list[tuple[Any, Any]]:
+        """What the step's code reads and has changed since, and what it was."""
+        return [
+            (place, value) for place, value in self._held if at(place) is not value and not _equal(at(place), value)
+        ]
 
 
 class _Noting(Operators):
-    def __init__(self, found: list[tuple[torch.Generator | None, Tensor]]) -> None:
+    """Notes what operators draw from, and what they write into that was there before; refuses what the host reads."""
+
+    def __init__(self, before: Before) -> None:
         super().__init__()
-        self._found = found
+        self._found = before.drawn_from
+        self._written = before.written
+        self._made = Memory()  # by the step
+        self._kept = Memory()
+        self._guarded = Memory()  # as it is a part of what a program holds for, see OfNetwork
+        for buffer, _ in before.buffers:
+            self._kept.add(buffer)
+            if not buffer.is_floating_point() and buffer.dim():
+                self._guarded.add(buffer)
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -109,8 +169,36 @@ class _Noting(Operators):
             generator = given[0] if given else None
             if all(known is not generator for known, _ in self._found):
                 self._found.append((generator, torch.get_rng_state() if generator is None else generator.get_state()))
+        schema = schema_of(func)
+        if schema.is_mutable:
+            for argument, value in zip(schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(value if isinstance(value, list | tuple) else [value])
+            self._keep([kwargs[a.name] for a in schema.arguments if a.alias_info is not None and a.name in kwargs])
+        if not all(tensor in self._guarded for tensor in deciding_sizes(func, args)):
+            raise RuntimeError(f"data decide the sizes of what {func} returns")
+        reads = torch.Tag.data_dependent_output in func.tags
+        if reads and not all(tensor in self._made or tensor in self._guarded for tensor in tensors_in((args, kwargs))):
+            raise RuntimeError(f"{func} reads values of a tensor, which may be others at the next step")
+
+    def after(self, func: Any, result: Any) -> None:
+        if func is torch.ops.aten.lift_fresh.default or all(r.alias_info is None for r in schema_of(func).returns):
+            for tensor in tensors_in(result):
+                self._made.add(tensor)
+
+    def _keep(self, tensors: Sequence[Any]) -> None:
+        for tensor in tensors_in(tensors):
+            if tensor.layout == torch.strided and tensor not in self._made and tensor not in self._kept:
+                self._kept.add(tensor)
+                with unrecorded(), torch.no_grad():
+                    memory = all_memory_of(tensor)
+                    self._written.append((memory, memory.clone()))
 
 
 def _random_of_python() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)

@@ -18,7 +18,7 @@ from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
-from .guards import OfNetwork, of_function, of_leaf, of_object, of_torch
+from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch
 from .program import Program, cleaned, hang_on_data, recorded
 from .refusals import UnrecordableError, in_words
 from .state import Before
@@ -26,6 +26,8 @@ from .state import Before
 BACKENDS = ("replay",)
 MOST_PROGRAMS = 8  # kept at once
 MOST_GENERATORS = 4  # that steps draw from, besides torch's own
+OUT_OF_USE = 100  # steps after which a program makes room for another
+MOST_REPLACED = 3  # times that a program is made anew because tensors were replaced
 LossFunction = Callable[..., Any]
 
 
@@ -66,6 +68,7 @@ class _Recording:
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
         watches: whether a last output tells of gradients where there were none before, so that nothing is known.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
+        held: tensors besides those of the network that the program reads, and where the step's code finds them.
     """
 
     program: Program
@@ -74,6 +77,11 @@ class _Recording:
     carried: tuple[str, ...]
     watches: bool
     watched: list[Hashable] = field(default_factory=list)
+    held: list[tuple[Place, Tensor]] = field(default_factory=list)
+
+    def reads_the_same_tensors(self) -> bool:
+        """Whether the tensors that the program reads are where they were."""
+        return all(at(place) is tensor for place, tensor in self.held)
 
 
 class RecordedStep:
@@ -90,8 +98,14 @@ class RecordedStep:
         self.loss_fn = loss_fn
         self.backend = backend
         self._network = OfNetwork(opt.model)
-        self._recordings: dict[Hashable, _Recording | str] = {}  # or why there is none
+        own = [value for name, value in vars(opt).items() if name not in (*opt.not_for_programs, "optimizer", "model")]
+        self._reach = Reach([loss_fn, *[value for value in own if is_followed(value)]], (opt, opt.model), self._network)
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._refused: dict[Hashable, str] = {}
+        self._used: dict[Hashable, int] = {}  # the number of the call that last used a recording
+        self._calls = 0
         self._met: set[Hashable] = set()
+        self._replaced: Counter[Hashable] = Counter()
         self._generators: list[torch.Generator] = []
         self._report = Report()
 
@@ -111,22 +125,58 @@ class RecordedStep:
             Exception: whatever the loss function or ``backward`` raises.
         """
         leaves, spec = tree_flatten(batch)
-        call = _Call(self.opt, self.loss_fn, leaves, spec, self._network.number(), divisor, loss_scale)
-        reason = _reason_for_eager(self.opt)
+        of_network = self._network.number()
+        state = of_network, self._reach.number(of_network)
+        call = _Call(self.opt, self.loss_fn, leaves, spec, state, divisor, loss_scale)
+        reason = _reason_for_eager(self.opt) or call.reason_for_eager()
         if reason is not None:
             return self._eager(call, reason)
+        self._calls += 1
         key = call.key()
+        if key in self._refused:
+            return self._eager(call, self._refused[key])
         known = self._recordings.get(key)
-        if isinstance(known, str):
-            return self._eager(call, known)
         if known is not None:
+            self._used[key] = self._calls
+            if not known.reads_the_same_tensors():
+                return self._forget(call, key)
             if _comparison_is_due(self.opt, known.watched):
                 return self._eager(call, "a comparison with autograd's gradients is due")
             return self._replay(call, key, known)
         if key not in self._met:
+            if len(self._met) >= MOST_STATES:
+                self._met.clear()
             self._met.add(key)
             return self._eager(call, "the first step of its kind")
+        if not self._has_room():
+            return self._eager(call, f"there are programs for {MOST_PROGRAMS} kinds of steps, and all are in use")
         return self._record(call, key)
+
+    def _has_room(self) -> bool:
+        """Whether another program can be kept; one that has not been used for long is given up for it."""
+        if len(self._recordings) < MOST_PROGRAMS:
+            return True
+        oldest = min(self._recordings, key=self._used.__getitem__)
+        if self._calls - self._used[oldest] < OUT_OF_USE:
+            return False
+        del self._recordings[oldest], self._used[oldest]
+        return True
+
+    def _forget(self, call: _Call, key: Hashable) -> StepStats:
+        """Give up a program that reads tensors in whose place there are others now; the next step is recorded anew."""
+        del self._recordings[key], self._used[key]
+        self._replaced[key] += 1
+        reason = "tensors that the step reads were replaced by others: write into the old"
+        if self._replaced[key] >= MOST_REPLACED:
+            self._refuse(key, reason)
+        return self._eager(call, reason)
+
+    def _refuse(self, key: Hashable, reason: str) -> None:
+        if len(self._refused) >= MOST_STATES:
+            self._refused.clear()
+        self._refused[key] = reason
+        if reason not in self._report.refused:
+            self._report.refused.append(reason)
 
     def _eager(self, call: _Call, reason: str) -> StepStats:
         self._report.eager[reason] += 1
@@ -137,7 +187,7 @@ class RecordedStep:
         outputs = recording.program(call.inputs())
         if before is not None and bool(outputs.pop()):
             before.put_back()
-            del self._recordings[key]
+            del self._recordings[key], self._used[key]
             return self._eager(call, "gradients came where there were none before")
         gradients, figures, carried = _split(recording, outputs)
         stats = StepStats(**figures)
@@ -156,7 +206,8 @@ class RecordedStep:
 
         The program is kept if all three give the same bits.
         """
-        before = Before(self.opt, self._generators)
+        before = Before(self.opt, self._generators, self._reach)
+        tensors = self._reach.tensors()
         found: _Recording | UnrecordableError
         got: list[Tensor] = []
         try:
@@ -167,7 +218,7 @@ class RecordedStep:
                 got = found.program(call.inputs())
                 if found.watches:
                     got.pop()
-                got += before.buffers_now()
+                got += before.tensors_now()
             finally:
                 before.put_back()
         except UnrecordableError as error:
@@ -181,10 +232,11 @@ class RecordedStep:
         except Exception as error:
             found = UnrecordableError(in_words(error), for_good=True)
         if isinstance(found, UnrecordableError):
-            if found.for_good:
-                self._keep(key, found.reason)
-                self._report.refused.append(found.reason)
-            return self._eager(call, found.reason)
+            stats = self._eager(call, found.reason)
+            if found.for_good:  # and not because of an error that the step has by itself
+                self._refuse(key, found.reason)
+            return stats
+        found.held.extend((place, tensor) for place, tensor in tensors if found.program.reads(tensor))
         call.clear_gradients()
         model = self.opt.model
         model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
@@ -198,25 +250,19 @@ class RecordedStep:
         gradients = [parameter.grad for parameter in found.reached if parameter.grad is not None]
         every = [(p, p.grad) for p, _ in before.gradients if p.grad is not None]
         want = [*gradients, *(getattr(stats, name) for name in found.figures)]
-        want += [self.opt.carried()[name] for name in found.carried] + before.buffers_now()
+        want += [self.opt.carried()[name] for name in found.carried] + before.tensors_now()
         before.put_back_gradients()
         for parameter, gradient in every:
             add_gradient(parameter, gradient)
         same = len(every) == len(gradients) and len(got) == len(want) and all(map(_same_bits, got, want))
         if same:
-            self._keep(key, found)
+            self._recordings[key], self._used[key] = found, self._calls
             self._report.recorded += 1
         else:
             reason = "replayed, the recorded step gives other numbers than the step itself"
-            self._keep(key, reason)
-            self._report.refused.append(reason)
+            self._refuse(key, reason)
         self._report.eager["recorded, and compared with its replay"] += 1
         return stats
-
-    def _keep(self, key: Hashable, found: _Recording | str) -> None:
-        if len(self._recordings) >= MOST_PROGRAMS:
-            del self._recordings[next(iter(self._recordings))]
-        self._recordings[key] = found
 
 
 class _Call:
@@ -228,17 +274,22 @@ class _Call:
         loss_fn: LossFunction,
         leaves: list[Any],
         spec: Any,
-        network: int,
+        state: Hashable,
         divisor: float | None,
         loss_scale: float,
     ) -> None:
         self.opt = opt
-        self._network = network
+        self._state = state
         self._loss_fn = loss_fn
         self._leaves = leaves
         self._spec = spec
         self._options: dict[str, Any] = {"divisor": divisor, "loss_scale": loss_scale}
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def reason_for_eager(self) -> str | None:
+        """Why this batch runs eagerly; None where a program may do."""
+        odd = [type(leaf).__name__ for leaf in self._leaves if not isinstance(leaf, (*PLAIN, Tensor))]
+        return f"the batch has a {odd[0]} in it, into which a program cannot look" if odd else None
 
     def key(self) -> Hashable:
         """What a program for this call depends on."""
@@ -253,8 +304,7 @@ class _Call:
             of_object(opt, opt.not_for_programs),
             tuple(carried),
             tuple(factors),
-            self._network,
-            of_function(self._loss_fn),
+            self._state,
             of_torch(device),
         )
 
@@ -308,7 +358,7 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
         model.calibration.carry(dict(zip(keys, inputs[data + len(names) :], strict=True)))
-        with before.noting_generators():
+        with before.noting():
             stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
         figures = {name: value for name, value in vars(stats).items() if value is not None}
@@ -324,6 +374,7 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
 
     draws = model.calibration.sample.draws
     call.clear_gradients()
+    torch.clear_autocast_cache()
     model.observer = observe
     take_decisions()
     try:
@@ -337,15 +388,16 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
         raise UnrecordableError("gradients came where there were none before")
     if before.new_generators():
         raise UnrecordableError("random numbers come from a generator that was not known yet")
-    beyond = before.changed_beyond_a_program()
-    if beyond is not None:
-        raise UnrecordableError(beyond, for_good=True)
     first = len(outputs) - len(routes)
     if hang_on_data(module, first, data):
         raise UnrecordableError(
             "rows are moved by the batch's data, so that whose they are is looked at", for_good=True
         )
-    return _Recording(_without(module, first), *described)
+    program = _without(module, first)
+    beyond = before.changed_beyond_a_program(program)
+    if beyond is not None:
+        raise UnrecordableError(beyond, for_good=True)
+    return _Recording(program, *described)
 
 
 def _without(module: GraphModule, first: int) -> Program:
@@ -402,8 +454,11 @@ def _split(
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN for NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return False
+    if a.layout == torch.sparse_coo:
+        a, b = a.coalesce(), b.coalesce()
+        return _same_bits(a.indices(), b.indices()) and _same_bits(a.values(), b.values())
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 

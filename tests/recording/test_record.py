@@ -380,3 +380,233 @@ def test_memory_is_let_go():
     del x
     gc.collect()
     assert reference() is None
+
+
+class Scaled(nn.Module):
+    """A network that multiplies by whatever it finds as its factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.factor = nn.Linear(72, CLASSES), None
+        self.register_buffer("level", torch.ones(1))
+
+    def forward(self, x):
+        h = self.layer(x.flatten(1))
+        return h if self.factor is None else h * self.factor
+
+
+class Options:
+    factor = 1.0
+
+
+FACTOR = 1.0
+
+
+class InReach(Training):
+    """A step whose code finds numbers and tensors in many places."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__(Scaled(), optimizer=lambda model, sgd: engm.ENGM(model, sgd, 0.5, weigh=self.weigh))
+        self.factor, self.bound, self.options, self.tensor = 1.0, 1.0, Options(), torch.ones(())
+        self.given = {"factor": [1.0, torch.ones(())]}
+        self.teacher = nn.Sequential(nn.Dropout(0.5), nn.Linear(72, CLASSES)).requires_grad_(False)
+
+    def weigh(self, norms, alpha):
+        return alpha / (self.bound + norms)
+
+    def losses(self, x, y):
+        number, tensor = self.given["factor"]
+        factor = FACTOR * self.factor * self.options.factor * self.tensor * number * tensor
+        return factor * F.cross_entropy(self.model(x) + self.teacher(x.flatten(1)), y, reduction="none")
+
+
+def set_global(_, value):
+    global FACTOR
+    FACTOR = value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_global,
+        lambda t, value: setattr(t, "factor", value),
+        lambda t, value: setattr(t, "bound", value),
+        lambda t, value: setattr(t, "tensor", torch.tensor(value)),
+        lambda t, value: setattr(t.options, "factor", value),
+        lambda t, value: t.given["factor"].__setitem__(0, value),
+        lambda t, value: t.given["factor"].__setitem__(1, torch.tensor(value)),
+        lambda t, value: t.teacher.train(value == 1.0),
+        lambda t, value: setattr(t.teacher[0], "p", value / 10),
+        lambda t, value: setattr(t.teacher[1], "weight", nn.Parameter(torch.full((CLASSES, 72), value), False)),
+        lambda t, value: setattr(t.model.unwrap(), "factor", value),
+        lambda t, value: setattr(t.model.unwrap(), "factor", torch.full((CLASSES,), value)),
+        lambda t, value: t.model.layer.register_forward_hook(lambda _, given, found: value * found),
+    ],
+)
+def test_what_the_code_of_a_step_reads_counts(change):
+    results = []
+    for way in ("recorded", "by_hand"):
+        t, found = InReach(), []
+        for number, value in enumerate((1.0, 2.0, 3.0, 1.0)):
+            change(t, value)
+            found.append(t.go(getattr(t, way), batches(4), seed=10 * number))
+        results.append(found)
+        if way == "recorded":
+            assert t.recorded.report().replayed >= 2, t.recorded.report()
+        set_global(t, 1.0)
+    assert same(*results)
+
+
+@pytest.mark.parametrize("what", ["the batch", "a tensor", "a parameter's"])
+def test_what_a_step_writes_into_is_written_once(what):
+    class Writing(Training):
+        def losses(self, x, y):
+            if what == "the batch":
+                x.mul_(0.5).sub_(0.1)
+            losses = super().losses(x, y)
+            with torch.no_grad():
+                if what == "a tensor":
+                    self.level.lerp_(losses.mean(), 0.1)
+                if what == "a parameter's":
+                    self.model.head.bias.mul_(0.9)
+            return losses / (1 + self.level)
+
+    results, nets = [], [NETWORKS["batch norm"]() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, way in zip(nets, ("recorded", "by_hand"), strict=True):
+        t = Writing(net)
+        t.level = torch.zeros(())
+        data = batches(10)
+        results.append([t.go(getattr(t, way), data), t.level, [x for x, _ in data]])
+        if way == "recorded":
+            assert t.recorded.report().replayed >= 5, t.recorded.report()
+    assert same(*results)
+
+
+def test_what_a_step_puts_elsewhere_is_not_recorded():
+    class Replacing(Training):
+        def losses(self, x, y):
+            losses = super().losses(x, y)
+            self.level = 0.9 * self.level + 0.1 * losses.detach().mean()
+            return losses / (1 + self.level)
+
+    results, nets = [], [NETWORKS["group norm"]() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, way in zip(nets, ("recorded", "by_hand"), strict=True):
+        t = Replacing(net)
+        t.level = torch.zeros(())
+        results.append([t.go(getattr(t, way), batches(6)), t.level])
+        if way == "recorded":
+            assert "in the place of level" in t.recorded.report().refused[0]
+    assert same(*results)
+
+
+def decides_a_size(net, h):
+    return h * (h.detach() > 0).nonzero().shape[0]
+
+
+def reads_a_buffer(net, h):
+    net.b.level.add_(0.0)
+    return h if float(net.b.other) < 1 else 2 * h
+
+
+@pytest.mark.parametrize("how", [decides_a_size, reads_a_buffer])
+def test_sizes_and_values_that_the_host_reads_are_not_recorded(how):
+    torch.manual_seed(0)
+    net = Decides(how)
+    net.b.register_buffer("level", torch.zeros(()))
+    net.b.register_buffer("other", torch.zeros(()))
+    report = assert_the_same(net, batches(6), 0)
+    assert report.recorded == 0
+    assert "test_record.py" in report.refused[0]
+
+
+def test_one_tensor_twice_in_a_batch():
+    t = training()
+    step = engm.record(t.opt, lambda a, b, y: F.cross_entropy(t.model(a) + 2 * t.model(b), y, reduction="none"))
+    t.model.eval()
+    (x, y), (other, _) = batches(2)
+    for _ in range(3):
+        step(x, x, y)
+    got = step(x, other, y).losses
+    assert torch.equal(got, F.cross_entropy(t.model(x) + 2 * t.model(other), y, reduction="none"))
+    assert step.report().replayed == 2
+
+
+def test_modes_of_torch_count():
+    t = training()
+    x, y = batches(1)[0]
+    for _ in range(3):
+        t.recorded(x, y)
+    with torch.no_grad(), pytest.raises(ValueError, match="graph"):
+        t.recorded(x, y)
+
+
+def test_under_autocast():
+    t = training()
+    x, y = batches(1)[0]
+    t.model.eval()
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = t.recorded(x, y)
+    assert t.recorded.report().replayed == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(vars(got), vars(t.by_hand(x, y)))
+
+
+class Odd:
+    """What a batch may hold, into which nobody can look."""
+
+    __hash__ = None
+
+
+def test_a_batch_of_odd_things_runs_eagerly():
+    t = training()
+    step = engm.record(t.opt, lambda x, y, _: t.losses(x, y))
+    for x, y in batches(4):
+        step(x, y, Odd())
+    assert step.report().eager == {"the batch has a Odd in it, into which a program cannot look": 4}
+
+
+def test_more_kinds_than_programs():
+    """Those that are there stay, others run eagerly; what is no longer used makes room."""
+    t = training()
+    sizes = range(2, 12)
+    for _ in range(4):
+        for n in sizes:
+            t.recorded(*batches(1, (n,))[0])
+    report = t.recorded.report()
+    assert (report.recorded, report.replayed) == (8, 16)
+    for _ in range(102):
+        t.recorded(*batches(1, (2,))[0])
+    t.recorded(*batches(1, (11,))[0])
+    assert report.recorded == 9
+
+
+def test_an_error_of_the_step_itself_is_no_reason():
+    class Failing(Training):
+        fails = False
+
+        def losses(self, x, y):
+            if self.fails:
+                raise KeyError("no")
+            return super().losses(x, y)
+
+    t = Failing(NETWORKS["group norm"]())
+    x, y = batches(1)[0]
+    t.recorded(x, y)
+    t.fails = True
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            t.recorded(x, y)
+    t.fails = False
+    for _ in range(3):
+        t.recorded(x, y)
+    assert t.recorded.report().replayed >= 1
+
+
+def test_gradients_that_are_sparse():
+    net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, CLASSES))
+    data = [(torch.randint(9, (N, 3)), y) for _, y in batches(6)]
+    assert_the_same(net, data, 4, optimizer=lambda m, _: engm.ENGM(m, torch.optim.SGD(m.parameters(), 0.1), 0.5))
