@@ -1,4 +1,4 @@
-"""What csrc/ops.cpp, csrc/cost_model_bindings.cpp and csrc/calls.cpp bind; the operators are in ``torch.ops`` too."""
+"""What csrc/ops.cpp, csrc/cost_model_bindings.cpp and csrc/calls.cpp bind, but for the operators (engm/ops.py)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,51 +50,6 @@ def set_cost_table_loader(loader: Callable[[str], None]) -> None: ...
 def cuda_precision(dtype: str, convolution: bool) -> str: ...
 def build_info() -> dict[str, Any]: ...
 def set_isa(name: str) -> None: ...
-
-# The operators, whose arguments engm/ops.py describes; none has a default here.
-def linear_norm_sq(
-    a: Tensor,
-    b: Tensor,
-    form: str,
-    shift: Tensor | None,
-    patch_mean: Tensor | None,
-    scale: Tensor | None,
-    correlation: Tensor | None,
-) -> Tensor: ...
-def conv_norm_sq(
-    x: Tensor,
-    gy: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    form: str,
-    shift: Tensor | None,
-    patch_mean: Tensor | None,
-    scale: Tensor | None,
-    correlation: Tensor | None,
-) -> Tensor: ...
-def linear_grads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]: ...
-def conv_grads(
-    x: Tensor,
-    gy: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[Tensor, Tensor]: ...
-def affine_norm_sq(
-    x: Tensor, gy: Tensor, mean: Tensor | None, rstd: Tensor, channel_dim: int
-) -> tuple[Tensor, Tensor, Tensor]: ...
-def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int) -> Tensor: ...
-def clip_weights(squared_norms: Tensor, alpha: float, factors: Tensor | None) -> tuple[Tensor, Tensor]: ...
-def scale_examples(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]: ...
-def weighted_sums(tensors: Sequence[Tensor], weights: Tensor) -> list[Tensor]: ...
-def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor: ...
-def position_sums(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]: ...
-def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor: ...
 
 class StraightLine:
     """Operators that are run one after another (csrc/program.cpp)."""

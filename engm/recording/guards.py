@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from enum import Enum
 from functools import cache, partial
 from itertools import count
-from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 from ..capture.layers import named_modules, parts_of
 from ..module import GradNormModule
 from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters, version_of
+from .refusals import OURS
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
-OURS = str(Path(__file__).parents[1])
 LIBRARIES = OURS, *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 Place = tuple[Any, Any]  # a dict, list or cell, and the key, number or name there
 USUAL = frozenset([bool, int, float, str, type(None)])

@@ -17,6 +17,7 @@ from ..graph.plan import PlannedGraph
 from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
+from ..optim.together import in_processes
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
 from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch
 from .program import Program, cleaned, hang_on_data, recorded
@@ -426,9 +427,7 @@ def _refuse_unsettled(graph: PlannedGraph) -> None:
 
 def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
     """Why this very step runs eagerly, whatever is recorded."""
-    if opt.model.shard_group is not None or (
-        dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    ):
+    if opt.model.shard_group is not None or (in_processes() and dist.get_world_size() > 1):
         return "several processes work together"
     if any(has_gradient_hooks(parameter) for _, parameter in opt.model.trainable_parameters()):
         return "hooks hang on parameters, which autograd alone runs"
@@ -477,9 +476,9 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
     Args:
         opt: an engm optimizer.
         loss_fn: takes a batch, calls the wrapped model (and an attack, if it likes), and returns losses ``[n]`` or
-            ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step; whatever
-            else it reads is taken to be as it was when the step was recorded, but for the modes and options of the
-            network and the optimizer and plain values that it closes over, which are looked at.
+            ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
+            and options of the network and the optimizer, and plain values that your own functions read, are looked at;
+            whatever else it reads is taken to be as it was when the step was recorded.
         backend: ``"replay"``: the program as it is.
 
     Raises:
