@@ -6,6 +6,7 @@ its modes and options, the optimizer's options, the numbers that the loss functi
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
@@ -24,7 +25,6 @@ from ..torch_internals import hooks_of, own_buffers, own_children, own_parameter
 from .refusals import OURS
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
-LIBRARIES = OURS, *{sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 Place = tuple[Any, Any]  # a dict, list or cell, and the key, number or name there
 USUAL = frozenset([bool, int, float, str, type(None)])
 MOST_STATES = 1000  # that are remembered
@@ -250,13 +250,20 @@ def is_followed(thing: Any) -> bool:
     if isinstance(thing, (*PLAIN, Tensor, type, ModuleType, torch.optim.Optimizer, GradNormModule)):
         return False
     if isinstance(thing, FunctionType):
-        return not thing.__code__.co_filename.startswith(LIBRARIES)
+        return not thing.__code__.co_filename.startswith(_libraries())
     if isinstance(thing, nn.Module | MethodType | partial):
         return True
     if isinstance(thing, list | tuple | dict):
         return not _is_plain(thing)
     source = getattr(sys.modules.get(type(thing).__module__), "__file__", None) or ""
-    return hasattr(thing, "__dict__") and (_is_ours(thing) or not source.startswith(LIBRARIES))
+    return hasattr(thing, "__dict__") and (_is_ours(thing) or not source.startswith(_libraries()))
+
+
+@cache
+def _libraries() -> tuple[str, ...]:
+    """The folders of what is installed, and of this package."""
+    folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    return OURS, *(os.path.join(folder, "") for folder in sorted(folders))
 
 
 def _is_ours(thing: Any) -> bool:

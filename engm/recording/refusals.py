@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from pathlib import Path
 
 import torch
 
-OURS = str(Path(__file__).parents[1])
-TORCHS = str(Path(torch.__file__).parent)
+# Folders end in a separator: a script of the user named engm_train.py beside the package is none of ours.
+OURS = os.path.join(Path(__file__).parents[1], "")
+TORCHS = os.path.join(Path(torch.__file__).parent, "")
 
 
 class UnrecordableError(Exception):

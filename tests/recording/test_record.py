@@ -5,6 +5,7 @@ import gc
 import random
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import engm
+from engm.recording.guards import is_followed
 
 pytestmark = pytest.mark.torch_insides
 
@@ -610,3 +612,14 @@ def test_gradients_that_are_sparse():
     net = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(12, CLASSES))
     data = [(torch.randint(9, (N, 3)), y) for _, y in batches(6)]
     assert_the_same(net, data, 4, optimizer=lambda m, _: engm.ENGM(m, torch.optim.SGD(m.parameters(), 0.1), 0.5))
+
+
+def test_a_script_named_like_the_package_is_the_users():
+    """Its globals are looked at, though its path begins as the package's folder does."""
+    package = Path(engm.__file__).parent
+    found = {"factor": 1.0}
+    exec(compile("def losses(model, x):\n    return model(x) * factor", f"{package}_train.py", "exec"), found)
+    inside = {}
+    exec(compile("def losses(model, x):\n    return model(x)", str(package / "module.py"), "exec"), inside)
+    assert is_followed(found["losses"])
+    assert not is_followed(inside["losses"])
