@@ -1,10 +1,10 @@
-"""The rules of recurrent layers and cells: the forward pass is run again and backpropagated to the pre-activations.
+"""The rules of recurrent layers and cells: the forward pass is run again, and back to the pre-activations.
 
 With the pre-activations ``P_t = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` of a step, ``dL_i/dW_ih = sum_t dP_t x_t^T``
 and ``dL_i/dW_hh = sum_t dP_t h_{t-1}^T``: a linear layer over the positions ``t``. Neither the fused kernels nor the
-graph give the ``dP_t``, so the layer is computed once more in plain operations (the input's part of all steps in one
-matrix product) and backpropagated from the gradients of its outputs to the ``P_t`` alone, which is exact. In the GRU
-the new gate reads ``r (W_hn h + b_hn)``, so there the two parts of ``P_t`` have gradients of their own.
+graph give the ``dP_t``, so the layer is computed once more (the input's part of all steps in one matrix product) and
+differentiated by hand, from the gradients of its outputs to the ``P_t`` alone, which is exact. In the GRU the new gate
+reads ``r (W_hn h + b_hn)``, so there the two parts of ``P_t`` have gradients of their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
 from .base import CPU, Cost, WholeCallRule, add_rule
 from .linear import matrix_cost
-from .recurrence import Recorded, State, Weights, backpropagated, layer_terms, run_layer
+from .recurrence import RUNS, LayerRun, State, Weights, layer_terms
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,8 @@ class RecurrentRule(WholeCallRule):
     ) -> dict[str, Term]:
         gradients = self._backprops(module, saved, backprops)
         dtype = accumulation_dtype(next(g for g in gradients if g is not None))
-        with torch.enable_grad(), torch.autocast(module.weight_ih_l0.device.type, enabled=False):
-            run = _Run(module, saved, activations, dtype)
-            outputs = run.forward()
-            found = backpropagated(run.recorded, outputs[: len(gradients)], gradients)
-        terms: dict[str, Term] = {}
-        for recorded, targets, suffix in zip(run.recorded, found, run.suffixes, strict=True):
-            terms.update(layer_terms(recorded, targets, suffix, names))
-        return terms
+        with torch.no_grad(), torch.autocast(module.weight_ih_l0.device.type, enabled=False):
+            return _Run(module, saved, activations, dtype).terms(gradients, names)
 
     def cost(
         self,
@@ -160,10 +154,10 @@ def _state_examples_first(saved: Remembered, state: Tensor) -> Tensor:
 
 
 class _Run:
-    """The second run of a call's forward pass, in plain operations.
+    """The second run of a call, forwards and back.
 
     Attributes:
-        recorded: what was computed, for every layer and direction that has run.
+        runs: every layer and direction.
         suffixes: what parameters' names end in, for every layer and direction.
     """
 
@@ -185,7 +179,9 @@ class _Run:
             for direction in range(self.directions)
         ]
         self.initial = self._states(initial)
-        self.recorded: list[Recorded] = []
+        self.runs: list[LayerRun] = []
+        self.masks: list[Tensor] = []  # by which the outputs of all layers but the last were multiplied, if they were
+        self._run()
 
     def _states(self, given: Any) -> list[Tensor]:
         """Initial states ``[n, layers * directions, H]``."""
@@ -196,32 +192,45 @@ class _Run:
         hidden = self.inputs.new_zeros(*shape, module.proj_size or module.hidden_size)
         return [hidden, self.inputs.new_zeros(*shape, module.hidden_size)] if module.mode == "LSTM" else [hidden]
 
-    def forward(self) -> list[Tensor]:
-        """The output ``[n, T, H]`` and the last states, ``[n, layers * directions, H]`` each."""
+    def _run(self) -> None:
+        """Run all layers forwards."""
         masks = self._masks()
-        flowing, ends = self.inputs, []
-        for first in range(0, len(self.suffixes), self.directions):
-            outputs = []
-            for number in range(first, first + self.directions):
-                steps = range(flowing.shape[1])
-                output, end, recorded = run_layer(
-                    self.module.mode,
-                    Weights(self.module, self.suffixes[number], self.dtype),
-                    flowing,
-                    tuple(state[:, number] for state in self.initial),
-                    steps[::-1] if number > first else steps,
-                    self.present,
-                )
-                outputs.append(output)
-                ends.append(end)
-                self.recorded.append(recorded)
-            flowing = torch.cat(outputs, 2)
-            if masks is not None and number + 1 < len(self.suffixes):
-                flowing = flowing * masks.draw(flowing)
-        states = [torch.stack(parts, 1) for parts in zip(*ends, strict=True)]
+        flowing = self.inputs
+        for number, suffix in enumerate(self.suffixes):
+            layer, direction = divmod(number, self.directions)
+            if layer and not direction:
+                flowing = torch.cat([run.outputs for run in self.runs[-self.directions :]], 2)
+                if masks is not None:
+                    self.masks.append(masks.draw(flowing))
+                    flowing = flowing * self.masks[-1]
+            weights, state = Weights(self.module, suffix, self.dtype), tuple(s[:, number] for s in self.initial)
+            run = RUNS[self.module.mode](weights, flowing, state, reverse=bool(direction), present=self.present)
+            self.runs.append(run)
         if masks is not None:
-            masks.check(states[0])
-        return [flowing, *states]
+            masks.check(torch.stack([run.end[0] for run in self.runs], 1))
+
+    def terms(self, backprops: Sequence[Tensor | None], names: tuple[str, ...]) -> dict[str, Term]:
+        """Terms of the parameters in ``names``; may be asked for once.
+
+        Args:
+            backprops: gradients of the output ``[n, T, H]`` and of the last states ``[n, layers * directions, H]``.
+            names: the parameters that are wanted.
+        """
+        flowing, *ends = (None if g is None else g.to(self.dtype) for g in backprops)
+        found: dict[str, Term] = {}
+        below: Tensor | None = None  # gradient of a layer's inputs
+        for number in reversed(range(len(self.runs))):
+            run, (layer, direction) = self.runs[number], divmod(number, self.directions)
+            width = run.outputs.shape[2]
+            own = None if flowing is None else flowing[:, :, direction * width : (direction + 1) * width]
+            gradients = run.backpropagated(own, [None if end is None else end[:, number] for end in ends])
+            found.update(layer_terms(run, gradients, self.suffixes[number], names))
+            if layer:
+                part = gradients.from_inputs @ run.weights.ih
+                below = part if below is None else below + part
+            if layer and not direction and below is not None:
+                flowing, below = below * self.masks[layer - 1] if self.masks else below, None
+        return found
 
     def _masks(self) -> _Masks | None:
         return None if self.saved.dropout is None else _Masks(self.module, self.saved, self.saved.dropout)
@@ -317,12 +326,11 @@ class CellRule(WholeCallRule):
         gradients = [None if g is None else _rows(g) for g in backprops]
         dtype = accumulation_dtype(next(g for g in gradients if g is not None))
         inputs = _rows(activations.get(0, "input")).to(dtype)
-        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             state = self._state(module, activations.get(1, "hx"), inputs)
-            weights = Weights(module, "", dtype)
-            _, end, recorded = run_layer(_kind(module), weights, inputs.unsqueeze(1), state, range(1), None)
-            (found,) = backpropagated([recorded], end, gradients)
-        return layer_terms(recorded, found, "", names)
+            run = RUNS[_kind(module)](Weights(module, "", dtype), inputs.unsqueeze(1), state)
+            found = run.backpropagated(None, [None if g is None else g.to(dtype) for g in gradients])
+        return layer_terms(run, found, "", names)
 
     def cost(
         self,
