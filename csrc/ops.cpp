@@ -7,6 +7,7 @@
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
 #include "program.h"
+#include "unchanged.h"
 #include "schemas.h"
 
 #define ENGM_STRING_(x) #x
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_cost_model(m);
   engm::bind_calls(m);
   engm::bind_program(m);
+  engm::bind_unchanged(m);
   m.def("build_info", &build_info, "What was compiled in and which CPU instruction set is in use.");
   m.def(
       "set_isa",

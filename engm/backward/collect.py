@@ -401,7 +401,7 @@ class TermCollector:
         for parameter in self.parameters:
             if id(parameter) in self.terms and (only is None or id(parameter) in only):
                 reached.append((parameter, self.terms.pop(id(parameter))))
-        return weighted_sums(reached, weights, SCALED_AT_ONCE if weights.is_cuda else 0)
+        return weighted_sums(reached, weights, SCALED_AT_ONCE if weights.is_cuda else 1 << 20)
 
 
 def correctable(batch_norm: Call) -> bool:

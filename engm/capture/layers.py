@@ -15,6 +15,7 @@ from torch import nn
 
 from ..rules import registrations
 from ..torch_internals import own_children, own_parameters, trained_of
+from .held import ANY_LENGTH, Held
 
 Found = TypeVar("Found")
 
@@ -56,40 +57,31 @@ class Walks:
 
     def __init__(self, net: nn.Module) -> None:
         self._net = net
-        self._modules: Sequence[nn.Module] = ()
-        self._parts: list[Any] = []
+        self._held: Held | None = None
+        self._rules = 0
         self._found: dict[Callable[[nn.Module], Any], Any] = {}
 
     def found(self, walk: Callable[[nn.Module], Found]) -> Found:
-        """What ``walk(net)`` finds, which may depend on whatever :func:`parts_of` tells and on nothing else."""
-        if not self._modules or parts_of(self._modules) != self._parts:
-            self._modules = [module for _, module in named_modules(self._net)]
-            self._parts = parts_of(self._modules)
+        """What ``walk(net)`` finds.
+
+        Args:
+            walk: may depend on what modules consist of: types, children, parameters, which of these are trained, and
+                the rules that there are; not on modes, nor on the numbers in tensors.
+        """
+        if self._held is None or self._rules != registrations() or not self._held.same():
+            self._rules = registrations()
+            self._held = _parts_of([module for _, module in named_modules(self._net)])
             self._found.clear()
         if walk not in self._found:
             self._found[walk] = walk(self._net)
         return self._found[walk]
 
 
-def parts_of(modules: Sequence[nn.Module]) -> list[Any]:
-    """What modules consist of: types, children, parameters, which of these are trained, and how many rules there are.
-
-    Equal lists are of the same parts, as long as the modules live. Modes and the numbers in tensors do not count.
-    """
-    parts: list[Any] = [registrations()]
-    add = parts.append
-    for module in modules:
-        add(type(module))
-        add("forward" in module.__dict__)
-        children, parameters = own_children(module), own_parameters(module)
-        if children:
-            parts += children
-            parts += map(id, children.values())
-        for name, parameter in parameters.items():
-            add(name)
-            if parameter is not None:
-                parts += (id(parameter), parameter.requires_grad, parameter.dtype)
-    return parts
+def _parts_of(modules: Sequence[nn.Module]) -> Held:
+    """What modules consist of."""
+    parts = [part for module in modules for part in (own_children(module), own_parameters(module))]
+    parameters = [p for module in modules for p in own_parameters(module).values() if p is not None]
+    return Held(modules, parts, [(vars(module), ANY_LENGTH, ("forward",)) for module in modules], parameters)
 
 
 @contextmanager

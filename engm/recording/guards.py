@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.layers import named_modules, parts_of
+from ..capture.held import ANY_LENGTH, Held
+from ..capture.layers import named_modules
 from ..module import GradNormModule
-from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters, version_of
+from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters
 from .refusals import OURS
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
 Place = tuple[Any, Any]  # a dict, list or cell, and the key, number or name there
-USUAL = frozenset([bool, int, float, str, type(None)])
+FIXED: tuple[Any, ...] = (None, type, frozenset)  # ways of freezing values that cannot be changed from within
 MOST_STATES = 1000  # that are remembered
 OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
 
@@ -65,9 +66,8 @@ class OfNetwork:
     def __init__(self, model: GradNormModule) -> None:
         self._model = model
         self._modules: list[nn.Module] = []
-        self._parts: list[Any] = []
-        self._names: list[tuple[dict[str, Any], int, list[str]]] = []
-        self._state: list[Any] = []
+        self._held: Held | None = None
+        self._inside: list[tuple[Any, Hashable]] = []  # values that can be changed from within, and what is in them
         self._number = 0
         self._numbers = Numbers()
 
@@ -78,38 +78,49 @@ class OfNetwork:
 
     def number(self) -> int:
         """The number of the network as it is now."""
-        state = self._now()
-        if state != self._state:
-            self._state = state
-            self._number = self._numbers.of(tuple(state))
+        held = self._held
+        if held is None or not held.same() or any(_frozen(value) != inside for value, inside in self._inside):
+            self._look()
         return self._number
 
-    def _now(self) -> list[Any]:
-        parts = parts_of(self._modules)
-        if parts != self._parts or not self._modules:
-            self._modules = [module for _, module in named_modules(self._model.unwrap())]
-            self._parts = parts = parts_of(self._modules)
-            self._names = []
-        if any(len(attributes) != length for attributes, length, _ in self._names) or not self._names:
-            self._names = [(vars(m), len(vars(m)), _names_of_options(vars(m))) for m in self._modules]
-        state = [self._model.batch_norm, self._model.strict, self._model.coupled, *parts]
-        add = state.append
-        for module, (attributes, _, names) in zip(self._modules, self._names, strict=True):
+    def _look(self) -> None:
+        """Look at everything."""
+        model = self._model
+        modules = [module for _, module in named_modules(model.unwrap())]
+        if modules != self._modules:
+            self._modules = modules
+        state: list[Any] = [model.batch_norm, model.strict, model.coupled]
+        self._inside = []
+        whole: list[Any] = []
+        parts: list[tuple[dict[str, Any], int, tuple[str, ...]]]
+        parts = [(vars(model), ANY_LENGTH, ("batch_norm", "strict", "coupled"))]
+        tensors: list[Tensor] = []
+        written: list[bool] = []
+        for module in modules:
+            attributes = vars(module)
+            names = _names_of_options(attributes)
+            parts.append((attributes, len(attributes), tuple(names)))
+            state += (id(module), type(module), len(attributes))
             for name in names:
                 value = attributes[name]
-                kind = type(value)
-                add(kind)
-                add(value if kind in USUAL else _frozen(value))
-            for hooks in hooks_of(module):
-                if hooks:
-                    state += hooks.values()
-            state += [p.data_ptr() for p in own_parameters(module).values() if p is not None]
-            for name, buffer in own_buffers(module).items():
-                if buffer is not None:
-                    # Indices are baked in wherever the engine has looked at them; counters change at every step.
-                    version = 0 if buffer.is_floating_point() or buffer.dim() == 0 else version_of(buffer)
-                    state += (name, id(buffer), buffer.dtype, buffer.data_ptr(), buffer.shape, version)
-        return state
+                inside = _frozen(value)
+                state += (name, type(value), inside)
+                if not _is_fixed(value):
+                    self._inside.append((value, inside))
+            of_module: list[Any] = [own_children(module), own_parameters(module), own_buffers(module)]
+            of_module += hooks_of(module)
+            whole += of_module
+            for found in of_module:
+                state.append(len(found))
+                state += [(name, id(value)) for name, value in found.items()]
+            tensors += [p for p in own_parameters(module).values() if p is not None]
+            written += [False] * (len(tensors) - len(written))
+            # Indices are baked in wherever the engine has looked at them; counters change at every step.
+            buffers = [buffer for buffer in own_buffers(module).values() if buffer is not None]
+            tensors += buffers
+            written += [not buffer.is_floating_point() and buffer.dim() > 0 for buffer in buffers]
+        self._held = Held(modules, whole, parts, tensors, written)
+        self._number = self._numbers.of((*state, self._held.facts))
 
 
 def _names_of_options(attributes: dict[str, Any]) -> list[str]:
@@ -124,6 +135,14 @@ def _frozen(value: Any) -> Any:
     return value if freeze is None else freeze(value)
 
 
+def _is_fixed(value: Any) -> bool:
+    """Whether what :func:`_frozen` tells of a value stays the same as long as the value is the same object."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, value))
+    kind: Any = type(value)
+    return _freezing(kind) in FIXED
+
+
 @cache
 def _freezing(kind: type) -> Callable[[Any], Any] | None:
     """How values of a type are frozen; None for those that are as they are."""
@@ -133,11 +152,13 @@ def _freezing(kind: type) -> Callable[[Any], Any] | None:
         return lambda value: tuple([(type(part), _frozen(part)) for part in value])
     if issubclass(kind, dict):
         return lambda value: tuple([(key, type(part), _frozen(part)) for key, part in value.items()])
-    if issubclass(kind, set | frozenset):
+    if issubclass(kind, frozenset):
         return frozenset
+    if issubclass(kind, set):
+        return lambda value: frozenset(value)
     if kind.__module__ == "numpy" and hasattr(kind, "tobytes"):
         return lambda value: (value.dtype.str, value.shape, value.tobytes())
-    return lambda _: kind
+    return type
 
 
 class Reach:

@@ -27,7 +27,8 @@ COMPILER = os.environ.get("CXX", "g++")
 WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-g0", "-ffp-contract=off", "-DENGM_EMULATOR", *WARNINGS)
 SANITIZERS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bounds")
-OF_PYTHON = ("ops.cpp", "cost_model_bindings.cpp", "calls.cpp", "program.cpp")  # bind what Python sees of the extension
+# What binds to Python what it sees of the extension.
+OF_PYTHON = ("ops.cpp", "cost_model_bindings.cpp", "calls.cpp", "program.cpp", "unchanged.cpp")
 KEPT_OBJECTS = 4  # of one source, for going back and forth between versions
 
 
