@@ -62,8 +62,8 @@ py::bytes facts_of(const py::list& tensors, const std::vector<bool>& versions) {
     add(static_cast<int64_t>(tensor.layout()));
     add(tensor.requires_grad());
     add(versions[k] ? static_cast<int64_t>(tensor._version()) : 0);
-    const bool plain = tensor.layout() == at::kStrided && !tensor.is_nested() &&
-                       !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Meta}));
+    const bool plain = tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_meta() &&
+                       !tensor.key_set().has(c10::DispatchKey::Python);
     add(plain);
     if (!plain) continue;  // others are told apart by who they are alone
     add(tensor.dim());

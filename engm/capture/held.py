@@ -41,7 +41,7 @@ class Held:
     ) -> None:
         self._objects = list(objects)
         self._types = tuple([type(thing) for thing in objects])
-        every = [(held, len(held), tuple(held)) for held in whole]
+        every = [(held, len(held), tuple(held) if isinstance(held, dict) else ()) for held in whole]
         self._items = tuple(
             [
                 (held, length, keys, tuple([held.get(key, MISSING) for key in keys]))

@@ -75,7 +75,7 @@ def test_lengths_may_be_any(module):
 
 
 def test_scripted_modules_are_never_the_same(module):
-    with pytest.warns(Warning):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         scripted = torch.jit.script(nn.Linear(3, 2))
     assert not Held([scripted], [scripted._parameters], [], []).same()
 
