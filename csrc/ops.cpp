@@ -6,6 +6,7 @@
 #include "calls.h"
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
+#include "graph_walk.h"
 #include "program.h"
 #include "unchanged.h"
 #include "schemas.h"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_calls(m);
   engm::bind_program(m);
   engm::bind_unchanged(m);
+  engm::bind_graph_walk(m);
   m.def("build_info", &build_info, "What was compiled in and which CPU instruction set is in use.");
   m.def(
       "set_isa",

@@ -139,10 +139,11 @@ Owners = Mapping[tuple[int, int], Tensor]
 
 def skeleton_of(traced: Trace, n: int) -> Hashable:
     """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes."""
-    calls = tuple([(id(c.module), c.couples, len(c.parameters)) for c in traced.calls])
+    calls = tuple([(id(c.module), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
-    return (n, tuple(map(type, traced.order)), tuple(traced.children), calls, leaves)
+    edges = tuple(traced.children), tuple(traced.numbers), traced.number
+    return (n, tuple(map(type, traced.order)), edges, calls, leaves)
 
 
 def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
@@ -150,13 +151,20 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
 
     These are the things themselves and not their hashes, which are the same for -1 and -2.
     """
-    options = []
-    for node in traced.order:
+    options: list[Hashable] = []
+    shapes = traced.shapes
+    for position, node in enumerate(traced.order):
         kind = type(node)
         if kind not in _READERS:
             _READERS[kind] = _reader(node)
         read = _READERS[kind]
-        if read is not None:
+        if read is None:
+            continue
+        if read is _options_of_view and None not in shapes[position]:
+            child = traced.children[position][0]
+            # That of a leaf, which has no place, is among those below.
+            options.append((shapes[position], shapes[child] if child is not None and child >= 0 else child))
+        else:
             options.append(read(node))
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
@@ -177,11 +185,18 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return None
     if name == "Cat":
         return _options_of_cat
-    if name in ("View", "UnsafeView", "ReshapeAlias", "Expand", "Repeat", "Squeeze"):
+    if name in ("View", "UnsafeView", "ReshapeAlias", "Expand"):
+        return _options_of_view
+    if name in ("Repeat", "Squeeze"):
         return lambda node: (saved_options(node), output_shape(node))
     if name == "AsStrided":
         return lambda node: (saved_options(node), hands_on(node))
     return saved_options
+
+
+def _options_of_view(node: Node) -> Hashable:
+    """The two shapes, which are all that there is to know."""
+    return saved_options(node), output_shape(node)
 
 
 def _options_of_cat(node: Node) -> Hashable:

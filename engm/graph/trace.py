@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .._C import walk_graph
 from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_of_node
 from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
-from ..capture.compiled import attach, segment_of
+from ..capture.compiled import SEGMENT_KEY, attach
 from ..distributed import Ranks
 from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
     is_compiled_region,
-    leaf_of,
     let_graph_be_kept,
     node_name,
     node_outputs,
@@ -45,6 +45,9 @@ class Trace:
         positions: the index in ``order`` of every node.
         children: for every node of ``order`` the positions of the nodes behind its inputs; None for an input without a
             gradient, and ``-2 - k`` for the leaf that was met as number ``k``.
+        number: which output of the last node of ``order`` the losses are.
+        numbers: for every node of ``order`` which outputs of the nodes behind are its inputs; empty: all the first.
+        shapes: for every node of ``order`` the shapes of its outputs, None for one without a shape in plain numbers.
         calls: captured calls, those nearest to the losses first.
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
@@ -59,6 +62,9 @@ class Trace:
     order: list[Node] = field(default_factory=list)
     positions: dict[Node, int] = field(default_factory=dict)
     children: list[tuple[int | None, ...]] = field(default_factory=list)
+    number: int = 0
+    numbers: list[tuple[int, ...]] = field(default_factory=list)
+    shapes: list[tuple[tuple[int, ...] | None, ...]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     marked: list[Capture] = field(default_factory=list)
@@ -168,31 +174,14 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
         trained: names and tensors of the parameters that norms are to be taken over.
     """
     result = Trace(owner, trained)
-    root = losses.grad_fn
-    if root is None:
-        return result
-    order, positions = result.order, result.positions
-    behind: dict[Node, list[Node | int | None]] = {}
-    met: dict[int, int] = {}  # id(leaf) -> -2 - its number
-    stack = [root]
-    while stack:
-        node = stack[-1]
-        if node in positions:  # it was put on the stack from two sides
-            stack.pop()
-            continue
-        if node not in behind:
-            found = behind[node] = _behind(node, result, met)
-            further: list[Node] = [
-                child for child in found if child is not None and type(child) is not int and child not in behind
-            ]
-            if further:
-                stack += reversed(further)
-                continue
-        stack.pop()
-        positions[node] = len(order)
-        order.append(node)
-        result.children.append(tuple([positions.get(child, child) for child in behind[node]]))
-    for node in reversed(result.order):
+    order, result.children, result.numbers, result.shapes, leaves, tokens = walk_graph(losses, SEGMENT_KEY)
+    result.order, result.number = order, losses.output_nr
+    result.positions = {node: position for position, node in enumerate(order)}
+    result.leaves = {id(leaf): leaf for leaf in leaves}
+    for position, token in tokens:
+        attach(getattr(token, SEGMENT_KEY), order[position])
+        result.tokens[order[position]] = token
+    for node in reversed(order):
         metadata = node.metadata
         for call in metadata.get(CALLS_KEY, ()):
             result.calls.append(call)
@@ -201,25 +190,3 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
         if is_compiled_region(node):
             let_graph_be_kept(node)
     return result
-
-
-def _behind(node: Node, result: Trace, met: dict[int, int]) -> list[Node | int | None]:
-    """What is behind each input of a node: a node, the number of a leaf, which is noted in ``result``, or nothing."""
-    found: list[Node | int | None] = []
-    for child, _ in node.next_functions:
-        leaf = None if child is None else leaf_of(child)
-        if leaf is None:
-            found.append(child)
-            continue
-        key = id(leaf)
-        if key in met:
-            found.append(met[key])
-        elif (segment := segment_of(leaf)) is not None:
-            attach(segment, node)
-            result.tokens[node] = leaf
-            found.append(None)
-        else:
-            met[key] = -2 - len(met)
-            result.leaves[key] = leaf
-            found.append(met[key])
-    return found

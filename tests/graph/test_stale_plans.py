@@ -447,3 +447,26 @@ def test_tokens_of_one_example_at_every_time(kind, n):
 
     torch.manual_seed(0)
     check(kind(n), losses, 4)
+
+
+@pytest.mark.parametrize("read", ["by layers", "as losses", "by an operator"])
+def test_another_output_of_a_node_that_has_several(read):
+    """The same nodes, and the same edges between them: which of the halves goes where is all that is different."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x, swap):
+            if read == "as losses":
+                return self.right(torch.tanh(self.first(x))).square().sum(1).chunk(2)[int(swap)]
+            one, other = torch.tanh(self.first(x)).chunk(2)
+            one, other = (other, one) if swap else (one, other)
+            rows = [self.left(one), self.right(other)] if read == "by layers" else [one.sin(), other.cos()]
+            return torch.cat(rows).square().sum(1)
+
+    def losses(model, step):
+        return model(torch.randn(6, 4, dtype=torch.float64), step % 2)
+
+    check(Halves().double(), losses, 4)
