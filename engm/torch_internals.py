@@ -618,6 +618,18 @@ def guarding_hooks() -> AbstractContextManager[None]:
     return _switched_off(dynamo_config, "skip_nnmodule_hook_guards")
 
 
+def compiled_by_inductor(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """The function that Inductor makes of a graph of operators for inputs like these, without Dynamo and its guards.
+
+    It has no backward pass. Random operators draw from torch's generators what they draw eagerly, and what is written
+    into an input reaches it.
+    """
+    from torch._inductor import compile
+
+    with torch.no_grad():
+        return cast(Callable[..., Sequence[Tensor]], compile(module, list(inputs), options={"fallback_random": True}))
+
+
 @functools.cache
 def skip_code(code: CodeType) -> None:
     """Never start a compiled region with a call of a function that has this code; the call may be a part of one."""
