@@ -18,7 +18,7 @@ from ..torch_internals import copy_each
 from .agreement import all_the_same
 from .program import Program, Runnable, attribute_of
 from .refusals import UnrecordableError
-from .waits import obstacles
+from .waits import is_number, obstacles
 
 WARM_UPS = 3  # runs before the capture: libraries choose kernels and allocate what they keep
 Work = Callable[[], list[Tensor]]
@@ -132,8 +132,8 @@ class CudaGraphs:
         if len(devices) != 1 or next(iter(devices)).type != self._kind:
             where = ", ".join(sorted(map(str, devices)))
             raise ValueError(
-                f"backend='cudagraph' needs a model on one CUDA device, the parameters of this one are on {where}: move "
-                "it there before, or use backend='replay' or 'inductor'."
+                f"backend='cudagraph' needs a model on one CUDA device, the parameters of this one are on {where}: "
+                "move it there before, or use backend='replay' or 'inductor'."
             )
 
     def made(self, program: Program, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Runnable:
@@ -146,7 +146,7 @@ class CudaGraphs:
             raise UnrecordableError(f"a CUDA graph cannot hold this step: {found[0]}", for_good=True)
         if device not in self._of_device:
             self._of_device[device] = self._capturing(device)
-        return Graphed(program, _generators(module), inputs, self._of_device[device])
+        return Graphed(program, _generators(module), inputs, device, self._of_device[device])
 
 
 class Graphed:
@@ -156,6 +156,7 @@ class Graphed:
         program: the program.
         generators: what it draws from besides torch's own generator.
         inputs: an example.
+        device: where it runs.
         capturing: captures it.
 
     Raises:
@@ -167,6 +168,7 @@ class Graphed:
         program: Program,
         generators: Sequence[torch.Generator],
         inputs: Sequence[Tensor],
+        device: torch.device,
         capturing: Capturing,
     ) -> None:
         self.length = program.length
@@ -176,7 +178,10 @@ class Graphed:
         self._capturing = capturing
         with torch.no_grad():
             # As they lie in memory: operators may have been recorded with the inputs' strides as arguments.
-            self._inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
+            self._inputs = [
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device if is_number(t) else t.device)
+                for t in inputs
+            ]
             _copy(self._inputs, [tensor.detach() for tensor in inputs])
             try:
                 self._captured = capturing.captured(lambda: program(self._inputs), generators)
@@ -214,9 +219,13 @@ def _generators(module: fx.GraphModule) -> list[torch.Generator]:
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensors one by one, by few kernels."""
+    """Copy tensors one by one, by few kernels; the host does not wait for the device."""
     by_kind: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
+        if target.device != source.device:
+            # Memory that is not pinned is read before the call returns, so that it may be written into afterwards.
+            target.copy_(source, non_blocking=not source.is_pinned())
+            continue
         pair = by_kind.setdefault(target.dtype, ([], []))
         pair[0].append(target)
         pair[1].append(source)

@@ -75,16 +75,22 @@ def _constants_as_inputs(module: fx.GraphModule) -> list[Tensor]:
     """Turn the tensors that a graph holds into its first inputs, and return them.
 
     Raises:
-        UnrecordableError: it also holds a generator of random numbers.
+        UnrecordableError: the graph also holds a generator of random numbers, or operators that Inductor cannot run.
     """
     graph = module.graph
+    # Compiled functions run with gradients off, where these layers keep nothing for the backward pass.
+    if any(node.target is torch.ops.aten.mkldnn_rnn_layer.default for node in graph.nodes):
+        raise UnrecordableError(
+            "Inductor cannot run the backward pass of oneDNN's recurrent layers: use backend='replay'", for_good=True
+        )
     first = next(node for node in graph.nodes if node.op == "placeholder")
     found: dict[int, tuple[Tensor, fx.Node]] = {}
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         constant = attribute_of(module, str(node.target))
         if not isinstance(constant, Tensor):
             raise UnrecordableError(
-                f"Inductor cannot draw from the step's own {type(constant).__name__}: use backend='replay'", for_good=True
+                f"Inductor cannot draw from the step's own {type(constant).__name__}: use backend='replay'",
+                for_good=True,
             )
         if id(constant) not in found:
             with graph.inserting_before(first):

@@ -265,7 +265,7 @@ class RecordedStep:
         if len(every) != len(gradients) or not all_the_same(got, want):
             self._refuse(key, "replayed, the recorded step gives other numbers than the step itself")
         elif made_got and not found.program.agrees(made_got, want, len(gradients)):
-            self._refuse(key, f"run by backend={self.backend.name!r}, the recorded step gives other numbers than by hand")
+            self._refuse(key, f"run by {self.backend.name}, the recorded step gives other numbers than the step itself")
         else:
             self._recordings[key], self._used[key] = found, self._calls
             self._report.recorded += 1

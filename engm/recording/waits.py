@@ -1,4 +1,4 @@
-"""What of a recorded program cannot be in a CUDA graph: operators at which the host waits for the device, or works itself."""
+"""What keeps a recorded program from being a CUDA graph: operators at which the host waits, or works itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def obstacles(module: fx.GraphModule, device: torch.device) -> list[str]:
     fixed: set[fx.Node] = set()  # numbers on the host that are the same in every replay
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            if any(tensor.device != device for tensor in _results(node)):
+            if node.users and any(tensor.device != device and not is_number(tensor) for tensor in _results(node)):
                 found.append("the step is given a tensor of another device: move the batch before")
             if any(_overlaps(tensor) for tensor in _results(node)):
                 found.append("the step is given an expanded tensor: make it contiguous")
@@ -55,7 +55,8 @@ def _why(node: fx.Node, device: torch.device, fixed: set[fx.Node]) -> str | None
     tensors = [*tensors_in(args), *_results(node)]
     if "sparse" in name or "coalesce" in name or any(tensor.layout != torch.strided for tensor in tensors):
         return "works on sparse tensors, whose sizes the host reads"
-    given = [tensor for source in node.all_input_nodes if source not in fixed for tensor in _results(source)]
+    known = [source for source in node.all_input_nodes if source not in fixed]
+    given = [t for source in known for t in _results(source) if not (source.op == "placeholder" and is_number(t))]
     others = [tensor for tensor in [*given, *_results(node)] if tensor.device != device]
     copied = name in COPIES and any(source in fixed for source in node.all_input_nodes)
     if others or copied:
@@ -94,6 +95,11 @@ def _written(module: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
+def is_number(tensor: Tensor) -> bool:
+    """Whether a tensor is one number on the host, which can be an input of a graph as a number on the device."""
+    return tensor.device.type == "cpu" and tensor.dim() == 0
+
+
 def _value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
@@ -103,7 +109,7 @@ def _results(node: fx.Node) -> list[Tensor]:
 
 
 def _name(node: fx.Node) -> str:
-    return str(schema_of(node.target).name).partition("::")[2]
+    return str(node.target).removeprefix("aten.").removesuffix(".default")
 
 
 def _overlaps(tensor: Tensor) -> bool:
