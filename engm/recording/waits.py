@@ -84,7 +84,7 @@ def _is_fixed(node: fx.Node, fixed: set[fx.Node]) -> bool:
 def _written(module: fx.GraphModule) -> set[fx.Node]:
     """The inputs that the program writes into, by themselves or through their views."""
     memory: dict[fx.Node, fx.Node] = {}
-    found = set()
+    found: set[fx.Node] = set()
     for node in module.graph.nodes:
         memory[node] = memory[node.all_input_nodes[0]] if is_view(node) else node
         if is_operator(node.target) and writes(node):

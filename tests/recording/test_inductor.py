@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_training import CLASSES, NETWORKS, OPTIMIZERS, Training, batches, same
+from recorded_training import CLASSES, NETWORKS, OPTIMIZERS, TRACES_ALL, Training, batches, same
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -64,8 +64,8 @@ def test_is_the_step_by_hand_but_for_rounding(optimizer, name, attacked):
 @pytest.mark.slow
 def test_in_float32():
     a, b = pair("batch norm", torch.float32)
-    compiled, by_hand = both(a, b, batches(8))
-    assert_close(compiled, by_hand, rtol=1e-3, atol=1e-4)
+    ((figures, model, _), draws), ((figures_by_hand, model_by_hand, _), draws_by_hand) = both(a, b, batches(8))
+    assert_close([figures, model, draws], [figures_by_hand, model_by_hand, draws_by_hand], rtol=1e-3, atol=1e-4)
     assert a.recorded.report().replayed >= 3, a.recorded.report()
 
 
@@ -76,7 +76,7 @@ def as_it_is(module, inputs):
 
 @pytest.mark.parametrize("name", ["batch norm", "LSTM"])
 def test_all_but_the_compiler(name, monkeypatch):
-    """Constants become inputs and draws are kept, so that the graph does the step to the bit."""
+    """Constants and draws become inputs, with which the graph does the step to the bit."""
     monkeypatch.setattr(fused, "compiled_by_inductor", as_it_is)
     a, b = pair(name, attacked=True)
     assert same(*both(a, b, batches(8)))
@@ -113,23 +113,29 @@ def test_what_draws_otherwise_is_refused(monkeypatch):
     assert "gives other numbers" in a.recorded.report().refused[0]
 
 
-def test_draws_that_nobody_reads_are_drawn(monkeypatch):
+def test_draws_are_those_of_the_step(monkeypatch):
     monkeypatch.setattr(fused, "compiled_by_inductor", as_it_is)
-    x = torch.ones(3)
+    x = torch.ones(3, 4)
 
     def step(x):
         torch.rand_like(x)
-        return [2 * x]
+        drawn = torch.zeros(5, 4).t()
+        drawn[:, 1].bernoulli_(0.5)
+        return [
+            2 * x,
+            drawn,
+            torch.randint(9, (3,)),
+            torch.empty_like(drawn).normal_(),
+            *torch.native_dropout(x, 0.4, True),
+        ]
 
     module = cleaned(make_fx(step, tracing_mode="real")(x))
     compiled = fused.Inductor().made(Program(module), module, [x])
-    torch.manual_seed(0)
-    (found,) = compiled([x])
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    torch.rand(3)
-    assert torch.equal(after, torch.rand(1))
-    assert torch.equal(found, 2 * x)
+    found = []
+    for way in (lambda: compiled([x]), lambda: step(x)):
+        torch.manual_seed(0)
+        found.append([*way(), torch.get_rng_state()])
+    assert same(*found)
 
 
 def test_without_a_compiler_steps_run_as_they_are():
@@ -153,18 +159,31 @@ def test_without_a_compiler_steps_run_as_they_are():
     assert "ompiler" in report.refused[0], report.refused
 
 
-def test_generators_of_the_users_are_refused():
-    t = Training(NETWORKS["group norm"]())
-    generator = torch.Generator().manual_seed(1)
+def test_generators_of_the_users(monkeypatch):
+    monkeypatch.setattr(fused, "compiled_by_inductor", as_it_is)
+    found = []
+    for t, recorded in zip(pair("group norm"), (True, False), strict=True):
+        generator = torch.Generator().manual_seed(1)
 
-    def losses(x, y):
-        return t.losses(x + torch.randn(x.shape, generator=generator), y)
+        def losses(x, y, t=t, generator=generator):
+            return t.losses(x + torch.randn(x.shape, generator=generator, dtype=x.dtype), y)
 
-    step = engm.record(t.opt, losses, backend="inductor")
+        step = engm.record(t.opt, losses, backend="inductor") if recorded else t.opt.backward
+        data = [(x.double(), y) for x, y in batches(6)]
+        found.append(t.go(step if recorded else lambda x, y, f=losses, t=t: t.opt.backward(f(x, y)), data))
+        if recorded:
+            assert step.report().replayed == (3 if TRACES_ALL else 0), step.report()
+    assert same(*found)
+
+
+def test_draws_whose_chances_are_computed_are_refused():
+    t = Compiled(NETWORKS["group norm"]())
+    step = engm.record(
+        t.opt, lambda x, y: t.losses(x, y) * torch.bernoulli(x.mean((1, 2, 3)).sigmoid()), backend="inductor"
+    )
     for x, y in batches(4):
         step(x, y)
-    assert step.report().replayed == 0
-    assert "enerator" in step.report().refused[0]
+    assert "by 'aten.bernoulli.default' for numbers that it computes" in step.report().refused[0]
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
