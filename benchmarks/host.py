@@ -96,7 +96,7 @@ def plain_step(net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None) -> Step
 def engm_step(
     net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None, optimizer: Optimizer, backend: str | None = None
 ) -> Step:
-    """A step of one of engm's optimizers, recorded for a backend; what happens every so often (calibration) is left out.
+    """A step of one of engm's optimizers, recorded for a backend; calibrations and comparisons are left out.
 
     Raises:
         RuntimeError: the step cannot be recorded, or not run by this backend.

@@ -19,7 +19,6 @@ from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
 from ..optim.together import in_processes
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
-from .agreement import all_the_same
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
 from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch
@@ -262,7 +261,7 @@ class RecordedStep:
         before.put_back_gradients()
         for parameter, gradient in every:
             add_gradient(parameter, gradient)
-        if len(every) != len(gradients) or not all_the_same(got, want):
+        if len(every) != len(gradients) or not program.agrees(got, want, len(gradients)):
             self._refuse(key, "replayed, the recorded step gives other numbers than the step itself")
         elif made_got and not found.program.agrees(made_got, want, len(gradients)):
             self._refuse(key, f"run by {self.backend.name}, the recorded step gives other numbers than the step itself")
