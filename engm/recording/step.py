@@ -471,10 +471,11 @@ def _split(
 def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "replay") -> RecordedStep:
     """A training step that is recorded once as a straight-line program, and replayed from then on.
 
-    ``step(*batch)`` does what ``opt.backward(loss_fn(*batch))`` does, and gives the same bits: gradients are added to
-    ``p.grad``, batch norms take note of their statistics, random numbers are drawn. What costs host time in a step,
-    hooks and rules and the walk through the graph, is gone. The first step of every kind (batch size, modes, options)
-    runs eagerly; the second is recorded, replayed and run, and the program is kept where all give the same bits.
+    ``step(*batch)`` does what ``opt.backward(loss_fn(*batch))`` does, and gives the same bits (with ``"inductor"``, the
+    same numbers but for rounding): gradients are added to ``p.grad``, batch norms take note of their statistics, random
+    numbers are drawn. What costs host time in a step, hooks and rules and the walk through the graph, is gone. The
+    first step of every kind (batch size, modes, options) runs eagerly; the second is recorded, replayed and run, and
+    the program is kept where all give the same bits.
 
     Steps at which something else is due run eagerly: calibrations of batch norm, regressions of A-ENGM, comparisons
     with autograd's gradients; and steps that cannot be recorded: where data move rows between examples, or decide what
@@ -486,11 +487,14 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
             ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
             and options of the network and the optimizer, and plain values that your own functions read, are looked at;
             whatever else it reads is taken to be as it was when the step was recorded.
-        backend: ``"replay"``: the program as it is.
+        backend: how programs run. ``"replay"``: as they are. ``"inductor"``: compiled by Inductor; steps are then equal
+            but for rounding, and random numbers are the same. ``"cudagraph"``: as CUDA graphs; the model has to be on
+            one CUDA device. Programs that a backend cannot run are refused, with the reason in the report, and these
+            steps run eagerly.
 
     Raises:
         TypeError: ``opt`` is no engm optimizer.
-        ValueError: the backend is not known.
+        ValueError: the backend is not known, or cannot run a model where this one is.
     """
     if not isinstance(opt, ExampleOptimizer):
         raise TypeError(f"record expects an engm optimizer, got {type(opt).__name__}: wrap it, engm.MSGD(model, opt).")

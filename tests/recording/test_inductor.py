@@ -69,6 +69,16 @@ def test_in_float32():
     assert a.recorded.report().replayed >= 3, a.recorded.report()
 
 
+@pytest.mark.slow
+def test_an_attack_in_float32():
+    """Signs may flip, and the program is accepted nevertheless; what it draws is the same."""
+    a, b = pair("group norm", torch.float32, attacked=True)
+    ((figures, *_), draws), ((figures_by_hand, *_), draws_by_hand) = both(a, b, batches(6))
+    assert torch.equal(draws, draws_by_hand)
+    assert_close(figures, figures_by_hand, rtol=0.1, atol=0.01)
+    assert a.recorded.report().replayed == 4, a.recorded.report()
+
+
 def as_it_is(module, inputs):
     """In Inductor's place: the graph, called by Python."""
     return torch.no_grad()(module)
