@@ -60,35 +60,42 @@ class OnDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
         self._used = torch.cuda.Event()
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self._stream = torch.cuda.Stream(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
 
     def captured(self, work: Work, generators: Sequence[torch.Generator]) -> Captured:
         with torch.cuda.device(self._device), self.turn():
-            current = torch.cuda.current_stream()
-            own = [torch.cuda.default_generators[torch.cuda.current_device()], *generators]
-            states = [generator.clone_state() for generator in own]
-            graph = torch.cuda.CUDAGraph()
-            for generator in generators:
-                graph.register_generator_state(generator)
-            self._stream.wait_stream(current)
-            # The stream's own context: torch's capture leaves its stream current where it fails.
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
-                    work()
-                try:
-                    # Other threads (a loader that pins memory) go on meanwhile.
-                    with torch.cuda.graph(
-                        graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                    ):
-                        outputs = work()
-                except Exception:
-                    # A generator that was in a failed capture would refuse to draw for ever.
-                    for generator, state in zip(own, states, strict=True):
-                        generator.graphsafe_set_state(state)
-                    raise
-            current.wait_stream(self._stream)
+            current, stream = torch.cuda.current_stream(), self._stream
+            stream.wait_stream(current)
+            try:
+                # The stream's own context: torch's capture leaves its stream current where it fails.
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        work()
+                    return self._captured_on(stream, work, generators)
+            finally:
+                current.wait_stream(stream)
+
+    def _captured_on(self, stream: torch.cuda.Stream, work: Work, generators: Sequence[torch.Generator]) -> Captured:
+        own = [torch.cuda.default_generators[torch.cuda.current_device()], *generators]
+        states = [generator.clone_state() for generator in own]
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        try:
+            # Other threads (a loader that pins memory) go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                outputs = work()
+        except Exception:
+            # What took part in a capture that failed is still capturing: the generators, the stream and the pool.
+            for generator, state in zip(own, states, strict=True):
+                generator.graphsafe_set_state(state)
+            self._start_afresh()
+            raise
         return _OnDevice(graph, outputs)
 
     @contextmanager
