@@ -71,14 +71,14 @@ class OnDevice:
         with torch.cuda.device(self._device), self.turn():
             current, stream = torch.cuda.current_stream(), self._stream
             stream.wait_stream(current)
-            try:
-                # The stream's own context: torch's capture leaves its stream current where it fails.
-                with torch.cuda.stream(stream):
+            # The stream's own context: torch's capture leaves its stream current where it fails.
+            with torch.cuda.stream(stream):
+                try:
                     for _ in range(WARM_UPS):
                         work()
-                    return self._captured_on(stream, work, generators)
-            finally:
-                current.wait_stream(stream)
+                finally:
+                    current.wait_stream(stream)
+                return self._captured_on(stream, work, generators)  # runs nothing
 
     def _captured_on(self, stream: torch.cuda.Stream, work: Work, generators: Sequence[torch.Generator]) -> Captured:
         own = [torch.cuda.default_generators[torch.cuda.current_device()], *generators]
