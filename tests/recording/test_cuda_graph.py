@@ -1,6 +1,8 @@
 """Steps as CUDA graphs: on the CPU with a double in the graph's place, and on a GPU against steps by hand."""
 
 import copy
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import engm
-from engm.recording.cuda_graph import CudaGraphs
+from engm.recording.cuda_graph import CudaGraphs, OnDevice
 from engm.recording.program import Replay, cleaned
 from engm.recording.step import RecordedStep
 from engm.recording.waits import obstacles
@@ -160,6 +162,50 @@ def test_nothing_waits_in_the_steps_of_our_own(optimizer, name, monkeypatch):
     t = Training(NETWORKS[name](), optimizer=OPTIMIZERS[optimizer], attacked=True)
     t.go(t.recorded, batches(3))
     assert found == ([[]] if TRACES_ALL or optimizer != "ENGM auto" else []), t.recorded.report()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_asked_of_a_device_and_in_what_order(fails, monkeypatch):
+    asked = []
+
+    def noting(name):
+        return lambda *_: asked.append(name)
+
+    @contextmanager
+    def graph(*_, **__):
+        asked.append("capture")
+        yield
+        if fails:
+            raise RuntimeError("no")
+
+    stream = SimpleNamespace(wait_stream=noting("wait for a stream"), wait_event=noting("wait for the last use"))
+    generator = SimpleNamespace(clone_state=lambda: 0, graphsafe_set_state=noting("mend the generator"))
+    fakes = {
+        "Stream": lambda _: stream,
+        "Event": lambda: SimpleNamespace(record=noting("used")),
+        "CUDAGraph": lambda: SimpleNamespace(register_generator_state=noting("register"), replay=noting("replay")),
+        "graph": graph,
+        "device": nullcontext,
+        "stream": nullcontext,
+        "graph_pool_handle": lambda: 0,
+        "current_stream": lambda: stream,
+        "current_device": lambda: 0,
+        "default_generators": [generator],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capturing = OnDevice(torch.device("cuda:0"))
+    begun = ["wait for the last use", "wait for a stream", *["run"] * 3, "wait for a stream"]
+    if fails:
+        with pytest.raises(RuntimeError, match="no"):
+            capturing.captured(lambda: asked.append("run"), [])
+        assert asked == [*begun, "capture", "run", "mend the generator", "used"]
+    else:
+        captured = capturing.captured(lambda: asked.append("run"), [generator])
+        with capturing.turn():
+            captured.replay()
+        assert asked[: len(begun)] == begun
+        assert asked[len(begun) :] == ["register", "capture", "run", "used", "wait for the last use", "replay", "used"]
 
 
 # -- what cannot be in a graph ----------------------------------------------------------------------------------------
