@@ -1,10 +1,12 @@
 """Where the host decides how long a step takes: small networks, where hooks, rules and calls cost more than arithmetic.
 
-Steps of SGD and of ENGM, each run as it is and recorded (engm.record; SGD by engm.MSGD). All are forward and backward
-pass and update; those with an attack take ten steps of PGD first and lend its last pass's norms. One thread.
+Steps of SGD and of ENGM, each run as it is, recorded (engm.record; SGD by engm.MSGD) and, the plain ones, compiled by
+Inductor (backend="inductor"). All are forward and backward pass and update; those with an attack take ten steps of PGD
+first and lend its last pass's norms. One thread.
 
     python benchmarks/host.py
     python benchmarks/host.py --only PGD --rounds 5
+    python benchmarks/host.py --compiled PGD    # takes Inductor many minutes
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from engm.adversarial import PGD
 from engm.recipes.models.resnet import resnet18
 
 CLASSES = 10
+CONTENDERS = ("ENGM", "SGD, recorded", "ENGM, recorded", "SGD, compiled", "ENGM, compiled")
 Optimizer = Callable[[nn.Module, torch.optim.Optimizer], engm.ExampleOptimizer]
 
 
@@ -91,9 +94,13 @@ def plain_step(net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None) -> Step
 
 
 def engm_step(
-    net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None, optimizer: Optimizer, *, recorded: bool
+    net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None, optimizer: Optimizer, backend: str | None = None
 ) -> Step:
-    """A step of one of engm's optimizers; what happens every so often (calibration) is left out."""
+    """A step of one of engm's optimizers, recorded for a backend; calibrations and comparisons are left out.
+
+    Raises:
+        RuntimeError: the step cannot be recorded, or not run by this backend.
+    """
     model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, check_every=10**9)
     opt = optimizer(model, inner(model))
 
@@ -103,10 +110,10 @@ def engm_step(
         found = attack(model, x, y, measure=opt)
         return F.cross_entropy(model(found.inputs), y, reduction="none"), found.measurement
 
-    program = engm.record(opt, losses)
+    program = engm.record(opt, losses, backend=backend or "replay")
 
     def step() -> None:
-        if recorded:
+        if backend is not None:
             program(x, y)
         else:
             given = losses(x, y)
@@ -117,7 +124,7 @@ def engm_step(
 
     for _ in range(6):  # calibrated, recorded, and replayed
         step()
-    if recorded and not program.report().replayed:
+    if backend is not None and not program.report().replayed:
         raise RuntimeError(f"this step was not replayed: {program.report()}")
     return step
 
@@ -128,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--compiled", default="plain", help="rows whose name holds this are compiled too")
     parser.add_argument("--out", type=Path, default=output.RESULTS / "host.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -143,21 +151,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         net, x, y = make(), torch.rand(shape), torch.arange(shape[0]) % CLASSES
         steps = {
             "SGD": plain_step(net, x, y, of),
-            "ENGM": engm_step(net, x, y, of, engm_of, recorded=False),
-            "SGD, recorded": engm_step(net, x, y, of, engm.MSGD, recorded=True),
-            "ENGM, recorded": engm_step(net, x, y, of, engm_of, recorded=True),
+            "ENGM": engm_step(net, x, y, of, engm_of),
+            "SGD, recorded": engm_step(net, x, y, of, engm.MSGD, "replay"),
+            "ENGM, recorded": engm_step(net, x, y, of, engm_of, "replay"),
         }
+        for name, optimizer in (("SGD, compiled", engm.MSGD), ("ENGM, compiled", engm_of)):
+            if options.compiled in title:
+                try:
+                    steps[name] = engm_step(net, x, y, of, optimizer, "inductor")
+                except RuntimeError as error:
+                    print(f"{title}: {name}: {error}")
         timings = compare(steps, reference="SGD", rounds=options.rounds)
         found[title] = {contender: timing.as_json() for contender, timing in timings.items()}
         found[title]["both recorded"] = round(timings["ENGM, recorded"].ratio / timings["SGD, recorded"].ratio, 3)
     output.show(
         "where the host decides: time of a step / SGD's",
-        ["step", "SGD, ms", "ENGM", "SGD, recorded", "ENGM, recorded", "ENGM / SGD, both recorded"],
+        ["step", "SGD, ms", *CONTENDERS, "ENGM / SGD, both recorded"],
         [
             (
                 title,
                 f"{row['SGD']['seconds'] * 1e3:.1f}",
-                *(f"{row[name]['ratio']:.2f}" for name in ("ENGM", "SGD, recorded", "ENGM, recorded")),
+                *(f"{row[name]['ratio']:.2f}" if name in row else "–" for name in CONTENDERS),
                 f"{row['both recorded']:.2f}",
             )
             for title, row in found.items()

@@ -174,6 +174,50 @@ def pgd_step(
     return step
 
 
+def recorded_step(
+    net: nn.Module, x: Tensor, y: Tensor, method: str, *, backend: str | None, attack_steps: int = 0
+) -> Step:
+    """A step of one of engm's optimizers, adversarial with borrowed norms if it has an attack, run by a backend.
+
+    Args:
+        net: the network; a copy is trained.
+        x: images.
+        y: labels.
+        method: a name of ``outer``.
+        backend: a backend of ``engm.record``; None for steps by hand.
+        attack_steps: of PGD; 0 for plain steps.
+
+    Raises:
+        RuntimeError: the step is not run by the backend; the message says why.
+    """
+    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, check_every=10**9)
+    opt = outer(model, method)
+    attack = attack_of(attack_steps) if attack_steps else None
+
+    def losses(x: Tensor, y: Tensor) -> tuple[Tensor, engm.Measurement | None]:
+        if attack is None:
+            return losses_of(model, x, y), None
+        found = attack(model, x, y, measure=opt)
+        return losses_of(model, found.inputs, y), found.measurement
+
+    recorded = None if backend is None else engm.record(opt, losses, backend=backend)
+
+    def step() -> None:
+        if recorded is not None:
+            recorded(x, y)
+        else:
+            found, measurement = losses(x, y)
+            opt.backward(found, measurement=measurement)
+        opt.step()
+        opt.zero_grad()
+
+    for _ in range(5):  # calibrated, recorded, and replayed
+        step()
+    if recorded is not None and not recorded.report().replayed:
+        raise RuntimeError(f"not run by {backend}: {recorded.report()}")
+    return step
+
+
 def bare(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int, *, naive: bool = False) -> Step:
     """A whole adversarial step without engm: PGD, then momentum SGD or the paper's one backpropagation an example."""
     net = copy.deepcopy(net)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import CodeType
 from typing import Any, cast
 
@@ -616,6 +616,28 @@ def guarding_hooks() -> AbstractContextManager[None]:
     import torch._dynamo.config as dynamo_config
 
     return _switched_off(dynamo_config, "skip_nnmodule_hook_guards")
+
+
+def compiled_by_inductor(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """The function that Inductor makes of a graph of operators for inputs like these, without Dynamo and its guards.
+
+    It has no backward pass. Random operators draw from torch's generators what they draw eagerly, and what is written
+    into an input reaches it. On the CPU the calls of the kernels are compiled too, where Inductor manages to.
+
+    Raises:
+        Exception: Inductor cannot compile it.
+    """
+    from torch._inductor import compile
+
+    for node in module.graph.nodes:
+        node.meta.clear()  # what the tracer noted there are tensors of another fake mode
+    # The caller hands over tensors of the same sizes at every call.
+    options: dict[str, Any] = {"fallback_random": True, "size_asserts": False, "alignment_asserts": False}
+    with torch.no_grad():
+        if all(tensor.device.type == "cpu" for tensor in inputs):
+            with suppress(Exception):
+                return cast(Callable[..., Any], compile(module, list(inputs), options={**options, "cpp_wrapper": True}))
+        return cast(Callable[..., Any], compile(module, list(inputs), options=options))
 
 
 @functools.cache

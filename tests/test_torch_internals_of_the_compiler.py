@@ -254,3 +254,26 @@ def test_deciding_sizes():
 def test_tensors_in():
     x, y = torch.ones(1), torch.ones(2)
     assert internals.tensors_in(((x, 1), {"a": [None, y]})) == [x, y]
+
+
+def test_compiled_by_inductor():
+    """It draws what is drawn eagerly, writes into its inputs, and reads them anew."""
+
+    def step(weight: Tensor, level: Tensor, x: Tensor) -> list[Tensor]:
+        noise = torch.rand_like(x)
+        level.lerp_(x.mean(), 0.1)
+        return [torch.relu(x + noise).mm(weight).exp(), torch.bernoulli(torch.full_like(x, 0.5))]
+
+    torch.manual_seed(0)
+    weight, level, x = nn.Parameter(torch.randn(3, 2)), torch.zeros(()), torch.randn(4, 3)
+    with torch.no_grad():
+        compiled = internals.compiled_by_inductor(make_fx(step)(weight, level, x), [weight, level, x])
+        for seed in range(2):
+            found = []
+            for way in (compiled, step):
+                torch.manual_seed(seed)
+                level.zero_()
+                found.append([*way(weight, level, x), level.clone(), torch.get_rng_state()])
+            torch.testing.assert_close(*found)
+            assert all(map(torch.equal, found[0][1:2] + found[0][3:], found[1][1:2] + found[1][3:]))
+            weight.mul_(2.0)

@@ -14,7 +14,7 @@ import torch
 
 import engm
 
-from . import ceilings, kernels, memory, steps, tables, training
+from . import backends, ceilings, kernels, memory, steps, tables, training
 from .record import DeviceLostError, Record, Stage, machine
 from .timing import Bench
 
@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[Callable[..., None], float]] = {  # what runs, and its s
     "kernels": (kernels.run, 150),
     "steps": (steps.run, 150),
     "pgd": (steps.run_pgd, 100),
+    "backends": (backends.run, 400),
     "memory": (memory.run, 40),
     "profile": (memory.run_profile, 25),
     "tune": (tune, 60),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -16,10 +16,77 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
 from ..torch_internals import is_operator, schema_of, without_autocast
+from .agreement import Tolerance, all_the_same
 from .refusals import UnrecordableError
 
 Function = Callable[..., list[Tensor]]
 COPIES = frozenset([torch.ops.aten.detach.default, torch.ops.aten.alias.default])  # nothing is left to detach from
+
+
+class Runnable(Protocol):
+    """What does a recorded step again: its program as it is, or what a backend has made of it.
+
+    Attributes:
+        length: number of operators that were recorded.
+    """
+
+    length: int
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs for these inputs, which are as many and as large as those that were recorded."""
+
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of those from before the recording that are read."""
+
+    def holds(self) -> bool:
+        """Whether the memory of those tensors is where it has to be."""
+
+    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
+        """Whether what a run left is what the step by hand left; the first ``gradients`` tensors are gradients."""
+
+
+class Backend(Protocol):
+    """How recorded steps are run.
+
+    Attributes:
+        name: the name that :func:`engm.record` knows the backend by.
+    """
+
+    name: str
+
+    def check(self, devices: set[torch.device]) -> None:
+        """Refuses models that it cannot run.
+
+        Args:
+            devices: where the parameters are.
+
+        Raises:
+            ValueError: the model is in the wrong place.
+        """
+
+    def made(self, program: Program, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Runnable:
+        """What runs from now on in the program's place; the state of the model and its inputs may change meanwhile.
+
+        Args:
+            program: the program as it is.
+            module: the operators that it was made of, which may be changed.
+            inputs: an example.
+
+        Raises:
+            UnrecordableError: this program cannot be run in this way.
+        """
+
+
+class Replay:
+    """The program runs as it is."""
+
+    name = "replay"
+
+    def check(self, devices: set[torch.device]) -> None:
+        """Nothing is refused."""
+
+    def made(self, program: Program, module: fx.GraphModule, inputs: Sequence[Tensor]) -> Runnable:
+        return program
 
 
 class Program:
@@ -30,12 +97,16 @@ class Program:
 
     Attributes:
         length: number of operators.
+        repeatable: whether two runs give the same bits; kernels of a CUDA device may add up in changing orders.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         self._line, self.length = _straight_line(module)
+        self._tolerance = Tolerance.of(module)
         self._read = [value for value in vars(module).values() if isinstance(value, Tensor)]
         self._read += [*module.parameters(), *module.buffers()]
+        on_cuda = any(tensor.is_cuda for tensor in self._read)
+        self.repeatable = not on_cuda or torch.are_deterministic_algorithms_enabled()
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, which are as many and as large as those that were recorded."""
@@ -45,6 +116,18 @@ class Program:
     def reads(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of those from before the recording that the program reads."""
         return any(tensor is known for known in self._read)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors from before the recording that the program reads."""
+        return self._read
+
+    def holds(self) -> bool:
+        """Always: the program reads tensors wherever their memory is."""
+        return True
+
+    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
+        """Whether the numbers are the same to the bit; where no two runs of a step are, but for rounding."""
+        return all_the_same(got, want) or (not self.repeatable and self._tolerance.holds(got, want, gradients))
 
 
 def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
@@ -65,7 +148,7 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         if node.op == "placeholder":
             inputs.append(count)
         elif node.op == "get_attr":
-            found = _attribute(module, str(node.target))
+            found = attribute_of(module, str(node.target))
             if isinstance(found, Tensor):
                 constants.append((count, found))
             else:
@@ -97,7 +180,8 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
     return line, len(calls)
 
 
-def _attribute(module: fx.GraphModule, name: str) -> Any:
+def attribute_of(module: fx.GraphModule, name: str) -> Any:
+    """What a node that gets an attribute gets."""
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part)
@@ -152,20 +236,20 @@ def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModu
     return module, outputs
 
 
-def cleaned(module: fx.GraphModule) -> Program:
-    """The program of a recording: without copies that only autograd needs, and without what nobody reads."""
+def cleaned(module: fx.GraphModule) -> fx.GraphModule:
+    """The operators of a recording without copies that only autograd needs, and without what nobody reads."""
     for node in list(module.graph.nodes):
         if node.target in COPIES:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code(is_kept)
     module.recompile()
-    return Program(module)
+    return module
 
 
 def is_kept(node: fx.Node) -> bool:
     """Whether a node matters even if nobody reads what it returns: it writes into a tensor, or draws at random."""
-    return node.op in ("placeholder", "output") or is_random(node) or _writes(node)
+    return node.op in ("placeholder", "output") or is_random(node) or writes(node)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -173,7 +257,8 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a node writes into a tensor that it is given."""
     schema = schema_of(node.target)
     return schema is not None and bool(schema.is_mutable)
 
@@ -187,17 +272,17 @@ def hang_on_data(module: fx.GraphModule, first: int, data: int) -> bool:
     memory: dict[fx.Node, fx.Node] = {}  # the node that the memory of a node's result is of
     moved = set([node for node in nodes if node.op == "placeholder"][:data])
     for node in nodes:
-        memory[node] = memory[node.all_input_nodes[0]] if _is_view(node) else node
+        memory[node] = memory[node.all_input_nodes[0]] if is_view(node) else node
         if is_random(node) or any(memory[source] in moved for source in node.all_input_nodes):
             moved.add(memory[node])
-            if _writes(node):
+            if writes(node):
                 moved.update(memory[source] for source in node.all_input_nodes[:1])
     (output,) = (node for node in nodes if node.op == "output")
     results: Any = output.args[0]
     return any(memory[result] in moved for result in results[first:] if isinstance(result, fx.Node))
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a node returns memory of its first operand."""
     schema = schema_of(node.target)
     if schema is None or not schema.returns or not node.all_input_nodes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
 from ..optim.together import in_processes
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
+from .cuda_graph import CudaGraphs
+from .fused import Inductor
 from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch
-from .program import Program, cleaned, hang_on_data, recorded
+from .program import Backend, Program, Replay, Runnable, cleaned, hang_on_data, recorded
 from .refusals import UnrecordableError, in_words
 from .state import Before
 
-BACKENDS = ("replay",)
+BACKENDS: dict[str, Callable[[], Backend]] = {"replay": Replay, "inductor": Inductor, "cudagraph": CudaGraphs}
 MOST_PROGRAMS = 8  # kept at once
 MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 OUT_OF_USE = 100  # steps after which a program makes room for another
@@ -63,7 +65,7 @@ class _Recording:
     """A program with the meaning of its inputs and outputs.
 
     Attributes:
-        program: the operators.
+        program: what runs the operators.
         reached: the parameters that get gradients, which are the first outputs.
         figures: the names of the figures of the step, the next outputs.
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
@@ -72,7 +74,7 @@ class _Recording:
         held: tensors besides those of the network that the program reads, and where the step's code finds them.
     """
 
-    program: Program
+    program: Runnable
     reached: list[Tensor]
     figures: tuple[str, ...]
     carried: tuple[str, ...]
@@ -82,7 +84,7 @@ class _Recording:
 
     def reads_the_same_tensors(self) -> bool:
         """Whether the tensors that the program reads are where they were."""
-        return all(at(place) is tensor for place, tensor in self.held)
+        return self.program.holds() and all(at(place) is tensor for place, tensor in self.held)
 
 
 class RecordedStep:
@@ -92,9 +94,13 @@ class RecordedStep:
         opt: the optimizer.
         loss_fn: computes losses, see :func:`record`.
         backend: how programs run.
+
+    Raises:
+        ValueError: the backend cannot run this model.
     """
 
-    def __init__(self, opt: ExampleOptimizer, loss_fn: LossFunction, backend: str) -> None:
+    def __init__(self, opt: ExampleOptimizer, loss_fn: LossFunction, backend: Backend) -> None:
+        backend.check({parameter.device for parameter in opt.model.parameters()})
         self.opt = opt
         self.loss_fn = loss_fn
         self.backend = backend
@@ -205,21 +211,21 @@ class RecordedStep:
     def _record(self, call: _Call, key: Hashable) -> StepStats:
         """Record the step, replay it, and run it eagerly on the same data; what the last has done stays.
 
-        The program is kept if all three give the same bits.
+        The program is kept if all three give the same bits, and what the backend makes of it agrees with them.
         """
         before = Before(self.opt, self._generators, self._reach)
         tensors = self._reach.tensors()
         found: _Recording | UnrecordableError
         got: list[Tensor] = []
+        made_got: list[Tensor] = []
         try:
             try:
-                found = _recording_of(call, before)
-                before.put_back()
-                call.clear_gradients()
-                got = found.program(call.inputs())
-                if found.watches:
-                    got.pop()
-                got += before.tensors_now()
+                found, program, module = _recording_of(call, before)
+                got = _tried(found, call, before)
+                made = self.backend.made(program, module, call.inputs())
+                if made is not program:
+                    found = replace(found, program=made)
+                    made_got = _tried(found, call, before)
             finally:
                 before.put_back()
         except UnrecordableError as error:
@@ -255,13 +261,13 @@ class RecordedStep:
         before.put_back_gradients()
         for parameter, gradient in every:
             add_gradient(parameter, gradient)
-        same = len(every) == len(gradients) and len(got) == len(want) and all(map(_same_bits, got, want))
-        if same:
+        if len(every) != len(gradients) or not program.agrees(got, want, len(gradients)):
+            self._refuse(key, "replayed, the recorded step gives other numbers than the step itself")
+        elif made_got and not found.program.agrees(made_got, want, len(gradients)):
+            self._refuse(key, f"run by {self.backend.name}, the recorded step gives other numbers than the step itself")
+        else:
             self._recordings[key], self._used[key] = found, self._calls
             self._report.recorded += 1
-        else:
-            reason = "replayed, the recorded step gives other numbers than the step itself"
-            self._refuse(key, reason)
         self._report.eager["recorded, and compared with its replay"] += 1
         return stats
 
@@ -337,8 +343,18 @@ class _Call:
             parameter.grad = None
 
 
-def _recording_of(call: _Call, before: Before) -> _Recording:
-    """Record a call.
+def _tried(recording: _Recording, call: _Call, before: Before) -> list[Tensor]:
+    """What a recording leaves, run from the state before the step: outputs, buffers and states of random numbers."""
+    before.put_back()
+    call.clear_gradients()
+    outputs = recording.program(call.inputs())
+    if recording.watches:
+        outputs.pop()
+    return outputs + before.tensors_now()
+
+
+def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, GraphModule]:
+    """Record a call: what it is, its program, and the operators that this was made of.
 
     Raises:
         UnrecordableError: it cannot be recorded, today or ever.
@@ -394,15 +410,16 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
         raise UnrecordableError(
             "rows are moved by the batch's data, so that whose they are is looked at", for_good=True
         )
-    program = _without(module, first)
+    module = _without(module, first)
+    program = Program(module)
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)
-    return _Recording(program, *described)
+    return _Recording(program, *described), program, module
 
 
-def _without(module: GraphModule, first: int) -> Program:
-    """The program of a recording, without its outputs from number ``first`` on."""
+def _without(module: GraphModule, first: int) -> GraphModule:
+    """The operators of a recording, cleaned, without its outputs from number ``first`` on."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     output.args = (list(output.args[0][:first]),)
     return cleaned(module)
@@ -451,23 +468,14 @@ def _split(
     return gradients, figures, {name: next(given) for name in recording.carried}
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN for NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
-        return False
-    if a.layout == torch.sparse_coo:
-        a, b = a.coalesce(), b.coalesce()
-        return _same_bits(a.indices(), b.indices()) and _same_bits(a.values(), b.values())
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "replay") -> RecordedStep:
     """A training step that is recorded once as a straight-line program, and replayed from then on.
 
-    ``step(*batch)`` does what ``opt.backward(loss_fn(*batch))`` does, and gives the same bits: gradients are added to
-    ``p.grad``, batch norms take note of their statistics, random numbers are drawn. What costs host time in a step,
-    hooks and rules and the walk through the graph, is gone. The first step of every kind (batch size, modes, options)
-    runs eagerly; the second is recorded, replayed and run, and the program is kept where all give the same bits.
+    ``step(*batch)`` does what ``opt.backward(loss_fn(*batch))`` does, and gives the same bits (with ``"inductor"``, the
+    same numbers but for rounding): gradients are added to ``p.grad``, batch norms take note of their statistics, random
+    numbers are drawn. What costs host time in a step, hooks and rules and the walk through the graph, is gone. The
+    first step of every kind (batch size, modes, options) runs eagerly; the second is recorded, replayed and run, and
+    the program is kept where all give the same bits.
 
     Steps at which something else is due run eagerly: calibrations of batch norm, regressions of A-ENGM, comparisons
     with autograd's gradients; and steps that cannot be recorded: where data move rows between examples, or decide what
@@ -479,14 +487,17 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
             ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
             and options of the network and the optimizer, and plain values that your own functions read, are looked at;
             whatever else it reads is taken to be as it was when the step was recorded.
-        backend: ``"replay"``: the program as it is.
+        backend: how programs run. ``"replay"``: as they are. ``"inductor"``: compiled by Inductor; steps are then equal
+            but for rounding, and random numbers are the same. ``"cudagraph"``: as CUDA graphs; the model has to be on
+            one CUDA device. Programs that a backend cannot run are refused, with the reason in the report, and these
+            steps run eagerly.
 
     Raises:
         TypeError: ``opt`` is no engm optimizer.
-        ValueError: the backend is not known.
+        ValueError: the backend is not known, or cannot run a model where this one is.
     """
     if not isinstance(opt, ExampleOptimizer):
         raise TypeError(f"record expects an engm optimizer, got {type(opt).__name__}: wrap it, engm.MSGD(model, opt).")
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
-    return RecordedStep(opt, loss_fn, backend)
+        raise ValueError(f"backend must be one of {tuple(BACKENDS)}, got {backend!r}.")
+    return RecordedStep(opt, loss_fn, BACKENDS[backend]())

@@ -50,6 +50,23 @@ def test_every_stage_runs(tmp_path):
     assert not (tmp_path / "running.txt").exists()
 
 
+@pytest.mark.slow
+def test_recorded_steps_by_their_backends(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--stages", "backends"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = json.loads((tmp_path / "gpu.json").read_text())["stages"]["backends"]["cases"]
+    assert not [problem for case in cases for problem in problems(case)]
+    assert [(case["norm"], case["attack_steps"]) for case in cases] == [
+        *(("group", 0), ("batch", 0), ("group", 2), ("batch", 2)),
+        ("group", 0),
+    ]
+    assert list(cases[0]["contenders"]) == ["msgd, by hand", "msgd, replay", "engm, by hand", "engm, replay"]
+    assert cases[-1]["contenders"].keys() >= {"msgd, inductor", "engm, inductor"}
+
+
 def fails():
     raise RuntimeError("no such algorithm")
 
