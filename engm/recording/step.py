@@ -29,6 +29,7 @@ MOST_PROGRAMS = 8  # kept at once
 MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 OUT_OF_USE = 100  # steps after which a program makes room for another
 MOST_REPLACED = 3  # times that a program is made anew because tensors were replaced
+COMPARED = "recorded, and compared with its replay"  # why the step at which a program is made runs as it is
 LossFunction = Callable[..., Any]
 
 
@@ -262,7 +263,7 @@ class RecordedStep:
         else:
             reason = "replayed, the recorded step gives other numbers than the step itself"
             self._refuse(key, reason)
-        self._report.eager["recorded, and compared with its replay"] += 1
+        self._report.eager[COMPARED] += 1
         return stats
 
 
