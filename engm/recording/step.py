@@ -303,7 +303,7 @@ class _Call:
             tuple(map(of_leaf, self._leaves)),
             self._spec,
             tuple(self._options.values()),
-            of_object(opt, opt.not_for_programs),
+            of_object(opt, (*opt.not_for_programs, *opt.numbers())),
             tuple(carried),
             tuple(factors),
             self._state,
@@ -329,8 +329,10 @@ class _Call:
         return self.opt.backward(found, measurement=measurement, check=check, **self._options)
 
     def inputs(self) -> list[Tensor]:
-        """What a program reads: the batch's tensors, the optimizer's, and the calibration's."""
-        return [*self.tensors, *self.opt.carried().values(), *self.opt.model.calibration.carried().values()]
+        """What a program reads: tensors of batch, optimizer and calibration, and the optimizer's numbers as tensors."""
+        opt, like = self.opt, next(self.opt.model.parameters())
+        numbers = [like.new_full((), number, dtype=torch.float64) for number in opt.numbers().values()]
+        return [*self.tensors, *opt.carried().values(), *opt.model.calibration.carried().values(), *numbers]
 
     def clear_gradients(self) -> None:
         """No parameter has a gradient any more."""
@@ -346,6 +348,7 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
     """
     opt, model = call.opt, call.opt.model
     names, keys, data = list(opt.carried()), list(model.calibration.carried()), len(call.tensors)
+    numbers, last = list(opt.numbers()), data + len(names) + len(keys)
     routes: list[Tensor] = []
     graphs: list[PlannedGraph] = []
     described: list[Any] = []
@@ -359,7 +362,8 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
 
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
-        model.calibration.carry(dict(zip(keys, inputs[data + len(names) :], strict=True)))
+        model.calibration.carry(dict(zip(keys, inputs[data + len(names) : last], strict=True)))
+        vars(opt).update(zip(numbers, inputs[last:], strict=True))
         with before.noting():
             stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
@@ -388,8 +392,6 @@ def _recording_of(call: _Call, before: Before) -> _Recording:
     watches = described[-1]
     if watches and bool(outputs[len(outputs) - len(routes) - 1]):
         raise UnrecordableError("gradients came where there were none before")
-    if before.new_generators():
-        raise UnrecordableError("random numbers come from a generator that was not known yet")
     first = len(outputs) - len(routes)
     if hang_on_data(module, first, data):
         raise UnrecordableError(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import engm
-from engm.recording.step import BACKENDS, COMPARED
+from engm.recording.step import BACKENDS, COMPARED, RecordedStep
 
 from .attacked import AttackedLosses
 
 EAGER = "eager"
-CHANGING = "the attack is another one than at the step before: its eps or step size changes"
+CHANGING = "the attack is another one than at the step before (its eps, step size or patience changes)"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class StepReport:
     def __str__(self) -> str:
         why = ", ".join(f"{reason}: {count}" for reason, count in self.eager.most_common())
         eager = f"{self.eager.total()} eager" + (f" ({why})" if why else "")
-        return f"{self.replayed} replayed, {self.recorded} recorded, {eager}"
+        return f"steps: {self.replayed} replayed, {self.recorded} recorded, {eager}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""
@@ -72,7 +72,7 @@ class Recorder:
     def __init__(self, losses: AttackedLosses, step: str) -> None:
         self._losses = losses
         self._asked_for = step not in (EAGER, "auto")
-        self._step: engm.RecordedStep | None = None
+        self._step: RecordedStep | None = None
         self._eager: Counter[str] = Counter()
         self._said: set[str] = set()
         self._attack = losses.attack
