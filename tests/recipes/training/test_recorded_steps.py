@@ -25,8 +25,6 @@ from engm.recipes.training.recorded import CHANGING, StepReport
 from engm.recipes.training.run import Run
 from engm.recipes.training.trainer import Trainer
 
-pytestmark = pytest.mark.torch_insides
-
 CPU = Processes(torch.device("cpu"))
 # torch 2.11 cannot trace draws from a generator of one's own, which every random start makes.
 TRACES_ALL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
