@@ -105,14 +105,8 @@ class _Standing:
         self._labels = labels
         self._patience = torch.full_like(labels, patience, dtype=torch.long)
 
-    def look(self, logits: Tensor) -> None:
-        """Takes note of the logits ``[n, K]`` of all examples where these are now."""
-        wrong = logits.argmax(dim=1) != self._labels
-        self.moving &= ~(wrong & (self._patience == 0))
-        self._patience -= wrong.long()
-
-    def look_at(self, rows: Tensor, logits: Tensor) -> None:
-        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]`` alone."""
+    def look(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]``, by default all, where these are now."""
         wrong = logits.argmax(dim=1) != self._labels[rows]
         self.moving[rows] &= ~(wrong & (self._patience[rows] == 0))
         self._patience[rows] -= wrong.long()
@@ -343,7 +337,7 @@ class PGD:
                 rows = torch.arange(len(x_adv), device=x_adv.device)
             present = x_adv[rows]
             moved, logits = self._step(problem.take(rows), present)
-            standing.look_at(rows, logits)
+            standing.look(logits, rows)
             x_adv[rows] = torch.where(per_example(standing.moving[rows], moved), moved, present)
         return x_adv
 
