@@ -481,7 +481,8 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
         loss_fn: takes a batch, calls the wrapped model (and an attack, if it likes), and returns losses ``[n]`` or
             ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
             and options of the network and the optimizer, and plain values that your own functions read, are looked at;
-            whatever else it reads is taken to be as it was when the step was recorded.
+            whatever else it reads is taken to be as it was when the step was recorded. A program holds for any alpha,
+            see :meth:`engm.ExampleOptimizer.numbers`.
         backend: ``"replay"``: the program as it is.
 
     Raises:
