@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -491,6 +492,18 @@ def without_autocast() -> AbstractContextManager[object]:
 def is_recorded() -> bool:
     """Whether operators are being traced into a program, whose values the host may not read."""
     return bool(torch._C._len_torch_dispatch_stack()) and get_proxy_mode() is not None
+
+
+@contextmanager
+def quick_descriptions() -> Iterator[None]:
+    """While this context is open, a tracer describes all values in one set of fake tensors, and not in one a value.
+
+    That halves the time of tracing; what is traced is the same.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # imported here, because only a tracer needs it
+
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        yield
 
 
 def unrecorded() -> AbstractContextManager[object]:

@@ -155,6 +155,21 @@ def test_is_recorded():
         assert not internals.is_recorded()
 
 
+def test_quick_descriptions():
+    def function(x):
+        return (2 * x).sum() + torch.ones(())
+
+    with internals.quick_descriptions():
+        quick = traced(function, torch.ones(2)).graph
+    slow = traced(function, torch.ones(2)).graph
+    assert [(node.op, node.target) for node in quick.nodes] == [(node.op, node.target) for node in slow.nodes]
+    modes = [
+        {node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)}
+        for graph in (quick, slow)
+    ]
+    assert [len(found) == 1 for found in modes] == [True, False]
+
+
 def test_unrecorded():
     def function(x):
         with internals.unrecorded():

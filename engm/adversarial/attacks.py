@@ -105,11 +105,17 @@ class _Standing:
         self._labels = labels
         self._patience = torch.full_like(labels, patience, dtype=torch.long)
 
-    def look(self, logits: Tensor, rows: Tensor) -> None:
-        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]`` where these are now."""
+    def look(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]``, by default all, where these are now."""
         wrong = logits.argmax(dim=1) != self._labels[rows]
         self.moving[rows] &= ~(wrong & (self._patience[rows] == 0))
         self._patience[rows] -= wrong.long()
+
+
+def _moved(standing: _Standing, logits: Tensor, moved: Tensor, present: Tensor) -> Tensor:
+    """``moved`` for the examples that still stand by their logits at ``present``, which is where the others stay."""
+    standing.look(logits)
+    return torch.where(per_example(standing.moving, moved), moved, present)
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,11 @@ class PGD:
             still changes fast are faithful to the training step's only with ``False`` (docs/exactness.md).
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
         stop_when_broken: leave an example alone once it is misclassified. This is for evaluation, which becomes
-            cheaper, and for friendly adversarial training; reading which examples are broken synchronises a CUDA
-            device at each step. Examples that stopped drop out of the batch in evaluation mode. In training mode that
-            would change the batch statistics, and with a stand-in (``plain``) the shape that the stand-in was compiled
-            for, so there all examples are computed and only those still standing move.
+            cheaper, and for friendly adversarial training. In evaluation mode examples that stopped drop out of the
+            batch, and reading which these are synchronises a CUDA device at each step. In training mode dropping them
+            would change the batch statistics: all steps are taken by the whole batch, of which only the examples still
+            standing move, and nothing is read. With a stand-in (``plain``), which was compiled for a shape, the batch
+            stays whole as well, until all have stopped.
         patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
             Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
             example stays at that point.
@@ -310,17 +317,18 @@ class PGD:
         standing = _Standing(problem.labels, self.patience) if self.stop_when_broken else None
         steps = self.steps - 1 if wanted.anything else self.steps
         with paused(problem.model):
-            if standing is None:
-                for _ in range(steps):
-                    x_adv, _ = self._step(problem, x_adv)
-            else:
+            if standing is not None and self.eval_mode:
                 x_adv = self._run_until_broken(problem, x_adv, standing, steps)
+            else:
+                for _ in range(steps):
+                    moved, logits = self._step(problem, x_adv)
+                    x_adv = moved if standing is None else _moved(standing, logits, moved, x_adv)
         return self._measuring_step(problem, x_adv, standing, wanted) if wanted.anything else Adversarial(x_adv)
 
     def _run_until_broken(self, problem: _Problem, x_adv: Tensor, standing: _Standing, steps: int) -> Tensor:
         """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so."""
         x_adv = x_adv.clone()
-        whole = not self.eval_mode or problem.plain is not problem.model
+        whole = problem.plain is not problem.model
         for _ in range(steps):
             rows = standing.moving.nonzero().squeeze(1)
             if not len(rows):
@@ -348,8 +356,7 @@ class PGD:
         present = x_adv.detach()
         moved = self._ascend(problem.origin, present, gradient)
         if standing is not None:
-            standing.look(logits.detach(), torch.arange(len(present), device=present.device))
-            moved = torch.where(per_example(standing.moving, moved), moved, present)
+            moved = _moved(standing, logits.detach(), moved, present)
         return Adversarial(moved, measurement)
 
     def _step(self, problem: _Problem, x_adv: Tensor) -> tuple[Tensor, Tensor]:

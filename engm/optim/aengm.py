@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_alpha
 from ..distributed import means, total
 from .base import ExampleOptimizer
-from .weights import ExampleNorms, StepStats, Weighting, predicted_weights
+from .weights import ExampleNorms, StepStats, Weighting, bound_of, predicted_weights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,17 +69,18 @@ class NENGM(ExampleOptimizer):
     uses_input_grads = True
     _shown = ("alpha",)
     _hyperparameters = ("alpha",)
+    _program_inputs = ("alpha",)
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float) -> None:
         self.alpha = check_alpha(alpha)
         super().__init__(model, optimizer)
 
     def _check_options(self) -> None:
-        check_alpha(self.alpha)
+        bound_of(self.alpha)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
         found = norms.of_inputs
-        return Weighting(predicted_weights(found, check_alpha(self.alpha)), found, found)
+        return Weighting(predicted_weights(found, bound_of(self.alpha)), found, found)
 
 
 class AENGM(ExampleOptimizer):
@@ -113,6 +114,7 @@ class AENGM(ExampleOptimizer):
     uses_input_grads = True
     _shown = ("alpha", "tau", "beta_gamma")
     _hyperparameters = ("alpha", "tau", "beta_gamma")
+    _program_inputs = ("alpha",)
 
     def __init__(
         self,
@@ -148,7 +150,7 @@ class AENGM(ExampleOptimizer):
         return self.needs_norms
 
     def _check_options(self) -> None:
-        check_alpha(self.alpha)
+        bound_of(self.alpha)
         _check_smoothing(self.tau, self.beta_gamma)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
@@ -159,9 +161,10 @@ class AENGM(ExampleOptimizer):
         gamma = self.gamma = self.gamma.to(found.device)  # loaded from elsewhere: copied once, not every step
         predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
-        return Weighting(predicted_weights(predicted, check_alpha(self.alpha)), predicted, found)
+        return Weighting(predicted_weights(predicted, bound_of(self.alpha)), predicted, found)
 
-    not_for_programs = (*ExampleOptimizer.not_for_programs, "steps")
+    # A regression, which alone reads the last three, is in no program.
+    not_for_programs = (*ExampleOptimizer.not_for_programs, "steps", "tau", "beta_gamma", "average_first_fit")
 
     def eager_reason(self) -> str | None:
         """As the base's: regressions are left out."""

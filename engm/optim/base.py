@@ -48,6 +48,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
     uses_input_grads = False
     _shown: tuple[str, ...] = ()  # options that repr shows
     _hyperparameters: tuple[str, ...] = ()  # numbers that a checkpoint restores, as torch's optimizers restore lr
+    _program_inputs: tuple[str, ...] = ()  # numbers in whose place the same class's weights takes tensors
     _ranks: Ranks | None = None  # of the last call
     _step_supports_amp_scaling = False  # GradScaler unscales and skips itself: it cannot reach into a fused inner step
 
@@ -281,6 +282,16 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def carry(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in the place of those of :meth:`carried`."""
         vars(self).update(tensors)
+
+    def numbers(self) -> dict[str, float]:
+        """The options, by name, that a program takes as inputs, so that it holds for other values of them.
+
+        Raises:
+            ValueError: an option is out of range.
+        """
+        self._check_options()
+        kind = next(kind for kind in type(self).__mro__ if "weights" in vars(kind))  # a user's own may read numbers
+        return {name: float(getattr(self, name)) for name in vars(kind).get("_program_inputs", ())}
 
     def eager_reason(self) -> str | None:
         """Why the next step should not be done by a program, in words; None where it may be."""

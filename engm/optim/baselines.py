@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..checks import check_positive
 from .base import ExampleOptimizer, total_norm
 from .closure import refuse_missing_closure
-from .weights import ExampleNorms, Weighting
+from .weights import ExampleNorms, Weighting, bound_of, quotients
 
 
 class MSGD(ExampleOptimizer):
@@ -116,6 +117,8 @@ class GNC(WholeGradientOptimizer):
         self.max_norm = check_positive("max_norm", max_norm)
         super().__init__(model, optimizer)
 
+    not_for_programs = (*WholeGradientOptimizer.not_for_programs, "max_norm")  # which step reads, not backward
+
     def _check_options(self) -> None:
         check_positive("max_norm", self.max_norm)
 
@@ -143,15 +146,20 @@ class FENGM(ExampleOptimizer):
     uses_norms = True
     _shown = ("alpha",)
     _hyperparameters = ("alpha",)
+    _program_inputs = ("alpha",)
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, alpha: float = 1.0) -> None:
         self.alpha = check_positive("alpha", alpha)
         super().__init__(model, optimizer)
 
+    def _bound(self) -> float | Tensor:
+        """The norm that every gradient gets; a tensor while a step is traced."""
+        return bound_of(self.alpha, partial(check_positive, "alpha"))
+
     def _check_options(self) -> None:
-        check_positive("alpha", self.alpha)
+        self._bound()
 
     def weights(self, norms: ExampleNorms) -> Weighting:
         found = norms.of_gradients
-        weights = torch.where(found > 0, float(self.alpha) / found, torch.ones_like(found))
+        weights = torch.where(found > 0, quotients(self._bound(), found), torch.ones_like(found))
         return Weighting(torch.where(found.isfinite(), weights, torch.full_like(found, torch.nan)), found)

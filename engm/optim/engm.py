@@ -15,7 +15,7 @@ from ..checks import check_alpha
 from ..distributed import gathered
 from .base import ExampleOptimizer
 from .threshold import RunningQuantile
-from .weights import ExampleNorms, Weighting, predicted_weights
+from .weights import ExampleNorms, Weighting, bound_of, predicted_weights
 
 Weigh = Callable[[Tensor, Tensor], Tensor]
 """``(norms [n], alpha []) -> weights [n]``."""
@@ -51,6 +51,7 @@ class ENGM(ExampleOptimizer):
     uses_norms = True
     _shown = ("alpha",)
     _hyperparameters = ("alpha",)
+    _program_inputs = ("alpha",)
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class ENGM(ExampleOptimizer):
             self._rows = [torch.tensor(rows, device=device) for rows in self.groups or ()]
         return self._rows
 
-    def _alphas(self) -> list[float]:
+    def _alphas(self) -> list[float | Tensor]:
         """The bound of every group (of the one there is without groups)."""
         if self.quantile is not None:
             return [inf]
@@ -101,7 +102,7 @@ class ENGM(ExampleOptimizer):
                 wanted = "only with groups" if self.groups is None else f"one for each of the {len(self.groups)} groups"
                 raise ValueError(f"several alphas are taken {wanted}, got {self.alpha!r}.")
             return [check_alpha(alpha) for alpha in self.alpha]
-        alpha = check_alpha(self.alpha)
+        alpha = bound_of(self.alpha)
         return [alpha] if self.groups is None else [alpha / sqrt(len(self.groups))] * len(self.groups)
 
     def reweight(
@@ -156,6 +157,13 @@ class ENGM(ExampleOptimizer):
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weigh must return one weight for each of the {len(norms)} norms, got {got}.")
         return weights.detach()
+
+    def numbers(self) -> dict[str, float]:
+        """As the base's: alpha, unless there are several, it follows the norms, or the user's ``weigh`` is given it."""
+        if self.weigh is None and self.quantile is None and not isinstance(self.alpha, Sequence):
+            return super().numbers()
+        self._check_options()
+        return {}
 
     def carried(self) -> dict[str, Tensor]:
         """As the base's, and the running quantile."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_alpha
 from ..distributed import Ranks
+from ..torch_internals import is_recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,11 +66,11 @@ class ExampleNorms:
         """
         return None if self.ranks is None else self.ranks.estimating_group()
 
-    def clipped(self, alpha: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Norms ``[n]`` of the gradients and ``min(alpha / norm, 1)``, ``[n]``, in one kernel.
+    def clipped(self, alpha: float | Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Norms ``[n]`` of the gradients and ``min(alpha / norm, 1)``, ``[n]``, in one kernel where alpha is a number.
 
         Args:
-            alpha: the bound.
+            alpha: the bound; 0-dimensional, in float64, where it is an input of a program. The bits are the same.
             rows: indices of the parameter tensors that the norms are taken over; default all.
 
         Raises:
@@ -76,9 +78,16 @@ class ExampleNorms:
         """
         if self.squared is None:
             raise RuntimeError("this optimizer did not ask for gradient norms: set uses_norms in its class.")
-        if rows is None:
-            return ops.clip_weights(self.squared, alpha, self.factors)
-        return ops.clip_weights(self.squared[rows], alpha, None if self.factors is None else self.factors[rows])
+        squared, factors = self.squared, self.factors
+        if rows is not None:
+            squared, factors = squared[rows], None if factors is None else factors[rows]
+        if not isinstance(alpha, Tensor):
+            return ops.clip_weights(squared, alpha, factors)
+        # In float64 the kernel returns the very norms that it divides by; ones are NaN where a sum is not finite.
+        norms, ones = ops.clip_weights(squared.double(), inf, factors)
+        weights = torch.where(norms <= alpha, ones, ones * (alpha / norms))
+        dtype = torch.promote_types(squared.dtype, torch.float32)
+        return norms.to(dtype), weights.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -122,8 +131,22 @@ class StepStats:
         return (self.weights < 1).to(self.weights.dtype).mean()
 
 
+def bound_of(alpha: Any, check: Callable[[Any], float] = check_alpha) -> float | Tensor:
+    """``alpha`` as a number, checked, or the tensor that stands for it while a step is traced.
+
+    Raises:
+        ValueError: ``alpha`` is out of range.
+    """
+    return alpha if isinstance(alpha, Tensor) and is_recorded() else check(alpha)
+
+
+def quotients(alpha: float | Tensor, norms: Tensor) -> Tensor:
+    """``alpha / norms`` by way of the reciprocal, as torch divides a number; a 0-dimensional tensor gives the same."""
+    return norms.reciprocal() * alpha
+
+
 def predicted_weights(predicted: Tensor, alpha: float | Tensor) -> Tensor:
     """``min(alpha / predicted, 1)``; 1 where the prediction is not positive, NaN where it is not finite."""
-    weights = (alpha / predicted).clamp(max=1)
+    weights = quotients(alpha, predicted).clamp(max=1)
     weights = torch.where(predicted > 0, weights, torch.ones_like(weights))
     return torch.where(torch.isfinite(predicted), weights, torch.full_like(weights, torch.nan))

@@ -21,6 +21,7 @@ AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
 PRECISIONS = ("fp32", "bf16")
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
+STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")
 LOG_FORMATS = ("csv", "json", "tensorboard")
 PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays at 100 and 150
 PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
@@ -39,6 +40,7 @@ _NAMES = {
     "batch_norm": BATCH_NORM_MODES,
     "norm": ("batch", "group"),
     "in_memory": ("auto", "yes", "no"),
+    "step": STEPS,
 }
 _AT_LEAST = {
     1: (
@@ -120,6 +122,13 @@ class RunConfig:
 
     device: str = setting("auto", "cpu, cuda, cuda:1 ...", "Machine", outcome=False)
     threads: int | None = setting(None, "CPU threads.", "Machine", outcome=False)
+    step: str = setting(
+        "auto",
+        "eager, replay, cudagraph or inductor: how steps run, as they are or from a recorded program; auto: replay, "
+        "on GPUs cudagraph.",
+        "Machine",
+        outcome=False,
+    )
     precision: str = setting("fp32", "fp32 or bf16 (autocast; norms stay in float32).", "Machine")
     tf32: bool = setting(True, "TF32 tensor cores for fp32 on GPUs.", "Machine")
     channels_last: bool = setting(False, "NHWC memory format.", "Machine")

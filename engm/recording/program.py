@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
-from ..torch_internals import is_operator, schema_of, without_autocast
+from ..torch_internals import is_operator, quick_descriptions, schema_of, without_autocast
 from .agreement import Tolerance, all_the_same
 from .refusals import UnrecordableError
 
@@ -232,7 +232,8 @@ def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[fx.GraphModu
         outputs[:] = function(*tensors)
         return outputs
 
-    module = make_fx(noted, tracing_mode="real")(*inputs)
+    with quick_descriptions():
+        module = make_fx(noted, tracing_mode="real")(*inputs)
     return module, outputs
 
 

@@ -24,6 +24,7 @@ from ..torch_internals import (
 )
 from .guards import Reach, at, put_at, said
 from .program import Program
+from .refusals import UnrecordableError
 
 
 class Before:
@@ -38,6 +39,7 @@ class Before:
         buffers: of the network, with copies.
         written: other memory from before the step that operators wrote into while it was noted, with copies.
         drawn_from: generators (None: torch's own), with their states before the first draw.
+        known_generators: those that may be drawn from, which are put back.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Before:
         self._draws = [(sample, sample.draws) for sample in (model.calibration.sample, model.calibration.shared_sample)]
         self._of_python = _random_of_python()
         self._generators = [(generator, generator.get_state()) for generator in generators]
+        self.known_generators = [None, *(generator for generator, _ in self._generators)]
         self.drawn_from: list[tuple[torch.Generator | None, Tensor]] = []
         self.written: list[tuple[Tensor, Tensor]] = []
         held = [] if reach is None else reach.values()
@@ -65,7 +68,8 @@ class Before:
     def noting(self) -> Operators:
         """A context in which what random numbers are drawn from, and what is written into, is noted before it is.
 
-        Operators by which the host reads data raise RuntimeError in it.
+        Operators by which the host reads data raise RuntimeError in it, and those that draw from a generator that is
+        not known UnrecordableError.
         """
         return _Noting(self)
 
@@ -109,8 +113,7 @@ class Before:
 
     def new_generators(self) -> list[torch.Generator]:
         """The generators that were drawn from and not known of before the step."""
-        known = [generator for generator, _ in self._generators]
-        return [generator for generator, _ in self.drawn_from if generator is not None and generator not in known]
+        return [g for g, _ in self.drawn_from if g is not None and g not in self.known_generators]
 
     def changed_beyond_a_program(self, program: Program) -> str | None:
         """What a step changed that this program of it cannot change again, in words; None where there is nothing."""
@@ -153,6 +156,7 @@ class _Noting(Operators):
 
     def __init__(self, before: Before) -> None:
         super().__init__()
+        self._known = before.known_generators
         self._found = before.drawn_from
         self._written = before.written
         self._made = Memory()  # by the step
@@ -169,6 +173,8 @@ class _Noting(Operators):
             generator = given[0] if given else None
             if all(known is not generator for known, _ in self._found):
                 self._found.append((generator, torch.get_rng_state() if generator is None else generator.get_state()))
+            if all(known is not generator for known in self._known):
+                raise UnrecordableError("random numbers come from a generator that was not known yet")
         schema = schema_of(func)
         if schema.is_mutable:
             for argument, value in zip(schema.arguments, args, strict=False):

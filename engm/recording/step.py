@@ -31,6 +31,7 @@ MOST_PROGRAMS = 8  # kept at once
 MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 OUT_OF_USE = 100  # steps after which a program makes room for another
 MOST_REPLACED = 3  # times that a program is made anew because tensors were replaced
+COMPARED = "recorded, and compared with its replay"  # why the step at which a program is made runs as it is
 LossFunction = Callable[..., Any]
 
 
@@ -268,7 +269,7 @@ class RecordedStep:
         else:
             self._recordings[key], self._used[key] = found, self._calls
             self._report.recorded += 1
-        self._report.eager["recorded, and compared with its replay"] += 1
+        self._report.eager[COMPARED] += 1
         return stats
 
 
@@ -308,7 +309,7 @@ class _Call:
             tuple(map(of_leaf, self._leaves)),
             self._spec,
             tuple(self._options.values()),
-            of_object(opt, opt.not_for_programs),
+            of_object(opt, (*opt.not_for_programs, *opt.numbers())),
             tuple(carried),
             tuple(factors),
             self._state,
@@ -334,8 +335,10 @@ class _Call:
         return self.opt.backward(found, measurement=measurement, check=check, **self._options)
 
     def inputs(self) -> list[Tensor]:
-        """What a program reads: the batch's tensors, the optimizer's, and the calibration's."""
-        return [*self.tensors, *self.opt.carried().values(), *self.opt.model.calibration.carried().values()]
+        """What a program reads: tensors of batch, optimizer and calibration, and the optimizer's numbers as tensors."""
+        opt, like = self.opt, next(self.opt.model.parameters())
+        numbers = [like.new_full((), number, dtype=torch.float64) for number in opt.numbers().values()]
+        return [*self.tensors, *opt.carried().values(), *opt.model.calibration.carried().values(), *numbers]
 
     def clear_gradients(self) -> None:
         """No parameter has a gradient any more."""
@@ -361,6 +364,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     """
     opt, model = call.opt, call.opt.model
     names, keys, data = list(opt.carried()), list(model.calibration.carried()), len(call.tensors)
+    numbers, last = list(opt.numbers()), data + len(names) + len(keys)
     routes: list[Tensor] = []
     graphs: list[PlannedGraph] = []
     described: list[Any] = []
@@ -374,7 +378,8 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
 
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
-        model.calibration.carry(dict(zip(keys, inputs[data + len(names) :], strict=True)))
+        model.calibration.carry(dict(zip(keys, inputs[data + len(names) : last], strict=True)))
+        vars(opt).update(zip(numbers, inputs[last:], strict=True))
         with before.noting():
             stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
@@ -403,8 +408,6 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     watches = described[-1]
     if watches and bool(outputs[len(outputs) - len(routes) - 1]):
         raise UnrecordableError("gradients came where there were none before")
-    if before.new_generators():
-        raise UnrecordableError("random numbers come from a generator that was not known yet")
     first = len(outputs) - len(routes)
     if hang_on_data(module, first, data):
         raise UnrecordableError(
@@ -486,7 +489,8 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
         loss_fn: takes a batch, calls the wrapped model (and an attack, if it likes), and returns losses ``[n]`` or
             ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
             and options of the network and the optimizer, and plain values that your own functions read, are looked at;
-            whatever else it reads is taken to be as it was when the step was recorded.
+            whatever else it reads is taken to be as it was when the step was recorded. A program holds for any alpha,
+            see :meth:`engm.ExampleOptimizer.numbers`.
         backend: how programs run. ``"replay"``: as they are. ``"inductor"``: compiled by Inductor; steps are then equal
             but for rounding, and random numbers are the same. ``"cudagraph"``: as CUDA graphs; the model has to be on
             one CUDA device. Programs that a backend cannot run are refused, with the reason in the report, and these

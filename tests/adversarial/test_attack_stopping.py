@@ -106,3 +106,16 @@ def test_training_mode_computes_the_whole_batch_whoever_stopped(net: nn.Module, 
     whole = PGD(0.01, 0.001, 1, eval_mode=False, random_start=False)(net, x, labels).inputs
     once = PGD(0.01, 0.001, 1, eval_mode=False, stop_when_broken=True, random_start=False)(net, x, labels).inputs
     assert torch.equal(once[3:], whole[3:])
+
+
+def test_training_mode_takes_all_steps_even_if_all_have_stopped(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+    """What running statistics and generators see does not hang on the data, so that the step can be recorded."""
+    x = batch[0]
+    rows: list[int] = []
+    net[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    net.eval()
+    wrong = (net(x).argmax(dim=1) + 1) % 3
+    rows.clear()
+    found = PGD(0.1, 0.03, 4, eval_mode=False, stop_when_broken=True, random_start=False)(net, x, wrong).inputs
+    assert rows == [12] * 4
+    assert torch.equal(found, x)

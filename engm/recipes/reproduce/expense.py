@@ -137,8 +137,8 @@ def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[t
 
 def _time(config: RunConfig, device: torch.device) -> tuple[KindCost, int]:
     """The cost of a run and its peak of memory; a long step is judged by a quarter of its batch."""
-    # ENGM is the costliest optimizer.
-    run = Run(replace(config, optimizer="engm"), Processes(device), dataset_of(config.resolved(), device))
+    # ENGM is the costliest optimizer; a program would be made within the few steps that are timed.
+    run = Run(replace(config, optimizer="engm", step="eager"), Processes(device), dataset_of(config.resolved(), device))
     run.trainer.model.train()
     x, y = next(iter(run.batches.epoch(0)))
     before, part = _peak_bytes(device), max(2, len(x) // 4)

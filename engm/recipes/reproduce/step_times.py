@@ -80,8 +80,10 @@ class StepTimeCell(Cell):
     def _times(self, device: torch.device) -> dict[str, list[float]]:
         """Seconds of every step by contender, all of which take turns on the same batches."""
         dataset = dataset_of(self.config.resolved(), device)
+        step = "eager" if self.config.step == "auto" else self.config.step  # the paper's steps were not recorded
+        shared = replace(self.config, step=step)
         contenders = {
-            (name, way): Run(replace(self.config, optimizer=name, borrow=way == BORROWED), Processes(device), dataset)
+            (name, way): Run(replace(shared, optimizer=name, borrow=way == BORROWED), Processes(device), dataset)
             for name in LABELS
             for way in ((BORROWED, OWN) if name in READ_NORMS else (OWN,))
         }

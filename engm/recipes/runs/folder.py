@@ -367,6 +367,7 @@ def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
         "overfit": overfit(robust_of(looks["best"]), robust_of(looks["last"])) if "best" in looks else None,
         "seconds": sum(row["seconds"] for row in run.history),
         "step_seconds": median(seconds) if seconds else None,
+        "steps": run.trainer.step_report().as_dict(),
         "history": run.history,
         "machine": {**machine_facts(run.processes.device), "processes": run.processes.world},
     }

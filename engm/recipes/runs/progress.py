@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..methods import LABELS
+from ..training.recorded import EAGER
 from ..training.run import Run
 
 SHOWN_EPOCHS = 8
@@ -124,12 +125,13 @@ class RunView(LiveDisplay):
         if self.run is None:
             return
         self._hint(self.run)
-        if self.show(self.picture()):
-            return
-        row = self.run.history[-1]
-        figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
-        number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
-        self.console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+        if not self.show(self.picture()):
+            row = self.run.history[-1]
+            figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
+            number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
+            self.console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
+        if self.run.epoch == 1:
+            self._say_steps(self.run)
 
     def _hint(self, run: Run) -> None:
         """Says once if next to nothing is left of the gradients: then the learning rate means something else."""
@@ -144,8 +146,15 @@ class RunView(LiveDisplay):
                 soft_wrap=True,
             )
 
+    def _say_steps(self, run: Run) -> None:
+        """Says how the steps ran, where they were to be recorded."""
+        if run.config.step != EAGER:
+            self.console.print(f"{self._title}{run.trainer.step_report()}", highlight=False, soft_wrap=True)
+
     def on_test(self) -> None:
         """Training is over."""
+        if self.run is not None and self.run.epoch > 1:
+            self._say_steps(self.run)
         self._progress.update(self._task, description="testing", rate="")
 
     def _describe(self) -> None:

@@ -107,6 +107,7 @@ class Run:
             if config.ema
             else None
         )
+        self._objectives: dict[int, Objective] = {}  # by patience
         self.trainer = self._trainer()
         self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
         self.epoch = 0
@@ -134,15 +135,20 @@ class Run:
             plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
             forward=training_model,
             processes=self.processes,
+            step=config.step,
         )
 
     def _objective(self, epoch: int) -> Objective:
-        return objective(
-            self.config.objective,
-            beta=self.config.beta,
-            patience=self.schedule.patience(epoch),
-            eval_mode=self.config.attack_mode == "eval",
-        )
+        """The objective of an epoch; the same object as long as it is the same objective, as recorded steps ask for."""
+        patience = self.schedule.patience(epoch) if self.config.objective == "fat" else 0
+        if patience not in self._objectives:
+            self._objectives[patience] = objective(
+                self.config.objective,
+                beta=self.config.beta,
+                patience=patience,
+                eval_mode=self.config.attack_mode == "eval",
+            )
+        return self._objectives[patience]
 
     def _attack(self, epoch: int, step: int) -> PGD:
         """The training attack at a position; ``step`` counts over the whole run."""

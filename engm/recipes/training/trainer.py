@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import AWP, PGD, VANILLA, Adversarial, Objective, paused
+from engm.adversarial import AWP, PGD, VANILLA, Objective, paused
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy
 from ..processes import Processes
+from .attacked import AttackedLosses
 from .clock import StepClock
 from .loggers import Logger
+from .recorded import Recorder, StepReport
 from .step_figures import Examples, StepFigures, pack, together, unpack
 
 
@@ -60,9 +62,11 @@ class Trainer:
         plain: a stand-in for ``model`` in the attack's steps that measure nothing: its network, compiled.
         forward: how the training loss calls the model, ``DistributedDataParallel`` around it; default the model.
         processes: the processes that share every batch, each with its own rows and the same ``seed``.
+        step: how attack, loss and backward pass run: ``"eager"``, as they are; a backend of :func:`engm.record`; or
+            ``"auto"``, which takes one. Steps that cannot be recorded run as they are; :meth:`step_report` says which.
 
     Raises:
-        ValueError: ``log_every`` is not positive.
+        ValueError: ``log_every`` is not positive, or ``step`` is not known or does not run here.
 
     Attributes:
         attack: the training attack; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
@@ -86,6 +90,7 @@ class Trainer:
         plain: nn.Module | None = None,
         forward: nn.Module | None = None,
         processes: Processes | None = None,
+        step: str = "auto",
     ) -> None:
         if log_every is not None and log_every < 1:
             raise ValueError(f"log_every must be at least 1, got {log_every}")
@@ -102,9 +107,20 @@ class Trainer:
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._borrow = borrow and objective.attack_maximises_it and self._captures
-        self._plain = plain
-        self._forward = model if forward is None else forward
         self._processes = Processes(device) if processes is None else processes
+        self._losses = AttackedLosses(
+            model,
+            optimizer,
+            self.generator,
+            self._processes,
+            model if forward is None else forward,
+            plain,
+            self._captures,
+            attack,
+            objective,
+            self._borrow,
+        )
+        self._recorder = Recorder(self._losses, step)
         self._clock = StepClock(device)
         self._figures = StepFigures()
         # Figures and times of those steps of the epoch that were fetched from the device already.
@@ -131,29 +147,25 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         with self._clock:
-            borrow = self._borrow and self.awp is None and self.attack.eps > 0
-            adversarial = self._attacked(x, y, borrow)
-            x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not borrow)
-            # A method that looks at no example is timed as anybody would run it: with nothing captured.
-            with self._perturbed(x, x_adv, y), nullcontext() if self._captures else paused(self.model):
-                losses = self.objective.losses(self._forward, x, x_adv, y)
-                stats = self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
+            losses = self._losses
+            losses.objective = self.objective
+            if losses.attack != self.attack:  # an equal one would be another object, and look like a change
+                losses.attack = self.attack
+            losses.borrows = self._borrow and self.awp is None and self.attack.eps > 0
+            stats = self._recorder.take(x, y, perturbed=self.awp is not None)
+            if stats is None:
+                stats = self._eager(x, y)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
 
-    def _attacked(self, x: Tensor, y: Tensor, borrow: bool) -> Adversarial:
-        if self.attack.eps == 0:
-            return Adversarial(x.detach())
-        n = len(x) * self._processes.world
-        noise = None
-        if self._processes.world > 1 and self.attack.random_start:
-            # Every process draws for the whole batch, as one process would, and takes its own rows.
-            noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
-            noise = noise[self._processes.rows(n)]
-        measure = self.optimizer if borrow and isinstance(self.optimizer, engm.ExampleOptimizer) else False
-        generator = self.generator if noise is None else None
-        return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self._plain)
+    def _eager(self, x: Tensor, y: Tensor) -> engm.StepStats:
+        adversarial = self._losses.attacked(x, y)
+        x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
+        # A method that looks at no example is timed as anybody would run it: with nothing captured.
+        with self._perturbed(x, x_adv, y), nullcontext() if self._captures else paused(self.model):
+            losses = self.objective.losses(self._losses.forward, x, x_adv, y)
+            return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
 
     def _perturbed(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
         if self.awp is None:
@@ -189,6 +201,10 @@ class Trainer:
             step_seconds=seconds,
             summary=summary,
         )
+
+    def step_report(self) -> StepReport:
+        """How many steps this trainer has taken from a recorded program, and why not the others."""
+        return self._recorder.report()
 
     def log_epoch(self, epoch: int, record: EpochRecord, accuracy: Accuracy | None = None) -> None:
         """Hands an epoch's figures to the logger, if there is one.

@@ -221,6 +221,7 @@ def test_command(tmp_path: Path) -> None:
     assert content["settings"]["alpha"] == 0.5
 
 
+@pytest.mark.slow  # seven optimizers record their steps
 def test_command_with_all_methods_and_a_log(tmp_path: Path) -> None:
     arguments = ["demo", "--all", "--epochs", "2", "--width", "2", "--batch-size", "320", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--log", "csv"])

@@ -63,7 +63,7 @@ def test_every_pair_learns_digits(objective: str, optimizer: str) -> None:
 def test_borrowed_norms_are_used_where_the_attack_climbs_the_loss(norm: str) -> None:
     measured = {}
     for objective in OBJECTIVES:
-        run = Run(replace(PLAIN, objective=objective, norm=norm), CPU, tiny_dataset())
+        run = Run(replace(PLAIN, objective=objective, norm=norm, step="eager"), CPU, tiny_dataset())
         calls: list[bool] = []
         backward = run.trainer.optimizer.backward  # type: ignore[attr-defined]
 

@@ -1,0 +1,66 @@
+"""What a training step computes before its backward pass: adversarial examples, and the objective's losses on them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import engm
+from engm.adversarial import PGD, Adversarial, Objective, paused
+
+from ..processes import Processes
+
+
+@dataclass(eq=False)
+class AttackedLosses:
+    """Attack and objective as one function of a batch, the one that :func:`engm.record` takes.
+
+    Whatever the function reads besides the batch is an attribute, because a recorded step looks at these.
+
+    Attributes:
+        model: the wrapped network.
+        optimizer: the outer optimizer, for which the attack's last step measures.
+        generator: source of the attack's noise.
+        processes: the processes that share every batch.
+        forward: how the objective calls the model.
+        plain: a stand-in for ``model`` in the attack's steps that measure nothing.
+        captures: whether the optimizer reads anything of single examples.
+        attack: the training attack; with ``eps`` of 0 there is none.
+        objective: the training loss.
+        borrows: whether the attack's last step measures the norms.
+    """
+
+    model: engm.GradNormModule
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    processes: Processes
+    forward: nn.Module
+    plain: nn.Module | None
+    captures: bool
+    attack: PGD
+    objective: Objective
+    borrows: bool
+
+    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, engm.Measurement | None]:
+        """The losses ``[n]``, and what the attack's last step measured."""
+        adversarial = self.attacked(x, y)
+        # A method that looks at no example is timed as anybody would run it: with nothing captured.
+        with nullcontext() if self.captures else paused(self.model):
+            return self.objective.losses(self.forward, x, adversarial.inputs, y), adversarial.measurement
+
+    def attacked(self, x: Tensor, y: Tensor) -> Adversarial:
+        """Adversarial examples of a batch ``x [n, ...]``, ``y [n]``."""
+        if self.attack.eps == 0:
+            return Adversarial(x.detach())
+        n = len(x) * self.processes.world
+        noise = None
+        if self.processes.world > 1 and self.attack.random_start:
+            # Every process draws for the whole batch, as one process would, and takes its own rows.
+            noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
+            noise = noise[self.processes.rows(n)]
+        measure = self.optimizer if self.borrows and isinstance(self.optimizer, engm.ExampleOptimizer) else False
+        generator = self.generator if noise is None else None
+        return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self.plain)
