@@ -296,6 +296,11 @@ class GradNormModule(nn.Module):
         return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"
 
 
+def couples(model: GradNormModule) -> bool:
+    """Whether some layer takes statistics from the batch, as batch norms in training mode do, in its present mode."""
+    return any(rule.couples(module) for _, module, rule in model._walks.found(_layers_with_rules))
+
+
 Layer = tuple[str, nn.Module, Rule]  # a module by its name, and the module's rule
 
 

@@ -100,7 +100,11 @@ class RunConfig:
     tau: int = setting(50, "A-ENGM: steps between two regressions.", "Optimizer")
     beta_gamma: float = setting(0.7, "A-ENGM: share of the old coefficients in the new ones.", "Optimizer")
     max_norm: float = setting(25.0, "MGNC: largest norm of the mean gradient.", "Optimizer")
-    borrow: bool = setting(True, "Take the norms from the attack's last step, where it climbs the loss.", "Optimizer")
+    borrow: bool | None = setting(
+        None,
+        "Take the norms from the attack's last step, where it climbs the loss; default: with batch norm.",
+        "Optimizer",
+    )
     batch_norm: str = setting("calibrated", "Norms through batch statistics: calibrated, frozen, exact.", "Optimizer")
     calibrate_every: int = setting(50, "Steps between two calibrations.", "Optimizer")
     lr: float = setting(0.1, "Initial learning rate.", "Optimizer")
@@ -192,7 +196,11 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
-        borrows = self.borrow and self.objective in ("pgd", "fat") and self.optimizer in ("engm", "a-engm", "f-engm")
+        borrows = (
+            self.borrow is not False
+            and self.objective in ("pgd", "fat")
+            and self.optimizer in ("engm", "a-engm", "f-engm")
+        )
         if self.batch_norm == "exact" and self.norm == "batch" and self.attack_mode == "eval" and borrows:
             raise ValueError(
                 "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import engm
 from engm.adversarial import AWP, PGD, VANILLA, Objective, paused
 from engm.checks import NonFiniteError
+from engm.module import couples
 
 from ..accuracy import Accuracy
 from ..processes import Processes
@@ -55,7 +56,8 @@ class Trainer:
         objective: the training loss.
         seed: seed of the attack noise; trainers with the same seed draw the same noise.
         borrow: let the attack's last step measure the norms, where the objective allows it. Otherwise the optimizer
-            runs a norm pass of its own.
+            measures them itself. ``None`` borrows where batch norms couple the examples, or the optimizer reads input
+            gradients; where nothing couples, the optimizer's own pass is exact and costs no more.
         logger: takes the figures of every step and, by :meth:`log_epoch`, of every epoch.
         log_every: steps between two writes. Figures stay on the device until then, and writing waits for it;
             ``None`` writes at the end of the epoch, which waits anyway.
@@ -84,7 +86,7 @@ class Trainer:
         *,
         objective: Objective = VANILLA,
         seed: int = 0,
-        borrow: bool = True,
+        borrow: bool | None = None,
         logger: Logger | None = None,
         log_every: int | None = None,
         plain: nn.Module | None = None,
@@ -106,7 +108,8 @@ class Trainer:
         self._log_every = log_every
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
-        self._borrow = borrow and objective.attack_maximises_it and self._captures
+        self._may_borrow = borrow is not False and objective.attack_maximises_it and self._captures
+        self._borrows_anyway = bool(borrow) or self._uses_inputs
         self._processes = Processes(device) if processes is None else processes
         self._losses = AttackedLosses(
             model,
@@ -118,7 +121,7 @@ class Trainer:
             self._captures,
             attack,
             objective,
-            self._borrow,
+            self._may_borrow,
         )
         self._recorder = Recorder(self._losses, step)
         self._clock = StepClock(device)
@@ -151,7 +154,8 @@ class Trainer:
             losses.objective = self.objective
             if losses.attack != self.attack:  # an equal one would be another object, and look like a change
                 losses.attack = self.attack
-            losses.borrows = self._borrow and self.awp is None and self.attack.eps > 0
+            losses.borrows = self._may_borrow and self.awp is None and self.attack.eps > 0
+            losses.borrows = losses.borrows and (self._borrows_anyway or couples(self.model))
             stats = self._recorder.take(x, y, perturbed=self.awp is not None)
             if stats is None:
                 stats = self._eager(x, y)

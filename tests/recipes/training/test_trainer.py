@@ -132,7 +132,7 @@ def test_a_huge_threshold_recovers_msgd(split: Split) -> None:
 
 def test_borrowed_norms_are_those_before_the_last_attack_step(split: Split) -> None:
     """Without coupling the borrowed norms are exact ones, of the penultimate example."""
-    borrowing, paying = trainer(engm_of(0.3), norm=False), trainer(engm_of(0.3), norm=False, borrow=False)
+    borrowing, paying = (trainer(engm_of(0.3), norm=False, borrow=borrow) for borrow in (True, None))
     x, y = split.inputs[:8], split.labels[:8]
     borrowing.step(x, y)
     paying.step(x, y)
