@@ -2,7 +2,7 @@
 
 Steps of SGD and of ENGM, each run as it is, recorded (engm.record; SGD by engm.MSGD) and, the plain ones, compiled by
 Inductor (backend="inductor"). All are forward and backward pass and update; those with an attack take ten steps of PGD
-first and lend its last pass's norms. One thread.
+first. As in engm train, norms are borrowed from the attack where batch norms couple the examples. One thread.
 
     python benchmarks/host.py
     python benchmarks/host.py --only PGD --rounds 5
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import engm
 from engm.adversarial import PGD
+from engm.module import couples
 from engm.recipes.models.resnet import resnet18
 
 CLASSES = 10
@@ -107,7 +108,7 @@ def engm_step(
     def losses(x: Tensor, y: Tensor) -> object:
         if attack is None:
             return F.cross_entropy(model(x), y, reduction="none")
-        found = attack(model, x, y, measure=opt)
+        found = attack(model, x, y, measure=opt if couples(model) else False)
         return F.cross_entropy(model(found.inputs), y, reduction="none"), found.measurement
 
     program = engm.record(opt, losses, backend=backend or "replay")

@@ -1,15 +1,20 @@
 """Reading the graph: every captured call is visited, and no parameter gradient is computed on the way."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from engine_checks import assert_measured, check
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle import random_losses, relative, tensor, truth
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engm
 from engm.backward.prepare import planned_losses
+from engm.graph.trace import Trace, trace
 
 pytestmark = pytest.mark.torch_insides
 
@@ -226,3 +231,87 @@ def test_custom_functions_and_losses_on_the_way():
     model = engm.GradNormModule(net)
     losses = F.cross_entropy(model(tensor(3, 4)), y, reduction="none")
     assert relative(engm.naive_grad_norms(model, losses), engm.measure(model, losses).norms) <= 1e-9
+
+
+def walked(root):
+    """The walk as it is meant: by recursion, inputs from left to right, leaves numbered when their reader is met."""
+    order, children, numbers, leaves = [], [], [], []
+    met = set()
+
+    def visit(node):
+        met.add(node)
+        edges = node.next_functions
+        own = [child.variable for child, _ in edges if child is not None and type(child).__name__ == "AccumulateGrad"]
+        leaves.extend(leaf for leaf in dict.fromkeys(own) if all(leaf is not known for known in leaves))
+        for child, _ in edges:
+            if child is not None and child not in met and type(child).__name__ != "AccumulateGrad":
+                visit(child)
+        order.append(node)
+        children.append(tuple(place(child) for child, _ in edges))
+        outputs = tuple(number for _, number in edges)
+        numbers.append(outputs if any(outputs) else ())
+
+    def place(child):
+        if child is None:
+            return None
+        if type(child).__name__ == "AccumulateGrad":
+            return -2 - next(k for k, leaf in enumerate(leaves) if leaf is child.variable)
+        return order.index(child)
+
+    visit(root.grad_fn)
+    return order, children, numbers, leaves
+
+
+@st.composite
+def graphs(draw):
+    """Losses behind which operators read any tensors that there are, some without a graph, some with many outputs."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    tensors = [torch.randn(4, requires_grad=True) for _ in range(draw(st.integers(1, 3)))] + [torch.randn(4)]
+    for _ in range(draw(st.integers(1, 12))):
+        a, b = (tensors[draw(st.integers(0, len(tensors) - 1))] for _ in range(2))
+        kind = draw(st.sampled_from(["add", "halves", "where", "sort", "function"]))
+        if kind == "halves":
+            parts = torch.stack([a, b]).unbind(0)
+            tensors += parts[::-1] if draw(st.booleans()) else parts
+        elif kind == "function":
+            tensors.append(Double.apply(a, b))
+        else:
+            found = {"add": a + b, "where": torch.where(a > 0, a, b), "sort": a.sort().values * b}
+            tensors.append(found[kind])
+    return sum(tensors)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        return 2 * a + b
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient, gradient
+
+
+@given(graphs())
+def test_the_walk(losses):
+    found = trace(losses)
+    order, children, numbers, leaves = walked(losses)
+    assert found.order == order
+    assert found.children == children
+    assert found.numbers == numbers
+    assert found.positions == {node: position for position, node in enumerate(order)}
+    assert [*found.leaves] == [id(leaf) for leaf in leaves]
+    assert all(a is b for a, b in zip(found.leaves.values(), leaves, strict=True))
+    outputs = [tuple(tuple(output.shape) for output in node._input_metadata) for node in order]
+    assert found.shapes == outputs
+
+
+def test_walks_of_deep_graphs_need_no_stack():
+    losses = torch.randn(3, requires_grad=True)
+    for _ in itertools.repeat(None, 5_000):
+        losses = losses + 1
+    assert len(trace(losses).order) == 5_000
+    del losses
+
+
+def test_losses_without_a_graph():
+    assert trace(torch.ones(3)) == Trace()
