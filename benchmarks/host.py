@@ -7,14 +7,17 @@ first. As in engm train, norms are borrowed from the attack where batch norms co
     python benchmarks/host.py
     python benchmarks/host.py --only PGD --rounds 5
     python benchmarks/host.py --compiled PGD    # takes Inductor many minutes
+    python benchmarks/host.py --draw docs/pictures/host.svg    # of what was measured last
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import output
 import torch
@@ -130,6 +133,15 @@ def engm_step(
     return step
 
 
+def draw(steps: Mapping[str, Any], path: Path) -> None:
+    """Draw the ratios of all steps."""
+    series = {name: [row[name]["ratio"] if name in row else None for row in steps.values()] for name in CONTENDERS}
+    with output.picture(path, 1, 1, (8, 0.95 * len(steps))) as axes:
+        box = axes[0, 0]
+        output.bars(box, list(steps), series)
+        box.set_xlabel("time of a step / SGD's by hand")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,7 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="rows whose name holds this")
     parser.add_argument("--compiled", default="plain", help="rows whose name holds this are compiled too")
     parser.add_argument("--out", type=Path, default=output.RESULTS / "host.json")
+    parser.add_argument("--draw", type=Path, help="draw what --out holds into this file, and measure nothing")
     options = parser.parse_args(argv)
+    if options.draw is not None:
+        draw(json.loads(options.out.read_text())["steps"], options.draw)
+        return
     torch.set_num_threads(options.threads)
     attack = PGD(eps=8 / 255, step_size=2 / 255, steps=10)
     rows = [(f"PGD-10, {name}", name, attack) for name in list(NETWORKS)[:2]]

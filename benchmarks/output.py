@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,3 +72,25 @@ def picture(path: Path, rows: int, columns: int, size: tuple[float, float]) -> I
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"wrote {path}", flush=True)
+
+
+def bars(box: Any, names: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> None:
+    """Draw ratios as bars on a logarithmic scale, one group a name and one colour a series; None leaves a bar out."""
+    height = 0.8 / len(series)
+    for index, (label, values) in enumerate(series.items()):
+        known = [(row, value) for row, value in enumerate(values) if value is not None]
+        at = [row + (index + 0.5) * height - 0.4 for row, _ in known]
+        drawn = box.barh(at, [value for _, value in known], height, label=label, color=f"C{index}")
+        box.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+    box.set_yticks(range(len(names)), names, fontsize=8)
+    box.invert_yaxis()
+    box.set_xscale("log")
+    every = [value for values in series.values() for value in values if value is not None]
+    smallest, largest = min(1.0, *every), max(every)
+    ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if smallest <= tick <= max(2, largest)]
+    box.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    box.minorticks_off()
+    box.axvline(1, color="grey", linewidth=0.8)
+    box.margins(x=0.15)
+    if len(series) > 1:
+        box.legend(fontsize=8)

@@ -41,6 +41,8 @@ PAPER_SECONDS = {  # an iteration on a Titan RTX
 WHOLE = {"MSGD + GNC": "gnc", "SNGM": "sngm"}  # these read the mean gradient only
 NORMED = {"F-ENGM": "fengm", "N-ENGM": "nengm", "A-ENGM": "aengm", "ENGM": "engm"}
 WAYS = {"borrowed": True, "own pass": False}
+REPLAYED = {"MSGD": "msgd", "A-ENGM (borrowed)": "aengm", "ENGM (borrowed)": "engm", "ENGM (own pass)": "engm"}
+REPLAY = ", replayed"  # from a recorded program (engm.record), MSGD as engm.MSGD
 RARE = ", rare step"
 RARE_EVERY = 50  # tau, and the steps between two calibrations
 NAIVE = "naive ENGM"
@@ -50,7 +52,7 @@ PLAIN = ["group norm", "batch norm, evaluation mode"]
 
 def paper_ratio(label: str) -> float | None:
     """The paper's ratio for an optimizer, however its norms are taken; None for one that the paper does not have."""
-    seconds = PAPER_SECONDS.get(label.removeprefix("naive ").partition(" (")[0])
+    seconds = PAPER_SECONDS.get(label.removeprefix("naive ").partition(" (")[0].removesuffix(REPLAY))
     return None if seconds is None else seconds / PAPER_SECONDS["MSGD"]
 
 
@@ -65,6 +67,9 @@ def adversarial_steps(net: nn.Module, x: Tensor, y: Tensor, norm: str, attack_st
             steps[f"{label} ({way})"] = ours(method, borrowed=borrowed)
             if method == "aengm" or (norm == "batch" and method != "nengm"):
                 steps[f"{label} ({way}){RARE}"] = ours(method, borrowed=borrowed, rare=True)
+    again = partial(workloads.recorded_step, net, x, y, backend="replay", attack_steps=attack_steps)
+    for label, method in REPLAYED.items():
+        steps[label + REPLAY] = again(method, borrowed="own" not in label)
     return steps | {NAIVE: workloads.bare(net, x, y, attack_steps, naive=True)}
 
 
@@ -77,7 +82,7 @@ def adversarial(net: nn.Module, x: Tensor, y: Tensor, norm: str, args: argparse.
     for name, timing in timings.items():
         if name.endswith(RARE):
             continue
-        rare = timings.get(name + RARE)
+        rare = timings.get(name.removesuffix(REPLAY) + RARE)  # what is rare is never replayed
         paper = paper_ratio(name)
         rows[name] = timing.as_json() | {
             "ratio of a rare step": None if rare is None else round(rare.ratio, 4),
@@ -163,33 +168,13 @@ def draw(document: dict[str, Any], path: Path) -> None:
             box = next(remaining)
             paper = [row["paper's ratio"] for row in rows.values()]
             ours = [row["ratio in all"] for row in rows.values()]
-            _bars(box, list(rows), {"measured, in all": ours, "paper, Titan RTX, n = 128": paper})
+            output.bars(box, list(rows), {"measured, in all": ours, "paper, Titan RTX, n = 128": paper})
             attack = f"PGD-{document['arguments']['attack_steps']}"
             box.set_title(f"{attack} iteration, {norm} norm, time / MSGD", fontsize=10)
         for setting, found in document["plain"].items():
             box, rows = next(remaining), found["contenders"]
-            _bars(box, list(rows), {"measured": [row["ratio"] for row in rows.values()]})
+            output.bars(box, list(rows), {"measured": [row["ratio"] for row in rows.values()]})
             box.set_title(f"plain step, {setting}, time / SGD", fontsize=10)
-
-
-def _bars(box: Any, names: Sequence[str], series: dict[str, list[float | None]]) -> None:
-    height = 0.8 / len(series)
-    for index, (label, values) in enumerate(series.items()):
-        known = [(row, value) for row, value in enumerate(values) if value is not None]
-        at = [row + (index + 0.5) * height - 0.4 for row, _ in known]
-        bars = box.barh(at, [value for _, value in known], height, label=label, color=f"C{index}")
-        box.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    box.set_yticks(range(len(names)), names, fontsize=8)
-    box.invert_yaxis()
-    box.set_xscale("log")
-    largest = max(value for values in series.values() for value in values if value is not None)
-    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if tick <= max(2, largest)]
-    box.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    box.minorticks_off()
-    box.axvline(1, color="grey", linewidth=0.8)
-    box.margins(x=0.15)
-    if len(series) > 1:
-        box.legend(fontsize=8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -175,9 +175,16 @@ def pgd_step(
 
 
 def recorded_step(
-    net: nn.Module, x: Tensor, y: Tensor, method: str, *, backend: str | None, attack_steps: int = 0
+    net: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    method: str,
+    *,
+    backend: str | None,
+    attack_steps: int = 0,
+    borrowed: bool = True,
 ) -> Step:
-    """A step of one of engm's optimizers, adversarial with borrowed norms if it has an attack, run by a backend.
+    """A step of one of engm's optimizers, adversarial if it has an attack, run by a backend.
 
     Args:
         net: the network; a copy is trained.
@@ -186,6 +193,7 @@ def recorded_step(
         method: a name of ``outer``.
         backend: a backend of ``engm.record``; None for steps by hand.
         attack_steps: of PGD; 0 for plain steps.
+        borrowed: whether the attack's last step measures the norms.
 
     Raises:
         RuntimeError: the step is not run by the backend; the message says why.
@@ -197,7 +205,7 @@ def recorded_step(
     def losses(x: Tensor, y: Tensor) -> tuple[Tensor, engm.Measurement | None]:
         if attack is None:
             return losses_of(model, x, y), None
-        found = attack(model, x, y, measure=opt)
+        found = attack(model, x, y, measure=opt if borrowed else False)
         return losses_of(model, found.inputs, y), found.measurement
 
     recorded = None if backend is None else engm.record(opt, losses, backend=backend)
