@@ -254,8 +254,13 @@ def is_kept(node: fx.Node) -> bool:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether a node draws random numbers: attention is marked so too, and draws where it drops out."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    arguments = schema_of(node.target).arguments
+    given = dict(zip([argument.name for argument in arguments], node.args, strict=False)) | node.kwargs
+    defaults = {argument.name: argument.default_value for argument in arguments}
+    return given.get("dropout_p", defaults.get("dropout_p")) != 0
 
 
 def writes(node: fx.Node) -> bool:

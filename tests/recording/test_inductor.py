@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import engm
 from engm.recording import fused
-from engm.recording.program import Program, cleaned
+from engm.recording.program import Program, cleaned, is_random
 
 pytestmark = pytest.mark.torch_insides
 
@@ -202,3 +202,16 @@ def test_recurrent_layers_of_onednn_are_refused():
     assert same(*both(a, b, batches(4)))
     (reason,) = a.recorded.report().refused
     assert "oneDNN's recurrent layers" in reason
+
+
+@pytest.mark.parametrize(("p", "draws"), [(0.0, False), (0.5, True)])
+def test_attention_draws_where_it_drops_out(p, draws):
+    query = torch.randn(2, 2, 4, 8)
+
+    def attended(q):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        attention = torch.ops.aten._scaled_dot_product_attention_math
+        return list(flash(q, q, q)) if p == 0 else [attention(q, q, q, dropout_p=p)[0]]
+
+    module = make_fx(attended, tracing_mode="real")(query)
+    assert any(is_random(node) for node in module.graph.nodes if node.op == "call_function") == draws
