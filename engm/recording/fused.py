@@ -70,7 +70,7 @@ class Compiled:
         return True
 
     def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
-        """Whether the numbers are the same but for rounding; see :class:`.agreement.Tolerance`."""
+        """Whether the numbers are the same but for rounding; see :class:`engm.recording.agreement.Tolerance`."""
         return self._tolerance.holds(got, want, gradients)
 
 
