@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import NonFiniteError, check_losses
-from ..torch_internals import copy_each, own_buffers, version_of
+from ..torch_internals import copy_each, is_recorded, own_buffers, version_of
 from .modes import paused
 
 _TINY = 1e-20  # taken from the authors' code; with it a gradient of zero moves nothing
@@ -131,7 +131,9 @@ class AWP:
         with torch.no_grad():
             lengths = _norms(gradients)
             scales = self.gamma * _norms(weights) / (lengths + _TINY)
-        odd = [name for name, finite in zip(names, lengths.isfinite().tolist(), strict=True) if not finite]
+        # A recorded step reads no values: its losses are not finite either then, and that is noticed.
+        finite = [True] * len(names) if is_recorded() else lengths.isfinite().tolist()
+        odd = [name for name, known in zip(names, finite, strict=True) if not known]
         if odd:
             raise NonFiniteError(
                 f"the gradient of {len(odd)} of AWP's parameters is not finite ('{odd[0]}' first), so there is no "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from inspect import isgenerator
 from typing import Any
 
 import torch
@@ -325,6 +327,13 @@ class _Call:
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         found = self._loss_fn(*tree_unflatten(leaves, self._spec))
+        if not isgenerator(found):
+            return self._backward(found, check)
+        with contextmanager(lambda: found)() as losses:
+            return self._backward(losses, check)
+
+    def _backward(self, found: Any, check: bool | None) -> StepStats:
+        """What the optimizer does with what the loss function returned."""
         measurement: Measurement | None = None
         if isinstance(found, tuple):
             if len(found) != 2:
@@ -490,7 +499,8 @@ def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "repl
             ``(losses, measurement)``. Tensors that it reads besides its arguments are read anew at every step. Modes
             and options of the network and the optimizer, and plain values that your own functions read, are looked at;
             whatever else it reads is taken to be as it was when the step was recorded. A program holds for any alpha,
-            see :meth:`engm.ExampleOptimizer.numbers`.
+            see :meth:`engm.ExampleOptimizer.numbers`. A function that yields its losses, once, goes on after the
+            backward pass: it may perturb weights and put them back, as :class:`engm.adversarial.AWP` does.
         backend: how programs run. ``"replay"``: as they are. ``"inductor"``: compiled by Inductor; steps are then equal
             but for rounding, and random numbers are the same. ``"cudagraph"``: as CUDA graphs; the model has to be on
             one CUDA device. Programs that a backend cannot run are refused, with the reason in the report, and these

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import PGD, Adversarial, Objective, paused
+from engm.adversarial import AWP, PGD, Adversarial, Objective, paused
 
 from ..processes import Processes
 
@@ -31,6 +32,7 @@ class AttackedLosses:
         attack: the training attack; with ``eps`` of 0 there is none.
         objective: the training loss.
         borrows: whether the attack's last step measures the norms.
+        awp: perturbs the weights around the objective, if set.
     """
 
     model: engm.GradNormModule
@@ -43,13 +45,24 @@ class AttackedLosses:
     attack: PGD
     objective: Objective
     borrows: bool
+    awp: AWP | None = None
 
-    def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, engm.Measurement | None]:
-        """The losses ``[n]``, and what the attack's last step measured."""
+    def __call__(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, engm.Measurement | None]]:
+        """Yields the losses ``[n]``, and what the attack's last step measured; goes on after the backward pass."""
         adversarial = self.attacked(x, y)
+        with self.around(x, adversarial.inputs, y):
+            yield self.objective.losses(self.forward, x, adversarial.inputs, y), adversarial.measurement
+
+    @contextmanager
+    def around(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
+        """What the objective and its backward pass run in: perturbed weights, and no captures where none are read."""
         # A method that looks at no example is timed as anybody would run it: with nothing captured.
-        with nullcontext() if self.captures else paused(self.model):
-            return self.objective.losses(self.forward, x, adversarial.inputs, y), adversarial.measurement
+        quiet = nullcontext() if self.captures else paused(self.model)
+        perturbed: AbstractContextManager[None] = nullcontext()
+        if self.awp is not None:
+            perturbed = self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
+        with perturbed, quiet:
+            yield
 
     def attacked(self, x: Tensor, y: Tensor) -> Adversarial:
         """Adversarial examples of a batch ``x [n, ...]``, ``y [n]``."""

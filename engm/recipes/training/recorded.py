@@ -93,26 +93,23 @@ class Recorder:
             return "the attack's steps are compiled"
         return None
 
-    def _reason_now(self, perturbed: bool) -> str | None:
+    def _reason_now(self) -> str | None:
         """Why the next step is not recorded, in words; None where it may be."""
         losses, attack = self._losses, self._losses.attack
-        if perturbed:
-            return "weights are perturbed around the step (AWP)"
         if attack.eps > 0 and attack.stop_when_broken and attack.eval_mode:
             return "examples that stopped drop out of the attack's batch"
         if getattr(losses.optimizer, "uses_input_grads", False) and not losses.borrows:
             return "the optimizer reads input gradients, and no attack measures them for it"
         return None
 
-    def take(self, x: Tensor, y: Tensor, *, perturbed: bool) -> engm.StepStats | None:
+    def take(self, x: Tensor, y: Tensor) -> engm.StepStats | None:
         """The figures of a step whose gradients are in place; None where the trainer has to take the step itself.
 
         Args:
             x: natural inputs ``[n, ...]``.
             y: labels ``[n]``.
-            perturbed: whether weights are perturbed around the step.
         """
-        reason = self._reason or self._reason_now(perturbed)
+        reason = self._reason or self._reason_now()
         if reason is not None:
             self._say(reason)
         elif self._losses.attack != self._attack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import AWP, PGD, VANILLA, Objective, paused
+from engm.adversarial import AWP, PGD, VANILLA, Objective
 from engm.checks import NonFiniteError
 from engm.module import couples
 
@@ -156,7 +155,8 @@ class Trainer:
                 losses.attack = self.attack
             losses.borrows = self._may_borrow and self.awp is None and self.attack.eps > 0
             losses.borrows = losses.borrows and (self._borrows_anyway or couples(self.model))
-            stats = self._recorder.take(x, y, perturbed=self.awp is not None)
+            losses.awp = self.awp
+            stats = self._recorder.take(x, y)
             if stats is None:
                 stats = self._eager(x, y)
             self.optimizer.step()
@@ -166,15 +166,9 @@ class Trainer:
     def _eager(self, x: Tensor, y: Tensor) -> engm.StepStats:
         adversarial = self._losses.attacked(x, y)
         x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
-        # A method that looks at no example is timed as anybody would run it: with nothing captured.
-        with self._perturbed(x, x_adv, y), nullcontext() if self._captures else paused(self.model):
+        with self._losses.around(x, x_adv, y):
             losses = self.objective.losses(self._losses.forward, x, x_adv, y)
             return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
-
-    def _perturbed(self, x: Tensor, x_adv: Tensor, y: Tensor) -> AbstractContextManager[Any]:
-        if self.awp is None:
-            return nullcontext()
-        return self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
 
     def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
         optimizer: Any = self.optimizer

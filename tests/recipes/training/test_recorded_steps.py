@@ -16,7 +16,7 @@ from tiny_runs import PLAIN, tiny_dataset
 from torch import nn
 
 import engm
-from engm.adversarial import PGD, VANILLA
+from engm.adversarial import AWP, PGD, VANILLA
 from engm.recipes.config import RunConfig
 from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import RunFolder, train
@@ -153,8 +153,11 @@ def test_a_smaller_last_batch_has_a_program_of_its_own() -> None:
     assert trainers[1].step_report().replayed == 0
 
 
-def test_losses_that_are_not_finite_stop_a_recorded_step() -> None:
+@pytest.mark.parametrize("perturbed", [False, True])
+def test_losses_that_are_not_finite_stop_a_recorded_step(perturbed: bool) -> None:
+    """And weights that were perturbed are put back."""
     trainer = small_trainer("auto")
+    trainer.awp = AWP(trainer.model) if perturbed else None
     x, y = torch.rand(6, 1, 4, 4), torch.arange(6) % 3
     for _ in range(5):
         trainer.step(x, y)
@@ -178,7 +181,6 @@ def test_a_radius_that_grows_runs_eagerly_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"awp": True}, "perturbed"),
         ({"objective": "fat", "attack_mode": "eval"}, "drop out of the attack's batch"),
         ({"objective": "trades", "optimizer": "n-engm"}, "reads input gradients"),
     ],
@@ -195,9 +197,15 @@ def test_what_is_never_recorded_runs_eagerly_and_says_so(change: dict[str, Any],
     assert_same(run, asked)
 
 
-def test_weights_are_perturbed_only_after_the_warm_up() -> None:
-    report = assert_recorded_as_eager(replace(PLAIN, awp=True, awp_warmup=2, norm="group"), 4)
-    assert report.eager["weights are perturbed around the step (AWP)"] == 4
+@needs_traced_draws
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
+def test_perturbed_weights(objective: str, norm: str) -> None:
+    """AWP, from its warm-up on: the program perturbs the weights and puts them back."""
+    config = replace(PLAIN, objective=objective, awp=True, awp_warmup=2, norm=norm)
+    report = assert_recorded_as_eager(config, 4)
+    assert report.recorded == 2
+    assert report.replayed > 0
 
 
 def test_an_optimizer_of_somebody_else_runs_eagerly() -> None:
