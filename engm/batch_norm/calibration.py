@@ -7,7 +7,7 @@ fresh factor replaces the old one whole: averaged factors were measured to be wo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..distributed import fewest, total
 from ..exact import exact_squared_norms
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import unrecorded
+from ..torch_internals import is_recorded, unrecorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -132,6 +132,10 @@ class Factors:
         return 0 if self.sound is not None and self.sound.known_false() else self.good_for
 
 
+class DueError(RuntimeError):
+    """Factors would be taken afresh in a step that is recorded, which has to read none of their numbers."""
+
+
 class Calibration:
     """Factors per parameter tensor, one set for each way of measuring.
 
@@ -164,9 +168,9 @@ class Calibration:
         self.steps = 0
         self._factors: dict[FactorKey, Factors] = {}
 
-    def due(self) -> bool:
-        """Whether any of the factors would be taken afresh in a training step."""
-        return any(self.steps - known.taken >= known.lifetime() for known in self._factors.values())
+    def due(self, keys: Iterable[FactorKey]) -> bool:
+        """Whether any of these factors, which there are, would be taken afresh in a training step."""
+        return any(self.steps - known.taken >= known.lifetime() for known in map(self._factors.__getitem__, keys))
 
     def carried(self) -> dict[FactorKey, Tensor]:
         """The factors that there are, which a step reads."""
@@ -209,6 +213,9 @@ class Calibration:
             group: the ranks to take the factors with; None: by itself.
             in_step: with a group, all of its ranks take part in every backward pass of each, as under ``fully_shard``:
                 each then probes as many examples as the rank with the fewest can.
+
+        Raises:
+            DueError: factors are due in a step that is recorded.
         """
         names = tuple(name for name, _ in parameters)
         if group is not None:
@@ -219,6 +226,8 @@ class Calibration:
         if known is not None and known.names != names:
             known = None
         if known is None or (count and self.steps - known.taken >= known.lifetime()):
+            if is_recorded():
+                raise DueError("a calibration is due")
             old = None if known is None else known.values
             lifetime = 0 if known is None else known.lifetime()
             good_for = min(2 * lifetime, self.every) if lifetime else self._first

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..batch_norm.calibration import DueError, FactorKey
 from ..checks import check_finite
 from ..graph.plan import PlannedGraph
 from ..measurement import Measurement
@@ -72,6 +73,7 @@ class _Recording:
         reached: the parameters that get gradients, which are the first outputs.
         figures: the names of the figures of the step, the next outputs.
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
+        factors: of the calibration, those that the program reads.
         watches: whether a last output tells of gradients where there were none before, so that nothing is known.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
         held: tensors besides those of the network that the program reads, and where the step's code finds them.
@@ -81,6 +83,7 @@ class _Recording:
     reached: list[Tensor]
     figures: tuple[str, ...]
     carried: tuple[str, ...]
+    factors: tuple[FactorKey, ...]
     watches: bool
     watched: list[Hashable] = field(default_factory=list)
     held: list[tuple[Place, Tensor]] = field(default_factory=list)
@@ -150,6 +153,8 @@ class RecordedStep:
             self._used[key] = self._calls
             if not known.reads_the_same_tensors():
                 return self._forget(call, key)
+            if self.opt.model.calibration.due(known.factors):
+                return self._eager(call, "a calibration is due")
             if _comparison_is_due(self.opt, known.watched):
                 return self._eager(call, "a comparison with autograd's gradients is due")
             return self._replay(call, key, known)
@@ -239,6 +244,8 @@ class RecordedStep:
                 found = UnrecordableError(
                     "the step makes generators of random numbers anew: make them before", for_good=True
                 )
+        except DueError as error:
+            found = UnrecordableError(str(error))
         except Exception as error:
             found = UnrecordableError(in_words(error), for_good=True)
         if isinstance(found, UnrecordableError):
@@ -403,7 +410,6 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         routes.extend(take_decisions())
         return [*(p.grad for p in reached), *figures.values(), *changed.values(), *watches, *routes]
 
-    draws = model.calibration.sample.draws
     call.clear_gradients()
     torch.clear_autocast_cache()
     model.observer = observe
@@ -412,8 +418,6 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         module, outputs = recorded(function, call.inputs())
     finally:
         model.observer = None
-    if model.calibration.sample.draws != draws:
-        raise UnrecordableError("a calibration is due")
     watches = described[-1]
     if watches and bool(outputs[len(outputs) - len(routes) - 1]):
         raise UnrecordableError("gradients came where there were none before")
@@ -424,10 +428,13 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         )
     module = _without(module, first)
     program = Program(module)
+    given = [node for node in module.graph.nodes if node.op == "placeholder"][data + len(names) :]
+    factors = tuple(key for key, node in zip(keys, given, strict=False) if node.users)
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)
-    return _Recording(program, *described), program, module
+    reached, figures, carried, watches = described
+    return _Recording(program, reached, figures, carried, factors, watches), program, module
 
 
 def _without(module: GraphModule, first: int) -> GraphModule:
@@ -460,8 +467,6 @@ def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
         return "several processes work together"
     if any(has_gradient_hooks(parameter) for _, parameter in opt.model.trainable_parameters()):
         return "hooks hang on parameters, which autograd alone runs"
-    if opt.model.calibration.due():
-        return "a calibration is due"
     return opt.eager_reason()
 
 
