@@ -34,6 +34,8 @@ class AWP:
             opt.backward(losses)
         opt.step()
 
+    A loss function for :func:`engm.record` yields its losses inside of the context, and so is recorded with it.
+
     Norms that the attack measured are norms at the unperturbed weights: do not lend them to the update here.
 
     Args:
