@@ -13,26 +13,22 @@ first. As in engm train, norms are borrowed from the attack where batch norms co
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import output
 import torch
-import torch.nn.functional as F
+import workloads
 from interleaved import Step, compare
 from torch import Tensor, nn
 
-import engm
-from engm.adversarial import PGD
-from engm.module import couples
 from engm.recipes.models.resnet import resnet18
 
 CLASSES = 10
 CONTENDERS = ("ENGM", "SGD, recorded", "ENGM, recorded", "SGD, compiled", "ENGM, compiled")
-Optimizer = Callable[[nn.Module, torch.optim.Optimizer], engm.ExampleOptimizer]
 
 
 class Recurrent(nn.Module):
@@ -75,62 +71,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def engm_of(model: nn.Module, sgd: torch.optim.Optimizer) -> engm.ExampleOptimizer:
-    return engm.ENGM(model, sgd, 1.0)
-
-
-def inner(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), 1e-6, momentum=0.9, weight_decay=5e-4)
-
-
-def plain_step(net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None) -> Step:
+def sgd_step(net: nn.Module, x: Tensor, y: Tensor, attack_steps: int) -> Step:
     """SGD without engm."""
-    net = copy.deepcopy(net)
-    sgd = inner(net)
-
-    def step() -> None:
-        inputs = x if attack is None else attack(net, x, y).inputs
-        F.cross_entropy(net(inputs), y).backward()
-        sgd.step()
-        sgd.zero_grad()
-
-    return step
-
-
-def engm_step(
-    net: nn.Module, x: Tensor, y: Tensor, attack: PGD | None, optimizer: Optimizer, backend: str | None = None
-) -> Step:
-    """A step of one of engm's optimizers, recorded for a backend; calibrations and comparisons are left out.
-
-    Raises:
-        RuntimeError: the step cannot be recorded, or not run by this backend.
-    """
-    model = engm.GradNormModule(copy.deepcopy(net), calibrate_every=10**9, check_every=10**9)
-    opt = optimizer(model, inner(model))
-
-    def losses(x: Tensor, y: Tensor) -> object:
-        if attack is None:
-            return F.cross_entropy(model(x), y, reduction="none")
-        found = attack(model, x, y, measure=opt if couples(model) else False)
-        return F.cross_entropy(model(found.inputs), y, reduction="none"), found.measurement
-
-    program = engm.record(opt, losses, backend=backend or "replay")
-
-    def step() -> None:
-        if backend is not None:
-            program(x, y)
-        else:
-            given = losses(x, y)
-            of, measurement = given if isinstance(given, tuple) else (given, None)
-            opt.backward(of, measurement=measurement)
-        opt.step()
-        opt.zero_grad()
-
-    for _ in range(6):  # calibrated, recorded, and replayed
-        step()
-    if backend is not None and not program.report().replayed:
-        raise RuntimeError(f"this step was not replayed: {program.report()}")
-    return step
+    return workloads.bare(net, x, y, attack_steps) if attack_steps else workloads.plain_sgd(net, x, y)
 
 
 def draw(steps: Mapping[str, Any], path: Path) -> None:
@@ -156,28 +99,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(json.loads(options.out.read_text())["steps"], options.draw)
         return
     torch.set_num_threads(options.threads)
-    attack = PGD(eps=8 / 255, step_size=2 / 255, steps=10)
-    rows = [(f"PGD-10, {name}", name, attack) for name in list(NETWORKS)[:2]]
-    rows += [(f"plain, {name}", name, None) for name in NETWORKS]
+    rows = [(f"PGD-10, {name}", name, 10) for name in list(NETWORKS)[:2]]
+    rows += [(f"plain, {name}", name, 0) for name in NETWORKS]
     found = {}
-    for title, name, of in rows:
+    for title, name, attack_steps in rows:
         if options.only not in title:
             continue
         make, shape = NETWORKS[name]
         torch.manual_seed(0)
         net, x, y = make(), torch.rand(shape), torch.arange(shape[0]) % CLASSES
+        borrowed = "batch norm" in name
+        ours = partial(workloads.recorded_step, net, x, y, attack_steps=attack_steps, borrowed=borrowed)
         steps = {
-            "SGD": plain_step(net, x, y, of),
-            "ENGM": engm_step(net, x, y, of, engm_of),
-            "SGD, recorded": engm_step(net, x, y, of, engm.MSGD, "replay"),
-            "ENGM, recorded": engm_step(net, x, y, of, engm_of, "replay"),
+            "SGD": sgd_step(net, x, y, attack_steps),
+            "ENGM": ours("engm", backend=None),
+            "SGD, recorded": ours("msgd", backend="replay"),
+            "ENGM, recorded": ours("engm", backend="replay"),
         }
-        for name, optimizer in (("SGD, compiled", engm.MSGD), ("ENGM, compiled", engm_of)):
+        for contender, method in (("SGD, compiled", "msgd"), ("ENGM, compiled", "engm")):
             if options.compiled in title:
                 try:
-                    steps[name] = engm_step(net, x, y, of, optimizer, "inductor")
+                    steps[contender] = ours(method, backend="inductor")
                 except RuntimeError as error:
-                    print(f"{title}: {name}: {error}")
+                    print(f"{title}: {contender}: {error}")
         timings = compare(steps, reference="SGD", rounds=options.rounds)
         found[title] = {contender: timing.as_json() for contender, timing in timings.items()}
         found[title]["both recorded"] = round(timings["ENGM, recorded"].ratio / timings["SGD, recorded"].ratio, 3)

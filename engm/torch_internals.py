@@ -572,6 +572,16 @@ def schema_of(operator: Any) -> Any:
     return getattr(operator, "_schema", None)
 
 
+def written_operands(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What an operator writes into, of what it is given: tensors, or whatever stands for these."""
+    found: list[Any] = []
+    for number, argument in enumerate(schema_of(operator).arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, list | tuple) else [value]
+    return [value for value in found if value is not None]
+
+
 _DECISIONS: list[Tensor] = []
 
 

@@ -228,6 +228,15 @@ def test_schema_of():
     assert internals.schema_of(torch.add) is None
 
 
+def test_written_operands():
+    a, b, c = (torch.ones(2) for _ in range(3))
+    aten = torch.ops.aten
+    assert [id(t) for t in internals.written_operands(aten.add_.Tensor, (a, b), {})] == [id(a)]
+    assert [id(t) for t in internals.written_operands(aten.add.out, (a, b), {"out": c})] == [id(c)]
+    assert [id(t) for t in internals.written_operands(aten._foreach_add_.List, ([a, b], [b, c]), {})] == [id(a), id(b)]
+    assert internals.written_operands(aten.add.Tensor, (a, b), {}) == []
+
+
 def test_without_autocast():
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):

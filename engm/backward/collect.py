@@ -33,9 +33,9 @@ from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
 from ..torch_internals import is_recorded
 
-# On CUDA, where a launch for every layer would cost more than its work: 64 MB take 40 µs to scale. The CPU scales one
-# factor at a time and needs no more memory than the largest of them.
-SCALED_AT_ONCE = 64 << 20
+# Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
+# 40 µs; the CPU needs little more memory than the largest of them.
+SCALED_AT_ONCE = {"cuda": 64 << 20, "cpu": 1 << 20}
 
 
 @dataclass
@@ -401,7 +401,7 @@ class TermCollector:
         for parameter in self.parameters:
             if id(parameter) in self.terms and (only is None or id(parameter) in only):
                 reached.append((parameter, self.terms.pop(id(parameter))))
-        return weighted_sums(reached, weights, SCALED_AT_ONCE if weights.is_cuda else 1 << 20)
+        return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
 
 
 def correctable(batch_norm: Call) -> bool:

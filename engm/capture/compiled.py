@@ -270,13 +270,14 @@ def traceable(
 # -- reading the graph ------------------------------------------------------------------------------------------------
 
 
-def segment_of(leaf: Tensor) -> Segment | None:
-    """The segment that a leaf of the graph is the token of, if it is one."""
-    return getattr(leaf, SEGMENT_KEY, None)
+def segment_of(token: Tensor) -> Segment:
+    """The segment that a token stands for."""
+    segment: Segment = getattr(token, SEGMENT_KEY)
+    return segment
 
 
-def attach(segment: Segment, node: Node) -> None:
-    """Write the calls of a segment into the metadata of the region's node, where calls are looked for.
+def attach(token: Tensor, node: Node) -> None:
+    """Write the calls of a token's segment into the metadata of the region's node, where calls are looked for.
 
     Raises:
         RuntimeError: no AOTAutograd made the region.
@@ -287,5 +288,6 @@ def attach(segment: Segment, node: Node) -> None:
             "backend='eager'). Use backend='inductor' (the default) or 'aot_eager', or do not compile it."
         )
     calls = node.metadata.setdefault(CALLS_KEY, [])
-    if not any(call in calls for call in segment.calls):
-        calls += segment.calls
+    found = segment_of(token).calls
+    if not any(call in calls for call in found):
+        calls += found

@@ -179,7 +179,7 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     result.positions = {node: position for position, node in enumerate(order)}
     result.leaves = {id(leaf): leaf for leaf in leaves}
     for position, token in tokens:
-        attach(getattr(token, SEGMENT_KEY), order[position])
+        attach(token, order[position])
         result.tokens[order[position]] = token
     for node in reversed(order):
         metadata = node.metadata

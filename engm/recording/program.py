@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
-from ..torch_internals import is_operator, quick_descriptions, schema_of, without_autocast
+from ..torch_internals import is_operator, quick_descriptions, schema_of, without_autocast, written_operands
 from .agreement import Tolerance, all_the_same
 from .refusals import UnrecordableError
 
@@ -275,22 +275,32 @@ def hang_on_data(module: fx.GraphModule, first: int, data: int) -> bool:
     The other inputs, and what was there before, are no data. What is written into a view is in all views of the memory.
     """
     nodes = list(module.graph.nodes)
-    memory: dict[fx.Node, fx.Node] = {}  # the node that the memory of a node's result is of
+    memory = memory_of(module)
     moved = set([node for node in nodes if node.op == "placeholder"][:data])
     for node in nodes:
-        memory[node] = memory[node.all_input_nodes[0]] if is_view(node) else node
         if is_random(node) or any(memory[source] in moved for source in node.all_input_nodes):
             moved.add(memory[node])
-            if writes(node):
-                moved.update(memory[source] for source in node.all_input_nodes[:1])
+            moved.update(memory[into] for into in written_by(node))
     (output,) = (node for node in nodes if node.op == "output")
     results: Any = output.args[0]
     return any(memory[result] in moved for result in results[first:] if isinstance(result, fx.Node))
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether a node returns memory of its first operand."""
+def memory_of(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """By every node the node that the memory of its result is of: itself, unless it returns what it was given."""
+    memory: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        given = [*written_by(node), *node.all_input_nodes] if _returns_memory(node) else []
+        memory[node] = memory[given[0]] if given else node
+    return memory
+
+
+def _returns_memory(node: fx.Node) -> bool:
+    """Whether a node returns memory of an operand: a view, or what it has written into."""
     schema = schema_of(node.target)
-    if schema is None or not schema.returns or not node.all_input_nodes:
-        return False
-    return schema.returns[0].alias_info is not None
+    return schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
+
+
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """What a node writes into."""
+    return written_operands(node.target, node.args, node.kwargs) if writes(node) else []

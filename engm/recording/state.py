@@ -21,6 +21,7 @@ from ..torch_internals import (
     tensors_in,
     unrecorded,
     version_of,
+    written_operands,
 )
 from .guards import Reach, at, put_at, said
 from .program import Program
@@ -175,12 +176,8 @@ class _Noting(Operators):
                 self._found.append((generator, torch.get_rng_state() if generator is None else generator.get_state()))
             if all(known is not generator for known in self._known):
                 raise UnrecordableError("random numbers come from a generator that was not known yet")
-        schema = schema_of(func)
-        if schema.is_mutable:
-            for argument, value in zip(schema.arguments, args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(value if isinstance(value, list | tuple) else [value])
-            self._keep([kwargs[a.name] for a in schema.arguments if a.alias_info is not None and a.name in kwargs])
+        if schema_of(func).is_mutable:
+            self._keep(written_operands(func, args, kwargs))
         if not all(tensor in self._guarded for tensor in deciding_sizes(func, args)):
             raise RuntimeError(f"data decide the sizes of what {func} returns")
         reads = torch.Tag.data_dependent_output in func.tags

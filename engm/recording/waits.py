@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..torch_internals import deciding_sizes, is_operator, schema_of, tensors_in
-from .program import is_random, is_view, writes
+from ..torch_internals import deciding_sizes, is_operator, tensors_in
+from .program import is_random, memory_of, writes, written_by
 
 MASKED = frozenset(["index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"])  # sizes do not tell of masks
 COPIES = frozenset(["_to_copy", "copy", "copy_", "copy_from"])
@@ -22,7 +22,8 @@ def obstacles(module: fx.GraphModule, device: torch.device) -> list[str]:
         device: where the graph would run.
     """
     found = []
-    written = _written(module)
+    memory = memory_of(module)
+    written = {memory[into] for node in module.graph.nodes for into in written_by(node)}  # also through their views
     fixed: set[fx.Node] = set()  # numbers on the host that are the same in every replay
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -79,20 +80,6 @@ def _is_fixed(node: fx.Node, fixed: set[fx.Node]) -> bool:
     if node.target is torch.ops.aten.lift_fresh_copy.default:
         return all(source.op == "get_attr" for source in sources)
     return all(source in fixed for source in sources)
-
-
-def _written(module: fx.GraphModule) -> set[fx.Node]:
-    """The inputs that the program writes into, by themselves or through their views."""
-    memory: dict[fx.Node, fx.Node] = {}
-    found: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        memory[node] = memory[node.all_input_nodes[0]] if is_view(node) else node
-        if is_operator(node.target) and writes(node):
-            for argument, value in zip(schema_of(node.target).arguments, node.args, strict=False):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    into = value if isinstance(value, list | tuple) else [value]
-                    found.update(memory[part] for part in into if isinstance(part, fx.Node))
-    return found
 
 
 def is_number(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@ import sys
 
 import cost_constants
 import fidelity
+import host
 import layers
 import peers
 import pytest
@@ -96,6 +97,17 @@ def test_group_norm_pays_for_no_calibration():
         "A-ENGM (borrowed), rare step",
         "A-ENGM (own pass), rare step",
     ]
+
+
+@pytest.mark.usefixtures("threads_as_before")
+def test_host(tmp_path):
+    wanted = ["--only", "perceptron", "--rounds", "2", "--compiled", "none"]
+    path, picture = tmp_path / "host.json", tmp_path / "host.svg"
+    host.main([*wanted, "--out", str(path)])
+    (row,) = json.loads(path.read_text())["steps"].values()
+    assert row.keys() == {"SGD", "ENGM", "SGD, recorded", "ENGM, recorded", "both recorded"}
+    host.main(["--out", str(path), "--draw", str(picture)])
+    assert "<svg" in picture.read_text()
 
 
 def test_scaling(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 import engm
 from engm.recording.guards import is_followed
+from engm.recording.program import hang_on_data, recorded
 
 pytestmark = pytest.mark.torch_insides
 
@@ -516,3 +517,18 @@ def test_a_script_named_like_the_package_is_the_users():
     exec(compile("def losses(model, x):\n    return model(x)", str(package / "module.py"), "exec"), inside)
     assert is_followed(found["losses"])
     assert not is_followed(inside["losses"])
+
+
+def test_what_data_are_written_into_hangs_on_them():
+    """Also where an operator writes into a view, or into what it is given by name."""
+
+    def step(x, y):
+        filled, named, untouched = (torch.zeros(2, 3) for _ in range(3))
+        filled[0].add_(x)
+        torch.mul(y, x, out=named[1])
+        torch.mul(y, y, out=untouched[1])
+        return [filled + 1, named + 1, untouched + 1]
+
+    for first, hangs in ((0, True), (1, True), (2, False)):
+        module, _ = recorded(lambda x, y, first=first: step(x, y)[first : first + 1], [torch.ones(3), torch.ones(3)])
+        assert hang_on_data(module, 0, 1) == hangs, first
