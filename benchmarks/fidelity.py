@@ -6,7 +6,8 @@ norms (a "mode"), the correlation of the norms, the mean relative error of ``w_i
 with the exact one; alpha is the median of the exact norms, so that half of the examples are clipped.
 
 The rows "default" use the engine as a user gets it: factors up to ``calibrate_every`` steps old. All other fitted rows
-are fitted on the 16 examples of a fresh draw from the very batch.
+are fitted on the 16 examples of a fresh draw from the very batch; those that name a number of examples are means over
+20 draws of so many, to tell how many a calibration needs.
 
     python benchmarks/fidelity.py --out benchmarks/results/cpu/fidelity_digits.json --eps 0.2 --attack-steps 10
     python benchmarks/fidelity.py --data CIFAR10.npz --out benchmarks/results/cpu/fidelity_cifar10.json
@@ -132,6 +133,19 @@ def per_tensor(stacked: Tensor, exact: Tensor, fit: Tensor, *, relative: bool = 
     return (stacked * factors[:, None]).sum(0).sqrt()
 
 
+def by_number_of_examples(judge: Judge, name: str, stacked: Tensor, exact: Tensor) -> dict[str, dict[str, float]]:
+    """What norms after one factor per tensor are worth, by the number of examples that the factors are fitted on."""
+    generator = torch.Generator().manual_seed(0)
+    n, found = stacked.shape[1], {}
+    for count in (4, 8, 16, n):
+        draws = [torch.randperm(n, generator=generator)[:count] for _ in range(20 if count < n else 1)]
+        judged = [judge(per_tensor(stacked, exact, draw)) for draw in draws]
+        found[f"{name}, per tensor, on {'all' if count == n else count}"] = {
+            key: float(np.mean([values[key] for values in judged])) for key in judged[0]
+        }
+    return found
+
+
 def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Any]:
     """Every mode with a norm pass of its own on one batch; ``own`` carries the calibration of such a run."""
     parameters = [p for _, p in own.trainable_parameters()]
@@ -166,7 +180,8 @@ def judge_own(own: engm.GradNormModule, x: Tensor, y: Tensor, generator: torch.G
     return {
         "mean_exact_norm": float(judge.norms.mean()),
         "sgd_cosine": float(F.cosine_similarity(judge.gradients.sum(0), judge.update, dim=0)),
-        "modes": {name: judge(value) for name, value in norms.items()},
+        "modes": {name: judge(value) for name, value in norms.items()}
+        | by_number_of_examples(judge, "frozen + local correction", corrected.stacked, exact),
     }
 
 
@@ -185,6 +200,7 @@ def judge_borrowed(
     return {
         "borrowed, per tensor": judge(per_tensor(measured.stacked, exact, fit)),
         "default, borrowed": judge((stacked * factors[:, None]).sum(0).sqrt()),
+        **by_number_of_examples(judge, "borrowed", measured.stacked, exact),
     }
 
 

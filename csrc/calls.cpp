@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -21,7 +22,6 @@ namespace py = pybind11;
 
 using Integers = std::vector<int64_t>;
 using Tensors = std::vector<at::Tensor>;
-using NoLock = py::call_guard<py::gil_scoped_release>;
 
 // The operator of that name; `function` is one of those that serve it, and gives the types.
 template <class Function>
@@ -32,9 +32,9 @@ auto operator_of(const char* name, Function* function) {
 // Binds an operator whose arguments Python's values turn into by themselves.
 template <class Result, class... Arguments>
 void bind(py::module_& m, const char* name, const char* full_name, Result (*function)(Arguments...)) {
-  m.def(
-      name, [op = operator_of(full_name, function)](Arguments... arguments) { return op.call(arguments...); },
-      NoLock());
+  m.def(name, torch::wrap_pybind_function_no_gil([op = operator_of(full_name, function)](Arguments... arguments) {
+          return op.call(arguments...);
+        }));
 }
 
 }  // namespace
@@ -48,37 +48,33 @@ void bind_calls(py::module_& m) {
   bind(m, "scaled_accumulate", "engm::scaled_accumulate", scaled_accumulate);
   bind(m, "position_sums", "engm::position_sums", position_sums);
   bind(m, "linear_norm_sq", "engm::linear_norm_sq", cpu::linear_norm_sq);
-  m.def(
-      "conv_norm_sq",
-      [op = operator_of("engm::conv_norm_sq", cpu::conv_norm_sq)](
-          const at::Tensor& x, const at::Tensor& gy, const Integers& kernel_size, const Integers& stride,
-          const Integers& padding, const Integers& dilation, int64_t groups, std::string_view form,
-          const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
-          const OptionalTensor& correlation) {
-        return op.call(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,
-                       correlation);
-      },
-      NoLock());
-  m.def(
-      "conv_grads",
-      [op = operator_of("engm::conv_grads", cpu::conv_grads)](
-          const at::Tensor& x, const at::Tensor& gy, const Integers& kernel_size, const Integers& stride,
-          const Integers& padding, const Integers& dilation,
-          int64_t groups) { return op.call(x, gy, kernel_size, stride, padding, dilation, groups); },
-      NoLock());
-  m.def(
-      "scale_examples",
-      [op = operator_of("engm::scale_examples", cpu::scale_examples)](
-          const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); },
-      NoLock());
-  m.def(
-      "weighted_sums",
-      [op = operator_of("engm::weighted_sums", cpu::weighted_sums)](
-          const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); },
-      NoLock());
-  m.def(
-      "untracked_alias", [](const at::Tensor& tensor) { return at::_unsafe_view_symint(tensor, tensor.sym_sizes()); },
-      NoLock());
+  m.def("conv_norm_sq",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::conv_norm_sq", cpu::conv_norm_sq)](
+                const at::Tensor& x, const at::Tensor& gy, const Integers& kernel_size, const Integers& stride,
+                const Integers& padding, const Integers& dilation, int64_t groups, std::string_view form,
+                const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
+                const OptionalTensor& correlation) {
+              return op.call(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,
+                             correlation);
+            }));
+  m.def("conv_grads",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::conv_grads", cpu::conv_grads)](
+                const at::Tensor& x, const at::Tensor& gy, const Integers& kernel_size, const Integers& stride,
+                const Integers& padding, const Integers& dilation,
+                int64_t groups) { return op.call(x, gy, kernel_size, stride, padding, dilation, groups); }));
+  m.def("scale_examples",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::scale_examples", cpu::scale_examples)](
+                const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); }));
+  m.def("weighted_sums",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::weighted_sums", cpu::weighted_sums)](
+                const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); }));
+  m.def("untracked_alias", torch::wrap_pybind_function_no_gil([](const at::Tensor& tensor) {
+          return at::_unsafe_view_symint(tensor, tensor.sym_sizes());
+        }));
 }
 
 }  // namespace engm

@@ -8,8 +8,9 @@
 #include "cpu/kernels.h"
 #include "graph_walk.h"
 #include "program.h"
-#include "unchanged.h"
 #include "schemas.h"
+#include "trust_bindings.h"
+#include "unchanged.h"
 
 #define ENGM_STRING_(x) #x
 #define ENGM_STRING(x) ENGM_STRING_(x)
@@ -56,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_program(m);
   engm::bind_unchanged(m);
   engm::bind_graph_walk(m);
+  engm::bind_trust(m);
   m.def("build_info", &build_info, "What was compiled in and which CPU instruction set is in use.");
   m.def(
       "set_isa",

@@ -1,5 +1,4 @@
-// Declares the functions behind the operators that schemas.h registers; engm/ops.py documents their arguments, and
-// csrc/README.md has the formulas. n is the number of examples.
+// Declares the functions behind the operators that schemas.h registers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,81 +12,35 @@
 namespace engm {
 
 namespace cpu {
-
-at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_view form, const OptionalTensor& shift,
-                          const OptionalTensor& patch_mean, const OptionalTensor& scale,
-                          const OptionalTensor& correlation);
-
-at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view form,
-                        const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
-                        const OptionalTensor& correlation);
-
-// Both return norm_sq [n], and grads [n, d, p] or [n, d, C / groups, *kernel_size].
-std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b);
-std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
-                                              at::IntArrayRef stride, at::IntArrayRef padding,
-                                              at::IntArrayRef dilation, int64_t groups);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& x, const at::Tensor& gy,
-                                                              const OptionalTensor& mean, const at::Tensor& rstd,
-                                                              int64_t channel_dim);
-
-std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
-                                                const OptionalTensor& factors);
-
-// indices [n, T], gy [n, T, d] -> [n]; positions whose index is padding_idx are left out.
-at::Tensor embedding_norm_sq(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx);
-
-// Every tensor is [n, ...] and the weights are [n]. The first multiplies each example by its weight, the second returns
-// the weighted sums over the examples.
-std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights);
-std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights);
-
-// a [n, T, p], b [n, T, d] -> [d, p]
-at::Tensor weighted_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& weights);
-
+#include "signatures.inl"
 }  // namespace cpu
 
 #if defined(ENGM_WITH_CUDA) || defined(ENGM_EMULATOR)
-// The functions for CUDA tensors have the arguments and results of those for the CPU.
 namespace cuda {
-
-at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_view form, const OptionalTensor& shift,
-                          const OptionalTensor& patch_mean, const OptionalTensor& scale,
-                          const OptionalTensor& correlation);
-
-at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, std::string_view form,
-                        const OptionalTensor& shift, const OptionalTensor& patch_mean, const OptionalTensor& scale,
-                        const OptionalTensor& correlation);
-
-// Both return norm_sq [n], and grads [n, d, p] or [n, d, C / groups, *kernel_size].
-std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b);
-std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
-                                              at::IntArrayRef stride, at::IntArrayRef padding,
-                                              at::IntArrayRef dilation, int64_t groups);
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& x, const at::Tensor& gy,
-                                                              const OptionalTensor& mean, const at::Tensor& rstd,
-                                                              int64_t channel_dim);
-
-std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
-                                                const OptionalTensor& factors);
-
-// indices [n, T], gy [n, T, d] -> [n]; positions whose index is padding_idx are left out.
-at::Tensor embedding_norm_sq(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx);
-
-// Every tensor is [n, ...] and the weights are [n]. The first multiplies each example by its weight, the second returns
-// the weighted sums over the examples.
-std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights);
-std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights);
-
-// a [n, T, p], b [n, T, d] -> [d, p]
-at::Tensor weighted_gemm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& weights);
-
+#include "signatures.inl"
 }  // namespace cuda
 #endif
+
+// The same, composed of ATen's operators, for every device: what a kernel is held against before it is used, and what
+// computes in place of a kernel that failed. It forms gradients chunk by chunk, and so takes longer.
+namespace aten {
+#include "signatures.inl"
+
+// How many elements of gradients, and of what they are made of, are formed at once; a quarter of a gigabyte in float32.
+void form_at_once(int64_t elements);
+}  // namespace aten
+
+// Calls `m(name)` for every operator of which each device has a function of its own.
+#define ENGM_EACH_OPERATOR(m) \
+  m(linear_norm_sq) m(conv_norm_sq) m(linear_grads) m(conv_grads) m(affine_norm_sq) m(clip_weights) \
+  m(embedding_norm_sq) m(scale_examples) m(weighted_sums) m(weighted_gemm)
+
+// One such set of functions.
+struct Operators {
+#define ENGM_MEMBER(name) decltype(&aten::name) name;
+  ENGM_EACH_OPERATOR(ENGM_MEMBER)
+#undef ENGM_MEMBER
+};
 
 // Serves every device, as the one below does: the sums over a dimension of [n, ., .] and their squared norms [n].
 std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);

@@ -3,7 +3,7 @@
 
 #include <ATen/Context.h>
 
-#include "cuda/problem.h"
+#include "trust.h"
 
 namespace engm {
 
@@ -12,6 +12,7 @@ inline cuda::Precision precision_of(at::ScalarType type, bool convolution) {
   if (type == at::kDouble) return cuda::Precision::kFloat64;
   if (type == at::kBFloat16) return cuda::Precision::kBFloat16;
   if (type == at::kHalf) return cuda::Precision::kFloat16;
+  if (const auto wanted = precision_on_trial()) return *wanted;
   const at::Float32Op op = convolution ? at::Float32Op::CONV : at::Float32Op::MATMUL;
   const bool tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, op) == at::Float32Precision::TF32;
   return tf32 ? cuda::Precision::kTf32 : cuda::Precision::kFloat32;

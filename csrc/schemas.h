@@ -37,35 +37,22 @@ inline void define_operators(torch::Library& m) {
 }
 
 inline void implement_cpu(torch::Library& m) {
-  m.impl("linear_norm_sq", cpu::linear_norm_sq);
-  m.impl("conv_norm_sq", cpu::conv_norm_sq);
-  m.impl("linear_grads", cpu::linear_grads);
-  m.impl("conv_grads", cpu::conv_grads);
-  m.impl("affine_norm_sq", cpu::affine_norm_sq);
-  m.impl("clip_weights", cpu::clip_weights);
-  m.impl("embedding_norm_sq", cpu::embedding_norm_sq);
-  m.impl("scale_examples", cpu::scale_examples);
-  m.impl("weighted_sums", cpu::weighted_sums);
-  m.impl("weighted_gemm", cpu::weighted_gemm);
+#define ENGM_IMPLEMENT(name) m.impl(#name, cpu::name);
+  ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
+#undef ENGM_IMPLEMENT
 }
 
 #if defined(ENGM_WITH_CUDA) || defined(ENGM_EMULATOR)
 inline std::vector<std::string> cuda_kernels() {
-  return {"affine_norm_sq", "clip_weights",   "conv_grads",     "conv_norm_sq",  "embedding_norm_sq",
-          "linear_grads",   "linear_norm_sq", "scale_examples", "weighted_gemm", "weighted_sums"};
+#define ENGM_NAME(name) #name,
+  return {ENGM_EACH_OPERATOR(ENGM_NAME)};
+#undef ENGM_NAME
 }
 
 inline void implement_cuda(torch::Library& m) {
-  m.impl("linear_norm_sq", cuda::linear_norm_sq);
-  m.impl("conv_norm_sq", cuda::conv_norm_sq);
-  m.impl("linear_grads", cuda::linear_grads);
-  m.impl("conv_grads", cuda::conv_grads);
-  m.impl("affine_norm_sq", cuda::affine_norm_sq);
-  m.impl("clip_weights", cuda::clip_weights);
-  m.impl("embedding_norm_sq", cuda::embedding_norm_sq);
-  m.impl("scale_examples", cuda::scale_examples);
-  m.impl("weighted_sums", cuda::weighted_sums);
-  m.impl("weighted_gemm", cuda::weighted_gemm);
+#define ENGM_IMPLEMENT(name) m.impl(#name, cuda::name);
+  ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
+#undef ENGM_IMPLEMENT
 }
 #endif
 

@@ -11,7 +11,7 @@ Example:
 
 from . import ops, reference
 from .backward.norms import Measurement
-from .build import __version__, build_info
+from .build import SelfTestReport, __version__, build_info, self_test
 from .cost.tuning import CostTable, tune
 from .exact import naive_grad_norms
 from .explain import Explanation, explain
@@ -35,6 +35,7 @@ __all__ = [
     "Explanation",
     "GradNormModule",
     "Measurement",
+    "SelfTestReport",
     "StepStats",
     "VerifyReport",
     "__version__",
@@ -48,6 +49,7 @@ __all__ = [
     "record",
     "reference",
     "register_rule",
+    "self_test",
     "tune",
     "verify",
 ]

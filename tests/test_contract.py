@@ -69,6 +69,7 @@ SIGNATURES = {
     "explain": "(model, x)",
     "alpha_for": "(net, method='engm')",
     "build_info": "()",
+    "self_test": "(device=None)",
 }
 
 

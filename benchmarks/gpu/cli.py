@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import traceback
@@ -30,7 +31,19 @@ def tune(bench: Bench, stage: Stage, arguments: Any) -> None:
     stage.case("cost model", work)
 
 
+def self_test(bench: Bench, stage: Stage, _: Any) -> None:
+    """Tries every kernel in every precision; torch computes in the place of one that fails, and figures are torch's."""
+
+    def work() -> dict[str, Any]:
+        report = engm.self_test(bench.device)
+        print(report, flush=True)
+        return {"ok": report.ok, "trials": [dataclasses.asdict(trial) for trial in report.trials]}
+
+    stage.case("kernels", work)
+
+
 STAGES: dict[str, tuple[Callable[..., None], float]] = {  # what runs, and its seconds
+    "self_test": (self_test, 20),
     "ceilings": (ceilings.run, 20),
     "kernels": (kernels.run, 150),
     "steps": (steps.run, 150),
@@ -47,7 +60,8 @@ RESTARTS = 6  # how often a process whose CUDA context died is replaced
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="output directory: gpu.json, gpu.md")
-    parser.add_argument("--stages", default="ceilings,kernels,steps,pgd,memory,profile", help=", ".join(STAGES))
+    usual = "self_test,ceilings,kernels,steps,pgd,memory,profile"
+    parser.add_argument("--stages", default=usual, help=", ".join(STAGES))
     parser.add_argument("--seconds", type=float, help="seconds of all stages together, each scaled down to fit")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shapes, one repetition")

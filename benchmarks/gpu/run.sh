@@ -83,6 +83,7 @@ if ! build; then
   exit 1
 fi
 within 60 "what was built" "$PYTHON" -c "import engm; print(engm.build_info())"
+stage self_test 40
 
 case "$PHASE" in
   check)

@@ -53,6 +53,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
               "channel_dim=2, got x ", x_in.sizes(), ", gy ", gy_in.sizes(), " and channel_dim=", channel_dim, ".");
   const at::ScalarType type = compute_type(x_in, gy_in, "affine_norm_sq");
   const OnDevice on(x_in);
+  if (!on.trusts(Kernel::kAffineNorm, precision_of_element(x_in)))
+    return aten::affine_norm_sq(x_in, gy_in, mean_in, rstd_in, channel_dim);
   const auto channels_second = [&](const at::Tensor& t) { return channel_dim == 1 ? t : t.transpose(1, 2); };
   const auto statistic = [&](const at::Tensor& t, const char* name) {
     bool fits = t.dim() == 3 && t.device() == x_in.device();

@@ -13,6 +13,8 @@ std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms,
   const OnDevice on(squared_norms);
   const OptionalTensor wide = check_clip(squared_norms, alpha, factors);
   const bool is_double = squared_norms.scalar_type() == at::kDouble;
+  if (!on.trusts(Kernel::kClipWeights, is_double ? Precision::kFloat64 : Precision::kFloat32))
+    return aten::clip_weights(squared_norms, alpha, factors);
   const at::Tensor s = squared_norms.to(is_double ? at::kDouble : at::kFloat).contiguous();
   at::Tensor norms = at::empty({s.size(1)}, s.options()), weights = at::empty({s.size(1)}, s.options());
   const ClipWeights problem{s.const_data_ptr(),

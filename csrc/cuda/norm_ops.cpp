@@ -2,7 +2,8 @@
 // workspaces and launches.
 //
 // Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are
-// marked on the device, and the direct form's blocks leave the others alone.
+// marked on the device, and the direct form's blocks leave the others alone. Where the device has shown a kernel to be
+// wrong (../trust.h), another form takes its place, or ATen's operators.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -95,6 +96,12 @@ void sum_partials(const at::Tensor& partial, const uint8_t* done, const at::Tens
   check_launch(launch_sum_partials(p, on.stream()), op);
 }
 
+// The kernel of the direct form that takes a problem.
+Kernel direct_kernel(const Geometry& g) {
+  if (g.channels == 1 && g.taps() > 1) return Kernel::kDepthwiseNorm;
+  return g.taps() == 1 && g.pixels() == g.positions() ? Kernel::kGemmNorm : Kernel::kConvNorm;
+}
+
 // Forms the squared norms of the examples that are not `done`, and where wanted the gradients, by the direct form.
 void direct(const Problem& problem, const std::optional<CorrectionTensors>& correction, const at::Tensor* grads,
             const uint8_t* done, const at::Tensor& out, const OnDevice& on, const char* op) {
@@ -107,13 +114,14 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
   }
   if (grads != nullptr) p.grads = grads->mutable_data_ptr();
   const Geometry& g = p.geometry;
+  const Kernel kernel = direct_kernel(g);
   at::Tensor partial;
-  if (g.channels == 1 && g.taps() > 1) {
+  if (kernel == Kernel::kDepthwiseNorm) {
     partial = at::empty({g.n, depthwise_tiles(g)}, out.options());
     p.partial = partial.mutable_data_ptr();
     check_launch(launch_depthwise_norm(p, problem.precision, on.stream()), op);
   } else {
-    const bool gemm = g.taps() == 1 && g.pixels() == g.positions();
+    const bool gemm = kernel == Kernel::kGemmNorm;
     const bool fits = gemm ? plan_gemm_norm(p, problem.precision, on.shared_limit())
                            : plan_conv_norm(p, problem.precision, on.shared_limit());
     TORCH_CHECK(fits, op, ": one step of a convolution with stride ", g.stride[1], "×", g.stride[2],
@@ -152,29 +160,36 @@ bool gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, con
   p.partial = partial.mutable_data_ptr(), p.out = out.mutable_data_ptr();
   p.reliable = reliable.mutable_data_ptr<uint8_t>();
   check_launch(launch_gram_norm(p, problem.precision, on.stream()), op);
-  direct(problem, std::nullopt, nullptr, p.reliable, out, on, op);
+  if (!gram_on_its_own()) direct(problem, std::nullopt, nullptr, p.reliable, out, on, op);
   return true;
 }
 
-// `chosen` by the cost model or by the user, who is told if it cannot be.
-void norms(const Problem& problem, const std::optional<CorrectionTensors>& correction, Form chosen, bool forced,
+// In the form that was `chosen` by the cost model, or by the user, who is told if it cannot be. Returns false if no
+// kernel is trusted with the problem; the Gram form needs the direct one behind it.
+bool norms(const Problem& problem, const std::optional<CorrectionTensors>& correction, Form chosen, bool forced,
            const at::Tensor& out, const OnDevice& on, const char* op) {
+  if (!on.trusts(direct_kernel(problem.geometry), problem.precision)) return false;
   std::string why;
-  if (chosen == Form::kGram && gram(problem, out, on, op, &why)) return;
+  if (chosen == Form::kGram && !on.trusts(Kernel::kGramNorm, problem.precision)) chosen = Form::kDirect;
+  if (chosen == Form::kGram && gram(problem, out, on, op, &why)) return true;
   TORCH_CHECK(chosen != Form::kGram || !forced, op, ": form=\"gram\" cannot take this layer: ", why,
               ". Use form=\"direct\" or \"auto\".");
   direct(problem, correction, nullptr, nullptr, out, on, op);
+  return true;
 }
 
 using Grads = std::tuple<at::Tensor, at::Tensor>;  // norm_sq [n], grads
 
-Grads grads_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef sizes, bool convolution,
-               const char* op) {
+// Nothing if no kernel is trusted with the problem.
+std::optional<Grads> grads_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef sizes,
+                              bool convolution, const char* op) {
   const OnDevice on(x);
-  if (x.numel() == 0 || gy.numel() == 0) return {at::zeros({s.n}, sums_of(x)), at::zeros(sizes, sums_of(x))};
+  if (x.numel() == 0 || gy.numel() == 0) return Grads{at::zeros({s.n}, sums_of(x)), at::zeros(sizes, sums_of(x))};
+  const Problem problem = problem_of(s, x, gy, convolution, op);
+  if (!on.trusts(direct_kernel(problem.geometry), problem.precision)) return std::nullopt;
   const at::Tensor norm_sq = at::empty({s.n}, sums_of(x)), grads = at::empty(sizes, sums_of(x));
-  direct(problem_of(s, x, gy, convolution, op), std::nullopt, &grads, nullptr, norm_sq, on, op);
-  return {norm_sq, grads};
+  direct(problem, std::nullopt, &grads, nullptr, norm_sq, on, op);
+  return Grads{norm_sq, grads};
 }
 
 }  // namespace
@@ -196,13 +211,13 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const Problem problem = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), false, op);
   if (chosen == Form::kAuto)
     chosen = linear_cost(T, p, d, cuda_table(a.device().index(), problem.precision)).form;
-  if (chosen == Form::kGram && T == 1) {
+  if (chosen == Form::kGram && T == 1 && on.trusts(Kernel::kRankOne, problem.precision)) {
     const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
     check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
-  } else {
-    norms(problem, correction, chosen, forced, out, on, op);
+    return out;
   }
-  return out;
+  if (norms(problem, correction, chosen, forced, out, on, op)) return out;
+  return aten::linear_norm_sq(a, b, form, shift, patch_mean, scale, correlation);
 }
 
 at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
@@ -227,14 +242,17 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
                        cuda_table(x.device().index(), problem.precision))
                  .form;
-  norms(problem, correction, chosen, forced, out, on, op);
-  return out;
+  if (norms(problem, correction, chosen, forced, out, on, op)) return out;
+  return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,
+                            correlation);
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b) {
   const ConvShape s = linear_shape(a, b, "linear_grads");
   compute_type(a, b, "linear_grads");
-  return grads_of(s, a.transpose(1, 2), b.transpose(1, 2), {s.n, s.out_channels, s.channels}, false, "linear_grads");
+  const auto grads =
+      grads_of(s, a.transpose(1, 2), b.transpose(1, 2), {s.n, s.out_channels, s.channels}, false, "linear_grads");
+  return grads ? *grads : aten::linear_grads(a, b);
 }
 
 std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
@@ -244,7 +262,8 @@ std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Ten
   compute_type(x, gy, "conv_grads");
   std::vector<int64_t> sizes{s.n, s.out_channels, s.group_channels()};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
-  return grads_of(s, x, gy, sizes, true, "conv_grads");
+  const auto grads = grads_of(s, x, gy, sizes, true, "conv_grads");
+  return grads ? *grads : aten::conv_grads(x, gy, kernel_size, stride, padding, dilation, groups);
 }
 
 }  // namespace engm::cuda

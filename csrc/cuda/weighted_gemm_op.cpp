@@ -42,12 +42,13 @@ at::Tensor weighted_gemm(const at::Tensor& a_in, const at::Tensor& b_in, const a
               ". Use scaled_accumulate.");
   const at::ScalarType type = compute_type(a_in, b_in, "weighted_gemm");
   const OnDevice on(b_in);
+  const Precision precision = precision_of(a_in.scalar_type(), false);
+  if (!on.trusts(Kernel::kWeightedGemm, precision)) return aten::weighted_gemm(a_in, b_in, weights_in);
   const auto options = b_in.options().dtype(type).memory_format(std::nullopt);
   at::Tensor out = at::empty({d, p}, options);
   if (b_in.numel() == 0 || a_in.numel() == 0) return out.zero_();
   const Rows a(a_in), b(b_in);
   const at::Tensor weights = weights_in.to(type).contiguous();
-  const Precision precision = precision_of(a_in.scalar_type(), false);
   const int32_t splits = weighted_gemm_splits(n * positions, p, d, precision);
   const at::Tensor parts = splits > 1 ? at::empty({splits, d, p}, options) : at::Tensor();
   const WeightedGemm problem{a.t.const_data_ptr(),

@@ -39,11 +39,19 @@ void launch_in_groups(const std::vector<at::Tensor>& in, std::vector<at::Tensor>
   }
 }
 
+// Whether the kernels may be used in the types of all tensors.
+bool trusts_all(const OnDevice& on, at::TensorList tensors) {
+  bool all = true;
+  for (const at::Tensor& t : tensors) all = all && on.trusts(Kernel::kWeighting, precision_of_element(t));
+  return all;
+}
+
 }  // namespace
 
 std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights_in) {
   const bool has_double = check_examples(tensors, weights_in, "scale_examples");
   const OnDevice on(weights_in);
+  if (!trusts_all(on, tensors)) return aten::scale_examples(tensors, weights_in);
   const at::Tensor weights = weights_in.to(has_double ? at::kDouble : at::kFloat).contiguous();
   std::vector<at::Tensor> in, out;
   for (const at::Tensor& t : tensors) {
@@ -57,6 +65,7 @@ std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor&
 std::vector<at::Tensor> weighted_sums(at::TensorList tensors, const at::Tensor& weights_in) {
   const bool has_double = check_examples(tensors, weights_in, "weighted_sums");
   const OnDevice on(weights_in);
+  if (!trusts_all(on, tensors)) return aten::weighted_sums(tensors, weights_in);
   const at::Tensor weights = weights_in.to(has_double ? at::kDouble : at::kFloat).contiguous();
   std::vector<at::Tensor> in, out;
   for (const at::Tensor& t : tensors) {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..build import distrusted
 from ..checks import check_alpha
 from ..distributed import Ranks
 from ..torch_internals import is_recorded
@@ -124,6 +125,11 @@ class StepStats:
     weights: Tensor
     norms: Tensor | None = None
     input_norms: Tensor | None = None
+
+    @property
+    def through_torch(self) -> tuple[str, ...]:
+        """The kernels that failed their trials on this device (:func:`engm.self_test`), replaced by torch."""
+        return distrusted(self.losses.device)
 
     @property
     def clipped_fraction(self) -> Tensor:

@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -55,17 +56,18 @@ class Finding:
     detail: str
 
 
-def examine(data_root: Path, out: Path) -> list[Finding]:
+def examine(data_root: Path, out: Path, kernels: Sequence[engm.SelfTestReport] = ()) -> list[Finding]:
     """Looks at everything; only a file is written to ``out`` (or to what exists of that path) and removed again.
 
     Args:
         data_root: where named data sets would lie.
         out: where runs would be written.
+        kernels: what :func:`try_kernels` found.
     """
     checks: list[Callable[[], Iterator[Finding]]] = [
         _build,
         _threads,
-        _kernels,
+        *(partial(_kernels, report) for report in kernels),
         _gpu,
         _packages,
         lambda: _data(data_root),
@@ -96,19 +98,26 @@ def _threads() -> Iterator[Finding]:
         yield Finding("threads", "ok", f"CPU operators: {compiled}; torch: {backend}")
 
 
-def _kernels() -> Iterator[Finding]:
-    """The extension against its reference, on one small layer a form."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(3, 5, 4, generator=generator) for _ in range(2))
-    found, wanted = engm.ops.linear_norm_sq(a, b), engm.reference.linear_norm_sq(a.double(), b.double())
-    error = float(((found - wanted) / wanted).abs().max())
-    good = error < 1e-5
-    yield Finding(
-        "kernels",
-        "ok" if good else "bad",
-        f"relative error {error:.1e} against float64"
-        + ("" if good else ": rebuild with pip install -e . and report it"),
+def try_kernels() -> list[engm.SelfTestReport]:
+    """Tries all kernels of all devices that this build has any for."""
+    devices = ["cpu"]
+    if torch.cuda.is_available() and engm.build_info()["cuda"]:
+        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [engm.self_test(device) for device in devices]
+
+
+def _kernels(report: engm.SelfTestReport) -> Iterator[Finding]:
+    """What the trials of a device's kernels said."""
+    failed = dict.fromkeys(f"{trial.kernel} in {trial.precision}" for trial in report.failed)
+    if not failed:
+        yield Finding("kernels", "ok", f"{report.device}: {len(report.trials)} trials agree with torch in float64")
+        return
+    remedy = (
+        "rebuild with pip install -e . and report it with the table below"
+        if report.device == "cpu"
+        else "torch computes in their place, slower and right; report it with the table below"
     )
+    yield Finding("kernels", "bad", f"{report.device}: WRONG: {', '.join(failed)}: {remedy}")
 
 
 def _gpu() -> Iterator[Finding]:

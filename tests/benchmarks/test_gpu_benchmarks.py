@@ -12,7 +12,7 @@ from gpu.record import Absent, Record
 from gpu.timing import Bench
 
 ROOT = Path(__file__).parents[2]
-STAGES = ["ceilings", "kernels", "steps", "pgd", "memory", "profile", "training"]
+STAGES = ["self_test", "ceilings", "kernels", "steps", "pgd", "memory", "profile", "training"]
 CPU = torch.device("cpu")
 
 

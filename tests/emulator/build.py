@@ -28,7 +28,15 @@ WARNINGS = ("-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
 FLAGS = ("-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-g0", "-ffp-contract=off", "-DENGM_EMULATOR", *WARNINGS)
 SANITIZERS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bounds")
 # What binds to Python what it sees of the extension.
-OF_PYTHON = ("ops.cpp", "cost_model_bindings.cpp", "calls.cpp", "program.cpp", "unchanged.cpp", "graph_walk.cpp")
+OF_PYTHON = (
+    "ops.cpp",
+    "cost_model_bindings.cpp",
+    "calls.cpp",
+    "program.cpp",
+    "unchanged.cpp",
+    "graph_walk.cpp",
+    "trust_bindings.cpp",
+)
 KEPT_OBJECTS = 4  # of one source, for going back and forth between versions
 
 

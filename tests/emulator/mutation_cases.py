@@ -218,6 +218,16 @@ def gemm(ops, dtype):
 
 
 @case
+def gemm_in_tf32(ops, _):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    try:
+        gemm(ops, torch.float32)
+    finally:
+        matmul.allow_tf32 = before
+
+
+@case
 def clipping(ops, _):
     for dtype in (torch.float64, torch.float32):
         arguments = (torch.rand(5, 300, dtype=dtype), 1.0, torch.rand(5, dtype=torch.float64))

@@ -35,6 +35,14 @@ CASES = {
     "mma.cuh": tuple(f"policy_{name}_{rows}" for name in POLICIES for rows in ("k", "mn")),
 }
 
+# Cases that say nothing of what the bindings answer: a kernel by itself, and an oracle that rounds to TF32, which the
+# operators of ATen in a kernel's place do not.
+NOT_OF_BINDINGS = ("gram_by_itself", "rounded_to_tf32")
+# Cases that go through the bindings, for files whose cases above do not.
+OF_BINDINGS = {
+    "mma.cuh": (*each("linear", "convolution", "gram_of_linear", "gram_of_convolution", "gemm"), "gemm_in_tf32")
+}
+
 # Barriers and waits that no test can miss, and why.
 HARMLESS: dict[str, str] = {}
 

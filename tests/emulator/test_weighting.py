@@ -103,10 +103,10 @@ def rounded(t, to_tf32):
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
 
 
-def check_gemm(emulated, a, b, weights, to_tf32=False):
+def check_gemm(kernels, a, b, weights, to_tf32=False):
     """The oracle scales and rounds the backprops as the kernel does."""
     with tf32(to_tf32):
-        got = emulated.weighted_gemm(a, b, weights)
+        got = kernels.weighted_gemm(a, b, weights)
     (scaled,) = reference.scale_examples([b], weights.to(sum_type(b.dtype)))
     a, b = rounded(a, to_tf32), rounded(scaled, to_tf32)
     ones = torch.ones(len(b), dtype=torch.float64)
@@ -124,36 +124,36 @@ def check_gemm(emulated, a, b, weights, to_tf32=False):
     layout=st.tuples(layouts, layouts),
     to_tf32=st.booleans(),
 )
-def test_weighted_gemm_is_its_twin(emulated, n, T, p, d, dtype, layout, to_tf32):
+def test_weighted_gemm_is_its_twin(kernels, n, T, p, d, dtype, layout, to_tf32):
     a, b = operand((n, T, p), dtype, layout[0]), operand((n, T, d), dtype, layout[1])
-    check_gemm(emulated, a, b, torch.rand(n), to_tf32 and dtype == torch.float32)
+    check_gemm(kernels, a, b, torch.rand(n), to_tf32 and dtype == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weighted_gemm_of_many_rows_is_split(emulated, dtype):
+def test_weighted_gemm_of_many_rows_is_split(kernels, dtype):
     a, b = operand((7, 100, 12), dtype), operand((7, 100, 16), dtype)
-    check_gemm(emulated, a, b, torch.rand(7))
+    check_gemm(kernels, a, b, torch.rand(7))
 
 
-def test_weighted_gemm_reads_slices_of_wider_rows(emulated):
+def test_weighted_gemm_reads_slices_of_wider_rows(kernels):
     a, b = torch.randn(3, 10, 40)[:, :, 8:24], torch.randn(3, 1, 40)[:, :, 4:12].expand(3, 10, 8)
-    check_gemm(emulated, a, b, torch.rand(3))
-    check_gemm(emulated, torch.randn(5, 48)[:, None, 16:32], torch.randn(5, 48)[:, None, 1:9], torch.rand(5))
+    check_gemm(kernels, a, b, torch.rand(3))
+    check_gemm(kernels, torch.randn(5, 48)[:, None, 16:32], torch.randn(5, 48)[:, None, 1:9], torch.rand(5))
 
 
 @pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
-def test_weighted_gemm_of_nothing_is_zero(emulated, size):
+def test_weighted_gemm_of_nothing_is_zero(kernels, size):
     n, T, p, d = size
-    got = emulated.weighted_gemm(torch.randn(n, T, p), torch.randn(n, T, d), torch.rand(n))
+    got = kernels.weighted_gemm(torch.randn(n, T, p), torch.randn(n, T, d), torch.rand(n))
     assert got.shape == (d, p)
     assert not got.any()
 
 
-def test_weighted_gemm_refuses_what_does_not_fit(emulated):
+def test_weighted_gemm_refuses_what_does_not_fit(kernels):
     a, b = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5)
     with pytest.raises(RuntimeError, match="same n and T"):
-        emulated.weighted_gemm(a[:, :2], b, torch.ones(2))
+        kernels.weighted_gemm(a[:, :2], b, torch.ones(2))
     with pytest.raises(RuntimeError, match="one weight for each of the 2 examples"):
-        emulated.weighted_gemm(a, b, torch.ones(3))
+        kernels.weighted_gemm(a, b, torch.ones(3))
     with pytest.raises(RuntimeError, match="one dtype"):
-        emulated.weighted_gemm(a.double(), b, torch.ones(2))
+        kernels.weighted_gemm(a.double(), b, torch.ones(2))

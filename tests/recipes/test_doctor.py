@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import engm
+from engm.build import KernelTrial
 from engm.recipes.cli import app
 from engm.recipes.doctor import examine
 
@@ -18,6 +19,17 @@ def test_doctor(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "cifar10" in result.output
     assert "engm train --download fetches it" in result.output
+    assert "trials agree with torch in float64" in result.output
+    assert "kernels on cpu, against torch's operators in float64" in result.output
+
+
+def test_doctor_names_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = engm.SelfTestReport("cpu", (KernelTrial("gram_norm", "float32", "T = 100", 0.3, 1e-5, ""),))
+    monkeypatch.setattr(engm, "self_test", lambda device: wrong)
+    command = ["doctor", "--data-root", str(tmp_path), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "160"})
+    assert result.exit_code == 1
+    assert "cpu: WRONG: gram_norm in float32: rebuild" in result.output
 
 
 def threads(tmp_path: Path) -> tuple[str, str]:

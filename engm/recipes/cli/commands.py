@@ -258,15 +258,18 @@ def doctor(
     data_root: Annotated[Path, typer.Option(help="Where named data sets would lie.")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs"),
 ) -> None:
-    """Looks at build, GPU, packages, data and disk, and says what to do."""
-    from ..doctor import examine
+    """Looks at build, kernels, GPU, packages, data and disk, and says what to do."""
+    from ..doctor import examine, try_kernels
 
-    findings = examine(data_root, out)
+    kernels = try_kernels()
+    findings = examine(data_root, out, kernels)
     colours = {"ok": "green", "note": "yellow", "bad": "bold red"}
     table = Table("", "", "", box=None, show_header=False)
     for finding in findings:
         table.add_row(finding.what, Text(finding.state, style=colours[finding.state]), finding.detail)
     _console().print(table, highlight=False)
+    for report in kernels:
+        _console().print(f"\n{report}", highlight=False)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
 
