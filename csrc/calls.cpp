@@ -47,6 +47,7 @@ void bind_calls(py::module_& m) {
   bind(m, "weighted_gemm", "engm::weighted_gemm", cpu::weighted_gemm);
   bind(m, "scaled_accumulate", "engm::scaled_accumulate", scaled_accumulate);
   bind(m, "position_sums", "engm::position_sums", position_sums);
+  bind(m, "correction_factors", "engm::correction_factors", cpu::correction_factors);
   bind(m, "linear_norm_sq", "engm::linear_norm_sq", cpu::linear_norm_sq);
   m.def("conv_norm_sq",
         torch::wrap_pybind_function_no_gil(
@@ -64,6 +65,11 @@ void bind_calls(py::module_& m) {
                 const at::Tensor& x, const at::Tensor& gy, const Integers& kernel_size, const Integers& stride,
                 const Integers& padding, const Integers& dilation,
                 int64_t groups) { return op.call(x, gy, kernel_size, stride, padding, dilation, groups); }));
+  m.def("patch_mean",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::patch_mean", cpu::patch_mean)](
+                const at::Tensor& x, const Integers& kernel_size, const Integers& stride, const Integers& padding,
+                const Integers& dilation) { return op.call(x, kernel_size, stride, padding, dilation); }));
   m.def("scale_examples",
         torch::wrap_pybind_function_no_gil(
             [op = operator_of("engm::scale_examples", cpu::scale_examples)](

@@ -22,12 +22,10 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
                            ready(*scale, "scale", per_example), ready(*correlation, "correlation", weight_shape)};
 }
 
-ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op) {
+ConvShape patch_shape(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, const char* op) {
   const int64_t dims = x.dim() - 2;
-  TORCH_CHECK(dims >= 1 && dims <= 3 && gy.dim() == x.dim() && x.size(0) == gy.size(0), op,
-              ": expected x [n, C, *S] and gy [n, d, *So] with the same n and 1 to 3 spatial dimensions, "
-              "got x ", x.sizes(), " and gy ", gy.sizes(), ".");
+  TORCH_CHECK(dims >= 1 && dims <= 3, op, ": expected x [n, C, *S] with 1 to 3 spatial dimensions, got x ", x.sizes(), ".");
   for (const auto& [values, name, least] : {std::tuple{kernel_size, "kernel_size", 1}, std::tuple{stride, "stride", 1},
                                             std::tuple{padding, "padding", 0}, std::tuple{dilation, "dilation", 1}}) {
     TORCH_CHECK(static_cast<int64_t>(values.size()) == dims, op, ": ", name, " needs one value for each of the ",
@@ -36,19 +34,33 @@ ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef 
       TORCH_CHECK(value >= least, op, ": ", name, " must be at least ", least, ", got ", values, ".");
   }
   ConvShape s;
-  s.n = x.size(0), s.channels = x.size(1), s.out_channels = gy.size(1), s.groups = groups;
+  s.n = x.size(0), s.channels = x.size(1), s.out_channels = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t at = 3 - dims + i;
+    s.in[at] = x.size(i + 2);
+    s.kernel[at] = kernel_size[i], s.stride[at] = stride[i], s.padding[at] = padding[i], s.dilation[at] = dilation[i];
+    const int64_t span = s.in[at] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    s.out[at] = span < 0 ? 0 : span / stride[i] + 1;
+  }
+  return s;
+}
+
+ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op) {
+  const int64_t dims = x.dim() - 2;
+  TORCH_CHECK(dims >= 1 && dims <= 3 && gy.dim() == x.dim() && x.size(0) == gy.size(0), op,
+              ": expected x [n, C, *S] and gy [n, d, *So] with the same n and 1 to 3 spatial dimensions, "
+              "got x ", x.sizes(), " and gy ", gy.sizes(), ".");
+  ConvShape s = patch_shape(x, kernel_size, stride, padding, dilation, op);
+  s.out_channels = gy.size(1), s.groups = groups;
   TORCH_CHECK(groups >= 1 && s.channels % groups == 0 && s.out_channels % groups == 0, op,
               ": groups must divide both the ", s.channels, " channels of x and the ", s.out_channels,
               " of gy, got groups = ", groups, ".");
   for (int64_t i = 0; i < dims; ++i) {
-    const int64_t at = 3 - dims + i;
-    s.in[at] = x.size(i + 2), s.out[at] = gy.size(i + 2);
-    s.kernel[at] = kernel_size[i], s.stride[at] = stride[i], s.padding[at] = padding[i], s.dilation[at] = dilation[i];
-    const int64_t span = s.in[at] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
-    const int64_t expected = span < 0 ? 0 : span / stride[i] + 1;
-    TORCH_CHECK(s.out[at] == expected, op, ": a convolution of x ", x.sizes(), " with kernel_size ",
+    const int64_t expected = s.out[3 - dims + i];
+    TORCH_CHECK(gy.size(i + 2) == expected, op, ": a convolution of x ", x.sizes(), " with kernel_size ",
                 kernel_size, ", stride ", stride, ", padding ", padding, " and dilation ", dilation,
-                " has output size ", expected, " in spatial dimension ", i, ", got ", s.out[at], " from gy ",
+                " has output size ", expected, " in spatial dimension ", i, ", got ", gy.size(i + 2), " from gy ",
                 gy.sizes(), ". Pass the layer's own settings; pad x yourself for padding modes other than zeros.");
   }
   return s;

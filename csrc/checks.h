@@ -41,6 +41,10 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
 ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op);
 
+// The shape of a convolution whose output has one channel, from its input x [n, C, *S] alone.
+ConvShape patch_shape(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation, const char* op);
+
 // The shape of a linear layer with a [n, T, p] and b [n, T, d]: a convolution of one tap over a line of T pixels.
 ConvShape linear_shape(const at::Tensor& a, const at::Tensor& b, const char* op);
 

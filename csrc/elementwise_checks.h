@@ -19,6 +19,27 @@ inline at::ScalarType check_embedding(const at::Tensor& indices, const at::Tenso
   return compute_type(gy, gy, "embedding_norm_sq");
 }
 
+// Whether a tensor [n, d, T] is dense with T or d along memory.
+inline bool is_dense_by_position(const at::Tensor& t) { return t.is_contiguous() || t.transpose(1, 2).is_contiguous(); }
+
+// Checks outputs [n, d, T] of a layer before a batch norm, the latter's statistics [d] and gradients [n, d], and returns the
+// type that sums are formed in.
+inline at::ScalarType check_correction(const at::Tensor& outputs, const at::Tensor& mean, const at::Tensor& rstd,
+                                       const at::Tensor& gain, const at::Tensor& shift, const at::Tensor& scale) {
+  TORCH_CHECK(outputs.dim() == 3, "correction_factors: expected outputs [n, d, T], got ", outputs.sizes(),
+              ". Flatten the positions into one T.");
+  const int64_t n = outputs.size(0), d = outputs.size(1);
+  for (const auto& [t, name] : {std::pair(&mean, "mean"), std::pair(&rstd, "rstd"), std::pair(&gain, "gain")})
+    TORCH_CHECK(t->dim() == 1 && t->size(0) == d && t->device() == outputs.device(), "correction_factors: ", name,
+                " must be [d] of the ", d, " channels of outputs, on their device, got ", t->sizes(), " on ", t->device(),
+                ".");
+  for (const auto& [t, name] : {std::pair(&shift, "shift"), std::pair(&scale, "scale")})
+    TORCH_CHECK(t->dim() == 2 && t->size(0) == n && t->size(1) == d && t->device() == outputs.device(),
+                "correction_factors: ", name, " must be [n, d] = [", n, ", ", d, "], on the device of outputs, got ",
+                t->sizes(), " on ", t->device(), ".");
+  return compute_type(outputs, outputs, "correction_factors");
+}
+
 // Checks tensors [n, ...] and weights [n], and returns whether any tensor is float64: the weights are then kept in it.
 inline bool check_examples(at::TensorList tensors, const at::Tensor& weights, const char* op) {
   TORCH_CHECK(weights.dim() == 1 && weights.is_floating_point(), op,

@@ -33,7 +33,7 @@ void form_at_once(int64_t elements);
 // Calls `m(name)` for every operator of which each device has a function of its own.
 #define ENGM_EACH_OPERATOR(m) \
   m(linear_norm_sq) m(conv_norm_sq) m(linear_grads) m(conv_grads) m(affine_norm_sq) m(clip_weights) \
-  m(embedding_norm_sq) m(scale_examples) m(weighted_sums) m(weighted_gemm)
+  m(correction_factors) m(patch_mean) m(embedding_norm_sq) m(scale_examples) m(weighted_sums) m(weighted_gemm)
 
 // One such set of functions.
 struct Operators {

@@ -28,6 +28,10 @@ inline void define_operators(torch::Library& m) {
       "affine_norm_sq(Tensor x, Tensor gy, Tensor? mean, Tensor rstd, int channel_dim) -> "
       "(Tensor norm_sq, Tensor scale_grads, Tensor shift_grads)");
   m.def("clip_weights(Tensor squared_norms, float alpha, Tensor? factors=None) -> (Tensor norms, Tensor weights)");
+  m.def(
+      "correction_factors(Tensor outputs, Tensor mean, Tensor rstd, Tensor gain, Tensor shift, Tensor scale) -> "
+      "(Tensor normalised, Tensor shift, Tensor scale)");
+  m.def("patch_mean(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("embedding_norm_sq(Tensor indices, Tensor gy, int padding_idx=-1) -> Tensor");
   m.def("scale_examples(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_sums(Tensor[] tensors, Tensor weights) -> Tensor[]");

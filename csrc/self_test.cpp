@@ -312,6 +312,38 @@ void try_affine(Bench& bench) {
   }
 }
 
+void try_correction(Bench& bench) {
+  const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
+  const double rounding = bench.type() == at::kBFloat16 ? 4e-3 : bench.type() == at::kHalf ? 5e-4 : bench.rounding();
+  for (const bool last : {false, true}) {
+    const at::Tensor drawn = bench.integers({3, 40, 63});
+    const at::Tensor y = last ? drawn.transpose(1, 2).contiguous().transpose(1, 2) : drawn;
+    std::vector<at::Tensor> rest;
+    for (const Sizes& sizes : {Sizes{40}, Sizes{40}, Sizes{40}, Sizes{3, 40}, Sizes{3, 40}})
+      rest.push_back(bench.integers(sizes).to(bench.type_of_sums()));
+    bench.attempt(last ? "correction_factors, channels last" : "correction_factors, channels first", rounding, [&] {
+      const auto [normalised, shift, scale] = bench.of.correction_factors(y, rest[0], rest[1], rest[2], rest[3], rest[4]);
+      const auto [want, want_shift, want_scale] = aten::correction_factors(
+          wide(y), wide(rest[0]), wide(rest[1]), wide(rest[2]), wide(rest[3]), wide(rest[4]));
+      bench.compare(normalised, want), bench.compare(shift, want_shift), bench.compare(scale, want_scale);
+    });
+  }
+  const auto mean_of = [&](const char* what, const at::Tensor& x, const Conv& c) {
+    bench.attempt(what, bench.rounding(), [&] {
+      bench.compare(bench.of.patch_mean(x, c.kernel, c.stride, c.padding, c.dilation),
+                    aten::patch_mean(wide(x), c.kernel, c.stride, c.padding, c.dilation));
+    });
+  };
+  const auto in_both_orders = [&](const char* what, const at::Tensor& x, const Conv& c) {
+    mean_of(what, x, c), mean_of(what, x.contiguous(MemoryFormat::ChannelsLast), c);
+  };
+  in_both_orders("patch_mean, 3×3 of 14×9", bench.integers({3, 35, 14, 9}), k3x3);
+  in_both_orders("patch_mean, 3×3 of 2×2", bench.integers({5, 64, 2, 2}), k3x3);
+  in_both_orders("patch_mean, strides and dilations", bench.integers({3, 8, 19, 17}), {{3, 4}, {2, 3}, {2, 1}, {2, 3}});
+  mean_of("patch_mean, 3-d", bench.integers({2, 3, 5, 6, 7}), {{3, 2, 3}, {2, 1, 1}, {1, 1, 0}, {1, 1, 2}});
+  mean_of("patch_mean, a line", bench.integers({3, 4, 300}), {{5}, {1}, {2}, {1}});
+}
+
 void try_embedding(Bench& bench) {
   for (const auto& [positions, channels] : {std::pair<int64_t, int64_t>{40, 300}, {17, 5}}) {
     const at::Tensor indices = bench.indices({2, positions}, 5), gy = bench.integers({2, positions, channels});
@@ -374,6 +406,7 @@ bool has(Kernel kernel, Precision precision, at::Device device) {
   switch (kernel) {
     case Kernel::kClipWeights: return precision == Precision::kFloat32 || precision == Precision::kFloat64;
     case Kernel::kAffineNorm:
+    case Kernel::kCorrection:
     case Kernel::kEmbeddingNorm:
     case Kernel::kWeighting: return precision != Precision::kTf32;
     default: return true;
@@ -402,6 +435,7 @@ std::vector<Trial> trials_of(Kernel kernel, Precision precision, at::Device devi
     case Kernel::kGramNorm: try_gram(bench); break;
     case Kernel::kRankOne: try_rank_one(bench); break;
     case Kernel::kAffineNorm: try_affine(bench); break;
+    case Kernel::kCorrection: try_correction(bench); break;
     case Kernel::kEmbeddingNorm: try_embedding(bench); break;
     case Kernel::kClipWeights: try_clipping(bench); break;
     case Kernel::kWeighting: try_weighting(bench); break;

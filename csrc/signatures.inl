@@ -23,6 +23,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
 std::tuple<at::Tensor, at::Tensor> clip_weights(const at::Tensor& squared_norms, double alpha,
                                                 const OptionalTensor& factors);
 
+// What a batch norm behind a layer takes off the layer's gradients, as far as the layer's output goes: outputs [n, d, T],
+// mean, rstd and gain [d], shift and scale [n, d]. Returns with N = sqrt(n·T) the normalised outputs over N, of the shape,
+// strides and type of the outputs, gain·shift, and gain·scale / N.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> correction_factors(const at::Tensor& outputs, const at::Tensor& mean,
+                                                                  const at::Tensor& rstd, const at::Tensor& gain,
+                                                                  const at::Tensor& shift, const at::Tensor& scale);
+
+// x [n, C, *S] -> [C, *kernel_size], the mean over examples and output positions of what a tap reads, in the type of sums.
+at::Tensor patch_mean(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation);
+
 // indices [n, T], gy [n, T, d] -> [n]; positions whose index is padding_idx are left out.
 at::Tensor embedding_norm_sq(const at::Tensor& indices, const at::Tensor& gy, int64_t padding_idx);
 

@@ -184,6 +184,33 @@ at::Tensor embedding_norm_sq(const at::Tensor& indices_in, const at::Tensor& gy_
   return out;
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> correction_factors(const at::Tensor& outputs, const at::Tensor& mean,
+                                                                  const at::Tensor& rstd, const at::Tensor& gain_in,
+                                                                  const at::Tensor& shift, const at::Tensor& scale) {
+  const AsWritten as_written;
+  const at::ScalarType type = check_correction(outputs, mean, rstd, gain_in, shift, scale);
+  const double root = std::sqrt(double(outputs.size(0)) * outputs.size(2));
+  const auto of_channels = [&](const at::Tensor& t) { return t.to(type).view({1, -1, 1}); };
+  const at::Tensor centred = at::sub(outputs.to(type), of_channels(mean)), gain = gain_in.to(type);
+  const at::Tensor normalised = at::mul(centred, at::div(of_channels(rstd), root));
+  const at::Tensor like = is_dense_by_position(outputs) ? outputs : outputs.contiguous();
+  return {at::empty_like(like).copy_(normalised), at::mul(shift.to(type), gain),
+          at::mul(scale.to(type), at::div(gain, root))};
+}
+
+at::Tensor patch_mean(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                      at::IntArrayRef dilation) {
+  const AsWritten as_written;
+  ConvShape s = patch_shape(x, kernel_size, stride, padding, dilation, "patch_mean");
+  const at::ScalarType type = compute_type(x, x, "patch_mean");
+  std::vector<int64_t> sizes{s.channels};
+  sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
+  if (s.n == 0 || s.positions() == 0) return at::zeros(sizes, x.options().dtype(type).memory_format(std::nullopt));
+  s.n = 1;
+  const at::Tensor patches = patches_of(s, at::mean(x, at::IntArrayRef{0}, true, type));
+  return at::mean(patches.view({s.channels, s.taps(), s.positions()}), at::IntArrayRef{2}).view(sizes);
+}
+
 std::vector<at::Tensor> scale_examples(at::TensorList tensors, const at::Tensor& weights) {
   const AsWritten as_written;
   check_examples(tensors, weights, "scale_examples");

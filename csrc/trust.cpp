@@ -64,8 +64,8 @@ bool judge(Kernel kernel, Precision precision, at::Device device, const std::vec
 
 const char* name_of(Kernel kernel) {
   constexpr std::array<const char*, kKernels> names{"gemm_norm",      "conv_norm",    "depthwise_norm", "gram_norm",
-                                                    "rank_one",       "affine_norm",  "embedding_norm", "clip_weights",
-                                                    "weighting",      "weighted_gemm"};
+                                                    "rank_one",       "affine_norm",  "correction",     "embedding_norm",
+                                                    "clip_weights",   "weighting",    "weighted_gemm"};
   return names[size_t(kernel)];
 }
 

@@ -25,6 +25,7 @@ enum class Kernel : uint8_t {
   kGramNorm,
   kRankOne,
   kAffineNorm,
+  kCorrection,
   kEmbeddingNorm,
   kClipWeights,
   kWeighting,

@@ -18,9 +18,11 @@ __all__ = [
     "clip_weights",
     "conv_grads",
     "conv_norm_sq",
+    "correction_factors",
     "embedding_norm_sq",
     "linear_grads",
     "linear_norm_sq",
+    "patch_mean",
     "position_sums",
     "scale_examples",
     "scaled_accumulate",
@@ -205,6 +207,60 @@ def affine_norm_sq(
     Workspace: 4·C elements a thread; operands whose last dimension is strided are copied.
     """
     return _operator("affine_norm_sq")(x, gy, mean, rstd, channel_dim)
+
+
+def correction_factors(
+    outputs: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What a batch norm in training mode takes off the gradients of the layer before it, as far as its output tells.
+
+    With ``N = √(n·T)``: ``normalised = (outputs - mean) rstd / N``, ``gain shift`` and ``gain scale / N``, in one pass.
+    The weight gradient of a layer whose output has the gradient ``normalised`` is ``N`` times the mean of normalised
+    output times patch, and the last result takes that ``N`` off. So half of the mean's division comes before the sum
+    over the batch and half behind, and float16 holds both.
+
+    Args:
+        outputs: ``[n, d, T]``, the output of the layer.
+        mean: ``[d]``, of the outputs over batch and positions.
+        rstd: ``[d]``, reciprocal standard deviation of the outputs.
+        gain: ``[d]``, scale/σ of the batch norm.
+        shift: ``[n, d]``, per-example gradients of the batch norm's shift.
+        scale: ``[n, d]``, per-example gradients of the batch norm's scale.
+
+    Returns:
+        ``normalised [n, d, T]`` in the dtype and, where they are dense, the strides of the outputs; ``shift`` and
+        ``scale``, each ``[n, d]``, float64 for float64 outputs, else float32.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit.
+    """
+    return _operator("correction_factors")(outputs, mean, rstd, gain, shift, scale)
+
+
+def patch_mean(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    r"""The mean over examples and output positions of what each tap of a convolution reads of each channel.
+
+    That is the weight gradient of a convolution with one output channel whose output has the constant gradient
+    ``1 / (n·T)``; pixels outside of the image are 0.
+
+    Args:
+        x: Inputs of the convolution ``[n, C, *S]``, 1 to 3 spatial dimensions, any memory format.
+        kernel_size: One value a spatial dimension, as the rest.
+        stride: As the layer's.
+        padding: As the layer's.
+        dilation: As the layer's.
+
+    Returns:
+        ``[C, *kernel_size]``, float64 for float64 inputs, else float32.
+
+    Raises:
+        RuntimeError: Shapes or dtypes do not fit.
+
+    Workspace: on the CPU one image of 16 channels a thread; on CUDA partial sums of a few blocks a multiprocessor.
+    """
+    return _operator("patch_mean")(x, kernel_size, stride, padding, dilation)
 
 
 def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
@@ -404,6 +460,18 @@ def _affine_fake(x: Tensor, gy: Tensor, mean: object, rstd: Tensor, channel_dim:
 def _clip_fake(squared_norms: Tensor, alpha: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     norms = squared_norms.new_empty(squared_norms.shape[1], dtype=accumulation_dtype(squared_norms))
     return norms, torch.empty_like(norms)
+
+
+@torch.library.register_fake("engm::correction_factors")
+def _correction_factors_fake(outputs: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shift = outputs.new_empty(outputs.shape[:2], dtype=accumulation_dtype(outputs))
+    dense = outputs.is_contiguous() or outputs.transpose(1, 2).is_contiguous()
+    return torch.empty_like(outputs if dense else outputs.contiguous()), shift, torch.empty_like(shift)
+
+
+@torch.library.register_fake("engm::patch_mean")
+def _patch_mean_fake(x: Tensor, kernel_size: Sequence[int], *_: object) -> Tensor:
+    return x.new_empty(x.shape[1], *kernel_size, dtype=accumulation_dtype(x))
 
 
 @torch.library.register_fake("engm::embedding_norm_sq")

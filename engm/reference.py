@@ -91,6 +91,24 @@ def affine_norm_sq(
     return torch.stack([scale_grads.square().sum(1), shift_grads.square().sum(1)]), scale_grads, shift_grads
 
 
+def correction_factors(
+    outputs: Tensor, mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Twin of :func:`engm.ops.correction_factors`."""
+    root = (outputs.shape[0] * outputs.shape[2]) ** 0.5
+    return (outputs - mean[:, None]) * rstd[:, None] / root, shift * gain, scale * gain / root
+
+
+def patch_mean(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """Twin of :func:`engm.ops.patch_mean`."""
+    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    for i, (k, s, dil) in enumerate(zip(kernel_size, stride, dilation, strict=True)):  # [n, C, *So, *kernel]
+        x = x.unfold(i + 2, dil * (k - 1) + 1, s)[..., ::dil]
+    return x.mean((0, *range(2, 2 + len(stride))))
+
+
 def embedding_norm_sq(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
     """Twin of :func:`engm.ops.embedding_norm_sq`, with a table of the rows that occur."""
     rows, which = indices.unique(return_inverse=True)

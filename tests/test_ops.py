@@ -289,6 +289,8 @@ def test_bound_operators_are_those_of_the_dispatcher():
         "linear_grads": (a, b),
         "conv_grads": (x, gy, *geometry),
         "affine_norm_sq": (a, a + 1, None, torch.rand(3, 1, 1), 2),
+        "correction_factors": (a, *torch.rand(3, 4), *torch.rand(2, 3, 4)),
+        "patch_mean": (x, *geometry[:4]),
         "embedding_norm_sq": (torch.randint(5, (3, 4)), a, -1),
         "clip_weights": (torch.rand(5, 3), 0.5, torch.rand(5)),
         "scale_examples": ([a, b], w),

@@ -14,20 +14,12 @@ CIFAR-10 the norms were off by another 15 % from one batch to the next, with the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod, sqrt
 
 import torch
 from torch import Tensor
 
-from ..terms import (
-    ConvFactors,
-    LinearFactors,
-    LocalCorrection,
-    PerExampleGradient,
-    Term,
-    accumulation_dtype,
-    conv_weight_gradient,
-)
+from .. import ops
+from ..terms import ConvFactors, LinearFactors, LocalCorrection, PerExampleGradient, Term, conv_weight_gradient
 
 
 @dataclass(frozen=True)
@@ -74,25 +66,19 @@ def local_correction(
         shift_gradients: ``[n, d]``, the batch norm's per-example shift gradients ``m``.
         scale_gradients: ``[n, d]``, its per-example scale gradients ``v``.
     """
-    gain, mean, rstd, outputs = batch_norm.gain, batch_norm.mean, batch_norm.rstd, batch_norm.inputs
-    shape = [1, -1] + [1] * (outputs.dim() - 2)
-    # Half of the mean's division comes before the sum: over a batch's positions it would leave the range of float16.
-    root = sqrt(len(outputs) * prod(outputs.shape[2:]))
-    xhat = ((outputs - mean.view(shape)) * (rstd / root).view(shape)).to(term.backprops.dtype)
+    outputs = batch_norm.inputs
+    factors = outputs.flatten(2) if outputs.dim() > 2 else outputs.unsqueeze(2)
+    normalised, shift, scale = ops.correction_factors(
+        factors, batch_norm.mean, batch_norm.rstd, batch_norm.gain, shift_gradients, scale_gradients
+    )
+    normalised = normalised.to(term.backprops.dtype)
     if isinstance(term, ConvFactors):
-        correlation = conv_weight_gradient(term.inputs, xhat, term.geometry) / root
-        patch_mean = _patch_mean(term, outputs.shape[2:])
+        geometry = term.geometry
+        correlation = conv_weight_gradient(term.inputs, normalised.view(outputs.shape), geometry)
+        patch_mean = ops.patch_mean(
+            term.inputs, geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation
+        )
     else:
-        xhat = xhat.unsqueeze(1)
-        correlation = torch.einsum("nto,ntp->op", xhat, term.activations) / root
+        correlation = torch.einsum("not,ntp->op", normalised, term.activations)
         patch_mean = term.activations.mean((0, 1))
-    return LocalCorrection(shift_gradients * gain, patch_mean, scale_gradients * gain, correlation)
-
-
-def _patch_mean(term: ConvFactors, output_size: tuple[int, ...]) -> Tensor:
-    """Mean patch over batch and positions, ``[C, *kernel]``: the weight gradient of a constant output gradient."""
-    geometry = term.geometry
-    mean_image = term.inputs.mean(0, keepdim=True, dtype=accumulation_dtype(term.inputs))
-    ones = mean_image.new_ones((1, 1, *output_size))
-    dense = type(geometry)(geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, 1)
-    return conv_weight_gradient(mean_image, ones, dense)[0] / prod(output_size)
+    return LocalCorrection(shift, patch_mean, scale, correlation)

@@ -30,9 +30,10 @@ class LocalCorrection:
     Attributes:
         shift: ``[n, d]``, ``k m_i`` with ``m_i`` the example's gradient of the batch norm's shift.
         patch_mean: ``[C, *kernel]`` (linear: ``[p]``), the mean patch over batch and positions.
-        scale: ``[n, d]``, ``k v_i`` with ``v_i`` the example's gradient of the batch norm's scale.
-        correlation: ``[d, C / groups, *kernel]`` (linear: ``[d, p]``), the mean of ``xhat a^T`` over batch and
-            positions, with ``xhat`` the normalised output and ``a`` the patch.
+        scale: ``[n, d]``, ``k v_i / N`` with ``v_i`` the example's gradient of the batch norm's scale and ``N`` the
+            root of the number of rows, examples times positions.
+        correlation: ``[d, C / groups, *kernel]`` (linear: ``[d, p]``), ``N`` times the mean of ``xhat a^T`` over the
+            rows, with ``xhat`` the normalised output and ``a`` the patch.
     """
 
     shift: Tensor

@@ -191,6 +191,27 @@ def affine(ops, dtype):
 
 
 @for_each_dtype
+def correction(ops, dtype):
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn, channels, rows = operand(3, 40, 64, dtype=dtype), operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)
+    for outputs in (drawn, drawn.transpose(1, 2).contiguous().transpose(1, 2)):
+        wants = reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows)))
+        for got, want in zip(ops.correction_factors(outputs, *channels, *rows), wants, strict=True):
+            check(got, want)
+    for shape, *geometry in (
+        ((3, 35, 14, 9), [3, 3], [1, 1], [1, 1], [1, 1]),
+        ((5, 64, 2, 2), [3, 3], [1, 1], [1, 1], [1, 1]),
+        ((3, 8, 19, 17), [3, 4], [2, 3], [2, 1], [2, 3]),
+    ):
+        x = operand(*shape, dtype=dtype)
+        for memory in (torch.contiguous_format, torch.channels_last):
+            check(
+                ops.patch_mean(x.contiguous(memory_format=memory), *geometry),
+                reference.patch_mean(x.double(), *geometry),
+            )
+
+
+@for_each_dtype
 def embedding(ops, dtype):
     indices, gy = torch.randint(0, 5, (2, 40)), operand(2, 40, 300, dtype=dtype)
     for padding in (-1, 3):

@@ -28,6 +28,7 @@ CASES = {
     "affine_norm.cuh": each("affine"),
     "embedding_norm.cuh": each("embedding"),
     "weighting.cuh": each("weighting"),
+    "correction.cuh": each("correction"),
     "weighted_gemm.cuh": each("gemm"),
     "clip_weights.cuh": ("clipping",),
     "sum_partials.cuh": ("many_tiles",),
@@ -185,6 +186,20 @@ WRITTEN: dict[str, list[tuple]] = {
     "affine_norm.cuh": [
         ("a row left out", "r < rows", "r < rows - 1"),
         ("the last position", "s < end", "s < end - 1"),
+    ],
+    "correction.cuh": [
+        ("the other order of memory", "p.channels_last ? 1 : p.positions", "p.channels_last ? p.positions : 1"),
+        ("the elements of one grid alone", "k < total", "k < total && k < step"),
+        ("the scale not divided", "Sum(gain / p.root)", "gain"),
+        ("one pixel too many", "at / g.stride[dim] < g.out[dim]", "at / g.stride[dim] <= g.out[dim]"),
+        ("pixels between strides", "at % g.stride[dim] == 0", "true"),
+        ("no padding", "pixel + g.padding[dim] - tap * g.dilation[dim]", "pixel - tap * g.dilation[dim]"),
+        ("the last example", "i < end", "i < end - 1"),
+        ("one part for all", "own.begin + k / pixels", "own.begin", 0),
+        ("one part for all, channels dense", "own.begin + k / pixels", "own.begin", 1),
+        ("a warp left out", "w < kPatchWarps", "w < kPatchWarps - 1"),
+        ("taps of the first tile", "own.first_tap", "0", 0),
+        ("taps of the first tile, channels dense", "own.first_tap", "0", 3),
     ],
     "embedding_norm.cuh": [
         ("no heads", "!(same && s < t)", "!(same && s <= t)"),

@@ -42,7 +42,7 @@ def test_every_kernel_in_every_precision_is_tried_and_trusted(emulator_library, 
     emulator_library.self_test()
     found = on_probation()
     matrices = ("gemm_norm", "conv_norm", "depthwise_norm", "gram_norm", "rank_one", "weighted_gemm")
-    others = ("affine_norm", "embedding_norm", "weighting")
+    others = ("affine_norm", "correction", "embedding_norm", "weighting")
     wide, narrow = ("float64", "float32"), ("bfloat16", "float16")
     expected = {(kernel, precision) for kernel in matrices for precision in (*wide, *narrow, "tf32")}
     expected |= {(kernel, precision) for kernel in others for precision in (*wide, *narrow)}

@@ -208,6 +208,10 @@ def every_operator(dtype: torch.dtype = torch.float32, n: int = 3) -> list[Case]
     wide_nhwc = tuple(t.to(memory_format=torch.channels_last) for t in wide_conv)
     same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     line, volume = operand((n, 4, 33), dtype), operand((n, 3, 5, 6, 4), dtype)
+    channels, rows = (
+        torch.rand(3, 6, device=DEVICE).to(weights.dtype),
+        torch.rand(2, n, 6, device=DEVICE).to(weights.dtype),
+    )
     return [
         *[Case(f"linear_norm_sq {form}", "linear_norm_sq", (*linear, form)) for form in ("auto", "direct", "gram")],
         Case("linear_norm_sq corrected", "linear_norm_sq", (*linear, "direct", *linear_correction)),
@@ -233,6 +237,11 @@ def every_operator(dtype: torch.dtype = torch.float32, n: int = 3) -> list[Case]
             operand((1, 6, 1), dtype), operand((1, 6, 1), dtype), 1)),
         Case("affine_norm_sq last", "affine_norm_sq", (
             operand((n, 35, 6), dtype), operand((n, 35, 6), dtype), None, operand((n, 35, 1), dtype), 2)),
+        *[Case(f"correction_factors {name}", "correction_factors", (outputs, *channels, *rows)) for name, outputs in (
+            ("first", conv[0].flatten(2)), ("last", nhwc[0].flatten(2)), ("linear", linear[0][:, 0, :6, None]))],
+        *[Case(f"patch_mean {name}", "patch_mean", (x, *geometry[:4])) for name, x in (
+            ("first", conv[0]), ("last", nhwc[0]), ("wide", wide_conv[0]), ("wide last", wide_nhwc[0]))],
+        Case("patch_mean 3-d", "patch_mean", (volume, [3] * 3, [1] * 3, [0] * 3, [1] * 3)),
         Case("embedding_norm_sq", "embedding_norm_sq", token),
         Case("embedding_norm_sq padded", "embedding_norm_sq", (*token, 2)),
         Case("clip_weights", "clip_weights", (squares, 1.5)),

@@ -89,6 +89,21 @@ def _clip() -> Case:
     return Case(lambda: ops.clip_weights(squares, 4.0), lambda: reference.clip_weights(squares.double(), 4.0))
 
 
+def _factors(*, channels_last: bool) -> Case:
+    outputs, channels, rows = torch.randn(16, 64, 400), torch.rand(3, 64), torch.randn(2, 16, 64)
+    if channels_last:
+        outputs = outputs.transpose(1, 2).contiguous().transpose(1, 2)
+    return Case(
+        lambda: ops.correction_factors(outputs, *channels, *rows),
+        lambda: reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows))),
+    )
+
+
+def _patch_mean(memory_format: torch.memory_format) -> Case:
+    x = torch.randn(32, 64, 16, 16).to(memory_format=memory_format)
+    return Case(lambda: ops.patch_mean(x, *GEOMETRY), lambda: reference.patch_mean(x.double(), *GEOMETRY))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "convolution, direct": lambda: _convolution(8, 32, 16, "direct"),
     "convolution of one example, direct": lambda: _convolution(1, 96, 32, "direct"),
@@ -105,6 +120,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "affine, channels dense": lambda: _affine((32, 128, 384), 2),
     "affine of one example, channels dense": lambda: _affine((1, 2048, 512), 2),
     "affine of single positions": lambda: _affine((256, 1, 512), 2),
+    "correction, positions dense": lambda: _factors(channels_last=False),
+    "correction, channels dense": lambda: _factors(channels_last=True),
+    "patch mean, channels first": lambda: _patch_mean(torch.contiguous_format),
+    "patch mean, channels last": lambda: _patch_mean(torch.channels_last),
     "embedding": _embedding,
     "clip weights": _clip,
 }
