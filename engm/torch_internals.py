@@ -167,15 +167,15 @@ def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
 
 
 def is_recomputed(node: Node) -> bool:
-    """Whether what a node saved is computed anew whenever it is asked for, as in activation checkpointing.
+    """Whether what a node saved goes through hooks, as in activation checkpointing, where it is computed anew.
 
-    Within a backward pass such a thing may be asked for once, which is by the node itself.
+    Within a backward pass such a thing may be asked for once, which is by the node itself. Nothing is unpacked here.
     """
     for name in saved_tensor_names(node):
-        before, after = (saved_tensors_of(node, name) for _ in range(2))
-        for one, other in zip(before, after, strict=True):
-            if one is not None and other is not None and one.numel():
-                return one.data_ptr() != other.data_ptr()
+        saved = getattr(node, f"_raw_saved_{name or 'tensors'}")
+        for one in saved if isinstance(saved, list | tuple) else (saved,):
+            if one.unpack_hook is not None:
+                return True
     return False
 
 

@@ -163,7 +163,7 @@ class TermCollector:
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or watched)
-        keep_graph = retain_graph or watched or any(entry.waits for entry in graph.plan.entries)
+        keep_graph = retain_graph or watched or any(entry.waits(graph.trace) for entry in graph.plan.entries)
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):
@@ -325,7 +325,8 @@ class TermCollector:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
         for entry in entries:
-            term = None if entry.waits else entry_term(self.graph.entry(entry), gradients)
+            waits = entry.waits(self.graph.trace)
+            term = None if waits else entry_term(self.graph.entry(entry), gradients)
             if term is None:
                 self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
             else:

@@ -27,7 +27,6 @@ from ..torch_internals import (
     batch_norm_statistics,
     entering_shape,
     is_compiled_region,
-    is_recomputed,
     node_name,
     node_outputs,
     operator_name,
@@ -206,7 +205,7 @@ class _Planner:
         found = []
         for position, node in enumerate(self.traced.order):
             if operator_name(node) in BATCH_NORMS and not self.structure.calls_around(position):
-                called = position in self.structure.calls_at  # a call that is aside has a module that knows better
+                called = self.structure.called_batch_norm(position)  # and is aside
                 statistics = None if called else batch_norm_statistics(node)
                 if statistics is not None and statistics[2] and output_shape(node)[0] % self.n == 0:
                     found.append(position)
@@ -486,8 +485,8 @@ class _Planner:
             transposed,
             tuple(self.structure.sources(behind)),
         )
-        ruled, recomputed = has_rule(entry.at(traced, self.n)), is_recomputed(node)
-        return replace(entry, ruled=ruled, recomputed=recomputed), None if first is None else first.unknown
+        ruled = has_rule(entry.at(traced, self.n))
+        return replace(entry, ruled=ruled), None if first is None else first.unknown
 
     def _arranged_output(self, position: int, number: int) -> Arrangement | None:
         owners = self.nodes.get((position, number))
