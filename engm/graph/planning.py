@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..capture.calls import Call, Wrapper
 from ..distributed import on_any
-from ..rules.entries import BATCH_NORMS, has_rule
+from ..rules.entries import BATCH_NORMS, has_rule, owners_of
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import (
@@ -32,12 +32,13 @@ from ..torch_internals import (
     operator_name,
     output_shape,
     own_parameters,
+    saved_option,
 )
-from .arrangement import Arrangement, arranged, regular
+from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Key, Question
 from .plan import Junction, Plan, PlannedEntry, Route, sinks_of
-from .routing import ELEMENTWISE, MOVING, PICKING, repeats_rows, routes_of
+from .routing import CHOOSING, ELEMENTWISE, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -148,6 +149,51 @@ class _Planner:
         return name in MOVING or (
             name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node)
         )
+
+    def _closed_to_others(self) -> bool:
+        """Whether a row that a node passes no gradient on to would get one of another example than its own.
+
+        A factor of zero or a maximum that lies elsewhere closes it for now. The rows of the node's own outputs may tell
+        whose gradient it would be.
+        """
+        for position, node in enumerate(self.traced.order):
+            name = operator_name(node)
+            if position in self.shared or position in self.silent or not (name in ELEMENTWISE or name in CHOOSING):
+                continue
+            for slot, child in enumerate(self.traced.children[position]):
+                if child is None or child in self.shared or not self.structure.trained_behind(child):
+                    continue
+                whole = self.nodes.get((child, node.next_functions[slot][1]))
+                if whole is None or not ((position, slot) in self.edges or bool((whole == NOBODY).any())):
+                    continue
+                found = self._chooses_among(node, whole) if name in CHOOSING else self._disagrees(position, whole)
+                if found:
+                    return True
+        return False
+
+    def _chooses_among(self, node: Any, whole: Tensor) -> bool:
+        """Whether a node picks one of the elements of different examples."""
+        along: Any = saved_option(node, "dim")
+        dims = along if isinstance(along, tuple) else () if along is None else (along,)
+        rank = len(entering_shape(*node.next_functions[0]))
+        return bool(varying(whole, self.n) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
+
+    def _disagrees(self, position: int, whole: Tensor) -> bool:
+        """Whether a node that treats every element apart has a row of another example than the row that it reads."""
+        own = self.nodes.get((position, 0))
+        if own is None:
+            return False
+        arrangement = arranged(whole, self.n)
+        if isinstance(arrangement.ownership, Layout):
+            of = owners_of(arrangement.ownership, tuple(whole.shape), self.n, whole.device).of
+            whole = of.view(*of.shape, *[1] * (whole.dim() - of.dim())).expand_as(whole)
+            if arrangement.unknown is not None:  # which are watched
+                whole = torch.where(arrangement.unknown, NOBODY, whole)
+        if own.dim() != whole.dim():  # the one is told apart by element
+            own, whole = (
+                rows.view(*rows.shape, *[1] * (max(own.dim(), whole.dim()) - rows.dim())) for rows in (own, whole)
+            )
+        return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
 
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
@@ -377,6 +423,7 @@ class _Planner:
             and not self.blind
             and not (irregular and self._some_unseen())
             and not self._parted_by_zeros({route.position for route in routes})
+            and not self._closed_to_others()
         )
         return Plan(
             layouts=layouts,
