@@ -38,7 +38,7 @@ from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Key, Question
 from .plan import Junction, Plan, PlannedEntry, Route, sinks_of
-from .routing import CHOOSING, ELEMENTWISE, MOVING, PICKING, repeats_rows, routes_of
+from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -158,7 +158,8 @@ class _Planner:
         """
         for position, node in enumerate(self.traced.order):
             name = operator_name(node)
-            if position in self.shared or position in self.silent or not (name in ELEMENTWISE or name in CHOOSING):
+            moves = (name in MOVING or name in HANDING_ON) and name not in CHOOSING
+            if moves or position in self.shared or position in self.silent:
                 continue
             for slot, child in enumerate(self.traced.children[position]):
                 if child is None or child in self.shared or not self.structure.trained_behind(child):
@@ -166,8 +167,7 @@ class _Planner:
                 whole = self.nodes.get((child, node.next_functions[slot][1]))
                 if whole is None or not ((position, slot) in self.edges or bool((whole == NOBODY).any())):
                     continue
-                found = self._chooses_among(node, whole) if name in CHOOSING else self._disagrees(position, whole)
-                if found:
+                if self._chooses_among(node, whole) if name in CHOOSING else self._disagrees(position, slot, whole):
                     return True
         return False
 
@@ -178,22 +178,43 @@ class _Planner:
         rank = len(entering_shape(*node.next_functions[0]))
         return bool(varying(whole, self.n) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
 
-    def _disagrees(self, position: int, whole: Tensor) -> bool:
-        """Whether a node that treats every element apart has a row of another example than the row that it reads."""
+    def _disagrees(self, position: int, slot: int, whole: Tensor) -> bool:
+        """Whether a node has a row of another example than the row that it reads, or that cannot be told.
+
+        Nodes that treat every element apart, and those that repeat rows, are compared as broadcasting goes; others, by
+        which rows of different examples are not combined, along the leading dimensions that their output has too.
+        """
+        node = self.traced.order[position]
         own = self.nodes.get((position, 0))
-        if own is None:
-            return False
-        arrangement = arranged(whole, self.n)
-        if isinstance(arrangement.ownership, Layout):
-            of = owners_of(arrangement.ownership, tuple(whole.shape), self.n, whole.device).of
-            whole = of.view(*of.shape, *[1] * (whole.dim() - of.dim())).expand_as(whole)
-            if arrangement.unknown is not None:  # which are watched
-                whole = torch.where(arrangement.unknown, NOBODY, whole)
-        if own.dim() != whole.dim():  # the one is told apart by element
-            own, whole = (
-                rows.view(*rows.shape, *[1] * (max(own.dim(), whole.dim()) - rows.dim())) for rows in (own, whole)
-            )
+        if own is None or None in self.traced.shapes[position]:
+            return own is not None
+        whole = self._as_arranged(whole)
+        name = operator_name(node)
+        if name in ELEMENTWISE or name in ("Expand", "Repeat"):
+            rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
+            own = own.view(*own.shape, *[1] * (rank - own.dim()))
+            whole = whole.view(*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim()))
+            if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
+                return True
+        else:
+            shared = [a == b for a, b in zip(own.shape, whole.shape, strict=False)]
+            dims = shared.index(False) if False in shared else len(shared)
+            found = [rows.reshape(*rows.shape[:dims], -1) for rows in (own, whole)]
+            own, whole = (rows.amax(-1) for rows in found)
+            for rows, one in zip(found, (own, whole), strict=True):
+                if not bool(((rows == one.unsqueeze(-1)) | (rows == NOBODY)).all()):
+                    return True
         return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+
+    def _as_arranged(self, owners: Tensor) -> Tensor:
+        """Owners of rows, with those that no gradient comes to and of which their arrangement tells."""
+        arrangement = arranged(owners, self.n)
+        if not isinstance(arrangement.ownership, Layout):
+            return owners
+        of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
+        whole = of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        # What is not known is watched.
+        return whole if arrangement.unknown is None else torch.where(arrangement.unknown, NOBODY, whole)
 
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""

@@ -314,7 +314,16 @@ def test_time_steps_of_which_the_last_has_a_gradient():
     check(Views().double(), losses, 2)
 
 
-def test_rows_that_are_masked_and_then_moved():
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by a factor": lambda h, mask: h * mask[:, None],
+    "by a factor of copies": lambda h, mask: (h * mask[:, None].expand(2, 4, 1)).mean(0),
+    "by a stack of products": lambda h, mask: (h[:, None] @ (mask[:, None, None] * torch.eye(8, dtype=h.dtype)))[:, 0],
+    "by a sum": lambda h, mask: torch.einsum("nd,n->nd", h, mask),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MASKED))
+def test_rows_that_are_masked_and_then_moved(name):
     """Rows 2 and 3 have no gradient in the layer at first; they are the other's as soon as they have one."""
     masks = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.float64)
 
@@ -322,7 +331,7 @@ def test_rows_that_are_masked_and_then_moved():
         return random_losses(model(torch.randn(4, 4, dtype=torch.float64), masks[step]))
 
     torch.manual_seed(0)
-    check(Net(lambda h, mask: (h * mask[:, None])[torch.tensor([0, 1, 3, 2])]), losses, 3)
+    check(Net(lambda h, mask: MASKED[name](h, mask)[torch.tensor([0, 1, 3, 2])]), losses, 3)
 
 
 MEETING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -342,7 +351,7 @@ def test_a_mask_that_begins_to_couple(coupled, name):
     net = Net(MEETING[name])
     model = engm.GradNormModule(net, coupled=coupled)
     masks = ((0, 1, 0), (1, 1, 1), (0, 1, 0), (1, 1, 1)) if "time" in name else ((0, 1, 0), (1, 1, 0), (1, 1, 1))
-    for _step, mask in enumerate(masks):
+    for mask in masks:
         losses = random_losses(model(torch.randn(3, 4, dtype=torch.float64), torch.tensor(mask)))
         if coupled == "refuse" and sum(mask) > 1:
             with pytest.raises(RuntimeError, match="influences the losses"):
