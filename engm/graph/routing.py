@@ -282,6 +282,8 @@ def routes_of(
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
             routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
+        if None in traced.shapes[position]:  # rows of lengths that are not compared
+            return [], False
         if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):

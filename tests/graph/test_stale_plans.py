@@ -493,6 +493,35 @@ def test_what_a_function_of_the_users_keeps(what):
     check(Net(lambda h, _: MovedPlanes.apply(h).sum(1)), losses, 3)
 
 
+JAGGED: dict[str, Callable[[Tensor, nn.Parameter], Tensor]] = {
+    "times": lambda h, gain: h * gain,
+    "plus": lambda h, gain: torch.tanh(h + gain.view(1, 1, -1)),
+    "attention": lambda h, gain: (
+        F.scaled_dot_product_attention(*[h.unflatten(-1, (2, 4)).transpose(1, 2)] * 3).transpose(1, 2).flatten(-2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(JAGGED))
+def test_jagged_rows(name):
+    """Sequences of other lengths at every step, as many rows in all, which meet parameters or one another."""
+
+    class Jagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.gain = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
+
+        def forward(self, parts):
+            h = self.first(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+            return self.last(torch.stack([rows.sum(0) for rows in JAGGED[name](h, self.gain).unbind()]))
+
+    def losses(model, step):
+        lengths = ((3, 5, 2, 6), (4, 4, 4, 4), (1, 7, 6, 2))[step]
+        return random_losses(model([torch.randn(length, 4, dtype=torch.float64) for length in lengths]))
+
+    check(Jagged().double(), losses, 3)
+
+
 @pytest.mark.xfail(strict=True, reason="A grid made in the forward pass, as long as a multiple of n, passes for data.")
 def test_a_layer_called_on_a_grid_of_its_own():
     class Filter(nn.Module):
