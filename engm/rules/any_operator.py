@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
-from ..torch_internals import adds_up, passed_to_input
+from ..torch_internals import adds_up, passed_to_input, rows_of_nested
 from .entries import Entry, owners_of
 
 
@@ -69,7 +69,7 @@ class _Arrived:
         where = entry.ownership(output)
         if gradient is None or where is None:
             return None
-        rows = gradient.values() if gradient.is_nested else gradient
+        rows = rows_of_nested(gradient) if gradient.is_nested else gradient
         owners = owners_of(where, tuple(rows.shape), entry.n, gradient.device)
         return cls(gradient.detach(), owners.elements(rows.dim()))
 
@@ -81,9 +81,13 @@ class _Arrived:
 
     def of_one(self, example: int) -> Tensor:
         """The gradient of an example's own elements, and zero for all others, where it may be nested."""
-        own = self.gradient.clone()
-        rows = own.values() if own.is_nested else own
-        rows.masked_fill_(self.owner != example, 0)
+        own, others, start = self.gradient.clone(), self.owner != example, 0
+        if not own.is_nested:
+            return own.masked_fill_(others, 0)
+        for part in [own.values()] if own.layout == torch.jagged else own.unbind():
+            length = part.shape[0] if others.dim() == part.dim() else part.numel()
+            part.masked_fill_(others[start : start + length].expand_as(part), 0)
+            start += length
         return own
 
 
@@ -94,7 +98,7 @@ def _of_nested(entry: Entry, arrived: Sequence[_Arrived | None], shape: tuple[in
         like = next(a.gradient for a in arrived if a is not None)
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     if found.is_nested:  # rows of all examples, which have no dimension of their own
-        rows = found.values()
+        rows = rows_of_nested(found)
         found = rows.sum_to_size((*[1] * (rows.dim() - len(shape)), *shape[-rows.dim() :]))
     return found.sum_to_size(shape) if found.dim() >= len(shape) else found.view(shape)
 

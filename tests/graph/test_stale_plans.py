@@ -522,6 +522,24 @@ def test_jagged_rows(name):
     check(Jagged().double(), losses, 3)
 
 
+def test_nested_rows_that_are_not_jagged():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, parts):
+            h = torch.relu(self.norm(self.first(torch.nested.nested_tensor(parts))))
+            h = torch.matmul(torch.softmax(torch.matmul(h, h.transpose(1, 2)), -1), h)
+            return self.last(torch.nested.to_padded_tensor(h, 0.0).sum(1))
+
+    def losses(model, step):
+        lengths = ((3, 5, 2, 6), (4, 4, 4, 4), (1, 7, 6, 2))[step]
+        return random_losses(model([torch.randn(length, 4, dtype=torch.float64) for length in lengths]))
+
+    check(Nested().double(), losses, 3)
+
+
 @pytest.mark.xfail(strict=True, reason="A grid made in the forward pass, as long as a multiple of n, passes for data.")
 def test_a_layer_called_on_a_grid_of_its_own():
     class Filter(nn.Module):
