@@ -83,6 +83,24 @@ def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     return tuple(node_outputs(node)[number].shape)
 
 
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, with -1 for the dimensions that a nested tensor which is not jagged has no number for."""
+    if tensor.is_nested and tensor.layout == torch.strided:
+        return (tensor.size(0), *[-1] * (tensor.dim() - 1))
+    return tensor.shape
+
+
+def rows_of_nested(tensor: Tensor) -> Tensor:
+    """The rows of all examples of a nested tensor one behind the other, detached; its elements if there are no rows."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.jagged:
+        return tensor.values()
+    parts = tensor.unbind()
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(parts)
+    return torch.cat([part.flatten() for part in parts])
+
+
 def entering_shape(child: Node, number: int) -> tuple[int, ...]:
     """The shape of the tensor behind an edge of the graph, which may be a leaf."""
     leaf = leaf_of(child)
@@ -167,15 +185,15 @@ def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
 
 
 def is_recomputed(node: Node) -> bool:
-    """Whether what a node saved is computed anew whenever it is asked for, as in activation checkpointing.
+    """Whether what a node saved goes through hooks, as in activation checkpointing, where it is computed anew.
 
-    Within a backward pass such a thing may be asked for once, which is by the node itself.
+    Within a backward pass such a thing may be asked for once, which is by the node itself. Nothing is unpacked here.
     """
     for name in saved_tensor_names(node):
-        before, after = (saved_tensors_of(node, name) for _ in range(2))
-        for one, other in zip(before, after, strict=True):
-            if one is not None and other is not None and one.numel():
-                return one.data_ptr() != other.data_ptr()
+        saved = getattr(node, f"_raw_saved_{name or 'tensors'}")
+        for one in saved if isinstance(saved, list | tuple) else (saved,):
+            if one.unpack_hook is not None:
+                return True
     return False
 
 

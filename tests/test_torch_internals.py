@@ -336,6 +336,24 @@ def test_is_recomputed():
     assert internals.is_recomputed(kept.grad_fn)
 
 
+def nested_parts() -> list[torch.Tensor]:
+    return [torch.ones(2, 3), 2 * torch.ones(1, 3)]
+
+
+def test_rows_of_nested():
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(nested_parts(), layout=layout)
+        assert torch.equal(internals.rows_of_nested(nested), torch.cat(nested_parts()))
+    uneven = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 4)])
+    assert internals.rows_of_nested(uneven).shape == (10,)
+
+
+def test_shape_of():
+    assert internals.shape_of(torch.nested.nested_tensor(nested_parts())) == (2, -1, -1)
+    assert len(internals.shape_of(torch.nested.nested_tensor(nested_parts(), layout=torch.jagged))) == 3
+    assert internals.shape_of(torch.ones(2, 3)) == (2, 3)
+
+
 def test_put_last():
     x, order = leaf(2), []
     output = x * 1

@@ -31,7 +31,7 @@ from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import is_recorded
+from ..torch_internals import is_recorded, rows_of_nested
 
 # Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
 # 40 µs; the CPU needs little more memory than the largest of them.
@@ -163,7 +163,7 @@ class TermCollector:
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or watched)
-        keep_graph = retain_graph or watched or any(entry.waits for entry in graph.plan.entries)
+        keep_graph = retain_graph or watched or any(entry.waits(graph.trace) for entry in graph.plan.entries)
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):
@@ -239,7 +239,7 @@ class TermCollector:
     def _form(self, call: Call, layout: Ownership, activations: Any, backprops: Tensor) -> None:
         """Form the terms of a call with every row as an example, and add up those of an example."""
         if backprops.is_nested:
-            activations, backprops = (t.values() if t.is_nested else t for t in (activations, backprops))
+            activations, backprops = (rows_of_nested(t) if t.is_nested else t for t in (activations, backprops))
         dims = layout.dims if isinstance(layout, Owners) else 1 + layout.dim
         if dims > 1:
             layout = layout.flattened(backprops.shape)
@@ -325,7 +325,8 @@ class TermCollector:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
         for entry in entries:
-            term = None if entry.waits else entry_term(self.graph.entry(entry), gradients)
+            waits = entry.waits(self.graph.trace)
+            term = None if waits else entry_term(self.graph.entry(entry), gradients)
             if term is None:
                 self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
             else:

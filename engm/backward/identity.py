@@ -16,13 +16,14 @@ from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import has_gradient_hooks, is_compiled_region
 from .collect import TermCollector
 
-# Of a gradient, as a share of the norms that add up to it, by the type of the parameter. In 16 bits autograd's own sums
-# over many rows may be off by as much as all of it, so they are compared with nothing.
+# Of a gradient, as a share of the norms that add up to it, by the type of the parameter, or float32 where a part of the
+# graph is in it, into which the parameter may be cast. In 16 bits autograd's own sums over many rows may be off by as
+# much as all of it, so they are compared with nothing.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
 # Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left: as a share
 # of the whole gradient. What is smaller than that hardly counts in a norm.
-ROUNDING = 100  # in units of the parameter's type
+ROUNDING = 100  # in units of the same type
 NARROW_ROUNDING = 1e-2
 
 
@@ -58,6 +59,7 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
             losses, [p for _, p in named], signs * scale.factor, retain_graph=True, allow_unused=True
         )
     half, narrow = torch.float16 in traced.dtypes, bool(traced.dtypes & {torch.float16, torch.bfloat16})
+    single = bool(traced.dtypes & {torch.float32, torch.complex64})
     differences = []
     reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
     if not reached:  # parameters that were cast since are others to autograd
@@ -67,8 +69,9 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
         total = sums.get(id(parameter))
         found = torch.zeros_like(parameter) if total is None else total.to_dense().reshape(parameter.shape)
         size = torch.maximum(sizes[collector.rows[id(parameter)]], expected.double().norm())
-        share = NARROW_TOLERANCE if narrow else TOLERANCE[parameter.dtype]
-        rounding = (NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(parameter.dtype).eps) * whole
+        sums_of = torch.float32 if single else parameter.dtype
+        share = NARROW_TOLERANCE if narrow else TOLERANCE[sums_of]
+        rounding = (NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(sums_of).eps) * whole
         if half:  # autograd's products may be too small for float16
             rounding = rounding + torch.finfo(torch.float16).smallest_normal * parameter.numel() ** 0.5
         differs = (found.double() - expected.double()).norm() > share * size + rounding

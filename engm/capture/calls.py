@@ -24,6 +24,7 @@ from ..torch_internals import (
     address_of,
     graph_is_kept,
     put_last,
+    shape_of,
     slot_of,
     trained_of,
     tree_leaves,
@@ -100,7 +101,7 @@ class Call:
         self._belongs_to(capture, name, module, rule)
         self.couples = rule.couples(module)
         self.saved: Any = self._save(activations, output) if self.parameters or self.couples else None
-        self.shape: tuple[int, ...] = output.shape
+        self.shape: tuple[int, ...] = shape_of(output)
         self.batch = self.shape[0] if self.shape else 0
         self.output_nr = output.output_nr
         self.producer = self._find_producer(activations) if self.couples else None

@@ -46,7 +46,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     couplings = [
         position
         for position, node in enumerate(traced.order)
-        if operator_name(node) in BATCH_NORMS and position not in structure.calls_at
+        if operator_name(node) in BATCH_NORMS and not structure.called_batch_norm(position)
         if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
     ]
     question = Question(traced, losses, seed, couplings, group=traced.group)

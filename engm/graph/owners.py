@@ -27,7 +27,7 @@ from ..capture.calls import Call
 from ..distributed import most
 from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
-from ..torch_internals import node_outputs
+from ..torch_internals import node_outputs, rows_of_nested
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -367,7 +367,7 @@ class Answers:
 def _dense(gradient: Tensor) -> Tensor:
     gradient = gradient.detach()
     if gradient.is_nested:
-        gradient = gradient.values()
+        gradient = rows_of_nested(gradient)
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 

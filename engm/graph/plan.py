@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
 from ..terms.owners import Ownership
-from ..torch_internals import node_outputs, saved_tensors_of
+from ..torch_internals import is_recomputed, node_outputs, saved_tensors_of
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
@@ -54,7 +54,6 @@ class PlannedEntry:
         transposed: the entering tensor is the input of a transposition in between.
         sources: the parameters behind it.
         ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
-        recomputed: whether what the node saved may not be read while a backward pass runs.
     """
 
     position: int
@@ -65,12 +64,13 @@ class PlannedEntry:
     transposed: bool
     sources: tuple[Source, ...]
     ruled: bool = True
-    recomputed: bool = False
 
-    @property
-    def waits(self) -> bool:
-        """Whether its term cannot be formed before the backward pass is over, and needs the graph then."""
-        return self.recomputed or not self.ruled
+    def waits(self, traced: Trace) -> bool:
+        """Whether its term cannot be formed before the backward pass is over, and needs the graph then.
+
+        What the node saved may be recomputed in one graph and not in another of the same structure.
+        """
+        return not self.ruled or is_recomputed(traced.order[self.position])
 
     def at(self, traced: Trace, n: int) -> Entry:
         """The entry in a graph of the same structure."""

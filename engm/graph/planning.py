@@ -20,25 +20,25 @@ from torch import Tensor
 
 from ..capture.calls import Call, Wrapper
 from ..distributed import on_any
-from ..rules.entries import BATCH_NORMS, has_rule
+from ..rules.entries import BATCH_NORMS, has_rule, owners_of
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import (
     batch_norm_statistics,
     entering_shape,
     is_compiled_region,
-    is_recomputed,
     node_name,
     node_outputs,
     operator_name,
     output_shape,
     own_parameters,
+    saved_option,
 )
-from .arrangement import Arrangement, arranged, regular
+from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Key, Question
 from .plan import Junction, Plan, PlannedEntry, Route, sinks_of
-from .routing import ELEMENTWISE, MOVING, PICKING, repeats_rows, routes_of
+from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
 from .trace import Trace
 
@@ -150,6 +150,72 @@ class _Planner:
             name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node)
         )
 
+    def _closed_to_others(self) -> bool:
+        """Whether a row that a node passes no gradient on to would get one of another example than its own.
+
+        A factor of zero or a maximum that lies elsewhere closes it for now. The rows of the node's own outputs may tell
+        whose gradient it would be.
+        """
+        for position, node in enumerate(self.traced.order):
+            name = operator_name(node)
+            moves = (name in MOVING or name in HANDING_ON) and name not in CHOOSING
+            if moves or position in self.shared or position in self.silent:
+                continue
+            for slot, child in enumerate(self.traced.children[position]):
+                if child is None or child in self.shared or not self.structure.trained_behind(child):
+                    continue
+                whole = self.nodes.get((child, node.next_functions[slot][1]))
+                if whole is None or not ((position, slot) in self.edges or bool((whole == NOBODY).any())):
+                    continue
+                if self._chooses_among(node, whole) if name in CHOOSING else self._disagrees(position, slot, whole):
+                    return True
+        return False
+
+    def _chooses_among(self, node: Any, whole: Tensor) -> bool:
+        """Whether a node picks one of the elements of different examples."""
+        along: Any = saved_option(node, "dim")
+        dims = along if isinstance(along, tuple) else () if along is None else (along,)
+        rank = len(entering_shape(*node.next_functions[0]))
+        return bool(varying(whole, self.n) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
+
+    def _disagrees(self, position: int, slot: int, whole: Tensor) -> bool:
+        """Whether a node has a row of another example than the row that it reads, or that cannot be told.
+
+        Nodes that treat every element apart, and those that repeat rows, are compared as broadcasting goes; others, by
+        which rows of different examples are not combined, along the leading dimensions that their output has too.
+        """
+        node = self.traced.order[position]
+        own = self.nodes.get((position, 0))
+        if own is None or None in self.traced.shapes[position]:
+            return own is not None
+        whole = self._as_arranged(whole)
+        name = operator_name(node)
+        if name in ELEMENTWISE or name in ("Expand", "Repeat"):
+            rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
+            own = own.view(*own.shape, *[1] * (rank - own.dim()))
+            whole = whole.view(*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim()))
+            if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
+                return True
+        else:
+            shared = [a == b for a, b in zip(own.shape, whole.shape, strict=False)]
+            dims = shared.index(False) if False in shared else len(shared)
+            found = [rows.reshape(*rows.shape[:dims], -1) for rows in (own, whole)]
+            own, whole = (rows.amax(-1) for rows in found)
+            for rows, one in zip(found, (own, whole), strict=True):
+                if not bool(((rows == one.unsqueeze(-1)) | (rows == NOBODY)).all()):
+                    return True
+        return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+
+    def _as_arranged(self, owners: Tensor) -> Tensor:
+        """Owners of rows, with those that no gradient comes to and of which their arrangement tells."""
+        arrangement = arranged(owners, self.n)
+        if not isinstance(arrangement.ownership, Layout):
+            return owners
+        of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
+        whole = of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        # What is not known is watched.
+        return whole if arrangement.unknown is None else torch.where(arrangement.unknown, NOBODY, whole)
+
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
         gaps = self._gaps(position)
@@ -206,7 +272,7 @@ class _Planner:
         found = []
         for position, node in enumerate(self.traced.order):
             if operator_name(node) in BATCH_NORMS and not self.structure.calls_around(position):
-                called = position in self.structure.calls_at  # a call that is aside has a module that knows better
+                called = self.structure.called_batch_norm(position)  # and is aside
                 statistics = None if called else batch_norm_statistics(node)
                 if statistics is not None and statistics[2] and output_shape(node)[0] % self.n == 0:
                     found.append(position)
@@ -378,6 +444,7 @@ class _Planner:
             and not self.blind
             and not (irregular and self._some_unseen())
             and not self._parted_by_zeros({route.position for route in routes})
+            and not self._closed_to_others()
         )
         return Plan(
             layouts=layouts,
@@ -486,8 +553,8 @@ class _Planner:
             transposed,
             tuple(self.structure.sources(behind)),
         )
-        ruled, recomputed = has_rule(entry.at(traced, self.n)), is_recomputed(node)
-        return replace(entry, ruled=ruled, recomputed=recomputed), None if first is None else first.unknown
+        ruled = has_rule(entry.at(traced, self.n))
+        return replace(entry, ruled=ruled), None if first is None else first.unknown
 
     def _arranged_output(self, position: int, number: int) -> Arrangement | None:
         owners = self.nodes.get((position, number))

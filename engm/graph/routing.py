@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
+from enum import Enum
 from math import prod
+from types import BuiltinFunctionType
 from typing import Any, cast
 
 import torch
@@ -88,6 +90,9 @@ MOVING = _names(
     Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
     """
 )
+
+# Those of them whose data tell, and nothing that is saved as indices, which rows get a gradient.
+CHOOSING = frozenset(["Amax", "Amin", "LinalgVectorNorm", "Max", "Median", "Min", "Nanmedian", "Norm", "Prod"])
 
 # Functions in Python, ours and those of fully_shard, that hand on what they are given.
 HANDING_ON = frozenset(["Tap", "RegisterPostBackwardFunction"])
@@ -172,6 +177,12 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     return (skeleton, tuple(options), calls, leaves, inputs)
 
 
+# Types whose values do not change: numbers, names, functions and types themselves.
+_CONSTANTS = (
+    *(bool, int, float, complex, str, bytes, range, Enum, type, BuiltinFunctionType),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
+
 _READERS: dict[type, Callable[[Node], Hashable] | None] = {}  # of the arguments by which rows may come to lie elsewhere
 
 
@@ -219,15 +230,32 @@ def _options_of_cat(node: Node) -> Hashable:
 
 
 def _options_of_function(node: Node) -> Hashable:
-    """What a user's own function keeps besides tensors."""
-    found = []
+    """What a user's own function keeps besides tensors, as far as it can be compared."""
+    options: list[Hashable] = []
     for name, value in sorted(attributes_of_function(node).items()):
         try:
-            hash(value)
+            options.append((name, _comparable(value)))
         except TypeError:
-            value = repr(value) if isinstance(value, list | dict | set) else type(value)
-        found.append((name, type(value) if isinstance(value, Tensor) else value))
-    return tuple(found)
+            options.append((name, type(value)))
+    return tuple(options)
+
+
+def _comparable(value: Any) -> Hashable:
+    """A value that is equal to another as long as neither can have changed.
+
+    Raises:
+        TypeError: the value may hold things that change without being another: a tensor, an array, an object of the
+            user's.
+    """
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_comparable, value))
+    if isinstance(value, dict):
+        return dict, tuple((_comparable(key), _comparable(item)) for key, item in value.items())
+    if isinstance(value, set | frozenset):
+        return type(value), frozenset(map(_comparable, value))
+    if value is None or isinstance(value, _CONSTANTS):
+        return type(value), value
+    raise TypeError(type(value))
 
 
 def routes_of(
@@ -254,12 +282,13 @@ def routes_of(
         if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
             routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
+        if None in traced.shapes[position]:  # rows of lengths that are not compared
+            return [], False
         if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
             return [], False
         if is_python_function(node):
             if not name.startswith("SyncBatchNorm"):
-                hidden = any(isinstance(value, Tensor) for value in attributes_of_function(node).values())
-                if hidden or saves_data(node):
+                if _hides_values(node) or saves_data(node):
                     return [], False
                 routes += _routes_of_node(position, node)
         elif name not in FIXED:
@@ -271,6 +300,16 @@ def routes_of(
             return [], False
     # The tensors are the network's, which may write into them before the next step.
     return [replace(route, values=route.values.clone()) for route in routes], True
+
+
+def _hides_values(node: Node) -> bool:
+    """Whether a user's own function keeps something by which it may move rows, and which cannot be compared."""
+    try:
+        for value in attributes_of_function(node).values():
+            _comparable(value)
+    except TypeError:
+        return True
+    return False
 
 
 def _routes_of_node(position: int, node: Node) -> Iterator[Route]:

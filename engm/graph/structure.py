@@ -198,6 +198,14 @@ class Structure:
             self._otherwise[number] = self.below(outside, within) if outside else set()
         return self._otherwise[number]
 
+    def called_batch_norm(self, position: int) -> bool:
+        """Whether a node made the output of a call that is known to take statistics from the batch.
+
+        A batch norm that made the output of another call, such as one of a subclass with a forward pass of its own, is
+        known of by the node alone.
+        """
+        return any(self.traced.calls[number].couples for number in self.calls_at.get(position, ()))
+
     def calls_around(self, position: int) -> list[int]:
         """Numbers of the calls that a node lies inside of, or made the output of."""
         return self._around.get(position, [])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
-from ..torch_internals import adds_up, passed_to_input
+from ..torch_internals import adds_up, passed_to_input, rows_of_nested
 from .entries import Entry, owners_of
 
 
@@ -33,6 +33,9 @@ def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExa
     """
     arrived = [_Arrived.at(entry, number, g) for number, g in enumerate(backprops)]
     shape = tuple(reversed(entry.shape)) if entry.transposed else entry.shape
+    if any(a is not None and a.gradient.is_nested for a in arrived):
+        gradient = torch.stack([_of_nested(entry, arrived, shape, example) for example in range(entry.n)])
+        return PerExampleGradient(gradient.mT if entry.transposed else gradient)
     each = sum(a.gradient.nbytes for a in arrived if a is not None)
     if each == 0:
         like = next(g for g in backprops if g is not None)
@@ -66,14 +69,38 @@ class _Arrived:
         where = entry.ownership(output)
         if gradient is None or where is None:
             return None
-        owners = owners_of(where, tuple(gradient.shape), entry.n, gradient.device)
-        return cls(gradient.detach(), owners.elements(gradient.dim()))
+        rows = rows_of_nested(gradient) if gradient.is_nested else gradient
+        owners = owners_of(where, tuple(rows.shape), entry.n, gradient.device)
+        return cls(gradient.detach(), owners.elements(rows.dim()))
 
     def of_each(self, examples: range) -> Tensor:
         """``[examples, ...]``: the gradient of each example's own elements, and zero for all others."""
         numbers = torch.arange(examples.start, examples.stop, device=self.owner.device)
         own = numbers.reshape(-1, *(1 for _ in self.gradient.shape)) == self.owner
         return torch.where(own, self.gradient, 0)
+
+    def of_one(self, example: int) -> Tensor:
+        """The gradient of an example's own elements, and zero for all others, where it may be nested."""
+        own, others, start = self.gradient.clone(), self.owner != example, 0
+        if not own.is_nested:
+            return own.masked_fill_(others, 0)
+        for part in [own.values()] if own.layout == torch.jagged else own.unbind():
+            length = part.shape[0] if others.dim() == part.dim() else part.numel()
+            part.masked_fill_(others[start : start + length].expand_as(part), 0)
+            start += length
+        return own
+
+
+def _of_nested(entry: Entry, arrived: Sequence[_Arrived | None], shape: tuple[int, ...], example: int) -> Tensor:
+    """An example's gradient ``[*shape]`` of what enters at a node with nested tensors, which vmap does not take."""
+    found = passed_to_input(entry.node, entry.slot, [None if a is None else a.of_one(example) for a in arrived])
+    if found is None:
+        like = next(a.gradient for a in arrived if a is not None)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if found.is_nested:  # rows of all examples, which have no dimension of their own
+        rows = rows_of_nested(found)
+        found = rows.sum_to_size((*[1] * (rows.dim() - len(shape)), *shape[-rows.dim() :]))
+    return found.sum_to_size(shape) if found.dim() >= len(shape) else found.view(shape)
 
 
 def backward_of_each(

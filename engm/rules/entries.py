@@ -159,7 +159,7 @@ def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
     """
     first = backprops[0]
     rule = _rule_of(entry.node)
-    if rule is None or first is None or (first.is_complex() and rule not in _COMPLEX):
+    if rule is None or first is None or first.is_nested or (first.is_complex() and rule not in _COMPLEX):
         return None
     return rule(entry, first.detach())
 
@@ -180,6 +180,8 @@ def has_operator_rule(node: Any) -> bool:
 def has_rule(entry: Entry) -> bool:
     """Whether :func:`entry_term` has an answer, tried on a gradient of zeros."""
     output = node_outputs(entry.node)[0]
+    if output.is_nested_tensor:
+        return False
     zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(tuple(output.shape))
     return entry_term(entry, [zeros]) is not None
 

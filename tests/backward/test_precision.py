@@ -395,3 +395,26 @@ def test_verify_knows_the_precision(mode):
         report.tolerance
         == {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}[narrowest]
     )
+
+
+class Router(nn.Module):
+    """Experts are weighed in float32, whatever the network is in, as many routers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.gate = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        weights = F.linear(h.float(), self.gate.float()).softmax(-1)
+        return self.last(h * weights.to(h.dtype)).mean(1)
+
+
+def test_a_part_in_float32_of_a_network_in_float64():
+    torch.manual_seed(0)
+    net = Router().double()
+    model = engm.GradNormModule(net)  # whose check compares sums of float32
+    losses = random_losses(model(tensor(4, 6, 4)))
+    found = engm.per_example_grad_norms(model, losses)
+    torch.testing.assert_close(found, engm.naive_grad_norms(model, losses), rtol=1e-6, atol=0)

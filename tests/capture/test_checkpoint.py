@@ -62,6 +62,41 @@ def test_norms_inside(kind, training):
     check(net.train(training), lambda net: random_losses(net(x)), frozen=kind == "batch" and training)
 
 
+class Scaled(nn.Module):
+    """Parameters that enter by operators: what the layer norm saves first is a parameter, which no one computes anew.
+
+    Attributes:
+        again: whether it runs in a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.rand(8) + 0.5), nn.Parameter(torch.randn(8))
+        self.weight, self.again = nn.Parameter(torch.randn(4, 8)), True
+
+    def scaled(self, x):
+        return torch.tanh(F.layer_norm(torch.tanh(x @ self.weight), (8,), self.gain, self.shift)) * self.gain
+
+    def forward(self, x):
+        return (keep(self.scaled, x) if self.again else self.scaled(x)).mean(1)
+
+
+def test_parameters_that_enter_by_operators():
+    torch.manual_seed(0)
+    check(nn.Sequential(Scaled(), nn.Linear(8, 3)).double(), lambda net: random_losses(net(tensor(4, 5, 4))))
+
+
+def test_checkpoints_that_come_and_go():
+    torch.manual_seed(0)
+    net = nn.Sequential(Scaled(), nn.Linear(8, 3)).double()
+    model = engm.GradNormModule(net)
+    for step, again in enumerate((False, True, True, False)):
+        net[0].again = again
+        losses = random_losses(model(tensor(4, 5, 4, seed=step)))
+        found = engm.per_example_grad_norms(model, losses)
+        torch.testing.assert_close(found, engm.naive_grad_norms(model, losses), msg=f"step {step}")
+
+
 @st.composite
 def networks(draw, depth: int = 2):
     """A list of layers of width 4 on ``[n, 4, T]``, some of them in checkpoints, and those in others."""

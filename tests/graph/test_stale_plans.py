@@ -314,18 +314,88 @@ def test_time_steps_of_which_the_last_has_a_gradient():
     check(Views().double(), losses, 2)
 
 
+MASKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by a factor": lambda h, mask: h * mask[:, None],
+    "by a factor of copies": lambda h, mask: (h * mask[:, None].expand(2, 4, 1)).mean(0),
+    "by a stack of products": lambda h, mask: (h[:, None] @ (mask[:, None, None] * torch.eye(8, dtype=h.dtype)))[:, 0],
+    "by a sum": lambda h, mask: torch.einsum("nd,n->nd", h, mask),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MASKED))
+def test_rows_that_are_masked_and_then_moved(name):
+    """Rows 2 and 3 have no gradient in the layer at first; they are the other's as soon as they have one."""
+    masks = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.float64)
+
+    def losses(model, step):
+        return random_losses(model(torch.randn(4, 4, dtype=torch.float64), masks[step]))
+
+    torch.manual_seed(0)
+    check(Net(lambda h, mask: MASKED[name](h, mask)[torch.tensor([0, 1, 3, 2])]), losses, 3)
+
+
+MEETING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "masked": lambda h, mask: h + mask[:, None] * h.flip(0),
+    "masked, then moved": lambda h, mask: h + (mask[:, None] * h).flip(0),
+    "filled, then moved": lambda h, mask: h + h.masked_fill(mask[:, None] == 0, 0).flip(0),
+    "chosen, then moved": lambda h, mask: h + torch.where(mask[:, None] > 0, h.tanh(), 0)[[2, 1, 0]],
+    "masked as steps of time": lambda h, mask: (
+        (h := h[:, None] * h.new_ones(3, 1)) + (h * (mask[:, None, None] > 0).all()).transpose(0, 1)
+    ).sum(1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MEETING))
 @pytest.mark.parametrize("coupled", ["refuse", "exact"])
-def test_a_mask_that_begins_to_couple(coupled):
-    net = Net(lambda h, mask: h + mask[:, None] * h.flip(0))
+def test_a_mask_that_begins_to_couple(coupled, name):
+    net = Net(MEETING[name])
     model = engm.GradNormModule(net, coupled=coupled)
-    for step, mask in enumerate(((0, 1, 0), (1, 1, 0), (1, 1, 1))):
+    masks = ((0, 1, 0), (1, 1, 1), (0, 1, 0), (1, 1, 1)) if "time" in name else ((0, 1, 0), (1, 1, 0), (1, 1, 1))
+    for mask in masks:
         losses = random_losses(model(torch.randn(3, 4, dtype=torch.float64), torch.tensor(mask)))
-        if coupled == "refuse" and step:
+        if coupled == "refuse" and sum(mask) > 1:
             with pytest.raises(RuntimeError, match="influences the losses"):
                 engm.per_example_grad_norms(model, losses)
             continue
         truth = per_example_gradients(losses, trained(net)).norms
         torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
+
+
+HIGHEST: dict[str, Callable[[Tensor], Tensor]] = {
+    "of a dimension": lambda h: h.amax(0).sum(),
+    "of all": lambda h: h.max(),
+    "as a norm": lambda h: torch.linalg.vector_norm(h, float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(HIGHEST))
+def test_a_maximum_that_comes_to_be_another_example_s(name):
+    """The first loss takes a maximum over all examples, which is the first one's own at first."""
+
+    class WithHighest(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8, bias=False), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.first(x).square()
+            return self.last(1e-4 * h), HIGHEST[name](h)
+
+    torch.manual_seed(0)
+    net = WithHighest().double()
+    model = engm.GradNormModule(net)
+    for highest in (0, 0, 2):
+        x = torch.randn(4, 4, dtype=torch.float64)
+        x[highest] *= 1000
+        out, most = model(x)
+        losses = random_losses(out)
+        losses = torch.cat([(losses[0] + most).unsqueeze(0), losses[1:]])
+        if highest:
+            with pytest.raises(RuntimeError, match="influences the losses"):
+                engm.per_example_grad_norms(model, losses)
+        else:
+            truth = per_example_gradients(losses, trained(net)).norms
+            torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
 
 
 def test_layers_called_on_single_vectors():
@@ -381,6 +451,93 @@ def test_a_function_of_the_users_that_moved_nothing_at_first():
         return random_losses(model(torch.randn(4, 2, 4, dtype=torch.float64), torch.tensor(ORDERS[step])))
 
     check(Net(lambda h, order: MovedPlanes.apply(h, matrix(order)).sum(1)), losses, 3)
+
+
+class Order:
+    """Keeps an order, which may be another at the next step."""
+
+    rows: Tensor
+
+
+KEPT: dict[str, Callable[[Tensor, Order], object]] = {
+    "an array": lambda rows, order: rows.numpy(),
+    "a tensor in a dictionary": lambda rows, order: {"rows": F.pad(rows, (600, 600))},  # of which not all is printed
+    "a list of lists": lambda rows, order: [rows.tolist()],
+    "an object": lambda rows, order: order,
+    "a function": lambda rows, order: lambda: rows,
+}
+
+
+@pytest.mark.parametrize("what", sorted(KEPT))
+def test_what_a_function_of_the_users_keeps(what):
+    """The planes lie in the usual order at first."""
+    order = Order()
+
+    class MovedPlanes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            ctx.kept = KEPT[what](order.rows, order)
+            return h[order.rows]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            kept = ctx.kept
+            kept = kept() if callable(kept) else kept.rows if isinstance(kept, Order) else kept
+            kept = kept["rows"][600:-600] if isinstance(kept, dict) else kept[0] if isinstance(kept, list) else kept
+            return torch.zeros_like(gradient).index_copy(0, torch.as_tensor(kept), gradient)
+
+    def losses(model, step):
+        order.rows = torch.tensor(ORDERS[step])
+        return random_losses(model(torch.randn(4, 2, 4, dtype=torch.float64), None))
+
+    check(Net(lambda h, _: MovedPlanes.apply(h).sum(1)), losses, 3)
+
+
+JAGGED: dict[str, Callable[[Tensor, nn.Parameter], Tensor]] = {
+    "times": lambda h, gain: h * gain,
+    "plus": lambda h, gain: torch.tanh(h + gain.view(1, 1, -1)),
+    "attention": lambda h, gain: (
+        F.scaled_dot_product_attention(*[h.unflatten(-1, (2, 4)).transpose(1, 2)] * 3).transpose(1, 2).flatten(-2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(JAGGED))
+def test_jagged_rows(name):
+    """Sequences of other lengths at every step, as many rows in all, which meet parameters or one another."""
+
+    class Jagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.gain = nn.Linear(4, 8), nn.Linear(8, 3), nn.Parameter(torch.randn(8))
+
+        def forward(self, parts):
+            h = self.first(torch.nested.as_nested_tensor(parts, layout=torch.jagged))
+            return self.last(torch.stack([rows.sum(0) for rows in JAGGED[name](h, self.gain).unbind()]))
+
+    def losses(model, step):
+        lengths = ((3, 5, 2, 6), (4, 4, 4, 4), (1, 7, 6, 2))[step]
+        return random_losses(model([torch.randn(length, 4, dtype=torch.float64) for length in lengths]))
+
+    check(Jagged().double(), losses, 3)
+
+
+def test_nested_rows_that_are_not_jagged():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, parts):
+            h = torch.relu(self.norm(self.first(torch.nested.nested_tensor(parts))))
+            h = torch.matmul(torch.softmax(torch.matmul(h, h.transpose(1, 2)), -1), h)
+            return self.last(torch.nested.to_padded_tensor(h, 0.0).sum(1))
+
+    def losses(model, step):
+        lengths = ((3, 5, 2, 6), (4, 4, 4, 4), (1, 7, 6, 2))[step]
+        return random_losses(model([torch.randn(length, 4, dtype=torch.float64) for length in lengths]))
+
+    check(Nested().double(), losses, 3)
 
 
 @pytest.mark.xfail(strict=True, reason="A grid made in the forward pass, as long as a multiple of n, passes for data.")

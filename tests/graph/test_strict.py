@@ -67,18 +67,27 @@ def test_time_major_layout_is_recognised(steps):
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
-    """A subclass with a forward of its own that includes an activation, as some libraries have it."""
+    """A subclass with a forward of its own that includes an activation, as some libraries have it.
+
+    Args:
+        activation: which may be none, so that the batch norm itself makes the output.
+    """
+
+    def __init__(self, activation, affine):
+        super().__init__(5, affine=affine, track_running_stats=False)
+        self.activation = activation
 
     def forward(self, input):
-        return torch.tanh(F.batch_norm(input, None, None, self.weight, self.bias, training=True))
+        return self.activation(F.batch_norm(input, None, None, self.weight, self.bias, training=True))
 
 
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity()])
 @pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_that_a_subclass_computes_itself(affine):
+def test_batch_norm_that_a_subclass_computes_itself(affine, activation):
     """Such a batch norm couples the examples as any other does."""
     norm = nn.BatchNorm1d(5, affine=affine, track_running_stats=False)
-    own = OwnBatchNorm(5, affine=affine, track_running_stats=False)
-    plain, other = Around(nn.Sequential(norm, nn.Tanh())).double(), Around(own).double()
+    own = OwnBatchNorm(activation, affine)
+    plain, other = Around(nn.Sequential(norm, activation)).double(), Around(own).double()
     for ours, theirs in zip(other.parameters(), plain.parameters(), strict=True):
         ours.data.copy_(nn.init.normal_(theirs))
     measured = [engm.measure(model, random_losses(model(X))) for model in map(engm.GradNormModule, (plain, other))]
