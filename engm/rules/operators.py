@@ -217,6 +217,22 @@ def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
     return Stacked(parts)
 
 
+@add_operator("GroupedMm")
+def _grouped_mm(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of ``entering [m, p, d]`` where the rows of ``left [R, p]`` up to each of ``offs [m]`` meet one matrix."""
+    left, ends, rows = entry.saved("self"), entry.saved("offs"), entry.rows(most=1)
+    if left is None or ends is None or rows is None or entry.slot != 1 or left.dim() != 2 or len(entry.shape) != 3:
+        return None
+    owners = owners_of(rows.ownership, tuple(gy.shape), entry.n, gy.device).of
+    left, parts, start = left.to(gy.dtype), [], 0
+    for end in ends.tolist():  # the rows behind the last end meet none
+        of_one = slice(start, max(start, end))
+        factors = LinearFactors(gy[of_one].unsqueeze(1), left[of_one].unsqueeze(1))
+        parts.append(factors.grouped(Owners(owners[of_one], entry.n)))
+        start = of_one.stop
+    return Stacked(parts)
+
+
 # -- layers called as functions -------------------------------------------------------------------------------------
 
 

@@ -183,3 +183,35 @@ def test_experts_need_no_gradient_an_example():
     term = entry_term(entry, [tensor(6, 5)])
     assert term is not None
     assert not isinstance(term, PerExampleGradient)
+
+
+@settings(max_examples=20)
+@given(
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=5),
+    behind=st.integers(0, 2),
+    regular=st.booleans(),
+    transposed=st.booleans(),
+)
+def test_rows_in_groups_that_meet_one_matrix_each(counts, behind, regular, transposed):
+    """torch knows no such product in float64; rows behind the last group meet no matrix, and have any gradient."""
+    ends, shape = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32), (len(counts), 8, 4)
+    rows = N * (sum(counts) + behind) if regular else sum(counts) + behind
+    if rows == 0:
+        return
+    entering = leaf(*shape).detach().float().requires_grad_()
+    output = F.grouped_mm(
+        tensor(rows, 4 if transposed else 8).float(), entering.mT if transposed else entering, offs=ends
+    )
+    node, gy = output.grad_fn, tensor(*output.shape, seed=3).float()
+    owners = Layout() if regular else Owners(random_owners((rows,), N), N)
+    if regular and rows != N:
+        owners = Layout(0, rows // N, 1)
+    entry = Entry(node, 1, (len(counts), 4, 8) if transposed else shape, owners, N)
+    term = entry_term(entry, [gy])
+    assert term is not None
+    gy[int(ends[-1]) :] = 0  # torch's own backward pass leaves them out as well
+    want = masked_gradients(entry, [gy])
+    torch.testing.assert_close(term.dense(slice(0, N)), want.dense(slice(0, N)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(term.squared_norm(), want.squared_norm(), rtol=1e-5, atol=1e-5)
+    weights = torch.rand(N)
+    torch.testing.assert_close(term.weighted_sum(weights), want.weighted_sum(weights), rtol=1e-5, atol=1e-5)
