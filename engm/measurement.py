@@ -32,12 +32,13 @@ def measure(
     """Per-example squared gradient norms by one backward pass that computes no weight gradient.
 
     The primitive under all of engm. The graph is kept, ``p.grad`` is untouched. An attack's last step calls it in
-    place of ``torch.autograd.grad(losses.sum(), inputs)`` and passes the result on to ``opt.backward``.
+    place of ``torch.autograd.grad(losses.sum(), inputs)``, whose gradient it gives, and passes the result on to
+    ``opt.backward``. Where training-mode batch norm couples the examples that gradient takes a second backward pass.
 
     Args:
         model: a :class:`GradNormModule`.
         losses: ``[n]``, one loss an example, from a forward pass of ``model``.
-        inputs: tensor (or tuple) whose gradient is wanted from the same pass; must require grad.
+        inputs: tensor (or tuple) whose gradient is wanted, of the sum of the losses; must require grad.
         norms: ``False`` measures the input gradients alone: an ordinary backward pass to ``inputs``, which must require
             grad, through batch statistics, of losses that need not be captured (a forward pass under ``model.paused()``
             will do). It is what N-ENGM always reads, and A-ENGM between two regressions.
@@ -46,8 +47,8 @@ def measure(
 
     Returns:
         A :class:`Measurement`. Where training-mode batch norm couples the examples its norms are of the graph with
-        frozen statistics, not calibrated, and so are its input gradients (``batch_norm="exact"``: exact, and as slow
-        as that is).
+        frozen statistics, not calibrated (``batch_norm="exact"``: exact, and as slow as that is), and its input
+        gradients go through the statistics.
 
     Raises:
         TypeError, ValueError, RuntimeError: the losses are not such a vector or belong to another model, examples

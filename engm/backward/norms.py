@@ -27,7 +27,7 @@ class Measurement:
         mode: how batch statistics were treated: ``"plain"`` (nothing couples the examples: the norms are exact),
             ``"frozen"`` (batch norms in training mode as constants), ``"corrected"`` (the same, with the local
             correction of :mod:`engm.batch_norm.correction`; never from :func:`engm.measure`) or ``"exact"`` (through
-            the statistics, as are input gradients that were measured alone).
+            the statistics, as input gradients always are).
         losses: ``[n]``, detached.
         input_grads: gradient of the summed losses with respect to ``inputs``, same structure; None if not asked for.
         input_rows: in which rows of each of the inputs the examples lie.
@@ -94,7 +94,7 @@ def measure_graph(
     inputs: Inputs = None,
     scale: LossScale = UNSCALED,
 ) -> Measurement:
-    """One backward pass that computes no weight gradient and keeps the graph.
+    """One backward pass that computes no weight gradient and keeps the graph; two for inputs where examples couple.
 
     Args:
         graph: behind ``losses``.
@@ -115,8 +115,11 @@ def measure_graph(
         stacked = exact_squared_norms(losses, graph.parameters, scale=scale)
         gradients = input_gradients(losses, leaves, scale)
     else:
+        # An attack that borrows must climb the loss that it would climb without: through the batch's statistics.
+        through = graph.couples
         collector = TermCollector(graph, correct=mode == "corrected")
-        gradients = collector.run(losses, scale.seeds(losses), leaves, retain_graph=True)
+        gradients = collector.run(losses, scale.seeds(losses), () if through else leaves, retain_graph=True)
+        gradients = input_gradients(losses, leaves, scale) if through else gradients
         stacked = scale.off_squares(collector.squared_norms(losses))
     packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
     return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows)

@@ -18,6 +18,7 @@ from training import seeded
 import engm
 from engm.adversarial import PGD, cross_entropy, evaluation_mode, kl_divergence, margin, paused
 from engm.adversarial.losses import log_probabilities
+from engm.recipes.models.resnet import resnet18
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -255,6 +256,23 @@ def test_an_optimizer_says_what_the_last_step_measures(method, norms, input_grad
         again = pgd(model, x, y, generator=seeded(), measure=opt)
         assert again.measurement.stacked is None
         opt.backward(cross_entropy(model(again.inputs), y), measurement=again.measurement)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("eval_mode", [False, True])
+@pytest.mark.parametrize("until_broken", [False, True])
+def test_borrowing_does_not_weaken_the_attack(norm, eval_mode, until_broken):
+    """The adversarial examples have the bits of those that are found without a measurement."""
+    torch.manual_seed(0)
+    net = resnet18(width=4, norm=norm)
+    model, x, y = engm.GradNormModule(net), torch.rand(6, 3, 8, 8), torch.randint(0, 10, (6,))
+    with torch.no_grad():
+        net.train()(x)  # running statistics that are not those of the batch
+    pgd = PGD(0.1, 0.03, 4, eval_mode=eval_mode, stop_when_broken=until_broken)
+    wanted = pgd(model, x, y, generator=seeded())
+    found = pgd(model, x, y, generator=seeded(), measure=True)
+    assert found.measurement is not None
+    assert torch.equal(found.inputs, wanted.inputs)
 
 
 def test_measuring_for_something_else_is_refused():
