@@ -54,7 +54,7 @@ __device__ __forceinline__ void add_pixel(const PatchMean& p, int64_t channel, i
   const T* from = static_cast<const T*>(p.x.data) + channel * p.x.channel + z * p.x.space[0] + y * p.x.space[1] +
                   x * p.x.space[2];
   Sum total = 0;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t i = begin; i < end; i += step) total += to_float(from[i * p.x.example]);
 #pragma unroll
   for (int k = 0; k < kPatchTaps; ++k) {
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(kCorrectionThreads) patch_rows_kernel(PatchMea
   const PatchBlock own(p);
   const int pixels = int(p.geometry.pixels()), parts = pixels < kCorrectionThreads ? kCorrectionThreads / pixels : 1;
   Sum sums[kPatchTaps] = {};
-  for (int64_t k = threadIdx.x; k < int64_t(pixels) * parts; k += kCorrectionThreads)
-    add_pixel<T>(p, own.channels, int(k % pixels), own.begin + k / pixels, own.end, parts, own.first_tap, sums);
+  for (int k = threadIdx.x; k < pixels * parts; k += kCorrectionThreads)
+    add_pixel<T>(p, own.channels, k % pixels, own.begin + k / pixels, own.end, parts, own.first_tap, sums);
 #pragma unroll
   for (int k = 0; k < kPatchTaps; ++k) {
     const Sum total = block_sum<kCorrectionThreads>(sums[k], scratch + k * kPatchWarps);
@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kCorrectionThreads) patch_columns_kernel(Patch
   const int64_t channel = own.channels * 32 + lane;
   Sum sums[kPatchTaps] = {};
   if (channel < p.channels)
-    for (int64_t k = warp; k < int64_t(pixels) * parts; k += kPatchWarps)
-      add_pixel<T>(p, channel, int(k % pixels), own.begin + k / pixels, own.end, parts, own.first_tap, sums);
+    for (int k = warp; k < pixels * parts; k += kPatchWarps)
+      add_pixel<T>(p, channel, k % pixels, own.begin + k / pixels, own.end, parts, own.first_tap, sums);
 #pragma unroll
   for (int k = 0; k < kPatchTaps; ++k) shared[(k * kPatchWarps + warp) * 32 + lane] = sums[k];
   __syncthreads();

@@ -59,7 +59,7 @@ at::Tensor patch_mean(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntA
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
   const auto options = x.options().dtype(type).memory_format(std::nullopt);
   if (s.n == 0 || s.positions() == 0 || s.channels == 0) return at::empty(sizes, options).zero_();
-  TORCH_CHECK(s.pixels() < INT32_MAX && ConvShape::volume(s.padded()) < INT32_MAX && s.taps() < INT32_MAX,
+  TORCH_CHECK(s.pixels() < INT32_MAX - 256 && ConvShape::volume(s.padded()) < INT32_MAX && s.taps() < INT32_MAX,
               "patch_mean: expected images of fewer than 2^31 pixels, got x ", x.sizes(), ".");
   PatchMean p{};
   p.x = {x.const_data_ptr(), x.stride(0), x.stride(1), {0, 0, 0}};

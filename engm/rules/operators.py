@@ -219,7 +219,7 @@ def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
 
 @add_operator("GroupedMm")
 def _grouped_mm(entry: Entry, gy: Tensor) -> Term | None:
-    """The term of ``entering [m, p, d]`` where the rows of ``left [R, p]`` up to each of ``offs [m]`` meet one matrix."""
+    """The term of ``entering [m, p, d]``: the rows of ``left [R, p]`` up to each of ``offs [m]`` meet one matrix."""
     left, ends, rows = entry.saved("self"), entry.saved("offs"), entry.rows(most=1)
     if left is None or ends is None or rows is None or entry.slot != 1 or left.dim() != 2 or len(entry.shape) != 3:
         return None
