@@ -54,6 +54,8 @@ DATA=${DATA:+$(realpath "$DATA")}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
 RUNS=${RUNS:-build/gpu/runs}
+PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH # its ninja, were it a package of PYTHON's
+export PATH
 
 # What a GPU would take: the last line of every call.
 costs() {
@@ -114,10 +116,11 @@ outcome() {
   [ "$2" = 0 ] || FAILED=1
 }
 
-# within LIMIT NAME COMMAND...: runs it with the smaller of LIMIT and what is left of the call. Its output goes to tee by
-# another way than a pipe, which a grandchild that outlives the command would keep open.
+# within LIMIT NAME COMMAND...: runs it with the smaller of LIMIT and what is left of the call. What it prints goes to the
+# log alone, and 'tail' shows it: a pipe would be kept open by a grandchild that outlives the command, and this script
+# or its caller would wait for that.
 within() {
-  local limit=$1 name=$2 start=$SECONDS status
+  local limit=$1 name=$2 start=$SECONDS status shown
   shift 2
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$limit" -lt 5 ]; then
@@ -125,9 +128,13 @@ within() {
     return 1
   fi
   say "#### $name (at most $limit s)"
-  timeout -s INT -k 10 "$limit" "$@" > >(tee -a "$LOG") 2>&1
+  tail -c 0 -f -s 0.2 --pid=$$ "$LOG" 2>/dev/null &
+  shown=$!
+  timeout -s INT -k 10 "$limit" "$@" >>"$LOG" 2>&1 </dev/null
   status=$?
-  sleep 0.2
+  sleep 0.5
+  kill "$shown"
+  wait "$shown" 2>/dev/null
   outcome "$name" "$status" $((SECONDS - start))
   return "$status"
 }

@@ -61,12 +61,12 @@ def subset(arrays: Arrays, train: int, test: int, seed: int = 0) -> Arrays:
     return found
 
 
-def made_up(train: int, test: int, seed: int = 0) -> Arrays:
-    """Random images ``[N, 32, 32, 3]`` of ten classes, with every class in both parts."""
+def made_up(train: int, test: int, seed: int = 0, side: int = 32) -> Arrays:
+    """Random images ``[N, side, side, 3]`` of ten classes, with every class in both parts."""
     generator = np.random.default_rng(seed)
     arrays: Arrays = {}
     for part, count in (("train", train + 10), ("test", test + 10)):
-        arrays[f"x_{part}"] = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"x_{part}"] = generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
         arrays[f"y_{part}"] = np.arange(count) % 10
     return arrays
 
