@@ -101,7 +101,8 @@ if [ -z "$DATA" ] && { [ "$PHASE" = training ] || [ "$PHASE" = runs ]; }; then
 fi
 LOG=$OUT/$PHASE.log
 DEADLINE=$((SECONDS + ${SECONDS_ALL:-560}))
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+CORES=$(env -u OMP_NUM_THREADS nproc) # which would answer that variable otherwise
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((REHEARSE ? 1 : 4))}
 SUMMARY=()
 FAILED=0
 
@@ -154,7 +155,7 @@ build() {
   fi
   local forced=1
   [ "$REHEARSE" = 1 ] && [ -z "$(command -v nvcc)" ] && forced=0
-  TORCH_CUDA_ARCH_LIST=${ARCH:-9.0} FORCE_CUDA=$forced MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+  TORCH_CUDA_ARCH_LIST=${ARCH:-9.0} FORCE_CUDA=$forced MAX_JOBS=${MAX_JOBS:-$CORES} \
     within "${BUILD_SECONDS:-300}" build "$PYTHON" setup.py --quiet build_ext --inplace
 }
 
@@ -204,7 +205,7 @@ case "$PHASE" in
   check)
     # Workers, where pytest-xdist is there: one whose CUDA context died, or that hung, is replaced by another.
     extra=()
-    "$PYTHON" -c "import xdist" 2>/dev/null && extra+=(-n "$(($(nproc) < 4 ? $(nproc) : 4))" --max-worker-restart 30)
+    "$PYTHON" -c "import xdist" 2>/dev/null && extra+=(-n "$((CORES < 4 ? CORES : 4))" --max-worker-restart 30)
     "$PYTHON" -c "import pytest_timeout" 2>/dev/null && extra+=(--timeout 90 --timeout-method thread)
     within $(($(left) - 15)) tests "$PYTHON" -m pytest -m gpu tests/gpu -v --junitxml "$OUT/tests.xml" \
       -p no:cacheprovider --tb=short --durations=10 "${extra[@]}"
