@@ -87,7 +87,9 @@ if [ -z "$PHASE" ]; then # a rehearsal of every phase, each in a call of its own
     if [ "$files" -gt 8 ] || [ "$kilobytes" -gt 16384 ] || [ -n "$(find "$OUT/$phase" -mindepth 1 ! -type f)" ]; then
       status="$status, too much in OUT" worst=1
     fi
-    table+=("$phase: status $status, $((SECONDS - begun)) s, $files files of $kilobytes KiB")
+    errors=$(cat "$OUT/$phase/gpu.json" 2>/dev/null | grep -c '"error": "') # a case that fails costs a card's call nothing
+    [ "$errors" -eq 0 ] || worst=1
+    table+=("$phase: status $status, $errors failing cases, $((SECONDS - begun)) s, $files files of $kilobytes KiB")
     export SKIP_BUILD=1
   done
   printf '%s\n' "#### rehearsed" "${table[@]}"

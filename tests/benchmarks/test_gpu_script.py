@@ -98,7 +98,7 @@ def test_a_rehearsal_takes_the_phases_asked_for(script, tmp_path):
     data.write_bytes(b"")
     done, _, calls = script("--rehearse", PHASES="check runs", DATA=str(data))
     assert done.returncode == 0, done.stdout
-    assert "check: status 0" in done.stdout
+    assert "check: status 0, 0 failing cases" in done.stdout
     assert "--stages runs --data" in calls
     assert "--device fake --tiny" in calls
     assert done.stdout.splitlines()[-1].startswith("on a card: ")
