@@ -85,7 +85,6 @@ def test_runs_go_on_from_their_folder(arguments, tmp_path, monkeypatch):
     assert "choose another folder" in called(arguments, tmp_path / "fourth")["error"]
 
 
-@pytest.mark.slow
 def test_a_call_without_time_says_that_another_is_needed(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.Stage, "left", 3.0)  # less than an epoch of each takes
     case = called(arguments, tmp_path / "out")
