@@ -54,6 +54,7 @@ DATA=${DATA:+$(realpath "$DATA")}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
 RUNS=${RUNS:-build/gpu/runs}
+KEPT=${KEPT:-$RUNS} # what the last line names; a rehearsal trains elsewhere
 PATH=$(dirname "$("$PYTHON" -c 'import sys; print(sys.executable)')"):$PATH # its ninja, were it a package of PYTHON's
 export PATH
 
@@ -65,7 +66,7 @@ costs() {
   echo "on a card: a call of at most 600 s for each of '$ALL' ('benchmarks/gpu/run.sh OUT --phase P'; 'runs' once more" \
     "as long as it says so); carry the tree ($((${tree:-0} / 1048576 + 1)) MiB), DATA for the last two (35 MiB from" \
     "'python benchmarks/gpu/subset.py CIFAR10.npz DATA.npz') and, to spare each call the build, engm/_C*.so" \
-    "($((so / 1048576)) MiB, SKIP_BUILD=1); back come at most 7 files; keep $RUNS from call to call"
+    "($((so / 1048576)) MiB, SKIP_BUILD=1); back come at most 7 files; keep $KEPT from call to call"
 }
 
 if [ "$REHEARSE" = 1 ]; then
@@ -73,7 +74,7 @@ if [ "$REHEARSE" = 1 ]; then
   case "${ARGUMENTS:-}" in *--device*) ;; *) export ARGUMENTS="--device fake --tiny ${ARGUMENTS:-}" ;; esac
 fi
 if [ -z "$PHASE" ]; then # a rehearsal of every phase, each in a call of its own, as on a card
-  export DATA=${DATA:-$PWD/build/gpu/made-up.npz} RUNS=build/gpu/rehearsed-runs
+  export DATA=${DATA:-$PWD/build/gpu/made-up.npz} RUNS=build/gpu/rehearsed-runs KEPT
   rm -rf "$RUNS"
   [ -f "$DATA" ] || "$PYTHON" benchmarks/gpu/subset.py made-up "$DATA" --train 64 --test 16 || exit 1
   worst=0 table=()
@@ -206,8 +207,10 @@ stage self_test 40 30
 case "$PHASE" in
   check)
     # Workers, where pytest-xdist is there: one whose CUDA context died, or that hung, is replaced by another.
+    # One in a rehearsal, since there are tests that take 17 gigabytes.
     extra=()
-    "$PYTHON" -c "import xdist" 2>/dev/null && extra+=(-n "$((CORES < 4 ? CORES : 4))" --max-worker-restart 30)
+    workers=$((REHEARSE ? 1 : CORES < 4 ? CORES : 4))
+    "$PYTHON" -c "import xdist" 2>/dev/null && extra+=(-n "$workers" --max-worker-restart 30)
     "$PYTHON" -c "import pytest_timeout" 2>/dev/null && extra+=(--timeout 90 --timeout-method thread)
     within $(($(left) - 15)) tests "$PYTHON" -m pytest -m gpu tests/gpu -v --junitxml "$OUT/tests.xml" \
       -p no:cacheprovider --tb=short --durations=10 "${extra[@]}"
