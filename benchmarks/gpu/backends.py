@@ -28,7 +28,7 @@ def run(bench: Bench, stage: Stage, arguments: Any) -> None:
     """Times steps by hand, replayed and as CUDA graphs, and then, which takes minutes a case, compiled by Inductor."""
     settings = TINY if bench.tiny else SETTINGS
     attacks = [0, 2 if bench.tiny else 10]
-    quick = (BY_HAND, "replay", "cudagraph") if bench.cuda else (BY_HAND, "replay")
+    quick = (BY_HAND, "replay", "cudagraph") if bench.real_cuda else (BY_HAND, "replay")
     for backends, given in ((quick, attacks), ((BY_HAND, "inductor"), attacks[: 1 if bench.tiny else None])):
         for attack_steps in given:
             for setting in settings[: 1 if bench.tiny and "inductor" in backends else None]:

@@ -15,7 +15,8 @@ import torch
 
 import engm
 
-from . import backends, ceilings, kernels, memory, steps, tables, training
+from . import backends, ceilings, kernels, memory, runs, steps, tables, training
+from .faked import faked_cuda
 from .record import DeviceLostError, Record, Stage, machine
 from .timing import Bench
 
@@ -53,6 +54,7 @@ STAGES: dict[str, tuple[Callable[..., None], float]] = {  # what runs, and its s
     "profile": (memory.run_profile, 25),
     "tune": (tune, 60),
     "training": (training.run, 480),
+    "runs": (runs.run, 480),
 }
 RESTARTS = 6  # how often a process whose CUDA context died is replaced
 
@@ -63,11 +65,13 @@ def parse() -> argparse.Namespace:
     usual = "self_test,ceilings,kernels,steps,pgd,memory,profile"
     parser.add_argument("--stages", default=usual, help=", ".join(STAGES))
     parser.add_argument("--seconds", type=float, help="seconds of all stages together, each scaled down to fit")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cuda, cpu, or fake: the CPU, taking the steps of a GPU")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: tiny shapes, one repetition")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz, for the stage training")
-    parser.add_argument("--epochs", type=int, default=30, help="epochs of training, at most")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz, for the stages training and runs")
+    parser.add_argument("--epochs", type=int, help="of training, at most (30); of runs (as many as the time allows)")
+    parser.add_argument("--runs", type=Path, default=Path("build/gpu/runs"), help="folder that runs are resumed from")
+    parser.add_argument("--seeds", default="0", help="of runs, as 0,1,2")
     parser.add_argument("--methods", default=",".join(training.METHODS), help="methods of training")
     parser.add_argument("--norm", default="batch", choices=["batch", "group"], help="norm of the network in training")
     parser.add_argument("--training-precision", default="tf32", choices=["tf32", "fp32", "bf16"])
@@ -76,20 +80,28 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.methods = arguments.methods.split(",")
     arguments.stages = arguments.stages.split(",")
+    arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
     if not set(arguments.methods) <= set(training.METHODS):
         parser.error(f"--methods must be some of {','.join(training.METHODS)}")
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         parser.error(f"unknown stage {', '.join(unknown)}: expected some of {', '.join(STAGES)}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device here; --device cpu --tiny rehearses the benchmarks without one")
+        parser.error("no CUDA device here; --device fake --tiny rehearses the benchmarks without one")
     return arguments
 
 
 def main() -> None:
     """Runs the stages that were asked for and saves each as it goes; a dead CUDA context is left with its process."""
     arguments = parse()
-    device = torch.device(arguments.device)
+    if arguments.device == "fake":
+        with faked_cuda():
+            return measure(arguments, torch.device("cpu"))
+    return measure(arguments, torch.device(arguments.device))
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Runs the stages on a device."""
     record = Record(arguments.out, resume=arguments.resume)
     if not arguments.resume:
         for name in arguments.stages:
@@ -99,7 +111,7 @@ def main() -> None:
     record.save()
     seconds = {name: STAGES[name][1] for name in arguments.stages}
     share = min(1.0, arguments.seconds / sum(seconds.values())) if arguments.seconds else 1.0
-    bench = Bench(device, arguments.tiny)
+    bench = Bench(device, arguments.tiny, faked=arguments.device == "fake")
     for name in arguments.stages:
         given = seconds[name] * share
         if arguments.seconds and len(seconds) == 1:

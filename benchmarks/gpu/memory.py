@@ -72,7 +72,7 @@ def run_profile(bench: Bench, stage: Stage, arguments: Any) -> None:
 def _profile(bench: Bench, setting: Setting, name: str, n: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.cuda else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.real_cuda else [])]
     with precision("tf32"):
         torch.backends.cudnn.benchmark = bench.cuda
         try:
@@ -88,8 +88,8 @@ def _profile(bench: Bench, setting: Setting, name: str, n: int) -> dict[str, Any
     rows = []
     for event in found.key_averages():
         on_device = str(getattr(event, "device_type", "")).endswith("CUDA")
-        if on_device == bench.cuda:
-            micro = event.self_device_time_total if bench.cuda else event.self_cpu_time_total
+        if on_device == bench.real_cuda:
+            micro = event.self_device_time_total if bench.real_cuda else event.self_cpu_time_total
             rows.append({"kernel": event.key[:160], "calls": event.count, "microseconds": round(micro, 1)})
     rows.sort(key=lambda row: -row["microseconds"])
     total = sum(row["microseconds"] for row in rows)

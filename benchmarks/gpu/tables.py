@@ -105,6 +105,32 @@ def _training(cases: list[Case]) -> list[str]:
     return [f"{key}: {json.dumps(case[key], indent=1)}" for case in cases for key in keys if key in case]
 
 
+def _runs(cases: list[Case]) -> list[str]:
+    """A block a seed: how far each method came, what a step took, and the accuracies."""
+    lines: list[str] = []
+    for case in cases:
+        state = "finished" if case.get("finished") else "not finished: call again with the same folder"
+        lines += [
+            f"**{case['case']}**, {case['plan']['epochs']} epochs planned, {state}",
+            "",
+            "| method | epochs | ms a step | loss | best natural / robust (validation) | best, last robust (test) |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in case["methods"].items():
+            last = row["history"][-1] if row["history"] else None
+            best, test = row["best"], row.get("test")
+            values = [
+                f"{row['epochs']} of {row['of']}",
+                f"{1e3 * last['step_seconds']:.2f}" if last else "",
+                f"{last['loss']:.4f}" if last else "",
+                f"{best['natural']:.4f} / {best['robust']:.4f}" if best else "",
+                f"{test['best']['robust']:.4f}, {test['last']['robust']:.4f}" if test else "",
+            ]
+            lines.append(f"| {name} | {' | '.join(values)} |")
+        lines.append("")
+    return lines
+
+
 DRAW: dict[str, Callable[[list[Case]], list[str]]] = {
     "kernels": _kernels,
     "steps": _contenders,
@@ -112,6 +138,7 @@ DRAW: dict[str, Callable[[list[Case]], list[str]]] = {
     "backends": _contenders,
     "memory": _contenders,
     "training": _training,
+    "runs": _runs,
 }
 
 if __name__ == "__main__":

@@ -46,18 +46,26 @@ class Bench:
     Attributes:
         device: "cuda", or "cpu" for rehearsals.
         tiny: shapes and repetitions that only show that everything runs.
+        faked: the device is the CPU under ``faked_cuda()``, so that the steps of a GPU are taken.
     """
 
     device: torch.device
     tiny: bool
+    faked: bool = False
 
     def __post_init__(self) -> None:
         # Four times the L2 of an H100; zeroing it takes longer than the host needs for the launches that follow.
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device=self.device) if self.cuda else None
+        size = 1 if self.faked else 256 << 20
+        self._flush = torch.empty(size, dtype=torch.int8, device=self.device) if self.cuda else None
 
     @property
     def cuda(self) -> bool:
-        """Whether there are events, streams and an allocator to ask."""
+        """Whether there are events and an allocator to ask, were they only faked ones."""
+        return self.faked or self.real_cuda
+
+    @property
+    def real_cuda(self) -> bool:
+        """Whether there are streams, graphs and kernels of CUDA."""
         return self.device.type == "cuda"
 
     def synchronize(self) -> None:
@@ -85,13 +93,13 @@ class Bench:
 
     def milliseconds(self, call: Call, seconds: float = 0.05) -> dict[str, float]:
         """Median and spread of single calls with a cold L2, for about ``seconds``."""
-        if self.tiny:
+        if self.tiny and not self.faked:
             return {"ms": round(self.elapsed(call), 4), "spread": 0.0, "repeats": 1}
         for _ in range(2):  # the first calls load modules, let cuDNN choose its algorithm, and allocate workspaces
             call()
         self.synchronize()
         once = self.elapsed(call)
-        repeats = int(min(60, max(5, 1e3 * seconds / max(once + 0.15, 1e-3))))
+        repeats = 2 if self.tiny else int(min(60, max(5, 1e3 * seconds / max(once + 0.15, 1e-3))))
         if not self.cuda:
             return _summary([self.elapsed(call) for _ in range(repeats)])
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]

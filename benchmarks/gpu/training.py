@@ -27,6 +27,7 @@ from .record import Absent, Stage
 from .timing import FORMATS, Bench, precision
 
 SAVE_EVERY = 30.0  # seconds
+EPOCHS = 30  # at most, where nothing else is asked for
 METHODS = ("msgd", "engm-borrowed", "engm-own")
 LOOKS = (0, 5, 20, 50, 100, 200, 300, 500, 800, 1200, 1600, 2000)  # steps at which weights are compared with exact ones
 
@@ -85,7 +86,7 @@ def _train(bench: Bench, stage: Stage, arguments: Any) -> dict[str, Any]:
                 epoch += 1
                 figures["epochs"].append(_epoch(epoch, runners, per_epoch))
                 print("   ", figures["epochs"][-1], flush=True)
-                done = done or epoch == arguments.epochs
+                done = done or epoch == (arguments.epochs or EPOCHS)
             figures |= {"steps": steps, "looks": {r.name: r.looks for r in runners if r.looks}}
             figures["evaluation"] = _evaluate(bench, runners, data)
     finally:

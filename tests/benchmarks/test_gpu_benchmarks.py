@@ -1,6 +1,7 @@
 """The GPU benchmarks rehearsed on the CPU: every stage runs, and a failing case costs nothing but itself."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu.record import Absent, Record
+from gpu.record import Absent, DeviceLostError, Record
 from gpu.timing import Bench
 
 ROOT = Path(__file__).parents[2]
-STAGES = ["self_test", "ceilings", "kernels", "steps", "pgd", "memory", "profile", "training"]
+STAGES = ["self_test", "ceilings", "kernels", "steps", "pgd", "memory", "profile", "training", "runs"]
 CPU = torch.device("cpu")
 
 
@@ -28,9 +29,9 @@ def test_every_stage_runs(tmp_path):
     labels = np.arange(32) % 10
     data = tmp_path / "images.npz"
     np.savez(data, x_train=images[:24], y_train=labels[:24], x_test=images[24:], y_test=labels[24:])
-    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "fake", "--tiny"]
     done = subprocess.run(
-        [*command, "--stages", ",".join(STAGES), "--data", str(data)],
+        [*command, "--out", str(tmp_path), "--stages", ",".join(STAGES), "--data", str(data), "--runs", "runs"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,6 +46,9 @@ def test_every_stage_runs(tmp_path):
     steps = found["stages"]["steps"]["cases"][0]["contenders"]
     assert steps["sgd"]["ratio"] == 1
     assert steps["engm"]["ms"] > 0
+    assert steps["engm"]["peak megabytes"] == 2, "the faked allocator was not asked"
+    assert kernels[0]["repeats"] == 2, "the faked events were not used"
+    assert found["stages"]["runs"]["cases"][0]["finished"]
     assert found["stages"]["training"]["cases"][0]["fidelity"].keys() == {"engm-borrowed", "engm-own"}
     assert "## kernels" in (tmp_path / "gpu.md").read_text()
     assert not (tmp_path / "running.txt").exists()
@@ -117,8 +121,18 @@ def test_a_failing_contender_does_not_stop_the_others():
     assert "ratio" in figures["engm"]
 
 
-def test_run_sh_is_valid_bash():
-    subprocess.run(["bash", "-n", str(ROOT / "benchmarks/gpu/run.sh")], check=True)
+def test_a_lost_device_ends_the_stage_with_its_cases_saved(tmp_path, monkeypatch):
+    def lost():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with (
+        pytest.raises(DeviceLostError, match="illegal memory access"),
+        Record(tmp_path).stage("kernels", 60, torch.device("cuda")).running() as stage,
+    ):
+        stage.case("fatal", fails)
+    cases = json.loads((tmp_path / "gpu.json").read_text())["stages"]["kernels"]["cases"]
+    assert [case["case"] for case in cases] == ["fatal"]
 
 
 def test_sanitize_says_what_is_missing():
@@ -129,3 +143,13 @@ def test_sanitize_says_what_is_missing():
     )
     assert done.returncode != 0
     assert "needs a CUDA device" in done.stderr
+
+
+def test_what_the_sanitizer_runs_is_rehearsed_without_it():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/gpu/sanitize.py"), "--tools", "racecheck", "--dtypes", "float32"],
+        env=os.environ | {"ENGM_TEST_DEVICE": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "float32 tf32: " in done.stdout
+    assert "== racecheck: no error found" in done.stdout

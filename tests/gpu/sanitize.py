@@ -1,11 +1,12 @@
 """Every operator on odd shapes under compute-sanitizer: memory accesses, shared-memory races, barriers.
 
-    make sanitize                                        all three tools
+    python tests/gpu/sanitize.py                         all three tools
     python tests/gpu/sanitize.py --tools memcheck        one of them
     python tests/gpu/sanitize.py --inside                the operators alone, as the tools run them
 
-Each tool runs this file again. torch's caching allocator is off meanwhile, so that an access past the end of a tensor
-leaves its allocation; only kernels of engm are instrumented.
+Each tool runs this file again. With ENGM_TEST_DEVICE=cpu there is no tool, and what it would run is rehearsed on the
+CPU. torch's caching allocator is off meanwhile, so that an access past the end of a tensor leaves its allocation; only
+kernels of engm are instrumented.
 """
 
 from __future__ import annotations
@@ -21,16 +22,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:1] = [str(Path(__file__).parent), str(ROOT)]  # engm may be built in place
 
-TOOLS = ("memcheck", "racecheck", "synccheck")
+TOOLS = ("memcheck", "synccheck", "racecheck")  # the slow one last
 FOLDERS = ("bin", "compute-sanitizer")  # of a toolkit
 DTYPES = {
     "memcheck": ("float32", "float64", "bfloat16", "float16"),
-    "racecheck": (
-        "float32",
-        "bfloat16",
-    ),  # slow: one 4-byte and one 2-byte type; tiles of the others are laid out alike
     "synccheck": ("float32", "float64", "bfloat16"),
+    # It is slow: one 4-byte and one 2-byte type have to do, since tiles of the others are laid out alike.
+    "racecheck": ("float32", "bfloat16"),
 }
+
+
+REHEARSAL = os.environ.get("ENGM_TEST_DEVICE") == "cpu"
+
+
+def instrumented(tool: str) -> list[str]:
+    """The command that instruments the command behind it.
+
+    Raises:
+        SystemExit: compute-sanitizer is not there, or there is no GPU.
+    """
+    if REHEARSAL:
+        print("(no GPU is asked for: the operators run without the tool)", flush=True)
+        return []
+    return [
+        sanitizer(), "--tool", tool, "--kernel-name", "kns=engm", "--error-exitcode", "3", "--print-limit", "30",
+        "--report-api-errors", "no", "--launch-timeout", "120",
+        *(["--padding", "64"] if tool == "memcheck" else []),
+    ]  # fmt: skip
 
 
 def sanitizer() -> str:
@@ -42,7 +60,7 @@ def sanitizer() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        sys.exit("make sanitize needs a CUDA device, and torch sees none here.")
+        sys.exit("compute-sanitizer needs a CUDA device, and torch sees none here.")
     for candidate in (
         os.environ.get("COMPUTE_SANITIZER"),
         shutil.which("compute-sanitizer"),
@@ -51,7 +69,7 @@ def sanitizer() -> str:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
     return sys.exit(
-        "make sanitize needs compute-sanitizer, which comes with the CUDA toolkit: put it on PATH, or its path into "
+        "There is no compute-sanitizer, which comes with the CUDA toolkit: put it on PATH, or its path into "
         "COMPUTE_SANITIZER."
     )
 
@@ -82,14 +100,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.inside:
         return inside(arguments.dtypes or list(DTYPES["memcheck"]))
-    program, failed = sanitizer(), []
+    failed = []
     for tool in arguments.tools:
-        command = [
-            program, "--tool", tool, "--kernel-name", "kns=engm", "--error-exitcode", "3", "--print-limit", "30",
-            "--report-api-errors", "no", "--launch-timeout", "120",
-            *(["--padding", "64"] if tool == "memcheck" else []),
-            sys.executable, __file__, "--inside", "--dtypes", *(arguments.dtypes or DTYPES[tool]),
-        ]  # fmt: skip
+        inner = [sys.executable, __file__, "--inside", "--dtypes", *(arguments.dtypes or DTYPES[tool])]
+        command = instrumented(tool) + inner
         print("==", tool, flush=True)
         running = subprocess.Popen(
             command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, start_new_session=True
@@ -98,9 +112,11 @@ def main() -> None:
             status = running.wait(arguments.seconds)
             outcome = "" if status == 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # the tool's own child would live on, and hold the GPU
-            running.wait()
             outcome = f"not finished after {arguments.seconds:.0f} s"
+        finally:
+            if running.poll() is None:
+                os.killpg(running.pid, signal.SIGKILL)  # the tool's own child would live on, and hold the GPU
+                running.wait()
         print(f"== {tool}: {outcome or 'no error found'}", flush=True)
         if outcome:
             failed.append(f"{tool} ({outcome})")

@@ -6,6 +6,7 @@ from device_cases import (
     DEVICE,
     LAYOUTS,
     MODES,
+    ON_CUDA,
     assert_close,
     assert_norms,
     conv_terms,
@@ -159,6 +160,8 @@ def test_convolutions_of_real_networks(layer, memory, mode):
     x = operand((n, channels, side, side), mode.dtype, mean=0.5).to(memory_format=memory)
     gy = operand((n, rows, *out), mode.dtype).to(memory_format=memory)
     for form in ("direct", "gram", "auto"):
+        if form == "gram" and layer == "vit patches" and not ON_CUDA:
+            continue  # which would take ten gigabytes on the CPU, and 'auto' does not choose
         check_conv(x, gy, geometry, mode, form, strict=True)
     with tf32(False, mode.tf32):
         got = ops.conv_grads(x, gy, *geometry)
