@@ -2,6 +2,7 @@
 // a precision instantiates each.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "direct_norm.cuh"
@@ -11,15 +12,35 @@ namespace engm::cuda {
 
 inline int tiles_of(int64_t length, int tile) { return int((length + tile - 1) / tile); }
 
-// The most pixels that any tap tile needs of one step.
-inline int largest_halo(const DirectNorm& p) {
-  int most = 0;
+// The most pixels that any tap tile needs of one step, their lines and columns.
+struct Halo {
+  int64_t pixels = 0;
+  int height = 0, width = 0;
+};
+inline Halo largest_halo(const DirectNorm& p) {
+  Halo most;
   for (int tile = 0; tile < p.tap_tiles; ++tile) {
     const TapWindow taps(p.geometry, p.taps_a_tile, p.tile_h, p.tile_w, tile);
-    if (int64_t(taps.halo_h) * taps.halo_w > 1 << 20) return 1 << 20;
-    most = taps.halo_h * taps.halo_w > most ? taps.halo_h * taps.halo_w : most;
+    most.pixels = std::max(most.pixels, int64_t(taps.halo_h) * taps.halo_w);
+    most.height = std::max(most.height, taps.halo_h), most.width = std::max(most.width, taps.halo_w);
   }
   return most;
+}
+
+// Plans the copies of windows of height × width pixels, which go to so many rows, of images so many pixels wide.
+template <class Tile>
+void plan_staging(Staging& s, int rows, int height, int width, int image) {
+  constexpr int kCopyCost = 6, kPieceCost = 17;  // instructions
+  s.rows = s.entries = rows;
+  if (s.copies != Copies::kLines) return;
+  s.line_pieces = std::min((width + Tile::kVector - 2) / Tile::kVector + 1, image / Tile::kVector);
+  s.entries = height * s.line_pieces;
+  int64_t best = std::numeric_limits<int64_t>::max();
+  for (int lanes = 32; lanes >= 4; lanes /= 2) {
+    const int channels = tiles_of(int64_t(Tile::kChannels) * lanes, Tile::kThreads);
+    const int64_t cost = int64_t(tiles_of(s.entries, lanes)) * (channels * kCopyCost + kPieceCost);
+    if (cost < best) best = cost, s.lanes = lanes;
+  }
 }
 
 // Takes the rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into
@@ -36,9 +57,13 @@ bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
       DirectNorm q = p;
       q.tile_w = w, q.tile_h = h < g.out[1] || h == 1 ? h : g.out[1];
       q.positions = tiles_of(q.tile_h * q.tile_w, P::kK) * P::kK;
-      q.halo = largest_halo(q);
-      q.shared = Tile::shared_bytes(q.halo, q.positions);
-      if (q.shared > limit || q.halo >= 1 << 16) continue;
+      const Halo halo = largest_halo(q);
+      if (halo.pixels >= 1 << 16) continue;
+      q.halo = int(halo.pixels);
+      plan_staging<Tile>(q.x_staging, q.halo, halo.height, halo.width, g.in[2]);
+      plan_staging<Tile>(q.gy_staging, q.positions, q.tile_h, q.tile_w, g.out[2]);
+      q.shared = typename Tile::Layout(q).bytes;
+      if (q.shared > limit) continue;
       const double steps = double(tiles_of(g.out[1], q.tile_h)) * tiles_of(g.out[2], q.tile_w);
       const double cost = steps * (double(q.positions) / P::kK * (p.taps_a_tile + 1) + (q.halo + q.positions) * kRowCopies +
                                    kBarrier);
@@ -69,8 +94,7 @@ int launch_tile(const DirectNorm& p, void* stream) {
   constexpr int kBlocksEach = 8;  // blocks of a multiprocessor, where most will find nothing to do
   const int64_t all = p.geometry.n * p.tiles(), few = int64_t(kBlocksEach) * p.multiprocessors;
   const int64_t blocks = p.done != nullptr && few < all ? few : all;
-  return p.vectors ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.shared, stream, p)
-                   : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.shared, stream, p);
+  return launch(direct_norm_kernel<Tile>, blocks, Tile::kThreads, p.shared, stream, p);
 }
 
 }  // namespace engm::cuda

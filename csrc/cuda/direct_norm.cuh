@@ -16,9 +16,9 @@
 // sum.
 #pragma once
 
+#include "direct_copy.cuh"
 #include "direct_norm.h"
 #include "mma.cuh"
-#include "pack.cuh"
 #include "reduce.cuh"
 
 namespace engm::cuda {
@@ -35,16 +35,28 @@ struct DirectTile {
   static_assert(kWarpC % P::kN == 0 && kWarpD % P::kM == 0);
   static_assert(kPitchX % kVector == 0 && kPitchG % kVector == 0, "rows must stay 16-byte aligned");
 
-  static __host__ __device__ int64_t stage_elements(int halo, int positions) {
-    return int64_t(halo) * kPitchX + int64_t(positions) * kPitchG;
-  }
-  // The tables come first: halo pixels, positions as pixels of the halo, positions as outputs, taps, warp sums.
-  static __host__ __device__ int64_t table_bytes(int halo, int positions) {
-    return (int64_t(halo + 2 * positions + kTaps) * 4 + kThreads / 32 * 8 + 8 + 127) / 128 * 128;
-  }
-  static __host__ __device__ int64_t shared_bytes(int halo, int positions) {
-    return table_bytes(halo, positions) + kStages * stage_elements(halo, positions) * sizeof(typename P::Element);
-  }
+  // A block's shared memory in bytes: tables, then rows of pixels of x and of gy, then raw pieces of them. What is
+  // copied as lines has raw pieces of every step under way and rows of one, all else has rows of every step.
+  struct Layout {
+    int64_t positions, taps, x_places, gy_places, x_from, gy_from, scratch;
+    int64_t x, gy, x_raw, gy_raw, x_stage, gy_stage, x_raw_stage, gy_raw_stage, bytes;
+
+    __host__ __device__ __forceinline__ explicit Layout(const DirectNorm& p) {
+      constexpr int kElement = int(sizeof(typename P::Element));
+      positions = 0, taps = positions + p.positions * 4;
+      x_places = taps + kTaps * 4, gy_places = x_places + p.x_staging.entries * 4;
+      x_from = (gy_places + p.gy_staging.entries * 4 + 7) / 8 * 8, gy_from = x_from + p.x_staging.entries * 16;
+      scratch = gy_from + p.gy_staging.entries * 16;
+      x = (scratch + kThreads / 32 * 8 + 127) / 128 * 128;
+      const bool x_lines = p.x_staging.copies == Copies::kLines, gy_lines = p.gy_staging.copies == Copies::kLines;
+      x_stage = int64_t(p.x_staging.rows) * kPitchX * kElement;
+      gy_stage = int64_t(p.gy_staging.rows) * kPitchG * kElement;
+      x_raw_stage = x_lines ? int64_t(kChannels) * p.x_staging.template raw_pitch<typename P::Element>() * kElement : 0;
+      gy_raw_stage = gy_lines ? int64_t(kRows) * p.gy_staging.template raw_pitch<typename P::Element>() * kElement : 0;
+      gy = x + (x_lines ? 1 : kStages) * x_stage, x_raw = gy + (gy_lines ? 1 : kStages) * gy_stage;
+      gy_raw = x_raw + (kStages - 1) * x_raw_stage, bytes = gy_raw + (kStages - 1) * gy_raw_stage;
+    }
+  };
 };
 
 // The kernel taps of one block, and the pixels that a rectangle of positions needs for them.
@@ -64,103 +76,6 @@ struct TapWindow {
     const int last_x = y == last_y ? (first + count - 1) % g.kernel[2] : g.kernel[2] - 1;
     halo_h = (tile_h - 1) * g.stride[1] + (last_y - y) * g.dilation[1] + 1;
     halo_w = (tile_w - 1) * g.stride[2] + (last_x - x) * g.dilation[2] + 1;
-  }
-};
-
-// Brings rows of one operand into shared memory: row r holds channels [first, first + kWidth) of the pixel whose place
-// in the image is origin + table[r].
-template <class E, int kWidth, int kPitch, int kThreads, bool kVectors>
-struct RowLoader {
-  const E* data;  // the example's first channel of this block
-  int64_t channel, stride_y, stride_x;
-  int channels;  // how many are valid from there on, may exceed kWidth
-  int h, w;      // the image
-  bool by_position;  // neighbouring positions are neighbours in memory
-
-  __device__ __forceinline__ void operator()(E* to, const int* table, int rows, bool slice_inside, int y, int x) const {
-    if constexpr (kVectors) {
-      constexpr int kVector = 16 / int(sizeof(E)), kChunks = kWidth / kVector;
-      for (int e = threadIdx.x; e < rows * kChunks; e += kThreads) {
-        const int row = e / kChunks, c = e % kChunks * kVector;
-        const E* from = pixel(table[row], slice_inside, y, x);
-        const int left = (channels - c) * int(sizeof(E)), bytes = from == nullptr || left < 0 ? 0 : left > 16 ? 16 : left;
-        copy_async_16(to + row * kPitch + c, bytes ? from + c : data, bytes);
-      }
-    } else {
-      const int rounded = by_position ? (rows + 7) / 8 * 8 : rows;
-      if constexpr (sizeof(E) == 2) {
-        small_elements(to, table, rows, rounded * kWidth, slice_inside, y, x);
-      } else {
-        for (int e = threadIdx.x; e < rounded * kWidth; e += kThreads) {
-          const int row = row_of(e), c = channel_of(e);
-          if (row >= rows) continue;
-          const E* from = pixel(table[row], slice_inside, y, x);
-          const bool valid = from != nullptr && c < channels;
-          copy_async_element<int(sizeof(E))>(to + row * kPitch + c, valid ? from + c * channel : data, valid);
-        }
-      }
-    }
-  }
-
-  // Copies elements of 2 bytes, for which there is no asynchronous copy: loads in batches, so that some are under way,
-  // then stores.
-  __device__ __forceinline__ void small_elements(E* to, const int* table, int rows, int end, bool slice_inside, int y,
-                                                 int x) const {
-    constexpr int kBatch = 8;
-#pragma unroll 1
-    for (int first = threadIdx.x; first < end; first += kBatch * kThreads) {
-      E batch[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int e = first + j * kThreads, row = row_of(e), c = channel_of(e);
-        const E* from = pixel(row < rows ? table[row] : -1, slice_inside, y, x);
-        const bool valid = from != nullptr && c < channels;
-        batch[j] = *(valid ? from + c * channel : data);
-        if (!valid) batch[j] = E{};
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int e = first + j * kThreads, row = row_of(e);
-        if (row < rows) to[row * kPitch + channel_of(e)] = batch[j];
-      }
-    }
-  }
-
-  // Rounds to TF32 what this thread copied. The copies must have arrived, and no other thread may have read them.
-  __device__ __forceinline__ void round(E* to, int rows) const {
-    if constexpr (kVectors) {
-      constexpr int kChunks = kWidth / 4;
-      for (int e = threadIdx.x; e < rows * kChunks; e += kThreads) {
-        E* chunk = to + e / kChunks * kPitch + e % kChunks * 4;
-        auto four = load_pack<E, 4>(chunk);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) four.at[j] = __uint_as_float(to_tf32(four.at[j]));
-        store_pack(chunk, four);
-      }
-    } else {
-      const int rounded = by_position ? (rows + 7) / 8 * 8 : rows;
-      for (int e = threadIdx.x; e < rounded * kWidth; e += kThreads) {
-        const int row = row_of(e), c = channel_of(e);
-        if (row < rows) to[row * kPitch + c] = __uint_as_float(to_tf32(to[row * kPitch + c]));
-      }
-    }
-  }
-
-  // Row and channel of element e of the copy. Where positions are contiguous, a warp takes 8 of them and 4 channels
-  // (whole sectors in, at most two-way conflicts out); else it takes 32 channels.
-  __device__ __forceinline__ int row_of(int e) const {
-    return by_position ? (e & 7) + (e >> 5) / (kWidth / 4) * 8 : e / kWidth;
-  }
-  __device__ __forceinline__ int channel_of(int e) const {
-    return by_position ? ((e >> 3) & 3) + (e >> 5) % (kWidth / 4) * 4 : e % kWidth;
-  }
-
-  // The pixel of a table entry, null outside the image. Entries are y << 16 | x, and negative for rows that are none.
-  __device__ __forceinline__ const E* pixel(int entry, bool slice_inside, int y, int x) const {
-    y += entry >> 16, x += entry & 0xffff;
-    // There are no short circuits: a branch here would keep the loads of a batch apart.
-    const bool inside = slice_inside & (entry >= 0) & (unsigned(y) < unsigned(h)) & (unsigned(x) < unsigned(w));
-    return inside ? data + y * stride_y + x * stride_x : nullptr;
   }
 };
 
@@ -240,7 +155,7 @@ __device__ __forceinline__ void multiply_step(
 
 // Works on the tile of the given number. Examples are outermost, so that neighbouring blocks share one, which then
 // stays in L2.
-template <class Tile, bool kVectors>
+template <class Tile>
 __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t number, unsigned char* shared) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
@@ -255,21 +170,27 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
   const int d0 = tile % p.row_tiles * Tile::kRows;
   tile /= p.row_tiles;
   const TapWindow taps(g, p.taps_a_tile, p.tile_h, p.tile_w, tile % p.tap_tiles);
-  const int group = tile / p.tap_tiles, halo = taps.halo_h * taps.halo_w;
+  const int group = tile / p.tap_tiles;
+  const typename Tile::Layout at(p);
+  int* position_at = reinterpret_cast<int*>(shared + at.positions);  // [positions] element offset of its first pixel
+  int* tap_at = reinterpret_cast<int*>(shared + at.taps);            // [kTaps] element offset of a tap from the first
+  const auto elements = [&](int64_t bytes) { return reinterpret_cast<E*>(shared + bytes); };
 
-  int* halo_pixel = reinterpret_cast<int*>(shared);     // [halo] y << 16 | x
-  int* position_at = halo_pixel + p.halo;               // [positions] element offset of its first pixel in the halo
-  int* position_pixel = position_at + p.positions;      // [positions] y << 16 | x, or -1
-  int* tap_at = position_pixel + p.positions;           // [kTaps] element offset of a tap from the first
-  E* stages = reinterpret_cast<E*>(shared + Tile::table_bytes(p.halo, p.positions));
-  const int64_t stage = Tile::stage_elements(p.halo, p.positions);
+  const int64_t first_channel = int64_t(group) * g.channels + c0, first_row = int64_t(group) * g.rows + d0;
+  const Window<P, Tile::kChannels, Tile::kPitchX, Tile::kThreads> x{
+      p.x, p.x_staging, static_cast<const E*>(p.x.data) + example * p.x.example + first_channel * p.x.channel,
+      g.channels - c0, g.in[0], g.in[1], g.in[2], taps.halo_h, taps.halo_w,
+      reinterpret_cast<int*>(shared + at.x_places), reinterpret_cast<int64_t*>(shared + at.x_from)};
+  const Window<P, Tile::kRows, Tile::kPitchG, Tile::kThreads> gy{
+      p.gy, p.gy_staging, static_cast<const E*>(p.gy.data) + example * p.gy.example + first_row * p.gy.channel,
+      g.rows - d0, g.out[0], g.out[1], g.out[2], p.tile_h, p.tile_w,
+      reinterpret_cast<int*>(shared + at.gy_places), reinterpret_cast<int64_t*>(shared + at.gy_from)};
 
-  for (int e = threadIdx.x; e < halo; e += Tile::kThreads) halo_pixel[e] = e / taps.halo_w << 16 | e % taps.halo_w;
+  x.begin(elements(at.x_raw), Tile::kStages - 1);
+  gy.begin(elements(at.gy_raw), Tile::kStages - 1);
   for (int e = threadIdx.x; e < p.positions; e += Tile::kThreads) {
     const int y = e / p.tile_w, x = e % p.tile_w;
-    const bool inside = y < p.tile_h;
-    position_at[e] = inside ? (y * g.stride[1] * taps.halo_w + x * g.stride[2]) * Tile::kPitchX : 0;
-    position_pixel[e] = inside ? y << 16 | x : -1;
+    position_at[e] = y < p.tile_h ? (y * g.stride[1] * taps.halo_w + x * g.stride[2]) * Tile::kPitchX : 0;
   }
   for (int e = threadIdx.x; e < Tile::kTaps; e += Tile::kThreads) {
     const int tap = taps.first + (e < taps.count ? e : 0);
@@ -278,72 +199,84 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
   }
   __syncthreads();
 
-  const int tiles_y = (g.out[1] + p.tile_h - 1) / p.tile_h, tiles_x = (g.out[2] + p.tile_w - 1) / p.tile_w;
-  const int64_t first_channel = int64_t(group) * g.channels + c0, first_row = int64_t(group) * g.rows + d0;
-  RowLoader<E, Tile::kChannels, Tile::kPitchX, Tile::kThreads, kVectors> load_x{
-      static_cast<const E*>(p.x.data) + example * p.x.example + first_channel * p.x.channel,
-      p.x.channel, p.x.space[1], p.x.space[2], g.channels - c0, g.in[1], g.in[2], p.x.channel != 1};
-  RowLoader<E, Tile::kRows, Tile::kPitchG, Tile::kThreads, kVectors> load_gy{
-      static_cast<const E*>(p.gy.data) + example * p.gy.example + first_row * p.gy.channel,
-      p.gy.channel, p.gy.space[1], p.gy.space[2], g.rows - d0, g.out[1], g.out[2], p.gy.channel != 1};
+  const auto origin_in_x = [&](const Origin& o) {
+    return Origin{o.z * g.stride[0] + taps.z * g.dilation[0] - g.padding[0],
+                  o.y * g.stride[1] + taps.y * g.dilation[1] - g.padding[1],
+                  o.x * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]};
+  };
+  const auto aim = [&](int step, const Origin& o) {
+    x.aim(step & 1, origin_in_x(o));
+    gy.aim(step & 1, o);
+  };
   const auto load = [&](int step) {
-    E* to = stages + step % Tile::kStages * stage;
-    const int x0 = step % tiles_x * p.tile_w, y0 = step / tiles_x % tiles_y * p.tile_h, z = step / tiles_x / tiles_y;
-    const int in_z = z * g.stride[0] + taps.z * g.dilation[0] - g.padding[0];
-    auto from = load_x;
-    from.data += in_z * p.x.space[0];
-    const bool inside = unsigned(in_z) < unsigned(g.in[0]);
-    if (!inside) from.data = load_x.data;
-    from(to, halo_pixel, halo, inside, y0 * g.stride[1] + taps.y * g.dilation[1] - g.padding[1],
-         x0 * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]);
-    auto from_gy = load_gy;
-    from_gy.data += z * p.gy.space[0];
-    from_gy(to + p.halo * Tile::kPitchX, position_pixel, p.positions, true, y0, x0);
+    const int raw = step % (Tile::kStages - 1), rows = step % Tile::kStages;
+    x.load(elements(x.lines() ? at.x_raw + raw * at.x_raw_stage : at.x + rows * at.x_stage), step & 1);
+    gy.load(elements(gy.lines() ? at.gy_raw + raw * at.gy_raw_stage : at.gy + rows * at.gy_stage), step & 1);
+  };
+  const auto advance = [&](Origin& o) {
+    o.x += p.tile_w;
+    if (o.x < g.out[2]) return;
+    o.x = 0, o.y += p.tile_h;
+    if (o.y >= g.out[1]) o.y = 0, ++o.z;
   };
 
   const int warp_c = warp % Tile::kWarpsC * Tile::kWarpC, warp_d = warp / Tile::kWarpsC * Tile::kWarpD;
   int tap_offset[Tile::kTaps];
 #pragma unroll
   for (int tap = 0; tap < Tile::kTaps; ++tap) tap_offset[tap] = tap_at[tap];
+  const int tiles_y = (g.out[1] + p.tile_h - 1) / p.tile_h, tiles_x = (g.out[2] + p.tile_w - 1) / p.tile_w;
   const int steps = g.out[0] * tiles_y * tiles_x;
   Sum sums[Tile::kTaps][Tile::kD][Tile::kC][P::kSums] = {};
+  Origin ahead{0, 0, 0}, now{0, 0, 0};
+#pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
+    if (s < steps) aim(s, ahead);
+    __syncthreads();  // the table is there for everybody, and everybody is done with the one before
     if (s < steps) load(s);
     copy_async_commit();
+    advance(ahead);
   }
-  for (int step = 0; step < steps; ++step) {
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step, advance(now)) {
+    const int next = step + Tile::kStages - 1;
+    if (next < steps) aim(next, ahead);
     copy_async_wait<Tile::kStages - 2>();
-    if constexpr (P::kRoundOnArrival) {
-      E* arrived = stages + step % Tile::kStages * stage;
-      load_x.round(arrived, halo);
-      load_gy.round(arrived + p.halo * Tile::kPitchX, p.positions);
+    __syncthreads();  // this step has arrived for everybody, the next one's table too, and the one before is done with
+    E* x_rows = elements(at.x + (x.lines() ? 0 : step % Tile::kStages * at.x_stage));
+    E* gy_rows = elements(at.gy + (gy.lines() ? 0 : step % Tile::kStages * at.gy_stage));
+    if (P::kRoundOnArrival || x.lines() || gy.lines()) {
+      const int raw = step % (Tile::kStages - 1);
+      const bool new_columns = step == 0 || tiles_x > 1;
+      x.prepare(x_rows, elements(at.x_raw + raw * at.x_raw_stage), origin_in_x(now), new_columns);
+      gy.prepare(gy_rows, elements(at.gy_raw + raw * at.gy_raw_stage), now, new_columns);
+      __syncthreads();  // rows are ready, and raw pieces are free again
     }
-    __syncthreads();  // this step has arrived for everybody, and everybody is done with the one before
-    if (step + Tile::kStages - 1 < steps) load(step + Tile::kStages - 1);
+    if (next < steps) load(next);
     copy_async_commit();
-    const E* x = stages + step % Tile::kStages * stage + P::b_column(lane) + warp_c;
-    const E* gy = stages + step % Tile::kStages * stage + p.halo * Tile::kPitchX + P::a_column(lane) + warp_d;
+    advance(ahead);
+    const E* x_column = x_rows + P::b_column(lane) + warp_c;
+    const E* gy_column = gy_rows + P::a_column(lane) + warp_d;
     if (taps.count == Tile::kTaps)
-      multiply_step<Tile, true>(sums, x, gy, position_at, p.positions, tap_offset, taps.count, lane);
+      multiply_step<Tile, true>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
     else
-      multiply_step<Tile, false>(sums, x, gy, position_at, p.positions, tap_offset, taps.count, lane);
+      multiply_step<Tile, false>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
   }
 
   const Sum squares = direct_epilogue<Tile>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
-  Sum* scratch = reinterpret_cast<Sum*>(shared + (int64_t(p.halo + 2 * p.positions + Tile::kTaps) * 4 + 7) / 8 * 8);
+  Sum* scratch = reinterpret_cast<Sum*>(shared + at.scratch);
   const Sum total = block_sum<Tile::kThreads>(squares, scratch);
   if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[number] = total;
 }
 
 // There is a block for each tile, and fewer where most examples are done already, so that not thousands have nothing to
 // do.
-template <class Tile, bool kVectors>
+template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNorm p) {
   ENGM_SHARED(unsigned char, shared);
   const int64_t all = p.geometry.n * p.tiles();
   // After a tile's last barrier only its warps' sums are read, which the next tile leaves alone until its own.
   for (int64_t number = blockIdx.x; number < all; number += gridDim.x)
-    direct_norm_tile<Tile, kVectors>(p, number, shared);
+    direct_norm_tile<Tile>(p, number, shared);
 }
 
 }  // namespace engm::cuda

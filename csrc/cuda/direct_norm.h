@@ -5,6 +5,25 @@
 
 namespace engm::cuda {
 
+// How a block copies an operand into shared memory, by what is known to be side by side in memory (direct_copy.cuh).
+enum class Copies : int32_t {
+  kElements,  // nothing: single elements
+  kRows,      // channels: 16 bytes of one pixel
+  kLines,     // pixels of a line: 16 bytes of one channel
+};
+
+// The plan of one operand's way through shared memory.
+struct Staging {
+  Copies copies;
+  int rows;         // of a step: pixels, and rows that are none
+  int entries;      // of a step, at most: what is copied, rows or pieces
+  int line_pieces;  // kLines: pieces of 16 bytes of a line, at most
+  int lanes;        // kLines: threads side by side that copy pieces side by side, a power of two
+  // The distance of channels in kLines, in elements: an odd number of pieces, so that 8 channels lie in 8 banks.
+  template <class E>
+  constexpr int raw_pitch() const { return (entries | 1) * (16 / int(sizeof(E))); }
+};
+
 struct DirectNorm {
   Operand x;   // [n, groups·channels, in]
   Operand gy;  // [n, groups·rows, out]
@@ -19,9 +38,9 @@ struct DirectNorm {
   const uint8_t* done;      // [n], examples to leave alone, or null where there are none
   void* partial;            // [n, tiles] sums of squares, of the sums' type
   int multiprocessors;      // of the device; how many blocks look for examples that are not done
-  bool vectors;             // both operands: channel stride 1, everything else 16-byte aligned
 
-  // The plan.
+  // The plan; who copies how is for the binding to say.
+  Staging x_staging, gy_staging;
   bool wide;                     // the tile for many channels
   int tile_h, tile_w;            // output positions of one step of the pipeline, a rectangle
   int positions;                 // tile_h·tile_w rounded up to the matrix instruction's depth
