@@ -15,7 +15,7 @@ namespace engm::cuda {
 // reads a matrix instruction. A narrow tile is for few channels (an image's three): 8 × 64 on two warps, 1.4 reads.
 template <class P>
 struct ConvTiles {
-  using Wide = DirectTile<P, 64, 64, 4, 2, 9, 2>;
+  using Wide = DirectTile<P, 64, 64, 8, 1, 9, 2>;
   using Narrow = DirectTile<P, 8, 64, 1, 2, 9, 2>;
 };
 // Three products an element need no more reuse than half the channels give, and have no registers for more.
@@ -30,7 +30,7 @@ struct ConvTiles<Float64> {
   using Narrow = DirectTile<Float64, 8, 32, 1, 4, 9, 2>;
 };
 
-constexpr int kConvPositions = 64;  // the most positions of one step
+constexpr int kConvPositions = 128;  // the most positions of one step
 
 template <class P>
 bool plan_conv(DirectNorm& p, int64_t limit) {

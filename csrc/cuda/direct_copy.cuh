@@ -55,7 +55,7 @@ struct Window {
     const int a_line = lines() ? staging.line_pieces : width, all = height * a_line;
     for (int e = threadIdx.x; e < entries(); e += kThreads) place[e] = e < all ? e / a_line << 16 | e % a_line : -1;
     if (!lines()) return;
-    const int pitch = staging.raw_pitch<E>();
+    const int pitch = staging.raw_pitch / int(sizeof(E));
     for (int stage = 0; stage < stages; ++stage, raw += kWidth * pitch)
       for (int e = channels * pitch + threadIdx.x; e < kWidth * pitch; e += kThreads) raw[e] = E{};
   }
@@ -128,22 +128,39 @@ struct Window {
   }
 
   __device__ __forceinline__ void copy_lines(E* raw, const int64_t* table) const {
-    const int lanes = staging.lanes, step = kThreads / lanes, pitch = staging.raw_pitch<E>(), pieces = entries();
-    const int first = threadIdx.x / lanes, end = channels < kWidth ? channels : kWidth;
-    const int channel = int(operand.channel);  // the binding has seen that it fits
+    constexpr int kBatch = Staging::kBatch;
+    const int lanes = staging.lanes, first = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    const int64_t *entry = table + lane, *const behind = table + entries();
+    char* to = reinterpret_cast<char*>(raw) + first * staging.raw_pitch + lane * 16;
+    const auto source_of_channel = [&](int64_t e) {
+      return reinterpret_cast<const char*>(source_of(e)) + uint64_t(staging.channel) * unsigned(first);
+    };
+    if (channels >= kWidth && staging.batches > 0) {
 #pragma unroll 1
-    for (int piece = threadIdx.x % lanes; piece < pieces; piece += lanes) {
-      const int64_t entry = table[piece];
-      const int sign = sign_of(entry);
-      const E* source = source_of(entry) + int64_t(first) * channel;
-      E* to = raw + first * pitch + piece * kVector;
-      int c = first;
+      for (; entry < behind; entry += lanes, to += lanes * 16) {
+        const int sign = sign_of(*entry);
+        const char* source = source_of_channel(*entry);
+        char* batch = to;
+        int batches = staging.batches;
 #pragma unroll 1
-      for (; c + step < end; c += 2 * step, source += int64_t(2 * step) * channel, to += 2 * step * pitch) {
-        copy_async_or_zero<16>(to, source, sign);
-        copy_async_or_zero<16>(to + step * pitch, source + int64_t(step) * channel, sign);
+        do {
+          const char* sources[kBatch];
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j, source += staging.far) sources[j] = source;
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j, batch += staging.raw_far) copy_async_or_zero<16>(batch, sources[j], sign);
+        } while (--batches > 0);
       }
-      if (c < end) copy_async_or_zero<16>(to, source, sign);
+      return;
+    }
+    const int end = channels < kWidth ? channels : kWidth;
+#pragma unroll 1
+    for (; entry < behind; entry += lanes, to += lanes * 16) {
+      const char* source = source_of_channel(*entry);
+      char* single = to;
+#pragma unroll 1
+      for (int c = first; c < end; c += staging.step, source += staging.far, single += staging.raw_far)
+        copy_async_or_zero<16>(single, source, sign_of(*entry));
     }
   }
 
@@ -225,7 +242,7 @@ struct Window {
   }
 
   __device__ __forceinline__ void transpose(E* rows, const E* raw, int x) const {
-    const int lane = threadIdx.x % 32, pieces = entries(), pitch = staging.raw_pitch<E>();
+    const int lane = threadIdx.x % 32, pieces = entries(), pitch = staging.raw_pitch / int(sizeof(E));
     const int inside = image_x - x < width ? image_x - x : width;  // columns of the window, of which some may be negative
     const unsigned columns = inside > 0 ? inside : 0;
 #pragma unroll 1

@@ -27,20 +27,28 @@ inline Halo largest_halo(const DirectNorm& p) {
   return most;
 }
 
-// Plans the copies of windows of height × width pixels, which go to so many rows, of images so many pixels wide.
-template <class Tile>
-void plan_staging(Staging& s, int rows, int height, int width, int image) {
-  constexpr int kCopyCost = 6, kPieceCost = 17;  // instructions
+// Plans the copies of windows of height × width pixels, which go to so many rows of kWidth channels, of images so many
+// pixels wide.
+template <class Tile, int kWidth>
+void plan_staging(Staging& s, const Operand& operand, int rows, int height, int width, int image) {
+  constexpr int kBatchCost = 24, kPieceCost = 24, kBatchThreads = Staging::kBatch * Tile::kThreads;  // instructions
   s.rows = s.entries = rows;
+  s.raw_pitch = 0;
   if (s.copies != Copies::kLines) return;
   s.line_pieces = std::min((width + Tile::kVector - 2) / Tile::kVector + 1, image / Tile::kVector);
   s.entries = height * s.line_pieces;
+  s.raw_pitch = (s.entries | 1) * 16;
+  s.lanes = 8, s.batches = 0;
   int64_t best = std::numeric_limits<int64_t>::max();
   for (int lanes = 32; lanes >= 4; lanes /= 2) {
-    const int channels = tiles_of(int64_t(Tile::kChannels) * lanes, Tile::kThreads);
-    const int64_t cost = int64_t(tiles_of(s.entries, lanes)) * (channels * kCopyCost + kPieceCost);
-    if (cost < best) best = cost, s.lanes = lanes;
+    const int batches = kWidth * lanes / kBatchThreads;
+    if (batches * kBatchThreads != kWidth * lanes) continue;
+    const int64_t cost = tiles_of(s.entries, lanes) * (batches * kBatchCost + kPieceCost);
+    if (cost < best) best = cost, s.lanes = lanes, s.batches = batches;
   }
+  s.channel = uint32_t(operand.channel * sizeof(typename Tile::Policy::Element));  // the binding has seen that it fits
+  s.step = Tile::kThreads / s.lanes, s.far = int64_t(s.step) * s.channel;
+  s.raw_far = s.step * s.raw_pitch;
 }
 
 // Takes the rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into
@@ -60,8 +68,8 @@ bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
       const Halo halo = largest_halo(q);
       if (halo.pixels >= 1 << 16) continue;
       q.halo = int(halo.pixels);
-      plan_staging<Tile>(q.x_staging, q.halo, halo.height, halo.width, g.in[2]);
-      plan_staging<Tile>(q.gy_staging, q.positions, q.tile_h, q.tile_w, g.out[2]);
+      plan_staging<Tile, Tile::kChannels>(q.x_staging, q.x, q.halo, halo.height, halo.width, g.in[2]);
+      plan_staging<Tile, Tile::kRows>(q.gy_staging, q.gy, q.positions, q.tile_h, q.tile_w, g.out[2]);
       q.shared = typename Tile::Layout(q).bytes;
       if (q.shared > limit) continue;
       const double steps = double(tiles_of(g.out[1], q.tile_h)) * tiles_of(g.out[2], q.tile_w);

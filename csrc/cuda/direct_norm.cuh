@@ -51,8 +51,7 @@ struct DirectTile {
       const bool x_lines = p.x_staging.copies == Copies::kLines, gy_lines = p.gy_staging.copies == Copies::kLines;
       x_stage = int64_t(p.x_staging.rows) * kPitchX * kElement;
       gy_stage = int64_t(p.gy_staging.rows) * kPitchG * kElement;
-      x_raw_stage = x_lines ? int64_t(kChannels) * p.x_staging.template raw_pitch<typename P::Element>() * kElement : 0;
-      gy_raw_stage = gy_lines ? int64_t(kRows) * p.gy_staging.template raw_pitch<typename P::Element>() * kElement : 0;
+      x_raw_stage = int64_t(kChannels) * p.x_staging.raw_pitch, gy_raw_stage = int64_t(kRows) * p.gy_staging.raw_pitch;
       gy = x + (x_lines ? 1 : kStages) * x_stage, x_raw = gy + (gy_lines ? 1 : kStages) * gy_stage;
       gy_raw = x_raw + (kStages - 1) * x_raw_stage, bytes = gy_raw + (kStages - 1) * gy_raw_stage;
     }
@@ -125,15 +124,16 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
 template <class Tile, bool kAllTaps>
 __device__ __forceinline__ void multiply_step(
     typename Tile::Policy::Sum (&sums)[Tile::kTaps][Tile::kD][Tile::kC][Tile::Policy::kSums],
-    const typename Tile::Policy::Element* x, const typename Tile::Policy::Element* gy, const int* position_at,
-    int positions, const int (&tap_offset)[Tile::kTaps], int count, int lane) {
+    const char* x, const typename Tile::Policy::Element* gy, const int* position_at, int positions, const int (&tap_offset)[Tile::kTaps], int count, int lane) {
   using P = typename Tile::Policy;
+  using E = typename P::Element;
 #pragma unroll 1
   for (int k = 0; k < positions; k += P::kK) {
     int at_x[P::kRows], at_gy[P::kRows];
+    const int first_x = position_at[k + P::b_row(lane, 0)];
 #pragma unroll
     for (int j = 0; j < P::kRows; ++j) {
-      at_x[j] = position_at[k + P::b_row(lane, j)];
+      at_x[j] = (position_at[k + P::b_row(lane, j)] - first_x) / int(sizeof(E));
       at_gy[j] = (k + P::a_row(lane, j)) * Tile::kPitchG;
     }
     typename P::A a[Tile::kD];
@@ -145,7 +145,7 @@ __device__ __forceinline__ void multiply_step(
 #pragma unroll
       for (int n = 0; n < Tile::kC; ++n) {
         typename P::B b;
-        P::load_b(b, x + tap_offset[tap] + n * P::kN, at_x);
+        P::load_b(b, reinterpret_cast<const E*>(x + (first_x + tap_offset[tap])) + n * P::kN, at_x);
 #pragma unroll
         for (int m = 0; m < Tile::kD; ++m) P::mma(sums[tap][m][n], a[m], b);
       }
@@ -172,8 +172,8 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
   const TapWindow taps(g, p.taps_a_tile, p.tile_h, p.tile_w, tile % p.tap_tiles);
   const int group = tile / p.tap_tiles;
   const typename Tile::Layout at(p);
-  int* position_at = reinterpret_cast<int*>(shared + at.positions);  // [positions] element offset of its first pixel
-  int* tap_at = reinterpret_cast<int*>(shared + at.taps);            // [kTaps] element offset of a tap from the first
+  int* position_at = reinterpret_cast<int*>(shared + at.positions);  // [positions] bytes to its first pixel
+  int* tap_at = reinterpret_cast<int*>(shared + at.taps);            // [kTaps] bytes from the first tap to this one
   const auto elements = [&](int64_t bytes) { return reinterpret_cast<E*>(shared + bytes); };
 
   const int64_t first_channel = int64_t(group) * g.channels + c0, first_row = int64_t(group) * g.rows + d0;
@@ -188,16 +188,16 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
 
   x.begin(elements(at.x_raw), Tile::kStages - 1);
   gy.begin(elements(at.gy_raw), Tile::kStages - 1);
+  constexpr int kRowBytes = Tile::kPitchX * int(sizeof(E));
   for (int e = threadIdx.x; e < p.positions; e += Tile::kThreads) {
     const int y = e / p.tile_w, x = e % p.tile_w;
-    position_at[e] = y < p.tile_h ? (y * g.stride[1] * taps.halo_w + x * g.stride[2]) * Tile::kPitchX : 0;
+    position_at[e] = y < p.tile_h ? (y * g.stride[1] * taps.halo_w + x * g.stride[2]) * kRowBytes : 0;
   }
   for (int e = threadIdx.x; e < Tile::kTaps; e += Tile::kThreads) {
     const int tap = taps.first + (e < taps.count ? e : 0);
     const int y = tap / g.kernel[2] - taps.y, x = tap % g.kernel[2] - taps.x;
-    tap_at[e] = (y * g.dilation[1] * taps.halo_w + x * g.dilation[2]) * Tile::kPitchX;
+    tap_at[e] = (y * g.dilation[1] * taps.halo_w + x * g.dilation[2]) * kRowBytes;
   }
-  __syncthreads();
 
   const auto origin_in_x = [&](const Origin& o) {
     return Origin{o.z * g.stride[0] + taps.z * g.dilation[0] - g.padding[0],
@@ -221,9 +221,6 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
   };
 
   const int warp_c = warp % Tile::kWarpsC * Tile::kWarpC, warp_d = warp / Tile::kWarpsC * Tile::kWarpD;
-  int tap_offset[Tile::kTaps];
-#pragma unroll
-  for (int tap = 0; tap < Tile::kTaps; ++tap) tap_offset[tap] = tap_at[tap];
   const int tiles_y = (g.out[1] + p.tile_h - 1) / p.tile_h, tiles_x = (g.out[2] + p.tile_w - 1) / p.tile_w;
   const int steps = g.out[0] * tiles_y * tiles_x;
   Sum sums[Tile::kTaps][Tile::kD][Tile::kC][P::kSums] = {};
@@ -231,11 +228,14 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
 #pragma unroll 1
   for (int s = 0; s < Tile::kStages - 1; ++s) {
     if (s < steps) aim(s, ahead);
-    __syncthreads();  // the table is there for everybody, and everybody is done with the one before
+    __syncthreads();  // the tables are there for everybody, and everybody is done with those before
     if (s < steps) load(s);
     copy_async_commit();
     advance(ahead);
   }
+  int tap_offset[Tile::kTaps];
+#pragma unroll
+  for (int tap = 0; tap < Tile::kTaps; ++tap) tap_offset[tap] = tap_at[tap];
 #pragma unroll 1
   for (int step = 0; step < steps; ++step, advance(now)) {
     const int next = step + Tile::kStages - 1;
@@ -254,7 +254,7 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
     if (next < steps) load(next);
     copy_async_commit();
     advance(ahead);
-    const E* x_column = x_rows + P::b_column(lane) + warp_c;
+    const char* x_column = reinterpret_cast<const char*>(x_rows + P::b_column(lane) + warp_c);
     const E* gy_column = gy_rows + P::a_column(lane) + warp_d;
     if (taps.count == Tile::kTaps)
       multiply_step<Tile, true>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);

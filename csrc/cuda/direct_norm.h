@@ -17,11 +17,17 @@ struct Staging {
   Copies copies;
   int rows;         // of a step: pixels, and rows that are none
   int entries;      // of a step, at most: what is copied, rows or pieces
-  int line_pieces;  // kLines: pieces of 16 bytes of a line, at most
-  int lanes;        // kLines: threads side by side that copy pieces side by side, a power of two
-  // The distance of channels in kLines, in elements: an odd number of pieces, so that 8 channels lie in 8 banks.
-  template <class E>
-  constexpr int raw_pitch() const { return (entries | 1) * (16 / int(sizeof(E))); }
+  // Of kLines only.
+  static constexpr int kBatch = 4;  // copies that follow each other
+  int line_pieces;  // pieces of 16 bytes of a line, at most
+  int lanes;        // threads side by side that copy pieces side by side, a power of two
+  uint32_t channel; // bytes from one channel of the operand to the next
+  int step;         // from one channel of a thread to its next
+  int batches;      // of copies that a thread starts for a piece, where all channels are valid; 0 if they do not fit
+  int64_t far;      // the same in bytes of the operand
+  int raw_pitch;    // bytes from one channel's raw pieces to the next one's: an odd number of pieces, so that those of 8
+                    // channels lie in 8 banks
+  int raw_far;      // bytes from one channel of a thread to its next
 };
 
 struct DirectNorm {

@@ -64,7 +64,7 @@ Copies copies_of(const Operand& o, const int (&size)[3], int64_t n, int channels
   if (reinterpret_cast<uintptr_t>(o.data) % 16 != 0 || !aligned(n, o.example)) return Copies::kElements;
   const bool slices = aligned(size[0], o.space[0]) && aligned(size[1], o.space[1]);
   if (o.channel == 1 && channels % vector == 0 && slices && aligned(size[2], o.space[2])) return Copies::kRows;
-  const bool lines = slices && aligned(int64_t(channels) * groups, o.channel) && o.channel <= INT32_MAX;
+  const bool lines = slices && aligned(int64_t(channels) * groups, o.channel) && o.channel * element <= INT32_MAX;
   if (o.space[2] == 1 && size[2] % vector == 0 && lines && element <= 4) return Copies::kLines;
   return Copies::kElements;
 }

@@ -11,14 +11,12 @@ def each(*names: str) -> tuple[str, ...]:
     return tuple(f"{name}_{dtype}" for name in names for dtype in DTYPES)
 
 
+DIRECT = (*each("linear", "convolution", "strided_convolution"), "corrected", "rounded_to_tf32", "many_unreliable")
+
 # Cases of mutation_cases.py, cheapest first; also the list of files whose barriers and waits are looked for.
 CASES = {
-    "direct_norm.cuh": (
-        *each("linear", "convolution", "strided_convolution"),
-        "corrected",
-        "rounded_to_tf32",
-        "many_unreliable",
-    ),
+    "direct_norm.cuh": DIRECT,
+    "direct_copy.cuh": DIRECT,
     "gram_norm.cuh": (
         *each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
         "gram_by_itself",
@@ -109,42 +107,67 @@ WRITTEN: dict[str, list[tuple]] = {
     ],
     "sum_partials.cuh": [("the last left out", "j < p.count", "j < p.count - 1")],
     "direct_norm.cuh": [
-        (
-            "vectors without zero fill",
-            "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, bytes);",
-            "copy_async_16(to + row * kPitch + c, bytes ? from + c : data, 16);",
-        ),
-        ("elements without zero fill", "from != nullptr && c < channels", "from != nullptr", 0),
-        ("small elements without zero fill", "from != nullptr && c < channels", "from != nullptr", 1),
-        ("one pixel too many", "unsigned(x) < unsigned(w)", "unsigned(x) <= unsigned(w)"),
-        ("one row of pixels too few", "unsigned(y) < unsigned(h)", "unsigned(y) + 1 < unsigned(h)"),
-        ("rows that are none", "position_pixel[e] = inside ? y << 16 | x : -1;", "position_pixel[e] = y << 16 | x;"),
         ("no stride", "y * g.stride[1] * taps.halo_w + x * g.stride[2]", "y * taps.halo_w + x"),
-        ("x cut off instead of rounded", "load_x.round(arrived, halo);", ""),
-        ("gy cut off instead of rounded", "load_gy.round(arrived + p.halo * Tile::kPitchX, p.positions);", ""),
-        (
-            "the first vector of a row rounded only",
-            "to + e / kChunks * kPitch + e % kChunks * 4",
-            "to + e / kChunks * kPitch",
-        ),
         ("no dilation", "y * g.dilation[1] * taps.halo_w + x * g.dilation[2]", "y * taps.halo_w + x"),
-        ("the halo one pixel short", "e < halo", "e < halo - 1"),
-        (
-            "the stage of the step before",
-            "step % Tile::kStages * stage + p.halo * Tile::kPitchX",
-            "(step + 1) % Tile::kStages * stage + p.halo * Tile::kPitchX",
-        ),
+        ("the stage of the step before", "step % Tile::kStages * at.x_stage", "(step + 1) % Tile::kStages * at.x_stage"),
+        ("raw pieces of the step before", "step % (Tile::kStages - 1)", "(step + 1) % (Tile::kStages - 1)", 1),
+        ("columns of the first step", "step == 0 || tiles_x > 1", "step == 0"),
         ("rows of gy", "k + P::a_row(lane, j)", "k + P::b_row(lane, j)"),
         ("rows of x", "position_at[k + P::b_row(lane, j)]", "position_at[k + P::a_row(lane, j)]"),
         ("column of x", "P::b_column(lane) + warp_c", "P::a_column(lane) + warp_c"),
         ("column of gy", "P::a_column(lane) + warp_d", "P::b_column(lane) + warp_d"),
-        ("the last step not loaded", "step + Tile::kStages - 1 < steps", "step + Tile::kStages < steps"),
+        ("the last step not loaded", "next < steps", "next + 1 < steps", 1),
+        ("the next line, not the next rectangle", "o.x = 0, o.y += p.tile_h;", "o.x = 0, ++o.y;"),
         ("taps beyond the last", "if (!kAllTaps && tap >= count) break;", ""),
         ("taps of the first slice", "taps.z * g.kernel[1] * g.kernel[2] + taps.first", "taps.first"),
         (
             "no padding",
-            "x0 * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]",
-            "x0 * g.stride[2] + taps.x * g.dilation[2]",
+            "o.x * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]",
+            "o.x * g.stride[2] + taps.x * g.dilation[2]",
+        ),
+    ],
+    "direct_copy.cuh": [
+        ("rows without zero fill", "sign_of(entry[j]) | outside", "outside"),
+        ("a row without zero fill", "sign_of(table[row]) | outside", "outside"),
+        ("channels that are none", "sign_of(entry[j]) | outside", "sign_of(entry[j])"),
+        (
+            "lines without zero fill",
+            "copy_async_or_zero<16>(batch, sources[j], sign);",
+            "copy_async_or_zero<16>(batch, sources[j], 0);",
+        ),
+        (
+            "lines of few channels without zero fill",
+            "copy_async_or_zero<16>(single, source, sign_of(*entry));",
+            "copy_async_or_zero<16>(single, source, 0);",
+        ),
+        ("elements without zero fill", "c + j * kStep < end ? sign : -1", "c + j * kStep < end ? 0 : -1"),
+        ("elements of channels that are none", "c + j * kStep < end ? sign : -1", "sign"),
+        ("small elements without zero fill", "sign < 0 ? 0 : end", "end"),
+        ("no zeros for channels that are none", "raw[e] = E{};", ""),
+        ("the table of the step before", "from + slot * staging.entries", "from + (slot ^ 1) * staging.entries", 1),
+        ("one pixel too many", "unsigned(x) < unsigned(image_x)", "unsigned(x) <= unsigned(image_x)"),
+        ("one row of pixels too few", "unsigned(y) < unsigned(image_y)", "unsigned(y) + 1 < unsigned(image_y)"),
+        ("rows that are none", "e < all ? e / a_line << 16 | e % a_line : -1", "e / a_line << 16 | e % a_line"),
+        (
+            "the window one pixel short",
+            "e < all ? e / a_line << 16 | e % a_line : -1",
+            "e < all - 1 ? e / a_line << 16 | e % a_line : -1",
+        ),
+        ("pieces from the image's first column on", "x <= 0 ? 0 : x / kVector * kVector", "0"),
+        ("columns outside of the image", "if (new_columns) clear_columns(rows, o.x);", ""),
+        ("the last piece", "first < pieces", "first < pieces - kPieces"),
+        ("one column too many", "unsigned(piece.column + j) < columns", "unsigned(piece.column + j) <= columns"),
+        (
+            "one column too many, 16 bits",
+            "unsigned(piece.column + lane / 4) < columns",
+            "unsigned(piece.column + lane / 4) <= columns",
+        ),
+        ("cut off instead of rounded", "v.at[j] = __uint_as_float(to_tf32(v.at[j]));", ""),
+        ("rows cut off instead of rounded", "round(rows);", ""),
+        (
+            "the first vector of a row rounded only",
+            "rows += threadIdx.x / kChunks * kPitch + threadIdx.x % kChunks * kVector;",
+            "rows += threadIdx.x / kChunks * kPitch;",
         ),
     ],
     "gram_norm.cuh": [
