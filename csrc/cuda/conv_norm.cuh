@@ -16,21 +16,23 @@ namespace engm::cuda {
 template <class P>
 struct ConvTiles {
   using Wide = DirectTile<P, 64, 64, 8, 1, 9, 2>;
-  using Narrow = DirectTile<P, 8, 64, 1, 2, 9, 2>;
+  using Narrow = DirectTile<P, 8, 64, 1, 2, 9, 2, 4>;
 };
 // Three products an element need no more reuse than half the channels give, and have no registers for more.
 template <>
 struct ConvTiles<Tf32x3> {
   using Wide = DirectTile<Tf32x3, 32, 64, 4, 2, 9, 2>;
-  using Narrow = DirectTile<Tf32x3, 8, 64, 1, 2, 9, 2>;
+  using Narrow = DirectTile<Tf32x3, 8, 64, 1, 2, 9, 2, 4>;
 };
 template <>
 struct ConvTiles<Float64> {
   using Wide = DirectTile<Float64, 32, 32, 2, 4, 9, 2>;
-  using Narrow = DirectTile<Float64, 8, 32, 1, 4, 9, 2>;
+  using Narrow = DirectTile<Float64, 8, 32, 1, 4, 9, 2, 4>;
 };
 
-constexpr int kConvPositions = 128;  // the most positions of one step
+// The most positions of one step.
+template <class P>
+constexpr int kConvPositions = 512 / int(sizeof(typename P::Element));
 
 template <class P>
 bool plan_conv(DirectNorm& p, int64_t limit) {
@@ -40,9 +42,9 @@ bool plan_conv(DirectNorm& p, int64_t limit) {
   constexpr int kNarrowInWideTime = 3 * Wide::kChannels / Narrow::kChannels / 4;
   p.wide = kNarrowInWideTime * tiles_of(p.geometry.channels, Wide::kChannels) <=
            tiles_of(p.geometry.channels, Narrow::kChannels);
-  if (p.wide && plan_tile<Wide>(p, kConvPositions, limit)) return true;
+  if (p.wide && plan_tile<Wide>(p, kConvPositions<P>, limit)) return true;
   p.wide = false;  // also where a wide step does not fit: strides and dilations of dozens
-  return plan_tile<Narrow>(p, kConvPositions, limit);
+  return plan_tile<Narrow>(p, kConvPositions<P>, limit);
 }
 
 template <class P>

@@ -37,7 +37,7 @@ struct Window {
 
   const Operand& operand;
   const Staging& staging;
-  const E* data;  // the example's first channel of this block
+  const E* data;  // the first example's first channel of this block
   int channels;   // how many are valid from there on, may exceed kWidth
   int image_z, image_y, image_x;
   int height, width;
@@ -53,15 +53,18 @@ struct Window {
   // Fills in what the steps share: places, and zeros for channels that are none.
   __device__ __forceinline__ void begin(E* raw, int stages) const {
     const int a_line = lines() ? staging.line_pieces : width, all = height * a_line;
+#pragma unroll 1
     for (int e = threadIdx.x; e < entries(); e += kThreads) place[e] = e < all ? e / a_line << 16 | e % a_line : -1;
     if (!lines()) return;
     const int pitch = staging.raw_pitch / int(sizeof(E));
     for (int stage = 0; stage < stages; ++stage, raw += kWidth * pitch)
+#pragma unroll 1
       for (int e = channels * pitch + threadIdx.x; e < kWidth * pitch; e += kThreads) raw[e] = E{};
   }
 
   // Fills in the table of one step.
-  __device__ __forceinline__ void aim(int slot, const Origin& o) const {
+  __device__ __forceinline__ void aim(int slot, int64_t example, const Origin& o) const {
+    const E* first_pixel = data + example * operand.example;
     int64_t* table = from + slot * staging.entries;
     const bool slice = unsigned(o.z) < unsigned(image_z);
     const int first = lines() ? first_column(o.x) : o.x, a_piece = lines() ? kVector : 1;
@@ -70,7 +73,7 @@ struct Window {
       const int at = place[e], y = o.y + (at >> 16), x = first + (at & 0xffff) * a_piece;
       const bool inside = slice & (at >= 0) & (unsigned(y) < unsigned(image_y)) & (unsigned(x) < unsigned(image_x));
       const int64_t way = o.z * operand.space[0] + y * operand.space[1] + x * operand.space[2];
-      table[e] = inside ? reinterpret_cast<int64_t>(data + way) : reinterpret_cast<int64_t>(data) | INT64_MIN;
+      table[e] = reinterpret_cast<int64_t>(first_pixel + (inside ? way : 0)) | (inside ? 0 : INT64_MIN);
     }
   }
 

@@ -51,6 +51,12 @@ void plan_staging(Staging& s, const Operand& operand, int rows, int height, int 
   s.raw_far = s.step * s.raw_pitch;
 }
 
+// How many pixels of a step are copied, those of the image beside a window that share its pieces too.
+template <class Tile>
+double copied_pixels(const Staging& s) {
+  return s.copies == Copies::kLines ? double(s.entries) * Tile::kVector : s.rows;
+}
+
 // Takes the rectangle of at most `most_positions` output positions that costs least, of those whose steps fit into
 // `limit` bytes. A step costs its matrix products, a copy for every row of pixels or positions, and a barrier.
 template <class Tile>
@@ -70,11 +76,12 @@ bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
       q.halo = int(halo.pixels);
       plan_staging<Tile, Tile::kChannels>(q.x_staging, q.x, q.halo, halo.height, halo.width, g.in[2]);
       plan_staging<Tile, Tile::kRows>(q.gy_staging, q.gy, q.positions, q.tile_h, q.tile_w, g.out[2]);
-      q.shared = typename Tile::Layout(q).bytes;
-      if (q.shared > limit) continue;
+      q.layout = Tile::layout(q);
+      if (q.layout.bytes > limit) continue;
       const double steps = double(tiles_of(g.out[1], q.tile_h)) * tiles_of(g.out[2], q.tile_w);
-      const double cost = steps * (double(q.positions) / P::kK * (p.taps_a_tile + 1) + (q.halo + q.positions) * kRowCopies +
-                                   kBarrier);
+      const double copied = copied_pixels<Tile>(q.x_staging) + copied_pixels<Tile>(q.gy_staging);
+      const double cost =
+          steps * (double(q.positions) / P::kK * (p.taps_a_tile + 1) + copied * kRowCopies + kBarrier);
       if (cost < best) best = cost, chosen = q;
     }
   }
@@ -97,12 +104,33 @@ bool plan_tile(DirectNorm& p, int most_positions, int64_t limit) {
   return false;
 }
 
+// How many blocks share a tile's examples, so that all blocks are done soonest: a block has work for every example and
+// some of its own, and `resident` of them run at once.
+inline int64_t plan_example_step(int64_t n, int64_t tiles, double steps, int64_t resident) {
+  constexpr double kOwnSteps = 1;  // a block's tables and its wait for the first step, as steps
+  constexpr int64_t kMostExamples = 64;
+  double best = std::numeric_limits<double>::infinity();
+  int64_t chosen = n;
+  for (int64_t each = 1; each <= std::min(n, kMostExamples); ++each) {
+    const int64_t share = (n + each - 1) / each, turns = (share * tiles + resident - 1) / resident;
+    const double cost = double(turns) * (double(each) * steps + kOwnSteps);
+    if (cost < best) best = cost, chosen = share;
+  }
+  return chosen;
+}
+
 template <class Tile>
-int launch_tile(const DirectNorm& p, void* stream) {
+int launch_tile(DirectNorm p, void* stream) {
   constexpr int kBlocksEach = 8;  // blocks of a multiprocessor, where most will find nothing to do
-  const int64_t all = p.geometry.n * p.tiles(), few = int64_t(kBlocksEach) * p.multiprocessors;
-  const int64_t blocks = p.done != nullptr && few < all ? few : all;
-  return launch(direct_norm_kernel<Tile>, blocks, Tile::kThreads, p.shared, stream, p);
+  const Geometry& g = p.geometry;
+  const double steps = double(g.out[0]) * tiles_of(g.out[1], p.tile_h) * tiles_of(g.out[2], p.tile_w);
+  p.example_step = p.done != nullptr
+                       ? std::min(g.n, (int64_t(kBlocksEach) * p.multiprocessors + p.tiles() - 1) / p.tiles())
+                       : plan_example_step(g.n, p.tiles(), steps, int64_t(Tile::kBlocks) * p.multiprocessors);
+  const int64_t blocks = p.example_step * p.tiles();
+  const bool plain = p.shift == nullptr && p.grads == nullptr;
+  return plain ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.layout.bytes, stream, p)
+               : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.layout.bytes, stream, p);
 }
 
 }  // namespace engm::cuda

@@ -23,10 +23,12 @@
 
 namespace engm::cuda {
 
-template <class P, int kChannels_, int kRows_, int kWarpsC_, int kWarpsD_, int kTaps_, int kStages_>
+// kBlocks is how many blocks shall share a multiprocessor, which bounds the registers.
+template <class P, int kChannels_, int kRows_, int kWarpsC_, int kWarpsD_, int kTaps_, int kStages_, int kBlocks_ = 1>
 struct DirectTile {
   using Policy = P;
   static constexpr int kChannels = kChannels_, kRows = kRows_, kTaps = kTaps_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;
   static constexpr int kWarpsC = kWarpsC_, kWarpsD = kWarpsD_, kThreads = 32 * kWarpsC * kWarpsD;
   static constexpr int kWarpC = kChannels / kWarpsC, kWarpD = kRows / kWarpsD;  // of one warp
   static constexpr int kC = kWarpC / P::kN, kD = kWarpD / P::kM;                // matrix instructions of one warp
@@ -35,27 +37,32 @@ struct DirectTile {
   static_assert(kWarpC % P::kN == 0 && kWarpD % P::kM == 0);
   static_assert(kPitchX % kVector == 0 && kPitchG % kVector == 0, "rows must stay 16-byte aligned");
 
-  // A block's shared memory in bytes: tables, then rows of pixels of x and of gy, then raw pieces of them. What is
-  // copied as lines has raw pieces of every step under way and rows of one, all else has rows of every step.
-  struct Layout {
-    int64_t positions, taps, x_places, gy_places, x_from, gy_from, scratch;
-    int64_t x, gy, x_raw, gy_raw, x_stage, gy_stage, x_raw_stage, gy_raw_stage, bytes;
-
-    __host__ __device__ __forceinline__ explicit Layout(const DirectNorm& p) {
-      constexpr int kElement = int(sizeof(typename P::Element));
-      positions = 0, taps = positions + p.positions * 4;
-      x_places = taps + kTaps * 4, gy_places = x_places + p.x_staging.entries * 4;
-      x_from = (gy_places + p.gy_staging.entries * 4 + 7) / 8 * 8, gy_from = x_from + p.x_staging.entries * 16;
-      scratch = gy_from + p.gy_staging.entries * 16;
-      x = (scratch + kThreads / 32 * 8 + 127) / 128 * 128;
-      const bool x_lines = p.x_staging.copies == Copies::kLines, gy_lines = p.gy_staging.copies == Copies::kLines;
-      x_stage = int64_t(p.x_staging.rows) * kPitchX * kElement;
-      gy_stage = int64_t(p.gy_staging.rows) * kPitchG * kElement;
-      x_raw_stage = int64_t(kChannels) * p.x_staging.raw_pitch, gy_raw_stage = int64_t(kRows) * p.gy_staging.raw_pitch;
-      gy = x + (x_lines ? 1 : kStages) * x_stage, x_raw = gy + (gy_lines ? 1 : kStages) * gy_stage;
-      gy_raw = x_raw + (kStages - 1) * x_raw_stage, bytes = gy_raw + (kStages - 1) * gy_raw_stage;
-    }
-  };
+  // Lays a block's shared memory out. What is copied as lines has raw pieces of every step under way and rows of one, all
+  // else has rows of every step.
+  static SharedLayout layout(const DirectNorm& p) {
+    constexpr int64_t kElement = sizeof(typename P::Element);
+    const Staging &x = p.x_staging, &gy = p.gy_staging;
+    SharedLayout at{};
+    int64_t end = 0;
+    const auto take = [&](int64_t bytes, int64_t alignment) {
+      const int64_t begin = (end + alignment - 1) / alignment * alignment;
+      end = begin + bytes;
+      return int(begin < INT32_MAX ? begin : INT32_MAX);  // as much fits nowhere
+    };
+    at.positions = take(p.positions * 4, 4), at.taps = take(kTaps * 4, 4);
+    at.x_places = take(x.entries * 4, 4), at.gy_places = take(gy.entries * 4, 4);
+    at.x_from = take(x.entries * 16, 8), at.gy_from = take(gy.entries * 16, 8);
+    at.scratch = take(kThreads / 32 * 8, 8);
+    const bool x_lines = x.copies == Copies::kLines, gy_lines = gy.copies == Copies::kLines;
+    const int64_t x_rows = x.rows * kPitchX * kElement, gy_rows = gy.rows * kPitchG * kElement;
+    const int64_t x_raw = int64_t(kChannels) * x.raw_pitch, gy_raw = int64_t(kRows) * gy.raw_pitch;
+    at.x = take((x_lines ? 1 : kStages) * x_rows, 128), at.gy = take((gy_lines ? 1 : kStages) * gy_rows, 16);
+    at.x_raw = take((kStages - 1) * x_raw, 16), at.gy_raw = take((kStages - 1) * gy_raw, 16);
+    at.x_stage = int(x_lines ? 0 : x_rows), at.gy_stage = int(gy_lines ? 0 : gy_rows);
+    at.x_raw_stage = int(x_raw), at.gy_raw_stage = int(gy_raw);
+    at.bytes = end;
+    return at;
+  }
 };
 
 // The kernel taps of one block, and the pixels that a rectangle of positions needs for them.
@@ -78,9 +85,9 @@ struct TapWindow {
   }
 };
 
-// Returns this lane's sum of squares of the warp's tile, after the correction, and writes the tile where gradients are
-// wanted.
-template <class Tile>
+// Returns this lane's sum of squares of the warp's tile; if it is not plain, after the correction, and writes the tile
+// where gradients are wanted.
+template <class Tile, bool kPlain>
 __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
     const DirectNorm& p, typename Tile::Policy::Sum (&sums)[Tile::kTaps][Tile::kD][Tile::kC][Tile::Policy::kSums],
     int64_t example, int group, int first_channel, int first_row, const TapWindow& taps, int lane) {
@@ -89,7 +96,6 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
   const Geometry& g = p.geometry;
   const int all_taps = g.taps(), all_rows = g.groups * g.rows;
   const int first_tap = taps.z * g.kernel[1] * g.kernel[2] + taps.first;
-  const bool plain = p.shift == nullptr && p.grads == nullptr;
   Sum total = 0;
   // Taps are innermost: they are neighbours in memory and share their addresses.
 #pragma unroll
@@ -99,13 +105,13 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
 #pragma unroll
       for (int e = 0; e < P::kSums; ++e) {
         const int row = first_row + m * P::kM + P::sum_m(lane, e), c = first_channel + n * P::kN + P::sum_n(lane, e);
-        if (!plain && (c >= g.channels || row >= g.rows)) continue;
+        if (!kPlain && (c >= g.channels || row >= g.rows)) continue;
         const int64_t o = group * g.rows + row, at = (o * g.channels + c) * all_taps + first_tap;
         const int64_t io = example * all_rows + o, mean = int64_t(group * g.channels + c) * all_taps + first_tap;
 #pragma unroll
         for (int tap = 0; tap < Tile::kTaps; ++tap) {
           Sum v = sums[tap][m][n][e];
-          if (!plain) {
+          if (!kPlain) {
             if (tap >= taps.count) break;
             if (p.shift != nullptr)
               v -= static_cast<const Sum*>(p.shift)[io] * static_cast<const Sum*>(p.patch_mean)[mean + tap] +
@@ -124,7 +130,8 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
 template <class Tile, bool kAllTaps>
 __device__ __forceinline__ void multiply_step(
     typename Tile::Policy::Sum (&sums)[Tile::kTaps][Tile::kD][Tile::kC][Tile::Policy::kSums],
-    const char* x, const typename Tile::Policy::Element* gy, const int* position_at, int positions, const int (&tap_offset)[Tile::kTaps], int count, int lane) {
+    const char* x, const typename Tile::Policy::Element* gy, const int* position_at, int positions,
+    const int (&tap_offset)[Tile::kTaps], int count, int lane) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
 #pragma unroll 1
@@ -153,47 +160,56 @@ __device__ __forceinline__ void multiply_step(
   }
 }
 
-// Works on the tile of the given number. Examples are outermost, so that neighbouring blocks share one, which then
-// stays in L2.
-template <class Tile>
-__device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t number, unsigned char* shared) {
+// Where a block is in its sequence of steps: an example, and the first output position of a step.
+struct Place {
+  int64_t example;
+  Origin origin;
+};
+
+// A block keeps its tile and takes every example_step-th example, one behind the other through one pipeline. Tiles are
+// innermost, so that neighbouring blocks share an example, which then stays in L2. Plain are norms without a correction
+// and without gradients.
+template <class Tile, bool kPlain>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_kernel(DirectNorm p) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
   using Sum = typename P::Sum;
+  constexpr int kStages = Tile::kStages, kThreads = Tile::kThreads, kRowBytes = Tile::kPitchX * int(sizeof(E));
+  ENGM_SHARED(unsigned char, shared);
   const Geometry& g = p.geometry;
+  const SharedLayout& at = p.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tiles = p.tiles(), example = number / tiles;
-  if (p.done != nullptr && p.done[example]) return;
-  int tile = int(number % tiles);
-  const int c0 = tile % p.channel_tiles * Tile::kChannels;
+  const unsigned tiles = unsigned(p.tiles()), number = blockIdx.x % tiles;
+  unsigned tile = number;
+  const int c0 = int(tile % p.channel_tiles) * Tile::kChannels;
   tile /= p.channel_tiles;
-  const int d0 = tile % p.row_tiles * Tile::kRows;
+  const int d0 = int(tile % p.row_tiles) * Tile::kRows;
   tile /= p.row_tiles;
-  const TapWindow taps(g, p.taps_a_tile, p.tile_h, p.tile_w, tile % p.tap_tiles);
-  const int group = tile / p.tap_tiles;
-  const typename Tile::Layout at(p);
+  const TapWindow taps(g, p.taps_a_tile, p.tile_h, p.tile_w, int(tile % p.tap_tiles));
+  const int group = int(tile / p.tap_tiles);
   int* position_at = reinterpret_cast<int*>(shared + at.positions);  // [positions] bytes to its first pixel
   int* tap_at = reinterpret_cast<int*>(shared + at.taps);            // [kTaps] bytes from the first tap to this one
-  const auto elements = [&](int64_t bytes) { return reinterpret_cast<E*>(shared + bytes); };
+  const auto elements = [&](int bytes) { return reinterpret_cast<E*>(shared + bytes); };
 
   const int64_t first_channel = int64_t(group) * g.channels + c0, first_row = int64_t(group) * g.rows + d0;
-  const Window<P, Tile::kChannels, Tile::kPitchX, Tile::kThreads> x{
-      p.x, p.x_staging, static_cast<const E*>(p.x.data) + example * p.x.example + first_channel * p.x.channel,
-      g.channels - c0, g.in[0], g.in[1], g.in[2], taps.halo_h, taps.halo_w,
-      reinterpret_cast<int*>(shared + at.x_places), reinterpret_cast<int64_t*>(shared + at.x_from)};
-  const Window<P, Tile::kRows, Tile::kPitchG, Tile::kThreads> gy{
-      p.gy, p.gy_staging, static_cast<const E*>(p.gy.data) + example * p.gy.example + first_row * p.gy.channel,
-      g.rows - d0, g.out[0], g.out[1], g.out[2], p.tile_h, p.tile_w,
-      reinterpret_cast<int*>(shared + at.gy_places), reinterpret_cast<int64_t*>(shared + at.gy_from)};
+  const Window<P, Tile::kChannels, Tile::kPitchX, kThreads> x{
+      p.x, p.x_staging, static_cast<const E*>(p.x.data) + first_channel * p.x.channel, g.channels - c0, g.in[0], g.in[1],
+      g.in[2], taps.halo_h, taps.halo_w, reinterpret_cast<int*>(shared + at.x_places),
+      reinterpret_cast<int64_t*>(shared + at.x_from)};
+  const Window<P, Tile::kRows, Tile::kPitchG, kThreads> gy{
+      p.gy, p.gy_staging, static_cast<const E*>(p.gy.data) + first_row * p.gy.channel, g.rows - d0, g.out[0], g.out[1],
+      g.out[2], p.tile_h, p.tile_w, reinterpret_cast<int*>(shared + at.gy_places),
+      reinterpret_cast<int64_t*>(shared + at.gy_from)};
 
-  x.begin(elements(at.x_raw), Tile::kStages - 1);
-  gy.begin(elements(at.gy_raw), Tile::kStages - 1);
-  constexpr int kRowBytes = Tile::kPitchX * int(sizeof(E));
-  for (int e = threadIdx.x; e < p.positions; e += Tile::kThreads) {
+  x.begin(elements(at.x_raw), kStages - 1);
+  gy.begin(elements(at.gy_raw), kStages - 1);
+#pragma unroll 1
+  for (int e = threadIdx.x; e < p.positions; e += kThreads) {
     const int y = e / p.tile_w, x = e % p.tile_w;
     position_at[e] = y < p.tile_h ? (y * g.stride[1] * taps.halo_w + x * g.stride[2]) * kRowBytes : 0;
   }
-  for (int e = threadIdx.x; e < Tile::kTaps; e += Tile::kThreads) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < Tile::kTaps; e += kThreads) {
     const int tap = taps.first + (e < taps.count ? e : 0);
     const int y = tap / g.kernel[2] - taps.y, x = tap % g.kernel[2] - taps.x;
     tap_at[e] = (y * g.dilation[1] * taps.halo_w + x * g.dilation[2]) * kRowBytes;
@@ -204,79 +220,85 @@ __device__ __forceinline__ void direct_norm_tile(const DirectNorm& p, int64_t nu
                   o.y * g.stride[1] + taps.y * g.dilation[1] - g.padding[1],
                   o.x * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]};
   };
-  const auto aim = [&](int step, const Origin& o) {
-    x.aim(step & 1, origin_in_x(o));
-    gy.aim(step & 1, o);
+  const auto aim = [&](int step, const Place& place) {
+    x.aim(step & 1, place.example, origin_in_x(place.origin));
+    gy.aim(step & 1, place.example, place.origin);
   };
   const auto load = [&](int step) {
-    const int raw = step % (Tile::kStages - 1), rows = step % Tile::kStages;
+    const int raw = step % (kStages - 1), rows = step % kStages;
     x.load(elements(x.lines() ? at.x_raw + raw * at.x_raw_stage : at.x + rows * at.x_stage), step & 1);
     gy.load(elements(gy.lines() ? at.gy_raw + raw * at.gy_raw_stage : at.gy + rows * at.gy_stage), step & 1);
   };
-  const auto advance = [&](Origin& o) {
+  const auto undone = [&](int64_t example) {
+    while (p.done != nullptr && example < g.n && p.done[example]) example += p.example_step;
+    return example;
+  };
+  const auto advance = [&](Place& place) {
+    Origin& o = place.origin;
     o.x += p.tile_w;
     if (o.x < g.out[2]) return;
     o.x = 0, o.y += p.tile_h;
-    if (o.y >= g.out[1]) o.y = 0, ++o.z;
+    if (o.y < g.out[1]) return;
+    o.y = 0, ++o.z;
+    if (o.z < g.out[0]) return;
+    o.z = 0, place.example = undone(place.example + p.example_step);
   };
 
   const int warp_c = warp % Tile::kWarpsC * Tile::kWarpC, warp_d = warp / Tile::kWarpsC * Tile::kWarpD;
-  const int tiles_y = (g.out[1] + p.tile_h - 1) / p.tile_h, tiles_x = (g.out[2] + p.tile_w - 1) / p.tile_w;
-  const int steps = g.out[0] * tiles_y * tiles_x;
   Sum sums[Tile::kTaps][Tile::kD][Tile::kC][P::kSums] = {};
-  Origin ahead{0, 0, 0}, now{0, 0, 0};
+  Place ahead{undone(blockIdx.x / tiles), {0, 0, 0}}, now = ahead;
 #pragma unroll 1
-  for (int s = 0; s < Tile::kStages - 1; ++s) {
-    if (s < steps) aim(s, ahead);
+  for (int s = 0; s < kStages - 1; ++s) {
+    const bool more = ahead.example < g.n;
+    if (more) aim(s, ahead);
     __syncthreads();  // the tables are there for everybody, and everybody is done with those before
-    if (s < steps) load(s);
+    if (more) load(s), advance(ahead);
     copy_async_commit();
-    advance(ahead);
   }
   int tap_offset[Tile::kTaps];
 #pragma unroll
   for (int tap = 0; tap < Tile::kTaps; ++tap) tap_offset[tap] = tap_at[tap];
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, advance(now)) {
-    const int next = step + Tile::kStages - 1;
-    if (next < steps) aim(next, ahead);
-    copy_async_wait<Tile::kStages - 2>();
+  for (int step = 0; now.example < g.n; ++step) {
+    const bool more = ahead.example < g.n;
+    if (more) aim(step + kStages - 1, ahead);
+    copy_async_wait<kStages - 2>();
     __syncthreads();  // this step has arrived for everybody, the next one's table too, and the one before is done with
-    E* x_rows = elements(at.x + (x.lines() ? 0 : step % Tile::kStages * at.x_stage));
-    E* gy_rows = elements(at.gy + (gy.lines() ? 0 : step % Tile::kStages * at.gy_stage));
+    E* x_rows = elements(at.x + step % kStages * at.x_stage);
+    E* gy_rows = elements(at.gy + step % kStages * at.gy_stage);
     if (P::kRoundOnArrival || x.lines() || gy.lines()) {
-      const int raw = step % (Tile::kStages - 1);
-      const bool new_columns = step == 0 || tiles_x > 1;
-      x.prepare(x_rows, elements(at.x_raw + raw * at.x_raw_stage), origin_in_x(now), new_columns);
-      gy.prepare(gy_rows, elements(at.gy_raw + raw * at.gy_raw_stage), now, new_columns);
+      const int raw = step % (kStages - 1);
+      const bool new_columns = step == 0 || p.tile_w < g.out[2];
+      x.prepare(x_rows, elements(at.x_raw + raw * at.x_raw_stage), origin_in_x(now.origin), new_columns);
+      gy.prepare(gy_rows, elements(at.gy_raw + raw * at.gy_raw_stage), now.origin, new_columns);
       __syncthreads();  // rows are ready, and raw pieces are free again
     }
-    if (next < steps) load(next);
+    if (more) load(step + kStages - 1), advance(ahead);
     copy_async_commit();
-    advance(ahead);
     const char* x_column = reinterpret_cast<const char*>(x_rows + P::b_column(lane) + warp_c);
     const E* gy_column = gy_rows + P::a_column(lane) + warp_d;
     if (taps.count == Tile::kTaps)
       multiply_step<Tile, true>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
     else
       multiply_step<Tile, false>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
+
+    const int64_t example = now.example;
+    advance(now);
+    if (now.example == example) continue;
+    const Sum squares =
+        direct_epilogue<Tile, kPlain>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
+    // The warps' sums are read behind a barrier, and written again behind those of the next step.
+    const Sum total = block_sum<kThreads>(squares, reinterpret_cast<Sum*>(shared + at.scratch));
+    if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[example * tiles + number] = total;
+#pragma unroll
+    for (int tap = 0; tap < Tile::kTaps; ++tap)
+#pragma unroll
+      for (int m = 0; m < Tile::kD; ++m)
+#pragma unroll
+        for (int n = 0; n < Tile::kC; ++n)
+#pragma unroll
+          for (int e = 0; e < P::kSums; ++e) sums[tap][m][n][e] = 0;
   }
-
-  const Sum squares = direct_epilogue<Tile>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
-  Sum* scratch = reinterpret_cast<Sum*>(shared + at.scratch);
-  const Sum total = block_sum<Tile::kThreads>(squares, scratch);
-  if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[number] = total;
-}
-
-// There is a block for each tile, and fewer where most examples are done already, so that not thousands have nothing to
-// do.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1) direct_norm_kernel(DirectNorm p) {
-  ENGM_SHARED(unsigned char, shared);
-  const int64_t all = p.geometry.n * p.tiles();
-  // After a tile's last barrier only its warps' sums are read, which the next tile leaves alone until its own.
-  for (int64_t number = blockIdx.x; number < all; number += gridDim.x)
-    direct_norm_tile<Tile>(p, number, shared);
 }
 
 }  // namespace engm::cuda

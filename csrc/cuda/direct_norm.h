@@ -30,6 +30,14 @@ struct Staging {
   int raw_far;      // bytes from one channel of a thread to its next
 };
 
+// Where things lie in a block's shared memory, in bytes.
+struct SharedLayout {
+  int positions, taps, x_places, gy_places, x_from, gy_from, scratch;  // tables
+  int x, gy, x_stage, gy_stage;                                        // rows, of every stage or, of stride 0, of one
+  int x_raw, gy_raw, x_raw_stage, gy_raw_stage;                        // raw pieces
+  int64_t bytes;
+};
+
 struct DirectNorm {
   Operand x;   // [n, groups·channels, in]
   Operand gy;  // [n, groups·rows, out]
@@ -43,7 +51,7 @@ struct DirectNorm {
   void* grads;              // [n, groups·rows, channels, taps], written where not null
   const uint8_t* done;      // [n], examples to leave alone, or null where there are none
   void* partial;            // [n, tiles] sums of squares, of the sums' type
-  int multiprocessors;      // of the device; how many blocks look for examples that are not done
+  int multiprocessors;      // of the device
 
   // The plan; who copies how is for the binding to say.
   Staging x_staging, gy_staging;
@@ -53,7 +61,8 @@ struct DirectNorm {
   int halo;                      // pixels that the positions of one step need, at most
   int taps_a_tile;               // kernel taps that one block accumulates
   int channel_tiles, row_tiles, tap_tiles;
-  int64_t shared;                // bytes
+  int64_t example_step;          // blocks that share a tile's examples
+  SharedLayout layout;
   constexpr int64_t tiles() const { return int64_t(channel_tiles) * row_tiles * tap_tiles * geometry.groups; }
 };
 
