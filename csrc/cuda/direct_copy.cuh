@@ -64,6 +64,7 @@ struct Window {
 
   // Fills in the table of one step.
   __device__ __forceinline__ void aim(int slot, int64_t example, const Origin& o) const {
+    if (int(threadIdx.x) >= entries()) return;
     const E* first_pixel = data + example * operand.example;
     int64_t* table = from + slot * staging.entries;
     const bool slice = unsigned(o.z) < unsigned(image_z);
@@ -111,34 +112,37 @@ struct Window {
   // Copies go in batches, with all addresses before them: in machine code every gap between them costs three
   // instructions that do nothing.
   __device__ __forceinline__ void copy_rows(E* to, const int64_t* table) const {
-    constexpr int kStep = kThreads / kChunks, kBatch = 4;
-    const int c = threadIdx.x % kChunks * kVector, rows = staging.rows, outside = c < channels ? 0 : -1;
-    const int mine = outside ? 0 : c;
+    const int c = threadIdx.x % kChunks * kVector, outside = c < channels ? 0 : -1, mine = outside ? 0 : c;
     int row = threadIdx.x / kChunks;
-    to += row * kPitch + c;
+    to += row * kPitch + c, table += row;
+    copy_rows_in_batches<4>(to, table, row, mine, outside);
+    copy_rows_in_batches<2>(to, table, row, mine, outside);
+    copy_rows_in_batches<1>(to, table, row, mine, outside);
+  }
+
+  template <int kBatch>
+  __device__ __forceinline__ void copy_rows_in_batches(E*& to, const int64_t*& table, int& row, int c, int outside) const {
+    constexpr int kStep = kThreads / kChunks;
 #pragma unroll 1
-    for (; row + (kBatch - 1) * kStep < rows; row += kBatch * kStep, to += kBatch * kStep * kPitch) {
+    for (; row + (kBatch - 1) * kStep < staging.rows; row += kBatch * kStep) {
       int64_t entry[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) entry[j] = table[row + j * kStep];
+      for (int j = 0; j < kBatch; ++j, table += kStep) entry[j] = *table;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j)
-        copy_async_or_zero<16>(to + j * kStep * kPitch, source_of(entry[j]) + mine, sign_of(entry[j]) | outside);
+      for (int j = 0; j < kBatch; ++j, to += kStep * kPitch)
+        copy_async_or_zero<16>(to, source_of(entry[j]) + c, sign_of(entry[j]) | outside);
     }
-#pragma unroll 1
-    for (; row < rows; row += kStep, to += kStep * kPitch)
-      copy_async_or_zero<16>(to, source_of(table[row]) + mine, sign_of(table[row]) | outside);
   }
 
   __device__ __forceinline__ void copy_lines(E* raw, const int64_t* table) const {
     constexpr int kBatch = Staging::kBatch;
-    const int lanes = staging.lanes, first = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+    const int lanes = staging.lanes, first = threadIdx.x >> staging.shift, lane = threadIdx.x & (lanes - 1);
     const int64_t *entry = table + lane, *const behind = table + entries();
     char* to = reinterpret_cast<char*>(raw) + first * staging.raw_pitch + lane * 16;
     const auto source_of_channel = [&](int64_t e) {
       return reinterpret_cast<const char*>(source_of(e)) + uint64_t(staging.channel) * unsigned(first);
     };
-    if (channels >= kWidth && staging.batches > 0) {
+    if (channels >= staging.whole) {
 #pragma unroll 1
       for (; entry < behind; entry += lanes, to += lanes * 16) {
         const int sign = sign_of(*entry);
@@ -147,11 +151,11 @@ struct Window {
         int batches = staging.batches;
 #pragma unroll 1
         do {
-          const char* sources[kBatch];
 #pragma unroll
-          for (int j = 0; j < kBatch; ++j, source += staging.far) sources[j] = source;
-#pragma unroll
-          for (int j = 0; j < kBatch; ++j, batch += staging.raw_far) copy_async_or_zero<16>(batch, sources[j], sign);
+          for (int j = 0; j < kBatch; ++j)
+            copy_async_or_zero<16>(j > 0 ? batch + staging.raw_far[j - 1] : batch,
+                                   j > 0 ? source + staging.far[j - 1] : source, sign);
+          source += staging.far[kBatch - 1], batch += staging.raw_far[kBatch - 1];
         } while (--batches > 0);
       }
       return;
@@ -162,7 +166,7 @@ struct Window {
       const char* source = source_of_channel(*entry);
       char* single = to;
 #pragma unroll 1
-      for (int c = first; c < end; c += staging.step, source += staging.far, single += staging.raw_far)
+      for (int c = first; c < end; c += staging.step, source += staging.far[0], single += staging.raw_far[0])
         copy_async_or_zero<16>(single, source, sign_of(*entry));
     }
   }

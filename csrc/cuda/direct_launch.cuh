@@ -47,8 +47,12 @@ void plan_staging(Staging& s, const Operand& operand, int rows, int height, int 
     if (cost < best) best = cost, s.lanes = lanes, s.batches = batches;
   }
   s.channel = uint32_t(operand.channel * sizeof(typename Tile::Policy::Element));  // the binding has seen that it fits
-  s.step = Tile::kThreads / s.lanes, s.far = int64_t(s.step) * s.channel;
-  s.raw_far = s.step * s.raw_pitch;
+  s.whole = s.batches > 0 ? kWidth : std::numeric_limits<int>::max();
+  s.shift = 0;
+  while (1 << s.shift < s.lanes) ++s.shift;
+  s.step = Tile::kThreads / s.lanes;
+  for (int j = 0; j < Staging::kBatch; ++j)
+    s.far[j] = int64_t(j + 1) * s.step * s.channel, s.raw_far[j] = (j + 1) * s.step * s.raw_pitch;
 }
 
 // How many pixels of a step are copied, those of the image beside a window that share its pieces too.
@@ -76,6 +80,7 @@ bool plan_rectangle(DirectNorm& p, int most_positions, int64_t limit) {
       q.halo = int(halo.pixels);
       plan_staging<Tile, Tile::kChannels>(q.x_staging, q.x, q.halo, halo.height, halo.width, g.in[2]);
       plan_staging<Tile, Tile::kRows>(q.gy_staging, q.gy, q.positions, q.tile_h, q.tile_w, g.out[2]);
+      q.most_entries = std::max(q.x_staging.entries, q.gy_staging.entries);
       q.layout = Tile::layout(q);
       if (q.layout.bytes > limit) continue;
       const double steps = double(tiles_of(g.out[1], q.tile_h)) * tiles_of(g.out[2], q.tile_w);
@@ -124,10 +129,13 @@ int launch_tile(DirectNorm p, void* stream) {
   constexpr int kBlocksEach = 8;  // blocks of a multiprocessor, where most will find nothing to do
   const Geometry& g = p.geometry;
   const double steps = double(g.out[0]) * tiles_of(g.out[1], p.tile_h) * tiles_of(g.out[2], p.tile_w);
-  p.example_step = p.done != nullptr
-                       ? std::min(g.n, (int64_t(kBlocksEach) * p.multiprocessors + p.tiles() - 1) / p.tiles())
-                       : plan_example_step(g.n, p.tiles(), steps, int64_t(Tile::kBlocks) * p.multiprocessors);
-  const int64_t blocks = p.example_step * p.tiles();
+  const int64_t share = p.done != nullptr
+                            ? std::min(g.n, (int64_t(kBlocksEach) * p.multiprocessors + p.tiles() - 1) / p.tiles())
+                            : plan_example_step(g.n, p.tiles(), steps, int64_t(Tile::kBlocks) * p.multiprocessors);
+  constexpr int kTooMany = 9;  // cudaErrorInvalidConfiguration
+  if (g.n + share > std::numeric_limits<int>::max()) return kTooMany;
+  p.example_step = int(share);
+  const int64_t blocks = share * p.tiles();
   const bool plain = p.shift == nullptr && p.grads == nullptr;
   return plain ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.layout.bytes, stream, p)
                : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.layout.bytes, stream, p);

@@ -16,6 +16,8 @@
 // sum.
 #pragma once
 
+#include <type_traits>
+
 #include "direct_copy.cuh"
 #include "direct_norm.h"
 #include "mma.cuh"
@@ -23,7 +25,7 @@
 
 namespace engm::cuda {
 
-// kBlocks is how many blocks shall share a multiprocessor, which bounds the registers.
+// kBlocks is how many blocks of plain norms shall share a multiprocessor, which bounds the registers.
 template <class P, int kChannels_, int kRows_, int kWarpsC_, int kWarpsD_, int kTaps_, int kStages_, int kBlocks_ = 1>
 struct DirectTile {
   using Policy = P;
@@ -96,7 +98,7 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
   const Geometry& g = p.geometry;
   const int all_taps = g.taps(), all_rows = g.groups * g.rows;
   const int first_tap = taps.z * g.kernel[1] * g.kernel[2] + taps.first;
-  Sum total = 0;
+  Sum totals[P::kSums] = {};  // several, so that an addition need not wait for the one before
   // Taps are innermost: they are neighbours in memory and share their addresses.
 #pragma unroll
   for (int m = 0; m < Tile::kD; ++m)
@@ -119,33 +121,36 @@ __device__ __forceinline__ typename Tile::Policy::Sum direct_epilogue(
             if (p.grads != nullptr)
               static_cast<Sum*>(p.grads)[example * all_rows * g.channels * all_taps + at + tap] = v;
           }
-          total += v * v;
+          totals[e] += v * v;
         }
       }
-  return total;
+#pragma unroll
+  for (int e = 1; e < P::kSums; ++e) totals[0] += totals[e];
+  return totals[0];
 }
 
 // Adds one step's positions to the warp's sums. x and gy point at the lane's column of the warp's tile. With all taps
 // there is no branch between the products of one position: fragments of the next tap load while this one multiplies.
-template <class Tile, bool kAllTaps>
+// kD is how many products high the warp's tile is, all of it or, where the other rows are none, half.
+template <class Tile, bool kAllTaps, int kD>
 __device__ __forceinline__ void multiply_step(
     typename Tile::Policy::Sum (&sums)[Tile::kTaps][Tile::kD][Tile::kC][Tile::Policy::kSums],
     const char* x, const typename Tile::Policy::Element* gy, const int* position_at, int positions,
     const int (&tap_offset)[Tile::kTaps], int count, int lane) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
+  int at_x[P::kRows], at_gy[P::kRows];
+#pragma unroll
+  for (int j = 0; j < P::kRows; ++j) at_gy[j] = P::a_row(lane, j) * Tile::kPitchG;
+  const int* const behind = position_at + positions;
 #pragma unroll 1
-  for (int k = 0; k < positions; k += P::kK) {
-    int at_x[P::kRows], at_gy[P::kRows];
-    const int first_x = position_at[k + P::b_row(lane, 0)];
+  do {
+    const int first_x = position_at[P::b_row(lane, 0)];
 #pragma unroll
-    for (int j = 0; j < P::kRows; ++j) {
-      at_x[j] = (position_at[k + P::b_row(lane, j)] - first_x) / int(sizeof(E));
-      at_gy[j] = (k + P::a_row(lane, j)) * Tile::kPitchG;
-    }
-    typename P::A a[Tile::kD];
+    for (int j = 0; j < P::kRows; ++j) at_x[j] = (position_at[P::b_row(lane, j)] - first_x) / int(sizeof(E));
+    typename P::A a[kD];
 #pragma unroll
-    for (int m = 0; m < Tile::kD; ++m) P::load_a(a[m], gy + m * P::kM, at_gy);
+    for (int m = 0; m < kD; ++m) P::load_a(a[m], gy + m * P::kM, at_gy);
 #pragma unroll
     for (int tap = 0; tap < Tile::kTaps; ++tap) {
       if (!kAllTaps && tap >= count) break;
@@ -154,15 +159,16 @@ __device__ __forceinline__ void multiply_step(
         typename P::B b;
         P::load_b(b, reinterpret_cast<const E*>(x + (first_x + tap_offset[tap])) + n * P::kN, at_x);
 #pragma unroll
-        for (int m = 0; m < Tile::kD; ++m) P::mma(sums[tap][m][n], a[m], b);
+        for (int m = 0; m < kD; ++m) P::mma(sums[tap][m][n], a[m], b);
       }
     }
-  }
+    position_at += P::kK, gy += P::kK * Tile::kPitchG;
+  } while (position_at < behind);
 }
 
 // Where a block is in its sequence of steps: an example, and the first output position of a step.
 struct Place {
-  int64_t example;
+  int example;
   Origin origin;
 };
 
@@ -170,7 +176,7 @@ struct Place {
 // innermost, so that neighbouring blocks share an example, which then stays in L2. Plain are norms without a correction
 // and without gradients.
 template <class Tile, bool kPlain>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_kernel(DirectNorm p) {
+__global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) direct_norm_kernel(DirectNorm p) {
   using P = typename Tile::Policy;
   using E = typename P::Element;
   using Sum = typename P::Sum;
@@ -221,6 +227,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_ker
                   o.x * g.stride[2] + taps.x * g.dilation[2] - g.padding[2]};
   };
   const auto aim = [&](int step, const Place& place) {
+    if (int(threadIdx.x) >= p.most_entries) return;  // most warps, where images are small
     x.aim(step & 1, place.example, origin_in_x(place.origin));
     gy.aim(step & 1, place.example, place.origin);
   };
@@ -229,8 +236,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_ker
     x.load(elements(x.lines() ? at.x_raw + raw * at.x_raw_stage : at.x + rows * at.x_stage), step & 1);
     gy.load(elements(gy.lines() ? at.gy_raw + raw * at.gy_raw_stage : at.gy + rows * at.gy_stage), step & 1);
   };
-  const auto undone = [&](int64_t example) {
-    while (p.done != nullptr && example < g.n && p.done[example]) example += p.example_step;
+  const int examples = int(g.n);  // the launcher has seen that they fit
+  const auto undone = [&](int example) {
+    while (p.done != nullptr && example < examples && p.done[example]) example += p.example_step;
     return example;
   };
   const auto advance = [&](Place& place) {
@@ -245,11 +253,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_ker
   };
 
   const int warp_c = warp % Tile::kWarpsC * Tile::kWarpC, warp_d = warp / Tile::kWarpsC * Tile::kWarpD;
-  Sum sums[Tile::kTaps][Tile::kD][Tile::kC][P::kSums] = {};
-  Place ahead{undone(blockIdx.x / tiles), {0, 0, 0}}, now = ahead;
+  // What a warp would multiply for nothing, where channels or rows are not a multiple of the tile's.
+  const bool idle = c0 + warp_c >= g.channels || d0 + warp_d >= g.rows;
+  const bool half = Tile::kD > 1 && d0 + warp_d + (Tile::kD + 1) / 2 * P::kM >= g.rows;
+  Place places[kStages]{};  // the step to multiply next, those under way behind it, and the one to load next
+  Place &now = places[0], &ahead = places[kStages - 1];
+  ahead = {undone(int(blockIdx.x / tiles)), {0, 0, 0}};
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
-    const bool more = ahead.example < g.n;
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) places[i] = places[i + 1];
+    const bool more = ahead.example < examples;
     if (more) aim(s, ahead);
     __syncthreads();  // the tables are there for everybody, and everybody is done with those before
     if (more) load(s), advance(ahead);
@@ -258,46 +272,51 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks) direct_norm_ker
   int tap_offset[Tile::kTaps];
 #pragma unroll
   for (int tap = 0; tap < Tile::kTaps; ++tap) tap_offset[tap] = tap_at[tap];
+  int step = 0;
 #pragma unroll 1
-  for (int step = 0; now.example < g.n; ++step) {
-    const bool more = ahead.example < g.n;
-    if (more) aim(step + kStages - 1, ahead);
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // this step has arrived for everybody, the next one's table too, and the one before is done with
-    E* x_rows = elements(at.x + step % kStages * at.x_stage);
-    E* gy_rows = elements(at.gy + step % kStages * at.gy_stage);
-    if (P::kRoundOnArrival || x.lines() || gy.lines()) {
-      const int raw = step % (kStages - 1);
-      const bool new_columns = step == 0 || p.tile_w < g.out[2];
-      x.prepare(x_rows, elements(at.x_raw + raw * at.x_raw_stage), origin_in_x(now.origin), new_columns);
-      gy.prepare(gy_rows, elements(at.gy_raw + raw * at.gy_raw_stage), now.origin, new_columns);
-      __syncthreads();  // rows are ready, and raw pieces are free again
-    }
-    if (more) load(step + kStages - 1), advance(ahead);
-    copy_async_commit();
-    const char* x_column = reinterpret_cast<const char*>(x_rows + P::b_column(lane) + warp_c);
-    const E* gy_column = gy_rows + P::a_column(lane) + warp_d;
-    if (taps.count == Tile::kTaps)
-      multiply_step<Tile, true>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
-    else
-      multiply_step<Tile, false>(sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
-
-    const int64_t example = now.example;
-    advance(now);
-    if (now.example == example) continue;
-    const Sum squares =
-        direct_epilogue<Tile, kPlain>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
+  while (now.example < examples) {
+    const int example = now.example;
+    Sum sums[Tile::kTaps][Tile::kD][Tile::kC][P::kSums] = {};
+#pragma unroll 1
+    do {
+      const bool more = ahead.example < examples;
+      if (more) aim(step + kStages - 1, ahead);
+      copy_async_wait<kStages - 2>();
+      __syncthreads();  // this step and the next one's table are there for everybody, and the step before is done with
+      E* x_rows = elements(at.x + step % kStages * at.x_stage);
+      E* gy_rows = elements(at.gy + step % kStages * at.gy_stage);
+      if (P::kRoundOnArrival || x.lines() || gy.lines()) {
+        const int raw = step % (kStages - 1);
+        const bool new_columns = step == 0 || p.tile_w < g.out[2];
+        x.prepare(x_rows, elements(at.x_raw + raw * at.x_raw_stage), origin_in_x(now.origin), new_columns);
+        gy.prepare(gy_rows, elements(at.gy_raw + raw * at.gy_raw_stage), now.origin, new_columns);
+        __syncthreads();  // rows are ready, and raw pieces are free again
+      }
+      if (more) load(step + kStages - 1);
+      copy_async_commit();
+#pragma unroll
+      for (int s = 0; s < kStages - 1; ++s) places[s] = places[s + 1];
+      if (more) advance(ahead);
+      const char* x_column = reinterpret_cast<const char*>(x_rows + P::b_column(lane) + warp_c);
+      const E* gy_column = gy_rows + P::a_column(lane) + warp_d;
+      const auto multiply = [&](auto all_taps, auto height) {
+        multiply_step<Tile, decltype(all_taps)::value, decltype(height)::value>(
+            sums, x_column, gy_column, position_at, p.positions, tap_offset, taps.count, lane);
+      };
+      if (idle)
+        ;
+      else if (taps.count != Tile::kTaps)
+        multiply(std::false_type{}, std::integral_constant<int, Tile::kD>{});
+      else if (half)
+        multiply(std::true_type{}, std::integral_constant<int, (Tile::kD + 1) / 2>{});
+      else
+        multiply(std::true_type{}, std::integral_constant<int, Tile::kD>{});
+      ++step;
+    } while (now.example == example);
+    const Sum squares = direct_epilogue<Tile, kPlain>(p, sums, example, group, c0 + warp_c, d0 + warp_d, taps, lane);
     // The warps' sums are read behind a barrier, and written again behind those of the next step.
     const Sum total = block_sum<kThreads>(squares, reinterpret_cast<Sum*>(shared + at.scratch));
-    if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[example * tiles + number] = total;
-#pragma unroll
-    for (int tap = 0; tap < Tile::kTaps; ++tap)
-#pragma unroll
-      for (int m = 0; m < Tile::kD; ++m)
-#pragma unroll
-        for (int n = 0; n < Tile::kC; ++n)
-#pragma unroll
-          for (int e = 0; e < P::kSums; ++e) sums[tap][m][n][e] = 0;
+    if (threadIdx.x == 0) static_cast<Sum*>(p.partial)[int64_t(example) * tiles + number] = total;
   }
 }
 

@@ -20,14 +20,15 @@ struct Staging {
   // Of kLines only.
   static constexpr int kBatch = 4;  // copies that follow each other
   int line_pieces;  // pieces of 16 bytes of a line, at most
-  int lanes;        // threads side by side that copy pieces side by side, a power of two
+  int lanes, shift; // threads side by side that copy pieces side by side, 2^shift
   uint32_t channel; // bytes from one channel of the operand to the next
   int step;         // from one channel of a thread to its next
-  int batches;      // of copies that a thread starts for a piece, where all channels are valid; 0 if they do not fit
-  int64_t far;      // the same in bytes of the operand
+  int whole;        // channels from which on a thread copies whole batches of a piece
+  int batches;      // how many
+  int64_t far[kBatch];  // the same in bytes of the operand, once, twice and so on
   int raw_pitch;    // bytes from one channel's raw pieces to the next one's: an odd number of pieces, so that those of 8
                     // channels lie in 8 banks
-  int raw_far;      // bytes from one channel of a thread to its next
+  int raw_far[kBatch];  // bytes from one channel of a thread to its next, once, twice and so on
 };
 
 // Where things lie in a block's shared memory, in bytes.
@@ -61,7 +62,8 @@ struct DirectNorm {
   int halo;                      // pixels that the positions of one step need, at most
   int taps_a_tile;               // kernel taps that one block accumulates
   int channel_tiles, row_tiles, tap_tiles;
-  int64_t example_step;          // blocks that share a tile's examples
+  int most_entries;              // of what is copied in a step, of x or of gy
+  int example_step;              // blocks that share a tile's examples
   SharedLayout layout;
   constexpr int64_t tiles() const { return int64_t(channel_tiles) * row_tiles * tap_tiles * geometry.groups; }
 };
