@@ -3,7 +3,7 @@
 //   ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding]
 //
 // x [n, C, in] and gy [n, d, out] have any strides. A block owns up to nine taps of kChannels × kRows numbers of one
-// example's G, as direct_norm.cuh says; x is read once a tile of rows (with halos 1.7 times at 3×3), gy once a tile of
+// example's G, as direct_norm.cuh says; x is read once a tile of rows (with halos 1.4 times at 3×3), gy once a tile of
 // channels. Each conv_norm_<precision>.cu instantiates one precision.
 #pragma once
 
@@ -11,8 +11,9 @@
 
 namespace engm::cuda {
 
-// A wide tile holds all 9 taps of a 3×3 kernel for 64 channels × 64 rows: 144 sums a thread, and 1.2 shared-memory
-// reads a matrix instruction. A narrow tile is for few channels (an image's three): 8 × 64 on two warps, 1.4 reads.
+// A wide tile holds all 9 taps of a 3×3 kernel for 64 channels × 64 rows, 8 channels a warp: 144 sums a thread, and one
+// shared-memory read a matrix instruction. A narrow tile is for few channels (an image's three): 8 × 64 on two warps,
+// 1.4 reads.
 template <class P>
 struct ConvTiles {
   using Wide = DirectTile<P, 64, 64, 8, 1, 9, 2>;

@@ -12,9 +12,9 @@
 //              2 bytes. A thread keeps its piece and walks over channels.
 //   kElements  nothing is aligned: single elements go where they belong. A thread keeps its pixel and walks over channels.
 //
-// Bytes: every pixel of the window once a channel, in kLines up to a piece more at both ends of a line. What a walk needs
-// to know of a pixel or piece is in a table that aim() fills once a step: the way there from the operand's first byte,
-// or nothing but its sign if all is zero. So a copy is a few instructions: its addresses only advance.
+// Bytes: every pixel of the window once a channel, in kLines up to a piece more at both ends of a line. What a walk
+// needs to know of a pixel or piece is in a table that aim() fills once a step: its address, with the sign set if all is
+// zero. So a copy is a few instructions, whose addresses only advance.
 #pragma once
 
 #include "direct_norm.h"

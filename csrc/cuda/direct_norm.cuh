@@ -1,19 +1,20 @@
 // Direct form:  ‖G_i‖²,  G_i[o, c, tap] = Σ_t gy[i, o, t] x[i, c, t·stride + tap·dilation - padding],  never stored.
 //
 // x [n, C, in], gy [n, d, out], each with any strides (NHWC and NCHW without a copy); a linear layer is one tap over a
-// line of T pixels. A block owns one example, one group, kChannels input channels, kRows output channels and up to
-// kTaps kernel taps: its tile of G stays in registers (kTaps·kChannels·kRows sums, spread over the warps) while the
-// positions t stream through shared memory. The sum over t is never split, so squaring is the epilogue; there the local
-// batch-norm correction is subtracted and, where wanted, the tile of G is written out.
+// line of T pixels. A block owns one group, kChannels input channels, kRows output channels and up to kTaps kernel taps:
+// its tile of G stays in registers (kTaps·kChannels·kRows sums, spread over the warps) while the positions t of an example
+// stream through shared memory, and then those of its next example: the copies of one run under the products of the
+// other. The sum over t is never split, so squaring is the epilogue; there the local batch-norm correction is subtracted
+// and, where wanted, the tile of G is written out.
 //
 // One step of the pipeline (kStages of them in flight) holds a rectangle of output positions: gy as rows of positions,
 // and the pixels that those positions touch, halo included, once: a tap is nothing but another offset into them. Both
-// lie as rows of channels, so that any shift, stride or dilation leaves a row where ldmatrix can read it; NCHW is
-// transposed on its way in, element by element. What lies outside image, output or channels is zero.
+// lie as rows of channels, so that any shift, stride or dilation leaves a row where ldmatrix can read it; direct_copy.cuh
+// brings them there from either order of memory. What lies outside image, output or channels is zero.
 //
-// Bytes: gy is read once a (channel tile, tap tile), x once a (row tile, tap tile) plus halos: 1.7 times at 4 x 16
-// positions of a 3x3 kernel. FLOPs: 2·T·C·d·taps an example, rounded up to whole tiles. Each block writes one partial
-// sum.
+// Bytes: gy is read once a (channel tile, tap tile), x once a (row tile, tap tile) plus halos: 1.4 times at 16 x 8
+// positions of a 3x3 kernel. FLOPs: 2·T·C·d·taps an example, rounded up to whole warps. Each block writes one partial
+// sum an example.
 #pragma once
 
 #include <type_traits>
