@@ -222,8 +222,8 @@ void try_conv(Bench& bench) {
                             bench.operand({2, 24, 14, 9}), k3x3, "direct", limit);
   bench.conv_in_both_orders("conv_norm_sq, 40 to 24 channels of 12×11", bench.operand({2, 40, 12, 11}),
                             bench.operand({2, 24, 12, 11}), k3x3, "direct", limit);
-  bench.conv_in_both_orders("conv_norm_sq, 64 to 24 channels of 18×8", bench.operand({1, 64, 18, 8}),
-                            bench.operand({1, 24, 18, 8}), k3x3, "direct", limit);
+  bench.conv_in_both_orders("conv_norm_sq, 64 to 24 channels of 18×8", bench.operand({3, 64, 18, 8}),
+                            bench.operand({3, 24, 18, 8}), k3x3, "direct", limit);
   bench.conv("conv_norm_sq, 9 to 8 channels of 2×144", bench.operand({1, 9, 2, 144}), bench.operand({1, 8, 2, 144}), k3x3,
              "direct", limit);
   bench.conv("conv_norm_sq, one operand channels last", bench.operand({1, 16, 9, 16}),

@@ -113,7 +113,7 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
   p.x_staging.copies = problem.x_copies, p.gy_staging.copies = problem.gy_copies;
   p.done = done;
-  p.multiprocessors = on_trial() ? 1 : on.multiprocessors();  // in trials a block takes several examples
+  p.multiprocessors = on_trial() ? 2 : on.multiprocessors();  // in trials a block takes several examples
   if (correction) {
     p.shift = correction->shift.const_data_ptr(), p.scale = correction->scale.const_data_ptr();
     p.patch_mean = correction->patch_mean.const_data_ptr(), p.correlation = correction->correlation.const_data_ptr();
