@@ -202,6 +202,8 @@ void try_gemm(Bench& bench) {
                bench.rounding());
   bench.conv_in_both_orders("conv_norm_sq, 1×1 with stride 2", bench.operand({2, 16, 9, 9}),
                             bench.operand({2, 24, 5, 5}), {{1, 1}, {2, 2}, {0, 0}, {1, 1}}, "direct", bench.rounding());
+  bench.conv_in_both_orders("conv_norm_sq, 1×1, 40 to 72 channels of 8×16", bench.operand({2, 40, 8, 16}),
+                            bench.operand({2, 72, 8, 16}), {{1, 1}, {1, 1}, {0, 0}, {1, 1}}, "direct", bench.rounding());
   const at::Tensor shift = bench.integers({2, 72}).to(bench.type_of_sums()),
                    scale = bench.integers({2, 72}).to(bench.type_of_sums()),
                    mean = bench.integers({40}).to(bench.type_of_sums()),
@@ -220,6 +222,13 @@ void try_conv(Bench& bench) {
                             bench.operand({2, 24, 14, 9}), k3x3, "direct", limit);
   bench.conv_in_both_orders("conv_norm_sq, 40 to 24 channels of 12×11", bench.operand({2, 40, 12, 11}),
                             bench.operand({2, 24, 12, 11}), k3x3, "direct", limit);
+  bench.conv_in_both_orders("conv_norm_sq, 64 to 24 channels of 18×8", bench.operand({3, 64, 18, 8}),
+                            bench.operand({3, 24, 18, 8}), k3x3, "direct", limit);
+  bench.conv("conv_norm_sq, 9 to 8 channels of 2×144", bench.operand({1, 9, 2, 144}), bench.operand({1, 8, 2, 144}), k3x3,
+             "direct", limit);
+  bench.conv("conv_norm_sq, one operand channels last", bench.operand({1, 16, 9, 16}),
+             bench.operand({1, 8, 5, 8}).contiguous(MemoryFormat::ChannelsLast), {{3, 3}, {2, 2}, {1, 1}, {1, 1}}, "direct",
+             limit);
   bench.conv("conv_norm_sq, strides and dilations", bench.operand({1, 8, 13, 17}), bench.operand({1, 8, 7, 5}),
              {{3, 2}, {2, 3}, {2, 0}, {2, 3}}, "direct", limit);
   bench.conv("conv_norm_sq, 3-d", bench.operand({1, 8, 5, 6, 7}), bench.operand({1, 8, 3, 6, 7}),

@@ -11,11 +11,12 @@
 
 namespace engm::cuda {
 
-// A wide tile is 128×128 numbers of the gradient, 32 channels × 64 rows a warp; a small one is 64×64, and pads less.
+// A wide tile is 128×128 numbers of the gradient, 32 channels × 64 rows a warp; a small one is 64×64, and pads less. One
+// tap leaves the registers for two blocks on a multiprocessor, but for the operands of three products.
 template <class P>
 struct GemmTiles {
-  using Wide = DirectTile<P, 128, 128, 4, 2, 1, 4>;
-  using Small = DirectTile<P, 64, 64, 4, 2, 1, 4>;
+  using Wide = DirectTile<P, 128, 128, 4, 2, 1, 4, std::is_same_v<P, Tf32x3> ? 1 : 2>;
+  using Small = DirectTile<P, 64, 64, 4, 2, 1, 4, 2>;
   static constexpr int kPositions = 2 * P::kK;
 };
 template <>

@@ -24,7 +24,7 @@ struct Problem {
   Geometry geometry{};
   Operand x{}, gy{};
   Precision precision{};
-  bool vectors = false;
+  Copies x_copies{}, gy_copies{};
 };
 
 Operand operand(const at::Tensor& t) {  // [n, channels, *space]
@@ -56,13 +56,17 @@ void simplify(Geometry& g, Operand& x, const Operand& gy) {
   }
 }
 
-// Whether rows of channels may be read 16 bytes at a time.
-bool rows_are_aligned(const Operand& o, const int (&size)[3], int64_t n, int channels, int groups, int64_t element) {
+// How an operand may be copied: 16 bytes at a time need neighbours in memory, and all their beginnings at multiples of
+// 16 bytes.
+Copies copies_of(const Operand& o, const int (&size)[3], int64_t n, int channels, int groups, int64_t element) {
   const int64_t vector = 16 / element;
-  bool aligned = o.channel == 1 && reinterpret_cast<uintptr_t>(o.data) % 16 == 0 &&
-                 (n == 1 || o.example % vector == 0) && (groups == 1 || channels % vector == 0);
-  for (int i = 0; i < 3; ++i) aligned = aligned && (size[i] == 1 || o.space[i] % vector == 0);
-  return aligned;
+  const auto aligned = [&](int64_t count, int64_t stride) { return count == 1 || stride % vector == 0; };
+  if (reinterpret_cast<uintptr_t>(o.data) % 16 != 0 || !aligned(n, o.example)) return Copies::kElements;
+  const bool slices = aligned(size[0], o.space[0]) && aligned(size[1], o.space[1]);
+  if (o.channel == 1 && channels % vector == 0 && slices && aligned(size[2], o.space[2])) return Copies::kRows;
+  const bool lines = slices && aligned(int64_t(channels) * groups, o.channel) && o.channel * element <= INT32_MAX;
+  if (o.space[2] == 1 && size[2] % vector == 0 && lines && element <= 4) return Copies::kLines;
+  return Copies::kElements;
 }
 
 Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy, bool convolution, const char* op) {
@@ -80,8 +84,8 @@ Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy
   p.precision = precision_of(x.scalar_type(), convolution);
   simplify(g, p.x, p.gy);
   const int64_t element = x.element_size();
-  p.vectors = rows_are_aligned(p.x, g.in, g.n, g.channels, g.groups, element) &&
-              rows_are_aligned(p.gy, g.out, g.n, g.rows, g.groups, element);
+  p.x_copies = copies_of(p.x, g.in, g.n, g.channels, g.groups, element);
+  p.gy_copies = copies_of(p.gy, g.out, g.n, g.rows, g.groups, element);
   return p;
 }
 
@@ -107,7 +111,9 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
             const uint8_t* done, const at::Tensor& out, const OnDevice& on, const char* op) {
   DirectNorm p{};
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
-  p.vectors = problem.vectors, p.done = done, p.multiprocessors = on.multiprocessors();
+  p.x_staging.copies = problem.x_copies, p.gy_staging.copies = problem.gy_copies;
+  p.done = done;
+  p.multiprocessors = on_trial() ? 2 : on.multiprocessors();  // in trials a block takes several examples
   if (correction) {
     p.shift = correction->shift.const_data_ptr(), p.scale = correction->scale.const_data_ptr();
     p.patch_mean = correction->patch_mean.const_data_ptr(), p.correlation = correction->correlation.const_data_ptr();

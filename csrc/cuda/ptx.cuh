@@ -65,6 +65,23 @@ __device__ __forceinline__ void copy_async_element(void* dst, const void* src, b
                : "memory");
 }
 
+// Copies 4, 8 or 16 bytes in the same way, or zeros where `sign` is negative; src has to be a valid address even then.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_or_zero(void* dst, const void* src, int sign) {
+  if constexpr (kBytes == 16) {
+    asm volatile("{.reg .pred none;\n setp.lt.s32 none, %2, 0;\n cp.async.cg.shared.global [%0], [%1], 16, none;}\n" ::"r"(
+                     shared_address(dst)),
+                 "l"(src), "r"(sign)
+                 : "memory");
+  } else {
+    static_assert(kBytes == 4 || kBytes == 8);
+    asm volatile("{.reg .pred none;\n setp.lt.s32 none, %3, 0;\n cp.async.ca.shared.global [%0], [%1], %2, none;}\n" ::"r"(
+                     shared_address(dst)),
+                 "l"(src), "n"(kBytes), "r"(sign)
+                 : "memory");
+  }
+}
+
 // Closes the thread's group of copies; a thread sees its own copies after copy_async_wait, others' after a barrier too.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 

@@ -24,6 +24,12 @@ inline void copy_async_element(void* dst, const void* src, bool valid) {
   emulator::copy_async(dst, src, kBytes, valid ? kBytes : 0);
 }
 
+template <int kBytes>
+inline void copy_async_or_zero(void* dst, const void* src, int sign) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulator::copy_async(dst, src, kBytes, sign < 0 ? 0 : kBytes);
+}
+
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 
 template <int kPending>

@@ -45,12 +45,12 @@ def conv(ops, x, gy, *geometry, form="direct"):
 
 @for_each_dtype
 def convolution(ops, dtype):
-    """Several steps, ragged tiles and halos, both memory orders, aligned and not."""
-    for channels, h, w in ((9, 14, 9), (40, 12, 11)):
-        x, gy = operand(2, channels, h, w, dtype=dtype), operand(2, 24, h, w, dtype=dtype)
+    """Several steps, ragged tiles and halos, both memory orders and one of each, aligned and not."""
+    for n, channels, h, w in ((2, 9, 14, 9), (2, 40, 12, 11), (1, 64, 18, 8), (1, 9, 2, 144)):
+        x, gy = operand(n, channels, h, w, dtype=dtype), operand(n, 24, h, w, dtype=dtype)
         last = [t.to(memory_format=torch.channels_last) for t in (x, gy)]
-        conv(ops, x, gy, [3, 3], [1, 1], [1, 1], [1, 1])
-        conv(ops, *last, [3, 3], [1, 1], [1, 1], [1, 1])
+        for operands in ((x, gy), last, (x, last[1])):
+            conv(ops, *operands, [3, 3], [1, 1], [1, 1], [1, 1])
 
 
 @for_each_dtype
@@ -67,6 +67,7 @@ def linear(ops, dtype):
     check(ops.linear_norm_sq(a, b, "direct"), reference.linear_norm_sq(a.double(), b.double()))
     for got, want in zip(ops.linear_grads(a, b), reference.linear_grads(a.double(), b.double()), strict=True):
         check(got, want)
+    conv(ops, operand(2, 40, 8, 16, dtype=dtype), operand(2, 72, 8, 16, dtype=dtype), [1, 1], [1, 1], [0, 0], [1, 1])
 
 
 @case

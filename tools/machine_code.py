@@ -1,0 +1,287 @@
+"""What a warp of the direct form's kernels executes for a layer, read from machine code, and what that predicts.
+
+    python tools/machine_code.py [library or objects of nvcc]     a table; of the built extension by default
+    python tools/machine_code.py --check                          fails where a limit is passed
+
+A kernel's loops are told apart by what is in them (matrix instructions, asynchronous copies, barriers). How often each
+runs for a layer follows from the plan, which tools/machine_plan.cpp prints. What lies between loops is counted along
+the longest path that avoids the loops of the other orders of memory, and corrections: the figures are upper bounds.
+tools/roofline.py adds them up over networks.
+"""
+
+import argparse
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from disassembly import Block, Kernel, Loop, all_loops, by_kind, read, shared_cycles
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # bytes of one block, at most
+COPIES = {"elements": 0, "rows": 1, "lines": 2}
+POLICIES = {"tf32": "Tf32InPlace", "bfloat16": "BFloat16"}
+BYTES = {"tf32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with square kernel, stride and padding."""
+
+    channels: int
+    rows: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """Its output positions in a line."""
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def products(self) -> int:
+        """Multiplications of one example's weight gradient."""
+        return self.outputs**2 * self.channels * self.rows * self.kernel**2
+
+
+LARGEST = (Layer(64, 64, 32), Layer(128, 128, 16), Layer(256, 256, 8))  # of ResNet-18
+# What --check and tests hold, on sm_90: executed instructions a matrix instruction and a copy of 16 bytes.
+MOST_A_PRODUCT, MOST_A_COPY = 7.0, 12.0
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The plan of an operand's copies; entries and the rest are of copies by lines."""
+
+    rows: int
+    entries: int
+    lanes: int
+    batches: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of one layer."""
+
+    policy: str
+    tile: tuple[int, ...]
+    tiles: int
+    shared: int
+    share: int  # blocks that share a tile's examples
+    taps: int
+    steps: int
+    positions: int
+    staging: tuple[Staging, Staging]
+
+
+@functools.cache
+def planner() -> Path:
+    """The compiled tools/machine_plan.cpp."""
+    out = Path(tempfile.mkdtemp(prefix="engm_plan_")) / "plan"
+    include = [f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}"]
+    flags = ["-std=c++17", "-O1", "-DENGM_EMULATOR", "-Wno-unknown-pragmas", *include, "-o", str(out)]
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, str(ROOT / "tools/machine_plan.cpp")], check=True)
+    return out
+
+
+def plan_of(
+    layer: Layer, precision: str, channels_last: bool, architecture: str, n: int = 128, processors: int = 132
+) -> Plan:
+    """What direct_launch.cuh plans, with the copies that the binding finds for contiguous operands."""
+    vector = 16 // BYTES[precision]
+
+    def copies(channels: int, size: int) -> int:
+        fits = (channels if channels_last else size) % vector == 0
+        return COPIES[("rows" if channels_last else "lines") if fits else "elements"]
+
+    words = [
+        precision,
+        copies(layer.channels, layer.size),
+        copies(layer.rows, layer.outputs),
+        SHARED[architecture],
+        processors,
+        n,
+        layer.channels,
+        layer.rows,
+        layer.size,
+        layer.size,
+        layer.kernel,
+        layer.stride,
+        layer.padding,
+    ]
+    text = subprocess.run(
+        [planner()], input=" ".join(map(str, words)), capture_output=True, text=True, check=True
+    ).stdout
+    policy, *numbers = text.split()
+    m = [int(number) for number in numbers]
+    return Plan(policy, tuple(m[:7]), *m[7:13], (Staging(*m[13:17]), Staging(*m[17:21])))
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What a warp executes for one tile, on average over a block's warps."""
+
+    products: float  # matrix instructions
+    copies: float  # asynchronous copies
+    in_copies: float  # instructions of the loops that copy
+    all: float
+    shared: float  # cycles of shared memory
+    parts: dict[str, float]
+
+    @property
+    def a_product(self) -> float:
+        """Instructions a matrix instruction."""
+        return self.all / self.products
+
+    @property
+    def a_copy(self) -> float:
+        """Instructions of the copying loops a copy."""
+        return self.in_copies / self.copies if self.copies else 0.0
+
+
+def up(a: float, b: int) -> int:
+    """Divided and rounded up, never negative."""
+    return max(0, -(-int(a) // b))
+
+
+def executed(kernel: Kernel, plan: Plan, element: int, n: int = 128) -> Executed:
+    """Counts one tile of one example; a block's own instructions are shared by its examples."""
+    tile = plan.tile
+    warps, vector, depth = tile[2] * tile[3], 16 // element, 8 if element == 4 else 16
+    threads = 32 * warps
+    step = next(
+        loop
+        for loop in all_loops(kernel.whole)
+        if loop.kind == "step" and not any(inner.kind == "step" for inner in loop.inside)
+    )
+    examples = next(loop for loop in all_loops(kernel.whole) if step in loop.inside)
+    around = next(loop for loop in all_loops(kernel.whole) if examples in loop.inside)
+    of_kind, at_first = by_kind(step), by_kind(around)
+    multiply = max(of_kind["multiply"], key=lambda loop: (loop.count("[HD]MMA"), -loop.path()))
+    parts = {"multiply": plan.positions / depth * multiply.path(), "copy": 0.0, "prepare": 0.0, "aim": 0.0}
+    copies, shared = 0.0, plan.positions / depth * shared_cycles(multiply)
+    used, idle = {id(multiply)}, [list[Loop | Block]() for _ in range(warps)]
+    for which, (staging, width) in enumerate(zip(plan.staging, tile[:2], strict=True)):
+        chunks, lines = width // vector, staging.entries > 0
+        mode = "lines" if lines else "rows" if "rows" in of_kind and staging.batches == 0 else "elements"
+        names = {"lines": ("lines", "transpose", "aim"), "rows": ("rows", "pairs", "row", "round", "aim")}[mode]
+        loops = {name: of_kind[name][which] for name in names if name in of_kind}
+        used |= {id(at[name][which]) for at in (of_kind, at_first) for name in names if which < len(at.get(name, []))}
+        for warp in range(warps):
+            entries = staging.entries or staging.rows
+            if entries <= 32 * warp:
+                idle[warp].append(loops["aim"])
+            parts["aim"] += up(entries - 32 * warp, threads) * loops["aim"].path() / warps
+            if lines:
+                trips, inner = up(staging.entries, staging.lanes), loops["lines"].inside[0]
+                cost = trips * (loops["lines"].path() + staging.batches * inner.path())
+                copies += trips * staging.batches * inner.count("LDGSTS") / warps
+                shared += trips * staging.batches * shared_cycles(inner) / warps
+                pieces = 1 if width >= 32 else 32 // width
+                turns = up(staging.entries - warp * pieces, warps * pieces)
+                parts["prepare"] += turns * loops["transpose"].path() / warps
+                shared += turns * shared_cycles(loops["transpose"]) / warps
+            else:
+                stride, of_lanes = threads // chunks, {lane // chunks for lane in range(32 * warp, 32 * warp + 32)}
+                left, cost = [staging.rows - row for row in of_lanes], 0
+                for name, batch in (("rows", 4), ("pairs", 2), ("row", 1)):
+                    turns = [up(rows - (batch - 1) * stride, batch * stride) for rows in left]
+                    left = [rows - turn * batch * stride for rows, turn in zip(left, turns, strict=True)]
+                    cost += max(turns) * loops[name].path()
+                    copies += max(turns) * batch / warps
+                    shared += max(turns) * shared_cycles(loops[name]) / warps
+                if "round" in loops:
+                    each = loops["round"].path() / loops["round"].count(r"STS\.128")
+                    turns = up(staging.rows - min(of_lanes), stride)
+                    parts["prepare"] += turns * each / warps
+                    shared += turns * 8 / warps
+            parts["copy"] += cost / warps
+    others = [loop for loop in step.inside if id(loop) not in used]
+    for loops in idle:
+        if len(loops) == 2:
+            loops += step.serving(loops[:])
+    parts["rest of a step"] = sum(step.path([*others, *idle[warp]]) for warp in range(warps)) / warps
+    parts = {name: count * plan.steps for name, count in parts.items()}
+    parts["squares"] = (examples.path() + (warps - 1) * examples.path(without="LDG|STG")) / warps  # one warp stores
+    # Tables take a trip; loops in loops fill in zeros for channels that are none.
+    tables = [loop for loop in around.inside if loop.kind == "other" and not loop.inside]
+    idle_at_first = [
+        loop for loop in around.inside if id(loop) not in used and loop not in tables and loop is not examples
+    ]
+    parts["a block"] = (around.path(idle_at_first) + sum(loop.path() for loop in tables)) / up(n, plan.share)
+    total = sum(parts.values())
+    products = plan.steps * plan.positions / depth * multiply.count("[HD]MMA")
+    return Executed(products, copies * plan.steps, parts["copy"], total, shared * plan.steps, parts)
+
+
+def kernel_of(kernels: Iterable[Kernel], plan: Plan) -> Kernel:
+    """The kernel that a plan asks for."""
+    for kernel in kernels:
+        if kernel.tile == (plan.policy, plan.tile):
+            return kernel
+    raise LookupError(f"No kernel for the tile {plan.policy} {plan.tile} was given.")
+
+
+def table(kernels: list[Kernel], architecture: str) -> tuple[str, list[str]]:
+    """The three largest layers of ResNet-18 as Markdown, and what passes a limit."""
+    lines = [
+        "| precision | memory | layer | registers | shared KiB | instructions an `mma` | a copy | bytes a copy |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    wrong = [f"{k.name} spills {k.spills} bytes" for k in kernels if k.spills]
+    for precision in POLICIES:
+        for last in (False, True):
+            for layer in LARGEST:
+                plan = plan_of(layer, precision, last, architecture)
+                kernel = kernel_of(kernels, plan)
+                count = executed(kernel, plan, BYTES[precision])
+                where = f"{precision}, channels {'last' if last else 'first'}, {layer.channels} × {layer.size}²"
+                lines.append(
+                    f"| {precision} | channels {'last' if last else 'first'} | {layer.channels} × {layer.size}² | "
+                    f"{kernel.registers} | {plan.shared / 1024:.0f} | {count.a_product:.2f} | {count.a_copy:.1f} | 16 |"
+                )
+                if count.a_product > MOST_A_PRODUCT:
+                    wrong.append(f"{where}: {count.a_product:.2f} instructions an mma")
+                if count.a_copy > MOST_A_COPY:
+                    wrong.append(f"{where}: {count.a_copy:.1f} instructions a copy")
+    return "\n".join(lines), wrong
+
+
+def main() -> None:
+    """Prints the table and, where asked, complains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("code", nargs="*", type=Path, help="a library or objects of nvcc")
+    parser.add_argument("--architecture", default="sm_90", choices=SHARED)
+    parser.add_argument("--check", action="store_true", help="fail where a limit is passed")
+    parser.add_argument("--parts", action="store_true", help="print what the instructions of a tile are for")
+    arguments = parser.parse_args()
+    paths = arguments.code
+    if not paths:
+        from engm import _C
+
+        paths = [Path(_C.__file__)]
+    kernels = read(paths, arguments.architecture)
+    text, wrong = table(kernels, arguments.architecture)
+    sys.stdout.write(text + "\n")
+    if arguments.parts:
+        for precision in POLICIES:
+            for last in (False, True):
+                for layer in LARGEST:
+                    plan = plan_of(layer, precision, last, arguments.architecture)
+                    count = executed(kernel_of(kernels, plan), plan, BYTES[precision])
+                    parts = {name: round(n / count.products, 2) for name, n in count.parts.items()}
+                    sys.stdout.write(
+                        f"{precision} last={last} {layer.channels}: {plan.steps} steps of {plan.positions}: {parts}\n"
+                    )
+    if arguments.check and wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
