@@ -130,10 +130,12 @@ def compare(
 ) -> None:
     """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept."""
     from ..runs.compare import compare as compare_in
+    from ..runs.contents import check_free_for_several
     from ..runs.progress import RunView
     from ..runs.report import caption, table
 
     with explained_failures("the same command goes on where it was left"):
+        check_free_for_several(out)
         chosen = config_from(settings, config, compared=True)
         with from_environment(chosen.device) as processes:
             set_machine(chosen)
@@ -172,9 +174,11 @@ def reproduce(
     """Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture."""
     from ..reproduce import Request, analysis, carry_out, expense_of
     from ..reproduce import budget as budget_named
+    from ..runs.contents import check_free_for_several
     from ..runs.progress import RunView, progress_bar
 
     with explained_failures("the same command goes on where it was left"):
+        check_free_for_several(out)
         chosen = budget_named(budget)
         numbers = list(range(chosen.seeds)) if seeds is None else _seeds(seeds)
         what = analysis(name)
@@ -212,10 +216,13 @@ app.command()(with_settings(reproduce, leave_out=DECIDED))
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.", metavar="DIR...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, analyses of engm reproduce, or folders of these.", metavar="DIR...")],
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and report.png; default: only print.")] = None,
 ) -> None:
-    """One table of finished runs, mean and deviation over seeds, and their learning curves."""
+    """One table of finished runs, mean and deviation over seeds, and their learning curves.
+
+    Takes what engm train, compare and reproduce wrote, and any folder above.
+    """
     from ..runs.report import caption, collect, draw, markdown, table
     from ..storage.atomic_files import make_folder, write_text_atomic
 
@@ -325,9 +332,12 @@ def demo(
     from ..demo import DemoSettings, demo_training, prepare, report, run
     from ..demo.live import LiveView
     from ..methods import canonical_method
+    from ..runs.contents import check_free_for_several
 
     console = Console()
     torch.set_num_threads(threads)
+    with explained_failures():
+        check_free_for_several(out)
     try:
         typed = tuple(canonical_method(name) for name in methods.split(",") if name.strip())
         names = tuple(LABELS) if every_method else typed

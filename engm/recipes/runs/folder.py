@@ -29,6 +29,7 @@ from ..storage.checkpoint import CheckpointError, CheckpointStore
 from ..storage.folder_lock import locked
 from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of
+from .contents import described, holds_run
 
 LAST = "step-"
 BEST = "best-"
@@ -97,7 +98,7 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run lives here already."""
-        return self.config_file.is_file()
+        return holds_run(self.path)
 
     def config(self, data_root: Path | None = None) -> RunConfig:
         """The resolved configuration of the run that lives here.
@@ -110,7 +111,7 @@ class RunFolder:
             ValueError: its configuration cannot be read.
         """
         if not self.exists:
-            raise FileNotFoundError(f"{self.path} is no run folder: there is no {self.config_file.name} in it")
+            raise FileNotFoundError(f"{self.path} is no run folder: the path {described(self.path)}")
         config = from_values(read_toml(self.config_file), source=str(self.config_file)).resolved()
         return config if data_root is None else replace(config, data_root=str(data_root.absolute()))
 
@@ -129,7 +130,9 @@ class RunFolder:
                     "settings out to go on with it."
                 )
         elif not self.exists and self.path.exists() and not _is_empty_folder(self.path):
-            raise ValueError(f"{self.path} exists and is no run folder: choose another --out")
+            raise ValueError(
+                f"{self.path} exists and is no run folder: the path {described(self.path)}. Choose another --out"
+            )
 
     @property
     def evaluations_file(self) -> Path:
