@@ -19,6 +19,7 @@ from .accuracy_tables import (
     accuracy_finding,
     accuracy_rows,
     accuracy_table,
+    less_overfitting_finding,
 )
 from .analysis import Analysis, Request
 from .budgets import Budget
@@ -177,13 +178,11 @@ def _mean_weight(record: Record) -> float:
 
 def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
     values = panel.found(records)[optimizer]
-    return accuracy_finding(
+    return less_overfitting_finding(
         f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
         records,
         {"optimizer": optimizer, panel.setting: values[0]},
         {"optimizer": optimizer, panel.setting: values[-1]},
-        OVERFIT,
-        expected="less",
     )
 
 
