@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import isfinite, nan
 from pathlib import Path
 from types import UnionType
@@ -180,6 +181,13 @@ class RunConfig:
                 value = getattr(self, name)
                 if value is not None and not (isfinite(value) and value >= least):
                     raise ValueError(f"{option(name)} must be at least {least}, got {value}")
+        for name in ("eps", "step_size"):  # how long an l2 radius may be depends on the images: see check_radius
+            value = getattr(self, name)
+            if value is not None and self.threat == "linf" and value >= 1:
+                raise ValueError(
+                    f"{option(name)} must be below 1, because pixels lie in [0, 1], got {value:g}. "
+                    f"{in_grey_levels(value)}"
+                )
         for name in ("lr", "max_norm", "awp_gamma", "step_size"):
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
@@ -270,11 +278,17 @@ class RunConfig:
         }
 
 
+def in_grey_levels(radius: float) -> str:
+    """How to write a radius that was meant as so many grey levels of 0 to 255."""
+    return f"For {radius:g} of the 255 grey levels write {radius:g}/255."
+
+
 def option(name: str) -> str:
     """A setting as the command line spells it."""
     return "--" + name.replace("_", "-")
 
 
+@cache
 def value_type(name: str) -> tuple[Any, bool]:
     """The type of a setting without ``None``, and whether ``None`` is allowed."""
     hint = get_type_hints(RunConfig)[name]

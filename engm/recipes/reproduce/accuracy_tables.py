@@ -162,7 +162,9 @@ def less_overfitting_finding(
         worse = mine < theirs  # of the last checkpoint, which comes last
     measured = f"{finding.measured}; {', '.join(shown)}"
     if finding.verdict == "agrees" and worse:
-        return Finding(claim, f"{measured}: the last checkpoint is worse, so this is not less overfitting", "cannot say")
+        return Finding(
+            claim, f"{measured}: the last checkpoint is worse, so this is not less overfitting", "cannot say"
+        )
     return Finding(claim, measured, finding.verdict)
 
 

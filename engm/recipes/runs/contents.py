@@ -1,4 +1,4 @@
-"""What a folder holds that a command wrote: one run, several of them, an analysis, a demonstration, or something else."""
+"""What a folder holds that a command wrote: one run, several, an analysis, a demonstration, or something else."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
     of two such runs that came to the same, the first one is taken.
 
     Returns:
-        The results, with its ``folder`` and the ``autoattack`` accuracy of the best checkpoint where all test images were attacked at the
-        run's own radius; and the runs below a path that are not finished.
+        The results, each with its ``folder`` and the ``autoattack`` accuracy of the best checkpoint where all test
+        images were attacked at the run's own radius; and the runs below a path that are not finished.
 
     Raises:
         FileNotFoundError: a path is no run folder and has none below it, or a run that was named is not over.
@@ -105,6 +105,8 @@ def _computed(result: Mapping[str, Any]) -> str:
 def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
     known = read_json(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
     wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
+    if "identity" in result["data"]:
+        wanted["data"] = result["data"]["identity"]["test"]
     entries = known.get("best", {}).get("autoattack", [])
     return next((entry["accuracy"] for entry in entries if wanted.items() <= entry.items()), None)
 

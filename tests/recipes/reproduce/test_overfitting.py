@@ -20,9 +20,7 @@ def record(optimizer: str, seed: int, best: float, last: float) -> Record:
 
 def records(engm: list[tuple[float, float]], msgd: list[tuple[float, float]]) -> list[Record]:
     return [
-        record(name, seed, *pair)
-        for name, pairs in (("engm", engm), ("msgd", msgd))
-        for seed, pair in enumerate(pairs)
+        record(name, seed, *pair) for name, pairs in (("engm", engm), ("msgd", msgd)) for seed, pair in enumerate(pairs)
     ]
 
 
