@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     import typer
+    from rich.console import Console
     from typer.core import TyperCommand, TyperGroup
 except ModuleNotFoundError as error:
     raise SystemExit(f"the engm command needs {error.name}: pip install 'engm[recipes]'") from error
@@ -54,7 +55,8 @@ class LazyCommand(TyperCommand):
 
     def real(self) -> TyperCommand:
         """The command itself."""
-        module = import_module(f"{__package__}.{self._module}")
+        with Console().status("loading torch"):  # which takes seconds
+            module = import_module(f"{__package__}.{self._module}")
         commands: dict[str, TyperCommand] = typer.main.get_group(module.app).commands  # type: ignore[assignment]
         return commands[str(self.name)]
 

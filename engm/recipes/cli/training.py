@@ -55,7 +55,8 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
                 console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
             if processes.first and not (out / "curves.png").is_file():
-                draw([results], out / "curves.png")
+                with console.status("drawing the curves"):
+                    draw([results], out / "curves.png")
                 console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
 
 
@@ -215,7 +216,8 @@ def demo(
         if log is not None:
             log.check()
         settings = DemoSettings(names, demo_training(epochs, batch_size, seed), width=width, alpha=alpha)
-        prepared = prepare(settings)
+        with console.status("loading data and making the networks"):
+            prepared = prepare(settings)
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error)) from error
     dataset = prepared.dataset
@@ -238,7 +240,8 @@ def demo(
     console.print(report.table(prepared))
     console.print(report.caption(prepared), highlight=False)
     report.write_json(prepared, out / "results.json", seconds=seconds)
-    report.draw_curves(prepared, out / "curves.png")
+    with console.status("drawing the curves"):
+        report.draw_curves(prepared, out / "curves.png")
     console.print(f"{seconds:.0f} s. Curves: {out / 'curves.png'}  figures: {out / 'results.json'}", highlight=False)
     if log is not None:
         console.print(f"Every step and epoch: {out / 'log'}", highlight=False)

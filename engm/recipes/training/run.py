@@ -127,6 +127,11 @@ class Run:
         model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
+        borrow = config.borrow
+        if borrow is None and (config.objective, config.attack_mode) == ("fat", "eval"):
+            # Norms through running statistics are not the training step's while the network changes fast. Optimizers
+            # that read input gradients borrow these anyway, because only the attack has them.
+            borrow = None if config.optimizer in ("n-engm", "a-engm") else False
         self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
         return Trainer(
             model,
@@ -134,7 +139,7 @@ class Run:
             self._attack(0, 0),
             objective=self._objective(0),
             seed=seed_for("noise", config.seed),
-            borrow=config.borrow,
+            borrow=borrow,
             log_every=config.log_every,
             plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
             forward=training_model,

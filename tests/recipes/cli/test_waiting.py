@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from torch import nn
 
@@ -39,8 +40,6 @@ def test_help_needs_no_torch_and_half_a_second() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_list_of_commands_says_what_their_own_help_says(name: str) -> None:
-    import typer
-
     module, line = COMMANDS[name]
     lazy = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     assert lazy.real().help.splitlines()[0] == line
@@ -83,6 +82,14 @@ def test_autoattack_tells_how_far_it_is() -> None:
     with pytest.raises(KeyboardInterrupt):
         autoattack(net, x, y, eps=0.01, version="custom", attacks=["apgd-ce", "square"], on_progress=stop)
     assert not net._forward_hooks
+
+
+def test_a_command_says_that_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = io.StringIO()
+    monkeypatch.setattr("engm.recipes.cli.app.Console", lambda: Console(file=text, force_terminal=True, width=100))
+    command = typer.main.get_command(app).commands["doctor"]  # type: ignore[attr-defined]
+    assert command.real().name == "doctor"
+    assert "loading torch" in text.getvalue()
 
 
 def test_a_run_says_what_it_waits_for_before_it_begins() -> None:
