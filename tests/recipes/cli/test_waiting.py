@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 import subprocess
 import sys
 import time
@@ -22,6 +23,12 @@ from engm.recipes.reproduce.analysis import Request
 from engm.recipes.runs.progress import RunView
 
 
+def processor_seconds() -> float:
+    """Processor time of all child processes so far, which does not hang on what else the machine does."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_needs_no_torch_and_half_a_second() -> None:
     code = (
         "import sys; from engm.recipes.cli import app\n"
@@ -30,12 +37,12 @@ def test_help_needs_no_torch_and_half_a_second() -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = processor_seconds()
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_seconds() - start)
         assert ran.stderr.endswith("False")
         assert all(name in ran.stdout for name in COMMANDS)
-    assert min(seconds) < 1.0  # 0.25 s where nobody else uses the machine
+    assert min(seconds) < 0.5  # with torch it is over two
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -86,7 +93,8 @@ def test_autoattack_tells_how_far_it_is() -> None:
 
 def test_a_command_says_that_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
-    monkeypatch.setattr("engm.recipes.cli.app.Console", lambda: Console(file=text, force_terminal=True, width=100))
+    module = import_module("engm.recipes.cli.app")
+    monkeypatch.setattr(module, "Console", lambda: Console(file=text, force_terminal=True, width=100))
     command = typer.main.get_command(app).commands["doctor"]  # type: ignore[attr-defined]
     assert command.real().name == "doctor"
     assert "loading torch" in text.getvalue()
