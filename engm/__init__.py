@@ -112,6 +112,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
         """A public name that is asked for the first time."""
+        if name == "_C":  # which Python imports next, and which needs torch's libraries
+            import_module("torch")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _load()
