@@ -31,7 +31,8 @@ paired by seed (same weights at the start, data order and attack noise), and the
 (Student's t) either leaves out zero or does not. With three pairs it leaves out zero only where the difference is large
 beside its scatter; one pair can never say anything. Intervals are of seeds only: all runs share one set of test images,
 of which 1,000 put another 1.3 points (one standard error) on any single accuracy. About one verdict in forty would be
-decided each way by chance.
+decided each way by chance. Robust overfitting, (best - last) / best, is also small where the best was low: "overfits
+less" is only said where the last checkpoint, shown beside it, is no worse.
 
 Thresholds: `alpha_for` gives 0.74 (N-ENGM 0.074) for this network. On a seed that is used nowhere else, multiples of it
 were tried (`fig5a`), and the one with the highest mean of best and last robust accuracy on the *validation* set was

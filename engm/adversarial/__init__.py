@@ -1,7 +1,7 @@
 """Adversarial training on top of the engine: attacks on inputs and weights, and the losses of training methods."""
 
 from .attacks import PGD, Adversarial
-from .autoattack import AutoAttackResult, autoattack
+from .autoattack import AutoAttackProgress, AutoAttackResult, autoattack
 from .awp import AWP
 from .deepfool import DeepFool, DeepFoolResult
 from .losses import cross_entropy, kl_divergence, margin
@@ -14,6 +14,7 @@ __all__ = [
     "PGD",
     "VANILLA",
     "Adversarial",
+    "AutoAttackProgress",
     "AutoAttackResult",
     "DeepFool",
     "DeepFoolResult",

@@ -22,6 +22,7 @@ from ..optim import ExampleOptimizer
 from .ball import Norm, check_examples, per_example, project, unit
 from .losses import PerExampleLoss, cross_entropy, kl_divergence, log_probabilities, margin
 from .modes import evaluation_mode, paused
+from .stopping import Standing, moved_or_left
 
 _LOSSES: dict[str, PerExampleLoss] = {"ce": cross_entropy, "margin": margin}
 
@@ -89,35 +90,6 @@ class _Problem:
         return _Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
 
 
-class _Standing:
-    """Which examples still move: one that is found misclassified with no patience left stays where it is.
-
-    Args:
-        labels: ``[n]``.
-        patience: steps that an example still takes after it was misclassified.
-
-    Attributes:
-        moving: ``[n]`` bool.
-    """
-
-    def __init__(self, labels: Tensor, patience: int) -> None:
-        self.moving = torch.ones_like(labels, dtype=torch.bool)
-        self._labels = labels
-        self._patience = torch.full_like(labels, patience, dtype=torch.long)
-
-    def look(self, logits: Tensor, rows: Tensor | slice = slice(None)) -> None:
-        """Takes note of the logits ``[k, K]`` of the examples in ``rows [k]``, by default all, where these are now."""
-        wrong = logits.argmax(dim=1) != self._labels[rows]
-        self.moving[rows] &= ~(wrong & (self._patience[rows] == 0))
-        self._patience[rows] -= wrong.long()
-
-
-def _moved(standing: _Standing, logits: Tensor, moved: Tensor, present: Tensor) -> Tensor:
-    """``moved`` for the examples that still stand by their logits at ``present``, which is where the others stay."""
-    standing.look(logits)
-    return torch.where(per_example(standing.moving, moved), moved, present)
-
-
 @dataclass(frozen=True)
 class PGD:
     """Projected gradient descent inside ``{x' : ||x' - x|| <= eps} ∩ [0, 1]`` (Madry et al., 2018).
@@ -150,8 +122,11 @@ class PGD:
         patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
             Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
             example stays at that point.
-        start_noise: start at ``x`` plus a standard normal draw times this, projected, instead of at a uniform draw
-            (0.001 in TRADES, MART and AWP).
+        start_noise: start at ``x`` plus a standard normal draw times this instead of at a uniform draw (0.001 in
+            TRADES, MART and AWP). The start itself is not clamped, as in their code, unless ``stop_when_broken`` may
+            return it.
+        step_noise: every step adds a standard normal draw times this before it projects (omega of FAT, 0.001 in the
+            code of its authors).
     """
 
     eps: float
@@ -165,6 +140,7 @@ class PGD:
     stop_when_broken: bool = False
     patience: int = 0
     start_noise: float | None = None
+    step_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.eps >= 0 or not self.step_size > 0:
@@ -186,6 +162,8 @@ class PGD:
                 "PGD needs start_noise > 0 and with it random_start=True (start_noise=None for a uniform start), got "
                 f"start_noise={self.start_noise} and random_start={self.random_start}"
             )
+        if not 0 <= self.step_noise < inf:
+            raise ValueError(f"PGD needs a finite step_noise >= 0, got {self.step_noise}")
         if self.patience < 0 or (self.patience > 0 and not self.stop_when_broken):
             raise ValueError(
                 "PGD needs patience >= 0, and stop_when_broken=True where it is positive, got "
@@ -215,9 +193,9 @@ class PGD:
                 Input gradients alone (N-ENGM, A-ENGM between two regressions) cost nothing, because the attack takes
                 them anyway. With ``stop_when_broken`` the last step goes over all examples, also if every one has
                 stopped: it measures them where they are and moves those still standing.
-            noise: what the start adds to ``x``, shaped like ``x``, from :meth:`draw`; nothing is drawn then, and
-                ``generator`` is not read. This is for one process of several, which draws the noise of the whole batch
-                and takes its own rows.
+            noise: what the start adds to ``x``, shaped like ``x``, from :meth:`draw`, with ``step_noise`` also what the
+                steps add; nothing is drawn then, and ``generator`` is not read. This is for one process of several,
+                which draws the noise of the whole batch and takes its own rows.
             plain: stand-in for ``model`` wherever nothing is captured, ``torch.compile(net)`` say, with the same
                 weights. The step that measures calls ``model``.
 
@@ -243,12 +221,12 @@ class PGD:
                 if plain is not model:
                     stack.enter_context(evaluation_mode(plain))
             problem = _Problem(model, plain, origin, y, self._natural(model, plain, origin))
-            best = self._run(problem, self._start(origin, generator, noise), wanted)
+            best = self._run(problem, *self._start(origin, generator, noise), wanted)
             if self.restarts == 1:
                 return best
             best_loss = self._final_losses(problem, best.inputs)
             for _ in range(self.restarts - 1):
-                other = self._run(problem, self._start(origin, generator), wanted).inputs
+                other = self._run(problem, *self._start(origin, generator), wanted).inputs
                 loss = self._final_losses(problem, other)
                 better = loss > best_loss
                 best = Adversarial(torch.where(per_example(better, other), other, best.inputs))
@@ -263,7 +241,7 @@ class PGD:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Tensor:
-        """The noise that the start of a run adds to ``x`` before it projects, drawn from the generator as a run does.
+        """The noise that a run adds to ``x``, drawn from the generator as a run does.
 
         Args:
             shape: of the inputs, ``[n, ...]``.
@@ -273,10 +251,9 @@ class PGD:
             device: of the inputs.
 
         Returns:
-            Noise shaped ``shape``, in units of the input; zero without ``random_start``.
+            What the start adds, shaped ``shape``, in units of the input; zero without ``random_start``. With
+            ``step_noise`` ``[1 + steps, *shape]``: what the start adds, and then what each step does.
         """
-        if not self.random_start:
-            return torch.zeros(tuple(shape), dtype=dtype, device=device)
         source = device if generator is None else generator.device
 
         def normal() -> Tensor:
@@ -285,12 +262,19 @@ class PGD:
         def uniform(size: Sequence[int]) -> Tensor:
             return torch.rand(tuple(size), generator=generator, device=source, dtype=dtype).to(device)
 
-        if self.start_noise is not None:
-            return self.start_noise * normal()
-        if self.norm == "linf":
-            return (2 * uniform(shape) - 1) * self.eps
-        direction = normal()
-        return unit(direction) * per_example(uniform(shape[:1]) * self.eps, direction)
+        if not self.random_start:
+            start = torch.zeros(tuple(shape), dtype=dtype, device=device)
+        elif self.start_noise is not None:
+            start = self.start_noise * normal()
+        elif self.norm == "linf":
+            start = (2 * uniform(shape) - 1) * self.eps
+        else:
+            direction = normal()
+            start = unit(direction) * per_example(uniform(shape[:1]) * self.eps, direction)
+        if not self.step_noise:
+            return start
+        # Drawn for all examples and all steps, whichever will have stopped, so that several processes draw alike.
+        return torch.stack([start, *(self.step_noise * normal() for _ in range(self.steps))])
 
     def _check(self, x: Tensor, y: Tensor, wanted: _Wanted, noise: Tensor | None) -> None:
         check_examples(x, y)
@@ -300,9 +284,10 @@ class PGD:
             return
         if self.restarts > 1:
             raise ValueError(f"noise is the start of one run, and restarts={self.restarts}; pass a generator instead")
-        if noise.shape != x.shape or noise.dtype != x.dtype or noise.device != x.device:
+        shape = (1 + self.steps, *x.shape) if self.step_noise else tuple(x.shape)
+        if noise.shape != shape or noise.dtype != x.dtype or noise.device != x.device:
             raise ValueError(
-                f"expected noise like the inputs, {x.dtype} {list(x.shape)} on {x.device}, got {noise.dtype} "
+                f"expected noise like the inputs, {x.dtype} {list(shape)} on {x.device}, got {noise.dtype} "
                 f"{list(noise.shape)} on {noise.device}; draw it with attack.draw(x.shape, dtype=..., device=...)"
             )
 
@@ -312,37 +297,46 @@ class PGD:
         with torch.no_grad(), paused(model):
             return log_probabilities(plain(x))
 
-    def _run(self, problem: _Problem, x_adv: Tensor, wanted: _Wanted) -> Adversarial:
-        """One run from the start ``x_adv``."""
-        standing = _Standing(problem.labels, self.patience) if self.stop_when_broken else None
+    def _run(self, problem: _Problem, x_adv: Tensor, drift: Tensor | None, wanted: _Wanted) -> Adversarial:
+        """One run from the start ``x_adv``, with what its steps add as ``drift [steps, n, ...]``."""
+        standing = Standing(problem.labels, self.patience) if self.stop_when_broken else None
         steps = self.steps - 1 if wanted.anything else self.steps
         with paused(problem.model):
             if standing is not None and self.eval_mode:
-                x_adv = self._run_until_broken(problem, x_adv, standing, steps)
+                x_adv = self._run_until_broken(problem, x_adv, drift, standing, steps)
             else:
-                for _ in range(steps):
-                    moved, logits = self._step(problem, x_adv)
-                    x_adv = moved if standing is None else _moved(standing, logits, moved, x_adv)
-        return self._measuring_step(problem, x_adv, standing, wanted) if wanted.anything else Adversarial(x_adv)
+                for step in range(steps):
+                    moved, logits = self._step(problem, x_adv, None if drift is None else drift[step])
+                    x_adv = moved if standing is None else moved_or_left(standing, logits, moved, x_adv)
+        if not wanted.anything:
+            return Adversarial(x_adv)
+        return self._measuring_step(problem, x_adv, None if drift is None else drift[-1], standing, wanted)
 
-    def _run_until_broken(self, problem: _Problem, x_adv: Tensor, standing: _Standing, steps: int) -> Tensor:
+    def _run_until_broken(
+        self, problem: _Problem, x_adv: Tensor, drift: Tensor | None, standing: Standing, steps: int
+    ) -> Tensor:
         """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so."""
         x_adv = x_adv.clone()
         whole = problem.plain is not problem.model
-        for _ in range(steps):
+        for step in range(steps):
             rows = standing.moving.nonzero().squeeze(1)
             if not len(rows):
                 break
             if whole:
                 rows = torch.arange(len(x_adv), device=x_adv.device)
             present = x_adv[rows]
-            moved, logits = self._step(problem.take(rows), present)
+            moved, logits = self._step(problem.take(rows), present, None if drift is None else drift[step, rows])
             standing.look(logits, rows)
             x_adv[rows] = torch.where(per_example(standing.moving[rows], moved), moved, present)
         return x_adv
 
     def _measuring_step(
-        self, problem: _Problem, x_adv: Tensor, standing: _Standing | None, wanted: _Wanted
+        self,
+        problem: _Problem,
+        x_adv: Tensor,
+        noise: Tensor | None,
+        standing: Standing | None,
+        wanted: _Wanted,
     ) -> Adversarial:
         """One update of all examples, or of those still standing, whose backward pass measures all of them."""
         x_adv = x_adv.detach().requires_grad_()
@@ -354,17 +348,17 @@ class PGD:
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")
         present = x_adv.detach()
-        moved = self._ascend(problem.origin, present, gradient)
+        moved = self._ascend(problem.origin, present, gradient, noise)
         if standing is not None:
-            moved = _moved(standing, logits.detach(), moved, present)
+            moved = moved_or_left(standing, logits.detach(), moved, present)
         return Adversarial(moved, measurement)
 
-    def _step(self, problem: _Problem, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, problem: _Problem, x_adv: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """One update; the new point and the (detached) logits at the old one."""
         x_adv = x_adv.detach().requires_grad_()
         logits = problem.plain(x_adv)
         (gradient,) = torch.autograd.grad(self._losses(logits, problem).sum(), x_adv)
-        return self._ascend(problem.origin, x_adv.detach(), gradient), logits.detach()
+        return self._ascend(problem.origin, x_adv.detach(), gradient, noise), logits.detach()
 
     def _losses(self, logits: Tensor, problem: _Problem) -> Tensor:
         if problem.natural is not None:
@@ -382,13 +376,20 @@ class PGD:
         with torch.no_grad(), paused(problem.model):
             return self._losses(problem.plain(x_adv), problem)
 
-    def _start(self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None = None) -> Tensor:
+    def _start(
+        self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Where a run starts, and what its steps add, if they add anything: ``[steps, n, ...]``."""
         if noise is None:
-            if not self.random_start:
-                return x.clone()
+            if not self.random_start and not self.step_noise:
+                return x.clone(), None
             noise = self.draw(x.shape, generator, dtype=x.dtype, device=x.device)
-        return project(x + noise, x, self.eps, self.norm)
+        start, drift = (noise[0], noise[1:]) if self.step_noise else (noise, None)
+        if self.start_noise is not None and not self.stop_when_broken:
+            return x + start, drift
+        return project(x + start, x, self.eps, self.norm), drift
 
-    def _ascend(self, origin: Tensor, x_adv: Tensor, gradient: Tensor) -> Tensor:
+    def _ascend(self, origin: Tensor, x_adv: Tensor, gradient: Tensor, noise: Tensor | None) -> Tensor:
         direction = gradient.sign() if self.norm == "linf" else unit(gradient)
-        return project(x_adv + self.step_size * direction, origin, self.eps, self.norm)
+        moved = x_adv + self.step_size * direction
+        return project(moved if noise is None else moved + noise, origin, self.eps, self.norm)

@@ -11,7 +11,7 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,25 @@ TOLERANCE = 1e-6
 
 _ROUNDING = 1e-3  # below this margin, relative to the largest logit, an image's class may depend on the batch around it
 _NORMS = {"linf": "Linf", "l2": "L2"}
+_BEGINS = re.compile(r"running \S+")
 _SUCCESSES = re.compile(r"(\S+) - \d+/\d+ - (\d+) out of \d+ successfully perturbed")
+
+
+@dataclass(frozen=True)
+class AutoAttackProgress:
+    """How far a call of :func:`autoattack` is.
+
+    Attributes:
+        attack: the attack that runs; ``"clean"`` before the first.
+        number: its number, from 1; 0 before the first.
+        attacks: how many attacks there are.
+        passes: forward passes that it has taken.
+    """
+
+    attack: str
+    number: int
+    attacks: int
+    passes: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ def autoattack(
     seed: int = 0,
     attacks: Sequence[str] | None = None,
     log_path: str | Path | None = None,
+    on_progress: Callable[[AutoAttackProgress], None] | None = None,
 ) -> AutoAttackResult:
     """Runs AutoAttack (Croce and Hein, 2020) and recounts the accuracy from the images that it returns.
 
@@ -87,6 +106,7 @@ def autoattack(
         attacks: names out of :data:`ATTACKS`, with ``version="custom"`` and only then.
         log_path: file that pyautoattack's log is appended to. Without a file only the log's warnings are kept, in the
             result.
+        on_progress: called after every forward pass; may raise to end the evaluation.
 
     Returns:
         The images and the accuracies on them.
@@ -114,7 +134,8 @@ def autoattack(
             device=device,
         )
         _fit_to_classes(adversary, model(x[:1].to(device)).shape[-1])
-        inputs, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+        with _followed(model, records, adversary.attacks_to_run, on_progress):
+            inputs, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
         _check_images(inputs, x, eps, norm)
         logits = torch.cat([model(part.to(device)) for part in inputs.split(batch_size)]).to(y.device)
     standing = predicted == y
@@ -218,6 +239,35 @@ def _logged(path: str | Path | None) -> Iterator[list[logging.LogRecord]]:
         logger.setLevel(before[2])
         for handler in handlers:
             handler.close()
+
+
+@contextmanager
+def _followed(
+    model: nn.Module,
+    records: Sequence[logging.LogRecord],
+    attacks: Sequence[str],
+    on_progress: Callable[[AutoAttackProgress], None] | None,
+) -> Iterator[None]:
+    """Tells after every forward pass of the model how far the attacks are, by what the log says of them."""
+    if on_progress is None:
+        yield
+        return
+    read, number, passes = 0, 0, 0
+
+    def told(*_: object) -> None:
+        nonlocal read, number, passes
+        passes += 1
+        for record in records[read:]:
+            if _BEGINS.fullmatch(record.getMessage()):
+                number, passes = number + 1, 1
+        read = len(records)
+        on_progress(AutoAttackProgress("clean" if number == 0 else attacks[number - 1], number, len(attacks), passes))
+
+    handle = model.register_forward_hook(told)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _fit_to_classes(adversary: Any, classes: int) -> None:

@@ -26,6 +26,8 @@ AttackMaker = Callable[[float, float, int, Norm], PGD]
 
 # Deviation of the normal draw that TRADES and MART start from: at x itself the gradient of TRADES' KL is zero.
 _START_NOISE = 0.001
+# Deviation of the normal draw that every step of FAT's attack adds: omega of the authors' code.
+_STEP_NOISE = 0.001
 
 
 def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
@@ -112,7 +114,13 @@ def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: boo
     ======== ============================= ============================================= ==================
 
     FAT (Zhang et al., *Attacks Which Do Not Kill Training Make Adversarial Learning Stronger*, 2020) trains on friendly
-    examples: an example takes ``patience`` more steps after it is misclassified, and then stays where it is.
+    examples: an example takes ``patience`` more steps after it is misclassified, and then stays where it is. Each step
+    adds 0.001 times a normal draw, as in the authors' code.
+
+    What differs from the authors' code on purpose: an l2 step is projected onto the ball and then onto [0, 1], as in
+    Rice et al. (2020), where TRADES does it the other way round, so that one projection serves all methods; an example
+    whose l2 gradient is zero stays, where TRADES moves it at random, so that what is drawn hangs on no value; MART has
+    l2 too; and FAT's noise is drawn for examples that have stopped as well, so that several processes draw alike.
 
     Args:
         name: one of :data:`OBJECTIVES`.
@@ -139,7 +147,7 @@ def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: boo
             attack = partial(PGD, start_noise=_START_NOISE, eval_mode=eval_mode)
             return Objective(name, partial(mart, beta=beta), False, attack)
         case "fat":
-            attack = partial(PGD, stop_when_broken=True, patience=patience, eval_mode=eval_mode)
+            attack = partial(PGD, stop_when_broken=True, patience=patience, step_noise=_STEP_NOISE, eval_mode=eval_mode)
             return Objective(name, _vanilla, True, attack)
         case _:
             return Objective("pgd", _vanilla, True, partial(PGD, eval_mode=eval_mode))

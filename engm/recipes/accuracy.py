@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ from engm.checks import NonFiniteError
 
 from .data import Source
 from .processes import Processes
+
+OnBatch = Callable[[int, int], None]
+"""Called between the batches of an evaluation with how many are done and how many there are; may raise to end it."""
 
 
 def pgd20(eps: float, norm: Literal["linf", "l2"] = "linf", steps: int = 20) -> PGD:
@@ -58,6 +62,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     processes: Processes | None = None,
+    on_batch: OnBatch | None = None,
 ) -> Accuracy:
     """Accuracy of ``model`` on ``split``, natural and under ``attack``.
 
@@ -68,6 +73,7 @@ def evaluate(
         batch_size: examples at a time.
         seed: seed of the attack's random starts; the same starts for every model.
         processes: several processes that share the batches; all of them get the accuracy of the whole split.
+        on_batch: called after each of this process's batches with the number of those done and of all.
 
     Raises:
         ValueError: an empty split, or an attack that would run in training mode.
@@ -92,6 +98,8 @@ def evaluate(
                 correct, finite = _look(model, attack(model, x, y, generator=generator).inputs, y)
                 robust += correct
                 broken += not finite
+            if on_batch is not None:
+                on_batch(number // world + 1, len(numbers))
     if processes is not None:
         natural, robust, broken = processes.total([natural, robust, broken])
     if broken:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from math import isfinite, nan
 from pathlib import Path
 from types import UnionType
@@ -85,10 +86,12 @@ class RunConfig:
 
     threat: str = setting("linf", "Ball of the attack: linf or l2.", "Attack")
     eps: float | None = setting(None, "Its radius, as 0.03 or 8/255 (the default; l2: 128/255; digits: 0.2).", "Attack")
-    step_size: float | None = setting(None, "By default a quarter of eps (l2: 15/128 of it).", "Attack")
+    step_size: float | None = setting(
+        None, "By default a quarter of eps (l2: 15/128 of it; trades with l2: 2 eps over the steps).", "Attack"
+    )
     attack_steps: int = setting(10, "Steps of the training attack.", "Attack")
     attack_mode: str = setting(
-        "auto", "train or eval: which batch-norm statistics it sees; auto: train for pgd and fat, else eval.", "Attack"
+        "auto", "train or eval: which batch-norm statistics it sees; auto: train for pgd, else eval.", "Attack"
     )
     eps_warmup: float = setting(0.0, "Epochs over which eps grows from 0 (progressive hardening).", "Attack")
 
@@ -180,6 +183,13 @@ class RunConfig:
                 value = getattr(self, name)
                 if value is not None and not (isfinite(value) and value >= least):
                     raise ValueError(f"{option(name)} must be at least {least}, got {value}")
+        for name in ("eps", "step_size"):  # how long an l2 radius may be depends on the images: see check_radius
+            value = getattr(self, name)
+            if value is not None and self.threat == "linf" and value >= 1:
+                raise ValueError(
+                    f"{option(name)} must be below 1, because pixels lie in [0, 1], got {value:g}. "
+                    f"{in_grey_levels(value)}"
+                )
         for name in ("lr", "max_norm", "awp_gamma", "step_size"):
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
@@ -196,12 +206,14 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
+        mode = self.attack_mode if self.attack_mode != "auto" or self.objective != "fat" else "eval"
         borrows = (
             self.borrow is not False
             and self.objective in ("pgd", "fat")
             and self.optimizer in ("engm", "a-engm", "f-engm")
+            and (self.borrow or self.optimizer == "a-engm" or self.objective == "pgd")
         )
-        if self.batch_norm == "exact" and self.norm == "batch" and self.attack_mode == "eval" and borrows:
+        if self.batch_norm == "exact" and self.norm == "batch" and mode == "eval" and borrows:
             raise ValueError(
                 "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "
                 "eval does not see: add --no-borrow, or leave one of the two out"
@@ -233,7 +245,7 @@ class RunConfig:
         eps = self.eps if self.eps is not None else (DIGITS_EPS if digits else PIXEL_EPS)[self.threat]
         mode = self.attack_mode
         if mode == "auto":
-            mode = "train" if self.objective in ("pgd", "fat") else "eval"
+            mode = "train" if self.objective == "pgd" else "eval"
         is_path = self.data not in DATASETS and Path(self.data).expanduser().exists()
         return replace(
             self,
@@ -242,13 +254,19 @@ class RunConfig:
             data_root=str(Path(self.data_root).expanduser().absolute()),
             model=("small-resnet" if digits else "resnet18") if self.model == "auto" else self.model,
             eps=eps,
-            step_size=self.step_size or (eps * STEP_SHARE[self.threat] or None),
+            step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,
             attack_mode=mode,
             precision="bf16" if self.fast else self.precision,
             channels_last=self.channels_last or self.fast,
             compile_attack=self.compile_attack or self.fast,
         )
+
+    def _step_share(self) -> float:
+        """The default step of the training attack over eps."""
+        if self.objective == "trades" and self.threat == "l2":
+            return 2 / self.attack_steps  # as in the code of TRADES
+        return STEP_SHARE[self.threat]
 
     @property
     def ball(self) -> Literal["linf", "l2"]:
@@ -270,11 +288,17 @@ class RunConfig:
         }
 
 
+def in_grey_levels(radius: float) -> str:
+    """How to write a radius that was meant as so many grey levels of 0 to 255."""
+    return f"For {radius:g} of the 255 grey levels write {radius:g}/255."
+
+
 def option(name: str) -> str:
     """A setting as the command line spells it."""
     return "--" + name.replace("_", "-")
 
 
+@cache
 def value_type(name: str) -> tuple[Any, bool]:
     """The type of a setting without ``None``, and whether ``None`` is allowed."""
     hint = get_type_hints(RunConfig)[name]

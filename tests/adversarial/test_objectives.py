@@ -166,7 +166,7 @@ def test_running_statistics_see_the_natural_batch_first(name: str) -> None:
         ("pgd", {}, True),
         ("trades", {"loss": "kl", "start_noise": 0.001}, False),
         ("mart", {"start_noise": 0.001}, False),
-        ("fat", {"stop_when_broken": True, "patience": 2}, True),
+        ("fat", {"stop_when_broken": True, "patience": 2, "step_noise": 0.001}, True),
     ],
 )
 def test_every_method_has_its_own_attack(name: str, own: dict[str, object], borrows: bool, eval_mode: bool) -> None:

@@ -1,5 +1,5 @@
 """The ``engm`` command."""
 
-from .commands import app
+from .app import app
 
 __all__ = ["app"]

@@ -14,6 +14,8 @@ from rich.markup import escape
 from engm.checks import NonFiniteError
 
 from ..processes import OtherProcessError
+from ..runs.termination import STATUS as TERMINATED
+from ..runs.termination import TerminatedError, raised
 from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import FolderInUseError
 
@@ -29,16 +31,20 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         resume: how to go on after an interruption, for the message.
 
     Raises:
-        typer.Exit: with status 1, or 130 after Ctrl-C.
+        typer.Exit: with status 1, 130 after Ctrl-C, or 143 after SIGTERM.
     """
     try:
-        yield
+        with raised():
+            yield
     except KeyboardInterrupt:
         _say(f"interrupted{resume and f'; {resume}'}")
         raise typer.Exit(INTERRUPTED) from None
     except (torch.OutOfMemoryError, MemoryError):
         _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
         raise typer.Exit(1) from None
+    except TerminatedError as error:
+        _say(f"{error}{resume and f'; {resume}'}")
+        raise typer.Exit(TERMINATED) from None
     except NonFiniteError as error:
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
         raise typer.Exit(1) from None

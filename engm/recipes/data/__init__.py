@@ -3,6 +3,7 @@
 from .augment import CROP_AND_FLIP, Augmentation, Draw
 from .dataset import Dataset, Source, Split
 from .digits import load_digits
+from .identity import check_same_data, identities, identity
 from .image_folder import load_image_folder
 from .npz import load_npz
 from .registry import DATASETS, load_data
@@ -19,6 +20,9 @@ __all__ = [
     "Source",
     "Split",
     "StreamedSplit",
+    "check_same_data",
+    "identities",
+    "identity",
     "load_cifar10",
     "load_cifar100",
     "load_data",

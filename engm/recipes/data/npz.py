@@ -13,6 +13,7 @@ import torch
 from .augment import CROP_AND_FLIP
 from .dataset import Dataset, Split, hold_out
 
+_MOST_CHANNELS = 4  # of ordinary images, with transparency; others have many rows and columns
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -28,11 +29,12 @@ def load_npz(
         validation_from_test: hold them out of the test set instead, the paper's other reading.
 
     Returns:
-        The dataset, with inputs ``[n, C, H, W]`` uint8; as many classes as the largest label says.
+        The dataset, with inputs ``[n, C, H, W]`` uint8; as many classes as the largest training label says.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key, shape, dtype or label is not as described.
+        ValueError: a key, shape, dtype or label is not as described, channels come first, or the test set has classes
+            that the training set has not.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,7 +46,13 @@ def load_npz(
             f"{path}: training and test images differ in shape (as [C, H, W]): "
             f"{list(train.shape)} and {list(test.shape)}"
         )
-    classes = int(torch.cat([train.labels, test.labels]).max()) + 1
+    classes = int(train.labels.max()) + 1
+    if int(test.labels.max()) >= classes:
+        beyond = sorted(set(test.labels[test.labels >= classes].tolist()))
+        raise ValueError(
+            f"{path}: y_train has the classes 0 to {classes - 1}, and y_test has {', '.join(map(str, beyond[:5]))} as "
+            "well, which no network could learn: do both arrays come from the same data set?"
+        )
     splits = hold_out(
         train,
         test,
@@ -76,6 +84,7 @@ def _split(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], par
             f"{path}: x_{part} must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}; "
             "pixels are divided by 255 here, not before"
         )
+    _check_channels(images.shape, part, path)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(f"{path}: y_{part} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     if not len(labels) or int(labels.min()) < 0:
@@ -84,3 +93,14 @@ def _split(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], par
         )
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _check_channels(shape: tuple[int, ...], part: str, path: Path) -> None:
+    """Refuses arrays that look as if channels came first: few rows, or squares in the last two dimensions alone."""
+    _, first, middle, last = shape
+    if last > _MOST_CHANNELS and (first <= _MOST_CHANNELS or middle == last != first):
+        raise ValueError(
+            f"{path}: x_{part} must be [N, H, W, C] with the channels last, and {list(shape)} would be images of "
+            f"{first}x{middle} pixels with {last} channels; if the channels come first, save "
+            f"x_{part}.transpose(0, 2, 3, 1)"
+        )

@@ -1,4 +1,4 @@
-"""Fig. 5: what one setting does, everything else alike."""
+"""Fig. 5: what one setting does, everything else alike; and the learning curves of its last panel."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from .accuracy_tables import (
     accuracy_finding,
     accuracy_rows,
     accuracy_table,
+    less_overfitting_finding,
+    optimizer_cells,
+    summarise_optimizers,
 )
 from .analysis import Analysis, Request
 from .budgets import Budget
@@ -35,10 +38,10 @@ VALIDATION: Figure_ = figure("validation", "robust")
 
 @dataclass(frozen=True)
 class Ablation:
-    """A panel of the figure.
+    """What the panels of one setting are made from.
 
     Attributes:
-        name: as the command takes it.
+        name: the first of its panels, by which the runs are labelled.
         setting: its name in :class:`~engm.recipes.config.RunConfig`.
         shown: its name in text.
         values: values of the setting by optimizer; empty for the thresholds, which are the budget's.
@@ -122,8 +125,16 @@ PANELS: dict[str, tuple[Figure_, str]] = {
 }
 
 
-def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS) -> Outcome:
-    """The outcome of one panel or of all."""
+def summarise(
+    records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS, drawn_figures: Sequence[str] = tuple(PANELS)
+) -> Outcome:
+    """The outcome of one setting or of all.
+
+    Args:
+        records: of the runs.
+        panels: the settings that are shown.
+        drawn_figures: names out of :data:`PANELS`: what the picture shows of every setting.
+    """
     shown = [panel for panel in panels if panel.found(records)]
     tables, findings = [], []
     for panel in shown:
@@ -142,7 +153,11 @@ def summarise(records: Sequence[Record], panels: Sequence[Ablation] = ABLATIONS)
         elif panel.setting == "weight_decay":
             findings.append(_sensitivity(mine, panel))
     return Outcome(
-        tables, findings, accuracy_rows(records), lambda drawn: _draw(records, shown, drawn), (16, 3.2 * len(shown))
+        tables,
+        findings,
+        accuracy_rows(records),
+        lambda drawn: _draw(records, shown, drawn, drawn_figures),
+        (max(5.0, 16 / 6 * len(drawn_figures)), 3.2 * len(shown)),
     )
 
 
@@ -177,13 +192,11 @@ def _mean_weight(record: Record) -> float:
 
 def _small_alpha(records: Sequence[Record], panel: Ablation, optimizer: str) -> Finding:
     values = panel.found(records)[optimizer]
-    return accuracy_finding(
+    return less_overfitting_finding(
         f"{LABELS[optimizer]}: overfitting decreases for small α ({values[0]:g} against {values[-1]:g})",
         records,
         {"optimizer": optimizer, panel.setting: values[0]},
         {"optimizer": optimizer, panel.setting: values[-1]},
-        OVERFIT,
-        expected="less",
     )
 
 
@@ -207,9 +220,10 @@ def _sensitivity(records: Sequence[Record], panel: Ablation) -> Finding:
     )
 
 
-def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure) -> None:
+def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure, names: Sequence[str]) -> None:
     done = selected(records, {})
-    figures = [(read, title) for read, title in PANELS.values() if any(read(r) is not None for r in done)]
+    # Small budgets leave AutoAttack out: what it would show is not drawn then.
+    figures = [PANELS[name] for name in names if any(PANELS[name][0](r) is not None for r in done)]
     axes = drawn.subplots(len(panels), len(figures), squeeze=False)
     for line, panel in zip(axes, panels, strict=True):
         for axis, (read, title) in zip(line, figures, strict=True):
@@ -240,10 +254,35 @@ def _every_panel(request: Request) -> list[Cell]:
     return [cell for panel in ABLATIONS for cell in panel.cells(request)]
 
 
+_ALPHA, _TAU, _BETA, _DECAY = ABLATIONS
+# The panels of the figure by their letter in the paper: the setting, what the paper plots over it, and what is drawn
+# here. The first panel of a setting has every figure; robust accuracy is drawn under PGD-20 as well, because small
+# budgets run no AutoAttack.
+_LETTERS: dict[str, tuple[Ablation, str, tuple[str, ...]]] = {
+    "a": (_ALPHA, "natural accuracy, with all other figures", tuple(PANELS)),
+    "b": (_ALPHA, "robust accuracy", ("aa", "best")),
+    "c": (_ALPHA, "robust overfitting", ("overfit", "best", "last")),
+    "d": (_TAU, "natural accuracy, with all other figures", tuple(PANELS)),
+    "e": (_TAU, "robust accuracy", ("aa", "best")),
+    "f": (_BETA, "natural and robust accuracy", tuple(PANELS)),
+    "g": (_DECAY, "robust accuracy", tuple(PANELS)),
+}
+
+
+def _panel(letter: str) -> Analysis:
+    setting, shown, figures = _LETTERS[letter]
+    return Analysis(
+        f"fig5{letter}",
+        f"{setting.shown} alone: {shown} (Fig. 5{letter})",
+        setting.cells,
+        partial(summarise, panels=[setting], drawn_figures=figures),
+    )
+
+
 FIG_5 = [
     Analysis("fig5", "Thresholds, intervals, λ of TRADES, weight decay (Fig. 5)", _every_panel, summarise),
-    *(
-        Analysis(panel.name, f"{panel.shown} alone (Fig. 5)", panel.cells, partial(summarise, panels=[panel]))
-        for panel in ABLATIONS
+    *map(_panel, _LETTERS),
+    Analysis(
+        "fig5h", "Optimizers: learning curves of the runs of Table 2 (Fig. 5h)", optimizer_cells, summarise_optimizers
     ),
 ]

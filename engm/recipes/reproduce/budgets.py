@@ -33,6 +33,8 @@ class Budget:
         kept: number of epochs between two that keep their weights for these measurements, beside those around a decay.
         keep_always: keep them in every run, so that analyses share their runs; at full size it would fill disks.
         timed_steps: number of steps that Table 1 times.
+        planned: whether the cost is judged before it starts, which takes some seconds itself. If not, cells run one
+            after the other, because a process of its own takes longer to start than a cell of such a budget.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Budget:
     kept: int = 5
     keep_always: bool = True
     timed_steps: int = 20
+    planned: bool = True
 
     def config(self, settings: dict[str, Any], **special: Any) -> RunConfig:
         """A run of this budget.
@@ -103,6 +106,7 @@ BUDGETS = {
             "tau": 2,
             "threads": 1,
             "loggers": (),
+            "step": "eager",  # a recorded program takes seconds to make, and a run has four steps
         },
         seeds=1,
         alpha={"engm": "5.0", "a-engm": "5.0", "n-engm": "0.5"},
@@ -116,6 +120,7 @@ BUDGETS = {
         batch=16,
         kept=1,
         timed_steps=2,
+        planned=False,
     ),
     "small": Budget(
         "small",

@@ -17,7 +17,8 @@ from ..config import RunConfig
 from ..data import Dataset
 from ..machine import set_machine
 from ..processes import Processes
-from ..runs.folder import RunFolder, View, train
+from ..runs.folder import RunFolder, train
+from ..runs.view import View
 from ..training.building import load_dataset
 from .measures import Measure, measured
 from .statistics import Record

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +91,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
 
 
-def expense_of(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int | None) -> Expense:
+def expense_of(
+    cells: Sequence[Cell],
+    runs: Path,
+    device: torch.device,
+    jobs: int | None,
+    on_kind: Callable[[int, int], None] = lambda done, total: None,
+) -> Expense:
     """Times a few steps of every kind of run, in a process of its own, so that its memory can be told.
 
     Args:
@@ -99,10 +105,17 @@ def expense_of(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: in
         runs: the folder of run folders.
         device: where the cells will compute.
         jobs: number of cells at once; ``None`` for as many as cores (by the runs' threads) or the GPU's memory allow.
+        on_kind: called with the number of kinds of run that are timed, and of all.
     """
     kinds = {_kind(cell.config): cell.config for cell in cells}
+    costs: dict[tuple[Any, ...], KindCost] = {}
+    peak = 0
+    on_kind(0, len(kinds))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        costs, peak = pool.submit(_probe, kinds, str(device)).result()
+        for kind, config in kinds.items():
+            costs[kind], held = pool.submit(_probe, config, str(device)).result()
+            peak = max(peak, held)
+            on_kind(len(costs), len(kinds))
     trained = sum(cell.is_trained(runs) for cell in cells)
     seconds = sum(_seconds(cell, costs[_kind(cell.config)], runs) for cell in cells)
     threads = max((cell.config.threads or _cores() for cell in cells), default=1)
@@ -125,14 +138,10 @@ def _room(device: torch.device, peak: int, threads: int, cells: int) -> int:
     return max(1, min(by_memory, most, cells))
 
 
-def _probe(kinds: dict[tuple[Any, ...], RunConfig], device: str) -> tuple[dict[tuple[Any, ...], KindCost], int]:
-    """The cost of every kind, and the most memory that one of them takes; called in a fresh process."""
-    where, found, peak = torch.device(device), {}, 0
-    for kind, config in kinds.items():
-        set_machine(config.resolved())
-        found[kind], held = _time(config, where)
-        peak = max(peak, held)
-    return found, peak
+def _probe(config: RunConfig, device: str) -> tuple[KindCost, int]:
+    """The cost of a kind of run, and the memory that it takes; called in a process that does nothing else."""
+    set_machine(config.resolved())
+    return _time(config, torch.device(device))
 
 
 def _time(config: RunConfig, device: torch.device) -> tuple[KindCost, int]:

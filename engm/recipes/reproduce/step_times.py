@@ -16,7 +16,7 @@ from torch import Tensor
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
 from ..processes import Processes
-from ..runs.folder import View
+from ..runs.view import View
 from ..storage.atomic_files import make_folder, read_json, write_json
 from ..training.run import Run
 from ..training.turns import take_turns

@@ -11,7 +11,7 @@ import torch
 
 from engm.checks import NonFiniteError
 
-from ..runs.folder import View
+from ..runs.view import View
 from ..storage.atomic_files import make_folder, write_text_atomic
 from .analysis import Analysis, Request
 from .cells import Cell

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..processes import OtherProcessError
+from ..runs.termination import STATUS, TerminatedError
 from .cells import Cell
 from .statistics import Record
 
@@ -23,8 +24,8 @@ def at_once(
 ) -> list[Record]:
     """Computes cells in ``jobs`` processes.
 
-    If anything goes wrong, or the user interrupts, the processes are ended; what they have saved stays. If this process
-    is killed, they end themselves.
+    If anything goes wrong, or the user interrupts, the processes are ended by SIGTERM, at which those that train save
+    where they are; what they have saved stays. If this process is killed, they end themselves.
 
     Returns:
         The records in the order of the cells, whichever is finished first.
@@ -64,7 +65,10 @@ def at_once(
 
 
 def _work(cells: Sequence[Cell], runs: Path, device: str) -> list[Record]:
-    return [cell.run(runs, torch.device(device)) for cell in cells]
+    try:
+        return [cell.run(runs, torch.device(device)) for cell in cells]
+    except TerminatedError:  # what was trained is saved, and no other cell is to begin in this process
+        os._exit(STATUS)
 
 
 def _follow_parent() -> None:

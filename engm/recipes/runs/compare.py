@@ -15,8 +15,9 @@ from ..methods import canonical_method
 from ..processes import Processes
 from ..storage.atomic_files import write_json, write_text_atomic
 from ..training.building import load_in_turn
-from .folder import RunFolder, View, train
+from .folder import RunFolder, train
 from .report import collect, draw, markdown
+from .view import View
 
 
 def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int]) -> dict[str, RunConfig]:

@@ -14,13 +14,13 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..accuracy import Accuracy, overfit
 from ..config import RunConfig, from_values, option, read_toml, to_toml
-from ..data import Dataset
+from ..data import Dataset, check_same_data, identities
 from ..machine import machine_facts
 from ..methods import LABELS
 from ..processes import Processes
@@ -29,44 +29,15 @@ from ..storage.checkpoint import CheckpointError, CheckpointStore
 from ..storage.folder_lock import locked
 from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of
+from .contents import described, holds_run
+from .termination import TerminatedError, Termination, noted
+from .view import NoView, View
 
 LAST = "step-"
 BEST = "best-"
 EPOCH = "epoch-"
 KEPT = 2  # periodic checkpoints: the latest and one to fall back on
 Which = Literal["best", "last"]
-
-
-class View(Protocol):
-    """Who watches a run."""
-
-    def begin(self, run: Run) -> None:
-        """The run is about to train, from ``run.epoch`` and ``run.batch``."""
-
-    def on_step(self) -> None:
-        """A batch is done."""
-
-    def on_epoch(self) -> None:
-        """An epoch is done; its figures are the last row of ``run.history``."""
-
-    def on_test(self) -> None:
-        """Training is over; the test set is about to be looked at."""
-
-
-class NoView:
-    """Watches nothing."""
-
-    def begin(self, run: Run) -> None:
-        """Ignored."""
-
-    def on_step(self) -> None:
-        """Ignored."""
-
-    def on_epoch(self) -> None:
-        """Ignored."""
-
-    def on_test(self) -> None:
-        """Ignored."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +68,7 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run lives here already."""
-        return self.config_file.is_file()
+        return holds_run(self.path)
 
     def config(self, data_root: Path | None = None) -> RunConfig:
         """The resolved configuration of the run that lives here.
@@ -110,7 +81,7 @@ class RunFolder:
             ValueError: its configuration cannot be read.
         """
         if not self.exists:
-            raise FileNotFoundError(f"{self.path} is no run folder: there is no {self.config_file.name} in it")
+            raise FileNotFoundError(f"{self.path} is no run folder: the path {described(self.path)}")
         config = from_values(read_toml(self.config_file), source=str(self.config_file)).resolved()
         return config if data_root is None else replace(config, data_root=str(data_root.absolute()))
 
@@ -129,7 +100,9 @@ class RunFolder:
                     "settings out to go on with it."
                 )
         elif not self.exists and self.path.exists() and not _is_empty_folder(self.path):
-            raise ValueError(f"{self.path} exists and is no run folder: choose another --out")
+            raise ValueError(
+                f"{self.path} exists and is no run folder: the path {described(self.path)}. Choose another --out"
+            )
 
     @property
     def evaluations_file(self) -> Path:
@@ -179,27 +152,25 @@ class RunFolder:
 
     def save(self, run: Run) -> None:
         """Saves a periodic checkpoint. Every process must call this; the first one writes."""
-        state = run.state_dict()
-        with run.processes.together():
-            self._save(run, state)
+        self.save_state(run, run.state_dict())
 
-    def _save(self, run: Run, state: dict[str, Any]) -> None:
-        if run.processes.first:
-            self.store.save(f"{LAST}{run.trainer.steps:08d}", state)
-            self.store.prune(LAST)
+    def save_state(self, run: Run, state: dict[str, Any]) -> None:
+        """Saves a periodic checkpoint of a state that was taken after the latest step. Every process must call this."""
+        with run.processes.together():
+            if run.processes.first:
+                self.store.save(f"{LAST}{run.trainer.steps:08d}", state)
+                self.store.prune(LAST)
 
     def save_best(self, run: Run) -> None:
         """Saves the weights that were just found to be the best. Every process must call this; the first one writes."""
         with run.processes.together():
-            self._save_best(run)
-
-    def _save_best(self, run: Run) -> None:
-        if run.processes.first and run.best is not None:
-            weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": asdict(run.best.accuracy)}
-            self.store.save(best_name(run.best.steps), weights)
-            # Two stay: a resumed run may still start from a periodic checkpoint that was written before these weights
-            # were, and the best of that one are the weights before.
-            self.store.prune(BEST)
+            if run.processes.first and run.best is not None:
+                accuracy = asdict(run.best.accuracy)
+                weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": accuracy}
+                self.store.save(best_name(run.best.steps), weights)
+                # Two stay: a resumed run may still start from a periodic checkpoint that was written before these
+                # weights were, and the best of that one are the weights before.
+                self.store.prune(BEST)
 
     def save_epoch(self, run: Run) -> None:
         """Saves the weights that evaluation looks at after the epoch just finished. Every process must call this."""
@@ -276,6 +247,7 @@ def train(
     Raises:
         ValueError, FileNotFoundError, ConnectionError: something does not fit; nothing was written.
         NonFiniteError: training diverged; the last good checkpoint is kept.
+        TerminatedError: SIGTERM came; the state at that batch is kept.
         CheckpointError: all checkpoints are damaged.
         OSError: the disk is full, say; what was saved before is whole.
     """
@@ -283,7 +255,10 @@ def train(
     folder = RunFolder(path)
     folder.check_free_for(config)
     if folder.results_file.is_file():
-        return folder.results()
+        results = folder.results()
+        if dataset is not None and "identity" in results["data"]:
+            check_same_data(results["data"]["identity"], identities(dataset), dataset.name)
+        return results
     formats = [LogFormat(name) for name in config.loggers]
     for kind in formats:
         kind.check()
@@ -302,35 +277,79 @@ def train(
             opened = [stack.enter_context(closing(kind.open(path / "log", keep))) for kind in formats]
             run.trainer.logger = Loggers(opened)
         view.begin(run)
-        _train_to_the_end(run, folder, view)
+        termination = stack.enter_context(noted())
+        _train_to_the_end(run, folder, view, termination)
         view.on_test()
-        results = _results(run, folder)
+        results = _results(run, folder, _Looking(run, folder, view, termination))
         if processes.first:
             write_json(folder.results_file, results)
     return results
 
 
-def _train_to_the_end(run: Run, folder: RunFolder, view: View) -> None:
+def _train_to_the_end(run: Run, folder: RunFolder, view: View, termination: Termination) -> None:
     config, last = run.config, run.batches.steps
+    looking = _Looking(run, folder, view, termination)
 
     def on_step() -> None:
+        if termination.asked_of(run.processes):
+            folder.save(run)
+            raise TerminatedError(f"ended by SIGTERM after step {run.trainer.steps}, which is saved")
         if run.trainer.steps % config.save_every == 0 and run.batch < last:
             folder.save(run)
         view.on_step()
 
     while not run.over:
-        record = run.train_epoch(on_step)
-        if run.finish_epoch(record):
+        try:
+            record = run.train_epoch(on_step, looking.prepare)
+        except RuntimeError as error:
+            # A queue's SIGTERM reaches the loader processes too, and torch says so in the middle of whatever runs.
+            if termination.asked and "DataLoader worker" in str(error):
+                raise TerminatedError("ended by SIGTERM; the last checkpoint is kept") from error
+            raise
+        if run.finish_epoch(record, looking):
             folder.save_best(run)
         if run.epoch in config.keep_epochs:
             folder.save_epoch(run)
         folder.save(run)
+        looking.state = None
         view.on_epoch()
 
 
-def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
+@dataclass
+class _Looking:
+    """Called between the batches of an evaluation, where a run may be asked to end.
+
+    Attributes:
+        run: the run.
+        folder: where the run lives.
+        view: who watches.
+        termination: whether to end.
+        state: the run's state before the evaluation; None where it is saved already.
+    """
+
+    run: Run
+    folder: RunFolder
+    view: View
+    termination: Termination
+    state: dict[str, Any] | None = None
+
+    def prepare(self) -> None:
+        """Takes the run's state after the last batch of an epoch; an evaluation changes none of its tensors."""
+        self.state = self.run.state_dict()
+        self.state["history"] = list(self.run.history)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.view.on_evaluation(done, total)
+        # Several processes look at different numbers of batches, so that they end together at the next step.
+        if self.termination.asked and self.run.processes.world == 1:
+            if self.state is not None:
+                self.folder.save_state(self.run, self.state)
+            raise TerminatedError(f"ended by SIGTERM after step {self.run.trainer.steps}, which is saved")
+
+
+def _test(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Accuracy]:
     """Takes the one look at the test set; if the best weights' checkpoint is damaged, a warning says so instead."""
-    last = run.evaluate("test")
+    last = run.evaluate("test", on_batch=looking)
     if run.best is None or run.best.epoch == run.epoch:
         return {"last": last, "best": last}
     try:
@@ -338,13 +357,13 @@ def _test(run: Run, folder: RunFolder) -> dict[str, Accuracy]:
     except CheckpointError as error:
         warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
         return {"last": last}
-    return {"last": last, "best": run.evaluate("test", run.with_weights(weights))}
+    return {"last": last, "best": run.evaluate("test", run.with_weights(weights), on_batch=looking)}
 
 
-def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
+def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:
     """Test accuracies of best and last (the one look at the test set), and everything a report needs."""
     config, dataset = run.config, run.dataset
-    looks = _test(run, folder) if config.test else {}
+    looks = _test(run, folder, looking) if config.test else {}
     seconds = [row["step_seconds"] for row in run.history]
     return {
         "format": 1,
@@ -354,6 +373,7 @@ def _results(run: Run, folder: RunFolder) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in run.net.parameters()),
         "data": {
             "name": dataset.name,
+            "identity": run.data,
             "classes": dataset.classes,
             "train": len(dataset.train),
             "validation": len(dataset.validation),

@@ -18,7 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.spinner import Spinner
 from rich.table import Table
+from rich.text import Text
 
 from ..methods import LABELS
 from ..training.recorded import EAGER
@@ -29,10 +31,16 @@ LITTLE_WEIGHT = 0.1  # mean, of the examples of the first epoch
 RATE_OVER = 50  # steps that the rate is taken over
 
 
-def progress_bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """What is going on, how far it is, ``columns`` of one's own, time taken and time left."""
+def progress_bar(console: Console, *columns: ProgressColumn, transient: bool = False) -> Progress:
+    """What is going on, how far it is, ``columns`` of one's own, time taken and time left.
+
+    Args:
+        console: where to draw; nothing is drawn there until the end if that is no terminal.
+        columns: shown between how far it is and the time taken.
+        transient: leave nothing behind.
+    """
     first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*first, *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+    return Progress(*first, *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=transient)
 
 
 class LiveDisplay:
@@ -43,19 +51,28 @@ class LiveDisplay:
 
     Attributes:
         console: where the picture is drawn.
+        waiting_for: what a spinner says until there is a picture; nothing turns where this is empty.
     """
+
+    waiting_for = ""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._shown = False
 
     def __enter__(self) -> Self:
+        if self._live is not None and self.waiting_for:
+            self._live.update(Spinner("dots", self.waiting_for))
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._live is not None:
+            if not self._shown:
+                self._live.update(Text(""))
             self._live.stop()
 
     def show(self, picture: Group) -> bool:
@@ -66,6 +83,7 @@ class LiveDisplay:
         """
         if self._live is None:
             return False
+        self._shown = True
         self._live.update(picture)
         self._live.start()  # does nothing from the second time on
         return True
@@ -83,6 +101,8 @@ class RunView(LiveDisplay):
     Attributes:
         run: the run that it watches, once that has begun.
     """
+
+    waiting_for = "loading data and making the network"
 
     def __init__(self, console: Console, title: str = "") -> None:
         super().__init__(console)
@@ -155,7 +175,13 @@ class RunView(LiveDisplay):
         """Training is over."""
         if self.run is not None and self.run.epoch > 1:
             self._say_steps(self.run)
-        self._progress.update(self._task, description="testing", rate="")
+        self._progress.update(self._task, description=f"{self._title}testing", rate="")
+
+    def on_evaluation(self, done: int, total: int) -> None:
+        """So many of the batches of the validation or test set have been looked at."""
+        if self.run is not None:
+            what = "testing" if self.run.over else f"validating epoch {self.run.epoch}"
+            self._progress.update(self._task, description=f"{self._title}{what}, batch {done} of {total}")
 
     def _describe(self) -> None:
         if self.run is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..config import RunConfig
 from ..pictures import mark_decays, picture
 from ..storage.atomic_files import read_json
+from .contents import described, runs_of
 from .folder import RunFolder
 
 if TYPE_CHECKING:
@@ -63,11 +64,14 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The results of run folders, and of the finished ones anywhere below folders that are none.
+    """The results of run folders, of an analysis's runs, and of the finished ones below any other folder.
+
+    Analyses of ``engm reproduce`` train the same run twice where one of them keeps weights that the other does not;
+    of two such runs that came to the same, the first one is taken.
 
     Returns:
-        The results, with the ``autoattack`` accuracy of the best checkpoint where all test images were attacked at the
-        run's own radius; and the runs below a path that are not finished.
+        The results, each with its ``folder`` and the ``autoattack`` accuracy of the best checkpoint where all test
+        images were attacked at the run's own radius; and the runs below a path that are not finished.
 
     Raises:
         FileNotFoundError: a path is no run folder and has none below it, or a run that was named is not over.
@@ -75,21 +79,34 @@ def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
     found: dict[Path, dict[str, Any]] = {}
     unfinished = []
     for path in paths:
-        below = [] if RunFolder(path).exists else sorted(p.parent for p in path.rglob("config.toml"))
-        if not RunFolder(path).exists and not below:
-            raise FileNotFoundError(f"{path} is no run folder, and there is none in it")
-        for folder in below or [path]:
-            if below and not RunFolder(folder).results_file.is_file():
+        runs = runs_of(path)
+        computed: dict[str, Any] = {}
+        if not runs:
+            raise FileNotFoundError(f"{path} is no run folder, and there is none in it: the path {described(path)}")
+        for folder in runs:
+            if folder != path and not RunFolder(folder).results_file.is_file():
                 unfinished.append(folder)
                 continue
             result = RunFolder(folder).results()
-            found[folder.resolve()] = {**result, "autoattack": _autoattack(RunFolder(folder), result)}
+            kept = result["config"].get("keep_epochs")
+            if computed.setdefault(_computed(result), kept) != kept:
+                continue
+            more = {"folder": str(folder), "autoattack": _autoattack(RunFolder(folder), result)}
+            found[folder.resolve()] = {**result, **more}
     return list(found.values()), unfinished
+
+
+def _computed(result: Mapping[str, Any]) -> str:
+    """What a run computed and came to: the same text for runs that differ in what they wrote down alone."""
+    settings = [result["config"].get(name) for name in ("optimizer", "seed", *ROW_SETTINGS)]
+    return repr([_processes(result), settings, result["test"]])
 
 
 def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
     known = read_json(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
     wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
+    if "identity" in result["data"]:
+        wanted["data"] = result["data"]["identity"]["test"]
     entries = known.get("best", {}).get("autoattack", [])
     return next((entry["accuracy"] for entry in entries if wanted.items() <= entry.items()), None)
 
@@ -98,7 +115,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     """Results grouped by everything but the seed that can change a result, labelled by what the groups differ in.
 
     Raises:
-        ValueError: two runs of one row have the same seed.
+        ValueError: two runs of one row have the same seed; names their folders.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
@@ -109,9 +126,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
     rows = []
     for group in groups.values():
         method, config = group[0]["method"], group[0]["config"]
-        seeds = [result["config"]["seed"] for result in group]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"two runs of {method} have the same settings and the same seed; leave one of them out")
+        _check_seeds(group)
         shown: list[str] = []
         for name in ROW_SETTINGS:
             peers = [r for r in firsts if r["method"] == method or name not in METHOD_SETTINGS]
@@ -124,6 +139,19 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
             shown.append(f"processes {_processes(group[0])}")
         rows.append(Row(", ".join([method, *shown]), group))
     return rows
+
+
+def _check_seeds(group: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses two runs of one row with the same seed, by the names of their folders."""
+    by_seed: dict[int, list[str]] = {}
+    for result in group:
+        by_seed.setdefault(result["config"]["seed"], []).append(str(result.get("folder", "a run")))
+    for seed, folders in by_seed.items():
+        if len(folders) > 1:
+            raise ValueError(
+                f"{' and '.join(folders)} are runs of {group[0]['method']} with the same settings and the same seed "
+                f"{seed}; leave all but one of them out"
+            )
 
 
 def _processes(result: Mapping[str, Any]) -> int:

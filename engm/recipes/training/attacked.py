@@ -70,10 +70,11 @@ class AttackedLosses:
             return Adversarial(x.detach())
         n = len(x) * self.processes.world
         noise = None
-        if self.processes.world > 1 and self.attack.random_start:
+        if self.processes.world > 1 and (self.attack.random_start or self.attack.step_noise):
             # Every process draws for the whole batch, as one process would, and takes its own rows.
             noise = self.attack.draw((n, *x.shape[1:]), self.generator, dtype=x.dtype, device=x.device)
-            noise = noise[self.processes.rows(n)]
+            rows = self.processes.rows(n)
+            noise = noise[:, rows] if self.attack.step_noise else noise[rows]
         measure = self.optimizer if self.borrows and isinstance(self.optimizer, engm.ExampleOptimizer) else False
         generator = self.generator if noise is None else None
         return self.attack(self.model, x, y, generator=generator, noise=noise, measure=measure, plain=self.plain)

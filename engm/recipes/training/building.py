@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from ..config import RunConfig, option
+from ..config import RunConfig, in_grey_levels, option
 from ..data import Augmentation, Dataset, Source, load_data
 from ..models import build_model
 from ..processes import Processes
@@ -47,6 +48,27 @@ def _first(source: Source, count: int | None, name: str) -> Source:
     if count > len(source):
         raise ValueError(f"{option(name)} {count}: there are {len(source)} of these examples")
     return source.take(torch.arange(count))
+
+
+def check_radius(config: RunConfig, dataset: Dataset, eps: float | None = None) -> None:
+    """Refuses a radius within which every image of [0, 1] lies, whatever the original; ``8`` for ``8/255``, say.
+
+    Args:
+        config: a resolved configuration, which says the norm.
+        dataset: says how many pixels an image has.
+        eps: another radius than the configuration's.
+
+    Raises:
+        ValueError: the radius is as long as the diagonal of all images (l2) or as an edge (l-inf).
+    """
+    radius = (config.eps or 0.0) if eps is None else eps
+    longest = 1.0 if config.ball == "linf" else prod(dataset.train.shape) ** 0.5
+    if radius >= longest:
+        raise ValueError(
+            f"--eps {radius:g} is no radius of an attack: pixels lie in [0, 1], so that {config.threat} distances are "
+            f"at most {longest:.4g} here and every image would be in the ball of every other. "
+            f"{in_grey_levels(radius)}"
+        )
 
 
 def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:

@@ -8,6 +8,7 @@ that was not (on GPUs as far as its kernels repeat themselves). :mod:`engm.recip
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -21,12 +22,12 @@ import engm
 from engm.adversarial import AWP, PGD, Objective, objective
 from engm.checks import NonFiniteError
 
-from ..accuracy import Accuracy, evaluate, pgd20
+from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
 from ..config import RunConfig
-from ..data import Dataset
+from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
-from .building import augmentation_of, build_network, load_in_turn, load_weights
+from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
 from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
@@ -73,6 +74,7 @@ class Run:
     Attributes:
         config: resolved.
         dataset: on the device.
+        data: what tells its images from others of the same name, by split.
         net: the network; its ``state_dict`` is what checkpoints hold.
         average: the running average of its weights, if the configuration asks for one.
         trainer: takes the steps.
@@ -87,6 +89,8 @@ class Run:
         self.config = config = config.resolved()
         self.processes = processes
         self.dataset = load_in_turn(config, processes) if dataset is None else dataset.to(processes.device)
+        self.data = identities(self.dataset)
+        check_radius(config, self.dataset)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.batches = TrainingBatches(
             self.dataset.train,
@@ -123,6 +127,11 @@ class Run:
         model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
+        borrow = config.borrow
+        if borrow is None and (config.objective, config.attack_mode) == ("fat", "eval"):
+            # Norms through running statistics are not the training step's while the network changes fast. Optimizers
+            # that read input gradients borrow these anyway, because only the attack has them.
+            borrow = None if config.optimizer in ("n-engm", "a-engm") else False
         self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
         return Trainer(
             model,
@@ -130,7 +139,7 @@ class Run:
             self._attack(0, 0),
             objective=self._objective(0),
             seed=seed_for("noise", config.seed),
-            borrow=config.borrow,
+            borrow=borrow,
             log_every=config.log_every,
             plain=cast(nn.Module, torch.compile(forward)) if config.compile_attack else None,
             forward=training_model,
@@ -185,11 +194,12 @@ class Run:
 
     # -- training ------------------------------------------------------------------------------------------------
 
-    def train_epoch(self, on_step: Callable[[], None]) -> EpochRecord:
+    def train_epoch(self, on_step: Callable[[], None], on_last: Callable[[], None] = lambda: None) -> EpochRecord:
         """Trains to the end of the epoch under way, from the batch that the run stands at.
 
         Args:
             on_step: called after every batch, with ``batch`` counted up; a checkpoint may be taken there.
+            on_last: called after all of them, while the figures of the epoch are still part of the state.
 
         Raises:
             NonFiniteError: a loss was not finite.
@@ -198,6 +208,7 @@ class Run:
         for x, y in self.batches.epoch(self.epoch, start=self.batch):
             self.step(x, y)
             on_step()
+        on_last()
         return self.trainer.finish_epoch()
 
     def begin_epoch(self) -> None:
@@ -225,8 +236,12 @@ class Run:
             self.average.update_parameters(self.net)
         self.batch += 1
 
-    def finish_epoch(self, record: EpochRecord) -> bool:
+    def finish_epoch(self, record: EpochRecord, on_batch: OnBatch | None = None) -> bool:
         """Looks at the validation set if it is time, and notes the epoch.
+
+        Args:
+            record: from :meth:`train_epoch`.
+            on_batch: called after each batch of the validation set.
 
         Returns:
             Whether the weights are the best so far.
@@ -235,7 +250,7 @@ class Run:
         self.epoch, self.batch = self.epoch + 1, 0
         accuracy = None
         if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
-            accuracy = self.evaluate("validation")
+            accuracy = self.evaluate("validation", on_batch=on_batch)
         better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
         if accuracy is not None and better:
             self.best = Best(self.epoch, self.trainer.steps, accuracy)
@@ -253,15 +268,16 @@ class Run:
         self.trainer.log_epoch(self.epoch, record, accuracy)
         return better
 
-    def evaluate(self, split: str, net: nn.Module | None = None) -> Accuracy:
+    def evaluate(self, split: str, net: nn.Module | None = None, on_batch: OnBatch | None = None) -> Accuracy:
         """Natural accuracy and accuracy under the evaluation attack, in float32 and evaluation mode.
 
         Args:
             split: ``"validation"`` or ``"test"``.
             net: other weights than the present ones.
+            on_batch: called after each batch.
         """
         examples = getattr(self.dataset, split)
-        return evaluate(net or self.evaluated, examples, self.evaluation, processes=self.processes)
+        return evaluate(net or self.evaluated, examples, self.evaluation, processes=self.processes, on_batch=on_batch)
 
     def with_weights(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the network with other weights."""
@@ -289,6 +305,7 @@ class Run:
         networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {
             "device": self.processes.device.type,
+            "data": self.data,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -305,7 +322,7 @@ class Run:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it was taken with another number of processes, or on another kind of device.
+            ValueError: it was taken with another number of processes, on another kind of device, or with other data.
         """
         if len(state["random"]) != self.processes.world:
             raise ValueError(
@@ -317,6 +334,10 @@ class Run:
                 f"this run was trained on {state['device']}; go on there, with --device {state['device']}, or begin "
                 "another run on this device"
             )
+        if "data" in state:
+            check_same_data(state["data"], self.data, self.dataset.name)
+        else:  # written before the data had an identity
+            warnings.warn("this checkpoint does not say what it was trained on: that is not checked", stacklevel=2)
         load_weights(self.net, state["net"], self.dataset)
         if self.average is not None:
             self.average.load_state_dict(state["average"])

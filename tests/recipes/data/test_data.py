@@ -44,7 +44,7 @@ def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
         "x_train": rng.integers(0, 256, (20, 4, 5, 3), dtype=np.uint8),
         "y_train": np.arange(20) % 6,
         "x_test": rng.integers(0, 256, (7, 4, 5, 3), dtype=np.uint8),
-        "y_test": np.arange(7).astype(np.uint8),
+        "y_test": (np.arange(7) % 6).astype(np.uint8),
     }
     return {**content, **changes}
 
@@ -59,7 +59,7 @@ def test_npz(tmp_path: Path) -> None:
     content = arrays()
     data = load_npz(write(tmp_path, **content), validation_examples=5)
     assert (len(data.train), len(data.validation), len(data.test)) == (15, 5, 7)
-    assert data.classes == 7
+    assert data.classes == 6
     assert data.name == "tiny"
     assert data.train.inputs.shape == (15, 3, 4, 5)
     assert data.train.labels.dtype == torch.int64
@@ -83,6 +83,16 @@ def test_npz(tmp_path: Path) -> None:
         ({"y_test": np.arange(7) - 1}, "indices from 0"),
         ({"x_test": np.zeros((0, 4, 5, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=np.int64)}, "at least one"),
         ({"y_train": np.array([None] * 20)}, r"not an \.npz"),
+        ({"y_test": np.arange(7)}, "y_train has the classes 0 to 5, and y_test has 6 as well"),
+        (
+            {"x_train": np.zeros((20, 3, 16, 16), dtype=np.uint8)},
+            r"images of 3x16 pixels with 16 channels; if the channels come first, save x_train",
+        ),
+        (
+            {"x_train": np.zeros((20, 16, 32, 32), dtype=np.uint8)},
+            r"x_train\.transpose\(0, 2, 3, 1\)",
+        ),
+        ({"x_test": np.zeros((7, 1, 8, 8), dtype=np.uint8)}, r"save x_test\.transpose"),
     ],
 )
 def test_npz_that_is_not_as_described(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:

@@ -102,7 +102,7 @@ def test_best_is_the_first_of_the_highest_and_last_the_latest(monkeypatch: pytes
     looks = iter([Accuracy(0.5, robust, 14) for robust in (0.2, 0.5, 0.5, 0.1, 0.3, 0.4)])
     looked_at = []  # the weights at every look: four at the validation set, then last and best on the test set
 
-    def look(split: str, net: torch.nn.Module | None = None) -> Accuracy:
+    def look(split: str, net: torch.nn.Module | None = None, on_batch: object = None) -> Accuracy:
         looked_at.append({name: tensor.clone() for name, tensor in (net or method.run.net).state_dict().items()})
         return next(looks)
 

@@ -21,7 +21,8 @@ from tiny_runs import PLAIN, tiny_dataset
 from engm.checks import NonFiniteError
 from engm.recipes.config import RunConfig
 from engm.recipes.processes import Processes
-from engm.recipes.runs.folder import NoView, RunFolder, train
+from engm.recipes.runs.folder import RunFolder, train
+from engm.recipes.runs.view import NoView
 from engm.recipes.storage.checkpoint import CheckpointError
 from engm.recipes.training.run import Run
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from engm.recipes.config import RunConfig
 from engm.recipes.data import Dataset, Split
 from engm.recipes.processes import Processes, from_environment
-from engm.recipes.runs.folder import NoView, RunFolder, train
+from engm.recipes.runs.folder import RunFolder, train
+from engm.recipes.runs.view import NoView
 
 # l2: the sign of an l-inf step turns rounding errors into whole steps.
 BASE = replace(PLAIN, norm="group", threat="l2", eps=0.4, epochs=2)

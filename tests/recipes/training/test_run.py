@@ -62,10 +62,14 @@ def test_every_pair_learns_digits(objective: str, optimizer: str) -> None:
 @pytest.mark.parametrize("borrow", [None, True, False])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_borrowed_norms_are_used_where_the_attack_climbs_the_loss(norm: str, borrow: bool | None) -> None:
-    """By default where examples couple too: elsewhere the optimizer's own pass is exact and costs no more."""
+    """By default where examples couple too: elsewhere the optimizer's own pass is exact and costs no more.
+
+    FAT attacks in evaluation mode, from which norms are borrowed on request only.
+    """
     measured = {}
-    for objective in OBJECTIVES:
-        run = Run(replace(PLAIN, objective=objective, norm=norm, borrow=borrow, step="eager"), CPU, tiny_dataset())
+    for objective, mode in [*((name, "auto") for name in OBJECTIVES), ("fat", "train")]:
+        config = replace(PLAIN, objective=objective, attack_mode=mode, norm=norm, borrow=borrow, step="eager")
+        run = Run(config, CPU, tiny_dataset())
         calls: list[bool] = []
         backward = run.trainer.optimizer.backward  # type: ignore[attr-defined]
 
@@ -75,9 +79,15 @@ def test_borrowed_norms_are_used_where_the_attack_climbs_the_loss(norm: str, bor
 
         run.trainer.optimizer.backward = spy  # type: ignore[attr-defined]
         run.train_epoch(lambda: None)
-        measured[objective] = set(calls)
+        measured[objective, mode] = set(calls)
     climbing = norm == "batch" if borrow is None else borrow
-    assert measured == {"pgd": {climbing}, "fat": {climbing}, "trades": {False}, "mart": {False}}
+    assert measured == {
+        ("pgd", "auto"): {climbing},
+        ("fat", "train"): {climbing},
+        ("fat", "auto"): {borrow is True},
+        ("trades", "auto"): {False},
+        ("mart", "auto"): {False},
+    }
 
 
 def test_awp_measures_at_the_perturbed_weights() -> None:

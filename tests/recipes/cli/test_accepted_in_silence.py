@@ -1,0 +1,113 @@
+"""What a user easily gets wrong and would not notice: radii, repeated options, misspelt folders, other data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from engm.recipes.cli import app
+from engm.recipes.config import RunConfig, from_values
+
+TINY = "--width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64 --threads 1"
+DIGITS = [*TINY.split(), "--test-examples", "40", "--loggers", "none"]
+
+
+def engm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+
+
+def refused(*arguments: object, status: int = 1) -> str:
+    result = engm(*arguments)
+    assert result.exit_code == status, (result.output, result.exception)
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    write(tmp_path / "data.npz", seed=0)
+    return tmp_path / "data.npz"
+
+
+def write(path: Path, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    images = {f"x_{part}": draw.integers(0, 256, (80, 8, 8, 3), np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(80) % 3 for part in ("train", "test")}
+    np.savez(path, **images, **labels)
+
+
+def on_npz(npz: Path) -> list[object]:
+    return ["--data", npz, "--validation-examples", 16, "--model", "vgg8", "--eps", "8/255", *DIGITS]
+
+
+def test_a_radius_in_grey_levels_is_refused_everywhere(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for threat, eps in (("linf", "8"), ("linf", "1"), ("l2", "128")):
+        message = refused("train", *DIGITS, "--threat", threat, "--eps", eps, "--out", out)
+        assert f"write {eps}/255" in message
+        assert not out.exists()
+    assert "write 2/255" in refused("train", *DIGITS, "--step-size", "2", "--out", out)
+    assert engm("train", *DIGITS, "--eps", "8/255", "--out", out).exit_code == 0
+    assert json.loads((out / "results.json").read_text())["config"]["eps"] == 8 / 255
+    assert "write 8/255" in refused("evaluate", out, "--eps", "8")
+    with pytest.raises(ValueError, match="write 8/255"):
+        from_values({"eps": 8}, source="run.toml")
+    assert RunConfig(threat="l2", eps=3.0).resolved().eps == 3.0  # a radius that large images have
+
+
+def test_an_option_given_twice_is_an_error(tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "run"]
+    assert "--lr is given 2 times" in refused("train", "--lr", "0.1", *out, "--lr", "0.2", status=2)
+    assert "--awp/--no-awp is given 2 times" in refused("train", "--awp", "--no-awp", *out, status=2)
+    assert "--out is given 2 times" in refused("report", tmp_path, *out, *out, status=2)
+    assert "no run folder" in refused("evaluate", tmp_path, "--attack", "pgd20", "--attack", "natural")
+
+
+def test_the_first_line_says_what_begins_or_goes_on_and_on_which_data(tmp_path: Path) -> None:
+    def first_line(*arguments: object) -> str:
+        result = engm("train", *arguments)
+        assert result.exit_code == 0, (result.output, result.exception)
+        return result.output.splitlines()[0]
+
+    out = tmp_path / "trades"
+    assert first_line(*DIGITS, "--out", out).startswith(f"Beginning a new run in {out} on digits, the digits that come")
+    assert first_line("--out", out).startswith(f"The run in {out} is over; it was trained on digits")
+    (out / "results.json").unlink()
+    assert first_line("--out", out).startswith(f"Going on with the run in {out} on digits")
+    misspelt = first_line(*DIGITS, "--out", tmp_path / "trade")
+    assert f"Beginning a new run in {tmp_path / 'trade'} on digits" in misspelt
+    assert f"There is a run in {out}: was that one meant?" in misspelt
+    assert "there is no run in" in refused("train", "--out", tmp_path / "tradse")
+
+
+def test_other_images_of_the_same_name_are_not_gone_on_with(npz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = engm("train", *on_npz(npz), "--out", out)
+    assert result.exit_code == 0, (result.output, result.exception)
+    (out / "results.json").unlink()
+    write(npz, seed=1)
+    message = refused("train", "--out", out)
+    assert "training and validation and test images of data are not those that this run was trained on" in message
+    write(npz, seed=0)
+    assert engm("train", "--out", out).exit_code == 0
+
+
+def test_results_of_other_images_are_not_read_from_the_cache(npz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert engm("train", *on_npz(npz), "--out", out).exit_code == 0
+    evaluate = ("evaluate", out, "--attack", "natural", "--checkpoint", "last")
+    for seed, known in ((0, 1), (0, 1), (1, 2), (0, 2)):
+        write(npz, seed)
+        assert engm(*evaluate).exit_code == 0
+        assert len(json.loads((out / "evaluation.json").read_text())["last"]["natural"]) == known
+
+
+def test_every_panel_of_figure_5_has_its_name() -> None:
+    for letter in "abcdefgh":
+        page = engm("reproduce", f"fig5{letter}", "--budget", "smoke", "--seeds", "0")
+        assert "--seeds" in page.stderr  # the name is known: the fault is another
+    assert "unknown figure or table: 'fig5i'" in refused("reproduce", "fig5i", "--budget", "smoke", "--plan")
