@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "report": ("results", "One table of finished runs, mean and deviation over seeds, and their learning curves."),
     "export": ("results", "Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."),
-    "doctor": ("results", "Looks at build, GPU, packages, data and disk, and says what to do."),
+    "doctor": ("results", "Looks at build, kernels, GPU, packages, data and disk, and says what to do."),
     "demo": (
         "training",
         "Trains a small robust network on handwritten digits with several optimizers, side by side, and compares them.",
