@@ -22,6 +22,17 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
                            ready(*scale, "scale", per_example), ready(*correlation, "correlation", weight_shape)};
 }
 
+std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
+                                                 const OptionalTensor& scale, const OptionalTensor& correlation,
+                                                 at::ScalarType type, at::Device device, const ConvShape& shape,
+                                                 at::IntArrayRef kernel_size, const char* op) {
+  std::vector<int64_t> mean_shape{shape.channels}, weight_shape{shape.out_channels, shape.group_channels()};
+  for (std::vector<int64_t>* sizes : {&mean_shape, &weight_shape})
+    sizes->insert(sizes->end(), kernel_size.begin(), kernel_size.end());
+  return read_correction(shift, patch_mean, scale, correlation, type, device, {shape.n, shape.out_channels}, mean_shape,
+                         weight_shape, op);
+}
+
 ConvShape patch_shape(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
                       at::IntArrayRef dilation, const char* op) {
   const int64_t dims = x.dim() - 2;

@@ -37,6 +37,12 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
                                                  at::IntArrayRef mean_shape, at::IntArrayRef weight_shape,
                                                  const char* op);
 
+// The same for a convolution of that shape.
+std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, const OptionalTensor& patch_mean,
+                                                 const OptionalTensor& scale, const OptionalTensor& correlation,
+                                                 at::ScalarType type, at::Device device, const ConvShape& shape,
+                                                 at::IntArrayRef kernel_size, const char* op);
+
 // The shape of a convolution, after checks of the operands x [n, C, *S] and gy [n, d, *So] against it.
 ConvShape conv_shape(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size, at::IntArrayRef stride,
                      at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, const char* op);

@@ -56,6 +56,8 @@ at::ScalarType type_of(Precision precision) {
   }
 }
 
+at::Tensor in_double(const at::Tensor& t) { return t.to(at::kDouble); }
+
 std::string first_line(const std::exception& error) {
   const std::string what = error.what();
   return what.substr(0, what.find('\n'));
@@ -209,10 +211,9 @@ void try_gemm(Bench& bench) {
                    mean = bench.integers({40}).to(bench.type_of_sums()),
                    correlation = bench.integers({72, 40}).to(bench.type_of_sums());
   bench.attempt("linear_norm_sq, corrected", bench.rounding(), [&] {
-    const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
     bench.compare(bench.of.linear_norm_sq(a, b, "direct", shift, mean, scale, correlation),
-                  aten::linear_norm_sq(bench.wide(a), bench.wide(b), "direct", wide(shift), wide(mean), wide(scale),
-                                       wide(correlation)));
+                  aten::linear_norm_sq(bench.wide(a), bench.wide(b), "direct", in_double(shift), in_double(mean),
+                                       in_double(scale), in_double(correlation)));
   });
 }
 
@@ -242,12 +243,11 @@ void try_conv(Bench& bench) {
   const auto sums = [&](const Sizes& sizes) { return bench.integers(sizes).to(bench.type_of_sums()); };
   const at::Tensor shift = sums({2, 11}), scale = sums({2, 11}), mean = sums({9, 3, 3}), correlation = sums({11, 9, 3, 3});
   bench.attempt("conv_norm_sq, corrected", limit, [&] {
-    const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
     const auto& [kernel, stride, padding, dilation, groups] = k3x3;
     bench.compare(bench.of.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, "direct", shift, mean, scale,
                                         correlation),
                   aten::conv_norm_sq(bench.wide(x), bench.wide(gy), kernel, stride, padding, dilation, groups, "direct",
-                                     wide(shift), wide(mean), wide(scale), wide(correlation)));
+                                     in_double(shift), in_double(mean), in_double(scale), in_double(correlation)));
   });
 }
 
@@ -312,9 +312,8 @@ void try_affine(Bench& bench) {
       const at::Tensor mean = draw(1, 1).to(bench.type_of_sums()), rstd = draw(1, 1).to(bench.type_of_sums());
       bench.attempt(dim == 1 ? "affine_norm_sq, channels first" : "affine_norm_sq, channels last", bench.rounding(), [&] {
         const auto [norm_sq, scale, shift] = bench.of.affine_norm_sq(x, gy, mean, rstd, dim);
-        const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
-        const auto [want_norm_sq, want_scale, want_shift] =
-            aten::affine_norm_sq(wide(x), wide(gy), wide(mean), wide(rstd), dim);
+            const auto [want_norm_sq, want_scale, want_shift] =
+            aten::affine_norm_sq(in_double(x), in_double(gy), in_double(mean), in_double(rstd), dim);
         bench.compare(norm_sq, want_norm_sq), bench.compare(scale, want_scale), bench.compare(shift, want_shift);
       });
     }
@@ -322,7 +321,6 @@ void try_affine(Bench& bench) {
 }
 
 void try_correction(Bench& bench) {
-  const auto wide = [](const at::Tensor& t) { return t.to(at::kDouble); };
   const double rounding = bench.type() == at::kBFloat16 ? 4e-3 : bench.type() == at::kHalf ? 5e-4 : bench.rounding();
   for (const bool last : {false, true}) {
     const at::Tensor drawn = bench.integers({3, 40, 63});
@@ -333,14 +331,15 @@ void try_correction(Bench& bench) {
     bench.attempt(last ? "correction_factors, channels last" : "correction_factors, channels first", rounding, [&] {
       const auto [normalised, shift, scale] = bench.of.correction_factors(y, rest[0], rest[1], rest[2], rest[3], rest[4]);
       const auto [want, want_shift, want_scale] = aten::correction_factors(
-          wide(y), wide(rest[0]), wide(rest[1]), wide(rest[2]), wide(rest[3]), wide(rest[4]));
+          in_double(y), in_double(rest[0]), in_double(rest[1]), in_double(rest[2]), in_double(rest[3]),
+          in_double(rest[4]));
       bench.compare(normalised, want), bench.compare(shift, want_shift), bench.compare(scale, want_scale);
     });
   }
   const auto mean_of = [&](const char* what, const at::Tensor& x, const Conv& c) {
     bench.attempt(what, bench.rounding(), [&] {
       bench.compare(bench.of.patch_mean(x, c.kernel, c.stride, c.padding, c.dilation),
-                    aten::patch_mean(wide(x), c.kernel, c.stride, c.padding, c.dilation));
+                    aten::patch_mean(in_double(x), c.kernel, c.stride, c.padding, c.dilation));
     });
   };
   const auto in_both_orders = [&](const char* what, const at::Tensor& x, const Conv& c) {

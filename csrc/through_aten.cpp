@@ -111,11 +111,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const AsWritten as_written;
   const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, "conv_norm_sq");
   const at::ScalarType type = compute_type(x, gy, "conv_norm_sq");
-  std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
-  mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
-  weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x.device(),
-                                          {s.n, s.out_channels}, mean_shape, weight_shape, "conv_norm_sq");
+  const auto correction =
+      read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, "conv_norm_sq");
   parse_form(form, correction.has_value());
   return norms_of(s, x, gy, type, correction);
 }

@@ -138,11 +138,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   const ConvShape s =
       conv_shape(x_in, gy_in, kernel_size, stride, padding, dilation, groups, "conv_norm_sq");
   const at::ScalarType type = compute_type(x_in, gy_in, "conv_norm_sq");
-  std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
-  mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
-  weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x_in.device(),
-                                          {s.n, s.out_channels}, mean_shape, weight_shape, "conv_norm_sq");
+  const auto correction =
+      read_correction(shift, patch_mean, scale, correlation, type, x_in.device(), s, kernel_size, "conv_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
   const at::Tensor x = x_in.to(type), gy = gy_in.to(type);
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());

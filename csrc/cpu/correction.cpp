@@ -8,6 +8,7 @@
 // A thread owns rows (i, c), or examples where channels are dense; and of patch_mean channels, whose images it adds up
 // before it looks at taps, so that x is read once.
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -21,17 +22,8 @@
 namespace engm::cpu {
 namespace {
 
-template <typename T>
-struct SumOf {
-  using Type = float;
-};
-template <>
-struct SumOf<double> {
-  using Type = double;
-};
-
 // y [n, d, T] dense along T, or along d, as is `out`.
-template <typename T, typename Sum = typename SumOf<T>::Type>
+template <typename T, typename Sum = at::opmath_type<T>>
 void normalise(const at::Tensor& y, const Sum* mean, const Sum* factor, const at::Tensor& out, bool channels_last) {
   const int64_t n = y.size(0), channels = y.size(1), positions = y.size(2);
   const T* const from = y.const_data_ptr<T>();
@@ -84,7 +76,7 @@ void add_taps(const ConvShape& s, const Sum* image, int64_t width, double* sums)
       }
 }
 
-template <typename T, typename Sum = typename SumOf<T>::Type>
+template <typename T, typename Sum = at::opmath_type<T>>
 void mean_of_patches(const ConvShape& s, const at::Tensor& x, bool channels_last, Sum* out) {
   constexpr int64_t kChannels = 16;  // a line of memory in float32
   const int64_t pixels = s.pixels(), taps = s.taps(), width = channels_last ? kChannels : 1;
@@ -139,7 +131,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> correction_factors(const at::Tens
                    scale = ready(scale_in);
   at::Tensor normalised = at::empty_like(y), shifted = at::empty_like(shift), scaled = at::empty_like(scale);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, y.scalar_type(), "correction_factors", [&] {
-    using Sum = SumOf<scalar_t>::Type;
+    using Sum = at::opmath_type<scalar_t>;
     std::vector<Sum> factor(channels);
     const Sum *const r = rstd.const_data_ptr<Sum>(), *const g = gain.const_data_ptr<Sum>();
     for (int64_t c = 0; c < channels; ++c) factor[c] = static_cast<Sum>(r[c] / root);
@@ -165,7 +157,7 @@ at::Tensor patch_mean(const at::Tensor& x_in, at::IntArrayRef kernel_size, at::I
   at::Tensor x = x_in;
   const bool channels_last = settle(x);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "patch_mean", [&] {
-    mean_of_patches<scalar_t>(s, x, channels_last, out.mutable_data_ptr<SumOf<scalar_t>::Type>());
+    mean_of_patches<scalar_t>(s, x, channels_last, out.mutable_data_ptr<at::opmath_type<scalar_t>>());
   });
   return out;
 }

@@ -9,8 +9,6 @@ namespace {
 constexpr int64_t kEnoughBlocks = 512;   // about four to a multiprocessor
 constexpr int64_t kLeastPositions = 64;  // of a part
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int power_of_two(int64_t size, int least, int most) {
   int lanes = least;
   while (lanes < most && lanes < size) lanes *= 2;

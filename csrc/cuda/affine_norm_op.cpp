@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "../ops.h"
+#include "../precision.h"
 #include "element_type.h"
 #include "stream.h"
 
@@ -53,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
               "channel_dim=2, got x ", x_in.sizes(), ", gy ", gy_in.sizes(), " and channel_dim=", channel_dim, ".");
   const at::ScalarType type = compute_type(x_in, gy_in, "affine_norm_sq");
   const OnDevice on(x_in);
-  if (!on.trusts(Kernel::kAffineNorm, precision_of_element(x_in)))
+  if (!on.trusts(Kernel::kAffineNorm, precision_of(x_in.scalar_type())))
     return aten::affine_norm_sq(x_in, gy_in, mean_in, rstd_in, channel_dim);
   const auto channels_second = [&](const at::Tensor& t) { return channel_dim == 1 ? t : t.transpose(1, 2); };
   const auto statistic = [&](const at::Tensor& t, const char* name) {

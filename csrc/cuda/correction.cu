@@ -8,8 +8,6 @@ namespace {
 
 constexpr int64_t kBlocksEach = 8;  // of a multiprocessor's; as many as it runs at once
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool columns(const PatchMean& p) { return p.x.channel == 1 && p.channels > 1; }
 
 int64_t patch_blocks(const PatchMean& p) {

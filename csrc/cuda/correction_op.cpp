@@ -9,6 +9,7 @@
 
 #include "../elementwise_checks.h"
 #include "../ops.h"
+#include "../precision.h"
 #include "element_type.h"
 #include "stream.h"
 
@@ -20,7 +21,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> correction_factors(const at::Tens
                                                                   const at::Tensor& scale_in) {
   const at::ScalarType type = check_correction(outputs, mean_in, rstd_in, gain_in, shift_in, scale_in);
   const OnDevice on(outputs);
-  if (!on.trusts(Kernel::kCorrection, precision_of_element(outputs)))
+  if (!on.trusts(Kernel::kCorrection, precision_of(outputs.scalar_type())))
     return aten::correction_factors(outputs, mean_in, rstd_in, gain_in, shift_in, scale_in);
   const at::Tensor y = is_dense_by_position(outputs) ? outputs : outputs.contiguous();
   const auto ready = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
@@ -53,7 +54,7 @@ at::Tensor patch_mean(const at::Tensor& x, at::IntArrayRef kernel_size, at::IntA
   const ConvShape s = patch_shape(x, kernel_size, stride, padding, dilation, "patch_mean");
   const at::ScalarType type = compute_type(x, x, "patch_mean");
   const OnDevice on(x);
-  if (!on.trusts(Kernel::kCorrection, precision_of_element(x)))
+  if (!on.trusts(Kernel::kCorrection, precision_of(x.scalar_type())))
     return aten::patch_mean(x, kernel_size, stride, padding, dilation);
   std::vector<int64_t> sizes{s.channels};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include "element.h"
-#include "problem.h"
 
 namespace engm::cuda {
 
@@ -15,16 +14,6 @@ inline Element element_of(const at::Tensor& t) {
     case at::kHalf: return Element::kFloat16;
     case at::kBFloat16: return Element::kBFloat16;
     default: return Element::kFloat32;
-  }
-}
-
-// The precision of those kernels that compute in the type of their operands.
-inline Precision precision_of_element(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return Precision::kFloat64;
-    case at::kHalf: return Precision::kFloat16;
-    case at::kBFloat16: return Precision::kBFloat16;
-    default: return Precision::kFloat32;
   }
 }
 

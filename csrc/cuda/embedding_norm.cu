@@ -6,8 +6,6 @@
 namespace engm::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T, int kPack>
 int launch_sums(const EmbeddingNorm& p, void* stream) {
   using Sum = typename SumOf<T>::Type;

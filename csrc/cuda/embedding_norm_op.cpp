@@ -5,6 +5,7 @@
 
 #include "../elementwise_checks.h"
 #include "../ops.h"
+#include "../precision.h"
 #include "element_type.h"
 #include "stream.h"
 #include "sum_partials.h"
@@ -16,7 +17,7 @@ at::Tensor embedding_norm_sq(const at::Tensor& indices_in, const at::Tensor& gy_
   TORCH_CHECK(gy_in.size(1) < 1 << 30, "embedding_norm_sq: expected fewer than 2^30 positions an example, got ",
               gy_in.size(1), ".");
   const OnDevice on(gy_in);
-  if (!on.trusts(Kernel::kEmbeddingNorm, precision_of_element(gy_in)))
+  if (!on.trusts(Kernel::kEmbeddingNorm, precision_of(gy_in.scalar_type())))
     return aten::embedding_norm_sq(indices_in, gy_in, padding_idx);
   const at::Tensor indices = indices_in.to(at::kLong).contiguous(), gy = gy_in.contiguous();
   const int64_t n = gy.size(0), positions = gy.size(1), channels = gy.size(2);

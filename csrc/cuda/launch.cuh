@@ -3,6 +3,13 @@
 
 #include "ptx.cuh"
 
+namespace engm::cuda {
+
+// How many blocks, parts or tiles of `b` cover `a`.
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace engm::cuda
+
 #ifdef ENGM_EMULATOR
 #include "emulated_launch.h"
 #else

@@ -234,11 +234,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, op);
   const at::ScalarType type = compute_type(x, gy, op);
   const OnDevice on(x);
-  std::vector<int64_t> mean_shape{s.channels}, weight_shape{s.out_channels, s.group_channels()};
-  mean_shape.insert(mean_shape.end(), kernel_size.begin(), kernel_size.end());
-  weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
-  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x.device(),
-                                          {s.n, s.out_channels}, mean_shape, weight_shape, op);
+  const auto correction =
+      read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, op);
   Form chosen = parse_form(form, correction.has_value());
   const bool forced = chosen != Form::kAuto;
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, sums_of(x));

@@ -9,8 +9,6 @@ namespace {
 constexpr int64_t kEnoughBlocks = 132;  // one to a multiprocessor of an H100
 constexpr int64_t kLeastSteps = 8;      // of a split
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename P>
 int64_t tiles(int64_t p, int64_t d) {
   return ceil_div(p, GemmTile<P>::kTile) * ceil_div(d, GemmTile<P>::kTile);

@@ -9,6 +9,7 @@
 
 #include "../elementwise_checks.h"
 #include "../ops.h"
+#include "../precision.h"
 #include "element_type.h"
 #include "stream.h"
 
@@ -42,7 +43,7 @@ void launch_in_groups(const std::vector<at::Tensor>& in, std::vector<at::Tensor>
 // Whether the kernels may be used in the types of all tensors.
 bool trusts_all(const OnDevice& on, at::TensorList tensors) {
   bool all = true;
-  for (const at::Tensor& t : tensors) all = all && on.trusts(Kernel::kWeighting, precision_of_element(t));
+  for (const at::Tensor& t : tensors) all = all && on.trusts(Kernel::kWeighting, precision_of(t.scalar_type()));
   return all;
 }
 

@@ -206,14 +206,13 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
-        mode = self.attack_mode if self.attack_mode != "auto" or self.objective != "fat" else "eval"
         borrows = (
             self.borrow is not False
             and self.objective in ("pgd", "fat")
             and self.optimizer in ("engm", "a-engm", "f-engm")
             and (self.borrow or self.optimizer == "a-engm" or self.objective == "pgd")
         )
-        if self.batch_norm == "exact" and self.norm == "batch" and mode == "eval" and borrows:
+        if self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval" and borrows:
             raise ValueError(
                 "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "
                 "eval does not see: add --no-borrow, or leave one of the two out"
@@ -243,9 +242,6 @@ class RunConfig:
         elif decays is None:
             decays = tuple(sorted({max(1, round(share * self.epochs)) for share in PAPER_DECAYS}))
         eps = self.eps if self.eps is not None else (DIGITS_EPS if digits else PIXEL_EPS)[self.threat]
-        mode = self.attack_mode
-        if mode == "auto":
-            mode = "train" if self.objective == "pgd" else "eval"
         is_path = self.data not in DATASETS and Path(self.data).expanduser().exists()
         return replace(
             self,
@@ -256,11 +252,17 @@ class RunConfig:
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,
-            attack_mode=mode,
+            attack_mode=self._attack_mode(),
             precision="bf16" if self.fast else self.precision,
             channels_last=self.channels_last or self.fast,
             compile_attack=self.compile_attack or self.fast,
         )
+
+    def _attack_mode(self) -> str:
+        """The mode of the network during the training attack; by default training mode for PGD alone, as published."""
+        if self.attack_mode != "auto":
+            return self.attack_mode
+        return "train" if self.objective == "pgd" else "eval"
 
     def _step_share(self) -> float:
         """The default step of the training attack over eps."""

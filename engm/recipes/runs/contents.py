@@ -31,9 +31,9 @@ def runs_of(path: Path) -> list[Path]:
     """
     if holds_run(path):
         return [path]
-    analysis = _results(path).get("analysis")
-    if analysis is not None:
-        named = {record["folder"] for record in _results(path)["records"] if "folder" in record}
+    results = _results(path)
+    if results.get("analysis") is not None:
+        named = {record["folder"] for record in results["records"] if "folder" in record}
         return [folder for name in sorted(named) if holds_run(folder := path.parent / "runs" / name)]
     return sorted(file.parent for file in path.rglob("config.toml") if holds_run(file.parent))
 

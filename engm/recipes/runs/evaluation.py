@@ -150,8 +150,7 @@ def _run(
         return _deepfool(net, test, batch_size, tell)
     if name == "autoattack":
         x, y = _everything(test, batch_size)
-        options: dict[str, Any] = {"norm": config.ball, "batch_size": batch_size, "on_progress": tell_autoattack}
-        outcome = autoattack(net, x, y, eps=eps, **options)
+        outcome = autoattack(net, x, y, eps=eps, norm=config.ball, batch_size=batch_size, on_progress=tell_autoattack)
         return {"accuracy": outcome.robust, "reported": outcome.reported, "attacks": dict(outcome.per_attack)}
     match = _PGD.fullmatch(name)
     if match is None:

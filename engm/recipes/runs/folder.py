@@ -278,17 +278,18 @@ def train(
             run.trainer.logger = Loggers(opened)
         view.begin(run)
         termination = stack.enter_context(noted())
-        _train_to_the_end(run, folder, view, termination)
+        looking = _Looking(run, folder, view, termination)
+        _train_to_the_end(looking)
         view.on_test()
-        results = _results(run, folder, _Looking(run, folder, view, termination))
+        results = _results(run, folder, looking)
         if processes.first:
             write_json(folder.results_file, results)
     return results
 
 
-def _train_to_the_end(run: Run, folder: RunFolder, view: View, termination: Termination) -> None:
+def _train_to_the_end(looking: _Looking) -> None:
+    run, folder, view, termination = looking.run, looking.folder, looking.view, looking.termination
     config, last = run.config, run.batches.steps
-    looking = _Looking(run, folder, view, termination)
 
     def on_step() -> None:
         if termination.asked_of(run.processes):
