@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import isgenerator
@@ -83,7 +83,7 @@ class _Recording:
     program: Runnable
     reached: list[Tensor]
     figures: tuple[str, ...]
-    other_figures: dict[str, Any]
+    other_figures: Mapping[str, Any]
     carried: tuple[str, ...]
     factors: tuple[FactorKey, ...]
     watches: bool
@@ -207,7 +207,7 @@ class RecordedStep:
             del self._recordings[key], self._used[key]
             return self._eager(call, "gradients came where there were none before")
         gradients, figures, carried = _split(recording, outputs)
-        stats = StepStats(**figures, **recording.other_figures)
+        stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
             check_finite(stats.losses)
         for parameter, gradient in gradients:
@@ -402,7 +402,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         with before.noting():
             stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
-        figures = {name: value for name, value in vars(stats).items() if isinstance(value, Tensor)}
+        figures: dict[str, Tensor] = {k: value for k, value in vars(stats).items() if isinstance(value, Tensor)}
         others = {name: value for name, value in vars(stats).items() if name not in figures}
         after = opt.carried()
         changed = {
@@ -412,7 +412,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         watches = [torch.stack(surprises).any()] if surprises else []
         described[:] = reached, tuple(figures), others, tuple(changed), bool(watches)
         routes.extend(take_decisions())
-        return [*(p.grad for p in reached), *figures.values(), *changed.values(), *watches, *routes]
+        return [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values(), *watches, *routes]
 
     call.clear_gradients()
     torch.clear_autocast_cache()
