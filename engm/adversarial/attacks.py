@@ -109,9 +109,9 @@ class PGD:
             needed.
         eval_mode: attack the network in evaluation mode (running statistics, no dropout), as TRADES, AWP and most
             others do. ``False`` leaves every module as it is: training-mode batch norm then also updates its
-            running statistics at each step, and the step that measures treats batch statistics as constants
-            (``engm.measure``), which changes its direction a little. But norms that are borrowed while the network
-            still changes fast are faithful to the training step's only with ``False`` (docs/exactness.md).
+            running statistics at each step. While the network still changes fast, norms that are borrowed are faithful
+            to the training step's only with ``False``; a step does not use those that it judges to be too far off
+            (docs/exactness.md).
         restarts: number of runs; for each example the one that ended with the highest loss is kept.
         stop_when_broken: leave an example alone once it is misclassified. This is for evaluation, which becomes
             cheaper, and for friendly adversarial training. In evaluation mode examples that stopped drop out of the

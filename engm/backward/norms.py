@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from ..terms.loss_scale import UNSCALED, LossScale
 from ..terms.owners import Ownership
 from .collect import TermCollector
 from .inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,6 @@ def calibrated_squared_norms(
             "graph cannot give them. Leave measurement out, or wrap with batch_norm='calibrated'."
         )
     _refuse_other_ranks(graph)
-    sharded = model.shard_group is not None
-    ranks = graph.trace.ranks if count or sharded else None
     factors = model.calibration.factors(
         FactorKey(measurement.mode, borrowed),
         stacked,
@@ -172,10 +174,24 @@ def calibrated_squared_norms(
         graph.trace.trained,
         count=count,
         scale=scale,
-        group=None if ranks is None else ranks.estimating_group(),
-        in_step=sharded,
+        group=_calibrating_group(model, graph, count),
+        in_step=model.shard_group is not None,
     )
     return stacked, factors
+
+
+def is_faithful(model: GradNormModule, graph: PlannedGraph, measurement: Measurement) -> bool:
+    """Whether a borrowed measurement, which was calibrated in this training step, may be used for it.
+
+    It may be unless its weights were judged to be more than :data:`engm.batch_norm.calibration.MOST_ERROR` off.
+    """
+    return model.calibration.faithful(FactorKey(measurement.mode, True), _calibrating_group(model, graph, True))
+
+
+def _calibrating_group(model: GradNormModule, graph: PlannedGraph, count: bool) -> ProcessGroup | None:
+    """The ranks that take factors together; None where this process does alone."""
+    ranks = graph.trace.ranks if count or model.shard_group is not None else None
+    return None if ranks is None else ranks.estimating_group()
 
 
 def mapped_norms(stacked: Tensor, factors: Tensor | None) -> Tensor:

@@ -109,6 +109,9 @@ class DeviceFlag:
         return {"_arrived": None, "_value": self._value, "_wait": self._wait}
 
 
+MOST_ERROR = 0.08  # of weights from borrowed norms, judged; with more the step takes norms of its own
+
+
 @dataclass(frozen=True)
 class Factors:
     """Calibration factors of one way of measuring.
@@ -119,6 +122,8 @@ class Factors:
         taken: the training step at which they were taken.
         good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
         sound: whether all of them could be taken, where that is not known yet.
+        error: 0-dimensional, the judged error of weights from borrowed norms; None where that was not judged.
+        faithful: whether it is at most :data:`MOST_ERROR`, where it was judged.
     """
 
     names: tuple[str, ...]
@@ -126,6 +131,8 @@ class Factors:
     taken: int
     good_for: int
     sound: DeviceFlag | None = None
+    error: Tensor | None = None
+    faithful: DeviceFlag | None = None
 
     def lifetime(self) -> int:
         """``good_for``, or 0 once it is known that they could not be taken."""
@@ -150,6 +157,11 @@ class Calibration:
     from all of them. All ranks have the same factors then, and agree on when the next are due. They are kept apart,
     draws included, from those that a rank takes by itself (for a norm to be logged, say), which others may not take.
 
+    Factors of borrowed norms are judged when they are taken: fitted on one half of the probed examples and held against
+    the exact norms of the other, both ways. Norms of another statistics mode than the training step's may be far off
+    while running statistics lag behind the weights, and no factor a tensor can mend what differs from example to
+    example.
+
     Args:
         every: training steps after which factors are taken afresh, once the network has settled.
         examples: examples in a probe, on every rank.
@@ -158,6 +170,7 @@ class Calibration:
         sample: the :class:`ExactSample` behind factors that are this process's own.
         shared_sample: the one behind the factors of all ranks.
         steps: training steps so far.
+        asked: the ways of measuring whose factors were asked for since it was last emptied.
     """
 
     def __init__(self, every: int, examples: int) -> None:
@@ -166,7 +179,33 @@ class Calibration:
         self.sample = ExactSample(examples)
         self.shared_sample = ExactSample(examples)
         self.steps = 0
+        self.asked: set[FactorKey] = set()
         self._factors: dict[FactorKey, Factors] = {}
+
+    def faithful(self, key: FactorKey, group: ProcessGroup | None = None) -> bool:
+        """Whether norms that were borrowed as ``key`` says may be used, by their latest judgement.
+
+        True where there is none: of norms that were not borrowed, or of a single probed example. Waits for the device
+        when it is asked for the first time after factors were taken.
+
+        Args:
+            key: how the norms were measured.
+            group: the ranks that the factors were taken with.
+        """
+        known = self._factors.get(key if group is None else key._replace(all_ranks=True))
+        return known is None or known.faithful is None or not known.faithful.known_false()
+
+    def verdicts(self) -> tuple[tuple[FactorKey, bool], ...]:
+        """What :meth:`faithful` says of every way of measuring that was judged."""
+        judged = (key for key, known in self._factors.items() if known.faithful is not None)
+        return tuple((key, self.faithful(key)) for key in judged)
+
+    def judged_errors(self) -> dict[FactorKey, Tensor]:
+        """The judged errors of weights from borrowed norms, 0-dimensional, as shares of the exact weights.
+
+        They are of examples that are clipped; the weight of one that is not is 1 whatever its norm.
+        """
+        return {key: known.error for key, known in self._factors.items() if known.error is not None}
 
     def due(self, keys: Iterable[FactorKey]) -> bool:
         """Whether any of these factors, which there are, would be taken afresh in a training step."""
@@ -222,6 +261,7 @@ class Calibration:
             key = key._replace(all_ranks=True)
         elif not count:
             key = self._latest(key, names)
+        self.asked.add(key)
         known = self._factors.get(key)
         if known is not None and known.names != names:
             known = None
@@ -234,9 +274,12 @@ class Calibration:
             most = fewest(group, losses.shape[0], losses.device) if in_step and group is not None else None
             sample = self.sample if group is None else self.shared_sample
             indices, exact = sample.draw(losses, [parameter for _, parameter in parameters], scale, most)
-            values, sound = _ratio(exact, squared_norms.index_select(1, indices), old, group)
+            measured = squared_norms.index_select(1, indices)
+            values, sound = _ratio(exact, measured, old, group)
             flag = DeviceFlag(sound, wait=group is not None)
-            known = self._factors[key] = Factors(names, values, self.steps, good_for, flag)
+            error = _judged_error(exact, measured, group) if key.borrowed else None
+            known = Factors(names, values, self.steps, good_for, flag, error, _faithful(error))
+            self._factors[key] = known
         if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
             known = self._factors[key] = replace(known, values=known.values.to(squared_norms.device))
         return known.values.to(squared_norms)
@@ -266,6 +309,7 @@ class Calibration:
                 "values": known.values,
                 "taken": known.taken,
                 "good_for": known.lifetime(),
+                "error": known.error,
             }
             for key, known in self._factors.items()
         ]
@@ -286,7 +330,12 @@ class Calibration:
         draws, shared, steps = int(state["draws"]), int(state["shared_draws"]), int(state["steps"])
         factors = {
             FactorKey(entry["mode"], bool(entry["borrowed"]), bool(entry["all_ranks"])): Factors(
-                tuple(entry["names"]), entry["values"], int(entry["taken"]), int(entry["good_for"])
+                tuple(entry["names"]),
+                entry["values"],
+                int(entry["taken"]),
+                int(entry["good_for"]),
+                error=entry.get("error"),  # states of versions that judged nothing have none
+                faithful=_faithful(entry.get("error")),
             )
             for entry in state["factors"]
         }
@@ -304,11 +353,44 @@ def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGr
     The sums run over the probes of all ranks of the ``group``, in one all-reduce of ``2 L`` numbers.
     Where a sum is not finite the old factor stays (without one: 1), and the caller should try again soon.
     """
+    exact_sum, measured_sum = total(group, *_even_sums(exact, measured))
+    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
+    fresh = _quotients(exact_sum, measured_sum)
+    return torch.where(sound, fresh, torch.ones_like(fresh) if old is None else old.to(fresh)), sound.all()
+
+
+def _judged_error(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
+    """Mean error of the weights of probed examples by factors from others, 0-dimensional; None for a single example.
+
+    Every second example of each rank's probe, squared norms ``[L, k]``, is one half. The error of example ``i`` is
+    ``|exact norm / mapped norm - 1|``, that of ``alpha / norm`` as a share of the exact weight. It is an estimate for
+    factors from half as many examples as are used, so a little too large.
+    """
+    if exact.shape[1] < 2 and group is None:
+        return None
+    halves = [(exact[:, first::2], measured[:, first::2]) for first in (0, 1)]
+    sums = total(group, *(part for half in halves for part in _even_sums(*half)))
+    factors = [_quotients(sums[0], sums[1]), _quotients(sums[2], sums[3])]
+    errors = torch.zeros((), dtype=torch.float64, device=exact.device)
+    for (true, found), others in zip(halves, reversed(factors), strict=True):
+        ratios = true.double().sum(0) / (found.double() * others.unsqueeze(1)).sum(0)
+        errors = errors + torch.where(true.sum(0) > 0, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios)).sum()
+    errors, count = total(group, errors, torch.full_like(errors, exact.shape[1]))
+    return errors / count
+
+
+def _faithful(error: Tensor | None) -> DeviceFlag | None:
+    return None if error is None else DeviceFlag(error <= MOST_ERROR, wait=True)
+
+
+def _even_sums(exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums ``[L]`` of both over the examples, each of which counts alike."""
     exact, measured = exact.double(), measured.double()
     whole = exact.sum(0)
     share = torch.where(whole > 0, 1 / whole, torch.zeros_like(whole))
-    exact_sum, measured_sum = total(group, (exact * share).sum(1), (measured * share).sum(1))
-    one = torch.ones_like(exact_sum)
-    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
-    fresh = torch.where(measured_sum == 0, one, exact_sum / measured_sum)
-    return torch.where(sound, fresh, one if old is None else old.to(fresh)), sound.all()
+    return (exact * share).sum(1), (measured * share).sum(1)
+
+
+def _quotients(exact: Tensor, measured: Tensor) -> Tensor:
+    """Factors from sums; 1 where there is nothing to map."""
+    return torch.where(measured == 0, torch.ones_like(exact), exact / measured)

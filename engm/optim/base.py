@@ -119,7 +119,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
             inputs: the tensor (or tuple) whose gradient N- and A-ENGM read; it must require grad or be the very
                 tensor the wrapped model was called with. The others ignore it.
             measurement: of the same examples, in any statistics mode, as :func:`engm.measure` returned it; no norm
-                pass is run then.
+                pass is run then, unless it is judged to be too far off (``stats.source``, :class:`StepStats`).
             divisor: ``n`` unless given; micro-batches give the whole batch's ``n``, on this rank.
             loss_scale: factor on the gradient (and inside the norm pass, where it is divided out again).
             check: look for non-finite losses; default on the CPU only.
@@ -231,7 +231,9 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
     def _record(self, batch: LossBatch, weighting: Weighting) -> StepStats:
         self.model.calibration.advance()
-        self.stats = StepStats(batch.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms)
+        self.stats = StepStats(
+            batch.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms, batch.source
+        )
         self._ranks = batch.ranks
         return self.stats
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backward.collect import TermCollector
 from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
-from ..backward.norms import Measurement, calibrated_squared_norms, measure_graph, own_mode
+from ..backward.norms import Measurement, calibrated_squared_norms, is_faithful, measure_graph, own_mode
 from ..backward.prepare import planned_losses
 from ..checks import check_losses
 from ..distributed import Ranks, backpropagate_leaves
@@ -18,7 +18,7 @@ from ..graph.trace import trace
 from ..module import GradNormModule
 from ..terms.loss_scale import LossScale
 from ..torch_internals import has_gradient_hooks
-from .weights import ExampleNorms, Weighting
+from .weights import ExampleNorms, Source, Weighting
 
 
 class LossBatch:
@@ -30,7 +30,8 @@ class LossBatch:
     independent         from the one pass there is                 from that pass's factors
     coupled             own frozen pass, calibrated                backward of the reweighted losses
     measured before     from the measurement (calibrated if        backward of the reweighted losses
-                        the training graph couples)
+                        the training graph couples, and an own
+                        pass where that is judged too far off)
     ==================  =========================================  ===================================
 
     Args:
@@ -41,6 +42,9 @@ class LossBatch:
         scale: on the losses.
         check: look for non-finite losses.
         captured: whether norms or input gradients will be asked for, so that the graph must be a captured one.
+
+    Attributes:
+        source: where the norms came from that were asked for last, see :class:`StepStats`.
 
     Raises:
         TypeError, ValueError, RuntimeError: losses or measurement do not fit, see :func:`engm.measure`.
@@ -62,6 +66,7 @@ class LossBatch:
         self.inputs = inputs
         self.measurement = measurement
         self.scale = scale
+        self.source: Source | None = None
         self._collector: TermCollector | None = None
         self._graph: PlannedGraph | None = None
         if captured:
@@ -133,10 +138,14 @@ class LossBatch:
         graph, squared, factors, found = self._graph, None, None, None
         if graph is None or not (of_gradients or of_inputs):
             return ExampleNorms(self.losses.detach(), ranks=self.ranks)
+        self.source = "own" if self.measurement is None else "borrowed"
         if self.measurement is not None:
             found = self._borrowed_input_norms(self.measurement) if of_inputs else None
             if of_gradients:
                 squared, factors = self._calibrated(graph, self.measurement, borrowed=True)
+                if factors is not None and not is_faithful(self.model, graph, self.measurement):
+                    self.source = "own"
+                    squared, factors = self._calibrated(graph, self._measured(graph), borrowed=False)
         elif one_pass and not graph.couples and not self._has_hooks():
             squared, found = self._by_one_pass(graph, of_gradients, self._input_leaves() if of_inputs else ())
         else:
@@ -145,8 +154,7 @@ class LossBatch:
             if leaves and (graph.couples or not of_gradients):
                 found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
             if of_gradients:
-                inputs = self.inputs if leaves and found is None else None
-                measured = measure_graph(graph, self.losses, own_mode(self.model, graph), inputs, self.scale)
+                measured = self._measured(graph, self.inputs if leaves and found is None else None)
                 found = measured.input_norms if found is None else found
                 squared, factors = self._calibrated(graph, measured, borrowed=False)
         return ExampleNorms(self.losses.detach(), squared, factors, found, self.ranks)
@@ -159,6 +167,10 @@ class LossBatch:
         gradients = self._collector.run(self.losses, self.scale.seeds(self.losses), leaves, retain_graph=False)
         squared = self.scale.off_squares(self._collector.squared_norms(self.losses)) if of_gradients else None
         return squared, self._input_norms(leaves, gradients) if leaves else None
+
+    def _measured(self, graph: PlannedGraph, inputs: Inputs = None) -> Measurement:
+        """The norms of this very graph, by a pass of its own."""
+        return measure_graph(graph, self.losses, own_mode(self.model, graph), inputs, self.scale)
 
     def _calibrated(
         self, graph: PlannedGraph, measurement: Measurement, *, borrowed: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from ..torch_internals import is_recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+Source = Literal["own", "borrowed"]
+"""Where a step's norms came from: a pass of its own, or the measurement that it was handed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,9 @@ class StepStats:
         weights: ``[n]``, ``w_i``.
         norms: ``[n]``, the norms the weights were made from (a prediction for N- and A-ENGM); None for MSGD.
         input_norms: ``[n]``, norms of the input gradients, where they were used.
+        source: where the norms came from: ``"own"``, a pass of the step's own, or ``"borrowed"``, the measurement that
+            the step was handed. A measurement is not used where batch norm couples the examples and its weights were
+            judged to be more than 8 % off when factors were last taken. None where no norms were read.
 
     Weights and norms are ``[groups, n]`` where :class:`engm.ENGM` clips by groups.
     """
@@ -125,6 +132,7 @@ class StepStats:
     weights: Tensor
     norms: Tensor | None = None
     input_norms: Tensor | None = None
+    source: Source | None = None
 
     @property
     def through_torch(self) -> tuple[str, ...]:

@@ -206,16 +206,11 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
-        borrows = (
-            self.borrow is not False
-            and self.objective in ("pgd", "fat")
-            and self.optimizer in ("engm", "a-engm", "f-engm")
-            and (self.borrow or self.optimizer == "a-engm" or self.objective == "pgd")
-        )
-        if self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval" and borrows:
+        lent = self.borrow and self.objective in ("pgd", "fat") and self.optimizer in ("engm", "a-engm", "f-engm")
+        if lent and self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval":
             raise ValueError(
                 "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "
-                "eval does not see: add --no-borrow, or leave one of the two out"
+                "eval does not see: leave one of the three out, --borrow, --batch-norm exact or --attack-mode eval"
             )
 
     def _check_alpha(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import isgenerator
@@ -71,9 +71,10 @@ class _Recording:
     Attributes:
         program: what runs the operators.
         reached: the parameters that get gradients, which are the first outputs.
-        figures: the names of the figures of the step, the next outputs.
+        figures: the names of the figures of the step that are tensors, the next outputs.
+        other_figures: the step's other figures by name.
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
-        factors: of the calibration, those that the program reads.
+        factors: of the calibration, those that the step asked for.
         watches: whether a last output tells of gradients where there were none before, so that nothing is known.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
         held: tensors besides those of the network that the program reads, and where the step's code finds them.
@@ -82,6 +83,7 @@ class _Recording:
     program: Runnable
     reached: list[Tensor]
     figures: tuple[str, ...]
+    other_figures: Mapping[str, Any]
     carried: tuple[str, ...]
     factors: tuple[FactorKey, ...]
     watches: bool
@@ -205,7 +207,7 @@ class RecordedStep:
             del self._recordings[key], self._used[key]
             return self._eager(call, "gradients came where there were none before")
         gradients, figures, carried = _split(recording, outputs)
-        stats = StepStats(**figures)
+        stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
             check_finite(stats.losses)
         for parameter, gradient in gradients:
@@ -321,6 +323,7 @@ class _Call:
             of_object(opt, (*opt.not_for_programs, *opt.numbers())),
             tuple(carried),
             tuple(factors),
+            opt.model.calibration.verdicts(),
             self._state,
             of_torch(device),
         )
@@ -399,19 +402,21 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         with before.noting():
             stats = call.run_with(inputs[:data], check=False)
         reached = [p for p in model.parameters() if p.grad is not None]
-        figures = {name: value for name, value in vars(stats).items() if value is not None}
+        figures: dict[str, Tensor] = {k: value for k, value in vars(stats).items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in vars(stats).items() if name not in figures}
         after = opt.carried()
         changed = {
             name: after[name] for name, given in zip(names, inputs[data:], strict=False) if after[name] is not given
         }
         surprises = [surprise for graph in graphs for surprise in graph.surprises]
         watches = [torch.stack(surprises).any()] if surprises else []
-        described[:] = reached, tuple(figures), tuple(changed), bool(watches)
+        described[:] = reached, tuple(figures), others, tuple(changed), bool(watches)
         routes.extend(take_decisions())
-        return [*(p.grad for p in reached), *figures.values(), *changed.values(), *watches, *routes]
+        return [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values(), *watches, *routes]
 
     call.clear_gradients()
     torch.clear_autocast_cache()
+    model.calibration.asked.clear()
     model.observer = observe
     take_decisions()
     try:
@@ -428,13 +433,12 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         )
     module = _without(module, first)
     program = Program(module)
-    given = [node for node in module.graph.nodes if node.op == "placeholder"][data + len(names) :]
-    factors = tuple(key for key, node in zip(keys, given, strict=False) if node.users)
+    factors = tuple(key for key in keys if key in model.calibration.asked)
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)
-    reached, figures, carried, watches = described
-    return _Recording(program, reached, figures, carried, factors, watches), program, module
+    reached, figures, others, carried, watches = described
+    return _Recording(program, reached, figures, others, carried, factors, watches), program, module
 
 
 def _without(module: GraphModule, first: int) -> GraphModule:

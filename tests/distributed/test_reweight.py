@@ -5,6 +5,7 @@ Processes are slow to start, so they are started once and work through everythin
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 from unittest import mock
 
@@ -96,17 +97,33 @@ def calibrated(rank, *, borrowed):
         own = measurement or measure_graph(graph, losses, own_mode(wrapped, graph))
         before = len(drawn)
         opt.zero_grad()
-        opt.reweight(losses, measurement=measurement).mean().backward()
+        with mock.patch("engm.batch_norm.calibration.MOST_ERROR", inf):  # used as they are, however far off
+            opt.reweight(losses, measurement=measurement).mean().backward()
         opt.step()
         entry, *others = wrapped.calibration.state_dict()["factors"]
         mode = tuple(entry[key] for key in FactorKey._fields)
         entry = {"mode": mode, "others": len(others), "factors": entry["values"], "norms": opt.stats.norms}
-        entry["squared_norms"] = own.stacked
+        entry |= {"squared_norms": own.stacked, "error": wrapped.calibration.state_dict()["factors"][0]["error"]}
         entry["waits"] = all(known.sound._wait for known in wrapped.calibration._factors.values())
         if len(drawn) > before:
             rows = drawn[-1][0]
             entry["probe"] = [exact.T[:, rows], own.stacked[:, rows]]
         found.append(entry)
+    return found
+
+
+def judged(rank):
+    """Where the norms of three steps came from, and the weights, if what is borrowed is always judged too far off."""
+    model = DistributedDataParallel(engm.GradNormModule(network("batch"), calibrate_every=2, calibrate_examples=4))
+    opt, found = engm.ENGM(model, sgd(model), 5.0), []
+    for step in range(3):
+        x, y = (t[rows_of(rank, "uneven")] for t in batch(N, seed=step))
+        measurement = engm.measure(model.module.eval(), losses_of(model.module, x, y))
+        model.train()
+        with mock.patch("engm.batch_norm.calibration.MOST_ERROR", -1.0):
+            stats = opt.backward(losses_of(model, x, y), measurement=measurement)
+        found.append((stats.source, bool(stats.norms.isfinite().all())))
+        opt.zero_grad()
     return found
 
 
@@ -183,6 +200,7 @@ def work(rank, port, results):
             for split in SPLITS
         }
         found["calibrated"] = {way: calibrated(rank, borrowed=way == "borrowed") for way in ("own", "borrowed")}
+        found["judged"] = judged(rank)
         found["quiet"] = looking(rank, look=False)
         found["looking"] = looking(rank, look=True)
         found["resumed"] = looking(rank, look=True, resume=True)
@@ -281,6 +299,29 @@ class TestCalibration:
             assert one["mode"][1:] == (way != "own", True), "borrowed or not, and of all ranks"
             assert one["others"] == other["others"] == 0
             assert one["waits"], "when factors are due must not depend on a device's pace"
+
+
+class TestJudgement:
+    def test_is_of_the_probes_of_all_ranks(self, ranks):
+        judged = 0
+        for entries in zip(*(rank["calibrated"]["borrowed"] for rank in ranks), strict=True):
+            assert_same(entries[0]["error"], entries[1]["error"])
+            if "probe" not in entries[0]:
+                continue
+            halves = []
+            for first in (0, 1):
+                exact, measured = (torch.cat([e["probe"][i][:, first::2] for e in entries], dim=1) for i in (0, 1))
+                halves.append((exact, measured, (exact / exact.sum(0)).sum(1) / (measured / exact.sum(0)).sum(1)))
+            errors = [
+                (exact.sum(0) / (measured * other[2].unsqueeze(1)).sum(0)).sqrt() - 1
+                for (exact, measured, _), other in zip(halves, reversed(halves), strict=True)
+            ]
+            assert_close(entries[0]["error"], torch.cat(errors).abs().mean())
+            judged += 1
+        assert judged == (STEPS + 1) // 2
+
+    def test_all_ranks_take_their_own_norms(self, ranks):
+        assert [rank["judged"] for rank in ranks] == [[("own", True)] * 3] * 2
 
 
 class TestOneRankAlone:

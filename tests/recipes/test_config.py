@@ -92,7 +92,7 @@ def test_defaults_are_the_papers() -> None:
         ({"seed": -1}, "--seed must be at least 0"),
         ({"seed": 2**63}, "--seed must be at least 0 and below"),
         ({"loggers": ["csv", "csv"]}, "--loggers names a format twice: csv,csv"),
-        ({"batch_norm": "exact", "attack_mode": "eval"}, "add --no-borrow, or leave one of the two out"),
+        ({"batch_norm": "exact", "attack_mode": "eval", "borrow": True}, "leave one of the three out"),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:

@@ -42,7 +42,7 @@ class Training:
             self.opt.alpha = alpha
             x = 3 * torch.randn(N, 4, generator=generator)
             stats = step(x, torch.randint(CLASSES, (N,), generator=generator))
-            found.append([t.clone() for t in vars(stats).values() if t is not None])
+            found.append([t.clone() for t in vars(stats).values() if isinstance(t, torch.Tensor)])
             self.opt.step()
             self.opt.zero_grad()
         return [*found, [p.detach().clone() for p in self.model.parameters()]]

@@ -43,6 +43,19 @@ def test_is_the_step_by_hand(optimizer, name, attacked):
     assert_the_same(net, batches(16), least, optimizer=OPTIMIZERS[optimizer], attacked=attacked)
 
 
+def test_borrowed_norms_that_are_judged_otherwise_from_time_to_time():
+    """The steps that take their own norms and those that use the attack's are two kinds, with a program each."""
+    torch.manual_seed(3)
+    net, data, options = NETWORKS["batch norm"](), batches(40), {"attacked": True, "calibrate_every": 5}
+    recorded, plain = Training(copy.deepcopy(net), **options), Training(net, **options)
+    found, expected = recorded.go(recorded.recorded, data), plain.go(plain.by_hand, data)
+    assert same(found, expected)
+    assert {figures["source"] for figures in found[0]} == {"own", "borrowed"}
+    report = recorded.recorded.report()
+    assert (report.recorded, report.replayed >= 20) == (2, True), report
+    assert report.eager["a calibration is due"] >= 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attacked", [False, True])
 @pytest.mark.parametrize("name", NETWORKS)

@@ -98,7 +98,7 @@ class Training:
         for number, (x, y) in enumerate(batches):
             torch.manual_seed(seed + number)
             stats = step(x, y)
-            figures.append({name: t.clone() for name, t in vars(stats).items() if t is not None})
+            figures.append({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in vars(stats).items()})
             self.opt.step()
             self.opt.zero_grad()
             self.schedule.step()

@@ -128,10 +128,8 @@ class Run:
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
         borrow = config.borrow
-        if borrow is None and (config.objective, config.attack_mode) == ("fat", "eval"):
-            # Norms through running statistics are not the training step's while the network changes fast. Optimizers
-            # that read input gradients borrow these anyway, because only the attack has them.
-            borrow = None if config.optimizer in ("n-engm", "a-engm") else False
+        if (borrow, config.batch_norm, config.attack_mode) == (None, "exact", "eval") and config.optimizer != "n-engm":
+            borrow = False  # of norms, which go through statistics that this attack does not see
         self._awp = AWP(training_model, config.awp_gamma) if config.awp else None
         return Trainer(
             model,

@@ -24,6 +24,8 @@ class Examples:
         norms: as the weights; ``None`` for methods without.
         input_norms: one an example; ``None`` for methods that do not read them.
         gradient_norms: one a step: of the mean gradient, for methods that scale it as a whole.
+        borrowed: one a step: 1 where the norms were the attack's, 0 where the step took its own; ``None`` for methods
+            that read none.
     """
 
     losses: Tensor
@@ -31,6 +33,7 @@ class Examples:
     norms: Tensor | None = None
     input_norms: Tensor | None = None
     gradient_norms: Tensor | None = None
+    borrowed: Tensor | None = None
 
     def summary(self) -> dict[str, float]:
         """Means, quantiles and the clipped fraction, by the names that logs use."""
@@ -43,6 +46,8 @@ class Examples:
                 found.update(_quantiles(name, values))
         if self.gradient_norms is not None:
             found["gradient_norm"] = _mean(self.gradient_norms)
+        if self.borrowed is not None:
+            found["borrowed"] = _mean(self.borrowed)
         return found
 
 
@@ -60,6 +65,7 @@ class StepFigures:
             "norms": stats.norms,
             "input_norms": stats.input_norms,
             "gradient_norms": gradient_norm,
+            "borrowed": None if stats.source is None else stats.losses.new_tensor(float(stats.source == "borrowed")),
         }
         for name, values in named.items():
             if values is not None:

@@ -1,0 +1,174 @@
+"""Borrowed norms are judged when they are calibrated, and a step takes its own where they are too far off."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import relative
+from torch import nn
+from training import assert_same, batch, losses_of, median_norm, network, sgd
+
+import engm
+from engm.batch_norm.calibration import MOST_ERROR, Calibration, FactorKey
+
+BORROWED = FactorKey("plain", True)
+
+
+def lagging(net: nn.Module, far: float) -> nn.Module:
+    """The network with running statistics that are ``far`` times a random draw away from where they were."""
+    torch.manual_seed(4)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean += far * torch.randn_like(module.running_mean)
+            module.running_var *= (far * torch.randn_like(module.running_var)).exp()
+    return net
+
+
+def settled(net: nn.Module, x: torch.Tensor) -> nn.Module:
+    """The network with the batch's own statistics as running statistics."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    net(x)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return net
+
+
+def measured_in_evaluation_mode(model, x, y, inputs=True):
+    model.eval()
+    adversarial = x.clone().requires_grad_()
+    found = engm.measure(model, losses_of(model, adversarial, y), adversarial if inputs else None)
+    model.train()
+    return found
+
+
+def even_batch(n):
+    """Examples of one length, whose norms the statistics of the batch change alike."""
+    x, y = batch(n)
+    return x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) * 5, y
+
+
+def made(far, method=engm.ENGM, n=16, **options):
+    x, y = even_batch(n)
+    net = lagging(settled(network("batch"), x), far)
+    model = engm.GradNormModule(net, **options)
+    return model, method(model, sgd(model, lr=0.01), median_norm(model, x, y)), x, y
+
+
+@given(st.integers(2, 17), st.integers(1, 5), st.integers(0, 2**20))
+def test_judged_error_is_that_of_weights_by_factors_from_the_other_half(k, tensors, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.randn(k, tensors, generator=generator, dtype=torch.float64)
+    parameters = [(f"p{i}", nn.Parameter(torch.ones((), dtype=torch.float64))) for i in range(tensors)]
+    losses = sum(scales[:, i] * p for i, (_, p) in enumerate(parameters))
+    exact = scales.square().T
+    measured = torch.rand(tensors, k, generator=generator, dtype=torch.float64) + 0.1
+    calibration = Calibration(50, k)
+    calibration.factors(BORROWED, measured, losses, parameters, count=True)
+    errors = []
+    for i in range(k):  # all are drawn, in their order
+        others = [j for j in range(k) if j % 2 != i % 2]
+        factor = []
+        for row in range(tensors):
+            top = sum(exact[row, j] / exact[:, j].sum() for j in others)
+            factor.append(top / sum(measured[row, j] / exact[:, j].sum() for j in others))
+        mapped = sum(f * m for f, m in zip(factor, measured[:, i], strict=True)).sqrt()
+        errors.append(abs(exact[:, i].sum().sqrt() / mapped - 1))
+    (error,) = calibration.judged_errors().values()
+    want = sum(errors) / k
+    assert relative(error, want) <= 1e-12
+    assert calibration.faithful(BORROWED) == bool(want <= MOST_ERROR)
+
+
+def test_one_example_cannot_be_judged():
+    parameter = nn.Parameter(torch.ones(2).double())
+    calibration = Calibration(50, 1)
+    losses = (parameter * torch.ones(4, 2)).sum(1)
+    calibration.factors(BORROWED, torch.ones(1, 4).double(), losses, [("p", parameter)], count=True)
+    assert calibration.judged_errors() == {}
+    assert calibration.faithful(BORROWED)
+
+
+@pytest.mark.parametrize("method", [engm.ENGM, engm.FENGM])
+def test_a_step_takes_its_own_norms_where_borrowed_ones_are_far_off(method):
+    model, opt, x, y = made(far=2.0, method=method)
+    twin_model, twin, _, _ = made(far=2.0, method=method)
+    stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    assert stats.source == "own"
+    assert model.calibration.judged_errors()[BORROWED] > MOST_ERROR
+    twin_model.calibration.sample.draws = 1  # the first draw went to the factors that were judged
+    own = twin.backward(losses_of(twin_model, x, y))
+    assert own.source == "own"
+    assert_same([stats.norms, stats.weights], [own.norms, own.weights])
+
+
+@pytest.mark.parametrize("method", [engm.ENGM, engm.FENGM, engm.AENGM])
+def test_and_uses_those_that_are_not(method):
+    model, opt, x, y = made(far=0.0, method=method)
+    stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    assert stats.source == "borrowed"
+    assert model.calibration.judged_errors()[BORROWED] <= MOST_ERROR
+
+
+def test_a_verdict_holds_until_factors_are_taken_again():
+    model, opt, x, y = made(far=2.0, calibrate_every=3)
+    sources = []
+    for step in range(6):
+        if step == 1:  # from here on the attack sees statistics that are right
+            settled(model.unwrap(), x)
+        stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+        sources.append(stats.source)
+        opt.zero_grad()
+    assert sources == ["own"] * 3 + ["borrowed"] * 3
+
+
+def test_a_verdict_is_part_of_the_state():
+    model, opt, x, y = made(far=2.0)
+    opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    opt.step()
+    opt.zero_grad()
+    other_model, other, _, _ = made(far=2.0)
+    other_model.load_state_dict(copy.deepcopy(model.state_dict()))
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    found = []
+    for m, o in ((model, opt), (other_model, other)):
+        stats = o.backward(losses_of(m, x, y), measurement=measured_in_evaluation_mode(m, x, y))
+        found.append((stats.source, stats.norms))
+    assert_same(found[1], found[0])
+    assert found[0][0] == "own"
+
+
+def test_a_state_without_verdicts_is_read():
+    model, opt, x, y = made(far=2.0)
+    opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    state = opt.state_dict()
+    for entry in state["engm"]["calibration"]["factors"]:
+        del entry["error"]
+    opt.load_state_dict(state)
+    stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    assert stats.source == "borrowed"
+
+
+@pytest.mark.parametrize("method", [engm.MSGD, engm.NENGM])
+def test_who_reads_no_gradient_norms_judges_nothing(method):
+    x, y = batch(16)
+    model = engm.GradNormModule(lagging(settled(network("batch"), x), 2.0))
+    opt = method(model, sgd(model), *([0.1] if method is engm.NENGM else []))
+    stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    assert stats.source == ("borrowed" if method is engm.NENGM else None)
+    assert model.calibration.judged_errors() == {}
+
+
+def test_where_nothing_couples_nothing_is_judged():
+    x, y = batch(8)
+    model = engm.GradNormModule(network("group"))
+    opt = engm.ENGM(model, sgd(model), 0.5)
+    stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
+    assert stats.source == "borrowed"
+    assert model.calibration.judged_errors() == {}
