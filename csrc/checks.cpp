@@ -100,6 +100,8 @@ OptionalTensor check_clip(const at::Tensor& squared_norms, double alpha, const O
   return factors->to(squared_norms.device(), at::kDouble).contiguous();
 }
 
+bool channels_last(const at::Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && x.stride(-1) != 1; }
+
 Form parse_form(std::string_view form, bool corrected) {
   if (form == "direct") return Form::kDirect;
   if (form == "gram") {

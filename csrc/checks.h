@@ -14,6 +14,9 @@ namespace engm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Whether the channels of a map [n, C, *S] lie side by side in memory and its pixels do not, which a form may pay for.
+bool channels_last(const at::Tensor& x);
+
 // The form that the user named; kAuto becomes kDirect where a correction is given, which the Gram form does not have.
 Form parse_form(std::string_view form, bool corrected);
 

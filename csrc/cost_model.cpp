@@ -27,17 +27,22 @@ double padded(double length) { return 16 * tiles_of(length, 16); }
 struct Layer {
   double channels, rows, groups;  // channels and rows of one group
   double added;                   // numbers that the sum over taps adds for an element of the Gram matrix
+  bool channels_last = false;
   Sizes kernel{1, 1, 1}, stride{1, 1, 1}, dilation{1, 1, 1}, in{1, 1, 1}, out{1, 1, 1};
   double positions() const { return product(out); }
   double taps() const { return product(kernel); }
+  // Elements in the place of their layout.
+  double first(double elements) const { return channels_last ? 0 : elements; }
+  double last(double elements) const { return channels_last ? elements : 0; }
 };
 
 // On the CPU nothing is padded, every element is read once, and the operands of one example and group are one block.
 void cpu_parts(const Layer& l, Cost& cost) {
   const double t = l.positions();
-  cost.direct_parts = {cost.direct_flops, 2 * l.taps() * l.channels * l.rows * l.groups, cost.elements};
+  cost.direct_parts = {cost.direct_flops, 2 * l.taps() * l.channels * l.rows * l.groups, l.first(cost.elements),
+                       l.last(cost.elements)};
   const double added = l.groups * t * t * l.added / 2;  // of the upper triangle
-  cost.gram_parts = {cost.gram_flops - added, cost.elements, added, l.groups};
+  cost.gram_parts = {cost.gram_flops - added, l.first(cost.elements), l.last(cost.elements), added, l.groups};
 }
 
 // On CUDA the direct form has the tiles of csrc/cuda/gemm_norm.cuh, conv_norm.cuh or depthwise_norm.cuh, supposing that
@@ -47,7 +52,8 @@ void cuda_direct_parts(const Layer& l, double tile, Cost& cost) {
   if (l.channels == 1 && l.taps() > 1) {  // plain multiply-adds, at a third of the rate; x comes from L1 but for once
     constexpr double kSlow = 3;
     const double step = kSlow * 2 * 32 * tiles_of(l.groups * l.rows, 32) * l.taps();
-    cost.direct_parts = {step * t, step, cost.elements * tiles_of(l.taps(), 9)};
+    const double elements = cost.elements * tiles_of(l.taps(), 9);
+    cost.direct_parts = {step * t, step, l.first(elements), l.last(elements)};
     return;
   }
   double channels = tile, rows = tile, taps = 1, slow = 1, halo = 1;
@@ -61,7 +67,8 @@ void cuda_direct_parts(const Layer& l, double tile, Cost& cost) {
   const double tiles = l.groups * tiles_of(l.channels, channels) * tiles_of(l.rows, rows) * tiles_of(slice, taps) *
                        static_cast<double>(l.kernel[0]);
   const double step = slow * 2 * tiles * channels * rows * taps;
-  cost.direct_parts = {step * padded(t), step, tiles * (rows * t + channels * halo * product(l.in))};
+  const double elements = tiles * (rows * t + channels * halo * product(l.in));
+  cost.direct_parts = {step * padded(t), step, l.first(elements), l.last(elements)};
 }
 
 // Elements of the upper triangle of a matrix of bands, in fragments of 16 x 16.
@@ -109,7 +116,10 @@ void cuda_gram_parts(const Layer& l, Cost& cost) {
         for (int64_t x = band_of(l.out[2], 64 / (z * y)); x > 0; x = band_of(l.out[2], x - 1)) {
           const std::array<double, 4> parts = band_parts(l, {z, y, x}, tap_by_tap);
           const double weight = parts[0] + 100 * parts[1] + 40 * parts[2] + 1.5e6 * parts[3];
-          if (weight < least) least = weight, cost.gram_parts = parts;
+          if (weight < least) {
+            least = weight;
+            cost.gram_parts = {parts[0], l.first(parts[1]), l.last(parts[1]), parts[2], parts[3]};
+          }
           if (std::isfinite(weight)) break;  // shorter lines are no better
         }
   }
@@ -130,11 +140,12 @@ Cost layer_cost(const Layer& l, const CostTable& table) {
   } else {
     cpu_parts(l, cost);
   }
-  const auto& [steps, step, tile_elements] = cost.direct_parts;
-  const auto& [flops, band_elements, added, blocks] = cost.gram_parts;
-  cost.direct_time = steps + table.tile_steps * step + table.direct_element * tile_elements;
-  cost.gram_time = table.gram_flop * flops + table.gram_element * band_elements + table.tap_flop * added +
-                   table.gram_block * blocks;
+  const auto& [steps, step, tile_elements, tile_last] = cost.direct_parts;
+  const auto& [flops, band_elements, band_last, added, blocks] = cost.gram_parts;
+  cost.direct_time = steps + table.tile_steps * step + table.direct_element * tile_elements +
+                     table.direct_last_element * tile_last;
+  cost.gram_time = table.gram_flop * flops + table.gram_element * band_elements + table.gram_last_element * band_last +
+                   table.tap_flop * added + table.gram_block * blocks;
   cost.form = cost.gram_time < cost.direct_time ? Form::kGram : Form::kDirect;
   return cost;
 }
@@ -157,10 +168,11 @@ Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table) {
 }
 
 Cost conv_cost(int64_t channels, int64_t out_channels, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
-               const Sizes& dilation, int64_t groups, const Sizes& input, const Sizes& output, const CostTable& table) {
+               const Sizes& dilation, int64_t groups, const Sizes& input, const Sizes& output, bool channels_last,
+               const CostTable& table) {
   (void)padding;
   const double g = static_cast<double>(groups);
-  Layer layer{static_cast<double>(channels) / g, static_cast<double>(out_channels) / g, g, product(kernel)};
+  Layer layer{static_cast<double>(channels) / g, static_cast<double>(out_channels) / g, g, product(kernel), channels_last};
   layer.kernel = kernel, layer.stride = stride, layer.dilation = dilation, layer.in = input, layer.out = output;
   // Pixels that no tap reads (a strided 1×1 convolution) are never touched.
   for (int i = 0; i < 3; ++i)

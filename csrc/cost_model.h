@@ -16,9 +16,11 @@ enum class Form { kAuto, kDirect, kGram };
 // over parts, though some parts overlap: that keeps them linear in the constants, and so easy to fit (engm.tune).
 struct CostTable {
   double tile_steps = 0;      // a tile of the direct form costs as much again as this many of its T steps
-  double direct_element = 0;  // an element of an operand that a tile reads
+  double direct_element = 0;  // an element that a tile reads, of rows or of maps whose channels come first
+  double direct_last_element = 0;  // the same of maps whose channels come last
   double gram_flop = 1;       // a FLOP of the Gram form
-  double gram_element = 0;    // an element that a band of the Gram form reads
+  double gram_element = 0;    // an element that a band of the Gram form reads, of rows or of maps, channels first
+  double gram_last_element = 0;  // the same of maps, channels last
   double tap_flop = 0;        // one number added up in the sum over taps
   double gram_block = 0;      // one pair of bands of positions, whatever its size
   double tile = 0;            // edge of the direct form's tiles on CUDA, where partial ones cost as much as whole ones
@@ -29,9 +31,10 @@ struct Cost {
   double gram_flops = 0;
   double elements = 0;  // of both operands, read once
   Form form = Form::kDirect;
-  // What a table's constants multiply: FLOPs, FLOPs of one step, elements; FLOPs, elements, numbers added, blocks.
-  std::array<double, 3> direct_parts{};
-  std::array<double, 4> gram_parts{};
+  // What a table's constants multiply: FLOPs, FLOPs of one step, elements of either layout; FLOPs, elements of either
+  // layout, numbers added, blocks.
+  std::array<double, 4> direct_parts{};
+  std::array<double, 5> gram_parts{};
   double direct_time = 0;  // in the table's unit
   double gram_time = 0;
 };
@@ -45,12 +48,12 @@ CostTable cuda_table(int device, cuda::Precision precision);
 // What one example of a linear layer costs, whose factors are A [T, p] and B [T, d].
 Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table = cpu_table());
 
-// What one example of a convolution costs. Spatial values are three-dimensional, with leading ones (padding 0) for
-// fewer dimensions.
+// What one example of a convolution costs, whose channels come last in memory or before the pixels. Spatial values are
+// three-dimensional, with leading ones (padding 0) for fewer dimensions.
 Cost conv_cost(int64_t channels, int64_t out_channels, const std::array<int64_t, 3>& kernel,
                const std::array<int64_t, 3>& stride, const std::array<int64_t, 3>& padding,
                const std::array<int64_t, 3>& dilation, int64_t groups, const std::array<int64_t, 3>& input,
-               const std::array<int64_t, 3>& output, const CostTable& table = cpu_table());
+               const std::array<int64_t, 3>& output, bool channels_last, const CostTable& table = cpu_table());
 
 // A device is a CUDA device's index, or kCpuDevice, where precision makes no difference.
 constexpr int kCpuDevice = -1;

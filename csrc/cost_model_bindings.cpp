@@ -16,9 +16,14 @@ namespace {
 using cuda::Precision;
 
 constexpr std::pair<const char*, double CostTable::*> kConstants[] = {
-    {"tile_steps", &CostTable::tile_steps},     {"direct_element", &CostTable::direct_element},
-    {"gram_flop", &CostTable::gram_flop},       {"gram_element", &CostTable::gram_element},
-    {"tap_flop", &CostTable::tap_flop},         {"gram_block", &CostTable::gram_block},
+    {"tile_steps", &CostTable::tile_steps},
+    {"direct_element", &CostTable::direct_element},
+    {"direct_last_element", &CostTable::direct_last_element},
+    {"gram_flop", &CostTable::gram_flop},
+    {"gram_element", &CostTable::gram_element},
+    {"gram_last_element", &CostTable::gram_last_element},
+    {"tap_flop", &CostTable::tap_flop},
+    {"gram_block", &CostTable::gram_block},
 };
 
 constexpr std::pair<const char*, Precision> kPrecisionNames[] = {
@@ -113,8 +118,8 @@ void bind_cost_model(py::module_& m) {
       .def_readonly("direct_flops", &Cost::direct_flops)
       .def_readonly("gram_flops", &Cost::gram_flops)
       .def_readonly("elements", &Cost::elements)
-      .def_readonly("direct_parts", &Cost::direct_parts, "FLOPs, FLOPs of one step, elements.")
-      .def_readonly("gram_parts", &Cost::gram_parts, "FLOPs, elements, numbers added over taps, blocks.")
+      .def_readonly("direct_parts", &Cost::direct_parts, "FLOPs, FLOPs of one step, elements, elements of maps with channels last.")
+      .def_readonly("gram_parts", &Cost::gram_parts, "FLOPs, elements, elements of maps with channels last, numbers added over taps, blocks.")
       .def_readonly("direct_time", &Cost::direct_time, "In FLOPs of the direct form.")
       .def_readonly("gram_time", &Cost::gram_time, "In FLOPs of the direct form.")
       .def_property_readonly("form", [](const Cost& cost) { return form_name(cost.form); })
@@ -131,14 +136,14 @@ void bind_cost_model(py::module_& m) {
       [](int64_t channels, int64_t out_channels, const std::vector<int64_t>& kernel_size,
          const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
          int64_t groups, const std::vector<int64_t>& input_size, const std::vector<int64_t>& output_size,
-         const std::string& device, const std::string& precision) {
+         const std::string& device, const std::string& precision, bool channels_last) {
         return conv_cost(channels, out_channels, three(kernel_size, 1), three(stride, 1), three(padding, 0),
                          three(dilation, 1), groups, three(input_size, 1), three(output_size, 1),
-                         table_for(device, precision));
+                         channels_last, table_for(device, precision));
       },
       py::arg("channels"), py::arg("out_channels"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"),
       py::arg("dilation"), py::arg("groups"), py::arg("input_size"), py::arg("output_size"), py::arg("device") = "cpu",
-      py::arg("precision") = "float32");
+      py::arg("precision") = "float32", py::arg("channels_last") = false);
   m.def(
       "cost_table",
       [](const std::string& device, const std::string& precision, bool builtin) {

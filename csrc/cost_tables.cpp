@@ -16,11 +16,13 @@ constexpr Precision kPrecisions[] = {Precision::kTf32, Precision::kFloat32, Prec
 
 // The constants were fitted to one Cascade Lake core (4×4 to 20×20 maps of 16 to 256 channels, linear layers with
 // T = 2 … 196; about 110 GFLOP/s). Products of the Gram form are small and its triangles ragged; it copies, centres and
-// copies again every element of its operands, about 2 ns each; the sum over taps reads from cache. More threads divide
-// the work of either form alike. benchmarks/cost_constants.py measures the constants anew.
+// copies again every element of its operands, about 2 ns each, and 3 where channels come last; the sum over taps reads
+// from cache. More threads divide the work of either form alike. benchmarks/cost_constants.py measures the constants
+// anew.
 CostTable builtin_cpu() {
   CostTable table;
-  table.tile_steps = 12, table.gram_flop = 2, table.gram_element = 250, table.tap_flop = 16;
+  table.tile_steps = 12, table.gram_flop = 2, table.gram_element = 250, table.gram_last_element = 360;
+  table.tap_flop = 16;
   return table;
 }
 
@@ -29,7 +31,8 @@ CostTable builtin_cpu() {
 // 10 elements, 40 to 120 FLOPs each; half of it hidden behind the products in the direct form's pipeline) and shared
 // memory serves 32 loads, of which a number added over taps takes one and a half with its offsets (15 to 33 FLOPs). A
 // block of either form starts, fills its pipeline and adds up its warps' sums in about 1,500 clocks, most of them
-// shared with another block: some 8 steps of a tile of the direct form, 7e5 FLOPs of the Gram form.
+// shared with another block: some 8 steps of a tile of the direct form, 7e5 FLOPs of the Gram form. Where channels come
+// last the direct form executes half as many instructions again for a copy (tools/machine_code.py).
 CostTable builtin_cuda(Precision precision) {
   double rate = 1, width = 4;  // FLOPs against TF32, bytes of an element
   if (precision == Precision::kFloat32) rate = 1.0 / 3;
@@ -38,9 +41,9 @@ CostTable builtin_cuda(Precision precision) {
   CostTable table;
   table.tile = precision == Precision::kFloat64 ? 32 : 64;
   table.tile_steps = 8 * rate;
-  table.direct_element = 40 * rate * width / 4;
+  table.direct_element = 40 * rate * width / 4, table.direct_last_element = 1.5 * table.direct_element;
   table.gram_flop = 1.5;  // short sums, little reuse of fragments
-  table.gram_element = 80 * rate * width / 4;
+  table.gram_element = table.gram_last_element = 80 * rate * width / 4;
   table.tap_flop = 32 * rate * (precision == Precision::kFloat64 ? 2 : 1);  // the Gram matrix holds sums, not operands
   table.gram_block = 7e5 * rate;
   return table;

@@ -258,6 +258,11 @@ def _costs_outside_of_layers(traced: Trace, plan: Plan) -> list[LayerCost]:
     return costs
 
 
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels of a map lie side by side in memory, as the operators ask (csrc/checks.cpp)."""
+    return x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(-1) != 1
+
+
 def _cost_of_call(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: Any, output: Any) -> LayerCost:
     """What a layer's norm costs at the shapes of one call, or why the call is not supported."""
     kind = type(module).__name__
@@ -265,7 +270,14 @@ def _cost_of_call(name: str, module: nn.Module, rule: Rule, args: Any, kwargs: A
     given = [value for value in tree_leaves(output) if isinstance(value, Tensor)]
     if not taken or not given or not (rule.whole_call or isinstance(output, Tensor)):
         return LayerCost(name, kind, type(rule).__name__, "-", problem="it must take and return one tensor")
-    cost = rule.cost(module, tuple(taken[0].shape), tuple(given[0].shape), given[0].device, given[0].dtype)
+    cost = rule.cost(
+        module,
+        tuple(taken[0].shape),
+        tuple(given[0].shape),
+        given[0].device,
+        given[0].dtype,
+        _channels_last(taken[0]),
+    )
     return LayerCost(
         name,
         kind,

@@ -144,7 +144,9 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   const at::Tensor x = x_in.to(type), gy = gy_in.to(type);
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());
   if (chosen == Form::kAuto)
-    chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out).form;
+    chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
+                       channels_last(x))
+                 .form;
   return dispatch(s, x, gy, correction, chosen);
 }
 

@@ -243,7 +243,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const Problem problem = problem_of(s, x, gy, true, op);
   if (chosen == Form::kAuto)
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
-                       cuda_table(x.device().index(), problem.precision))
+                       channels_last(x), cuda_table(x.device().index(), problem.precision))
                  .form;
   if (norms(problem, correction, chosen, forced, out, on, op)) return out;
   return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,

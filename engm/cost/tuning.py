@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
@@ -29,8 +29,8 @@ FORMS: tuple[Form, Form] = ("direct", "gram")
 
 # A form's time is the sum of its parts, as the compiled cost model counts them, each times its constant. The first part
 # of the direct form are its FLOPs, whose cost is the unit; these are the constants of the others.
-DIRECT = ("tile_steps", "direct_element")
-GRAM = ("gram_flop", "gram_element", "tap_flop", "gram_block")
+DIRECT = ("tile_steps", "direct_element", "direct_last_element")
+GRAM = ("gram_flop", "gram_element", "gram_last_element", "tap_flop", "gram_block")
 
 MOST_ROUNDS = 30
 BUSY_CYCLES = 300_000  # a GPU is kept busy before a timed call, so that the call's launch is not in the measured time
@@ -46,6 +46,7 @@ class Layer:
         side: positions of a linear layer; side of a convolution's input map.
         kernel: side of the kernel.
         stride: of the convolution.
+        channels_last: whether the channels of its maps lie side by side in memory.
     """
 
     channels: int
@@ -53,6 +54,7 @@ class Layer:
     side: int
     kernel: int = 0
     stride: int = 1
+    channels_last: bool = False
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
@@ -69,7 +71,7 @@ class Layer:
         if self.kernel == 0:
             return linear_cost(self.side, self.channels, self.rows, device, precision)
         sizes = [self.side] * 2, [self.output_side] * 2
-        return conv_cost(self.channels, self.rows, *self.geometry, *sizes, device, precision)
+        return conv_cost(self.channels, self.rows, *self.geometry, *sizes, device, precision, self.channels_last)
 
     def call(self, n: int, device: str, dtype: torch.dtype) -> Callable[[Form], Tensor]:
         """A function that computes the norms of ``n`` random examples in a given form."""
@@ -77,16 +79,19 @@ class Layer:
             a = torch.randn(n, self.side, self.channels, device=device).to(dtype)
             b = torch.randn(n, self.side, self.rows, device=device).to(dtype)
             return lambda form: ops.linear_norm_sq(a, b, form)
-        x = torch.randn(n, self.channels, self.side, self.side, device=device).to(dtype)
-        gy = torch.randn(n, self.rows, self.output_side, self.output_side, device=device).to(dtype)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = torch.randn(n, self.channels, self.side, self.side, device=device).to(dtype, memory_format=layout)
+        gy = torch.randn(n, self.rows, self.output_side, self.output_side, device=device).to(dtype, memory_format=layout)
         return lambda form: ops.conv_norm_sq(x, gy, *self.geometry, form=form)
 
 
-LAYERS: tuple[Layer, ...] = (
+_ROWS = (
     *(Layer(64, 64, t) for t in (2, 8, 16, 32, 64, 128)),
     *(Layer(256, 256, t) for t in (4, 16, 32, 64, 128, 196)),
     *(Layer(768, 192, t) for t in (8, 32, 64, 128)),
     *(Layer(512, 512, t) for t in (16, 64, 128, 256)),
+)
+_MAPS = (
     *(Layer(16, 16, side, 3) for side in (4, 8, 16)),
     *(Layer(32, 32, side, 3) for side in (4, 8, 16)),
     *(Layer(64, 64, side, 3) for side in (4, 8, 12, 16)),
@@ -97,6 +102,11 @@ LAYERS: tuple[Layer, ...] = (
     Layer(32, 64, 8, 5),
     Layer(3, 32, 16, 3),
     Layer(512, 512, 4, 3),
+)
+# Maps of either layout are neighbours, so that neither is left out of the fit.
+LAYERS: tuple[Layer, ...] = (
+    *_ROWS,
+    *(replace(layer, channels_last=last) for layer in _MAPS for last in (False, True)),
 )
 
 
@@ -256,7 +266,7 @@ def fit_constants(timings: Sequence[Timing]) -> Constants | None:
 def _non_negative_least_squares(rows: Tensor, required: int) -> list[float] | None:
     """``x >= 0`` that brings ``rows @ x`` closest to 1; the first ``required`` entries must be positive.
 
-    There are at most four unknowns, so every set of those that are not 0 is tried.
+    There are at most five unknowns, so every set of those that are not 0 is tried.
     """
     columns = rows.shape[1]
     scale = rows.abs().amax(0)

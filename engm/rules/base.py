@@ -128,6 +128,7 @@ class Rule:
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         """Cost of the norm for one example.
 
@@ -137,6 +138,7 @@ class Rule:
             output_shape: of the layer's output; the first dimension is the batch.
             device: where the norm is computed.
             dtype: of the layer's output.
+            channels_last: whether the channels of the layer's input, a map, lie side by side in memory.
         """
         size = 1
         for length in output_shape[1:]:

@@ -90,6 +90,7 @@ class _ConvolutionRule(Rule):
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         inputs, backprops = (torch.empty(shape, device="meta") for shape in (input_shape, output_shape))
         factors = self.factors(module, inputs, backprops)
@@ -106,6 +107,7 @@ class _ConvolutionRule(Rule):
                 tuple(factors.inputs.shape[2:]),
                 tuple(factors.backprops.shape[2:]),
                 **cost_arguments(device, dtype, convolution=True),
+                channels_last=channels_last,
             )
         )
 

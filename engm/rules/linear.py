@@ -73,6 +73,7 @@ class LinearRule(_MatrixRule):
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         return matrix_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], device, dtype)
 
@@ -95,6 +96,7 @@ class BilinearRule(_MatrixRule):
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         pairs = module.in1_features * module.in2_features
         return matrix_cost(prod(output_shape[1:-1]), pairs, output_shape[-1], device, dtype)

@@ -122,6 +122,7 @@ class RecurrentRule(WholeCallRule):
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         length = input_shape[1 if module.batch_first and len(input_shape) == 3 else 0]
         shapes = [tuple(p.shape) for p in module.parameters() if p.dim() == 2]
@@ -339,6 +340,7 @@ class CellRule(WholeCallRule):
         output_shape: tuple[int, ...],
         device: torch.device = CPU,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> Cost:
         return matrices_cost(1, [tuple(p.shape) for p in module.parameters() if p.dim() == 2], device, dtype)
 

@@ -153,14 +153,32 @@ def test_cuda_pays_for_whole_tiles():
 
 def test_cuda_bands():
     """Bands have at most 64 positions and 128 pixels; a pair of them is a block; symmetric products are halved."""
-    flops, read, added, blocks = conv(64, 32, 8, device="cuda:0").gram_parts
+    flops, read, read_last, added, blocks = conv(64, 32, 8, device="cuda:0").gram_parts
     assert (added, blocks) == (9 * 10 * 256, 1)
     assert flops == 2 * 10 * 256 * (64 + 32 + 1)
-    assert read == 64 * (64 + 32)
-    assert conv(64, 32, 16, device="cuda:0").gram_parts[3] == 4 * 5 / 2
+    assert (read, read_last) == (64 * (64 + 32), 0)
+    assert conv(64, 32, 16, device="cuda:0").gram_parts[4] == 4 * 5 / 2
     patches = conv(3, 64, 64, kernel=16, stride=16, device="cuda:0")  # 256 pixels a position: one tap after the other
-    assert patches.gram_parts[2] == 256 * 256
-    assert _C.linear_cost(128, 64, 64, "cuda:0").gram_parts[3] == 3
+    assert patches.gram_parts[3] == 256 * 256
+    assert _C.linear_cost(128, 64, 64, "cuda:0").gram_parts[4] == 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("groups", [1, 24])
+def test_elements_of_either_layout_have_constants_of_their_own(device, groups):
+    first, last = (conv(24, 24, 9, groups=groups, device=device, channels_last=value) for value in (False, True))
+    flops, step, elements, none = first.direct_parts
+    assert (last.direct_parts, none) == ([flops, step, 0, elements], 0)
+    flops, elements, none, *others = first.gram_parts
+    assert (last.gram_parts, none) == ([flops, 0, elements, *others], 0)
+    _C.set_cost_table(device, {"direct_last_element": 1e9})
+    table = _C.cost_table(device)
+    assert conv(24, 24, 9, groups=groups, device=device).direct_time == first.direct_time
+    dear = conv(24, 24, 9, groups=groups, device=device, channels_last=True)
+    assert dear.form == "gram"
+    assert dear.direct_time == pytest.approx(
+        dear.direct_parts[0] + table["tile_steps"] * dear.direct_parts[1] + 1e9 * dear.direct_parts[3]
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
@@ -176,8 +194,9 @@ def test_times_are_parts_times_constants(device):
 
 # Tables that are set at run time.
 
-GRAM_IS_FREE = {"gram_flop": 0, "gram_element": 0, "tap_flop": 0, "gram_block": 0}
+GRAM_IS_FREE = {"gram_flop": 0, "gram_element": 0, "gram_last_element": 0, "tap_flop": 0, "gram_block": 0}
 GRAM_IS_DEAR = {"gram_block": 1e18}
+LAST_IS_DEAR = {**GRAM_IS_FREE, "gram_last_element": 1e18}
 
 
 def taken(call):
@@ -210,16 +229,19 @@ def test_linear_dispatch_is_what_explain_shows(n, T, p, table):
     n=st.integers(8, 24),
     side=st.integers(3, 12),
     c=st.integers(4, 48),
-    table=st.sampled_from([{}, GRAM_IS_FREE, GRAM_IS_DEAR]),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    table=st.sampled_from([{}, GRAM_IS_FREE, GRAM_IS_DEAR, LAST_IS_DEAR]),
 )
-def test_conv_dispatch_is_what_explain_shows(n, side, c, table):
+def test_conv_dispatch_is_what_explain_shows(n, side, c, layout, table):
     _C.reset_cost_tables()
     _C.set_cost_table("cpu", table)
-    x, gy = torch.randn(n, c, side, side), torch.randn(n, 32, side, side)
+    x, gy = (torch.randn(n, k, side, side).to(memory_format=layout) for k in (c, 32))
     geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
     (layer,) = engm.explain(nn.Sequential(nn.Conv2d(c, 32, 3, padding=1)), x[: 1 + n // 2]).layers
     assert taken(lambda form: ops.conv_norm_sq(x, gy, *geometry, form=form)) == layer.form
-    if table:
+    if table is LAST_IS_DEAR:
+        assert layer.form == ("direct" if layout is torch.channels_last else "gram")
+    elif table:
         assert layer.form == ("gram" if table is GRAM_IS_FREE else "direct")
 
 

@@ -18,14 +18,16 @@ from engm.cost import tuning
 TABLE = {
     "tile_steps": 20.0,
     "direct_element": 30.0,
+    "direct_last_element": 45.0,
     "gram_flop": 1.5,
     "gram_element": 100.0,
+    "gram_last_element": 70.0,
     "tap_flop": 40.0,
     "gram_block": 1e4,
 }
 SMALL = (
     *(tuning.Layer(16, 16, t) for t in (2, 4, 8, 16)),
-    *(tuning.Layer(c, 16, side, 3) for c in (4, 16) for side in (3, 4, 6)),
+    *(tuning.Layer(c, 16, side, 3, channels_last=last) for c in (4, 16) for side in (3, 4, 6) for last in (False, True)),
     tuning.Layer(8, 8, 6, 1, 2),
 )
 
