@@ -27,7 +27,7 @@ class AWP:
     With ``d`` the gradient of the plain mean of the losses at the present weights, every trained parameter ``w`` of
     more than one dimension goes to ``w + gamma ||w|| d / (||d|| + 1e-20)``; biases and normalisation layers stay. The
     training step then takes its gradient, and the per-example norms, at the perturbed weights, and applies it to the
-    weights as they were::
+    weights as they were (its weight decay, too, where the authors' code decays the perturbed weights)::
 
         with awp.perturbed(lambda: objective.losses(model, x, x_adv, y)):
             losses = objective.losses(model, x, x_adv, y)
