@@ -81,7 +81,9 @@ class Layer:
             return lambda form: ops.linear_norm_sq(a, b, form)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         x = torch.randn(n, self.channels, self.side, self.side, device=device).to(dtype, memory_format=layout)
-        gy = torch.randn(n, self.rows, self.output_side, self.output_side, device=device).to(dtype, memory_format=layout)
+        gy = torch.randn(n, self.rows, self.output_side, self.output_side, device=device).to(
+            dtype, memory_format=layout
+        )
         return lambda form: ops.conv_norm_sq(x, gy, *self.geometry, form=form)
 
 

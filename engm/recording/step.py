@@ -412,7 +412,13 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         watches = [torch.stack(surprises).any()] if surprises else []
         described[:] = reached, tuple(figures), others, tuple(changed), bool(watches)
         routes.extend(take_decisions())
-        return [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values(), *watches, *routes]
+        return [
+            *(p.grad for p in reached if p.grad is not None),
+            *figures.values(),
+            *changed.values(),
+            *watches,
+            *routes,
+        ]
 
     call.clear_gradients()
     torch.clear_autocast_cache()

@@ -27,7 +27,12 @@ TABLE = {
 }
 SMALL = (
     *(tuning.Layer(16, 16, t) for t in (2, 4, 8, 16)),
-    *(tuning.Layer(c, 16, side, 3, channels_last=last) for c in (4, 16) for side in (3, 4, 6) for last in (False, True)),
+    *(
+        tuning.Layer(c, 16, side, 3, channels_last=last)
+        for c in (4, 16)
+        for side in (3, 4, 6)
+        for last in (False, True)
+    ),
     tuning.Layer(8, 8, 6, 1, 2),
 )
 
@@ -89,13 +94,13 @@ def test_the_fit_finds_true_constants(monkeypatch, times):
 
 def test_the_fit_stays_above_zero():
     timings = [
-        tuning.Timing({"direct": [k, 1.0, 50.0 - k], "gram": [k, k * k, 1.0, 2.0]}, {"direct": k, "gram": 2.0 * k})
+        tuning.Timing({"direct": [k, 1.0, 50.0 - k, 0.0], "gram": [k, k * k, 0.0, 1.0, 2.0]}, {"direct": k, "gram": 2.0 * k})
         for k in (1.0, 2.0, 5.0, 9.0)
     ]
     found = tuning.fit_constants(timings)
     assert all(value >= 0 for value in found.values())
     assert found["gram_flop"] == pytest.approx(2)
-    no_products = tuning.Timing({"direct": [0.0, 1.0, 1.0], "gram": [1.0] * 4}, {"direct": 1.0, "gram": 1.0})
+    no_products = tuning.Timing({"direct": [0.0, 1.0, 1.0, 0.0], "gram": [1.0] * 5}, {"direct": 1.0, "gram": 1.0})
     assert tuning.fit_constants([no_products]) is None
 
 
@@ -107,7 +112,7 @@ def test_saved_and_read_again(monkeypatch, tmp_path):
     assert _C.cost_table() == result.constants["any"]
     (saved,) = (tmp_path / "cache" / "engm" / "cost").iterdir()
     document = json.loads(saved.read_text())
-    assert (document["version"], document["device"], document["name"]) == (1, "cpu", result.name)
+    assert (document["version"], document["device"], document["name"]) == (cost_table.VERSION, "cpu", result.name)
     _C.reset_cost_tables()
     assert _C.cost_table() == result.constants["any"]
     assert engm.explain(nn.Sequential(nn.Linear(2, 2)), torch.randn(2, 2)).cost_table == f"{saved} (cpu)"
@@ -144,7 +149,7 @@ def test_a_worse_table_is_refused(monkeypatch, tmp_path):
 
 
 def document(**changes):
-    return {"version": 1, "device": "cpu", "name": "x", "tables": {"any": TABLE}, **changes}
+    return {"version": cost_table.VERSION, "device": "cpu", "name": "x", "tables": {"any": TABLE}, **changes}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def document(**changes):
         ("{", "Expecting"),
         (b"\xff\xfe", "utf-8"),
         ("[]", "version None"),
-        (json.dumps(document(version=2)), "version 1, found version 2"),
+        (json.dumps(document(version=1)), f"version {cost_table.VERSION}, found version 1"),
         (json.dumps(document(tables={})), "no tables"),
         (json.dumps(document(tables={"any": {"gram_flop": 1}})), "must hold tile_steps, direct_element"),
         (json.dumps(document(tables={"any": {**TABLE, "gram_flop": -1}})), "'gram_flop' of table 'any' must be finite"),
