@@ -183,7 +183,7 @@ def calibrated_squared_norms(
 def is_faithful(model: GradNormModule, graph: PlannedGraph, measurement: Measurement) -> bool:
     """Whether a borrowed measurement, which was calibrated in this training step, may be used for it.
 
-    It may be unless its weights were judged to be more than :data:`engm.batch_norm.calibration.MOST_ERROR` off.
+    It may be unless its weights were judged to be more than ``model.calibration.most_error`` off.
     """
     return model.calibration.faithful(FactorKey(measurement.mode, True), _calibrating_group(model, graph, True))
 

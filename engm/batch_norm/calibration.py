@@ -109,7 +109,7 @@ class DeviceFlag:
         return {"_arrived": None, "_value": self._value, "_wait": self._wait}
 
 
-MOST_ERROR = 0.08  # of weights from borrowed norms, judged; with more the step takes norms of its own
+MOST_ERROR = 0.08  # the default of Calibration.most_error
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Factors:
         good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
         sound: whether all of them could be taken, where that is not known yet.
         error: 0-dimensional, the judged error of weights from borrowed norms; None where that was not judged.
-        faithful: whether it is at most :data:`MOST_ERROR`, where it was judged.
+        faithful: whether it is small enough, where it was judged.
     """
 
     names: tuple[str, ...]
@@ -170,6 +170,8 @@ class Calibration:
         sample: the :class:`ExactSample` behind factors that are this process's own.
         shared_sample: the one behind the factors of all ranks.
         steps: training steps so far.
+        most_error: judged error of weights from borrowed norms up to which a step uses them; with more it takes norms of
+            its own. Factors are judged by it when they are taken.
         asked: the ways of measuring whose factors were asked for since it was last emptied.
     """
 
@@ -179,6 +181,7 @@ class Calibration:
         self.sample = ExactSample(examples)
         self.shared_sample = ExactSample(examples)
         self.steps = 0
+        self.most_error = MOST_ERROR
         self.asked: set[FactorKey] = set()
         self._factors: dict[FactorKey, Factors] = {}
 
@@ -278,11 +281,15 @@ class Calibration:
             values, sound = _ratio(exact, measured, old, group)
             flag = DeviceFlag(sound, wait=group is not None)
             error = _judged_error(exact, measured, group) if key.borrowed else None
-            known = Factors(names, values, self.steps, good_for, flag, error, _faithful(error))
+            known = Factors(names, values, self.steps, good_for, flag, error, self._verdict(error))
             self._factors[key] = known
         if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
             known = self._factors[key] = replace(known, values=known.values.to(squared_norms.device))
         return known.values.to(squared_norms)
+
+    def _verdict(self, error: Tensor | None) -> DeviceFlag | None:
+        """Whether the judged error of borrowed norms is small enough; None where nothing was judged."""
+        return None if error is None else DeviceFlag(error <= self.most_error, wait=True)
 
     def _latest(self, key: FactorKey, names: tuple[str, ...]) -> FactorKey:
         """The key of the latest factors for a way of measuring, of this process or of all ranks."""
@@ -335,7 +342,7 @@ class Calibration:
                 int(entry["taken"]),
                 int(entry["good_for"]),
                 error=entry.get("error"),  # states of versions that judged nothing have none
-                faithful=_faithful(entry.get("error")),
+                faithful=self._verdict(entry.get("error")),
             )
             for entry in state["factors"]
         }
@@ -377,10 +384,6 @@ def _judged_error(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -
         errors = errors + torch.where(true.sum(0) > 0, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios)).sum()
     errors, count = total(group, errors, torch.full_like(errors, exact.shape[1]))
     return errors / count
-
-
-def _faithful(error: Tensor | None) -> DeviceFlag | None:
-    return None if error is None else DeviceFlag(error <= MOST_ERROR, wait=True)
 
 
 def _even_sums(exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:

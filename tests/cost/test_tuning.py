@@ -94,7 +94,9 @@ def test_the_fit_finds_true_constants(monkeypatch, times):
 
 def test_the_fit_stays_above_zero():
     timings = [
-        tuning.Timing({"direct": [k, 1.0, 50.0 - k, 0.0], "gram": [k, k * k, 0.0, 1.0, 2.0]}, {"direct": k, "gram": 2.0 * k})
+        tuning.Timing(
+            {"direct": [k, 1.0, 50.0 - k, 0.0], "gram": [k, k * k, 0.0, 1.0, 2.0]}, {"direct": k, "gram": 2.0 * k}
+        )
         for k in (1.0, 2.0, 5.0, 9.0)
     ]
     found = tuning.fit_constants(timings)

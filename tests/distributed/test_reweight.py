@@ -75,6 +75,7 @@ def calibrated(rank, *, borrowed):
         engm.GradNormModule(network("batch"), calibrate_every=2, calibrate_examples=4)  # rank 1 has 3
     )
     wrapped = model.module
+    wrapped.calibration.most_error = inf  # borrowed norms are used as they are, however far off
     opt = engm.ENGM(model, sgd(model), 5.0)
     drawn, draw = [], wrapped.calibration.shared_sample.draw
 
@@ -97,8 +98,7 @@ def calibrated(rank, *, borrowed):
         own = measurement or measure_graph(graph, losses, own_mode(wrapped, graph))
         before = len(drawn)
         opt.zero_grad()
-        with mock.patch("engm.batch_norm.calibration.MOST_ERROR", inf):  # used as they are, however far off
-            opt.reweight(losses, measurement=measurement).mean().backward()
+        opt.reweight(losses, measurement=measurement).mean().backward()
         opt.step()
         entry, *others = wrapped.calibration.state_dict()["factors"]
         mode = tuple(entry[key] for key in FactorKey._fields)
@@ -116,12 +116,12 @@ def judged(rank):
     """Where the norms of three steps came from, and the weights, if what is borrowed is always judged too far off."""
     model = DistributedDataParallel(engm.GradNormModule(network("batch"), calibrate_every=2, calibrate_examples=4))
     opt, found = engm.ENGM(model, sgd(model), 5.0), []
+    model.module.calibration.most_error = -1.0
     for step in range(3):
         x, y = (t[rows_of(rank, "uneven")] for t in batch(N, seed=step))
         measurement = engm.measure(model.module.eval(), losses_of(model.module, x, y))
         model.train()
-        with mock.patch("engm.batch_norm.calibration.MOST_ERROR", -1.0):
-            stats = opt.backward(losses_of(model, x, y), measurement=measurement)
+        stats = opt.backward(losses_of(model, x, y), measurement=measurement)
         found.append((stats.source, bool(stats.norms.isfinite().all())))
         opt.zero_grad()
     return found
