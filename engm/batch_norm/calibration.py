@@ -170,8 +170,8 @@ class Calibration:
         sample: the :class:`ExactSample` behind factors that are this process's own.
         shared_sample: the one behind the factors of all ranks.
         steps: training steps so far.
-        most_error: judged error of weights from borrowed norms up to which a step uses them; with more it takes norms of
-            its own. Factors are judged by it when they are taken.
+        most_error: judged error of weights from borrowed norms up to which a step uses them; with more it takes norms
+            of its own. Factors are judged by it when they are taken.
         asked: the ways of measuring whose factors were asked for since it was last emptied.
     """
 
