@@ -11,13 +11,17 @@ import torch
 
 from engm.checks import check_name
 
+from ..addresses import is_address, settled
+from .by_source import load_by_source, names_source, settled_source
 from .dataset import Dataset, Split
 from .digits import load_digits
 from .image_folder import load_image_folder
 from .memory import InMemory, keep_in_memory
 from .npz import load_npz
+from .own import own_data
 from .streamed import StreamedSplit
 from .tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
+from .torch_sets import Placing
 from .torchvision_sets import load_cifar10, load_cifar100, load_svhn
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tiny-imagenet")
@@ -41,10 +45,12 @@ def load_data(
 
     Args:
         spec: one of :data:`DATASETS` (in any case, with ``-`` or ``_`` anywhere), the path of an ``.npz``
-            (:func:`load_npz`), or that of a folder (:func:`load_image_folder`, or Tiny-ImageNet's own layout).
+            (:func:`load_npz`), or that of a folder (:func:`load_image_folder`, or Tiny-ImageNet's own layout). Or what
+            others know by name, ``torchvision:Name``, ``timm:name`` and ``hf:name`` (Hugging Face's), or data of one's
+            own, ``package.module:function`` and ``file.py:function`` (:func:`~engm.recipes.data.own.own_data`).
         root: where named data sets lie.
-        download: fetch CIFAR or SVHN if it is missing.
-        image_size: side in pixels to which the images of a folder are brought.
+        download: fetch it if it is missing: CIFAR, SVHN, and what other packages can fetch.
+        image_size: side in pixels to which images are brought, of a folder, of other packages, or of one's own.
         validation_examples: how many training examples to hold out (the paper takes 1,000). The digits have a split of
             their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone.
         split_seed: seed of the draw of those.
@@ -71,8 +77,12 @@ def load_data(
     name = _known(str(spec))
     path = Path(spec).expanduser()
     folder = name is None and path.is_dir()
+    if name is None and not path.exists() and (names_source(str(spec)) or is_address(str(spec))):
+        placing = Placing(image_size, **held_out, **streaming)
+        load = load_by_source if names_source(str(spec)) else own_data
+        return _placed(load(str(spec), root=root, download=download, placing=placing), in_memory, device, workers)
     if image_size is not None and (not folder or is_tiny_imagenet(path)):
-        raise ValueError(f"image_size (--image-size) is for folders of images, not for {spec}")
+        raise ValueError(f"image_size (--image-size) is for folders of images and for data of others, not for {spec}")
     if name == "tiny-imagenet" or (folder and is_tiny_imagenet(path)):
         return load_tiny_imagenet(path if folder else root, **held_out, **streaming)
     if folder:
@@ -90,6 +100,14 @@ def load_data(
         _check_path(str(spec), path)
         dataset = load_npz(path, **held_out)
     return _placed(dataset, in_memory, device, workers)
+
+
+def settled_data(spec: str) -> str:
+    """A ``spec`` that is found again from another working directory: with absolute paths."""
+    path = Path(spec).expanduser()
+    if _known(spec) is None and path.exists():
+        return str(path.absolute())
+    return settled_source(spec) if names_source(spec) else settled(spec)
 
 
 def _known(spec: str) -> str | None:

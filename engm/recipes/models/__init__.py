@@ -1,6 +1,7 @@
 """Networks used by the recipes."""
 
 from .norms import NormName, batch_to_group_norm
+from .own import check_logits, own_network
 from .preact import PreActResNet, preact_resnet18
 from .registry import MODELS, build_model
 from .resnet import ResNet, resnet18, small_resnet
@@ -16,6 +17,8 @@ __all__ = [
     "WideResNet",
     "batch_to_group_norm",
     "build_model",
+    "check_logits",
+    "own_network",
     "preact_resnet18",
     "resnet18",
     "small_resnet",
