@@ -63,8 +63,7 @@ def load(address: str, *, what: str, also: Iterable[str] = ()) -> Any:
     place, _, name = address.strip().rpartition(":")
     module = _file(Path(place).expanduser(), what) if place.endswith(".py") else _module(place, what, also)
     if not hasattr(module, name):
-        public = [known for known in vars(module) if not known.startswith("_")]
-        check_name(name, public, what=f"{what} in {place}")
+        check_name(name, _defined(module), what=f"{what} in {place}")
     return getattr(module, name)
 
 
@@ -131,6 +130,17 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return inspect.signature(function).parameters
     except (TypeError, ValueError):
         return None
+
+
+def _defined(module: ModuleType) -> list[str]:
+    """What a module defines itself, by its public names."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, ModuleType)
+        and not ((inspect.isclass(value) or inspect.isroutine(value)) and value.__module__ != module.__name__)
+    ]
 
 
 def _module(name: str, what: str, also: Iterable[str]) -> ModuleType:

@@ -58,7 +58,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def weights_after(path: Path, **settings: object) -> dict[str, torch.Tensor]:
-    train(replace(PLAIN, epochs=1, **settings), path, CPU, dataset=tiny_dataset())  # type: ignore[arg-type]
+    train(replace(PLAIN, epochs=1, step="eager", **settings), path, CPU, dataset=tiny_dataset())  # type: ignore[arg-type]
     return RunFolder(path).weights("last").weights
 
 
