@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("training", "Trains a robust network; the same command with the same --out goes on where it was left."),
     "evaluate": (
-        "results",
-        "Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json.",
+        "evaluating",
+        "Attacks a run's checkpoints, or weights in a file, on the test set; results are kept beside them.",
     ),
     "compare": (
         "training",

@@ -34,7 +34,7 @@ def load_data(
     root: str | Path = "data",
     download: bool = False,
     image_size: int | None = None,
-    validation_examples: int = 1000,
+    validation_examples: int | None = 1000,
     split_seed: int = 0,
     validation_from_test: bool = False,
     in_memory: InMemory = "auto",
@@ -52,7 +52,8 @@ def load_data(
         download: fetch it if it is missing: CIFAR, SVHN, and what other packages can fetch.
         image_size: side in pixels to which images are brought, of a folder, of other packages, or of one's own.
         validation_examples: how many training examples to hold out (the paper takes 1,000). The digits have a split of
-            their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone.
+            their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone. ``None`` if nobody
+            will look at them: then it is one.
         split_seed: seed of the draw of those.
         validation_from_test: hold them out of the test set instead, the paper's other reading.
         in_memory: ``True`` for tensors of uint8; ``False`` for images that a ``DataLoader`` reads or hands over batch
@@ -69,7 +70,7 @@ def load_data(
         ModuleNotFoundError: a package of ``engm[recipes]`` is not installed.
     """
     held_out: dict[str, Any] = {
-        "validation_examples": validation_examples,
+        "validation_examples": 1 if validation_examples is None else validation_examples,
         "split_seed": split_seed,
         "validation_from_test": validation_from_test,
     }
@@ -78,7 +79,7 @@ def load_data(
     path = Path(spec).expanduser()
     folder = name is None and path.is_dir()
     if name is None and not path.exists() and (names_source(str(spec)) or is_address(str(spec))):
-        placing = Placing(image_size, **held_out, **streaming)
+        placing = Placing(image_size, **{**held_out, "validation_examples": validation_examples}, **streaming)
         load = load_by_source if names_source(str(spec)) else own_data
         return _placed(load(str(spec), root=root, download=download, placing=placing), in_memory, device, workers)
     if image_size is not None and (not folder or is_tiny_imagenet(path)):
@@ -88,7 +89,11 @@ def load_data(
     if folder:
         return load_image_folder(path, image_size, **held_out, **streaming)
     if name == "digits":
-        if held_out != {"validation_examples": 1000, "split_seed": 0, "validation_from_test": False}:
+        if validation_examples is not None and held_out != {
+            "validation_examples": 1000,
+            "split_seed": 0,
+            "validation_from_test": False,
+        }:
             raise ValueError(
                 "digits have a fixed split of 640 training, 300 validation and 857 test images: leave "
                 "validation_examples, split_seed and validation_from_test at their defaults"

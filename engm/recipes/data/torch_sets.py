@@ -25,7 +25,7 @@ class Placing:
     """How a data set is split and where its images go; see :func:`engm.recipes.data.load_data`."""
 
     image_size: int | None = None
-    validation_examples: int = 1000
+    validation_examples: int | None = 1000
     split_seed: int = 0
     validation_from_test: bool = False
     in_memory: InMemory = "auto"
@@ -36,7 +36,7 @@ class Placing:
     def held_out(self) -> dict[str, Any]:
         """What :func:`hold_out` takes."""
         return {
-            "validation_examples": self.validation_examples,
+            "validation_examples": 1 if self.validation_examples is None else self.validation_examples,
             "split_seed": self.split_seed,
             "validation_from_test": self.validation_from_test,
         }
@@ -47,7 +47,7 @@ class Placing:
         Raises:
             ValueError: one is not at its default.
         """
-        if self.held_out != Placing().held_out:
+        if self.validation_examples is not None and self.held_out != Placing().held_out:
             raise ValueError(
                 f"{name} has a validation set of its own: leave --validation-examples and --validation-from-test "
                 "(validation_examples, split_seed, validation_from_test) at their defaults"

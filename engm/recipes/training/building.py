@@ -16,8 +16,13 @@ from ..models import build_model, check_logits
 from ..processes import Processes
 
 
-def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
+def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = True) -> Dataset:
     """The data that a configuration names, on ``device`` where they fit.
+
+    Args:
+        config: a resolved configuration.
+        device: where the data will be used.
+        validation: whether anybody will look at the validation set; otherwise it need not have its size.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError, ModuleNotFoundError: see :func:`engm.recipes.data.load_data`.
@@ -29,7 +34,7 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
         root=config.data_root,
         download=config.download,
         image_size=config.image_size,
-        validation_examples=1000 if digits else config.validation_examples,
+        validation_examples=(1000 if digits else config.validation_examples) if validation else None,
         validation_from_test=config.validation_from_test,
         in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
         device=device,

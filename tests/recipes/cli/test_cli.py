@@ -108,7 +108,7 @@ def test_evaluate_keeps_what_it_found(trained: Path) -> None:
         assert 0 <= pgd["accuracy"] <= ce["accuracy"] + 0.2
         assert deepfool["rho"] > 0
         assert pgd["examples"] == 20
-    with mock.patch("engm.recipes.runs.evaluation._run", side_effect=AssertionError("computed again")):
+    with mock.patch("engm.recipes.evaluation.asking.run_attack", side_effect=AssertionError("computed again")):
         assert engm(*arguments).exit_code == 0
     assert engm("evaluate", trained, "--attack", "natural", "--examples", "20", "--checkpoint", "last").exit_code == 0
     again = json.loads((trained / "evaluation.json").read_text())
@@ -203,7 +203,7 @@ def test_a_lost_picture_is_drawn_again_and_brackets_stay(trained: Path, tmp_path
 
 
 def test_a_network_that_nothing_fools(trained: Path, tmp_path: Path) -> None:
-    with mock.patch("engm.recipes.runs.evaluation.DeepFool.__call__") as attack:
+    with mock.patch("engm.recipes.evaluation.attacks.DeepFool.__call__") as attack:
         attack.side_effect = lambda net, x: mock.Mock(distances=torch.ones(len(x)), broken=torch.zeros(len(x)).bool())
         for _ in range(2):  # computed, and read back
             arguments = ["--attack", "deepfool", "--examples", 7, "--checkpoint", "last"]
