@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from .results import DataRoot, checkpoints_named
 from .terminal import OnceCommand, console_for
 
 if TYPE_CHECKING:
+    from ..evaluation.subjects import WeightsFile
     from ..evaluation.target import Answers, Place
 
 app = typer.Typer()
@@ -97,13 +100,11 @@ def evaluate(
         console = console_for()
         if threat is not None:
             check_name(threat, THREATS, what="--threat")
-        of_files = {"model": model, "data": data, "width": width, "norm": norm, "image_size": image_size}
-        normalisation = _numbers("--mean", mean), _numbers("--std", std)
         if place.is_file() and checkpoint is not None:
             raise ValueError("--checkpoint is for runs; a file has one network")
-        if transfer_model is not None and (transfer_from is None or not transfer_from.is_file()):
-            raise ValueError("--transfer-model is for a file of weights in --transfer-from")
-        subject = _place(place, of_files, normalisation, data_root)
+        settings = {"model": model, "data": data, "width": width, "norm": norm, "image_size": image_size}
+        reading = _Reading(settings, _numbers("--mean", mean), _numbers("--std", std), data_root)
+        subject, source = _places(place, transfer_from, transfer_model, reading)
         wanted = Wanted(
             attack or ([] if corruptions is not None and not (eps_sweep or transfer_from) else ["pgd20"]),
             checkpoints_named(checkpoint or "both"),
@@ -112,11 +113,7 @@ def evaluate(
             None if eps is None else parse_number(eps),
             _numbers("--eps-sweep", eps_sweep) or (),
             corruptions,
-            None
-            if transfer_from is None
-            else _source(
-                transfer_from, {**of_files, "model": transfer_model or model}, normalisation, data_root, subject
-            ),
+            source,
             batch_size,
         )
         with progress_bar(console, transient=True) as bar:
@@ -140,47 +137,71 @@ def evaluate(
             console.print(f"The curve: {files[0]} and {files[1]}", highlight=False)
 
 
-def _place(
-    path: Path,
-    settings: dict[str, Any],
-    normalisation: tuple[tuple[float, ...] | None, tuple[float, ...] | None],
-    data_root: Path | None,
-) -> Place:
-    """A run, which says its own settings, or a file, of which the command line has to say them."""
-    from ..evaluation.subjects import WeightsFile
+@dataclass(frozen=True)
+class _Reading:
+    """How files of weights are read.
+
+    Attributes:
+        settings: options of ``engm train`` by name; None where they were not given.
+        mean: of ``--mean``.
+        std: of ``--std``.
+        data_root: of ``--data-root``.
+    """
+
+    settings: dict[str, Any]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    data_root: Path | None
+
+    def file(self, path: Path, **other: Any) -> WeightsFile:
+        """A file, with other settings than the command line's where these are given."""
+        from ..evaluation.subjects import WeightsFile
+
+        given = {name: value for name, value in {**self.settings, **other}.items() if value is not None}
+        missing = [name for name in ("model", "data") if name not in given]
+        if missing:
+            raise ValueError(
+                f"{path} is a file of weights: say with {' and '.join(map(option, missing))} what it is of"
+            )
+        root = {} if self.data_root is None else {"data_root": str(self.data_root)}
+        config = from_values({**given, **root}, source="the command line").resolved()
+        return WeightsFile(path, config, self.mean, self.std)
+
+    def check_unused(self, path: Path, names: Iterable[str]) -> None:
+        """Refuses settings that a run says itself."""
+        given = [
+            option(name) for name in names if {**self.settings, "mean": self.mean, "std": self.std}[name] is not None
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)} is for files of weights; the run in {path} says its own")
+
+
+def _places(
+    place: Path, transfer_from: Path | None, transfer_model: str | None, reading: _Reading
+) -> tuple[Place, Place | None]:
+    """What is evaluated, and where adversarial examples are made if elsewhere; each a run or a file."""
     from ..runs.folder import RunFolder
 
-    given = {name: value for name, value in settings.items() if value is not None}
-    if not path.is_file():
-        if given or any(normalisation):
-            named = [*map(option, given), *(["--mean", "--std"] if any(normalisation) else [])]
-            RunFolder(path).config()  # a path that is neither is told first
-            raise ValueError(f"{', '.join(named)} is for files of weights; the run in {path} says its own")
-        return RunFolder(path)
-    missing = [name for name in ("model", "data") if name not in given]
-    if missing:
-        raise ValueError(f"{path} is a file of weights: say with {' and '.join(map(option, missing))} what it is of")
-    root = {} if data_root is None else {"data_root": str(data_root)}
-    return WeightsFile(path, from_values({**given, **root}, source="the command line").resolved(), *normalisation)
-
-
-def _source(
-    path: Path,
-    settings: dict[str, Any],
-    normalisation: tuple[tuple[float, ...] | None, tuple[float, ...] | None],
-    data_root: Path | None,
-    subject: Place,
-) -> Place:
-    """What ``--transfer-from`` names; a file is of the data of the network that is evaluated."""
-    from ..runs.folder import RunFolder
-
-    if not path.is_file():
-        return RunFolder(path)
-    if isinstance(subject, RunFolder):
-        if settings["model"] is None:
-            raise ValueError(f"{path} is a file of weights: say with --transfer-model of which network")
-        settings = {**settings, "data": subject.config(data_root).data}
-    return _place(path, settings, normalisation, data_root)
+    from_file = transfer_from is not None and transfer_from.is_file()
+    if transfer_model is not None and not from_file:
+        raise ValueError("--transfer-model is for a file of weights in --transfer-from")
+    subject: Place
+    if place.is_file():
+        subject = reading.file(place)
+        data = reading.settings["data"]
+    else:
+        subject = RunFolder(place)
+        data = subject.config(reading.data_root).data
+        # Where a file is read beside the run, what says how is of that file.
+        reading.check_unused(place, ("model", "data") if from_file else (*reading.settings, "mean", "std"))
+    if transfer_from is None:
+        return subject, None
+    if not from_file:
+        return subject, RunFolder(transfer_from)
+    model = transfer_model or reading.settings["model"]
+    if model is None:
+        raise ValueError(f"{transfer_from} is a file of weights: say with --transfer-model of which network")
+    return subject, reading.file(transfer_from, model=model, data=data)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
