@@ -64,7 +64,7 @@ def export(
     checkpoint: CheckpointName = "best",
     data_root: DataRoot = None,
 ) -> None:
-    """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
+    """Writes a run's weights (safetensors, pt) or program (pt2 by torch.export, onnx) to a file, and reads it back."""
     from ..runs.export import export as export_to
     from ..runs.folder import RunFolder
 

@@ -376,6 +376,7 @@ def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:
             "name": dataset.name,
             "identity": run.data,
             "classes": dataset.classes,
+            "shape": list(dataset.train.shape),
             "train": len(dataset.train),
             "validation": len(dataset.validation),
             "test": len(dataset.test),

@@ -260,10 +260,9 @@ class TestFailures:
         arrays = dict(np.load(npz))
         arrays["y_train"][0] = arrays["y_test"][0] = 3  # one class more
         np.savez(npz, **arrays)
-        for command in (["evaluate", run, "--attack", "natural"], ["export", run, "--out", tmp_path / "net.pt2"]):
-            message = failed(*command)
-            assert "for data with its 4 classes" in message
-            assert "are these the data that the run was trained on?" in message
+        message = failed("evaluate", run, "--attack", "natural")
+        assert "for data with its 4 classes" in message
+        assert "are these the data that the run was trained on?" in message
 
     def test_a_loss_that_is_not_finite(self, tmp_path: Path) -> None:
         options = ["--lr", "1e30", "--weight-decay", "0", "--optimizer", "msgd"]
@@ -313,7 +312,7 @@ class TestFailures:
         assert "is no run folder" in failed("report", tmp_path)
         assert "is no run folder" in failed("export", tmp_path, "--out", tmp_path / "net.pt")
         assert "did you mean autoattack" in failed("evaluate", trained, "--attack", "autoatack")
-        assert "unknown export format" in failed("export", trained, "--out", tmp_path / "net.onnx")
+        assert "unknown export format" in failed("export", trained, "--out", tmp_path / "net.tflite")
         assert not list(tmp_path.iterdir())
 
     def test_a_damaged_checkpoint(self, trained: Path, tmp_path: Path) -> None:
