@@ -227,7 +227,8 @@ def _print_tables(console: Console, answers: Answers) -> None:
                 eps = f"{question.ball.norm} {result['eps']:.4g}" if "eps" in result else ""
                 attacks.add_row(name, str(result.get("epoch", "")), question.name, eps, _value(result))
                 for part, accuracy in result.get("attacks", {}).items():
-                    attacks.add_row("", "", f"  after {part}", "", f"{accuracy:.2%}", style="dim")
+                    shown = "  natural" if part == "clean" else f"  after {part}"
+                    attacks.add_row("", "", shown, "", f"{accuracy:.2%}", style="dim")
             elif isinstance(question, Corrupted):
                 accuracies[question.corruption.name] = result["accuracy"]
                 cells = [f"{accuracy:.2%}" for accuracy in (*result["severities"], result["accuracy"])]

@@ -47,7 +47,8 @@ class WeightsFile:
         """
         net = build_network(self.config, dataset)
         about = f"{self.path}, for {self.config.model}"
-        found = fitted(read_weights(self.path), net.state_dict(), about)
+        passed_over = getattr(net, "passed_over", ())
+        found = fitted(read_weights(self.path), net.state_dict(), about, passed_over)
         net.load_state_dict(found.weights)
         mean, std = self._normalisation(found.mean, found.std)
         if mean is not None and std is not None:

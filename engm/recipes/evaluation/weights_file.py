@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,9 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fitted(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], about: str) -> ForeignWeights:
+def fitted(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], about: str, passed_over: Sequence[str] = ()
+) -> ForeignWeights:
     """The weights of a file under the names of a network here.
 
     What all names have in front (``module.``, ``model.``, ``1.`` and the like) is taken off. Of the tensors that are
@@ -91,6 +93,7 @@ def fitted(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], about: s
         found: see :func:`read_weights`.
         expected: ``state_dict`` of the network here.
         about: the file and the network, for the messages.
+        passed_over: names of modules that the file may have besides, which do nothing.
 
     Raises:
         ValueError: the names or shapes are not those of the network, or it is not clear which tensors are meant.
@@ -106,7 +109,8 @@ def fitted(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], about: s
         raise ValueError(f"{about}: shapes differ: {_listed(shapes)}; is it another network?")
     others = {name: tensor for name, tensor in found.items() if not _copy_of(name, tensor, weights)}
     mean, std = _normalisation(others, about)
-    left = [name for name in others if not _is_normalisation(name)]
+    idle = tuple(f"{prefix}{name}." for name in passed_over)
+    left = [name for name in others if not _is_normalisation(name) and not name.startswith(idle)]
     if left:
         raise ValueError(
             f"{about}: the file has {len(left)} tensors that the network has not ({_listed(left)}); is it another one?"

@@ -13,7 +13,11 @@ import torch
 from evaluation_runs import EPS, Trained, ran, refused
 from safetensors.torch import save_file
 
+from engm.recipes.config import RunConfig
+from engm.recipes.data import Dataset, Split
+from engm.recipes.evaluation.subjects import WeightsFile
 from engm.recipes.evaluation.weights_file import digest_of, fitted, read_weights
+from engm.recipes.models import build_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -122,6 +126,19 @@ def test_what_is_refused(trained: Trained, tmp_path: Path) -> None:
             read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no file"):
         read_weights(tmp_path / "other.pt")
+
+
+def test_the_idle_block_of_public_wide_networks_is_passed_over(tmp_path: Path) -> None:
+    net = build_model("wrn-10-1", classes=3, width=2)
+    weights = net.state_dict()
+    idle = {f"sub_{name}": tensor + 1 for name, tensor in weights.items() if name.startswith("block1.")}
+    assert idle
+    torch.save({"state_dict": renamed({**weights, **idle}, "module.")}, tmp_path / "wide.pt")
+    config = RunConfig(data="digits", model="wrn-10-1", width=2).resolved()
+    images = Split(torch.empty(0, 3, 32, 32), torch.empty(0, dtype=torch.int64))
+    found, _, _ = WeightsFile(tmp_path / "wide.pt", config).network(Dataset("none", 3, images, images, images))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(found(x), net.eval()(x))
 
 
 def test_a_digest_is_of_names_shapes_and_bits() -> None:
