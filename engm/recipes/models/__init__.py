@@ -3,7 +3,7 @@
 from .norms import NormName, batch_to_group_norm
 from .own import check_logits, own_network
 from .preact import PreActResNet, preact_resnet18
-from .registry import MODELS, build_model
+from .registry import MODELS, build_model, takes_width
 from .resnet import ResNet, resnet18, small_resnet
 from .vgg import VGG, vgg8
 from .wide import WideResNet, wide_resnet
@@ -22,6 +22,7 @@ __all__ = [
     "preact_resnet18",
     "resnet18",
     "small_resnet",
+    "takes_width",
     "vgg8",
     "wide_resnet",
 ]

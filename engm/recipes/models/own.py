@@ -9,6 +9,8 @@ from engm.adversarial import evaluation_mode
 
 from ..addresses import call, explained, load, takes
 
+NETWORK = "network"  # what an address should be the address of, for messages
+
 
 def own_network(address: str, *, classes: int, in_channels: int, image_size: int, width: int | None) -> nn.Module:
     """Builds the network that an address names.
@@ -26,7 +28,7 @@ def own_network(address: str, *, classes: int, in_channels: int, image_size: int
         ValueError: no such module or name, it cannot be called so, it fails, it returns no network, or it has no
             ``width``.
     """
-    function = load(address, what="network", also=("torchvision", "timm"))
+    function = load(address, what=NETWORK, also=("torchvision", "timm"))
     if width is not None and not takes(function, "width"):
         raise ValueError(f"width (--width): {address} has no parameter of this name, so leave it out")
     sizes = {"in_channels": in_channels, "image_size": image_size, **({} if width is None else {"width": width})}

@@ -13,9 +13,9 @@ from torch import nn
 
 from engm.checks import check_name
 
-from ..addresses import is_address
+from ..addresses import is_address, load, takes
 from .norms import batch_to_group_norm, norm_layer
-from .own import own_network
+from .own import NETWORK, own_network
 from .preact import preact_resnet18
 from .resnet import resnet18, small_resnet
 from .vgg import vgg8
@@ -91,6 +91,19 @@ def build_model(
             f"and {classes} classes: {error}"
         ) from error
     return batch_to_group_norm(net) if norm == "group" else net
+
+
+def takes_width(name: str) -> bool:
+    """Whether :func:`build_model` takes a ``width`` for a network: ours do, and those of one's own that ask for it.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: as :func:`build_model` of an unknown name.
+    """
+    if name == "auto":
+        return True
+    if is_address(name):
+        return takes(load(name, what=NETWORK, also=_INSTALL), "width")
+    return not _locate(name)[0]
 
 
 def _own(name: str) -> Callable[..., nn.Module]:

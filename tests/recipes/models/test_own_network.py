@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engm.recipes.models import build_model, check_logits
+from engm.recipes.models import build_model, check_logits, takes_width
+from engm.recipes.reproduce import budget
 
 SOURCE = """
 import torch
@@ -52,6 +53,18 @@ def test_it_gets_the_sizes_that_it_asks_for(file: Path) -> None:
     grouped = build_model(f"{file}:Net", classes=7, norm="group")
     assert isinstance(grouped.get_submodule("body.1"), nn.GroupNorm)
     assert build_model(f"{file}:linear", classes=4)(torch.rand(3, 3, 32, 32)).shape == (3, 4)
+
+
+def test_who_takes_a_width(file: Path) -> None:
+    names = [f"{file}:Net", f"{file}:linear", "vgg8", "wrn-16-4", "auto", "torchvision:resnet18"]
+    assert [takes_width(name) for name in names] == [True, False, True, True, True, False]
+
+
+def test_a_budget_keeps_its_width_to_networks_that_have_one(file: Path) -> None:
+    smoke = budget("smoke")
+    assert smoke.config({}).width == smoke.config({"model": f"{file}:Net"}).width == 4
+    assert smoke.config({"model": f"{file}:linear"}).width is None
+    assert smoke.config({"model": f"{file}:Net", "width": 3}).width == 3
 
 
 def test_what_is_refused(file: Path) -> None:
