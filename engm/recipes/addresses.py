@@ -67,6 +67,22 @@ def load(address: str, *, what: str, also: Iterable[str] = ()) -> Any:
     return getattr(module, name)
 
 
+def code_identity(address: str, *, what: str) -> str:
+    """Sixteen digits that differ if the file does in which an address lies; of its imports nothing is known.
+
+    Args:
+        address: of something that :func:`load` finds.
+        what: what it should be, for the messages.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    load(address, what=what)
+    place, _, _ = address.strip().rpartition(":")
+    file = Path(place).expanduser() if place.endswith(".py") else Path(inspect.getfile(sys.modules[place]))
+    return sha256(file.read_bytes()).hexdigest()[:16]
+
+
 def call(function: Callable[..., Any], address: str, must: Mapping[str, Any], may: Mapping[str, Any]) -> Any:
     """Calls code of one's own with keywords.
 

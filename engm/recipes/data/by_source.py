@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,7 +115,7 @@ class _Found:
 
 
 def _timm(name: str, root: Path, download: bool, placing: Placing) -> Dataset:
-    factory = import_extra("timm.data", "data sets of timm")
+    factory = _package("timm.data", "timm", f"timm:{name}")
     about = f"timm:{name}"
     parts = []
     for split in ("train", "validation"):
@@ -132,14 +133,7 @@ def _hugging_face(name: str, root: Path, download: bool, placing: Placing) -> Da
     if not download:  # the library looks at these once, when it is imported; without them it asks the network first
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    try:
-        library = import_extra("datasets", "data sets of Hugging Face")
-    except ModuleNotFoundError as error:
-        if error.name != "datasets":
-            raise
-        raise ModuleNotFoundError(
-            f"hf:{name} needs the package datasets: pip install datasets", name="datasets"
-        ) from error
+    library = _package("datasets", "datasets", f"hf:{name}")
     path = Path(name).expanduser()
     try:
         saved = (path / "dataset_dict.json").is_file()
@@ -150,7 +144,8 @@ def _hugging_face(name: str, root: Path, download: bool, placing: Placing) -> Da
         if download:
             raise ConnectionError(f"hf:{name} could not be loaded: {error}") from error
         raise FileNotFoundError(
-            f"hf:{name}: neither a folder nor in the cache of Hugging Face ({error}); fetch it with --download"
+            f"hf:{name}: neither a folder nor in the cache of Hugging Face, or not to be loaded by its name alone "
+            f"({error}); fetch it with --download, or {OWN}"
         ) from error
     if not isinstance(found, Mapping):
         raise ValueError(f"hf:{name} has no splits; expected train and one of {', '.join(_TEST)}: {OWN}")
@@ -163,6 +158,16 @@ def _hugging_face(name: str, root: Path, download: bool, placing: Placing) -> Da
             )
         parts.append(_columns(found[split], library, f"hf:{name}"))
     return from_torch(f"hf:{path.name if path.is_dir() else name}", *parts, placing=placing)
+
+
+def _package(module: str, package: str, about: str) -> Any:
+    """A module of a package that only these data need."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{about} needs the package {package}: pip install {package}", name=error.name
+        ) from error
 
 
 def _columns(rows: Any, library: ModuleType, about: str) -> _Columns:

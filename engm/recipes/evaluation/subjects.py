@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..data import Dataset
+from ..models import code_of_network
 from ..models.normalised import Normalised, check_normalisation
 from ..runs.folder import RunFolder, Which
 from ..training.building import build_network, load_weights
@@ -65,7 +66,8 @@ class WeightsFile:
         net, mean, std = self.network(dataset)
         settings = {"model": self.config.model, "width": self.config.width, "norm": self.config.norm}
         normalised = {"mean": None if mean is None else list(mean), "std": None if std is None else list(std)}
-        facts = {"weights": digest_of(net.state_dict()), **settings, **normalised}
+        code = code_of_network(self.config.model)
+        facts = {"weights": digest_of(net.state_dict()), **settings, **normalised, **code}
         return Subject("weights", net.to(device), facts, self.config.threat)
 
     def _normalisation(
@@ -108,7 +110,8 @@ def of_run(
     kept = folder.weights(which)
     net = build_network(config, dataset).to(device).eval() if net is None else net
     load_weights(net, kept.weights, dataset)
-    return Subject(which, net, {"checkpoint": kept.checkpoint, "epoch": kept.epoch}, config.threat)
+    facts = {"checkpoint": kept.checkpoint, "epoch": kept.epoch, **code_of_network(config.model)}
+    return Subject(which, net, facts, config.threat)
 
 
 def source_of(place: RunFolder | WeightsFile, which: str, dataset: Dataset, device: torch.device) -> Subject:
@@ -122,8 +125,10 @@ def source_of(place: RunFolder | WeightsFile, which: str, dataset: Dataset, devi
     """
     if isinstance(place, WeightsFile):
         return place.subject(dataset, device)
-    found = of_run(place, "last" if which == "last" else "best", place.config(), dataset, device)
-    return Subject(found.name, found.net, {"weights": digest_of(found.net.state_dict())}, found.threat)
+    config = place.config()
+    found = of_run(place, "last" if which == "last" else "best", config, dataset, device)
+    facts = {"weights": digest_of(found.net.state_dict()), **code_of_network(config.model)}
+    return Subject(found.name, found.net, facts, found.threat)
 
 
 def _close(mine: Sequence[float], theirs: Sequence[float]) -> bool:

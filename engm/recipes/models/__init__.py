@@ -1,7 +1,7 @@
 """Networks used by the recipes."""
 
 from .norms import NormName, batch_to_group_norm
-from .own import check_logits, own_network
+from .own import check_logits, code_of_network, own_network
 from .preact import PreActResNet, preact_resnet18
 from .registry import MODELS, build_model, takes_width
 from .resnet import ResNet, resnet18, small_resnet
@@ -18,6 +18,7 @@ __all__ = [
     "batch_to_group_norm",
     "build_model",
     "check_logits",
+    "code_of_network",
     "own_network",
     "preact_resnet18",
     "resnet18",

@@ -7,7 +7,7 @@ from torch import nn
 
 from engm.adversarial import evaluation_mode
 
-from ..addresses import call, explained, load, takes
+from ..addresses import call, code_identity, explained, is_address, load, takes
 
 NETWORK = "network"  # what an address should be the address of, for messages
 
@@ -36,6 +36,11 @@ def own_network(address: str, *, classes: int, in_channels: int, image_size: int
     if not isinstance(net, nn.Module):
         raise ValueError(f"{address} must return a torch.nn.Module, and returned a {type(net).__name__}")
     return net.train()
+
+
+def code_of_network(name: str) -> dict[str, str]:
+    """What tells one version of a network of one's own from another, for results to keep; nothing of other networks."""
+    return {"code": code_identity(name, what=NETWORK)} if is_address(name) else {}
 
 
 def check_logits(net: nn.Module, address: str, shape: tuple[int, int, int], classes: int) -> None:

@@ -141,6 +141,25 @@ def test_the_idle_block_of_public_wide_networks_is_passed_over(tmp_path: Path) -
     assert torch.equal(found(x), net.eval()(x))
 
 
+OWN = """
+from torch import nn
+def Net(num_classes, in_channels):
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(in_channels, num_classes))
+"""
+
+
+def test_other_code_of_ones_own_is_another_network(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(OWN)
+    torch.save({"2.weight": torch.randn(3, 3), "2.bias": torch.zeros(3)}, tmp_path / "net.pt")
+    arguments = ("evaluate", tmp_path / "net.pt", "--model", f"{tmp_path}/nets.py:Net", "--data", trained.data)
+    for _ in range(2):
+        ran(*arguments, "--attack", "natural")
+    (tmp_path / "nets.py").write_text(f"{OWN}# another version\n")
+    ran(*arguments, "--attack", "natural")
+    found = json.loads((tmp_path / "net.pt.evaluation.json").read_text())["weights"]["natural"]
+    assert len({entry["code"] for entry in found}) == len(found) == 2
+
+
 def test_a_digest_is_of_names_shapes_and_bits() -> None:
     first = {"a": torch.arange(4.0), "b": torch.tensor(3)}
     assert digest_of(first) == digest_of(dict(reversed(list(first.items()))))

@@ -14,6 +14,7 @@ import engm
 from engm.recipes.processes import Processes
 from engm.recipes.runs.compare import cells_of
 from engm.recipes.runs.folder import RunFolder, train
+from engm.recipes.runs.view import NoView
 from engm.recipes.training.own import own_objective, own_optimizer
 from engm.recipes.training.run import Run
 
@@ -93,13 +94,23 @@ def test_an_optimizer_written_again_is_the_optimizer(file: Path, tmp_path: Path)
 
 def test_a_run_goes_on_from_its_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
-    config = replace(PLAIN, epochs=2, objective="own_training.py:twice", optimizer="own_training.py:half")
-    train(replace(config, epochs=2), tmp_path / "whole", CPU, dataset=tiny_dataset())
+    config = replace(PLAIN, epochs=2, objective="own_training.py:twice", optimizer="own_training.py:half", step="eager")
+    train(config, tmp_path / "whole", CPU, dataset=tiny_dataset())
+
+    class Killed(NoView):
+        def on_epoch(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "killed", CPU, dataset=tiny_dataset(), view=Killed())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    found = RunFolder(tmp_path / "whole").config()
+    found = RunFolder(tmp_path / "killed").config()
     assert found.objective == f"{file}:twice"
-    assert train(found, tmp_path / "whole", CPU, dataset=tiny_dataset())["epochs"] == 2
+    train(found, tmp_path / "killed", CPU, dataset=tiny_dataset())
+    ends = [RunFolder(tmp_path / name).weights("last") for name in ("whole", "killed")]
+    assert (ends[0].epoch, ends[1].epoch) == (2, 2)
+    assert same(ends[0].weights, ends[1].weights)
 
 
 def test_what_is_refused(file: Path, tmp_path: Path) -> None:
