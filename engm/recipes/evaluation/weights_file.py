@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if other is None:
+            raise ValueError(f"{path}: not a file that torch.save or safetensors wrote") from error
         raise ValueError(
-            f"{path} holds other things than tensors and plain values, which nobody should load unseen "
-            f"({str(error).splitlines()[0]}). Where you trust it: torch.save(torch.load(FILE, weights_only=False)"
-            '["state_dict"], "weights.pt"), or whatever its weights are called'
+            f"{path} holds a {other[1]} beside tensors and plain values; loading such a thing runs its code. Where you "
+            'trust it: torch.save(torch.load(FILE, weights_only=False)["state_dict"], "weights.pt"), or whatever its '
+            "weights are called"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a file that torch.save or safetensors wrote: {error}") from error

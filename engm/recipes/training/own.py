@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import PGD, Objective, objective
+from engm.adversarial import PGD, Objective, evaluation_mode, objective
 from engm.adversarial.ball import Norm
 
 from ..addresses import explained, load, short_name
@@ -46,6 +46,25 @@ def own_objective(address: str, *, eval_mode: bool) -> Objective:
         found.attack_maximises_it,
         _in_mode(found, address, eval_mode),
     )
+
+
+def check_objective(found: Objective, address: str, net: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Computes the losses of two random images; neither the network nor the random state is changed.
+
+    Args:
+        found: from :func:`own_objective`.
+        address: where it comes from, for the messages.
+        net: the network.
+        shape: ``(C, H, W)`` of an image.
+
+    Raises:
+        ValueError: the function fails, or does not return one loss an example.
+    """
+    device = next(net.parameters()).device
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    y = torch.zeros(2, dtype=torch.int64, device=device)
+    with torch.random.fork_rng(), evaluation_mode(net), explained(f"{address}, called with (model, x, x_adv, y),"):
+        found.losses(net, x, x.clone(), y)
 
 
 def _checked(losses: Losses, address: str) -> Losses:

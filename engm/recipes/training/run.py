@@ -30,7 +30,7 @@ from ..processes import Processes
 from .batches import TrainingBatches, seed_for
 from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
 from .optimizer import paper_optimizer
-from .own import own_objective
+from .own import check_objective, own_objective
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
@@ -114,6 +114,8 @@ class Run:
             else None
         )
         self._objectives: dict[int, Objective] = {}  # by patience
+        if is_address(config.objective):
+            check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
         self.trainer = self._trainer()
         self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
         self.epoch = 0

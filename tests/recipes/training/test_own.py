@@ -15,7 +15,7 @@ from engm.recipes.processes import Processes
 from engm.recipes.runs.compare import cells_of
 from engm.recipes.runs.folder import RunFolder, train
 from engm.recipes.runs.view import NoView
-from engm.recipes.training.own import own_objective, own_optimizer
+from engm.recipes.training.own import check_objective, own_objective, own_optimizer
 from engm.recipes.training.run import Run
 
 SOURCE = """
@@ -124,8 +124,21 @@ def test_what_is_refused(file: Path, tmp_path: Path) -> None:
         own_optimizer(f"{file}:plain", net, sgd)
     with pytest.raises(ValueError, match="failed: TypeError"):
         own_optimizer(f"{file}:twice", net, sgd)
-    with pytest.raises(ValueError, match=r"must return one loss an example, \[16\], and returned \[\]"):
+    with pytest.raises(ValueError, match=r"must return one loss an example, \[2\], and returned \[\]"):
         weights_after(tmp_path / "run", objective=f"{file}:mean")
+    with pytest.raises(ValueError, match=r"half, called with \(model, x, x_adv, y\), failed: TypeError"):
+        weights_after(tmp_path / "run", objective=f"{file}:half")
+    assert not (tmp_path / "run").exists()
+
+
+def test_looking_at_an_objective_changes_nothing(file: Path) -> None:
+    net = Run(PLAIN, CPU, tiny_dataset()).net.train()
+    before, random = {name: tensor.clone() for name, tensor in net.state_dict().items()}, torch.get_rng_state()
+    check_objective(own_objective(f"{file}:twice", eval_mode=True), "twice", net, (1, 8, 8))
+    assert same(before, net.state_dict())
+    assert torch.equal(random, torch.get_rng_state())
+    assert net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_compared_with_others(file: Path) -> None:
