@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,6 +64,7 @@ def evaluate(
     seed: int = 0,
     processes: Processes | None = None,
     on_batch: OnBatch | None = None,
+    made_on: nn.Module | None = None,
 ) -> Accuracy:
     """Accuracy of ``model`` on ``split``, natural and under ``attack``.
 
@@ -74,6 +76,7 @@ def evaluate(
         seed: seed of the attack's random starts; the same starts for every model.
         processes: several processes that share the batches; all of them get the accuracy of the whole split.
         on_batch: called after each of this process's batches with the number of those done and of all.
+        made_on: another network that the attack is made on, whose adversarial examples ``model`` then classifies.
 
     Raises:
         ValueError: an empty split, or an attack that would run in training mode.
@@ -87,7 +90,11 @@ def evaluate(
     numbers = range(-(-len(split) // batch_size))[rank::world]
     rows = [torch.arange(k * batch_size, min((k + 1) * batch_size, len(split))) for k in numbers]
     natural = robust = broken = 0
-    with evaluation_mode(model), paused(model):
+    attacked = model if made_on is None else made_on
+    with ExitStack() as stack:
+        for network in {id(model): model, id(attacked): attacked}.values():
+            stack.enter_context(evaluation_mode(network))
+            stack.enter_context(paused(network))
         for number, (x, y) in zip(numbers, split.batches(rows), strict=True):
             correct, finite = _look(model, x, y)
             natural += correct
@@ -95,7 +102,7 @@ def evaluate(
             if attack is not None and finite:
                 # Every batch has a generator of its own, so that it does not matter which process attacks it.
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-                correct, finite = _look(model, attack(model, x, y, generator=generator).inputs, y)
+                correct, finite = _look(model, attack(attacked, x, y, generator=generator).inputs, y)
                 robust += correct
                 broken += not finite
             if on_batch is not None:

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_type_hints
 from engm.adversarial import OBJECTIVES
 from engm.checks import check_name
 
-from .data import DATASETS
+from .addresses import is_address, settled
+from .data import DATASETS, settled_data
 from .methods import canonical_method
 
 THREATS = ("linf", "l2")
@@ -61,10 +62,15 @@ def setting(default: Any, text: str, section: str, *, outcome: bool = True) -> A
 class RunConfig:
     """The settings of one run; defaults are the paper's. ``None`` and ``"auto"`` are settled by :meth:`resolved`."""
 
-    data: str = setting("digits", "digits, cifar10, cifar100, svhn, tiny-imagenet, FILE.npz or a folder.", "Data")
+    data: str = setting(
+        "digits",
+        "digits, cifar10, cifar100, svhn, tiny-imagenet, FILE.npz, a folder, torchvision:NAME, timm:NAME, hf:NAME, or "
+        "your own: package.module:function or FILE.py:function.",
+        "Data",
+    )
     data_root: str = setting("data", "Where named data sets lie.", "Data", outcome=False)
-    download: bool = setting(False, "Fetch a missing data set (CIFAR, SVHN).", "Data", outcome=False)
-    image_size: int | None = setting(None, "Side in pixels that an image folder is scaled to.", "Data")
+    download: bool = setting(False, "Fetch a missing data set (CIFAR, SVHN, torchvision, hf).", "Data", outcome=False)
+    image_size: int | None = setting(None, "Side in pixels that images are scaled to: of folders, say.", "Data")
     validation_examples: int = setting(1000, "Held out of the training set (digits: their own 300).", "Data")
     validation_from_test: bool = setting(False, "Hold them out of the test set, the paper's other reading.", "Data")
     train_examples: int | None = setting(None, "Train on the first so many of the training examples only.", "Data")
@@ -73,11 +79,16 @@ class RunConfig:
     in_memory: str = setting("auto", "yes, no or auto: keep the images on the device as bytes.", "Data", outcome=False)
     workers: int = setting(2, "Loader processes for data that does not fit in memory.", "Data", outcome=False)
 
-    model: str = setting("auto", "resnet18, preact-resnet18, vgg8, wrn-34-10, any torchvision or timm name.", "Model")
-    width: int | None = setting(None, "Channels of the stem, to shrink our own networks.", "Model")
+    model: str = setting(
+        "auto",
+        "resnet18, preact-resnet18, vgg8, wrn-34-10, any torchvision or timm name, or your own: "
+        "package.module:function or FILE.py:function.",
+        "Model",
+    )
+    width: int | None = setting(None, "Channels of the stem, to shrink networks that have this parameter.", "Model")
     norm: str = setting("batch", "batch or group.", "Model")
 
-    objective: str = setting("pgd", "pgd, trades, mart or fat.", "Objective")
+    objective: str = setting("pgd", "pgd, trades, mart, fat, or your own: package.module:name.", "Objective")
     beta: float = setting(6.0, "Weight of the KL term of TRADES and MART.", "Objective")
     patience: int | None = setting(None, "FAT's tau; by default 0, 1, 2 in the course of training.", "Objective")
     awp: bool = setting(False, "Adversarial weight perturbation around the objective.", "Objective")
@@ -95,7 +106,9 @@ class RunConfig:
     )
     eps_warmup: float = setting(0.0, "Epochs over which eps grows from 0 (progressive hardening).", "Attack")
 
-    optimizer: str = setting("engm", "engm, a-engm, n-engm, f-engm, sngm, mgnc or msgd.", "Optimizer")
+    optimizer: str = setting(
+        "engm", "engm, a-engm, n-engm, f-engm, sngm, mgnc, msgd, or your own: package.module:function.", "Optimizer"
+    )
     alpha: str = setting(
         "paper", "Threshold: a number, paper (scaled to the network by alpha_for) or auto (a quantile).", "Optimizer"
     )
@@ -159,7 +172,8 @@ class RunConfig:
             ValueError: one is unknown or out of range; unknown names come with the nearest known one.
         """
         object.__setattr__(self, "optimizer", canonical_method(self.optimizer))
-        object.__setattr__(self, "objective", self.objective.lower())
+        if not is_address(self.objective):
+            object.__setattr__(self, "objective", self.objective.lower())
         if self.data.lower() in DATASETS:
             object.__setattr__(self, "data", self.data.lower())
         self._check_names()
@@ -169,6 +183,8 @@ class RunConfig:
 
     def _check_names(self) -> None:
         for name, known in _NAMES.items():
+            if name == "objective" and is_address(self.objective):
+                continue
             check_name(getattr(self, name), known, what=option(name))
         for name in self.loggers:
             check_name(name, LOG_FORMATS, what=option("loggers"))
@@ -206,7 +222,8 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
-        lent = self.borrow and self.objective in ("pgd", "fat") and self.optimizer in ("engm", "a-engm", "f-engm")
+        climbs = self.objective in ("pgd", "fat") or is_address(self.objective)
+        lent = self.borrow and climbs and self.optimizer in ("engm", "a-engm", "f-engm")
         if lent and self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval":
             raise ValueError(
                 "--batch-norm exact takes norms through the batch's statistics, which an attack with --attack-mode "
@@ -237,13 +254,14 @@ class RunConfig:
         elif decays is None:
             decays = tuple(sorted({max(1, round(share * self.epochs)) for share in PAPER_DECAYS}))
         eps = self.eps if self.eps is not None else (DIGITS_EPS if digits else PIXEL_EPS)[self.threat]
-        is_path = self.data not in DATASETS and Path(self.data).expanduser().exists()
         return replace(
             self,
             # Found again from another working directory.
-            data=str(Path(self.data).expanduser().absolute()) if is_path else self.data,
+            data=settled_data(self.data),
+            objective=settled(self.objective),
+            optimizer=settled(self.optimizer),
             data_root=str(Path(self.data_root).expanduser().absolute()),
-            model=("small-resnet" if digits else "resnet18") if self.model == "auto" else self.model,
+            model=("small-resnet" if digits else "resnet18") if self.model == "auto" else settled(self.model),
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,

@@ -30,6 +30,8 @@ PACKAGES = (
     ("tensorboard", "logs", False),
     ("timm", "models by timm's names", False),
     ("pyautoattack", "AutoAttack", False),
+    ("onnxruntime", "export to ONNX", False),
+    ("datasets", "data of Hugging Face", False),
 )
 DATA = {
     "cifar10": ("cifar-10-batches-py",),

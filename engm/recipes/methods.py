@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from engm.checks import check_name
 
+from .addresses import is_address, short_name
+
 LABELS = {
     "msgd": "MSGD",
     "mgnc": "MGNC",
@@ -34,10 +36,19 @@ def check_methods(names: Sequence[str]) -> None:
 def canonical_method(name: str) -> str:
     """The name as :data:`LABELS` has it; upper case, ``_`` and names without a hyphen are understood.
 
+    The address of an optimizer of one's own is its name.
+
     Raises:
         ValueError: the name is unknown; the message says which is nearest.
     """
+    if is_address(name):
+        return name.strip()
     typed = name.strip().lower().replace("_", "-")
     typed = _ALIASES.get(typed, typed)
     check_name(typed, METHOD_NAMES, what="optimizer")
     return typed
+
+
+def label_of(name: str) -> str:
+    """What tables print for a name of :func:`canonical_method`."""
+    return short_name(name) if is_address(name) else LABELS[name]

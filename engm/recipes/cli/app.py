@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": ("training", "Trains a robust network; the same command with the same --out goes on where it was left."),
     "evaluate": (
-        "results",
-        "Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json.",
+        "evaluating",
+        "Attacks a run's checkpoints, or weights in a file, on the test set; results are kept beside them.",
     ),
     "compare": (
         "training",
@@ -31,7 +31,10 @@ COMMANDS = {
         "Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture.",
     ),
     "report": ("results", "One table of finished runs, mean and deviation over seeds, and their learning curves."),
-    "export": ("results", "Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."),
+    "export": (
+        "results",
+        "Writes a run's weights (safetensors, pt) or program (pt2 by torch.export, onnx) to a file, and reads it back.",
+    ),
     "doctor": ("results", "Looks at build, kernels, GPU, packages, data and disk, and says what to do."),
     "demo": (
         "training",

@@ -67,7 +67,10 @@ _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "awp_warmup": (lambda c: c.awp and c.awp_warmup < c.epochs, "--awp, and for fewer epochs than --epochs"),
     "eps_warmup": (lambda c: c.eps_warmup <= c.epochs, "at most as many epochs as --epochs"),
     "validation_examples": (lambda c: c.data != "digits", "other data than the digits, whose split is given"),
-    "download": (lambda c: not c.download or c.data in FETCHED, f"--data {', '.join(FETCHED)}"),
+    "download": (
+        lambda c: not c.download or c.data in FETCHED or ":" in c.data,
+        f"--data {', '.join(FETCHED)}, data of other packages and your own",
+    ),
 }
 _OPTIMIZERS: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "alpha": (lambda c: c.optimizer in ("engm", "a-engm", "n-engm", "f-engm"), "ENGM and its relatives"),

@@ -1,19 +1,16 @@
-"""The commands that look at what was trained and at the machine: ``evaluate``, ``report``, ``export``, ``doctor``."""
+"""The commands that look at what was trained and at the machine: ``report``, ``export``, ``doctor``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from engm.checks import check_name
 
-from ..config import parse_number
-from ..processes import choose_device
 from ..runs.export import ExportFormat
 from .errors import explained_failures
 from .terminal import OnceCommand, console_for
@@ -25,54 +22,6 @@ app = typer.Typer()
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where named data sets lie; default: where they lay in training.")]
 CheckpointName = Annotated[str, typer.Option(help="best or last.")]
-
-
-@app.command(cls=OnceCommand)
-def evaluate(
-    run: RunPath,
-    attack: Annotated[
-        list[str], typer.Option(help="natural, pgdN, pgdN-ce, autoattack or deepfool; may be given several times.")
-    ] = ["pgd20"],  # noqa: B006
-    checkpoint: Annotated[str, typer.Option(help="best, last or both.")] = "both",
-    examples: Annotated[int | None, typer.Option(min=1, help="The first so many of the test set; default all.")] = None,
-    eps: Annotated[str | None, typer.Option(metavar="NUMBER", help="As 0.03 or 8/255; default the run's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.")] = 500,
-    data_root: DataRoot = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "auto",
-) -> None:
-    """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
-    from ..runs.evaluation import assess
-    from ..runs.folder import RunFolder
-    from ..runs.progress import progress_bar
-
-    with explained_failures("finished attacks are kept"):
-        console = console_for()
-        table = Table("Checkpoint", "Epoch", "Attack", "Result", box=SIMPLE_HEAD)
-
-        def show(which: str, name: str, result: dict[str, Any]) -> None:
-            value = f"{result['accuracy']:.2%}" if "accuracy" in result else _rho(result)
-            table.add_row(which, str(result["epoch"]), name, value)
-            console.print(f"{which}, {name}: {value} of {result['examples']} examples", highlight=False)
-
-        with progress_bar(console, transient=True) as bar:
-            task = bar.add_task("loading data and network", total=None)
-
-            def follow(what: str, done: int, total: int | None) -> None:
-                bar.update(task, description=what, completed=done, total=total)
-
-            assess(
-                RunFolder(run),
-                [name.lower() for name in attack],
-                checkpoints=_checkpoints(checkpoint),
-                examples=examples,
-                eps=None if eps is None else parse_number(eps),
-                batch_size=batch_size,
-                data_root=data_root,
-                device=choose_device(device),
-                on_result=show,
-                on_progress=follow,
-            )
-        console.print(table)
 
 
 @app.command(cls=OnceCommand)
@@ -115,13 +64,13 @@ def export(
     checkpoint: CheckpointName = "best",
     data_root: DataRoot = None,
 ) -> None:
-    """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
+    """Writes a run's weights (safetensors, pt) or program (pt2 by torch.export, onnx) to a file, and reads it back."""
     from ..runs.export import export as export_to
     from ..runs.folder import RunFolder
 
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")
-        (which,) = _checkpoints(checkpoint, both=False)
+        (which,) = checkpoints_named(checkpoint, both=False)
         console = console_for()
         with console.status("reading and writing the network"):
             epoch = export_to(RunFolder(run), out, ExportFormat(kind or out.suffix[1:]), which, data_root)
@@ -151,10 +100,11 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _checkpoints(name: str, *, both: bool = True) -> tuple[Which, ...]:
+def checkpoints_named(name: str, *, both: bool = True) -> tuple[Which, ...]:
+    """The checkpoints that ``--checkpoint`` means.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     check_name(name, ("best", "last", "both") if both else ("best", "last"), what="checkpoint (--checkpoint)")
     return ("best", "last") if name == "both" else (name,)  # type: ignore[return-value]
-
-
-def _rho(result: dict[str, Any]) -> str:
-    return "no adversary found" if result["rho"] is None else f"rho {result['rho']:.4f}"

@@ -6,9 +6,11 @@ from .digits import load_digits
 from .identity import check_same_data, identities, identity
 from .image_folder import load_image_folder
 from .npz import load_npz
-from .registry import DATASETS, load_data
+from .own import own_data
+from .registry import DATASETS, load_data, settled_data
 from .streamed import StreamedSplit
 from .tiny_imagenet import load_tiny_imagenet
+from .torch_sets import Placing, from_torch
 from .torchvision_sets import load_cifar10, load_cifar100, load_svhn
 
 __all__ = [
@@ -17,10 +19,12 @@ __all__ = [
     "Augmentation",
     "Dataset",
     "Draw",
+    "Placing",
     "Source",
     "Split",
     "StreamedSplit",
     "check_same_data",
+    "from_torch",
     "identities",
     "identity",
     "load_cifar10",
@@ -31,4 +35,6 @@ __all__ = [
     "load_npz",
     "load_svhn",
     "load_tiny_imagenet",
+    "own_data",
+    "settled_data",
 ]

@@ -161,13 +161,13 @@ def hold_out(
     return train.take(left), train.take(held), test
 
 
-def check_labels(labels: Tensor, classes: int, path: Path) -> None:
+def check_labels(labels: Tensor, classes: int, path: Path | str) -> None:
     """Refuses labels outside of ``0 .. classes - 1``.
 
     Args:
         labels: ``[n]`` int64.
         classes: how many there should be.
-        path: the file or folder that they come from, for the message.
+        path: the file, folder or data set that they come from, for the message.
 
     Raises:
         ValueError: the first wrong one.

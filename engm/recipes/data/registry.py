@@ -11,13 +11,17 @@ import torch
 
 from engm.checks import check_name
 
+from ..addresses import is_address, settled
+from .by_source import load_by_source, names_source, settled_source
 from .dataset import Dataset, Split
 from .digits import load_digits
 from .image_folder import load_image_folder
 from .memory import InMemory, keep_in_memory
 from .npz import load_npz
+from .own import own_data
 from .streamed import StreamedSplit
 from .tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
+from .torch_sets import Placing
 from .torchvision_sets import load_cifar10, load_cifar100, load_svhn
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tiny-imagenet")
@@ -30,7 +34,7 @@ def load_data(
     root: str | Path = "data",
     download: bool = False,
     image_size: int | None = None,
-    validation_examples: int = 1000,
+    validation_examples: int | None = 1000,
     split_seed: int = 0,
     validation_from_test: bool = False,
     in_memory: InMemory = "auto",
@@ -41,12 +45,15 @@ def load_data(
 
     Args:
         spec: one of :data:`DATASETS` (in any case, with ``-`` or ``_`` anywhere), the path of an ``.npz``
-            (:func:`load_npz`), or that of a folder (:func:`load_image_folder`, or Tiny-ImageNet's own layout).
+            (:func:`load_npz`), or that of a folder (:func:`load_image_folder`, or Tiny-ImageNet's own layout). Or what
+            others know by name, ``torchvision:Name``, ``timm:name`` and ``hf:name`` (Hugging Face's), or data of one's
+            own, ``package.module:function`` and ``file.py:function`` (:func:`~engm.recipes.data.own.own_data`).
         root: where named data sets lie.
-        download: fetch CIFAR or SVHN if it is missing.
-        image_size: side in pixels to which the images of a folder are brought.
+        download: fetch it if it is missing: CIFAR, SVHN, and what other packages can fetch.
+        image_size: side in pixels to which images are brought, of a folder, of other packages, or of one's own.
         validation_examples: how many training examples to hold out (the paper takes 1,000). The digits have a split of
-            their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone.
+            their own: for them this, ``split_seed`` and ``validation_from_test`` must be left alone. ``None`` if nobody
+            will look at them: then it is one.
         split_seed: seed of the draw of those.
         validation_from_test: hold them out of the test set instead, the paper's other reading.
         in_memory: ``True`` for tensors of uint8; ``False`` for images that a ``DataLoader`` reads or hands over batch
@@ -63,7 +70,7 @@ def load_data(
         ModuleNotFoundError: a package of ``engm[recipes]`` is not installed.
     """
     held_out: dict[str, Any] = {
-        "validation_examples": validation_examples,
+        "validation_examples": 1 if validation_examples is None else validation_examples,
         "split_seed": split_seed,
         "validation_from_test": validation_from_test,
     }
@@ -71,14 +78,22 @@ def load_data(
     name = _known(str(spec))
     path = Path(spec).expanduser()
     folder = name is None and path.is_dir()
+    if name is None and not path.exists() and (names_source(str(spec)) or is_address(str(spec))):
+        placing = Placing(image_size, **{**held_out, "validation_examples": validation_examples}, **streaming)
+        load = load_by_source if names_source(str(spec)) else own_data
+        return _placed(load(str(spec), root=root, download=download, placing=placing), in_memory, device, workers)
     if image_size is not None and (not folder or is_tiny_imagenet(path)):
-        raise ValueError(f"image_size (--image-size) is for folders of images, not for {spec}")
+        raise ValueError(f"image_size (--image-size) is for folders of images and for data of others, not for {spec}")
     if name == "tiny-imagenet" or (folder and is_tiny_imagenet(path)):
         return load_tiny_imagenet(path if folder else root, **held_out, **streaming)
     if folder:
         return load_image_folder(path, image_size, **held_out, **streaming)
     if name == "digits":
-        if held_out != {"validation_examples": 1000, "split_seed": 0, "validation_from_test": False}:
+        if validation_examples is not None and held_out != {
+            "validation_examples": 1000,
+            "split_seed": 0,
+            "validation_from_test": False,
+        }:
             raise ValueError(
                 "digits have a fixed split of 640 training, 300 validation and 857 test images: leave "
                 "validation_examples, split_seed and validation_from_test at their defaults"
@@ -90,6 +105,14 @@ def load_data(
         _check_path(str(spec), path)
         dataset = load_npz(path, **held_out)
     return _placed(dataset, in_memory, device, workers)
+
+
+def settled_data(spec: str) -> str:
+    """A ``spec`` that is found again from another working directory: with absolute paths."""
+    path = Path(spec).expanduser()
+    if _known(spec) is None and path.exists():
+        return str(path.absolute())
+    return settled_source(spec) if names_source(spec) else settled(spec)
 
 
 def _known(spec: str) -> str | None:

@@ -68,6 +68,10 @@ class StreamedSplit:
         images = default_collate([self._images[index] for index in self._rows[rows].tolist()])
         return self._on_device(images, rows)
 
+    def image(self, row: int) -> Tensor:
+        """The image at ``row`` as it is stored, ``[C, H, W]``, read in this process."""
+        return self._images[int(self._rows[row])]
+
     def batches(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """One batch for each tensor of row indices, read ahead by the loader processes.
 

@@ -1,8 +1,9 @@
 """Networks used by the recipes."""
 
 from .norms import NormName, batch_to_group_norm
+from .own import check_logits, code_of_network, own_network
 from .preact import PreActResNet, preact_resnet18
-from .registry import MODELS, build_model
+from .registry import MODELS, build_model, takes_width
 from .resnet import ResNet, resnet18, small_resnet
 from .vgg import VGG, vgg8
 from .wide import WideResNet, wide_resnet
@@ -16,9 +17,13 @@ __all__ = [
     "WideResNet",
     "batch_to_group_norm",
     "build_model",
+    "check_logits",
+    "code_of_network",
+    "own_network",
     "preact_resnet18",
     "resnet18",
     "small_resnet",
+    "takes_width",
     "vgg8",
     "wide_resnet",
 ]

@@ -1,4 +1,4 @@
-"""Networks by name: ours, torchvision's classifiers and timm's, with untrained weights."""
+"""Networks by name: ours, torchvision's classifiers, timm's and the user's own, with untrained weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import nn
 
 from engm.checks import check_name
 
+from ..addresses import is_address, load, takes
 from .norms import batch_to_group_norm, norm_layer
+from .own import NETWORK, own_network
 from .preact import preact_resnet18
 from .resnet import resnet18, small_resnet
 from .vgg import vgg8
@@ -46,13 +48,15 @@ def build_model(
         name: one of :data:`MODELS`, ``wrn-D-K`` (a wide ResNet of any depth ``D = 6k + 4`` and widening ``K``), or a
             name of torchvision's classifiers or of timm's models, looked up in this order. ``torchvision:resnet18`` and
             ``timm:resnet18`` say whose is meant. Upper and lower case are the same, and so are ``_`` and ``-``.
+            ``package.module:function`` and ``file.py:function`` are networks of one's own
+            (:func:`~engm.recipes.models.own.own_network`).
         classes: number of logits.
         in_channels: channels of the images. Where it is not 3, the first convolution of a torchvision network gets
             PyTorch's default initialization; the others are built for it.
         image_size: side of the images in pixels, for networks that are built for one size; the rest take any.
-        norm: ``"batch"`` (whatever the network has) or ``"group"``. Networks of torchvision and timm get group norms
-            in the place of their batch norms (:func:`~engm.recipes.models.norms.batch_to_group_norm`).
-        width: channels of the stem, to shrink our own networks; None for the published width.
+        norm: ``"batch"`` (whatever the network has) or ``"group"``. Networks that are not ours get group norms in the
+            place of their batch norms (:func:`~engm.recipes.models.norms.batch_to_group_norm`).
+        width: channels of the stem, to shrink networks that have this parameter; None for the published width.
 
     Returns:
         A network in training mode that maps ``[n, in_channels, image_size, image_size]`` to logits ``[n, classes]``.
@@ -60,11 +64,15 @@ def build_model(
     Raises:
         ValueError: an unknown name (the message has the nearest known ones), an unknown norm, a size below one, a
             ``width`` for a network that has none, or a network that cannot be built with these settings.
+        FileNotFoundError: no such file of one's own.
         ModuleNotFoundError: the name needs torchvision or timm, or may be one of theirs, and that is not installed.
     """
     norm_layer(norm)
     if min(classes, in_channels, image_size, 1 if width is None else width) < 1:
         raise ValueError(f"every size must be at least 1, got {classes=}, {in_channels=}, {image_size=}, {width=}")
+    if is_address(name):
+        net = own_network(name, classes=classes, in_channels=in_channels, image_size=image_size, width=width)
+        return batch_to_group_norm(net) if norm == "group" else net
     source, found = _locate(name)
     if not source:
         make = _own(found)
@@ -83,6 +91,19 @@ def build_model(
             f"and {classes} classes: {error}"
         ) from error
     return batch_to_group_norm(net) if norm == "group" else net
+
+
+def takes_width(name: str) -> bool:
+    """Whether :func:`build_model` takes a ``width`` for a network: ours do, and those of one's own that ask for it.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: as :func:`build_model` of an unknown name.
+    """
+    if name == "auto":
+        return True
+    if is_address(name):
+        return takes(load(name, what=NETWORK, also=_INSTALL), "width")
+    return not _locate(name)[0]
 
 
 def _own(name: str) -> Callable[..., nn.Module]:

@@ -2,7 +2,7 @@
 
 Modules carry the names of that code (``conv1``, ``block1.layer.0`` ... ``bn1``, ``fc``). Its networks also hold a
 ``sub_block1`` that no forward pass uses, 2.10 M parameters at 34-10: hence the paper's 48.2 M, of which 46.16 M work.
-It is left out here, so public checkpoints load once its entries (and any ``module.`` of DataParallel) are taken out.
+It is left out here, and passed over in files that have it (``engm evaluate FILE``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ class WideResNet(nn.Module):
     Raises:
         ValueError: an unknown norm, a depth that is not ``6 k + 4`` from 10 on, a size below one or a dropout outside
             ``[0, 1)``.
+
+    Attributes:
+        passed_over: names of modules that public weights may have besides, which no forward pass uses.
     """
+
+    passed_over = ("sub_block1",)
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 from engm.checks import check_name
 
 from ..config import RunConfig
+from ..models import takes_width
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Budget:
         own = dict(self.settings)
         if {"epochs", "decay_epochs"} & settings.keys():  # the decays belong to the length
             own.pop("decay_epochs", None)
+        if "model" in settings and not takes_width(settings["model"]):  # the width belongs to the budget's network
+            own.pop("width", None)
         merged = {**own, **settings, **special}
         config = RunConfig(**merged)
         eps = config.resolved().eps

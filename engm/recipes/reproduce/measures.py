@@ -217,9 +217,17 @@ def _assessed(
 ) -> dict[str, Any]:
     """What ``engm evaluate`` finds, or has found, on the first so many test images at the run's radius."""
     count = len(dataset.test) if examples is None else min(examples, len(dataset.test))
-    found = assess(folder, [attack], checkpoints=[which], examples=count, device=device, dataset=dataset)
-    wanted = {"examples": count, "eps": folder.config().eps or 0.0, "checkpoint": folder.weights(which).checkpoint}
-    return next(entry for entry in found[which][attack] if wanted.items() <= entry.items())
+    found: list[dict[str, Any]] = []
+    assess(
+        folder,
+        [attack],
+        checkpoints=[which],
+        examples=count,
+        device=device,
+        dataset=dataset,
+        on_result=lambda _, name, result: found.append(result),
+    )
+    return found[0]
 
 
 def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset, device: torch.device) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 
 from engm.checks import NonFiniteError
 
+from ..addresses import is_address, short_name
 from ..config import RunConfig
 from ..methods import canonical_method
 from ..processes import Processes
@@ -30,17 +31,18 @@ def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int])
         ValueError: no optimizer or seed, an unknown one, or one twice.
     """
     names = [canonical_method(name) for name in optimizers]
-    if not names or not seeds or len(set(names)) < len(names) or len(set(seeds)) < len(seeds):
+    folders = [short_name(name) if is_address(name) else name for name in names]
+    if not names or not seeds or len(set(folders)) < len(folders) or len(set(seeds)) < len(seeds):
         raise ValueError(f"expected different optimizers and seeds, got {list(optimizers)} and {list(seeds)}")
     if config.alpha == "auto" and set(names) & {"a-engm", "n-engm"}:
         raise ValueError("--alpha auto has no counterpart for A-ENGM and N-ENGM: give a number, or leave it out")
     cells = {}
     for seed in seeds:
-        for name in names:
+        for name, folder in zip(names, folders, strict=True):
             alpha = config.alpha
             if name not in ("engm", "a-engm"):
                 alpha = str(float(alpha) / 10) if name == "n-engm" and alpha != "paper" else "paper"
-            cells[f"{name}-seed{seed}"] = replace(config, optimizer=name, seed=seed, alpha=alpha)
+            cells[f"{folder}-seed{seed}"] = replace(config, optimizer=name, seed=seed, alpha=alpha)
     return cells
 
 

@@ -22,7 +22,7 @@ from ..accuracy import Accuracy, overfit
 from ..config import RunConfig, from_values, option, read_toml, to_toml
 from ..data import Dataset, check_same_data, identities
 from ..machine import machine_facts
-from ..methods import LABELS
+from ..methods import label_of
 from ..processes import Processes
 from ..storage.atomic_files import read_json, write_json, write_text_atomic
 from ..storage.checkpoint import CheckpointError, CheckpointStore
@@ -368,7 +368,7 @@ def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:
     seconds = [row["step_seconds"] for row in run.history]
     return {
         "format": 1,
-        "method": LABELS[config.optimizer],
+        "method": label_of(config.optimizer),
         "config": config.as_dict(),
         "alpha": run.alpha,
         "parameters": sum(p.numel() for p in run.net.parameters()),
@@ -376,6 +376,7 @@ def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:
             "name": dataset.name,
             "identity": run.data,
             "classes": dataset.classes,
+            "shape": list(dataset.train.shape),
             "train": len(dataset.train),
             "validation": len(dataset.validation),
             "test": len(dataset.test),

@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from ..methods import LABELS
+from ..methods import label_of
 from ..training.recorded import EAGER
 from ..training.run import Run
 
@@ -121,7 +121,7 @@ class RunView(LiveDisplay):
             f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
             f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
             f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
-            f"{config.threat} {config.eps:.4g}, {config.attack_steps} steps; {LABELS[config.optimizer]}{threshold}; "
+            f"{config.threat} {config.eps:.4g}, {config.attack_steps} steps; {label_of(config.optimizer)}{threshold}; "
             f"{_processes(run)}.",
             highlight=False,
         )

@@ -9,17 +9,23 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from ..addresses import is_address
 from ..config import RunConfig, in_grey_levels, option
 from ..data import Augmentation, Dataset, Source, load_data
-from ..models import build_model
+from ..models import build_model, check_logits
 from ..processes import Processes
 
 
-def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
+def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = True) -> Dataset:
     """The data that a configuration names, on ``device`` where they fit.
 
+    Args:
+        config: a resolved configuration.
+        device: where the data will be used.
+        validation: whether anybody will look at the validation set; otherwise it need not have its size.
+
     Raises:
-        ValueError, FileNotFoundError, ConnectionError: see :func:`engm.recipes.data.load_data`.
+        ValueError, FileNotFoundError, ConnectionError, ModuleNotFoundError: see :func:`engm.recipes.data.load_data`.
     """
     # The digits have a split of their own, and their loader refuses any other number of validation examples.
     digits = config.data == "digits"
@@ -28,7 +34,7 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
         root=config.data_root,
         download=config.download,
         image_size=config.image_size,
-        validation_examples=1000 if digits else config.validation_examples,
+        validation_examples=(1000 if digits else config.validation_examples) if validation else None,
         validation_from_test=config.validation_from_test,
         in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
         device=device,
@@ -81,10 +87,15 @@ def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
 
 
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
+    """The network that a resolved configuration names, for a data set, with weights from the run's seed.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: see :func:`engm.recipes.models.build_model`; or a network of
+            one's own does not give one logit a class.
+    """
     channels, height, _ = dataset.train.shape
     torch.manual_seed(config.seed)
-    return build_model(
+    net = build_model(
         config.model,
         classes=dataset.classes,
         in_channels=channels,
@@ -92,6 +103,9 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
         norm=config.norm,
         width=config.width,
     )
+    if is_address(config.model):
+        check_logits(net, config.model, dataset.train.shape, dataset.classes)
+    return net
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:

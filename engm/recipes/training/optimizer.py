@@ -6,7 +6,9 @@ import torch
 
 import engm
 
+from ..addresses import is_address
 from ..config import RunConfig
+from .own import own_optimizer
 
 
 def paper_optimizer(
@@ -22,8 +24,13 @@ def paper_optimizer(
         config: names ``optimizer``, ``alpha`` and their like.
         model: the wrapped network.
         inner: the optimizer that steps.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`engm.recipes.training.own.own_optimizer`.
     """
     name = config.optimizer
+    if is_address(name):
+        return own_optimizer(name, model, inner)
     if name == "msgd":
         return engm.MSGD(model, inner)
     if name == "sngm":

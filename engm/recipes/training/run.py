@@ -23,12 +23,14 @@ from engm.adversarial import AWP, PGD, Objective, objective
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
+from ..addresses import is_address
 from ..config import RunConfig
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
 from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
 from .optimizer import paper_optimizer
+from .own import check_objective, own_objective
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
@@ -112,6 +114,8 @@ class Run:
             else None
         )
         self._objectives: dict[int, Objective] = {}  # by patience
+        if is_address(config.objective):
+            check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
         self.trainer = self._trainer()
         self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
         self.epoch = 0
@@ -149,11 +153,11 @@ class Run:
         """The objective of an epoch; the same object as long as it is the same objective, as recorded steps ask for."""
         patience = self.schedule.patience(epoch) if self.config.objective == "fat" else 0
         if patience not in self._objectives:
-            self._objectives[patience] = objective(
-                self.config.objective,
-                beta=self.config.beta,
-                patience=patience,
-                eval_mode=self.config.attack_mode == "eval",
+            eval_mode = self.config.attack_mode == "eval"
+            self._objectives[patience] = (
+                own_objective(self.config.objective, eval_mode=eval_mode)
+                if is_address(self.config.objective)
+                else objective(self.config.objective, beta=self.config.beta, patience=patience, eval_mode=eval_mode)
             )
         return self._objectives[patience]
 

@@ -1,0 +1,219 @@
+"""Code of one's own by its address: ``package.module:name`` or ``file.py:name``, found, loaded and called."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from engm.checks import check_name
+
+SOURCES = ("torchvision", "timm", "hf")
+"""What stands before a colon and is no module of one's own: packages whose things have names."""
+
+_ADDRESS = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
+
+
+def is_address(text: str) -> bool:
+    """Whether a setting names code of one's own; ``torchvision:resnet18`` and the like do not."""
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None:
+        return False
+    place = match["place"]
+    own = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))
+    return own and place.lower() not in SOURCES
+
+
+def settled(text: str) -> str:
+    """An address that is found again from another working directory; other texts are returned as they are."""
+    if not is_address(text):
+        return text
+    place, _, name = text.strip().rpartition(":")
+    return f"{Path(place).expanduser().absolute()}:{name}" if place.endswith(".py") else f"{place}:{name}"
+
+
+def short_name(address: str) -> str:
+    """``module.name``, for tables and names of folders."""
+    place, _, name = address.strip().rpartition(":")
+    return f"{Path(place).stem if place.endswith('.py') else place}.{name}"
+
+
+def load(address: str, *, what: str, also: Iterable[str] = ()) -> Any:
+    """What an address names; modules are looked for as ``python -m`` does, in the current directory too.
+
+    Args:
+        address: ``package.module:name``, or the path of a Python file and a name in it.
+        what: what it should be, for the messages.
+        also: words that the part before the colon could be a misspelling of, besides modules.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such module or name (says which are nearest), or the module cannot be imported.
+    """
+    place, _, name = address.strip().rpartition(":")
+    module = _file(Path(place).expanduser(), what) if place.endswith(".py") else _module(place, what, also)
+    if not hasattr(module, name):
+        check_name(name, _defined(module), what=f"{what} in {place}")
+    return getattr(module, name)
+
+
+def code_identity(address: str, *, what: str) -> str:
+    """Sixteen digits that differ if the file does in which an address lies; of its imports nothing is known.
+
+    Args:
+        address: of something that :func:`load` finds.
+        what: what it should be, for the messages.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    load(address, what=what)
+    place, _, _ = address.strip().rpartition(":")
+    file = Path(place).expanduser() if place.endswith(".py") else Path(inspect.getfile(sys.modules[place]))
+    return sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def call(function: Callable[..., Any], address: str, must: Mapping[str, Any], may: Mapping[str, Any]) -> Any:
+    """Calls code of one's own with keywords.
+
+    Args:
+        function: what the address names.
+        address: for the messages.
+        must: keywords that it is always given.
+        may: keywords that it is given if it has parameters of these names.
+
+    Raises:
+        ValueError: it cannot be called so (the message says how it is called), or it fails.
+    """
+    if not callable(function):
+        raise ValueError(f"{address} is a {type(function).__name__}; expected a function or a class")
+    parameters = _parameters(function)
+    takes_any = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = set() if parameters is None else {n for n, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, _BOTH)}
+    missing = [name for name in must if name not in named and not takes_any]
+    given = {**must, **{name: value for name, value in may.items() if name in named}}
+    unknown = [
+        name
+        for name, p in (parameters or {}).items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and name not in given
+    ]
+    if missing or unknown:
+        lacking = f"it has no parameter {', '.join(missing)}" if missing else f"nobody gives it {', '.join(unknown)}"
+        asked = f", and with {', '.join(f'{name}=' for name in may)} where it has these parameters" if may else ""
+        shown = ", ".join(f"{name}=" for name in must)
+        raise ValueError(
+            f"{address} is called with {shown or 'no argument'}{asked}; {lacking}. Give what is missing a parameter, "
+            "or a default"
+        )
+    with explained(address):
+        return function(**given)
+
+
+@contextmanager
+def explained(address: str) -> Iterator[None]:
+    """Put around a call of what an address names, says of a failure that it is there, and in which line.
+
+    Raises:
+        ValueError: any other exception than an interruption.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{address} failed: {type(error).__name__}: {error}{_where(error)}") from error
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of a name."""
+    return name in (_parameters(function) or {})
+
+
+_BOTH = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a function or class; None where Python does not know them."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _defined(module: ModuleType) -> list[str]:
+    """What a module defines itself, by its public names."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and not isinstance(value, ModuleType)
+        and not ((inspect.isclass(value) or inspect.isroutine(value)) and value.__module__ != module.__name__)
+    ]
+
+
+def _module(name: str, what: str, also: Iterable[str]) -> ModuleType:
+    here = str(Path.cwd())
+    if not {"", here} & set(sys.path):
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()  # the module may be younger than what the import system remembers of its folder
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _not_imported(name, error) from error
+        parent, _, lost = error.name.rpartition(".")
+        beside = getattr(sys.modules.get(parent), "__path__", None) if parent else [here]
+        known = [module.name for module in pkgutil.iter_modules(beside)] if beside is not None else []
+        try:
+            check_name(lost, [*known, *also], what=f"module of the {what} {name!r}")
+        except ValueError as unknown:
+            raise ValueError(
+                f"{unknown}. It was looked for in {parent or f'{here}, and among what is installed'}"
+            ) from None
+        raise _not_imported(name, error) from error
+    except Exception as error:
+        raise _not_imported(name, error) from error
+
+
+def _file(path: Path, what: str) -> ModuleType:
+    path = path.absolute()
+    if not path.is_file():
+        near = [entry.name for entry in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no file {path} with the {what}; in that folder: {', '.join(sorted(near)) or 'none'}")
+    name = f"engm_own_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # so that the file can import its neighbours
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it is executed, as the import system does: data classes look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _not_imported(str(path), error) from error
+    return module
+
+
+def _not_imported(name: str, error: Exception) -> ValueError:
+    """What to say of a module that fails while it is imported: where, and why."""
+    return ValueError(f"{name} cannot be imported: {type(error).__name__}: {error}{_where(error)}")
+
+
+def _where(error: Exception) -> str:
+    """The line in which an exception was raised."""
+    if isinstance(error, SyntaxError):
+        return f", at {error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    return f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
