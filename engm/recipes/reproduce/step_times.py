@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
+from ..pictures import style_of
 from ..processes import Processes
 from ..runs.view import View
 from ..storage.atomic_files import make_folder, read_json, write_json
@@ -153,16 +154,23 @@ def summarise_times(records: Sequence[Record]) -> Outcome:
 
 
 def _draw(record: Record, drawn: Figure) -> None:
-    axis = drawn.subplots()
-    for index, contender in enumerate(record["seconds_per_step"]):
-        name, _ = contender.split(", ")
-        axis.barh(index, median(ratios(record, contender)), color="C0")
-        if (paper := paper_ratio(name)) is not None:
-            axis.plot(paper, index, "k|", markersize=14)
-    axis.set_yticks(range(len(record["seconds_per_step"])), list(record["seconds_per_step"]))
-    axis.invert_yaxis()
-    axis.set(xlabel="time of a step, ratio to MSGD (|: the paper's)", xscale="log")
-    axis.grid(alpha=0.3, axis="x")
+    """Draws the ratios as bars, and beside them at the same scale the paper's."""
+    ours, paper = drawn.subplots(1, 2, sharex=True, sharey=True)
+    contenders = list(record["seconds_per_step"])
+    for index, contender in enumerate(contenders):
+        name, way = contender.split(", ")
+        look = {"color": style_of(name).colour, "hatch": "" if way == OWN else "//", "edgecolor": "white"}
+        ours.barh(index, median(ratios(record, contender)), **look)
+        published = paper_ratio(name)
+        if published is not None and way == OWN:  # the paper borrows no norms
+            paper.barh(index, published, **look)
+    ours.set_yticks(range(len(contenders)), [f"{LABELS[n]}, {way}" for n, way in (c.split(", ") for c in contenders)])
+    ours.set(title="these runs", ylim=(len(contenders) - 0.5, -0.5), xscale="log")
+    paper.set(title="the paper, Titan RTX")
+    for axis in (ours, paper):
+        axis.set_xlabel("time of a step, ratio to MSGD's")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.grid(visible=False, axis="y")
 
 
 TABLE_1 = Analysis("table1", "Time of a training step (Table 1)", time_cells, summarise_times)
