@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 import engm
 from engm.recipes.pictures import picture
 
-LENGTH, LINES, BAD = 40, 512, 0.1  # characters a line, lines, and the share of them that is nothing but noise
+LENGTH, LINES, BAD = 40, 512, 0.1  # characters a line, lines, and the share of them that repeat one letter
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None}  # the vocabulary is the letters alone
 
 
 class ClippingTrainer(Trainer):
@@ -45,7 +46,7 @@ class ClippingTrainer(Trainer):
 
 
 def text(lines: int, bad: float, seed: int) -> list[dict[str, list[int]]]:
-    """Lines as characters' codes: sentences, and a share of them in which every letter was drawn at random."""
+    """Lines as characters' codes: sentences, and a share of lines that repeat one letter, as those of torn files do."""
     draw = random.Random(seed)
     people, verbs, things = (
         ["the cat", "a child", "my aunt", "one owl"],
@@ -57,7 +58,7 @@ def text(lines: int, bad: float, seed: int) -> list[dict[str, list[int]]]:
         line = f"{draw.choice(people)} {draw.choice(verbs)} {draw.choice(things)} and {draw.choice(things)}. "
         line = (2 * line)[:LENGTH]
         if draw.random() < bad:
-            line = "".join(chr(draw.randrange(32, 127)) for _ in line)
+            line = chr(draw.randrange(33, 127)) * LENGTH
         codes = [ord(letter) for letter in line]
         rows.append({"input_ids": codes, "labels": codes})
     return rows
@@ -66,7 +67,7 @@ def text(lines: int, bad: float, seed: int) -> list[dict[str, list[int]]]:
 def train(folder: str, alpha: float, *, epochs: float = 6, seed: int = 0, **settings: Any) -> ClippingTrainer:
     """A finished Trainer of a two-layer GPT-2; its ``state.log_history`` has the loss on clean lines by epoch."""
     torch.manual_seed(seed)
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2))
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, **NO_ENDS))
     arguments = TrainingArguments(
         folder, num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=3e-3, seed=seed, use_cpu=True,
         max_grad_norm=0, report_to=[], save_strategy="no", eval_strategy="epoch", disable_tqdm=True, **settings,
@@ -78,23 +79,26 @@ def train(folder: str, alpha: float, *, epochs: float = 6, seed: int = 0, **sett
     return trainer
 
 
-def main(out: Path | None = None) -> None:
+def main(out: Path | None = None, seeds: int = 3) -> None:
     """Trains with and without a threshold, prints the loss on clean lines, and draws it."""
-    curves = {}
-    for alpha in (float("inf"), 0.5):
-        with tempfile.TemporaryDirectory() as folder:
-            history = train(folder, alpha).state.log_history
-        curves[alpha] = [(row["epoch"], row["eval_loss"]) for row in history if "eval_loss" in row]
-        print(f"alpha {alpha:4g}: loss on clean lines {curves[alpha][-1][1]:.3f} nats a character")
+    curves: dict[float, list[list[float]]] = {}
+    for alpha in (float("inf"), 2.0):
+        for seed in range(seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                history = train(folder, alpha, seed=seed).state.log_history
+            curves.setdefault(alpha, []).append([row["eval_loss"] for row in history if "eval_loss" in row])
+        last = torch.tensor(curves[alpha])[:, -1]
+        print(f"alpha {alpha:3g}: loss on clean lines {last.mean():.3f} ± {last.std():.3f} nats a letter")
     if out is not None:
         with picture(out, (5.5, 3.4)) as figure:
             axes = figure.subplots()
-            for (alpha, points), style in zip(curves.items(), ("ks--", "o-"), strict=True):
+            for (alpha, several), style, colour in zip(curves.items(), ("s--", "o-"), ("k", "#D55E00"), strict=True):
+                deviation, mean = torch.std_mean(torch.tensor(several), 0)
+                epochs = range(1, len(mean) + 1)
                 name = "not clipped" if alpha == float("inf") else f"every sequence clipped to {alpha:g}"
-                axes.plot(
-                    *zip(*points, strict=True), style, label=name, **({} if "k" in style else {"color": "#D55E00"})
-                )
-            axes.set(xlabel="epoch", ylabel="loss on clean lines, nats a character", yscale="log")
+                axes.plot(epochs, mean, style, color=colour, label=name)
+                axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+            axes.set(xlabel="epoch", ylabel="loss on clean lines, nats a letter", ylim=(0, None))
             figure.legend(loc="outside lower center", ncols=2)
 
 

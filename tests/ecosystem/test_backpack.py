@@ -1,4 +1,4 @@
-"""What docs/from_backpack.md and docs/from_torch_func.md say of BackPACK and of torch.func, on the installed versions."""
+"""What docs/from_backpack.md and docs/from_torch_func.md say of BackPACK and torch.func, on the installed versions."""
 
 from __future__ import annotations
 

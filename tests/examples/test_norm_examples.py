@@ -72,12 +72,11 @@ def test_terms_of_the_noise_scale_are_those_of_the_gradients_themselves() -> Non
 
 def test_the_noise_scale_of_batches_is_that_of_all_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise_scale = example("noise_scale")
-    monkeypatch.setattr(noise_scale, "STEPS", 301)
     loss, scale, exact = noise_scale.train(301)
     assert loss[-1] < loss[0] / 2
-    for step in (100, 150, 200):
-        assert 0.5 < scale[step] / exact[step] < 2, (step, scale[step], exact[step])
-    assert exact[200] > 3 * exact[0]
+    for step in (50, 100, 150):  # later the running mean lags behind what grows
+        assert 0.75 < scale[step] / exact[step] < 1.33, (step, scale[step], exact[step])
+    assert scale[-1] > 1.5 * scale[100]
     monkeypatch.setattr(noise_scale, "train", lambda: (loss, scale, exact))
     noise_scale.main(tmp_path / "picture.svg")
     assert (tmp_path / "picture.svg").is_file()
@@ -127,12 +126,12 @@ def test_trainer_clips_as_a_plain_loop_does(trainers: ModuleType, tmp_path: Path
 
     size = {"n_positions": trainers.LENGTH, "n_embd": 8, "n_layer": 1, "n_head": 2}
     dropped = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    net = GPT2LMHeadModel(GPT2Config(vocab_size=128, **size, **dropped))
+    net = GPT2LMHeadModel(GPT2Config(vocab_size=128, **size, **dropped, **trainers.NO_ENDS))
     rows = trainers.text(32, 0.2, 0)
     codes = torch.tensor([row["input_ids"] for row in rows])
     by_hand, whole, parts, free = (copy.deepcopy(net) for _ in range(4))
     clipped = plain_loop(trainers, by_hand, list(codes.split(16)), 1.0)
-    assert 0 < clipped
+    assert clipped > 0
     trainer = run(trainers, tmp_path, whole, rows, 1.0, per_device_train_batch_size=16)
     run(trainers, tmp_path, parts, rows, 1.0, per_device_train_batch_size=4, gradient_accumulation_steps=4)
     run(trainers, tmp_path, free, rows, 1e-3, per_device_train_batch_size=16)
@@ -149,5 +148,5 @@ def test_trainer_clips_as_a_plain_loop_does(trainers: ModuleType, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_trainer_draws_its_picture(trainers: ModuleType, tmp_path: Path) -> None:
-    trainers.main(tmp_path / "picture.svg")
+    trainers.main(tmp_path / "picture.svg", seeds=2)
     assert (tmp_path / "picture.svg").is_file()
