@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import IO, TYPE_CHECKING, Any, Literal
+from textwrap import fill
+from typing import IO, TYPE_CHECKING, Any
 from zlib import crc32
 
 from .storage.atomic_files import replaced_when_whole
@@ -26,7 +27,7 @@ FORMATS = ("png", "svg", "pdf")
 DPI = 160
 # Fonts in a PDF are TrueType, since journals refuse Type 3. Text of an SVG is outlines, which look alike in every
 # browser; ids in it follow from the drawing, so that the same results make the same file.
-_LOOK: dict[str, Any] = {
+_LOOK: Any = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "engm",
     "font.size": 9,
@@ -94,6 +95,7 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def _save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
+    figure.draw_without_rendering()  # from here on the labels of the ticks are known, so that they get room
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     figure.savefig(target, format=kind, dpi=DPI, metadata=dates.get(kind))
 
@@ -235,7 +237,7 @@ def dot_plot(axes: Axes, rows: Sequence[Dots], *, names: bool = True) -> None:
                 linewidth=1,
                 capsize=2,
             )
-    axes.set_yticks(range(len(rows)), [row.label for row in rows] if names else [""] * len(rows))
+    axes.set_yticks(range(len(rows)), [fill(row.label, 20) if names else "" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
 
@@ -266,13 +268,12 @@ def mark_decays(axes: Axes, epochs: Iterable[int]) -> None:
         axes.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1, label="learning rate divided")
 
 
-def legend_below(figure: Figure, more: Sequence[Any] = (), *, side: Literal["lower", "upper"] = "lower") -> None:
-    """One legend of all panels, outside of them, each name once; none where nothing has a name.
+def legend_below(figure: Figure, more: Sequence[Any] = ()) -> None:
+    """One legend of all panels, below them, each name once; none where nothing has a name.
 
     Args:
         figure: the picture.
         more: handles that no panel has.
-        side: of the picture.
     """
     named: dict[str, Any] = {}
     for axes in figure.axes:
@@ -284,4 +285,4 @@ def legend_below(figure: Figure, more: Sequence[Any] = (), *, side: Literal["low
         return
     width = max(map(len, named)) + 8  # of a column, in letters, of which about eleven go on an inch
     columns = max(1, min(len(named), int(11 * figure.get_figwidth() / width)))
-    figure.legend(named.values(), named.keys(), loc=f"outside {side} center", ncols=columns, handlelength=3)
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns, handlelength=3)

@@ -97,6 +97,8 @@ def report(
     from ..storage.atomic_files import make_folder, write_text_atomic
 
     with explained_failures():
+        if html is not None and html.is_dir():
+            raise ValueError(f"--html {html} is a folder; it has to name the file to write, as {html / 'report.html'}")
         console = console_for()
         analyses, alone = _analyses(runs) if html is not None else ({}, [])
         with console.status("reading runs"):
@@ -105,9 +107,9 @@ def report(
             console.print(f"Not finished, so not shown: {', '.join(map(str, unfinished))}", highlight=False)
         if results:
             console.print(table(results), caption(results), sep="\n", highlight=False)
-        elif not analyses:
-            raise FileNotFoundError("none of these runs is finished")
-        if out is not None and results:
+        elif out is not None or not analyses:
+            raise FileNotFoundError(f"none of these runs is finished{_ALONE if analyses else ''}")
+        if out is not None:
             make_folder(out)
             write_text_atomic(out / "report.md", markdown(results))
             with console.status("drawing"):
@@ -120,6 +122,9 @@ def report(
             with console.status("drawing"):
                 write_report(html, results, unfinished, analyses)
             console.print(f"{html}", highlight=False)
+
+
+_ALONE = ", or there are none: of the analyses here --html makes a page, but --out cannot make a table of runs"
 
 
 def _analyses(paths: list[Path]) -> tuple[dict[Path, dict[str, Any]], list[Path]]:

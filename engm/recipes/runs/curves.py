@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = (
-    ("robust", "robust accuracy, validation set, %", 100.0),
-    ("natural", "natural accuracy, validation set, %", 100.0),
+    ("robust", "robust accuracy, validation, %", 100.0),
+    ("natural", "natural accuracy, validation, %", 100.0),
     ("loss", "adversarial training loss, nats", 1.0),
-    ("weight_mean", "mean weight w of the examples", 1.0),
-    ("norm_mean", "mean gradient norm of the examples", 1.0),
+    ("weight_mean", "mean weight of examples", 1.0),
+    ("norm_mean", "mean gradient norm, nats", 1.0),
 )
 """Figures of every epoch that are drawn: name in the history, label of the axis with its unit, factor."""
 TESTED = (("test", "best", "robust"), ("test", "last", "robust"), ("autoattack",))
 """Where a result has the accuracies of :data:`engm.recipes.pictures.LOOKS`."""
 COLUMNS = 3
-WIDTH, HEIGHT = 10.5, 2.6  # inches, of the picture and of a row of panels
+WIDTH, HEIGHT = 10.5, 2.8  # inches, of the picture and of a row of panels
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -66,10 +66,10 @@ def draw_into(results: Sequence[dict[str, Any]], figure: Figure) -> None:
         panel.set(xlabel="epoch", ylabel=label)
     test = axes[len(shown)]
     dots = [
-        Dots("", style.colour, [_spread(row.values(*path)) for path in TESTED])
+        Dots(row.label, style.colour, [_spread(row.values(*path)) for path in TESTED])
         for row, style in zip(rows, styles, strict=True)
     ]
-    dot_plot(test, dots, names=False)
+    dot_plot(test, dots)
     test.set(xlabel="robust accuracy, test set, %")
     for empty in axes[len(shown) + 1 :]:
         empty.set_axis_off()

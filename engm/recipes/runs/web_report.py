@@ -15,6 +15,11 @@ from .curves import draw_into, size_of
 from .folder import RunFolder
 from .report import HEADINGS, caption, cells, rows_of
 
+ALWAYS = (
+    "data", "model", "objective", "threat", "eps", "attack_steps", "optimizer", "alpha", "lr", "epochs", "batch_size",
+    "seed",
+)  # fmt: skip
+"""Settings that are shown at their defaults, too."""
 PLACES = ("data_root",)  # settings that say where something lies on this machine
 
 
@@ -83,7 +88,7 @@ def _settings(results: Sequence[dict[str, Any]], names: dict[str, str]) -> list[
     configs = [(names[result["folder"]], _told(result["config"])) for result in results]
     first, plain = configs[0][1], RunConfig().as_dict()
     shared = {key: value for key, value in first.items() if all(c.get(key) == value for _, c in configs)}
-    chosen = {key: value for key, value in shared.items() if key not in plain or plain[key] != value}
+    chosen = {key: value for key, value in shared.items() if key in ALWAYS or key not in plain or plain[key] != value}
     others = {key: value for key, value in shared.items() if key not in chosen}
     parts = [section("Settings")]
     differing = [(name, {k: v for k, v in config.items() if k not in shared}) for name, config in configs]
@@ -102,7 +107,7 @@ def _told(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(option(key), "-" if value is None else shown(value)) for key, value in settings.items()]
+    return [(option(key), shown(value) or "-") for key, value in settings.items()]
 
 
 def _differing(first: str, found: Sequence[tuple[str, dict[str, Any]]]) -> str:
