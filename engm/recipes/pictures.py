@@ -170,9 +170,7 @@ def kind_style(index: int) -> Style:
 # -- what pictures share -----------------------------------------------------------------------------------------------
 
 
-def mean_curve(
-    axes: Axes, curves: Sequence[Mapping[int, float]], style: Style, label: str | None, *, points: bool = False
-) -> None:
+def mean_curve(axes: Axes, curves: Sequence[Mapping[int, float]], style: Style, label: str | None) -> None:
     """Draws the mean of several runs, with a band of one standard deviation to each side where there are several.
 
     Args:
@@ -180,15 +178,18 @@ def mean_curve(
         curves: values of every run by epoch; shown are the epochs that all of them have.
         style: colour and dash of the line.
         label: name in the legend; none for a curve that another panel names.
-        points: whether the epochs are few, and each gets a marker.
     """
     epochs = sorted(set.intersection(*map(set, curves))) if curves else []
     if not epochs:
         return
     values = [[float(curve[epoch]) for curve in curves] for epoch in epochs]
     means = [fmean(v) if all(map(isfinite, v)) else nan for v in values]
-    few = points or len(epochs) < 3
-    axes.plot(epochs, means, **{**style.line(), "marker": style.marker if few else ""}, label=label)
+    from matplotlib.ticker import MaxNLocator  # imported here, as in _figure
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # About six markers a line tell lines apart in grey; those of other lines of the picture lie elsewhere.
+    between = max(1, len(epochs) // 6)
+    axes.plot(epochs, means, **style.line(), markevery=(len(axes.lines) % between, between), label=label)
     if len(curves) > 1:
         spread = [stdev(v) if isfinite(m) else nan for v, m in zip(values, means, strict=True)]
         low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))

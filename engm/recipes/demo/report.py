@@ -186,9 +186,9 @@ def draw_curves(demo: Demo, path: Path) -> None:
         for panel in axes:
             panel.set_xlabel("epoch")
             mark_decays(panel, demo.settings.training.decay_epochs)
-        robust.set_ylabel("accuracy under PGD-20, validation set, %")
+        robust.set_ylabel("PGD-20 accuracy, validation, %")
         loss.set_ylabel("adversarial training loss, nats")
-        weight.set_ylabel("mean weight w of the examples")
+        weight.set_ylabel("mean weight of examples")
         loss.set_ylim(bottom=0)
         if all(record.mean_weight <= 1 for run in demo.runs for record in run.epochs):
             weight.set_ylim(0, 1.05)

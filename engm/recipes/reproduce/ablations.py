@@ -227,6 +227,9 @@ def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure, 
     for number, panel in enumerate(panels):
         places = axes[lines * number : lines * (number + 1)].flatten()
         for axis, (read, title) in zip(places, figures, strict=False):
+            if all(read(r) is None for r in done if r["labels"]["panel"] == panel.name):
+                axis.set_axis_off()
+                continue
             _draw_panel(records, panel, read, axis)
             axis.set(ylabel=title, xlabel=panel.shown if panel.setting != "alpha" else "α of ENGM (N-ENGM: a tenth)")
         for empty in places[len(figures) :]:

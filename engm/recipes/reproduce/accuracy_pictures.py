@@ -53,6 +53,9 @@ def draw_accuracies(records: Sequence[Record], rows: Sequence[Row], drawn: Figur
         ours.set(title=f"{name}: these runs" if name else "these runs", xlabel="robust accuracy, test set, %")
         every += measured
         for paper in papers:
+            if all(row.published is None for row in shown):
+                paper.set_axis_off()
+                continue
             paper.sharex(ours)
             printed = [Dots("", s.colour, _printed(row.published)) for row, s in zip(shown, styles, strict=True)]
             dot_plot(paper, printed, names=False)

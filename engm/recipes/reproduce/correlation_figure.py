@@ -208,7 +208,7 @@ def _draw(records: Sequence[Record], sets: Sequence[str], drawn: Figure) -> None
             for index, (mode, name) in enumerate(kinds):
                 shown = f"{'input gradients' if name == 'input' else 'our norms'}, {mode} mode"
                 curves = [{row["epoch"]: row["pearson"][name] for row in _rows(run, mode)} for run in runs]
-                mean_curve(axis, curves, kind_style(index), shown, points=True)
+                mean_curve(axis, curves, kind_style(index), shown)
             axis.set(title=f"{data}, {training} training", xlabel="epoch", ylim=(None, 1.02))
             axis.set_ylabel("correlation with the exact norms")
         runs = selected(records, {"data": data, "training": ADVERSARIAL})
@@ -219,7 +219,7 @@ def _draw(records: Sequence[Record], sets: Sequence[str], drawn: Figure) -> None
                     for run in runs
                 ]
                 style = Style(style_of(method).colour, "osD^"[index % 4], kind_style(index).dash, name == "engine")
-                mean_curve(errors, curves, style, f"α {alpha}, {PREDICTORS[name]}", points=True)
+                mean_curve(errors, curves, style, f"α {alpha}, {PREDICTORS[name]}")
         errors.set(title=f"{data}, {ADVERSARIAL} training, training mode", xlabel="epoch")
         errors.set_ylabel("mean error |ŵ − w| of the weights, 1/100")
     legend_below(drawn)

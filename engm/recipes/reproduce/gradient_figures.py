@@ -187,7 +187,7 @@ def _draw_training(records: Sequence[Record], sets: Sequence[str], drawn: Figure
             for index, training in enumerate((NATURAL, ADVERSARIAL)):
                 runs = selected(records, {"data": data, "training": training})
                 curves = [{p["epoch"]: p[quantity] for p in run["measures"]["gradients"]} for run in runs]
-                mean_curve(axis, curves, kind_style(index), f"{training} training", points=True)
+                mean_curve(axis, curves, kind_style(index), f"{training} training")
             mark_decays(axis, {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]})
             axis.set(title=data, xlabel="epoch", ylabel=f"{name} of the gradients, {UNITS[quantity]}", yscale="log")
     legend_below(drawn)
