@@ -221,6 +221,7 @@ LOOKS: tuple[tuple[str, str, bool], ...] = (
 
 def dot_plot(axes: Axes, rows: Sequence[Dots], *, names: bool = True) -> None:
     """Draws one line a row, from the top, with a dot and its deviation for each of :data:`LOOKS`."""
+    looks = _looks_of(rows)
     for place, row in enumerate(rows):
         for number, value in enumerate(row.values):
             if value is None:
@@ -229,7 +230,7 @@ def dot_plot(axes: Axes, rows: Sequence[Dots], *, names: bool = True) -> None:
             mean, deviation = value
             axes.errorbar(
                 mean,
-                place + 0.22 * (number - 1),
+                place + 0.22 * (looks.index(number) - (len(looks) - 1) / 2),
                 xerr=deviation if isfinite(deviation) else None,
                 color=row.colour,
                 marker=marker,
@@ -247,20 +248,16 @@ def look_handles(rows: Sequence[Dots]) -> list[Any]:
     """What a legend says of the dots that are there."""
     from matplotlib.lines import Line2D
 
-    seen = [any(len(row.values) > k and row.values[k] is not None for row in rows) for k in range(len(LOOKS))]
-    return [
-        Line2D(
-            [],
-            [],
-            color="#444444",
-            linestyle="",
-            marker=marker,
-            markerfacecolor="#444444" if full else "white",
-            label=name,
-        )
-        for (name, marker, full), there in zip(LOOKS, seen, strict=True)
-        if there
-    ]
+    grey, handles = "#444444", []
+    for name, marker, full in (LOOKS[number] for number in _looks_of(rows)):
+        face = grey if full else "white"
+        handles.append(Line2D([], [], color=grey, linestyle="", marker=marker, markerfacecolor=face, label=name))
+    return handles
+
+
+def _looks_of(rows: Sequence[Dots]) -> list[int]:
+    """The places in :data:`LOOKS` of those that some row has."""
+    return sorted({number for row in rows for number, value in enumerate(row.values) if value is not None})
 
 
 def mark_decays(axes: Axes, epochs: Iterable[int]) -> None:

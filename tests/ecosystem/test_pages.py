@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerators import no_accelerator_stays
 from torch import nn
 
 import engm
@@ -37,10 +38,9 @@ BLOCKS = [
 
 @pytest.fixture
 def _no_accelerator_stays() -> Iterator[None]:
-    yield
-    state = pytest.importorskip("accelerate").state
-    state.AcceleratorState._reset_state(reset_partial_state=True)
-    state.GradientState._reset_state()
+    pytest.importorskip("accelerate")
+    with no_accelerator_stays():
+        yield
 
 
 @pytest.mark.usefixtures("_no_accelerator_stays")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerators import no_accelerator_stays
 from sklearn.metrics import average_precision_score
 from torch import nn
 
@@ -82,10 +84,11 @@ def test_the_noise_scale_of_batches_is_that_of_all_examples(tmp_path: Path, monk
     assert (tmp_path / "picture.svg").is_file()
 
 
-@pytest.fixture(scope="module")
-def trainers() -> ModuleType:
+@pytest.fixture
+def trainers() -> Iterator[ModuleType]:
     pytest.importorskip("accelerate")
-    return example("hugging_face_trainer")
+    with no_accelerator_stays():
+        yield example("hugging_face_trainer")
 
 
 def plain_loop(trainers: ModuleType, net: nn.Module, batches: list[torch.Tensor], alpha: float) -> float:
