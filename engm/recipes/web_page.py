@@ -29,9 +29,11 @@ nav ul { columns: 18rem; padding-left: 1.2rem; }
 a { color: inherit; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: 0.4rem; max-width: 60rem; }
+.caption { font-size: 0.875rem; margin: 1.5rem 0 -0.6rem; max-width: 60rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, table.text td, table.text th { text-align: left; }
+td:last-child { min-width: 5rem; }
+table:not(.text) td:not(:first-child) { white-space: nowrap; }
 thead th { background: var(--soft); }
 figure { margin: 1.5rem 0; padding: 0.6rem; border: 1px solid var(--line); background: #ffffff; overflow-x: auto; }
 figure svg { display: block; width: 100%; height: auto; min-width: 34rem; }
@@ -88,11 +90,10 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[Any]], caption: str =
     """
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in headings)
     body = "\n".join("<tr>" + "".join(f"<td>{_text(shown(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    above = f"<caption>{_text(caption)}</caption>" if caption else ""
+    above = f'<p class="caption">{_text(caption)}</p>' if caption else ""
     kind = ' class="text"' if text else ""
-    return (
-        f'<div class="scroll"><table{kind}>{above}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
-    )
+    content = f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
+    return f'{above}<div class="scroll"><table{kind}>{content}</table></div>'
 
 
 def folded(title: str, parts: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -197,3 +198,21 @@ def test_a_folder_in_the_place_of_the_file_is_one_message(tmp_path: Path) -> Non
     result = report(tmp_path / "run", "--html", tmp_path)
     assert result.exit_code == 1
     assert "has to name the file to write" in " ".join(result.stderr.split())
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")
+def test_a_browser_shows_the_page_and_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS / "table2", tmp_path / "table2")
+    page_of(tmp_path, tmp_path / "table2")
+    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    page = tmp_path / "out" / "page.html"
+    found = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, check=True, timeout=60)
+    assert "CONSOLE" not in found.stderr
+    (tmp_path / "seen.html").write_text(found.stdout, encoding="utf-8")
+    seen = Page(tmp_path / "seen.html")
+    seen.check()
+    assert seen.tables == Page(page).tables
