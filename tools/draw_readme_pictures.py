@@ -15,9 +15,9 @@ from rich.console import Console
 
 from engm.recipes.config import RunConfig
 from engm.recipes.processes import Processes
+from engm.recipes.runs.curves import draw
 from engm.recipes.runs.folder import train
 from engm.recipes.runs.progress import RunView
-from engm.recipes.runs.report import draw
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 SHOWN_AT = 18  # of 25 epochs, when the display is drawn

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerators import no_accelerator_stays
 from processes import found_by
 from torch import Tensor
 from training import assert_close, assert_same, batch, clone, losses_of, network, sgd
@@ -28,11 +29,8 @@ METHODS = {
 @contextmanager
 def accelerated(**options: Any) -> Iterator[Any]:
     """An ``Accelerator`` on the CPU, and no trace of its global state afterwards."""
-    try:
+    with no_accelerator_stays():
         yield accelerate.Accelerator(cpu=True, **options)
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-        accelerate.state.GradientState._reset_state()
 
 
 def setup(method: str, norm: str, dtype: torch.dtype, seed: int = 0) -> tuple[engm.GradNormModule, Any]:

@@ -30,30 +30,58 @@ def report(
         list[Path],
         typer.Argument(help="Run folders, analyses of engm reproduce, or folders of these.", metavar="DIR..."),
     ],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.md and report.png; default: only print.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.md and report.png, .svg, .pdf; default: only print.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One web page with all of it, that stands alone, to write.")
+    ] = None,
 ) -> None:
     """One table of finished runs, mean and deviation over seeds, and their learning curves.
 
     Takes what engm train, compare and reproduce wrote, and any folder above.
     """
-    from ..runs.report import caption, collect, draw, markdown, table
+    from ..runs.curves import draw
+    from ..runs.report import caption, collect, markdown, table
     from ..storage.atomic_files import make_folder, write_text_atomic
 
     with explained_failures():
+        if html is not None and html.is_dir():
+            raise ValueError(f"--html {html} is a folder; it has to name the file to write, as {html / 'report.html'}")
         console = console_for()
+        analyses, alone = _analyses(runs) if html is not None else ({}, [])
         with console.status("reading runs"):
-            results, unfinished = collect(runs)
+            results, unfinished = collect([path for path in runs if path not in alone])
         if unfinished:
             console.print(f"Not finished, so not shown: {', '.join(map(str, unfinished))}", highlight=False)
-        if not results:
-            raise FileNotFoundError("none of these runs is finished")
-        console.print(table(results), caption(results), sep="\n", highlight=False)
+        if results:
+            console.print(table(results), caption(results), sep="\n", highlight=False)
+        elif out is not None or not analyses:
+            raise FileNotFoundError(f"none of these runs is finished{_ALONE if analyses else ''}")
         if out is not None:
             make_folder(out)
             write_text_atomic(out / "report.md", markdown(results))
             with console.status("drawing"):
-                draw(results, out / "report.png")
-            console.print(f"{out / 'report.md'} and {out / 'report.png'}", highlight=False)
+                draw(results, out / "report")
+            console.print(f"{out / 'report.md'} and {out / 'report.png'}, .svg, .pdf", highlight=False)
+        if html is not None:
+            from ..reproduce.web_report import write_report
+
+            make_folder(html.parent)
+            with console.status("drawing"):
+                write_report(html, results, unfinished, analyses)
+            console.print(f"{html}", highlight=False)
+
+
+_ALONE = ", or there are none: of the analyses here --html makes a page, but --out cannot make a table of runs"
+
+
+def _analyses(paths: list[Path]) -> tuple[dict[Path, dict[str, Any]], list[Path]]:
+    """The analyses that paths hold, and those of the paths that hold nothing else."""
+    from ..reproduce.web_report import analyses_in, without_runs
+
+    found = analyses_in(paths)
+    return found, without_runs(paths, found)
 
 
 @app.command(cls=OnceCommand)

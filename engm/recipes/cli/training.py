@@ -32,11 +32,12 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
 
     Under torchrun, every process takes its share of each batch: torchrun --nproc-per-node 2 -m engm.recipes train ...
     """
+    from ..runs.curves import draw
     from ..runs.folder import RunFolder
     from ..runs.folder import train as train_in
     from ..runs.opening import opening_line
     from ..runs.progress import RunView
-    from ..runs.report import caption, draw, table
+    from ..runs.report import caption, table
 
     with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
         folder = RunFolder(out)
@@ -56,8 +57,8 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
             if processes.first and not (out / "curves.png").is_file():
                 with console.status("drawing the curves"):
-                    draw([results], out / "curves.png")
-                console.print(f"Everything is in {out}; curves: {out / 'curves.png'}", highlight=False)
+                    draw([results], out / "curves")
+                console.print(f"Everything is in {out}; curves: {out / 'curves.png'}, .svg, .pdf", highlight=False)
 
 
 app.command(cls=OnceCommand)(with_settings(train))
@@ -92,7 +93,7 @@ def compare(
                 view=lambda name: RunView(console, f"{name}: "),
             )
             console.print(table(results), caption(results), sep="\n", highlight=False)
-            console.print(f"Table, figures and curves: {out}/comparison.md, .json, .png", highlight=False)
+            console.print(f"Table, figures and curves: {out}/comparison.md, .json, .png, .svg, .pdf", highlight=False)
 
 
 app.command(cls=OnceCommand)(with_settings(compare, leave_out=("optimizer", "seed")))
@@ -241,7 +242,7 @@ def demo(
     console.print(report.caption(prepared), highlight=False)
     report.write_json(prepared, out / "results.json", seconds=seconds)
     with console.status("drawing the curves"):
-        report.draw_curves(prepared, out / "curves.png")
+        report.draw_curves(prepared, out / "curves")
     console.print(f"{seconds:.0f} s. Curves: {out / 'curves.png'}  figures: {out / 'results.json'}", highlight=False)
     if log is not None:
         console.print(f"Every step and epoch: {out / 'log'}", highlight=False)

@@ -8,20 +8,16 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..accuracy import overfit
 from ..machine import machine_facts
-from ..pictures import mark_decays, picture
+from ..pictures import legend_below, mark_decays, mean_curve, picture, style_of
 from ..training.trainer import EpochRecord
 from .side_by_side import Demo, MethodRun
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 WHOLE_GRADIENT = " w is an example's own weight: MGNC and SNGM scale the mean gradient instead, and leave w at 1."
 
@@ -172,34 +168,35 @@ def write_json(demo: Demo, path: Path, *, seconds: float) -> None:
 
 
 def draw_curves(demo: Demo, path: Path) -> None:
-    """Learning curves of all methods as a PNG: robust accuracy, training loss, mean weight."""
-    with picture(path, (13, 4)) as figure:
-        robust, loss, weight = figure.subplots(1, 3)
-        for index, run in enumerate(demo.runs):
-            colour = f"C{index}"
-            epochs = range(1, len(run.epochs) + 1)
-            curve = [(epoch, 100 * (accuracy.robust or 0.0)) for epoch, accuracy in run.validation.items()]
-            robust.plot(*zip(*curve, strict=True), color=colour, label=run.label)
-            robust.plot(run.best.epoch, 100 * run.best.score, "o", color=colour)
-            loss.plot(epochs, [record.loss for record in run.epochs], color=colour)
-            weight.plot(epochs, [record.mean_weight for record in run.epochs], color=colour)
-        _dress(robust, "validation accuracy under PGD-20, %  (o: best)", demo)
-        _dress(loss, "adversarial training loss, nats", demo)
-        _dress(weight, "mean weight w of the examples", demo)
+    """Draws learning curves of all methods: robust accuracy, training loss, mean weight.
+
+    Args:
+        demo: a finished demonstration.
+        path: as :func:`engm.recipes.pictures.picture` takes it.
+    """
+    with picture(path, (10.5, 3.6)) as figure:
+        robust, loss, weight = axes = figure.subplots(1, 3)
+        for run in demo.runs:
+            style = style_of(run.name)
+            looks = {epoch: 100 * (accuracy.robust or 0.0) for epoch, accuracy in run.validation.items()}
+            mean_curve(robust, [looks], style, run.label)
+            robust.plot(run.best.epoch, 100 * run.best.score, style.marker, color=style.colour, markersize=6)
+            mean_curve(loss, [{k: record.loss for k, record in enumerate(run.epochs, 1)}], style, None)
+            mean_curve(weight, [{k: record.mean_weight for k, record in enumerate(run.epochs, 1)}], style, None)
+        for panel in axes:
+            panel.set_xlabel("epoch")
+            mark_decays(panel, demo.settings.training.decay_epochs)
+        robust.set_ylabel("PGD-20 accuracy, validation, %")
+        loss.set_ylabel("adversarial training loss, nats")
+        weight.set_ylabel("mean weight of examples")
         loss.set_ylim(bottom=0)
         if all(record.mean_weight <= 1 for run in demo.runs for record in run.epochs):
             weight.set_ylim(0, 1.05)
         else:  # F-ENGM lengthens short gradients, without bound
             weight.set_yscale("log")
-        robust.legend(loc="lower right", ncols=1 if len(demo.runs) < 5 else 2, fontsize="small")
         figure.suptitle(
-            f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, "
-            f"alpha {demo.alpha:.2f}, seed {demo.settings.training.seed} (dotted: learning rate divided by 10)"
+            f"{demo.dataset.name}: PGD-{demo.settings.attack_steps} training, l-inf {demo.settings.eps:g}, alpha "
+            f"{demo.alpha:.2f}, seed {demo.settings.training.seed} (marked: the best epoch)",
+            fontsize="medium",
         )
-
-
-def _dress(axes: Axes, title: str, demo: Demo) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("epoch")
-    axes.grid(alpha=0.3)
-    mark_decays(axes, demo.settings.training.decay_epochs)
+        legend_below(figure)

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
+from ..pictures import legend_below, style_of
+from .accuracy_rows import AUTOATTACK, BEST, LAST, NATURAL, OVERFIT, Figure_, Row
 from .accuracy_tables import (
-    AUTOATTACK,
-    BEST,
-    LAST,
-    NATURAL,
-    OVERFIT,
-    Figure_,
-    Row,
     accuracy_finding,
     accuracy_rows,
     accuracy_table,
@@ -31,8 +27,10 @@ from .outcome import Outcome, Table
 from .statistics import Finding, Record, figure, mean_of, selected
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ACROSS = 3  # panels beside each other
 VALIDATION: Figure_ = figure("validation", "robust")
 
 
@@ -116,12 +114,12 @@ def _autoattack(budget: Budget) -> tuple[Measure, ...]:
 
 
 PANELS: dict[str, tuple[Figure_, str]] = {
-    "natural": (NATURAL, "natural, test, %"),
-    "best": (BEST, "PGD-20, best, test, %"),
-    "last": (LAST, "PGD-20, last, test, %"),
-    "aa": (AUTOATTACK, "AutoAttack, best, test, %"),
-    "overfit": (OVERFIT, "overfit, %"),
-    "validation": (VALIDATION, "PGD-20, best, validation, %"),
+    "natural": (NATURAL, "natural accuracy, test set, %"),
+    "best": (BEST, "PGD-20, best, test set, %"),
+    "last": (LAST, "PGD-20, last, test set, %"),
+    "aa": (AUTOATTACK, "AutoAttack, best, test set, %"),
+    "overfit": (OVERFIT, "(best − last) / best, %"),
+    "validation": (VALIDATION, "PGD-20, best, validation set, %"),
 }
 
 
@@ -157,7 +155,7 @@ def summarise(
         findings,
         accuracy_rows(records),
         lambda drawn: _draw(records, shown, drawn, drawn_figures),
-        (max(5.0, 16 / 6 * len(drawn_figures)), 3.2 * len(shown)),
+        (3.3 * min(ACROSS, max(2, len(drawn_figures))), 2.7 * len(shown) * ceil(len(drawn_figures) / ACROSS) + 0.4),
     )
 
 
@@ -224,30 +222,40 @@ def _draw(records: Sequence[Record], panels: Sequence[Ablation], drawn: Figure, 
     done = selected(records, {})
     # Small budgets leave AutoAttack out: what it would show is not drawn then.
     figures = [PANELS[name] for name in names if any(PANELS[name][0](r) is not None for r in done)]
-    axes = drawn.subplots(len(panels), len(figures), squeeze=False)
-    for line, panel in zip(axes, panels, strict=True):
-        for axis, (read, title) in zip(line, figures, strict=True):
-            for index, (optimizer, values) in enumerate(panel.found(records).items()):
-                labels = {"panel": panel.name, "optimizer": optimizer}
-                means = [mean_of(records, {**labels, panel.setting: value}, read) for value in values]
-                axis.errorbar(
-                    range(len(values)),
-                    [100 * m.value for m in means],
-                    [0.0 if m.n < 2 else 100 * m.deviation for m in means],
-                    marker="o",
-                    capsize=3,
-                    color=f"C{index}",
-                    label=LABELS[optimizer],
-                )
-            first = next(iter(panel.found(records).values()))
-            reference = mean_of(records, {"panel": panel.name, "optimizer": "msgd", panel.setting: None}, read)
-            if reference.n:
-                axis.axhline(100 * reference.value, color="black", linestyle=":", label="MSGD")
-            axis.set_xticks(range(len(first)), [f"{value:g}" for value in first], fontsize=8)
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel(panel.shown if panel.setting != "alpha" else "α of ENGM (N-ENGM: a tenth)")
-            axis.grid(alpha=0.3)
-        line[0].legend(fontsize="small")
+    lines = ceil(len(figures) / ACROSS)
+    axes = drawn.subplots(lines * len(panels), min(ACROSS, len(figures)), squeeze=False)
+    for number, panel in enumerate(panels):
+        places = axes[lines * number : lines * (number + 1)].flatten()
+        for axis, (read, title) in zip(places, figures, strict=False):
+            if all(read(r) is None for r in done if r["labels"]["panel"] == panel.name):
+                axis.set_axis_off()
+                continue
+            _draw_panel(records, panel, read, axis)
+            axis.set(ylabel=title, xlabel=panel.shown if panel.setting != "alpha" else "α of ENGM (N-ENGM: a tenth)")
+        for empty in places[len(figures) :]:
+            empty.set_axis_off()
+    legend_below(drawn)
+
+
+def _draw_panel(records: Sequence[Record], panel: Ablation, read: Figure_, axis: Axes) -> None:
+    found = panel.found(records)
+    for optimizer, values in found.items():
+        labels = {"panel": panel.name, "optimizer": optimizer}
+        means = [mean_of(records, {**labels, panel.setting: value}, read) for value in values]
+        deviations = [0.0 if m.n < 2 else 100 * m.deviation for m in means]
+        axis.errorbar(
+            range(len(values)),
+            [100 * m.value for m in means],
+            deviations if any(deviations) else None,
+            **style_of(optimizer).line(),
+            label=LABELS[optimizer],
+        )
+    reference = mean_of(records, {"panel": panel.name, "optimizer": "msgd", panel.setting: None}, read)
+    if reference.n:
+        plain = style_of("msgd")
+        axis.axhline(100 * reference.value, color=plain.colour, linestyle=plain.dash, label=LABELS["msgd"])
+    first = next(iter(found.values()))
+    axis.set_xticks(range(len(first)), [f"{value:g}" for value in first])
 
 
 def _every_panel(request: Request) -> list[Cell]:

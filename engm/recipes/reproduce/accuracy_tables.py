@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..methods import LABELS
-from ..pictures import mark_decays
+from .accuracy_pictures import draw_accuracies, size_of
+from .accuracy_rows import AUTOATTACK, BEST, COLUMNS, LAST, OVERFIT, Figure_, Row
 from .analysis import Analysis, Request, data_name
 from .budgets import Budget
 from .cells import Cell
 from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
-from .published import TABLE2, TABLE3, TABLE4, Accuracies
+from .published import TABLE2, TABLE3, TABLE4
 from .statistics import Expected, Finding, Mean, Record, by_seed, figure, mean_of, paired_finding, selected
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-Figure_ = Callable[[Record], float | None]
-NATURAL: Figure_ = figure("test", "best", "natural")
-BEST: Figure_ = figure("test", "best", "robust")
-LAST: Figure_ = figure("test", "last", "robust")
-OVERFIT: Figure_ = figure("overfit")
-AUTOATTACK: Figure_ = figure("measures", "autoattack")
-COLUMNS: dict[str, tuple[Figure_, str]] = {
-    "Natural": (NATURAL, "natural"),
-    "Best": (BEST, "best"),
-    "Last": (LAST, "last"),
-    "AA": (AUTOATTACK, "autoattack"),
-    "Overfit": (OVERFIT, "overfit"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table of accuracies.
-
-    Attributes:
-        label: name of the row.
-        labels: labels of the cells that it is made from.
-        published: the paper's row, if there is one.
-    """
-
-    label: str
-    labels: Mapping[str, Any]
-    published: Accuracies | None
 
 
 def accuracy_table(records: Sequence[Record], rows: Sequence[Row], first: str) -> Table:
@@ -99,36 +67,6 @@ def accuracy_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def draw_curves(records: Sequence[Record], rows: Sequence[Row], drawn: Figure) -> None:
-    """Draws validation robust accuracy over the epochs, the mean of the seeds; and best and last on the test set."""
-    left, right = drawn.subplots(1, 2, width_ratios=[3, 2])
-    shown = [row for row in rows if selected(records, row.labels)]
-    for index, row in enumerate(shown):
-        runs = selected(records, row.labels)
-        for run in runs:
-            _curve(left, [run], color=f"C{index}", alpha=0.25, linewidth=0.8)
-        _curve(left, runs, color=f"C{index}", label=row.label)
-        for shift, read, hatch in ((-0.2, BEST, ""), (0.2, LAST, "//")):
-            mean = mean_of(records, row.labels, read)
-            right.bar(index + shift, 100 * mean.value, 0.38, color=f"C{index}", hatch=hatch, alpha=0.8)
-            if mean.n > 1:
-                right.errorbar(index + shift, 100 * mean.value, 100 * mean.deviation, color="black", capsize=3)
-    mark_decays(left, {epoch for r in selected(records, {}) for epoch in r["config"]["decay_epochs"]})
-    left.set(xlabel="epoch", title="robust accuracy, validation set, % (thin: single runs)")
-    left.legend(fontsize="small")
-    right.set_xticks(range(len(shown)), [row.label for row in shown], rotation=30, ha="right")
-    right.set_title("PGD-20, test set, %: best, and last (hatched)", fontsize=10)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-
-
-def _curve(axis: Any, runs: Sequence[Record], **style: Any) -> None:
-    """Draws the mean of runs at the epochs that all of them looked at."""
-    looks = [{row["epoch"]: row["robust"] for row in run["history"] if "robust" in row} for run in runs]
-    epochs = sorted(set.intersection(*(set(look) for look in looks)))
-    axis.plot(epochs, [100 * sum(look[e] for look in looks) / len(looks) for e in epochs], **style)
-
-
 def accuracy_finding(
     claim: str,
     records: Sequence[Record],
@@ -168,16 +106,14 @@ def less_overfitting_finding(
     return Finding(claim, measured, finding.verdict)
 
 
-def _outcome(
-    records: Sequence[Record], rows: Sequence[Row], first: str, findings: Sequence[Finding], size: tuple[float, float]
-) -> Outcome:
+def _outcome(records: Sequence[Record], rows: Sequence[Row], first: str, findings: Sequence[Finding]) -> Outcome:
     """One table of accuracies, whose first column has the given heading, with its curves as a picture."""
     return Outcome(
         [accuracy_table(records, rows, first)],
         findings,
         accuracy_rows(records),
-        lambda drawn: draw_curves(records, rows, drawn),
-        size,
+        lambda drawn: draw_accuracies(records, rows, drawn),
+        size_of(records, rows),
     )
 
 
@@ -207,7 +143,7 @@ def summarise_optimizers(records: Sequence[Record]) -> Outcome:
     """The outcome of Table 2."""
     rows = optimizer_rows()
     findings = [overfitting_finding(records), *_against_msgd(records)]
-    return _outcome(records, rows, "optimizer", findings, (12, 4.5))
+    return _outcome(records, rows, "optimizer", findings)
 
 
 def overfitting_finding(records: Sequence[Record]) -> Finding:
@@ -294,9 +230,11 @@ def summarise_methods(records: Sequence[Record]) -> Outcome:
             f"{data}, {threat}, {METHODS[method][0]}, {LABELS[optimizer]}",
             {"data": data, "threat": threat, "method": method, "optimizer": optimizer},
             TABLE3.get((data.lower(), method, optimizer)) if threat == "linf" else None,
+            f"{data}, {threat}",
+            number,
         )
         for data, threat in labels
-        for method in METHODS
+        for number, method in enumerate(METHODS)
         for optimizer in ("msgd", "engm")
     ]
     findings = [
@@ -310,7 +248,7 @@ def summarise_methods(records: Sequence[Record]) -> Outcome:
         for data, threat in labels
         for method in METHODS
     ]
-    return _outcome(records, rows, "data, threat, method, optimizer", findings, (14, 6))
+    return _outcome(records, rows, "data, threat, method, optimizer", findings)
 
 
 TABLE_3 = Analysis(
@@ -353,7 +291,7 @@ def summarise_wide(records: Sequence[Record]) -> Outcome:
         )
         for name in ("n-engm", "engm")
     ]
-    return _outcome(records, rows, "method", findings, (12, 4.5))
+    return _outcome(records, rows, "method", findings)
 
 
 TABLE_4 = Analysis("table4", "A wide network with AWP (Table 4)", wide_cells, summarise_wide)

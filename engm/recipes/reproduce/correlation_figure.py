@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.correlation import MEDIAN
 from ..config import RunConfig
+from ..pictures import Style, kind_style, legend_below, mean_curve, style_of
 from .analysis import Analysis, Request
 from .cells import Cell
 from .gradient_figures import ADVERSARIAL, NATURAL, natural_and_adversarial
@@ -66,7 +67,9 @@ def summarise_correlation(records: Sequence[Record]) -> Outcome:
     for data in sets:
         tables += [_pearson_table(records, data), _error_table(records, data)]
         findings += _findings(records, data)
-    return Outcome(tables, findings, _csv(records), lambda drawn: _draw(records, sets, drawn), (13, 4 * len(sets)))
+    return Outcome(
+        tables, findings, _csv(records), lambda drawn: _draw(records, sets, drawn), (11, 3.4 * len(sets) + 1.0)
+    )
 
 
 def _pearson_table(records: Sequence[Record], data: str) -> Table:
@@ -198,38 +201,28 @@ def _csv(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 def _draw(records: Sequence[Record], sets: Sequence[str], drawn: Figure) -> None:
     axes = drawn.subplots(len(sets), 3, squeeze=False)
-    for line, data in enumerate(sets):
-        for axis, training in zip(axes[line], (NATURAL, ADVERSARIAL), strict=False):
-            labels = {"data": data, "training": training}
-            for index, mode in enumerate(MODES):
-                for name, style in (("input", "o-"), ("engine", "s--")):
-                    epochs = sorted({row["epoch"] for r in selected(records, labels) for row in _rows(r, mode)})
-                    values = [mean_of(records, labels, pearson(mode, name, e)).value for e in epochs]
-                    shown = "input gradients" if name == "input" else "ours"
-                    axis.plot(epochs, values, style, color=f"C{index}", markersize=3, label=f"{shown}, {mode} mode")
-            axis.set(title=f"{data}, {training} training: correlation", xlabel="epoch", ylim=(None, 1.02))
-        axis = axes[line][2]
+    for (natural, adversarial, errors), data in zip(axes, sets, strict=True):
+        for axis, training in ((natural, NATURAL), (adversarial, ADVERSARIAL)):
+            runs = selected(records, {"data": data, "training": training})
+            kinds = [(mode, name) for name in ("input", "engine") for mode in MODES]
+            for index, (mode, name) in enumerate(kinds):
+                shown = f"{'input gradients' if name == 'input' else 'our norms'}, {mode} mode"
+                curves = [{row["epoch"]: row["pearson"][name] for row in _rows(run, mode)} for run in runs]
+                mean_curve(axis, curves, kind_style(index), shown)
+            axis.set(title=f"{data}, {training} training", xlabel="epoch", ylim=(None, 1.02))
+            axis.set_ylabel("correlation with the exact norms")
         runs = selected(records, {"data": data, "training": ADVERSARIAL})
         for index, alpha in enumerate(runs[0]["measures"]["correlation"][0]["weight_errors"] if runs else []):
-            for name, style in (("line", "o-"), ("engine", "s--")):
-                points: dict[int, list[float]] = {}
-                for run in runs:
-                    for row in _rows(run, "training"):
-                        points.setdefault(row["epoch"], []).append(100 * row["weight_errors"][alpha][name])
-                shown = f"α {alpha}, {PREDICTORS[name]}"
-                axis.plot(
-                    list(points),
-                    [fmean(p) for p in points.values()],
-                    style,
-                    color=f"C{index}",
-                    markersize=3,
-                    label=shown,
-                )
-        axis.set(title="mean |ŵ − w|, hundredths (training mode)", xlabel="epoch")
-        for axis in axes[line]:
-            axis.grid(alpha=0.3)
-            if axis.lines:
-                axis.legend(fontsize="x-small")
+            for name, method in (("line", "a-engm"), ("engine", "engm")):
+                curves = [
+                    {row["epoch"]: 100 * row["weight_errors"][alpha][name] for row in _rows(run, "training")}
+                    for run in runs
+                ]
+                style = Style(style_of(method).colour, "osD^"[index % 4], kind_style(index).dash, name == "engine")
+                mean_curve(errors, curves, style, f"α {alpha}, {PREDICTORS[name]}")
+        errors.set(title=f"{data}, {ADVERSARIAL} training, training mode", xlabel="epoch")
+        errors.set_ylabel("mean error |ŵ − w| of the weights, 1/100")
+    legend_below(drawn)
 
 
 FIG_3 = Analysis(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
 from ..methods import LABELS
-from ..pictures import mark_decays
+from ..pictures import kind_style, legend_below, mark_decays, mean_curve, style_of
 from .analysis import Analysis, Request, data_name
 from .cells import Cell
 from .measures import DeepFool, Measure
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NATURAL, ADVERSARIAL = "natural", "adversarial"
 QUANTITIES = {"mean_norm": "expected norm μ", "variance": "variance σ²"}
+UNITS = {"mean_norm": "nats", "variance": "nats²"}  # of a loss in nats, per unit of the weights
 EPS = (0, 2, 4, 6, 8, 10)  # of Table 5, in 1/255 of the largest pixel value
 
 
@@ -123,7 +124,7 @@ def summarise_training(records: Sequence[Record]) -> Outcome:
         findings,
         gradient_rows(records),
         lambda drawn: _draw_training(records, sets, drawn),
-        (10, 4 * len(sets)),
+        (9, 3.4 * len(sets) + 0.4),
     )
 
 
@@ -185,21 +186,11 @@ def _draw_training(records: Sequence[Record], sets: Sequence[str], drawn: Figure
         for axis, (quantity, name) in zip(axes[row], QUANTITIES.items(), strict=True):
             for index, training in enumerate((NATURAL, ADVERSARIAL)):
                 runs = selected(records, {"data": data, "training": training})
-                for run in runs:
-                    points = run["measures"]["gradients"]
-                    axis.plot(
-                        [p["epoch"] for p in points],
-                        [p[quantity] for p in points],
-                        "o-",
-                        color=f"C{index}",
-                        alpha=0.7,
-                        markersize=3,
-                        label=f"{training} training" if run is runs[0] else None,
-                    )
+                curves = [{p["epoch"]: p[quantity] for p in run["measures"]["gradients"]} for run in runs]
+                mean_curve(axis, curves, kind_style(index), f"{training} training")
             mark_decays(axis, {e for r in selected(records, {"data": data}) for e in r["config"]["decay_epochs"]})
-            axis.set(title=f"{data}: {name}", xlabel="epoch", yscale="log")
-            axis.grid(alpha=0.3)
-        axes[row][0].legend(fontsize="small")
+            axis.set(title=data, xlabel="epoch", ylabel=f"{name} of the gradients, {UNITS[quantity]}", yscale="log")
+    legend_below(drawn)
 
 
 FIG_2 = Analysis("fig2", "Norm and variance of gradients over training (Fig. 2)", training_cells, summarise_training)
@@ -294,30 +285,27 @@ def summarise_radii(records: Sequence[Record]) -> Outcome:
         }
         for r in done
     ]
-    return Outcome([table], findings, rows, lambda drawn: _draw_radii(records, present, drawn), (12, 4))
+    return Outcome([table], findings, rows, lambda drawn: _draw_radii(records, present, drawn), (10, 5.6))
 
 
 def _draw_radii(records: Sequence[Record], present: Sequence[int], drawn: Figure) -> None:
-    axes = drawn.subplots(1, 3)
-    reads = {**{name: over_epochs(q) for q, name in QUANTITIES.items()}, "ρ (DeepFool)": RHO}
-    for axis, (column, (name, read)) in zip(axes, enumerate(reads.items()), strict=True):
+    """Draws the three figures of the table over the radius: above of these runs, below the paper's, at one scale."""
+    axes = drawn.subplots(2, 3, sharex=True, sharey="col")
+    reads = {f"{name}, {UNITS[q]}": over_epochs(q) for q, name in QUANTITIES.items()}
+    for column, (name, read) in enumerate({**reads, "ρ by DeepFool, l2 distance": RHO}.items()):
+        ours, paper = axes[:, column]
         for index, optimizer in enumerate(("msgd", "engm")):
+            style = style_of(optimizer).line()
             means = [mean_of(records, {"eps": eps, "optimizer": optimizer}, read) for eps in present]
-            axis.errorbar(
-                present,
-                [m.value for m in means],
-                [0.0 if m.n < 2 else m.deviation for m in means],
-                marker="o",
-                capsize=3,
-                color=f"C{index}",
-                label=LABELS[optimizer],
-            )
-            paper = [TABLE5[eps][column] if column < 2 else TABLE5[eps][2 + index] for eps in present]
-            if column == 2 or index == 0:
-                axis.plot(present, paper, "--", color=f"C{index}", alpha=0.5, label=f"{LABELS[optimizer]}, the paper")
-        axis.set(title=name, xlabel="ε · 255")
-        axis.grid(alpha=0.3)
-    axes[2].legend(fontsize="small")
+            deviations = [0.0 if m.n < 2 else m.deviation for m in means]
+            ours.errorbar(present, [m.value for m in means], deviations, **style, label=LABELS[optimizer])
+            if column == 2 or optimizer == "msgd":  # the paper prints the gradients of MSGD alone
+                printed = [TABLE5[eps][column if column < 2 else 2 + index] for eps in present]
+                paper.plot(present, printed, **style)
+        paper.set_xlabel("radius ε of the attack, 1/255")
+        for axis, whose in ((ours, "these runs"), (paper, "the paper")):
+            axis.set(title=whose, ylabel=name)
+    legend_below(drawn)
 
 
 TABLE_5 = Analysis("table5", "Gradients and robustness by radius (Table 5)", radius_cells, summarise_radii)

@@ -69,7 +69,7 @@ def summarise_landscapes(records: Sequence[Record]) -> Outcome:
         for r in done
         for k, value in enumerate(r["measures"]["landscape"]["roughness"])
     ]
-    return Outcome([table], [finding], rows, lambda drawn: _draw(records, drawn), (12, 6.5))
+    return Outcome([table], [finding], rows, lambda drawn: _draw(records, drawn), (11, 6.4))
 
 
 def _draw(records: Sequence[Record], drawn: Figure) -> None:
@@ -78,20 +78,28 @@ def _draw(records: Sequence[Record], drawn: Figure) -> None:
     losses = [torch.tensor(r["measures"]["landscape"]["losses"]) for r in first]
     axes = drawn.subplots(len(first), len(losses[0]), squeeze=False, sharex=True, sharey=True)
     levels = level_sets(losses, LEVELS)
-    for row, record in enumerate(first):
-        steps = record["measures"]["landscape"]["coordinates"]
-        for column, plane in enumerate(losses[row]):
-            axis = axes[row][column]
-            marks = levels[column].tolist()
-            shown = axis.contourf(steps, steps, plane.T.tolist(), levels=marks, cmap="viridis", extend="both")
-            axis.contour(steps, steps, plane.T.tolist(), levels=marks, colors="black", linewidths=0.4)
-            axis.plot(0, 0, "rx")
+    for column, marks in enumerate(levels.tolist()):
+        for row, record in enumerate(first):
+            steps = record["measures"]["landscape"]["coordinates"]
+            axis, plane = axes[row][column], losses[row][column].T.tolist()
+            shown = axis.contourf(steps, steps, plane, levels=marks, cmap="viridis", extend="both")
+            axis.contour(steps, steps, plane, levels=marks, colors="black", linewidths=0.4)
+            axis.plot(0, 0, "x", color="white", markersize=7, markeredgewidth=2)
+            axis.grid(visible=False)
+            axis.set_title(f"{LABELS[record['labels']['optimizer']]}, image {column + 1}")
             if row == len(first) - 1:
-                axis.set_xlabel("along the perturbation")
+                axis.set_xlabel("along the perturbation, in its lengths")
             if column == 0:
-                axis.set_ylabel(f"{LABELS[record['labels']['optimizer']]}\nacross it")
-            drawn.colorbar(shown, ax=axis, shrink=0.8)
-    drawn.suptitle("loss, nats; × is the image; levels are the same within a column", fontsize=10)
+                axis.set_ylabel("across it, in its lengths")
+        drawn.colorbar(
+            shown,
+            ax=axes[:, column],
+            location="bottom",
+            shrink=0.9,
+            ticks=marks[:: (LEVELS - 1) // 3],
+            format="%.2f",
+            label="loss, nats (×: the image)",
+        )
 
 
 FIG_4 = Analysis("fig4", "Loss landscapes (Fig. 4)", landscape_cells, summarise_landscapes)

@@ -64,14 +64,20 @@ class Outcome:
         return "\n".join(parts)
 
 
+def findings_rows(findings: Sequence[Finding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of a table of findings."""
+    return ("the paper", "measured", "verdict"), [(f.claim, f.measured, f.verdict) for f in findings]
+
+
 def findings_table(findings: Sequence[Finding]) -> str:
     """The findings as a table in Markdown."""
-    rows = [(f.claim, f.measured, f"**{f.verdict}**") for f in findings]
-    return Table("What the paper says, and what these runs say:", ("the paper", "measured", "verdict"), rows).markdown()
+    headings, rows = findings_rows(findings)
+    marked = [(claim, measured, f"**{verdict}**") for claim, measured, verdict in rows]
+    return Table("What the paper says, and what these runs say:", headings, marked).markdown()
 
 
 def write_outcome(outcome: Outcome, folder: Path, document: dict[str, Any], heading: str) -> None:
-    """Writes ``results.json``, ``table.csv``, ``table.md`` and ``picture.png``.
+    """Writes ``results.json``, ``table.csv``, ``table.md`` and the picture, ``picture.png``, ``.svg`` and ``.pdf``.
 
     Args:
         outcome: what the analysis came to.
@@ -90,14 +96,18 @@ def write_outcome(outcome: Outcome, folder: Path, document: dict[str, Any], head
         writer.writerows(outcome.rows)
     write_text_atomic(folder / "table.csv", text.getvalue())
     write_text_atomic(folder / "table.md", f"{heading}\n\n{outcome.markdown()}")
-    save_picture(outcome, folder / "picture.png")
+    save_picture(outcome, folder / "picture")
 
 
 def save_picture(outcome: Outcome, path: Path) -> None:
     """Draws the outcome's picture.
 
+    Args:
+        outcome: what an analysis came to.
+        path: as :func:`engm.recipes.pictures.picture` takes it.
+
     Raises:
         OSError: it could not be written.
     """
-    with picture(path, outcome.size, dpi=110) as drawn:
+    with picture(path, outcome.size) as drawn:
         outcome.draw(drawn)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
+from ..pictures import style_of
 from ..processes import Processes
 from ..runs.view import View
 from ..storage.atomic_files import make_folder, read_json, write_json
@@ -131,12 +132,11 @@ def summarise_times(records: Sequence[Record]) -> Outcome:
     config = record["config"]
     lines = []
     for contender, seconds in record["seconds_per_step"].items():
-        name, way = contender.split(", ")
-        label = f"{LABELS[name]}, {way}" if name in READ_NORMS else LABELS[name]
+        name, _ = contender.split(", ")
         paper = paper_ratio(name)
         middle = median(ratios(record, contender))
         published = "" if paper is None else f"{paper:.2f}"
-        lines.append([label, f"{1000 * median(seconds):.0f}", f"{middle:.2f}", published])
+        lines.append([_label(contender), f"{1000 * median(seconds):.0f}", f"{middle:.2f}", published])
     table = Table(
         f"A training step of {config['model']}, {config['attack_steps']} attack steps, batches of "
         f"{config['batch_size']}: median of {len(seconds)} steps, optimizers in turn on the same batches; ratio: the "
@@ -154,17 +154,35 @@ def summarise_times(records: Sequence[Record]) -> Outcome:
     return Outcome([table], [], rows, lambda drawn: _draw(record, drawn), (9, 4.5))
 
 
+def _label(contender: str) -> str:
+    """An optimizer's label, and where its norms come from if it reads any."""
+    name, way = contender.split(", ")
+    return f"{LABELS[name]}, {way}" if name in READ_NORMS else LABELS[name]
+
+
 def _draw(record: Record, drawn: Figure) -> None:
-    axis = drawn.subplots()
-    for index, contender in enumerate(record["seconds_per_step"]):
-        name, _ = contender.split(", ")
-        axis.barh(index, median(ratios(record, contender)), color="C0")
-        if (paper := paper_ratio(name)) is not None:
-            axis.plot(paper, index, "k|", markersize=14)
-    axis.set_yticks(range(len(record["seconds_per_step"])), list(record["seconds_per_step"]))
-    axis.invert_yaxis()
-    axis.set(xlabel="time of a step, ratio to MSGD (|: the paper's)", xscale="log")
-    axis.grid(alpha=0.3, axis="x")
+    """Draws the ratios as bars, and beside them at the same scale the paper's."""
+    from matplotlib.ticker import LogLocator, NullLocator  # imported here, because commands start faster without it
+
+    ours, paper = drawn.subplots(1, 2, sharex=True, sharey=True)
+    contenders = list(record["seconds_per_step"])
+    for index, contender in enumerate(contenders):
+        name, way = contender.split(", ")
+        look = {"color": style_of(name).colour, "hatch": "" if way == OWN else "//", "edgecolor": "white"}
+        ours.barh(index, median(ratios(record, contender)), **look)
+        published = paper_ratio(name)
+        if published is not None and way == OWN:  # the paper borrows no norms
+            paper.barh(index, published, **look)
+    ours.set_yticks(range(len(contenders)), [_label(contender) for contender in contenders])
+    ours.set(title="these runs", ylim=(len(contenders) - 0.5, -0.5), xscale="log")
+    ours.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0,)))
+    ours.xaxis.set_major_formatter("{x:g}")
+    ours.xaxis.set_minor_locator(NullLocator())
+    paper.set(title="the paper, Titan RTX")
+    for axis in (ours, paper):
+        axis.set_xlabel("time of a step, ratio to MSGD's")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.grid(visible=False, axis="y")
 
 
 TABLE_1 = Analysis("table1", "Time of a training step (Table 1)", time_cells, summarise_times)

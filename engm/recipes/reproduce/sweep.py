@@ -41,7 +41,8 @@ def carry_out(
         request: what the user asks for.
         cells: the cells of the analysis.
         out: gets ``runs/`` (run folders, shared by analyses) and a folder of the analysis's name, with
-            ``config.toml`` (what all cells share), ``results.json``, ``table.csv``, ``table.md`` and ``picture.png``.
+            ``config.toml`` (what all cells share), ``results.json``, ``table.csv``, ``table.md`` and the picture
+            (``picture.png``, ``.svg``, ``.pdf``).
         device: where to compute.
         jobs: number of cells at once; several run in a process of their own each.
         view: makes who watches a cell, if there is one at a time.
@@ -84,13 +85,16 @@ def _common(cells: Sequence[Cell]) -> str:
 
 
 def heading(document: dict[str, Any]) -> str:
-    """The first lines of an analysis's page."""
+    """The first lines of an analysis's page, in Markdown."""
+    return "\n".join([f"# {document['title']}", "", *description(document)])
+
+
+def description(document: dict[str, Any]) -> list[str]:
+    """What an analysis is of: command, seeds, machine, other settings, runs that diverged; a sentence or two each."""
     seeds = sorted({record["labels"]["seed"] for record in document["records"]})
     machines = dict.fromkeys(_machine(r["machine"]) for r in document["records"] if "machine" in r)
     lost = [record["name"] for record in document["records"] if "diverged" in record]
     lines = [
-        f"# {document['title']}",
-        "",
         f"`engm reproduce {document['analysis']} --budget {document['budget']}`: {document['purpose']}. "
         f"Seeds {', '.join(map(str, seeds))}; computed on {' and '.join(machines)}.",
     ]
@@ -98,7 +102,7 @@ def heading(document: dict[str, Any]) -> str:
         lines.append("Other settings: " + ", ".join(f"{k} {v}" for k, v in document["settings"].items()) + ".")
     if lost:
         lines.append(f"Diverged, and not in the means: {', '.join(lost)}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _machine(facts: dict[str, Any]) -> str:

@@ -16,8 +16,9 @@ from ..methods import canonical_method
 from ..processes import Processes
 from ..storage.atomic_files import write_json, write_text_atomic
 from ..training.building import load_in_turn
+from .curves import draw
 from .folder import RunFolder, train
-from .report import collect, draw, markdown
+from .report import collect, markdown
 from .view import View
 
 
@@ -61,7 +62,8 @@ def compare(
         config: settings of all runs; its optimizer and seed do not matter.
         optimizers: names of the optimizers.
         seeds: seeds of the runs; the same for every optimizer, so that runs are paired.
-        out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and ``comparison.png``.
+        out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and its picture,
+            ``comparison.png``, ``.svg`` and ``.pdf``.
         processes: the processes that train a run together.
         view: makes a view of the run with the given name.
 
@@ -89,7 +91,7 @@ def compare(
     if results:
         write_text_atomic(out / "comparison.md", markdown(results))
         write_json(out / "comparison.json", results)
-        draw(results, out / "comparison.png")
+        draw(results, out / "comparison")
     if diverged:
         raise NonFiniteError(f"{', '.join(diverged)} diverged; the others are in {out}")
     return results

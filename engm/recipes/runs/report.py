@@ -1,4 +1,4 @@
-"""Tables and curves of run folders: one row a run, or one a setting with mean and deviation over seeds."""
+"""Tables of run folders: one row a run, or one a setting with mean and deviation over seeds."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import RunConfig
-from ..pictures import mark_decays, picture
 from ..storage.atomic_files import read_json
 from .contents import described, runs_of
 from .folder import RunFolder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
@@ -208,37 +204,3 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         "margin loss; AA: AutoAttack on all of them, by engm evaluate. Overfit: (best - last) / best. Means ± standard "
         "deviation over seeds."
     )
-
-
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws learning curves as a PNG: validation accuracy, loss, weights, norms; a row's seeds in one colour."""
-    titles = (
-        "validation accuracy, %  (—: under PGD, ···: natural)",
-        "adversarial training loss, nats",
-        "mean weight w of the examples",
-        "mean gradient norm of the examples",
-    )
-    decays = {epoch for result in results for epoch in result["config"].get("decay_epochs", [])}
-    with picture(path, (14, 4)) as figure:
-        accuracy, loss, weight, norm = axes = figure.subplots(1, 4)
-        for index, row in enumerate(rows_of(results)):
-            for number, result in enumerate(row.results):
-                style: dict[str, Any] = {"color": f"C{index}", "alpha": 0.8}
-                name = row.label if number == 0 else None
-                _curve(accuracy, result, "robust", scale=100, label=name, **style)
-                _curve(accuracy, result, "natural", scale=100, linestyle=":", **style)
-                _curve(loss, result, "loss", **style)
-                _curve(weight, result, "weight_mean", **style)
-                _curve(norm, result, "norm_mean", **style)
-        for axis, title in zip(axes, titles, strict=True):
-            axis.set_title(title, fontsize=9)
-            axis.set_xlabel("epoch")
-            axis.grid(alpha=0.3)
-            mark_decays(axis, decays)
-        accuracy.legend(fontsize="small")
-
-
-def _curve(axes: Axes, result: dict[str, Any], name: str, *, scale: float = 1.0, **style: Any) -> None:
-    points = [(row["epoch"], scale * float(row[name])) for row in result["history"] if row.get(name) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)

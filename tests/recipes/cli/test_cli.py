@@ -65,7 +65,8 @@ def npz(tmp_path: Path) -> Path:
 
 def test_train_leaves_a_whole_run(trained: Path) -> None:
     present = {path.name for path in trained.iterdir()}
-    assert {"config.toml", "checkpoints", "log", "results.json", "curves.png"} <= present
+    curves = {"curves.png", "curves.svg", "curves.pdf"}
+    assert {"config.toml", "checkpoints", "log", "results.json", *curves} <= present
     assert {"step.csv", "epoch.csv", "log.jsonl"} <= {path.name for path in (trained / "log").iterdir()}
     assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
     config = RunFolder(trained).config()

@@ -16,7 +16,7 @@ from engm.recipes.storage.atomic_files import read_json
 
 from .conftest import Carry, request
 
-FILES = {"config.toml", "results.json", "table.csv", "table.md", "picture.png"}
+FILES = {"config.toml", "results.json", "table.csv", "table.md", "picture.png", "picture.svg", "picture.pdf"}
 WHOLE = [name for name in ANALYSES if not name.startswith("fig5") or name == "fig5"]
 TIMES = ("seconds", "step_seconds", "machine")
 

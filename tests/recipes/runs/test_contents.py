@@ -44,9 +44,12 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**{name: root / name for name in commands}, "analysis": root / "reproduce" / "fig4"}
 
 
-def test_report_reads_whatever_holds_runs(written: dict[str, Path]) -> None:
+def test_report_reads_whatever_holds_runs(written: dict[str, Path], tmp_path: Path) -> None:
     for name, methods in (("run", 1), ("comparison", 2), ("reproduce", 2), ("analysis", 2)):
-        result = engm("report", written[name])
+        page = tmp_path / f"{name}.html"
+        result = engm("report", written[name], "--html", page)
+        pictures = 2 if name in ("reproduce", "analysis") else 1
+        assert page.read_text(encoding="utf-8").count("<svg") == pictures
         assert result.exit_code == 0, (name, result.output, result.exception)
         rows = [line for line in result.output.splitlines() if line.split()[:1] in (["ENGM"], ["MSGD"])]
         assert len(rows) == methods, result.output

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from made_up_runs import made_up
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig, to_toml
 from engm.recipes.runs.report import collect, markdown, rows_of
 
 
@@ -26,35 +25,6 @@ def refused(*arguments: object) -> str:
     return message
 
 
-def made_up(
-    folder: Path,
-    *,
-    best: float = 0.5,
-    processes: int = 1,
-    evaluations: list[dict[str, object]] | None = None,
-    **config: object,
-) -> Path:
-    folder.mkdir(parents=True)
-    whole = RunConfig(**config).resolved()  # type: ignore[arg-type]
-    (folder / "config.toml").write_text(to_toml(whole))
-    accuracy = {"natural": 0.9, "robust": best, "examples": 100}
-    results = {
-        "method": whole.optimizer.upper(),
-        "config": whole.as_dict(),
-        "data": {"test": 100},
-        "test": {"best": accuracy, "last": accuracy},
-        "overfit": 0.0,
-        "best_epoch": 3,
-        "step_seconds": 0.1,
-        "machine": {"processes": processes},
-        "history": [{"epoch": 1, "loss": "nan", "robust": best, "natural": "inf", "weight_mean": 1.0}],
-    }
-    (folder / "results.json").write_text(json.dumps(results))
-    if evaluations is not None:
-        (folder / "evaluation.json").write_text(json.dumps({"best": {"autoattack": evaluations}}))
-    return folder
-
-
 def test_seeds_are_averaged_whatever_cannot_change_a_result(tmp_path: Path) -> None:
     made_up(tmp_path / "runs" / "a", best=0.4, seed=0, log_every=50)
     made_up(tmp_path / "runs" / "b", best=0.6, seed=1, log_every=51, threads=1)
@@ -70,7 +40,9 @@ def test_seeds_are_averaged_whatever_cannot_change_a_result(tmp_path: Path) -> N
     assert cells[0][3] == "50.0 ± 14.1"
     assert cells[0][0] == "ENGM, objective pgd, beta 6.0"  # and not its attack_mode, which follows
     assert cells[1][0] == "ENGM, objective trades, beta 3.0"
-    assert (tmp_path / "report" / "report.png").exists()
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "report.md", "report.png", "report.svg", "report.pdf",
+    }  # fmt: skip
 
 
 def test_runs_of_a_comparison_and_of_other_processes(tmp_path: Path) -> None:
