@@ -19,7 +19,7 @@ from .errors import explained_failures
 from .terminal import OnceCommand, console_for
 
 if TYPE_CHECKING:
-    from ..runs.folder import Which
+    from ..runs.files import Which
 
 app = typer.Typer()
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
@@ -42,7 +42,7 @@ def evaluate(
 ) -> None:
     """Attacks the checkpoints of a run on the test set; results are kept in DIR/evaluation.json."""
     from ..runs.evaluation import assess
-    from ..runs.folder import RunFolder
+    from ..runs.files import RunFolder
     from ..runs.progress import progress_bar
 
     with explained_failures("finished attacks are kept"):
@@ -117,7 +117,7 @@ def export(
 ) -> None:
     """Writes a run's weights (safetensors, pt) or program (pt2, by torch.export) to a file."""
     from ..runs.export import export as export_to
-    from ..runs.folder import RunFolder
+    from ..runs.files import RunFolder
 
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")

@@ -20,7 +20,7 @@ from ..config import RunConfig
 from ..data import Dataset, Source, identity
 from ..storage.atomic_files import read_json, write_json
 from ..training.building import build_network, check_radius, load_dataset, load_weights
-from .folder import RunFolder, Which
+from .files import RunFolder, Which
 
 ATTACKS = ("natural", "pgd20", "pgd20-ce", "autoattack", "deepfool")
 _PGD = re.compile(r"pgd(\d+)(-ce)?")

@@ -9,7 +9,7 @@ import torch
 
 from ..storage.atomic_files import make_folder, replaced_when_whole
 from ..training.building import build_network, load_dataset, load_weights
-from .folder import RunFolder, Which
+from .files import RunFolder, Which
 
 
 class ExportFormat(StrEnum):

@@ -125,6 +125,12 @@ class RunView(LiveDisplay):
             f"{_processes(run)}.",
             highlight=False,
         )
+        if run.started_from is not None and not run.trainer.steps:
+            self.console.print(
+                f"{self._title}starting from {run.started_from.source}: {run.started_from}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if run.trainer.steps:
             self.console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
         self._task = self._progress.add_task("", total=run.steps, completed=run.trainer.steps, rate="")

@@ -15,7 +15,7 @@ from ..config import RunConfig
 from ..pictures import mark_decays, picture
 from ..storage.atomic_files import read_json
 from .contents import described, runs_of
-from .folder import RunFolder
+from .files import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
 # Settings that usually follow from another one; the label of a row does not name them where they do.
-FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
+FOLLOW = {
+    "decay_epochs": "epochs",
+    "schedule_epochs": "epochs",
+    "step_size": "eps",
+    "attack_mode": "objective",
+    "awp_warmup": "awp",
+}
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
 
@@ -88,6 +94,8 @@ def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
                 unfinished.append(folder)
                 continue
             result = RunFolder(folder).results()
+            # Runs of an earlier version say nothing of settings that there were not.
+            result["config"] = {**RunConfig().as_dict(), **result["config"]}
             kept = result["config"].get("keep_epochs")
             if computed.setdefault(_computed(result), kept) != kept:
                 continue

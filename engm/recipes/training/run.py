@@ -28,6 +28,7 @@ from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
 from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
+from .initial import Initial
 from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
@@ -66,6 +67,7 @@ class Run:
         config: the run's settings, which are resolved here.
         processes: the processes that train it together.
         dataset: ``None`` to load the one that the configuration names.
+        initial: weights to start from; ``None`` for random ones.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: something in the configuration does not fit; nothing has been
@@ -76,6 +78,8 @@ class Run:
         dataset: on the device.
         data: what tells its images from others of the same name, by split.
         net: the network; its ``state_dict`` is what checkpoints hold.
+        started_from: the weights that it started from, if they are given.
+        initial: what tells these from others.
         average: the running average of its weights, if the configuration asks for one.
         trainer: takes the steps.
         schedule: what changes in the course of the run.
@@ -85,7 +89,13 @@ class Run:
         best: the best look at the validation set so far.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Processes,
+        dataset: Dataset | None = None,
+        initial: Initial | None = None,
+    ) -> None:
         self.config = config = config.resolved()
         self.processes = processes
         self.dataset = load_in_turn(config, processes) if dataset is None else dataset.to(processes.device)
@@ -102,6 +112,10 @@ class Run:
         )
         self.schedule = Schedule(config, self.batches.steps)
         self.net = build_network(config, self.dataset).to(processes.device).to(memory_format=memory_format)
+        self.started_from = initial
+        self.initial = None if initial is None else initial.identity
+        if initial is not None:
+            initial.put_in(self.net)
         if config.channels_last:
             check_channels_last(self.net, processes.device)
         if processes.rank:
@@ -156,6 +170,7 @@ class Run:
                 beta=self.config.beta,
                 patience=patience,
                 eval_mode=self.config.attack_mode == "eval",
+                label_smoothing=self.config.label_smoothing,
             )
         return self._objectives[patience]
 
@@ -212,13 +227,11 @@ class Run:
         return self.trainer.finish_epoch()
 
     def begin_epoch(self) -> None:
-        """Sets what changes with the epoch: objective, weight perturbation and learning rate."""
+        """Sets what changes with the epoch: objective and weight perturbation."""
         trainer = self.trainer
         trainer.model.train()
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.epoch)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Trains on one batch of the epoch under way.
@@ -231,6 +244,8 @@ class Run:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch, self.batch)
         self.trainer.step(x, y)
         if self.average is not None:
             self.average.update_parameters(self.net)
@@ -306,6 +321,7 @@ class Run:
         return {
             "device": self.processes.device.type,
             "data": self.data,
+            "initial": self.initial,
             "net": self.net.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -322,7 +338,8 @@ class Run:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it was taken with another number of processes, on another kind of device, or with other data.
+            ValueError: it was taken with another number of processes, on another kind of device, with other data, or
+                after another start.
         """
         if len(state["random"]) != self.processes.world:
             raise ValueError(
@@ -338,6 +355,12 @@ class Run:
             check_same_data(state["data"], self.data, self.dataset.name)
         else:  # written before the data had an identity
             warnings.warn("this checkpoint does not say what it was trained on: that is not checked", stacklevel=2)
+        if self.initial not in (None, state.get("initial")):
+            raise ValueError(
+                f"the weights in {self.config.init} are not those that this run started from: bring the old ones back, "
+                "or begin another run in another --out"
+            )
+        self.initial = state.get("initial")
         load_weights(self.net, state["net"], self.dataset)
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -31,7 +31,7 @@ class EpochRecord:
         mean_weight: mean of ``w_i``; 1 for methods that do not weigh.
         fraction_clipped: share of examples with ``w_i < 1``.
         mean_norm: mean of the norms that the weights were made from, or ``None`` for methods without.
-        lr: learning rate of the epoch.
+        lr: learning rate of the epoch's last step.
         step_seconds: seconds of every step: attack, backward pass and update.
         summary: these and more, by the names that logs use: quantiles of weights, norms and input norms.
     """
@@ -128,6 +128,7 @@ class Trainer:
         # Figures and times of those steps of the epoch that were fetched from the device already.
         self._epoch: list[Examples] = []
         self._seconds: list[float] = []
+        self._lrs: list[float] = []  # of the steps whose figures are still on the device
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Attacks one batch and updates the weights on it.
@@ -159,6 +160,7 @@ class Trainer:
             stats = self._recorder.take(x, y)
             if stats is None:
                 stats = self._eager(x, y)
+            self._lrs.append(self._lr)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
@@ -235,13 +237,14 @@ class Trainer:
         steps, seconds = self._figures.take(), self._clock.take()
         self._epoch += steps
         self._seconds += seconds
+        lrs, self._lrs = self._lrs, []
         first = self.steps - len(steps) + 1
         for index, figures in enumerate(steps, start=first):
             if not bool(figures.losses.isfinite().all()):
                 raise NonFiniteError(f"the training loss is not finite at step {index}")
         if self.logger is not None:
-            for index, (figures, time) in enumerate(zip(steps, seconds, strict=True), start=first):
-                self.logger.log("step", index, {**figures.summary(), "lr": self._lr, "seconds": time})
+            for index, (figures, lr, time) in enumerate(zip(steps, lrs, seconds, strict=True), start=first):
+                self.logger.log("step", index, {**figures.summary(), "lr": lr, "seconds": time})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on but the weights; plain containers and tensors.

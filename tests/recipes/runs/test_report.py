@@ -8,7 +8,8 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig, to_toml
+from engm.recipes.config import RunConfig
+from engm.recipes.config_files import to_toml
 from engm.recipes.runs.report import collect, markdown, rows_of
 
 

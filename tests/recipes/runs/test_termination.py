@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from engm.recipes.cli import app
 from engm.recipes.processes import Processes
-from engm.recipes.runs.folder import LAST, RunFolder, train
+from engm.recipes.runs.files import LAST
+from engm.recipes.runs.folder import RunFolder, train
 from engm.recipes.runs.termination import STATUS, TerminatedError, noted
 from engm.recipes.runs.view import NoView
 from engm.recipes.training.run import Run
