@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from math import isfinite, nan
 from pathlib import Path
@@ -163,6 +164,9 @@ class RunConfig:
     compile_attack: bool = setting(False, "torch.compile for the attack steps; the rest stays eager.", "Machine")
     fast: bool = setting(False, "All of bf16, channels-last and compile-attack.", "Machine")
 
+    time_limit: str | None = setting(
+        None, "End with a checkpoint before so much time is over, as 3h30m; as on SIGTERM.", "Output", outcome=False
+    )
     save_every: int = setting(200, "Steps between two checkpoints; one an epoch in any case.", "Output", outcome=False)
     # Not --log: torchrun takes that for an abbreviation of options of its own, even behind the module's name.
     loggers: tuple[str, ...] = setting(
@@ -188,6 +192,8 @@ class RunConfig:
         self._check_alpha()
         self._check_norms()
         self._check_schedule()
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
 
     def _check_names(self) -> None:
         for name, known in _NAMES.items():
@@ -351,3 +357,17 @@ def parse_number(text: str | float) -> float:
         return float(top) / float(bottom) if bottom else float(top)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as ``3h30m``, ``90m`` or ``1d12h``: days, hours, minutes, seconds, in this order.
+
+    Raises:
+        ValueError: it is none, or no time at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    parts = [] if found is None else [int(part or 0) for part in found.groups()]
+    seconds = sum(count * size for count, size in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(f"--time-limit must be a time such as 3h30m, 90m or 45s, got {text!r}")
+    return float(seconds)

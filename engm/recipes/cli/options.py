@@ -58,7 +58,13 @@ def _option(f: Any) -> inspect.Parameter:
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-DECIDED = ("optimizer", "seed", "alpha", "keep_epochs")  # what an analysis of engm reproduce decides itself
+DECIDED = (
+    "optimizer",
+    "seed",
+    "alpha",
+    "keep_epochs",
+    "time_limit",
+)  # what an analysis of engm reproduce decides itself
 FETCHED = ("cifar10", "cifar100", "svhn")  # what --download can fetch
 # When a setting that has a meaning only beside others has it, and how to say so.
 _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {

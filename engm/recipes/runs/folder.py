@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from ..accuracy import Accuracy, overfit
-from ..config import RunConfig
+from ..config import RunConfig, parse_duration
 from ..data import Dataset, check_same_data, identities
 from ..machine import machine_facts
 from ..methods import LABELS
@@ -22,12 +23,18 @@ from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of
 from .files import RunFolder
 from .given_weights import given_for
-from .termination import TerminatedError, Termination, noted
+from .termination import Deadline, TerminatedError, Termination, noted
 from .view import NoView, View
 
 
 def train(
-    config: RunConfig, path: Path, processes: Processes, *, view: View | None = None, dataset: Dataset | None = None
+    config: RunConfig,
+    path: Path,
+    processes: Processes,
+    *,
+    view: View | None = None,
+    dataset: Dataset | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains a run to its end in a folder, from wherever it was left.
 
@@ -37,6 +44,7 @@ def train(
         processes: the processes that train it together; they must see the same folder.
         view: who watches.
         dataset: ``None`` to load the one that the configuration names.
+        began: when the time limit began to count, by ``time.monotonic``; ``None``: now.
 
     Returns:
         The results, as ``results.json`` holds them.
@@ -44,10 +52,11 @@ def train(
     Raises:
         ValueError, FileNotFoundError, ConnectionError: something does not fit; nothing was written.
         NonFiniteError: training diverged; the last good checkpoint is kept.
-        TerminatedError: SIGTERM came; the state at that batch is kept.
+        TerminatedError: SIGTERM came, or the time limit does; the state at that batch is kept.
         CheckpointError: all checkpoints are damaged.
         OSError: the disk is full, say; what was saved before is whole.
     """
+    began = time.monotonic() if began is None else began
     folder = RunFolder(path)
     config = folder.check_free_for(config)
     if folder.is_over(config):
@@ -72,7 +81,7 @@ def train(
             opened = [stack.enter_context(closing(kind.open(path / "log", keep))) for kind in formats]
             run.trainer.logger = Loggers(opened)
         view.begin(run)
-        termination = stack.enter_context(noted())
+        termination = stack.enter_context(noted(_deadline(config, began)))
         looking = _Looking(run, folder, view, termination)
         _train_to_the_end(looking)
         view.on_test()
@@ -82,6 +91,12 @@ def train(
     return results
 
 
+def _deadline(config: RunConfig, began: float) -> Deadline | None:
+    if config.time_limit is None:
+        return None
+    return Deadline(config.time_limit, began + parse_duration(config.time_limit))
+
+
 def _train_to_the_end(looking: _Looking) -> None:
     run, folder, view, termination = looking.run, looking.folder, looking.view, looking.termination
     config, last = run.config, run.batches.steps
@@ -89,7 +104,7 @@ def _train_to_the_end(looking: _Looking) -> None:
     def on_step() -> None:
         if termination.asked_of(run.processes):
             folder.save(run)
-            raise TerminatedError(f"ended by SIGTERM after step {run.trainer.steps}, which is saved")
+            raise TerminatedError(f"ended by {termination.by} after step {run.trainer.steps}, which is saved")
         if run.trainer.steps % config.save_every == 0 and run.batch < last:
             folder.save(run)
         view.on_step()
@@ -99,7 +114,7 @@ def _train_to_the_end(looking: _Looking) -> None:
             record = run.train_epoch(on_step, looking.prepare)
         except RuntimeError as error:
             # A queue's SIGTERM reaches the loader processes too, and torch says so in the middle of whatever runs.
-            if termination.asked and "DataLoader worker" in str(error):
+            if termination.signalled and "DataLoader worker" in str(error):
                 raise TerminatedError("ended by SIGTERM; the last checkpoint is kept") from error
             raise
         if run.finish_epoch(record, looking):
@@ -140,7 +155,7 @@ class _Looking:
         if self.termination.asked and self.run.processes.world == 1:
             if self.state is not None:
                 self.folder.save_state(self.run, self.state)
-            raise TerminatedError(f"ended by SIGTERM after step {self.run.trainer.steps}, which is saved")
+            raise TerminatedError(f"ended by {self.termination.by} after step {self.run.trainer.steps}, which is saved")
 
 
 def _test(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Accuracy]:
