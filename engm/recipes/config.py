@@ -14,6 +14,7 @@ from engm.checks import check_name
 
 from .data import DATASETS
 from .methods import canonical_method
+from .models.normalization import parsed as parsed_normalization
 
 THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
@@ -72,12 +73,22 @@ class RunConfig:
     train_examples: int | None = setting(None, "Train on the first so many of the training examples only.", "Data")
     test_examples: int | None = setting(None, "Test on the first so many of the test examples only.", "Data")
     augment: str = setting("auto", "crop-flip, crop, none; auto: as suits the data set.", "Data")
+    extra: str | None = setting(
+        None, "FILE.npz of extra or generated examples, labelled (image, label or x_train, y_train).", "Data"
+    )
+    extra_fraction: float = setting(0.7, "With --extra: the share of every batch that they are.", "Data")
     in_memory: str = setting("auto", "yes, no or auto: keep the images on the device as bytes.", "Data", outcome=False)
     workers: int = setting(2, "Loader processes for data that does not fit in memory.", "Data", outcome=False)
 
     model: str = setting("auto", "resnet18, preact-resnet18, vgg8, wrn-34-10, any torchvision or timm name.", "Model")
     width: int | None = setting(None, "Channels of the stem, to shrink our own networks.", "Model")
     norm: str = setting("batch", "batch or group.", "Model")
+    normalize: str = setting(
+        "none",
+        "Layer in front of the network: none, data (mean and deviation of the training images) or numbers, as "
+        "0.49,0.48,0.45/0.25,0.24,0.26.",
+        "Model",
+    )
     init: str | None = setting(
         None, "Weights to start from: a run folder, a checkpoint of one, a state_dict (.pt) or .safetensors.", "Model"
     )
@@ -192,6 +203,7 @@ class RunConfig:
         self._check_alpha()
         self._check_norms()
         self._check_schedule()
+        parsed_normalization(self.normalize)
         if self.time_limit is not None:
             parse_duration(self.time_limit)
 
@@ -227,8 +239,9 @@ class RunConfig:
                 raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
         if self.label_smoothing and self.objective == "mart":
             raise ValueError(f"--label-smoothing is not for --objective mart: {NOT_SMOOTHED}")
-        if not 0 < self.clip_fraction < 1:
-            raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
+        for name in ("clip_fraction", "extra_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{option(name)} must lie between 0 and 1, got {getattr(self, name)}")
         for name in ("decay_epochs", "keep_epochs"):
             epochs = getattr(self, name) or ()
             if list(epochs) != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
@@ -294,6 +307,7 @@ class RunConfig:
             data=str(Path(self.data).expanduser().absolute()) if is_path else self.data,
             data_root=str(Path(self.data_root).expanduser().absolute()),
             model=("small-resnet" if digits else "resnet18") if self.model == "auto" else self.model,
+            extra=None if self.extra is None else str(Path(self.extra).expanduser().absolute()),
             init=None if self.init is None else str(Path(self.init).expanduser().absolute()),
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),

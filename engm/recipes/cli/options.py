@@ -71,6 +71,7 @@ _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "beta": (lambda c: c.objective in ("trades", "mart"), "--objective trades or mart"),
     "patience": (lambda c: c.objective == "fat", "--objective fat"),
     "awp_gamma": (lambda c: c.awp, "--awp"),
+    "extra_fraction": (lambda c: c.extra is not None, "--extra"),
     "init_strict": (lambda c: c.init is not None, "--init"),
     "decay_epochs": (lambda c: c.schedule == "steps", "--schedule steps"),
     "schedule_epochs": (

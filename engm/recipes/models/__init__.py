@@ -1,5 +1,6 @@
 """Networks used by the recipes."""
 
+from .normalization import Normalization, with_normalization
 from .norms import NormName, batch_to_group_norm
 from .preact import PreActResNet, preact_resnet18
 from .registry import MODELS, build_model
@@ -11,6 +12,7 @@ __all__ = [
     "MODELS",
     "VGG",
     "NormName",
+    "Normalization",
     "PreActResNet",
     "ResNet",
     "WideResNet",
@@ -21,4 +23,5 @@ __all__ = [
     "small_resnet",
     "vgg8",
     "wide_resnet",
+    "with_normalization",
 ]

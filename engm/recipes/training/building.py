@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RunConfig, in_grey_levels, option
-from ..data import Augmentation, Dataset, Source, load_data
-from ..models import build_model
+from ..data import Augmentation, Dataset, Source, load_data, with_extra
+from ..data.memory import InMemory
+from ..models import Normalization, build_model, with_normalization
+from ..models.normalization import NAME, parsed
 from ..processes import Processes
+
+LOOKED_AT = 1000  # images at a time
+_IN_MEMORY: dict[str, InMemory] = {"yes": True, "no": False, "auto": "auto"}
 
 
 def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
@@ -30,7 +35,7 @@ def load_dataset(config: RunConfig, device: torch.device) -> Dataset:
         image_size=config.image_size,
         validation_examples=1000 if digits else config.validation_examples,
         validation_from_test=config.validation_from_test,
-        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
+        in_memory=_IN_MEMORY[config.in_memory],
         device=device,
         workers=config.workers,
     ).to(device)
@@ -81,16 +86,61 @@ def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
 
 
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
-    """The network that a resolved configuration names, for a data set, with weights from the run's seed."""
+    """The network that a resolved configuration names, for a data set, with weights from the run's seed.
+
+    With ``--normalize data`` its normalization changes nothing before :func:`settle_normalization`, or before weights
+    are loaded, which have it with them.
+    """
     channels, height, _ = dataset.train.shape
     torch.manual_seed(config.seed)
-    return build_model(
+    net = build_model(
         config.model,
         classes=dataset.classes,
         in_channels=channels,
         image_size=height,
         norm=config.norm,
         width=config.width,
+    )
+    if config.normalize == "none":
+        return net
+    mean, std = parsed(config.normalize) or ([0.0], [1.0])
+    for values in (mean, std):
+        if len(values) not in (1, channels):
+            raise ValueError(f"--normalize {config.normalize}: {len(values)} channels, and the images have {channels}")
+    return with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
+
+
+def settle_normalization(net: nn.Module, source: Source) -> None:
+    """Sets a network's normalization to mean and deviation of every channel over all pixels of some images.
+
+    Raises:
+        ValueError: a channel is the same everywhere.
+    """
+    layer = net.get_submodule(NAME)
+    if not isinstance(layer, Normalization):
+        raise TypeError(f"expected a Normalization, got {type(layer).__name__}")
+    sums = torch.zeros(2, source.shape[0], dtype=torch.float64)
+    for x, _ in source.batches(torch.arange(len(source)).split(LOOKED_AT)):
+        pixels = x.double()
+        sums += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))]).cpu()
+    mean, square = sums / (len(source) * prod(source.shape[1:]))
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    if not bool((std > 1e-6).all()):
+        raise ValueError("--normalize data: a channel of the training images has the same value everywhere")
+    layer.mean.copy_(mean)
+    layer.std.copy_(std)
+
+
+def load_extra(config: RunConfig, dataset: Dataset, device: torch.device) -> Dataset:
+    """The data set with the extra examples that a configuration names, if it names any.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`engm.recipes.data.with_extra`.
+    """
+    if config.extra is None:
+        return dataset
+    return with_extra(
+        dataset, config.extra, in_memory=_IN_MEMORY[config.in_memory], device=device, workers=config.workers
     )
 
 

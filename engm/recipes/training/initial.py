@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..models.normalization import NAME as NORMALIZATION
+
 SHOWN = 6  # names that a message lists
 
 
@@ -47,13 +49,16 @@ class Initial:
             ValueError: something does not fit and ``strict``, or nothing does; the network is as it was.
         """
         own = net.state_dict()
+        # What the input is normalized by is a setting of the run: it need not be given, or has to be the same.
+        settled = {name: tensor.cpu() for name, tensor in own.items() if name.startswith(f"{NORMALIZATION}.")}
         fitting = {n: t for n, t in self.weights.items() if n in own and own[n].shape == t.shape}
+        fitting = {n: t for n, t in fitting.items() if n not in settled or torch.allclose(settled[n], t)}
         self.left_out = [
-            f"{name} {list(tensor.shape)}" + (f" (the network's is {list(own[name].shape)})" if name in own else "")
+            f"{name} {list(tensor.shape)}" + _instead(own.get(name), tensor)
             for name, tensor in self.weights.items()
             if name not in fitting
         ]
-        self.not_given = [name for name in own if name not in fitting]
+        self.not_given = [name for name in own if name not in fitting and name not in settled]
         if not fitting or (self.strict and (self.left_out or self.not_given)):
             advice = "; --no-init-strict loads what fits" if fitting else ""
             raise ValueError(f"--init {self.source}: these are the weights of another network. {self}{advice}")
@@ -64,6 +69,12 @@ class Initial:
         parts = [("not in the network", self.left_out), ("not given", self.not_given)]
         said = [f"{what}: {_some(names)}" for what, names in parts if names]
         return "; ".join(said) if said else "all weights are given and fit"
+
+
+def _instead(own: Tensor | None, given: Tensor) -> str:
+    if own is None:
+        return ""
+    return f" (the network's is {list(own.shape) if own.shape != given.shape else own.tolist()})"
 
 
 def _some(names: list[str]) -> str:

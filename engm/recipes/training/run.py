@@ -27,7 +27,15 @@ from ..config import RunConfig
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .batches import TrainingBatches, seed_for
-from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
+from .building import (
+    augmentation_of,
+    build_network,
+    check_radius,
+    load_extra,
+    load_in_turn,
+    load_weights,
+    settle_normalization,
+)
 from .initial import Initial
 from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
@@ -99,6 +107,7 @@ class Run:
         self.config = config = config.resolved()
         self.processes = processes
         self.dataset = load_in_turn(config, processes) if dataset is None else dataset.to(processes.device)
+        self.dataset = load_extra(config, self.dataset, processes.device)
         self.data = identities(self.dataset)
         check_radius(config, self.dataset)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -109,9 +118,13 @@ class Run:
             config.seed,
             processes,
             memory_format,
+            extra=self.dataset.extra,
+            extra_fraction=config.extra_fraction,
         )
         self.schedule = Schedule(config, self.batches.steps)
         self.net = build_network(config, self.dataset).to(processes.device).to(memory_format=memory_format)
+        if config.normalize == "data":
+            settle_normalization(self.net, self.dataset.train)
         self.started_from = initial
         self.initial = None if initial is None else initial.identity
         if initial is not None:
