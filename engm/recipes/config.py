@@ -49,7 +49,7 @@ _AT_LEAST = {
     1: (
         "epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every", "log_every",
         "evaluation_steps", "validation_examples", "train_examples", "test_examples", "width", "image_size", "threads",
-        "schedule_epochs",
+        "schedule_epochs", "swa_start",
     ),
     0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps", "warmup"),
 }  # fmt: skip
@@ -153,7 +153,12 @@ class RunConfig:
     )
     batch_size: int = setting(128, "Examples a step, of all processes together.", "Schedule")
     seed: int = setting(0, "Of weights, data order, augmentation and attack noise.", "Schedule")
-    ema: float = setting(0.0, "Decay of an average of the weights, which is evaluated then; 0: none.", "Schedule")
+    ema: float = setting(
+        0.0, "Decay of an average of the weights, which is evaluated as well and chosen by; 0: none.", "Schedule"
+    )
+    swa_start: int | None = setting(
+        None, "The same with an even average of the weights at the end of each epoch, from this one on.", "Schedule"
+    )
     early_stop: int = setting(0, "Stop after so many epochs without a better validation; 0: never.", "Schedule")
 
     evaluate_every: int = setting(1, "Epochs between two looks at the validation set.", "Evaluation")
@@ -237,6 +242,8 @@ class RunConfig:
         for name in ("momentum", "ema", "beta_gamma", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
+        if self.ema and self.swa_start is not None:
+            raise ValueError("--ema and --swa-start are two averages of the weights: leave one of them out")
         if self.label_smoothing and self.objective == "mart":
             raise ValueError(f"--label-smoothing is not for --objective mart: {NOT_SMOOTHED}")
         for name in ("clip_fraction", "extra_fraction"):

@@ -72,6 +72,7 @@ _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "patience": (lambda c: c.objective == "fat", "--objective fat"),
     "awp_gamma": (lambda c: c.awp, "--awp"),
     "extra_fraction": (lambda c: c.extra is not None, "--extra"),
+    "swa_start": (lambda c: c.swa_start is None or c.swa_start <= c.epochs, "an epoch of the run's"),
     "init_strict": (lambda c: c.init is not None, "--init"),
     "decay_epochs": (lambda c: c.schedule == "steps", "--schedule steps"),
     "schedule_epochs": (

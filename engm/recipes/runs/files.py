@@ -148,9 +148,11 @@ class RunFolder:
             raise FileNotFoundError(f"{self.path} has no {which} checkpoint yet")
         name, state = found
         if which == "last":
-            return Kept(name, state["epoch"], evaluated_weights(state))
+            weights = evaluated_weights(state)
+            return Kept(name, state["epoch"], weights, None if weights is state["net"] else state["net"])
         name = best_name(state["best"]["steps"])
-        return Kept(name, state["best"]["epoch"], self.store.load(name)["net"])
+        best = self.store.load(name)
+        return Kept(name, state["best"]["epoch"], best["net"], best.get("plain"))
 
     def weights_after(self, epoch: int) -> Kept:
         """The weights after an epoch of ``--keep-epochs``.
@@ -180,6 +182,8 @@ class RunFolder:
             if run.processes.first and run.best is not None:
                 accuracy = asdict(run.best.accuracy)
                 weights = {"epoch": run.epoch, "net": run.evaluated.state_dict(), "accuracy": accuracy}
+                if run.evaluated is not run.net:
+                    weights["plain"] = run.net.state_dict()
                 self.store.save(best_name(run.best.steps), weights)
                 # Two stay: a resumed run may still start from a periodic checkpoint that was written before these
                 # weights were, and the best of that one are the weights before.
@@ -221,11 +225,13 @@ class Kept:
         checkpoint: name of the checkpoint.
         epoch: number of finished epochs.
         weights: the network's ``state_dict`` (averaged weights, if the run averages), on the CPU.
+        plain: the ``state_dict`` of the network that trained, where ``weights`` are an average and it is kept as well.
     """
 
     checkpoint: str
     epoch: int
     weights: dict[str, Tensor]
+    plain: dict[str, Tensor] | None = None
 
 
 def best_name(steps: int) -> str:
@@ -235,7 +241,7 @@ def best_name(steps: int) -> str:
 
 def evaluated_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a periodic checkpoint that evaluation looks at: the averaged ones, if there are any."""
-    if state["average"] is None:
+    if state["average"] is None or not int(state["average"]["n_averaged"]):  # nothing has been averaged so far
         net: dict[str, Tensor] = state["net"]
         return net
     prefix = "module."

@@ -159,16 +159,24 @@ class _Looking:
 
 
 def _test(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Accuracy]:
-    """Takes the one look at the test set; if the best weights' checkpoint is damaged, a warning says so instead."""
-    last = run.evaluate("test", on_batch=looking)
+    """Takes the one look at the test set; if the best weights' checkpoint is damaged, a warning says so instead.
+
+    Where weights are averaged, those that trained are looked at as well.
+    """
+    looks = {"last": run.evaluate("test", on_batch=looking)}
+    if run.evaluated is not run.net:
+        looks["last_plain"] = run.evaluate("test", run.net, looking)
     if run.best is None or run.best.epoch == run.epoch:
-        return {"last": last, "best": last}
+        return {**looks, **{name.replace("last", "best"): accuracy for name, accuracy in looks.items()}}
     try:
-        weights = folder.weights("best").weights
+        best = folder.weights("best")
     except CheckpointError as error:
         warnings.warn(f"{error}. The results are of the last weights only.", stacklevel=2)
-        return {"last": last}
-    return {"last": last, "best": run.evaluate("test", run.with_weights(weights), on_batch=looking)}
+        return looks
+    looks["best"] = run.evaluate("test", run.with_weights(best.weights), looking)
+    if best.plain is not None:
+        looks["best_plain"] = run.evaluate("test", run.with_weights(best.plain), looking)
+    return looks
 
 
 def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:

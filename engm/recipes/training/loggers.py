@@ -68,8 +68,10 @@ class CsvLogger:
         if self._keep.get(kind) and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or columns)
-                rows = [row for row in reader if _index_of(row, kind, columns) <= self._keep[kind]]
+                known = list(reader.fieldnames or columns)
+                rows = [row for row in reader if _index_of(row, kind, known) <= self._keep[kind]]
+                # An earlier version may have written fewer figures.
+                columns = [*known, *(name for name in columns if name not in known)]
         fresh = path.with_suffix(".csv.new")  # is moved into place with the kept rows in it: none is ever missing
         self._files[kind] = fresh.open("w", newline="", encoding="utf-8", buffering=1)
         self._writers[kind] = csv.DictWriter(self._files[kind], columns)

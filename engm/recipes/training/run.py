@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engm
 from engm.adversarial import AWP, PGD, Objective, objective
@@ -26,6 +25,7 @@ from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
 from ..config import RunConfig
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
+from .averages import WeightAverage
 from .batches import TrainingBatches, seed_for
 from .building import (
     augmentation_of,
@@ -68,6 +68,12 @@ def robust_of(accuracy: Accuracy) -> float:
     return accuracy.natural if accuracy.robust is None else accuracy.robust
 
 
+def _figures(accuracy: Accuracy | None, prefix: str = "") -> dict[str, float | None]:
+    """Accuracies by the names that logs use, where there are any."""
+    natural, robust = (None, None) if accuracy is None else (accuracy.natural, accuracy.robust)
+    return {f"{prefix}natural": natural, f"{prefix}robust": robust}
+
+
 class Run:
     """A training run, from its configuration to its last epoch.
 
@@ -88,7 +94,7 @@ class Run:
         net: the network; its ``state_dict`` is what checkpoints hold.
         started_from: the weights that it started from, if they are given.
         initial: what tells these from others.
-        average: the running average of its weights, if the configuration asks for one.
+        average: the average of its weights, if the configuration asks for one.
         trainer: takes the steps.
         schedule: what changes in the course of the run.
         epoch: finished epochs.
@@ -133,11 +139,7 @@ class Run:
             check_channels_last(self.net, processes.device)
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
-        self.average = (
-            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema
-            else None
-        )
+        self.average = WeightAverage(config, self.net)
         self._objectives: dict[int, Objective] = {}  # by patience
         self.trainer = self._trainer()
         self.evaluation = pgd20(config.eps or 0.0, config.ball, config.evaluation_steps)
@@ -198,7 +200,7 @@ class Run:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the averaged one, if there is one."""
-        return self.net if self.average is None else self.average.module
+        return self.average.network or self.net
 
     @property
     def steps(self) -> int:
@@ -260,9 +262,8 @@ class Run:
         for group in self.trainer.optimizer.param_groups:
             group["lr"] = self.schedule.lr(self.epoch, self.batch)
         self.trainer.step(x, y)
-        if self.average is not None:
-            self.average.update_parameters(self.net)
         self.batch += 1
+        self.average.after_step(self.net, self.epoch + 1, last=self.batch == self.batches.steps)
 
     def finish_epoch(self, record: EpochRecord, on_batch: OnBatch | None = None) -> bool:
         """Looks at the validation set if it is time, and notes the epoch.
@@ -275,13 +276,19 @@ class Run:
             Whether the weights are the best so far.
         """
         self.synchronise()
+        self.average.settle(self.dataset.train)
         self.epoch, self.batch = self.epoch + 1, 0
-        accuracy = None
+        accuracy = plain = None
         if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
             accuracy = self.evaluate("validation", on_batch=on_batch)
+            if self.evaluated is not self.net:
+                plain = self.evaluate("validation", self.net, on_batch)
         better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
         if accuracy is not None and better:
             self.best = Best(self.epoch, self.trainer.steps, accuracy)
+        looks = _figures(accuracy)
+        if self.average.model is not None:
+            looks.update(_figures(plain, "plain_"))
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -289,11 +296,10 @@ class Run:
                 "lr": record.lr,
                 "seconds": sum(record.step_seconds),
                 "step_seconds": median(record.step_seconds),
-                "natural": None if accuracy is None else accuracy.natural,
-                "robust": None if accuracy is None else accuracy.robust,
+                **looks,
             }
         )
-        self.trainer.log_epoch(self.epoch, record, accuracy)
+        self.trainer.log_epoch(self.epoch, record, looks)
         return better
 
     def evaluate(self, split: str, net: nn.Module | None = None, on_batch: OnBatch | None = None) -> Accuracy:
@@ -315,9 +321,13 @@ class Run:
 
     def synchronise(self) -> None:
         """Brings the running statistics of several processes together."""
-        self.processes.average_buffers(self.net)
-        if self.average is not None:
-            self.processes.average_buffers(self.average.module)
+        for net in self._networks:
+            self.processes.average_buffers(net)
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        """The network, and behind it the one with averaged weights, if the configuration asks for one."""
+        return [self.net] if self.average.model is None else [self.net, self.average.model.module]
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -330,19 +340,18 @@ class Run:
         if not bool(torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()):
             raise NonFiniteError(f"the weights are not finite after step {self.trainer.steps}")
         cuda = self.processes.device.type == "cuda"
-        networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {
             "device": self.processes.device.type,
             "data": self.data,
             "initial": self.initial,
             "net": self.net.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None if self.average.model is None else self.average.model.state_dict(),
             "trainer": self.trainer.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
-            "buffers": [self.processes.gather_buffers(net) for net in networks],
+            "buffers": [self.processes.gather_buffers(net) for net in self._networks],
             "random": self.processes.gather(torch.get_rng_state()),
             "random_cuda": self.processes.gather(torch.cuda.get_rng_state(self.processes.device)) if cuda else None,
         }
@@ -375,10 +384,9 @@ class Run:
             )
         self.initial = state.get("initial")
         load_weights(self.net, state["net"], self.dataset)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        networks = [self.net] if self.average is None else [self.net, self.average.module]
-        for net, every_rank in zip(networks, state["buffers"], strict=True):
+        if self.average.model is not None:
+            self.average.model.load_state_dict(state["average"])
+        for net, every_rank in zip(self._networks, state["buffers"], strict=True):
             if every_rank:
                 net.load_state_dict(every_rank[self.processes.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])

@@ -13,11 +13,10 @@ from engm.adversarial import AWP, PGD, VANILLA, Objective
 from engm.checks import NonFiniteError
 from engm.module import couples
 
-from ..accuracy import Accuracy
 from ..processes import Processes
 from .attacked import AttackedLosses
 from .clock import StepClock
-from .loggers import Logger
+from .loggers import Figures, Logger
 from .recorded import Recorder, StepReport
 from .step_figures import Examples, StepFigures, pack, together, unpack
 
@@ -206,13 +205,13 @@ class Trainer:
         """How many steps this trainer has taken from a recorded program, and why not the others."""
         return self._recorder.report()
 
-    def log_epoch(self, epoch: int, record: EpochRecord, accuracy: Accuracy | None = None) -> None:
+    def log_epoch(self, epoch: int, record: EpochRecord, looks: Figures | None = None) -> None:
         """Hands an epoch's figures to the logger, if there is one.
 
         Args:
             epoch: number of finished epochs.
             record: from :meth:`finish_epoch`.
-            accuracy: on the validation set, if it was looked at.
+            looks: ``natural``, ``robust`` and more accuracies on the validation set; ``None`` where nobody looked.
         """
         if self.logger is None:
             return
@@ -223,8 +222,7 @@ class Trainer:
                 **record.summary,
                 "lr": record.lr,
                 "seconds": sum(record.step_seconds),
-                "natural": None if accuracy is None else accuracy.natural,
-                "robust": None if accuracy is None else accuracy.robust,
+                **({"natural": None, "robust": None} if looks is None else looks),
             },
         )
 
