@@ -24,7 +24,7 @@ BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
 FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
 STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")
-LOG_FORMATS = ("csv", "json", "tensorboard")
+LOG_FORMATS = ("csv", "json", "tensorboard", "wandb")
 PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays at 100 and 150
 PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
 METHOD_TABLE_EPOCHS = 200
@@ -49,7 +49,7 @@ _AT_LEAST = {
     1: (
         "epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every", "log_every",
         "evaluation_steps", "validation_examples", "train_examples", "test_examples", "width", "image_size", "threads",
-        "schedule_epochs", "swa_start",
+        "schedule_epochs", "swa_start", "accumulate",
     ),
     0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps", "warmup"),
 }  # fmt: skip
@@ -152,6 +152,9 @@ class RunConfig:
         None, "With steps: epochs after which it is divided by 10, as 75,90 (scaled with --epochs).", "Schedule"
     )
     batch_size: int = setting(128, "Examples a step, of all processes together.", "Schedule")
+    accumulate: int = setting(
+        1, "Equal parts that every batch is taken in, one after another, where it does not fit in memory.", "Schedule"
+    )
     seed: int = setting(0, "Of weights, data order, augmentation and attack noise.", "Schedule")
     ema: float = setting(
         0.0, "Decay of an average of the weights, which is evaluated as well and chosen by; 0: none.", "Schedule"
@@ -186,7 +189,7 @@ class RunConfig:
     save_every: int = setting(200, "Steps between two checkpoints; one an epoch in any case.", "Output", outcome=False)
     # Not --log: torchrun takes that for an abbreviation of options of its own, even behind the module's name.
     loggers: tuple[str, ...] = setting(
-        ("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False
+        ("csv", "tensorboard"), "csv, json, tensorboard, wandb or none.", "Output", outcome=False
     )
     log_every: int = setting(50, "Steps between two writes of step figures.", "Output", outcome=False)
     keep_epochs: tuple[int, ...] = setting(

@@ -212,13 +212,16 @@ class RunView(LiveDisplay):
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of a run's history as the table shows it, by the headings of its columns.
 
-    Where weights are averaged, "plain" is the accuracy under attack of those that train.
+    Where weights are averaged, "plain" is the accuracy under attack of those that train. Where alpha follows the norms,
+    the row says which it was at the end of the epoch.
     """
     weight = row["weight_mean"]
+    alpha = {"alpha": f"{row['alpha']:.3g}"} if "alpha" in row else {}
     plain = {"plain": _percent(row["plain_robust"])} if "plain_robust" in row else {}
     return {
         "epoch": str(row["epoch"]),
         "loss": f"{row['loss']:.3f}",
+        **alpha,
         "mean w": f"{weight:.3f}" if weight < 100 else f"{weight:.1e}",
         "clipped": f"{row['clipped']:.0%}",
         "natural": _percent(row["natural"]),

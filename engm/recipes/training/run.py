@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any, cast
 
@@ -37,41 +37,11 @@ from .building import (
     settle_normalization,
 )
 from .initial import Initial
+from .looks import Best, figures_of, robust_of
 from .optimizer import paper_optimizer
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
-
-
-@dataclass
-class Best:
-    """The best look at the validation set so far.
-
-    Attributes:
-        epoch: number of finished epochs.
-        steps: steps that the run had taken by then.
-        accuracy: on the validation set.
-    """
-
-    epoch: int
-    steps: int
-    accuracy: Accuracy
-
-    @property
-    def score(self) -> float:
-        """What the checkpoint was chosen by; see :func:`robust_of`."""
-        return robust_of(self.accuracy)
-
-
-def robust_of(accuracy: Accuracy) -> float:
-    """What checkpoints are chosen by: accuracy under the evaluation attack (natural accuracy if there is none)."""
-    return accuracy.natural if accuracy.robust is None else accuracy.robust
-
-
-def _figures(accuracy: Accuracy | None, prefix: str = "") -> dict[str, float | None]:
-    """Accuracies by the names that logs use, where there are any."""
-    natural, robust = (None, None) if accuracy is None else (accuracy.natural, accuracy.robust)
-    return {f"{prefix}natural": natural, f"{prefix}robust": robust}
 
 
 class Run:
@@ -127,6 +97,11 @@ class Run:
             extra=self.dataset.extra,
             extra_fraction=config.extra_fraction,
         )
+        if config.batch_size // processes.world % config.accumulate:
+            raise ValueError(
+                f"--accumulate {config.accumulate}: a process's {config.batch_size // processes.world} examples of a "
+                "batch cannot be taken in so many equal parts"
+            )
         self.schedule = Schedule(config, self.batches.steps)
         self.net = build_network(config, self.dataset).to(processes.device).to(memory_format=memory_format)
         if config.normalize == "data":
@@ -153,7 +128,9 @@ class Run:
         forward = self.net
         if config.precision == "bf16":
             forward = Autocast(self.net, device.type, torch.bfloat16)
-        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
+        model = engm.GradNormModule(
+            forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every * config.accumulate
+        )
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
         borrow = config.borrow
@@ -174,6 +151,7 @@ class Run:
             forward=training_model,
             processes=self.processes,
             step=config.step,
+            accumulate=config.accumulate,
         )
 
     def _objective(self, epoch: int) -> Objective:
@@ -286,9 +264,12 @@ class Run:
         better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
         if accuracy is not None and better:
             self.best = Best(self.epoch, self.trainer.steps, accuracy)
-        looks = _figures(accuracy)
+        looks = figures_of(accuracy)
         if self.average.model is not None:
-            looks.update(_figures(plain, "plain_"))
+            looks.update(figures_of(plain, "plain_"))
+        quantile = getattr(self.trainer.optimizer, "quantile", None)
+        if quantile is not None:  # alpha follows the norms; this is the one after the epoch's last step
+            looks["alpha"] = float(quantile.value)
         self.history.append(
             {
                 "epoch": self.epoch,
