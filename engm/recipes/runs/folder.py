@@ -197,6 +197,7 @@ def _results(run: Run, folder: RunFolder, looking: _Looking) -> dict[str, Any]:
             "train": len(dataset.train),
             "validation": len(dataset.validation),
             "test": len(dataset.test),
+            **({} if dataset.extra is None else {"extra": len(dataset.extra)}),
         },
         **({} if run.initial is None else {"initial": run.initial}),
         "epochs": run.epoch,

@@ -125,6 +125,13 @@ class RunView(LiveDisplay):
             f"{_processes(run)}.",
             highlight=False,
         )
+        if data.extra is not None:
+            self.console.print(
+                f"{self._title}{config.extra_fraction:.0%} of every batch are of the {len(data.extra)} extra images in "
+                f"{config.extra}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if run.started_from is not None and not run.trainer.steps:
             self.console.print(
                 f"{self._title}starting from {run.started_from.source}: {run.started_from}",

@@ -128,9 +128,8 @@ class Run:
         forward = self.net
         if config.precision == "bf16":
             forward = Autocast(self.net, device.type, torch.bfloat16)
-        model = engm.GradNormModule(
-            forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every * config.accumulate
-        )
+        every = config.calibrate_every * config.accumulate  # the model counts the parts of a batch
+        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
         borrow = config.borrow

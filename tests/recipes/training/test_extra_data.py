@@ -137,6 +137,7 @@ def test_a_run_goes_on_to_the_same_bits_and_knows_its_extra_data(tmp_path: Path)
                 train(config, path, CPU, view=Ends(steps), dataset=tiny_dataset())
         results = train(config, path, CPU, dataset=tiny_dataset())
         assert results["data"]["identity"].keys() == {"train", "validation", "test", "extra"}
+        assert results["data"]["extra"] == 50
         assert train(config, path, CPU, dataset=tiny_dataset()) == results  # over
         return RunFolder(path).weights("last").weights
 
