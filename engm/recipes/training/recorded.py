@@ -128,7 +128,7 @@ class Recorder:
         """Warns once that steps which were to be recorded are not; where recording is automatic the report says it."""
         if self._asked_for and reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"{self._name}, but steps run without being recorded: {reason}", stacklevel=5)
+            warnings.warn(f"{self._name}, but steps run without being recorded: {reason}", stacklevel=6)
 
     def report(self) -> StepReport:
         """What became of the steps so far."""

@@ -163,7 +163,10 @@ class Trainer:
             losses.awp = self.awp
             parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
             divisor = len(x) if self._accumulate > 1 else None
-            stats = joined([self._part(part, labels, divisor) for part, labels in parts])
+            found = []
+            for part, labels in parts:
+                found.append(self._part(part, labels, divisor))
+            stats = joined(found)
             self._lrs.append(self._lr)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -186,7 +189,8 @@ class Trainer:
     ) -> engm.StepStats:
         optimizer: Any = self.optimizer
         if self._processes.world == 1:
-            return optimizer.backward(losses, inputs=inputs, measurement=measurement, divisor=divisor)
+            of_all = {} if divisor is None else {"divisor": divisor}  # optimizers of others may have no such option
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all)
         weighted = optimizer.reweight(losses, inputs, measurement=measurement)
         (weighted.mean() if divisor is None else weighted.sum() / divisor).backward()
         return optimizer.stats
