@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..checks import check_name
 from .attacks import PGD
 from .ball import Norm
-from .losses import cross_entropy, kl_divergence, log_probabilities
+from .losses import kl_divergence, log_probabilities
 
 AttackMaker = Callable[[float, float, int, Norm], PGD]
 """``(eps, step_size, steps, norm) -> PGD``: what makes a method's attack for a ball and a number of steps."""
@@ -30,18 +30,28 @@ _START_NOISE = 0.001
 _STEP_NOISE = 0.001
 
 
-def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
+NOT_SMOOTHED = (
+    "its boosted cross-entropy compares the label with the strongest other class, and its weights are of the label's "
+    "own probability, which smoothed labels have not"
+)
+"""Why MART takes no label smoothing, for messages."""
+
+
+def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """``CE(F(x'), y)`` of every example, ``[n]``, in nats (Madry et al., 2018; Eq. 1 of Dabouei et al., 2022).
 
     Args:
         model: maps inputs to logits ``[n, K]``.
         x_adv: adversarial inputs ``[n, ...]``.
         y: labels ``[n]``.
+        label_smoothing: share of the label that all classes have alike, in [0, 1].
     """
-    return cross_entropy(model(x_adv), y)
+    return F.cross_entropy(model(x_adv), y, reduction="none", label_smoothing=label_smoothing)
 
 
-def trades(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0) -> Tensor:
+def trades(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0, label_smoothing: float = 0.0
+) -> Tensor:
     """``CE(F(x), y) + beta KL(p(x) || p(x'))`` of every example, ``[n]``, in nats (Zhang et al., TRADES, 2019).
 
     The gradient flows through ``p(x)`` too. There are two forward passes, the natural one first. Losses are computed in
@@ -53,9 +63,14 @@ def trades(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float
         x_adv: adversarial inputs, shaped alike.
         y: labels ``[n]``.
         beta: weight of the KL term, their ``1 / lambda``.
+        label_smoothing: share of the label that all classes have alike in the cross-entropy, in [0, 1]. The KL term
+            knows no label.
     """
     natural, adversarial = log_probabilities(model(x)), log_probabilities(model(x_adv))
-    return F.nll_loss(natural, y, reduction="none") + beta * kl_divergence(natural, adversarial)
+    loss = F.nll_loss(natural, y, reduction="none")
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * natural.mean(dim=1)
+    return loss + beta * kl_divergence(natural, adversarial)
 
 
 def mart(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, *, beta: float = 6.0) -> Tensor:
@@ -101,7 +116,14 @@ OBJECTIVES = ("pgd", "trades", "mart", "fat")
 """Names that :func:`objective` knows; ``"vanilla"`` is another name of ``"pgd"``."""
 
 
-def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: bool = True) -> Objective:
+def objective(
+    name: str,
+    *,
+    beta: float = 6.0,
+    patience: int = 0,
+    eval_mode: bool = True,
+    label_smoothing: float = 0.0,
+) -> Objective:
     """A method by its name.
 
     ======== ============================= ============================================= ==================
@@ -129,33 +151,42 @@ def objective(name: str, *, beta: float = 6.0, patience: int = 0, eval_mode: boo
             of training: for that make the objective anew.
         eval_mode: attack the network in evaluation mode, as the authors of TRADES, MART and FAT do; see
             :class:`PGD`.
+        label_smoothing: share of the label that all classes have alike, in [0, 1). It is of the training loss alone:
+            attacks climb the loss of the label itself, as in Pang et al. (*Bag of Tricks for Adversarial Training*,
+            2021), and so norms may not be borrowed from them.
 
     Raises:
-        ValueError: the name is not known, ``beta`` is negative or not finite, or ``patience`` is negative.
+        ValueError: the name is not known, ``beta`` is negative or not finite, ``patience`` is negative,
+            ``label_smoothing`` out of range or positive with MART, where it has no meaning.
     """
     if not (beta >= 0 and isfinite(beta)):
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     if patience < 0:
         raise ValueError(f"patience must be a number of steps >= 0, got {patience}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if label_smoothing and name == "mart":
+        raise ValueError(f"label_smoothing is not for mart: {NOT_SMOOTHED}")
+    smoothed = partial(_vanilla, label_smoothing=label_smoothing) if label_smoothing else _vanilla
     if name != "vanilla":
         check_name(name, OBJECTIVES, what="objective")
     match name:
         case "trades":
             attack = partial(PGD, loss="kl", start_noise=_START_NOISE, eval_mode=eval_mode)
-            return Objective(name, partial(trades, beta=beta), False, attack)
+            return Objective(name, partial(trades, beta=beta, label_smoothing=label_smoothing), False, attack)
         case "mart":
             attack = partial(PGD, start_noise=_START_NOISE, eval_mode=eval_mode)
             return Objective(name, partial(mart, beta=beta), False, attack)
         case "fat":
             attack = partial(PGD, stop_when_broken=True, patience=patience, step_noise=_STEP_NOISE, eval_mode=eval_mode)
-            return Objective(name, _vanilla, True, attack)
+            return Objective(name, smoothed, not label_smoothing, attack)
         case _:
-            return Objective("pgd", _vanilla, True, partial(PGD, eval_mode=eval_mode))
+            return Objective("pgd", smoothed, not label_smoothing, partial(PGD, eval_mode=eval_mode))
 
 
-def _vanilla(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+def _vanilla(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """:func:`vanilla` with the arguments that all objectives take."""
-    return vanilla(model, x_adv, y)
+    return vanilla(model, x_adv, y, label_smoothing=label_smoothing)
 
 
 VANILLA = objective("pgd")

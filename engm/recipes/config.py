@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from math import isfinite, nan
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from engm.adversarial import OBJECTIVES
+from engm.adversarial.objectives import NOT_SMOOTHED
 from engm.checks import check_name
 
 from .addresses import is_address, settled
 from .data import DATASETS, settled_data
 from .methods import canonical_method
+from .models.normalization import parsed as parsed_normalization
+from .spelling import in_grey_levels, option, parse_duration, parse_number
 
 THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
 PRECISIONS = ("fp32", "bf16")
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
+SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
+FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
 STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")
-LOG_FORMATS = ("csv", "json", "tensorboard")
+LOG_FORMATS = ("csv", "json", "tensorboard", "wandb")
 PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays at 100 and 150
 PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
 METHOD_TABLE_EPOCHS = 200
@@ -43,13 +44,15 @@ _NAMES = {
     "norm": ("batch", "group"),
     "in_memory": ("auto", "yes", "no"),
     "step": STEPS,
+    "schedule": SCHEDULES,
 }
 _AT_LEAST = {
     1: (
         "epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every", "log_every",
         "evaluation_steps", "validation_examples", "train_examples", "test_examples", "width", "image_size", "threads",
+        "schedule_epochs", "swa_start", "accumulate",
     ),
-    0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps"),
+    0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps", "warmup"),
 }  # fmt: skip
 
 
@@ -76,6 +79,10 @@ class RunConfig:
     train_examples: int | None = setting(None, "Train on the first so many of the training examples only.", "Data")
     test_examples: int | None = setting(None, "Test on the first so many of the test examples only.", "Data")
     augment: str = setting("auto", "crop-flip, crop, none; auto: as suits the data set.", "Data")
+    extra: str | None = setting(
+        None, "FILE.npz of extra or generated examples, labelled (image, label or x_train, y_train).", "Data"
+    )
+    extra_fraction: float = setting(0.7, "With --extra: the share of every batch that they are.", "Data")
     in_memory: str = setting("auto", "yes, no or auto: keep the images on the device as bytes.", "Data", outcome=False)
     workers: int = setting(2, "Loader processes for data that does not fit in memory.", "Data", outcome=False)
 
@@ -87,9 +94,22 @@ class RunConfig:
     )
     width: int | None = setting(None, "Channels of the stem, to shrink networks that have this parameter.", "Model")
     norm: str = setting("batch", "batch or group.", "Model")
+    normalize: str = setting(
+        "none",
+        "Layer in front of the network: none, data (mean and deviation of the training images) or numbers, as "
+        "0.49,0.48,0.45/0.25,0.24,0.26.",
+        "Model",
+    )
+    init: str | None = setting(
+        None, "Weights to start from: a run folder, a checkpoint of one, a state_dict (.pt) or .safetensors.", "Model"
+    )
+    init_strict: bool = setting(True, "Refuse weights that do not all fit; else load those that do.", "Model")
 
     objective: str = setting("pgd", "pgd, trades, mart, fat, or your own: package.module:name.", "Objective")
     beta: float = setting(6.0, "Weight of the KL term of TRADES and MART.", "Objective")
+    label_smoothing: float = setting(
+        0.0, "Share of a label that all classes have alike, in the training loss alone (not for mart).", "Objective"
+    )
     patience: int | None = setting(None, "FAT's tau; by default 0, 1, 2 in the course of training.", "Objective")
     awp: bool = setting(False, "Adversarial weight perturbation around the objective.", "Objective")
     awp_gamma: float = setting(5e-3, "Its size, relative to each weight tensor.", "Objective")
@@ -128,12 +148,33 @@ class RunConfig:
     weight_decay: float = setting(5e-4, "Of SGD.", "Optimizer")
 
     epochs: int = setting(PAPER_EPOCHS, "Passes over the training set.", "Schedule")
+    schedule: str = setting(
+        "steps",
+        "Learning rate: steps (see --decay-epochs), constant, linear, cosine, cyclic (up to 0.4 of the run, then down) "
+        "or one-cycle (torch's).",
+        "Schedule",
+    )
+    warmup: float = setting(0.0, "Epochs over which the learning rate grows to --lr at first.", "Schedule")
+    schedule_epochs: int | None = setting(
+        None,
+        "Epochs that the learning rate and FAT's tau are planned for; by default --epochs, and in a run that is made "
+        "longer what they were planned for.",
+        "Schedule",
+    )
     decay_epochs: tuple[int, ...] | None = setting(
-        None, "Epochs after which the learning rate is divided by 10, as 75,90 (scaled with --epochs).", "Schedule"
+        None, "With steps: epochs after which it is divided by 10, as 75,90 (scaled with --epochs).", "Schedule"
     )
     batch_size: int = setting(128, "Examples a step, of all processes together.", "Schedule")
+    accumulate: int = setting(
+        1, "Equal parts that every batch is taken in, one after another, where it does not fit in memory.", "Schedule"
+    )
     seed: int = setting(0, "Of weights, data order, augmentation and attack noise.", "Schedule")
-    ema: float = setting(0.0, "Decay of an average of the weights, which is evaluated then; 0: none.", "Schedule")
+    ema: float = setting(
+        0.0, "Decay of an average of the weights, which is evaluated as well and chosen by; 0: none.", "Schedule"
+    )
+    swa_start: int | None = setting(
+        None, "The same with an even average of the weights at the end of each epoch, from this one on.", "Schedule"
+    )
     early_stop: int = setting(0, "Stop after so many epochs without a better validation; 0: never.", "Schedule")
 
     evaluate_every: int = setting(1, "Epochs between two looks at the validation set.", "Evaluation")
@@ -155,10 +196,13 @@ class RunConfig:
     compile_attack: bool = setting(False, "torch.compile for the attack steps; the rest stays eager.", "Machine")
     fast: bool = setting(False, "All of bf16, channels-last and compile-attack.", "Machine")
 
+    time_limit: str | None = setting(
+        None, "End with a checkpoint before so much time is over, as 3h30m; as on SIGTERM.", "Output", outcome=False
+    )
     save_every: int = setting(200, "Steps between two checkpoints; one an epoch in any case.", "Output", outcome=False)
     # Not --log: torchrun takes that for an abbreviation of options of its own, even behind the module's name.
     loggers: tuple[str, ...] = setting(
-        ("csv", "tensorboard"), "csv, json, tensorboard or none.", "Output", outcome=False
+        ("csv", "tensorboard"), "csv, json, tensorboard, wandb or none.", "Output", outcome=False
     )
     log_every: int = setting(50, "Steps between two writes of step figures.", "Output", outcome=False)
     keep_epochs: tuple[int, ...] = setting(
@@ -180,6 +224,10 @@ class RunConfig:
         self._check_ranges()
         self._check_alpha()
         self._check_norms()
+        self._check_schedule()
+        parsed_normalization(self.normalize)
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
 
     def _check_names(self) -> None:
         for name, known in _NAMES.items():
@@ -210,19 +258,39 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
                 raise ValueError(f"{option(name)} must be positive, got {value}")
-        for name in ("momentum", "ema", "beta_gamma"):
+        for name in ("momentum", "ema", "beta_gamma", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.clip_fraction < 1:
-            raise ValueError(f"{option('clip_fraction')} must lie between 0 and 1, got {self.clip_fraction}")
+        if self.ema and self.swa_start is not None:
+            raise ValueError("--ema and --swa-start are two averages of the weights: leave one of them out")
+        if self.label_smoothing and is_address(self.objective):
+            raise ValueError("--label-smoothing is not for an objective of your own: smooth the labels in its loss")
+        if self.label_smoothing and self.objective == "mart":
+            raise ValueError(f"--label-smoothing is not for --objective mart: {NOT_SMOOTHED}")
+        for name in ("clip_fraction", "extra_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{option(name)} must lie between 0 and 1, got {getattr(self, name)}")
         for name in ("decay_epochs", "keep_epochs"):
             epochs = getattr(self, name) or ()
             if list(epochs) != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
                 raise ValueError(f"{option(name)} must be rising epoch numbers from 1, got {epochs}")
 
+    def _check_schedule(self) -> None:
+        planned = self.schedule_epochs or self.epochs
+        if self.warmup and self.schedule in ("cyclic", "one-cycle"):
+            raise ValueError(f"--schedule {self.schedule} begins with a rise of its own: leave --warmup out")
+        if self.warmup >= planned:
+            raise ValueError(f"--warmup {self.warmup:g} takes all of the {planned} epochs: choose fewer")
+        if self.schedule in FALLING and planned < self.epochs:
+            raise ValueError(
+                f"--schedule {self.schedule} is planned for {planned} epochs and ends there, and --epochs is "
+                f"{self.epochs}: with --schedule-epochs {self.epochs} it goes on to the end"
+            )
+
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
         climbs = self.objective in ("pgd", "fat") or is_address(self.objective)
+        climbs = climbs and not self.label_smoothing  # the attack climbs the loss of the label itself
         lent = self.borrow and climbs and self.optimizer in ("engm", "a-engm", "f-engm")
         if lent and self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval":
             raise ValueError(
@@ -248,11 +316,13 @@ class RunConfig:
     def resolved(self) -> RunConfig:
         """The same with everything settled that depends on other settings; resolving twice changes nothing."""
         digits = self.data == "digits"
-        decays = self.decay_epochs
-        if decays is None and self.epochs == METHOD_TABLE_EPOCHS:
+        decays, planned = self.decay_epochs, self.schedule_epochs or self.epochs
+        if decays is None and self.schedule != "steps":
+            decays = ()
+        elif decays is None and planned == METHOD_TABLE_EPOCHS:
             decays = (100, 150)
         elif decays is None:
-            decays = tuple(sorted({max(1, round(share * self.epochs)) for share in PAPER_DECAYS}))
+            decays = tuple(sorted({max(1, round(share * planned)) for share in PAPER_DECAYS}))
         eps = self.eps if self.eps is not None else (DIGITS_EPS if digits else PIXEL_EPS)[self.threat]
         return replace(
             self,
@@ -262,6 +332,8 @@ class RunConfig:
             optimizer=settled(self.optimizer),
             data_root=str(Path(self.data_root).expanduser().absolute()),
             model=("small-resnet" if digits else "resnet18") if self.model == "auto" else settled(self.model),
+            extra=None if self.extra is None else str(Path(self.extra).expanduser().absolute()),
+            init=None if self.init is None else str(Path(self.init).expanduser().absolute()),
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,
@@ -301,97 +373,3 @@ class RunConfig:
             for f in fields(self)
             if f.metadata["outcome"] and getattr(mine, f.name) != getattr(theirs, f.name)
         }
-
-
-def in_grey_levels(radius: float) -> str:
-    """How to write a radius that was meant as so many grey levels of 0 to 255."""
-    return f"For {radius:g} of the 255 grey levels write {radius:g}/255."
-
-
-def option(name: str) -> str:
-    """A setting as the command line spells it."""
-    return "--" + name.replace("_", "-")
-
-
-@cache
-def value_type(name: str) -> tuple[Any, bool]:
-    """The type of a setting without ``None``, and whether ``None`` is allowed."""
-    hint = get_type_hints(RunConfig)[name]
-    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    kinds = [part for part in parts if part is not type(None)]
-    return kinds[0], len(parts) > len(kinds)
-
-
-def parse_number(text: str | float) -> float:
-    """A number, or a fraction such as ``8/255``.
-
-    Raises:
-        ValueError: neither.
-    """
-    try:
-        top, _, bottom = str(text).partition("/")
-        return float(top) / float(bottom) if bottom else float(top)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
-
-
-def from_values(values: Mapping[str, Any], *, source: str) -> RunConfig:
-    """A configuration from plain values, as TOML has them: fractions as strings, lists for tuples.
-
-    Args:
-        values: values by name; both ``save_every`` and ``save-every`` are understood.
-        source: where the values come from, for messages.
-
-    Raises:
-        ValueError: an unknown name (with the nearest known one), a wrong type or a value out of range.
-    """
-    known = tuple(f.name for f in fields(RunConfig))
-    given: dict[str, Any] = {}
-    for raw, value in values.items():
-        name = raw.replace("-", "_")
-        check_name(name, known, what=f"setting in {source}")
-        given[name] = _as_type(name, value, source)
-    try:
-        return RunConfig(**given)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
-def _as_type(name: str, value: Any, source: str) -> Any:
-    kind, optional = value_type(name)
-    if value is None and optional:
-        return None
-    if kind is float and (isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))):
-        return parse_number(value)
-    if name == "alpha" and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if get_args(kind):  # tuple[int, ...] or tuple[str, ...]
-        inner = get_args(kind)[0]
-        if isinstance(value, list | tuple) and all(type(entry) is inner for entry in value):
-            return tuple(value)
-        raise ValueError(f"{source}: {name} must be a list of {inner.__name__}, got {value!r}")
-    if type(value) is not kind:
-        raise ValueError(f"{source}: {name} must be {kind.__name__}, got {value!r}")
-    return value
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The settings that a TOML file names, as plain values.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no TOML.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration file at {path}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
-
-
-def to_toml(config: RunConfig) -> str:
-    """A TOML file that :func:`from_values` reads back to the same configuration."""
-    import tomli_w  # imported here, because only a run that begins needs it
-
-    return tomli_w.dumps(config.as_dict())

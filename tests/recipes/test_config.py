@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engm.recipes.cli.options import config_from
-from engm.recipes.config import RunConfig, from_values, parse_number, read_toml, to_toml
+from engm.recipes.config import RunConfig, parse_number
+from engm.recipes.config_files import from_values, read_toml, to_toml
 from engm.recipes.training.schedule import Schedule
 
 floats = st.floats(1e-6, 0.9, allow_subnormal=False)
@@ -201,3 +202,8 @@ class TestSchedule:
         schedule = Schedule(replace(self.config, awp=True, awp_warmup=2), 4)
         assert [schedule.awp(epoch) for epoch in range(4)] == [False, False, True, True]
         assert not Schedule(self.config, 4).awp(11)
+
+
+def test_label_smoothing_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(ValueError, match="--label-smoothing is not for --objective mart: its boosted cross-entropy"):
+        RunConfig(objective="mart", label_smoothing=0.1)

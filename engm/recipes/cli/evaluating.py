@@ -14,7 +14,8 @@ from rich.table import Table
 
 from engm.checks import check_name
 
-from ..config import THREATS, from_values, option, parse_number
+from ..config import THREATS, option, parse_number
+from ..config_files import from_values
 from ..processes import choose_device
 from .errors import explained_failures
 from .results import DataRoot, checkpoints_named
@@ -180,7 +181,7 @@ def _places(
     place: Path, transfer_from: Path | None, transfer_model: str | None, reading: _Reading
 ) -> tuple[Place, Place | None]:
     """What is evaluated, and where adversarial examples are made if elsewhere; each a run or a file."""
-    from ..runs.folder import RunFolder
+    from ..runs.files import RunFolder
 
     from_file = transfer_from is not None and transfer_from.is_file()
     if transfer_model is not None and not from_file:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from ..config import RunConfig, from_values, option, parse_number, read_toml, value_type
+from ..config import RunConfig, option, parse_number
+from ..config_files import from_values, read_toml, value_type
 
 
 def with_settings(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
@@ -57,13 +58,27 @@ def _option(f: Any) -> inspect.Parameter:
     return inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-DECIDED = ("optimizer", "seed", "alpha", "keep_epochs")  # what an analysis of engm reproduce decides itself
+DECIDED = (
+    "optimizer",
+    "seed",
+    "alpha",
+    "keep_epochs",
+    "time_limit",
+)  # what an analysis of engm reproduce decides itself
 FETCHED = ("cifar10", "cifar100", "svhn")  # what --download can fetch
 # When a setting that has a meaning only beside others has it, and how to say so.
 _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "beta": (lambda c: c.objective in ("trades", "mart"), "--objective trades or mart"),
     "patience": (lambda c: c.objective == "fat", "--objective fat"),
     "awp_gamma": (lambda c: c.awp, "--awp"),
+    "extra_fraction": (lambda c: c.extra is not None, "--extra"),
+    "swa_start": (lambda c: c.swa_start is None or c.swa_start <= c.epochs, "an epoch of the run's"),
+    "init_strict": (lambda c: c.init is not None, "--init"),
+    "decay_epochs": (lambda c: c.schedule == "steps", "--schedule steps"),
+    "schedule_epochs": (
+        lambda c: c.schedule != "steps" or c.decay_epochs is None or c.objective == "fat",
+        "another --schedule than steps, for which --decay-epochs says it all",
+    ),
     "awp_warmup": (lambda c: c.awp and c.awp_warmup < c.epochs, "--awp, and for fewer epochs than --epochs"),
     "eps_warmup": (lambda c: c.eps_warmup <= c.epochs, "at most as many epochs as --epochs"),
     "validation_examples": (lambda c: c.data != "digits", "other data than the digits, whose split is given"),
@@ -90,7 +105,8 @@ def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool =
         compared: the options are for several optimizers, of which each takes what is its own.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`; or an option would change nothing.
+        FileNotFoundError, ValueError: as :func:`engm.recipes.config_files.from_values`; or an option would change
+            nothing.
     """
     base = _of_file(file)
     typed = {name: _typed(name, value) for name, value in settings.items()}
@@ -107,7 +123,7 @@ def chosen_settings(settings: dict[str, Any], file: Path | None) -> dict[str, An
     """Only what a file and the options name, as :class:`RunConfig` takes it.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`engm.recipes.config.from_values`.
+        FileNotFoundError, ValueError: as :func:`engm.recipes.config_files.from_values`.
     """
     given = {**_of_file(file), **{name: _typed(name, value) for name, value in settings.items()}}
     decided = sorted(given.keys() & set(DECIDED))

@@ -16,7 +16,7 @@ from .errors import explained_failures
 from .terminal import OnceCommand, console_for
 
 if TYPE_CHECKING:
-    from ..runs.folder import Which
+    from ..runs.files import Which
 
 app = typer.Typer()
 RunPath = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="DIR")]
@@ -94,7 +94,7 @@ def export(
 ) -> None:
     """Writes a run's weights (safetensors, pt) or program (pt2 by torch.export, onnx) to a file, and reads it back."""
     from ..runs.export import export as export_to
-    from ..runs.folder import RunFolder
+    from ..runs.files import RunFolder
 
     with explained_failures():
         check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")

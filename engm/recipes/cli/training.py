@@ -47,15 +47,15 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
         with from_environment(chosen.device) as processes:
             set_machine(chosen)
             console = console_for(quiet=not processes.first)
-            finished = folder.results_file.is_file()
-            folder.check_free_for(chosen)
+            chosen = folder.check_free_for(chosen)
+            finished = folder.is_over(chosen)
             console.print(opening_line(folder, chosen), highlight=False, soft_wrap=True)
             with RunView(console) as view:
                 results = train_in(chosen, out, processes, view=view)
             if finished:
                 console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
-            if processes.first and not (out / "curves.png").is_file():
+            if processes.first and not (finished and (out / "curves.png").is_file()):
                 with console.status("drawing the curves"):
                     draw([results], out / "curves")
                 console.print(f"Everything is in {out}; curves: {out / 'curves.png'}, .svg, .pdf", highlight=False)

@@ -3,6 +3,7 @@
 from .augment import CROP_AND_FLIP, Augmentation, Draw
 from .dataset import Dataset, Source, Split
 from .digits import load_digits
+from .extra import with_extra
 from .identity import check_same_data, identities, identity
 from .image_folder import load_image_folder
 from .npz import load_npz
@@ -37,4 +38,5 @@ __all__ = [
     "load_tiny_imagenet",
     "own_data",
     "settled_data",
+    "with_extra",
 ]

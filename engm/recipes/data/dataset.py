@@ -105,6 +105,7 @@ class Dataset:
         name: as reports print it.
         classes: number of classes.
         augment: what suits the training images.
+        extra: more training examples, of which a run takes a share of every batch, if it has any.
     """
 
     name: str
@@ -113,11 +114,13 @@ class Dataset:
     validation: Source
     test: Source
     augment: Augmentation = field(default_factory=Augmentation)
+    extra: Source | None = None
 
     def to(self, device: torch.device | str) -> Dataset:
-        """All three splits on another device."""
+        """All splits on another device."""
         train, validation, test = (split.to(device) for split in (self.train, self.validation, self.test))
-        return replace(self, train=train, validation=validation, test=test)
+        extra = None if self.extra is None else self.extra.to(device)
+        return replace(self, train=train, validation=validation, test=test, extra=extra)
 
 
 def as_float(images: Tensor) -> Tensor:

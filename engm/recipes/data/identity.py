@@ -10,7 +10,7 @@ import torch
 from .dataset import Dataset, Source
 
 LOOKED_AT = 128  # images of a split, because those of a folder have to be read and decoded for it
-SPLITS = {"train": "training", "validation": "validation", "test": "test"}
+SPLITS = {"train": "training", "validation": "validation", "test": "test", "extra": "extra"}
 
 
 def identity(source: Source) -> str:
@@ -33,8 +33,9 @@ def identity(source: Source) -> str:
 
 
 def identities(dataset: Dataset) -> dict[str, str]:
-    """The :func:`identity` of each split by its name."""
-    return {name: identity(getattr(dataset, name)) for name in SPLITS}
+    """The :func:`identity` of each split that there is by its name."""
+    splits = {name: getattr(dataset, name) for name in SPLITS}
+    return {name: identity(split) for name, split in splits.items() if split is not None}
 
 
 def check_same_data(known: Mapping[str, str], found: Mapping[str, str], name: str) -> None:
@@ -42,13 +43,13 @@ def check_same_data(known: Mapping[str, str], found: Mapping[str, str], name: st
 
     Args:
         known: :func:`identities` of the data that the run was trained on.
-        found: those of the data that there are now.
+        found: those of the data that there are now; of extra data only where they are about to be trained on.
         name: name of the data set.
 
     Raises:
         ValueError: they differ; names the splits.
     """
-    other = [shown for split, shown in SPLITS.items() if known[split] != found[split]]
+    other = [shown for split, shown in SPLITS.items() if known.get(split) != found.get(split, known.get(split))]
     if other:
         raise ValueError(
             f"the {' and '.join(other)} images of {name} are not those that this run was trained on, although the name "

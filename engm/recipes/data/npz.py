@@ -37,10 +37,9 @@ def load_npz(
             that the training set has not.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no data file at {path}; expected an .npz with the arrays {', '.join(_KEYS)}")
-    arrays = _read(path)
-    train, test = (_split(arrays[f"x_{part}"], arrays[f"y_{part}"], part, path) for part in ("train", "test"))
+    arrays = read_arrays(path, _KEYS)
+    names = (("x_train", "y_train"), ("x_test", "y_test"))
+    train, test = (split_of(arrays[x], arrays[y], (x, y), path) for x, y in names)
     if train.shape != test.shape:
         raise ValueError(
             f"{path}: training and test images differ in shape (as [C, H, W]): "
@@ -63,44 +62,70 @@ def load_npz(
     return Dataset(path.stem, classes, *splits, CROP_AND_FLIP)
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+def read_arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, npt.NDArray[np.generic]]:
+    """The arrays of an ``.npz``.
+
+    Args:
+        path: the file.
+        choices: the names of the arrays; where there are several choices, the first whose names are all there is read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is something else, or a name is missing.
+    """
+    wanted = " or ".join(", ".join(names) for names in choices)
+    if not path.is_file():
+        raise FileNotFoundError(f"no data file at {path}; expected an .npz with the arrays {wanted}")
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
         with file:
-            found = {key: file[key] for key in _KEYS if key in file.files}
+            there = next((names for names in choices if set(names) <= set(file.files)), ())
+            missing = [name for name in choices[0] if name not in file.files]
+            found = {name: file[name] for name in there}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not an .npz of plain arrays {', '.join(_KEYS)}: {error}") from error
-    missing = [key for key in _KEYS if key not in found]
-    if missing:
-        raise ValueError(f"{path}: expected the arrays {', '.join(_KEYS)}; {', '.join(missing)} missing")
+        raise ValueError(f"{path}: not an .npz of plain arrays {wanted}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: expected the arrays {wanted}; {', '.join(missing)} missing")
     return found
 
 
-def _split(images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], part: str, path: Path) -> Split:
+def split_of(
+    images: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], names: tuple[str, str], path: Path
+) -> Split:
+    """Images ``[N, H, W, C] uint8`` and labels ``[N]`` as a split, with inputs ``[N, C, H, W]`` uint8.
+
+    Args:
+        images: the images.
+        labels: class indices, one for each image.
+        names: of the two arrays, for messages.
+        path: the file that they come from, for messages.
+
+    Raises:
+        ValueError: a shape, dtype or label is not as described, or channels come first.
+    """
+    x, y = names
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
-            f"{path}: x_{part} must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}; "
+            f"{path}: {x} must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}; "
             "pixels are divided by 255 here, not before"
         )
-    _check_channels(images.shape, part, path)
+    _check_channels(images.shape, x, path)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: y_{part} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+        raise ValueError(f"{path}: {y} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
     if not len(labels) or int(labels.min()) < 0:
-        raise ValueError(
-            f"{path}: y_{part} must hold class indices from 0, and at least one; nothing else is trained on"
-        )
+        raise ValueError(f"{path}: {y} must hold class indices from 0, and at least one; nothing else is trained on")
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _check_channels(shape: tuple[int, ...], part: str, path: Path) -> None:
+def _check_channels(shape: tuple[int, ...], name: str, path: Path) -> None:
     """Refuses arrays that look as if channels came first: few rows, or squares in the last two dimensions alone."""
     _, first, middle, last = shape
     if last > _MOST_CHANNELS and (first <= _MOST_CHANNELS or middle == last != first):
         raise ValueError(
-            f"{path}: x_{part} must be [N, H, W, C] with the channels last, and {list(shape)} would be images of "
+            f"{path}: {name} must be [N, H, W, C] with the channels last, and {list(shape)} would be images of "
             f"{first}x{middle} pixels with {last} channels; if the channels come first, save "
-            f"x_{part}.transpose(0, 2, 3, 1)"
+            f"{name}.transpose(0, 2, 3, 1)"
         )

@@ -12,8 +12,8 @@ from torch import nn
 from ..config import RunConfig
 from ..data import Dataset
 from ..models import code_of_network
-from ..models.normalised import Normalised, check_normalisation
-from ..runs.folder import RunFolder, Which
+from ..models.normalization import check_normalization, with_normalization
+from ..runs.files import RunFolder, Which
 from ..training.building import build_network, load_weights
 from .asking import Subject
 from .weights_file import digest_of, fitted, read_weights
@@ -53,8 +53,9 @@ class WeightsFile:
         net.load_state_dict(found.weights)
         mean, std = self._normalisation(found.mean, found.std)
         if mean is not None and std is not None:
-            check_normalisation(mean, std, dataset.train.shape[0])
-            net = Normalised(net, mean, std)
+            channels = dataset.train.shape[0]
+            check_normalization(mean, std, channels)
+            net = with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
         return net.eval(), mean, std
 
     def subject(self, dataset: Dataset, device: torch.device) -> Subject:

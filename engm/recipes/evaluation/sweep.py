@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pictures import picture
-from ..runs.folder import RunFolder
+from ..runs.files import RunFolder
 from ..storage.atomic_files import write_json
 from .asking import Attacked
 from .target import Answers, Place

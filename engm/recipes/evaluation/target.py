@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import RunConfig
 from ..data import Dataset
-from ..runs.folder import RunFolder, Which
+from ..runs.files import RunFolder, Which
 from ..training.building import check_radius, load_dataset
 from .asking import Corrupted, OnProgress, OnResult, Question, Subject, ask, attacked, check_eps, first_examples
 from .attacks import WITHOUT_RADIUS, canonical_attack

@@ -1,5 +1,6 @@
 """Networks used by the recipes."""
 
+from .normalization import Normalization, with_normalization
 from .norms import NormName, batch_to_group_norm
 from .own import check_logits, code_of_network, own_network
 from .preact import PreActResNet, preact_resnet18
@@ -12,6 +13,7 @@ __all__ = [
     "MODELS",
     "VGG",
     "NormName",
+    "Normalization",
     "PreActResNet",
     "ResNet",
     "WideResNet",
@@ -26,4 +28,5 @@ __all__ = [
     "takes_width",
     "vgg8",
     "wide_resnet",
+    "with_normalization",
 ]

@@ -17,7 +17,7 @@ from ..analysis import gradient_statistics, loss_landscape, norm_correlation, ro
 from ..config import RunConfig
 from ..data import Dataset
 from ..runs.evaluation import assess
-from ..runs.folder import RunFolder, Which
+from ..runs.files import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
 from ..training.building import build_network, load_weights
 

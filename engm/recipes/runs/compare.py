@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -78,11 +79,11 @@ def compare(
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
     dataset = load_in_turn(config.resolved(), processes)
-    diverged = []
+    began, diverged = time.monotonic(), []
     for name, cell in cells.items():
         try:
             with view(name) as watching:
-                train(cell, out / name, processes, view=watching, dataset=dataset)
+                train(cell, out / name, processes, view=watching, dataset=dataset, began=began)
         except NonFiniteError:
             if processes.world > 1:  # the others may not have noticed
                 raise

@@ -13,7 +13,7 @@ from ..evaluation.asking import OnProgress, OnResult, ask, attacked, check_eps, 
 from ..evaluation.attacks import canonical_attack
 from ..evaluation.subjects import of_run
 from ..training.building import check_radius, load_dataset
-from .folder import RunFolder, Which
+from .files import RunFolder, Which
 
 
 def assess(

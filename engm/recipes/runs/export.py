@@ -19,7 +19,7 @@ from ..data import Dataset, Split
 from ..data.extras import import_extra
 from ..storage.atomic_files import make_folder, replaced_when_whole
 from ..training.building import build_network, load_dataset, load_weights
-from .folder import RunFolder, Which
+from .files import RunFolder, Which
 
 _TRIED = (1, 7)  # images of the batches that an exported network is compared on; the program was traced with two
 _ROUNDING = 1e-4  # relative to the largest logit: other libraries add up in another order

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 from ..config import RunConfig
 from .contents import holds_run
-from .folder import LAST, RunFolder
+from .files import LAST, RunFolder
 
 
 def opening_line(folder: RunFolder, config: RunConfig) -> str:
@@ -14,15 +14,28 @@ def opening_line(folder: RunFolder, config: RunConfig) -> str:
 
     Args:
         folder: of the run.
-        config: its settings.
+        config: its settings, as :meth:`RunFolder.check_free_for` gives them.
     """
     embedded = ", the digits that come with scikit-learn (--data names others)" if config.data == "digits" else ""
     data = f"{config.data}{embedded}"
-    if folder.results_file.is_file() and folder.exists:
+    if folder.is_over(config):
         return f"The run in {folder.path} is over; it was trained on {data}."
     if folder.exists and folder.store.names(LAST):
-        return f"Going on with the run in {folder.path} on {data}."
+        return f"Going on with the run in {folder.path} on {data}{_longer(folder.config(), config)}."
     return f"Beginning a new run in {folder.path} on {data}.{_meant(folder)}"
+
+
+def _longer(own: RunConfig, config: RunConfig) -> str:
+    """What changes where a run is to have another length than it had, and what does not."""
+    if config.epochs == own.epochs:
+        return ""
+    line = f", to {config.epochs} epochs in place of {own.epochs}"
+    decays = ", ".join(map(str, config.decay_epochs or ()))
+    kept = "stays as it was" if config.decay_epochs == own.decay_epochs else "changes"
+    if config.schedule == "steps":
+        return f"{line}; the learning rate {kept}, divided by 10 after epochs {decays} (--decay-epochs says otherwise)"
+    planned = config.schedule_epochs or config.epochs
+    return f"{line}; the learning rate ({config.schedule}) is as planned for {planned} epochs"
 
 
 def _meant(folder: RunFolder) -> str:

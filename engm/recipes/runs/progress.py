@@ -125,6 +125,19 @@ class RunView(LiveDisplay):
             f"{_processes(run)}.",
             highlight=False,
         )
+        if data.extra is not None:
+            self.console.print(
+                f"{self._title}{config.extra_fraction:.0%} of every batch are of the {len(data.extra)} extra images in "
+                f"{config.extra}",
+                highlight=False,
+                soft_wrap=True,
+            )
+        if run.started_from is not None and not run.trainer.steps:
+            self.console.print(
+                f"{self._title}starting from {run.started_from.source}: {run.started_from}",
+                highlight=False,
+                soft_wrap=True,
+            )
         if run.trainer.steps:
             self.console.print(f"{self._title}going on after step {run.trainer.steps} of {run.steps}", highlight=False)
         self._task = self._progress.add_task("", total=run.steps, completed=run.trainer.steps, rate="")
@@ -147,7 +160,7 @@ class RunView(LiveDisplay):
         self._hint(self.run)
         if not self.show(self.picture()):
             row = self.run.history[-1]
-            figures = "  ".join(f"{name} {text}" for name, text in zip(COLUMNS[1:], cells(row)[1:], strict=True))
+            figures = "  ".join(f"{name} {text}" for name, text in list(cells(row).items())[1:])
             number = f"epoch {row['epoch']:3d}/{self.run.config.epochs}"
             self.console.print(f"{self._title}{number}  {figures}", highlight=False, soft_wrap=True)
         if self.run.epoch == 1:
@@ -191,31 +204,43 @@ class RunView(LiveDisplay):
     def picture(self) -> Group:
         """The latest epochs (the best in bold) and the bar."""
         table = Table(box=None)
-        for index, name in enumerate(COLUMNS):
-            table.add_column(name, justify="right" if index else "left")
         run = self.run
-        for row in [] if run is None else run.history[-SHOWN_EPOCHS:]:
+        rows = [] if run is None else run.history[-SHOWN_EPOCHS:]
+        headings = list(cells(rows[-1])) if rows else []
+        for index, name in enumerate(headings):
+            table.add_column(name, justify="right" if index else "left")
+        for row in rows:
             best = run is not None and run.best is not None and run.best.epoch == row["epoch"]
-            table.add_row(*cells(row), style="bold" if best else None)
+            shown = cells(row)
+            table.add_row(*(shown.get(name, "-") for name in headings), style="bold" if best else None)
         return Group(table, self._progress)
 
 
-COLUMNS = ("epoch", "loss", "mean w", "clipped", "natural", "PGD", "lr", "s/step")
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row of a run's history as the table shows it, by the headings of its columns.
 
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of a run's history, as :data:`COLUMNS` has it."""
+    Where weights are averaged, "plain" is the accuracy under attack of those that train. Where alpha follows the norms,
+    the row says which it was at the end of the epoch.
+    """
     weight = row["weight_mean"]
-    return [
-        str(row["epoch"]),
-        f"{row['loss']:.3f}",
-        f"{weight:.3f}" if weight < 100 else f"{weight:.1e}",
-        f"{row['clipped']:.0%}",
-        "-" if row["natural"] is None else f"{row['natural']:.1%}",
-        "-" if row["robust"] is None else f"{row['robust']:.1%}",
-        f"{row['lr']:g}",
-        f"{row['step_seconds']:.3f}",
-    ]
+    alpha = {"alpha": f"{row['alpha']:.3g}"} if "alpha" in row else {}
+    plain = {"plain": _percent(row["plain_robust"])} if "plain_robust" in row else {}
+    return {
+        "epoch": str(row["epoch"]),
+        "loss": f"{row['loss']:.3f}",
+        **alpha,
+        "mean w": f"{weight:.3f}" if weight < 100 else f"{weight:.1e}",
+        "clipped": f"{row['clipped']:.0%}",
+        "natural": _percent(row["natural"]),
+        "PGD": _percent(row["robust"]),
+        **plain,
+        "lr": f"{row['lr']:.4g}",
+        "s/step": f"{row['step_seconds']:.3f}",
+    }
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.1%}"
 
 
 def _processes(run: Run) -> str:

@@ -14,12 +14,18 @@ from rich.table import Table
 from ..config import RunConfig
 from ..storage.atomic_files import read_json
 from .contents import described, runs_of
-from .folder import RunFolder
+from .files import RunFolder
 
 # Settings that make a row; its label names those in which rows differ, the optimizer's own where rows of one method do.
 ROW_SETTINGS = [f.name for f in fields(RunConfig) if f.metadata["outcome"] and f.name not in ("seed", "optimizer")]
 # Settings that usually follow from another one; the label of a row does not name them where they do.
-FOLLOW = {"decay_epochs": "epochs", "step_size": "eps", "attack_mode": "objective", "awp_warmup": "awp"}
+FOLLOW = {
+    "decay_epochs": "epochs",
+    "schedule_epochs": "epochs",
+    "step_size": "eps",
+    "attack_mode": "objective",
+    "awp_warmup": "awp",
+}
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")
 
 
@@ -57,6 +63,11 @@ COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "s/step": (("step_seconds",), "s"),
 }
 """The paper's Table 2 with times: heading, where the figure lies in a result, its unit."""
+PLAIN_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "Best, plain": (("test", "best_plain", "robust"), "%"),
+    "Last, plain": (("test", "last_plain", "robust"), "%"),
+}
+"""The same of the weights that trained, in tables of runs that average them."""
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
@@ -84,6 +95,8 @@ def collect(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
                 unfinished.append(folder)
                 continue
             result = RunFolder(folder).results()
+            # Runs of an earlier version say nothing of settings that there were not.
+            result["config"] = {**RunConfig().as_dict(), **result["config"]}
             kept = result["config"].get("keep_epochs")
             if computed.setdefault(_computed(result), kept) != kept:
                 continue
@@ -167,30 +180,43 @@ def _cell(values: Sequence[float], unit: str, runs: int) -> str:
     return text if len(scaled) == runs else f"{text} (of {len(scaled)})"
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, columns: Mapping[str, tuple[tuple[str, ...], str]] = COLUMNS) -> list[str]:
     """A row of the table: mean, and deviation where there are several seeds. Accuracies in per cent."""
-    figures = [_cell(row.values(*path), unit, len(row.results)) for path, unit in COLUMNS.values()]
+    figures = [_cell(row.values(*path), unit, len(row.results)) for path, unit in columns.values()]
     return [row.label, str(len(row.results)), *figures]
+
+
+def _averaged(results: Sequence[dict[str, Any]]) -> bool:
+    """Whether a run has averaged weights, and figures of those that trained beside theirs."""
+    return any("last_plain" in result["test"] for result in results)
 
 
 HEADINGS = ("Run", "Seeds", *COLUMNS)
 
 
+def grid(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table; with the columns of plain weights where a run has averaged ones."""
+    plain = PLAIN_COLUMNS if _averaged(results) else {}
+    return [*HEADINGS, *plain], [cells(row, {**COLUMNS, **plain}) for row in rows_of(results)]
+
+
 def table(results: Sequence[dict[str, Any]]) -> Table:
     """The table for a terminal."""
     drawn = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(HEADINGS):
+    headings, rows = grid(results)
+    for index, name in enumerate(headings):
         # Labels wrap, figures never do.
         drawn.add_column(name, justify="right" if index else "left", no_wrap=index > 0, min_width=0 if index else 20)
-    for row in rows_of(results):
-        drawn.add_row(*cells(row))
+    for row in rows:
+        drawn.add_row(*row)
     return drawn
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The same table in Markdown, with what its figures are."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows_of(results)]
+    headings, rows = grid(results)
+    lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([*lines, "", caption(results)]) + "\n"
 
 
@@ -203,4 +229,5 @@ def caption(results: Sequence[dict[str, Any]]) -> str:
         f"the validation set; Last: the last one; robust accuracies under PGD-{'/'.join(map(str, steps))} on the "
         "margin loss; AA: AutoAttack on all of them, by engm evaluate. Overfit: (best - last) / best. Means ± standard "
         "deviation over seeds."
+        + (" Plain: the weights that trained; the others are their average." if _averaged(results) else "")
     )

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from ..addresses import is_address
 from ..config import RunConfig, in_grey_levels, option
-from ..data import Augmentation, Dataset, Source, load_data
-from ..models import build_model, check_logits
+from ..data import Augmentation, Dataset, Source, load_data, with_extra
+from ..data.memory import InMemory
+from ..models import Normalization, build_model, check_logits, with_normalization
+from ..models.normalization import NAME, check_normalization, parsed
 from ..processes import Processes
+
+LOOKED_AT = 1000  # images at a time
+_IN_MEMORY: dict[str, InMemory] = {"yes": True, "no": False, "auto": "auto"}
 
 
 def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = True) -> Dataset:
@@ -36,7 +41,7 @@ def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = 
         image_size=config.image_size,
         validation_examples=(1000 if digits else config.validation_examples) if validation else None,
         validation_from_test=config.validation_from_test,
-        in_memory={"yes": True, "no": False}.get(config.in_memory, "auto"),
+        in_memory=_IN_MEMORY[config.in_memory],
         device=device,
         workers=config.workers,
     ).to(device)
@@ -89,6 +94,9 @@ def load_in_turn(config: RunConfig, processes: Processes) -> Dataset:
 def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
     """The network that a resolved configuration names, for a data set, with weights from the run's seed.
 
+    With ``--normalize data`` its normalization changes nothing before :func:`settle_normalization`, or before weights
+    are loaded, which have it with them.
+
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: see :func:`engm.recipes.models.build_model`; or a network of
             one's own does not give one logit a class.
@@ -105,7 +113,48 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
     )
     if is_address(config.model):
         check_logits(net, config.model, dataset.train.shape, dataset.classes)
-    return net
+    if config.normalize == "none":
+        return net
+    mean, std = parsed(config.normalize) or ([0.0], [1.0])
+    try:
+        check_normalization(mean, std, channels)
+    except ValueError as error:
+        raise ValueError(f"--normalize {config.normalize}: {error}") from None
+    return with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
+
+
+def settle_normalization(net: nn.Module, source: Source) -> None:
+    """Sets a network's normalization to mean and deviation of every channel over all pixels of some images.
+
+    Raises:
+        ValueError: a channel is the same everywhere.
+    """
+    layer = net.get_submodule(NAME)
+    if not isinstance(layer, Normalization):
+        raise TypeError(f"expected a Normalization, got {type(layer).__name__}")
+    sums = torch.zeros(2, source.shape[0], dtype=torch.float64)
+    for x, _ in source.batches(torch.arange(len(source)).split(LOOKED_AT)):
+        pixels = x.double()
+        sums += torch.stack([pixels.sum((0, 2, 3)), pixels.square().sum((0, 2, 3))]).cpu()
+    mean, square = sums / (len(source) * prod(source.shape[1:]))
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    if not bool((std > 1e-6).all()):
+        raise ValueError("--normalize data: a channel of the training images has the same value everywhere")
+    layer.mean.copy_(mean)
+    layer.std.copy_(std)
+
+
+def load_extra(config: RunConfig, dataset: Dataset, device: torch.device) -> Dataset:
+    """The data set with the extra examples that a configuration names, if it names any.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`engm.recipes.data.with_extra`.
+    """
+    if config.extra is None:
+        return dataset
+    return with_extra(
+        dataset, config.extra, in_memory=_IN_MEMORY[config.in_memory], device=device, workers=config.workers
+    )
 
 
 def load_weights(net: nn.Module, weights: Mapping[str, Tensor], dataset: Dataset) -> None:

@@ -1,14 +1,18 @@
-"""Where the figures of a run are written: CSV, JSON lines or TensorBoard, behind one small protocol."""
+"""Where the figures of a run are written: CSV, JSON, TensorBoard or Weights & Biases, behind one small protocol."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import os
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, Protocol
+from uuid import uuid4
 
 Figures = Mapping[str, float | None]
 """Figures by name; ``None`` where there is none this time."""
@@ -68,8 +72,10 @@ class CsvLogger:
         if self._keep.get(kind) and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                columns = list(reader.fieldnames or columns)
-                rows = [row for row in reader if _index_of(row, kind, columns) <= self._keep[kind]]
+                known = list(reader.fieldnames or columns)
+                rows = [row for row in reader if _index_of(row, kind, known) <= self._keep[kind]]
+                # An earlier version may have written fewer figures.
+                columns = [*known, *(name for name in columns if name not in known)]
         fresh = path.with_suffix(".csv.new")  # is moved into place with the kept rows in it: none is ever missing
         self._files[kind] = fresh.open("w", newline="", encoding="utf-8", buffering=1)
         self._writers[kind] = csv.DictWriter(self._files[kind], columns)
@@ -134,12 +140,52 @@ class TensorBoardLogger:
         self._writer.close()
 
 
+class WandbLogger:
+    """Logs ``step/loss``, ``epoch/robust`` and so on to Weights & Biases, as its own environment variables say.
+
+    ``WANDB_MODE=offline`` writes under ``folder`` alone, for ``wandb sync``; ``WANDB_PROJECT`` names the project
+    (``engm`` otherwise). A run that goes on has the same id there; what its process had logged beyond the checkpoint
+    comes again, with the same numbers.
+
+    Args:
+        folder: made if need be; its parent's name is the name of the run.
+        keep: rows of an earlier run to go on from; without it, a new run begins there.
+
+    Raises:
+        ModuleNotFoundError: the package ``wandb`` is not installed.
+    """
+
+    def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
+        file = _made(folder) / "wandb-id.txt"
+        if keep is None or not file.is_file():
+            file.write_text(uuid4().hex[:12], encoding="utf-8")
+        settings = folder.parent / "config.toml"
+        self._run = wandb_module().init(
+            project=os.environ.get("WANDB_PROJECT", "engm"),
+            name=folder.absolute().parent.name,
+            id=file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=tomllib.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+        )
+        for kind in ("step", "epoch"):
+            self._run.define_metric(f"{kind}/*", step_metric=kind)
+
+    def log(self, kind: str, index: int, figures: Figures) -> None:
+        named = {f"{kind}/{name}": value for name, value in figures.items() if value is not None}
+        self._run.log({kind: index, **named})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class LogFormat(StrEnum):
     """The loggers by the names that the command line takes."""
 
     CSV = "csv"
     JSON = "json"
     TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
 
     def check(self) -> None:
         """Looks for what the format needs before anything is computed.
@@ -149,6 +195,8 @@ class LogFormat(StrEnum):
         """
         if self is LogFormat.TENSORBOARD:
             summary_writer()
+        if self is LogFormat.WANDB:
+            wandb_module()
 
     def open(self, folder: Path, keep: Mapping[str, int] | None = None) -> Logger:
         """A logger that writes under ``folder``, after the rows of an earlier run that ``keep`` names (if any)."""
@@ -156,6 +204,7 @@ class LogFormat(StrEnum):
             LogFormat.CSV: CsvLogger,
             LogFormat.JSON: JsonLinesLogger,
             LogFormat.TENSORBOARD: TensorBoardLogger,
+            LogFormat.WANDB: WandbLogger,
         }
         return kinds[self](folder, keep)
 
@@ -188,6 +237,20 @@ def summary_writer() -> Any:
             "the TensorBoard logger needs the package tensorboard: pip install 'engm[recipes]', or log as csv or json"
         ) from error
     return SummaryWriter
+
+
+def wandb_module() -> Any:
+    """The package ``wandb``, imported here because it is no part of ``engm[recipes]``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        return import_module("wandb")
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "the Weights & Biases logger needs the package wandb: pip install 'engm[wandb]', or log as csv or json"
+        ) from error
 
 
 def _index_of(row: Mapping[str, Any], kind: str, columns: Sequence[str]) -> float:

@@ -45,5 +45,5 @@ def paper_optimizer(
     if name == "n-engm":
         return engm.NENGM(model, inner, alpha)
     if name == "a-engm":
-        return engm.AENGM(model, inner, alpha, tau=config.tau, beta_gamma=config.beta_gamma)
+        return engm.AENGM(model, inner, alpha, tau=config.tau * config.accumulate, beta_gamma=config.beta_gamma)
     return engm.ENGM(model, inner, alpha)

@@ -102,12 +102,13 @@ class Recorder:
             return "the optimizer reads input gradients, and no attack measures them for it"
         return None
 
-    def take(self, x: Tensor, y: Tensor) -> engm.StepStats | None:
+    def take(self, x: Tensor, y: Tensor, divisor: int | None = None) -> engm.StepStats | None:
         """The figures of a step whose gradients are in place; None where the trainer has to take the step itself.
 
         Args:
             x: natural inputs ``[n, ...]``.
             y: labels ``[n]``.
+            divisor: number of examples of a batch of which these are a part; ``None`` for a whole batch.
         """
         reason = self._reason or self._reason_now()
         if reason is not None:
@@ -118,7 +119,7 @@ class Recorder:
         if reason is not None or self._step is None:
             self._eager[reason or ""] += 1
             return None
-        stats = self._step(x, y)
+        stats = self._step(x, y, divisor=divisor)
         for refusal in self._step.report().refused:
             self._say(refusal)
         return stats
@@ -127,7 +128,7 @@ class Recorder:
         """Warns once that steps which were to be recorded are not; where recording is automatic the report says it."""
         if self._asked_for and reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"{self._name}, but steps run without being recorded: {reason}", stacklevel=5)
+            warnings.warn(f"{self._name}, but steps run without being recorded: {reason}", stacklevel=6)
 
     def report(self) -> StepReport:
         """What became of the steps so far."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import engm
 from engm.adversarial import AWP, PGD, Objective, objective
@@ -27,38 +26,24 @@ from ..addresses import is_address
 from ..config import RunConfig
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
+from .averages import WeightAverage
 from .batches import TrainingBatches, seed_for
-from .building import augmentation_of, build_network, check_radius, load_in_turn, load_weights
+from .building import (
+    augmentation_of,
+    build_network,
+    check_radius,
+    load_extra,
+    load_in_turn,
+    load_weights,
+    settle_normalization,
+)
+from .initial import Initial
+from .looks import Best, figures_of, robust_of
 from .optimizer import paper_optimizer
 from .own import check_objective, own_objective
 from .precision import Autocast, check_channels_last
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
-
-
-@dataclass
-class Best:
-    """The best look at the validation set so far.
-
-    Attributes:
-        epoch: number of finished epochs.
-        steps: steps that the run had taken by then.
-        accuracy: on the validation set.
-    """
-
-    epoch: int
-    steps: int
-    accuracy: Accuracy
-
-    @property
-    def score(self) -> float:
-        """What the checkpoint was chosen by; see :func:`robust_of`."""
-        return robust_of(self.accuracy)
-
-
-def robust_of(accuracy: Accuracy) -> float:
-    """What checkpoints are chosen by: accuracy under the evaluation attack (natural accuracy if there is none)."""
-    return accuracy.natural if accuracy.robust is None else accuracy.robust
 
 
 class Run:
@@ -68,6 +53,7 @@ class Run:
         config: the run's settings, which are resolved here.
         processes: the processes that train it together.
         dataset: ``None`` to load the one that the configuration names.
+        initial: weights to start from; ``None`` for random ones.
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: something in the configuration does not fit; nothing has been
@@ -78,7 +64,9 @@ class Run:
         dataset: on the device.
         data: what tells its images from others of the same name, by split.
         net: the network; its ``state_dict`` is what checkpoints hold.
-        average: the running average of its weights, if the configuration asks for one.
+        started_from: the weights that it started from, if they are given.
+        initial: what tells these from others.
+        average: the average of its weights, if the configuration asks for one.
         trainer: takes the steps.
         schedule: what changes in the course of the run.
         epoch: finished epochs.
@@ -87,10 +75,17 @@ class Run:
         best: the best look at the validation set so far.
     """
 
-    def __init__(self, config: RunConfig, processes: Processes, dataset: Dataset | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        processes: Processes,
+        dataset: Dataset | None = None,
+        initial: Initial | None = None,
+    ) -> None:
         self.config = config = config.resolved()
         self.processes = processes
         self.dataset = load_in_turn(config, processes) if dataset is None else dataset.to(processes.device)
+        self.dataset = load_extra(config, self.dataset, processes.device)
         self.data = identities(self.dataset)
         check_radius(config, self.dataset)
         memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -101,18 +96,27 @@ class Run:
             config.seed,
             processes,
             memory_format,
+            extra=self.dataset.extra,
+            extra_fraction=config.extra_fraction,
         )
+        if config.batch_size // processes.world % config.accumulate:
+            raise ValueError(
+                f"--accumulate {config.accumulate}: a process's {config.batch_size // processes.world} examples of a "
+                "batch cannot be taken in so many equal parts"
+            )
         self.schedule = Schedule(config, self.batches.steps)
         self.net = build_network(config, self.dataset).to(processes.device).to(memory_format=memory_format)
+        if config.normalize == "data":
+            settle_normalization(self.net, self.dataset.train)
+        self.started_from = initial
+        self.initial = None if initial is None else initial.identity
+        if initial is not None:
+            initial.put_in(self.net)
         if config.channels_last:
             check_channels_last(self.net, processes.device)
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
-        self.average = (
-            AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-            if config.ema
-            else None
-        )
+        self.average = WeightAverage(config, self.net)
         self._objectives: dict[int, Objective] = {}  # by patience
         if is_address(config.objective):
             check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
@@ -128,7 +132,8 @@ class Run:
         forward = self.net
         if config.precision == "bf16":
             forward = Autocast(self.net, device.type, torch.bfloat16)
-        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=config.calibrate_every)
+        every = config.calibrate_every * config.accumulate  # the model counts the parts of a batch
+        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
         borrow = config.borrow
@@ -147,17 +152,24 @@ class Run:
             forward=training_model,
             processes=self.processes,
             step=config.step,
+            accumulate=config.accumulate,
         )
 
     def _objective(self, epoch: int) -> Objective:
         """The objective of an epoch; the same object as long as it is the same objective, as recorded steps ask for."""
         patience = self.schedule.patience(epoch) if self.config.objective == "fat" else 0
         if patience not in self._objectives:
-            eval_mode = self.config.attack_mode == "eval"
+            shared = {"eval_mode": self.config.attack_mode == "eval"}
             self._objectives[patience] = (
-                own_objective(self.config.objective, eval_mode=eval_mode)
+                own_objective(self.config.objective, **shared)
                 if is_address(self.config.objective)
-                else objective(self.config.objective, beta=self.config.beta, patience=patience, eval_mode=eval_mode)
+                else objective(
+                    self.config.objective,
+                    beta=self.config.beta,
+                    patience=patience,
+                    label_smoothing=self.config.label_smoothing,
+                    **shared,
+                )
             )
         return self._objectives[patience]
 
@@ -172,7 +184,7 @@ class Run:
     @property
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and kept: the averaged one, if there is one."""
-        return self.net if self.average is None else self.average.module
+        return self.average.network or self.net
 
     @property
     def steps(self) -> int:
@@ -214,13 +226,11 @@ class Run:
         return self.trainer.finish_epoch()
 
     def begin_epoch(self) -> None:
-        """Sets what changes with the epoch: objective, weight perturbation and learning rate."""
+        """Sets what changes with the epoch: objective and weight perturbation."""
         trainer = self.trainer
         trainer.model.train()
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = self.schedule.lr(self.epoch)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Trains on one batch of the epoch under way.
@@ -233,10 +243,11 @@ class Run:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.schedule.lr(self.epoch, self.batch)
         self.trainer.step(x, y)
-        if self.average is not None:
-            self.average.update_parameters(self.net)
         self.batch += 1
+        self.average.after_step(self.net, self.epoch + 1, last=self.batch == self.batches.steps)
 
     def finish_epoch(self, record: EpochRecord, on_batch: OnBatch | None = None) -> bool:
         """Looks at the validation set if it is time, and notes the epoch.
@@ -249,13 +260,22 @@ class Run:
             Whether the weights are the best so far.
         """
         self.synchronise()
+        self.average.settle(self.dataset.train)
         self.epoch, self.batch = self.epoch + 1, 0
-        accuracy = None
+        accuracy = plain = None
         if self.epoch % self.config.evaluate_every == 0 or self.epoch == self.config.epochs:
             accuracy = self.evaluate("validation", on_batch=on_batch)
+            if self.evaluated is not self.net:
+                plain = self.evaluate("validation", self.net, on_batch)
         better = accuracy is not None and (self.best is None or robust_of(accuracy) > self.best.score)
         if accuracy is not None and better:
             self.best = Best(self.epoch, self.trainer.steps, accuracy)
+        looks = figures_of(accuracy)
+        if self.average.model is not None:
+            looks.update(figures_of(plain, "plain_"))
+        quantile = getattr(self.trainer.optimizer, "quantile", None)
+        if quantile is not None:  # alpha follows the norms; this is the one after the epoch's last step
+            looks["alpha"] = float(quantile.value)
         self.history.append(
             {
                 "epoch": self.epoch,
@@ -263,11 +283,10 @@ class Run:
                 "lr": record.lr,
                 "seconds": sum(record.step_seconds),
                 "step_seconds": median(record.step_seconds),
-                "natural": None if accuracy is None else accuracy.natural,
-                "robust": None if accuracy is None else accuracy.robust,
+                **looks,
             }
         )
-        self.trainer.log_epoch(self.epoch, record, accuracy)
+        self.trainer.log_epoch(self.epoch, record, looks)
         return better
 
     def evaluate(self, split: str, net: nn.Module | None = None, on_batch: OnBatch | None = None) -> Accuracy:
@@ -289,9 +308,13 @@ class Run:
 
     def synchronise(self) -> None:
         """Brings the running statistics of several processes together."""
-        self.processes.average_buffers(self.net)
-        if self.average is not None:
-            self.processes.average_buffers(self.average.module)
+        for net in self._networks:
+            self.processes.average_buffers(net)
+
+    @property
+    def _networks(self) -> list[nn.Module]:
+        """The network, and behind it the one with averaged weights, if the configuration asks for one."""
+        return [self.net] if self.average.model is None else [self.net, self.average.model.module]
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -304,18 +327,18 @@ class Run:
         if not bool(torch.stack([p.isfinite().all() for p in self.net.parameters()]).all()):
             raise NonFiniteError(f"the weights are not finite after step {self.trainer.steps}")
         cuda = self.processes.device.type == "cuda"
-        networks = [self.net] if self.average is None else [self.net, self.average.module]
         return {
             "device": self.processes.device.type,
             "data": self.data,
+            "initial": self.initial,
             "net": self.net.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None if self.average.model is None else self.average.model.state_dict(),
             "trainer": self.trainer.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
             "best": None if self.best is None else asdict(self.best),
-            "buffers": [self.processes.gather_buffers(net) for net in networks],
+            "buffers": [self.processes.gather_buffers(net) for net in self._networks],
             "random": self.processes.gather(torch.get_rng_state()),
             "random_cuda": self.processes.gather(torch.cuda.get_rng_state(self.processes.device)) if cuda else None,
         }
@@ -324,7 +347,8 @@ class Run:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: it was taken with another number of processes, on another kind of device, or with other data.
+            ValueError: it was taken with another number of processes, on another kind of device, with other data, or
+                after another start.
         """
         if len(state["random"]) != self.processes.world:
             raise ValueError(
@@ -340,11 +364,16 @@ class Run:
             check_same_data(state["data"], self.data, self.dataset.name)
         else:  # written before the data had an identity
             warnings.warn("this checkpoint does not say what it was trained on: that is not checked", stacklevel=2)
+        if self.initial not in (None, state.get("initial")):
+            raise ValueError(
+                f"the weights in {self.config.init} are not those that this run started from: bring the old ones back, "
+                "or begin another run in another --out"
+            )
+        self.initial = state.get("initial")
         load_weights(self.net, state["net"], self.dataset)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        networks = [self.net] if self.average is None else [self.net, self.average.module]
-        for net, every_rank in zip(networks, state["buffers"], strict=True):
+        if self.average.model is not None:
+            self.average.model.load_state_dict(state["average"])
+        for net, every_rank in zip(self._networks, state["buffers"], strict=True):
             if every_rank:
                 net.load_state_dict(every_rank[self.processes.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])

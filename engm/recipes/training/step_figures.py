@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -82,6 +82,15 @@ class StepFigures:
         if len({len(parts) for parts in steps.values()}) > 1:
             raise ValueError("steps of different optimizers cannot be collected together")
         return [Examples(**dict(zip(steps, parts, strict=True))) for parts in zip(*steps.values(), strict=True)]
+
+
+def joined(parts: Sequence[StepStats]) -> StepStats:
+    """The statistics of a batch that was taken in parts."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [f.name for f in fields(StepStats) if isinstance(getattr(parts[0], f.name), Tensor)]
+    values: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts], -1) for name in names}
+    return replace(parts[0], **values)
 
 
 def pack(steps: Sequence[Examples]) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from engm.adversarial import AWP, PGD, VANILLA, Objective
 from engm.checks import NonFiniteError
 from engm.module import couples
 
-from ..accuracy import Accuracy
 from ..processes import Processes
 from .attacked import AttackedLosses
 from .clock import StepClock
-from .loggers import Logger
+from .loggers import Figures, Logger
 from .recorded import Recorder, StepReport
-from .step_figures import Examples, StepFigures, pack, together, unpack
+from .step_figures import Examples, StepFigures, joined, pack, together, unpack
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class EpochRecord:
         mean_weight: mean of ``w_i``; 1 for methods that do not weigh.
         fraction_clipped: share of examples with ``w_i < 1``.
         mean_norm: mean of the norms that the weights were made from, or ``None`` for methods without.
-        lr: learning rate of the epoch.
+        lr: learning rate of the epoch's last step.
         step_seconds: seconds of every step: attack, backward pass and update.
         summary: these and more, by the names that logs use: quantiles of weights, norms and input norms.
     """
@@ -65,9 +64,11 @@ class Trainer:
         processes: the processes that share every batch, each with its own rows and the same ``seed``.
         step: how attack, loss and backward pass run: ``"eager"``, as they are; a backend of :func:`engm.record`; or
             ``"auto"``, which takes one. Steps that cannot be recorded run as they are; :meth:`step_report` says which.
+        accumulate: the parts of equal size that every batch is taken in, one after another, each with an attack,
+            a forward and a backward pass of its own; the update is that of their sum. Batch norms see a part at a time.
 
     Raises:
-        ValueError: ``log_every`` is not positive, or ``step`` is not known or does not run here.
+        ValueError: ``log_every`` or ``accumulate`` is not positive, or ``step`` is not known or does not run here.
 
     Attributes:
         attack: the training attack; may be replaced between steps (a growing ``eps``). With ``eps`` of 0 there is none.
@@ -92,9 +93,11 @@ class Trainer:
         forward: nn.Module | None = None,
         processes: Processes | None = None,
         step: str = "auto",
+        accumulate: int = 1,
     ) -> None:
-        if log_every is not None and log_every < 1:
-            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        for name, count in (("log_every", log_every), ("accumulate", accumulate)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         self.model = model
         self.optimizer = optimizer
         self.attack = attack
@@ -105,6 +108,7 @@ class Trainer:
         self.logger = logger
         self.steps = 0
         self._log_every = log_every
+        self._accumulate = accumulate
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._may_borrow = borrow is not False and objective.attack_maximises_it and self._captures
@@ -128,6 +132,7 @@ class Trainer:
         # Figures and times of those steps of the epoch that were fetched from the device already.
         self._epoch: list[Examples] = []
         self._seconds: list[float] = []
+        self._lrs: list[float] = []  # of the steps whose figures are still on the device
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Attacks one batch and updates the weights on it.
@@ -156,25 +161,38 @@ class Trainer:
             losses.borrows = self._may_borrow and self.awp is None and self.attack.eps > 0
             losses.borrows = losses.borrows and (self._borrows_anyway or couples(self.model))
             losses.awp = self.awp
-            stats = self._recorder.take(x, y)
-            if stats is None:
-                stats = self._eager(x, y)
+            parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
+            divisor = len(x) if self._accumulate > 1 else None
+            found = []
+            for part, labels in parts:
+                found.append(self._part(part, labels, divisor))
+            stats = joined(found)
+            self._lrs.append(self._lr)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
 
-    def _eager(self, x: Tensor, y: Tensor) -> engm.StepStats:
+    def _part(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
+        """Adds a part's share of the batch's gradient; ``divisor`` is the number of examples of all parts."""
+        stats = self._recorder.take(x, y, divisor)
+        return self._eager(x, y, divisor) if stats is None else stats
+
+    def _eager(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
         adversarial = self._losses.attacked(x, y)
         x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
         with self._losses.around(x, x_adv, y):
             losses = self.objective.losses(self._losses.forward, x, x_adv, y)
-            return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement)
+            return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement, divisor)
 
-    def _backward(self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None) -> engm.StepStats:
+    def _backward(
+        self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None, divisor: int | None
+    ) -> engm.StepStats:
         optimizer: Any = self.optimizer
         if self._processes.world == 1:
-            return optimizer.backward(losses, inputs=inputs, measurement=measurement)
-        optimizer.reweight(losses, inputs, measurement=measurement).mean().backward()
+            of_all = {} if divisor is None else {"divisor": divisor}  # optimizers of others may have no such option
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all)
+        weighted = optimizer.reweight(losses, inputs, measurement=measurement)
+        (weighted.mean() if divisor is None else weighted.sum() / divisor).backward()
         return optimizer.stats
 
     def finish_epoch(self) -> EpochRecord:
@@ -204,13 +222,14 @@ class Trainer:
         """How many steps this trainer has taken from a recorded program, and why not the others."""
         return self._recorder.report()
 
-    def log_epoch(self, epoch: int, record: EpochRecord, accuracy: Accuracy | None = None) -> None:
+    def log_epoch(self, epoch: int, record: EpochRecord, looks: Figures | None = None) -> None:
         """Hands an epoch's figures to the logger, if there is one.
 
         Args:
             epoch: number of finished epochs.
             record: from :meth:`finish_epoch`.
-            accuracy: on the validation set, if it was looked at.
+            looks: ``natural`` and ``robust``, the accuracies on the validation set, and more figures by name; ``None``
+                where nobody looked.
         """
         if self.logger is None:
             return
@@ -221,8 +240,7 @@ class Trainer:
                 **record.summary,
                 "lr": record.lr,
                 "seconds": sum(record.step_seconds),
-                "natural": None if accuracy is None else accuracy.natural,
-                "robust": None if accuracy is None else accuracy.robust,
+                **({"natural": None, "robust": None} if looks is None else looks),
             },
         )
 
@@ -235,13 +253,14 @@ class Trainer:
         steps, seconds = self._figures.take(), self._clock.take()
         self._epoch += steps
         self._seconds += seconds
+        lrs, self._lrs = self._lrs, []
         first = self.steps - len(steps) + 1
         for index, figures in enumerate(steps, start=first):
             if not bool(figures.losses.isfinite().all()):
                 raise NonFiniteError(f"the training loss is not finite at step {index}")
         if self.logger is not None:
-            for index, (figures, time) in enumerate(zip(steps, seconds, strict=True), start=first):
-                self.logger.log("step", index, {**figures.summary(), "lr": self._lr, "seconds": time})
+            for index, (figures, lr, time) in enumerate(zip(steps, lrs, seconds, strict=True), start=first):
+                self.logger.log("step", index, {**figures.summary(), "lr": lr, "seconds": time})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next steps depend on but the weights; plain containers and tensors.

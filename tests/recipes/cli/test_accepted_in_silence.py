@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig, from_values
+from engm.recipes.config import RunConfig
+from engm.recipes.config_files import from_values
 
 TINY = "--width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64 --threads 1"
 DIGITS = [*TINY.split(), "--test-examples", "40", "--loggers", "none"]

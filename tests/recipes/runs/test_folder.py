@@ -214,7 +214,7 @@ class TestDamage:
             with pytest.warns(UserWarning, match="results are of the last weights only"):
                 after = train_tiny(EVERYTHING, copy)
             assert after["overfit"] is None
-            assert after["test"].keys() == {"last"}
+            assert after["test"].keys() == {"last", "last_plain"}
         assert after["test"]["last"] == before["test"]["last"]
 
     def test_a_damaged_best_checkpoint_is_not_replaced_by_an_older_one(self, whole: Path, tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ RUNS = {
     "trades, engm": replace(BASE, objective="trades"),
     "mart with AWP, mgnc": replace(BASE, objective="mart", awp=True, optimizer="mgnc", max_norm=0.5),
     "fat, msgd, averaged": replace(BASE, objective="fat", patience=1, optimizer="msgd", ema=0.9),
+    "normalized, smoothed, evenly averaged": replace(
+        BASE, normalize="0.5/0.25", label_smoothing=0.1, schedule="cosine", warmup=0.5, swa_start=1
+    ),
+    "in parts, mgnc": replace(BASE, eps=0.0, accumulate=2, optimizer="mgnc", max_norm=0.5),
     "own pass, f-engm": replace(BASE, borrow=False, optimizer="f-engm", lr=0.01),
 }
 BATCH_NORM = replace(PLAIN, epochs=2, save_every=1, objective="trades")

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from engm.recipes.cli import app
 from engm.recipes.processes import Processes
-from engm.recipes.runs.folder import LAST, RunFolder, train
-from engm.recipes.runs.termination import STATUS, TerminatedError, noted
+from engm.recipes.runs.files import LAST
+from engm.recipes.runs.folder import RunFolder, train
+from engm.recipes.runs.termination import STATUS, Deadline, TerminatedError, noted
 from engm.recipes.runs.view import NoView
 from engm.recipes.training.run import Run
 
@@ -118,6 +119,52 @@ def test_outside_of_training_a_command_ends_at_once(tmp_path: Path) -> None:
     with mock.patch("engm.recipes.runs.report.runs_of", side_effect=lambda path: end()):
         result = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert (result.exit_code, "ended by SIGTERM" in result.stderr) == (143, True)
+
+
+class Clock:
+    """Time that passes by so many seconds a look."""
+
+    def __init__(self, pace: float) -> None:
+        self.now, self._pace = 0.0, pace
+
+    def monotonic(self) -> float:
+        self.now += self._pace
+        return self.now
+
+
+def test_a_deadline_is_near_when_the_longest_wait_would_lead_beyond_it() -> None:
+    with mock.patch("engm.recipes.runs.termination.time", Clock(1.0)) as clock:
+        deadline = Deadline("20s", end=20.0)
+        assert [deadline.near() for _ in range(10)] == [False] * 10
+        clock.now += 3  # a step of four seconds, at the fifteenth second
+        assert not deadline.near()
+        assert deadline.near()  # at the sixteenth
+
+
+def test_a_time_limit_ends_as_sigterm_does_and_the_same_command_goes_on(tmp_path: Path, undisturbed: Path) -> None:
+    """Every look takes a second: with a limit of so many the run ends after a few steps or within a validation."""
+    path, ended = tmp_path / "run", []
+    for limit in (4, 5, 9, 60):
+        with mock.patch("engm.recipes.runs.termination.time", Clock(1.0)):
+            try:
+                config = replace(CONFIG, time_limit=f"{limit}s")
+                train(config, path, Processes(torch.device("cpu")), dataset=tiny_dataset(), began=0.0)
+            except TerminatedError as error:
+                ended.append(str(error))
+    assert [line.partition(" after")[0] for line in ended] == [f"ended by --time-limit {n}s" for n in (4, 5, 9)]
+    assert RunFolder(path).results()["test"] == RunFolder(undisturbed).results()["test"]
+    ended_with, expected = RunFolder(path).weights("last").weights, RunFolder(undisturbed).weights("last").weights
+    assert all(torch.equal(ended_with[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_command_ends_before_its_time_limit_with_the_same_status(tmp_path: Path) -> None:
+    command = ["train", *TINY.split(), "--loggers", "none", "--threads", "1", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*command, "--time-limit", "1s"])
+    assert result.exit_code == STATUS
+    assert "ended by --time-limit 1s after step" in " ".join(result.stderr.split())
+    assert "goes on where it was left" in " ".join(result.stderr.split())
+    result = CliRunner().invoke(app, [*command, "--time-limit", "soon"])
+    assert "--time-limit must be a time such as 3h30m" in " ".join(result.stderr.split())
 
 
 def test_several_processes_end_together() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -76,7 +78,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert found["epoch/robust"] == [(2, 0.75)]
 
 
-@pytest.mark.parametrize("name", list(LogFormat))
+@pytest.mark.parametrize("name", [LogFormat.CSV, LogFormat.JSON, LogFormat.TENSORBOARD])
 def test_a_second_run_in_the_same_folder_replaces_the_first(name: LogFormat, tmp_path: Path) -> None:
     name.check()
     write(name.open(tmp_path))
@@ -126,3 +128,63 @@ def test_a_resumed_log_goes_on_after_the_rows_it_keeps(kind: LogFormat, tmp_path
     files = ("step.csv", "epoch.csv") if kind is LogFormat.CSV else ("log.jsonl",)
     assert tuple((tmp_path / file).read_text() for file in files) == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+class Wandb(ModuleType):
+    """What the logger uses of Weights & Biases; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
+        self.axes: dict[str, str] = {}
+        self.finished = 0
+
+    def init(self, **settings: Any) -> Wandb:
+        self.begun.append(settings)
+        return self
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("lr = 0.2\n")
+    LogFormat.WANDB.check()
+    for keep in (None, {"step": 1, "epoch": 0}, None):
+        logger = LogFormat.WANDB.open(run / "log", keep)
+        logger.log("step", 1, {"loss": 0.5})
+        logger.log("epoch", 1, {"robust": 0.25, "natural": None})
+        logger.close()
+    assert module.rows[:2] == [{"step": 1, "step/loss": 0.5}, {"epoch": 1, "epoch/robust": 0.25}]
+    assert module.axes == {"step/*": "step", "epoch/*": "epoch"}
+    assert module.finished == 3
+    first, again, other = module.begun
+    assert first == again, "a run that goes on is the same run there"
+    assert other["id"] != first["id"]
+    assert {name: first[name] for name in ("project", "name", "dir", "config", "resume")} == {
+        "project": "mine",
+        "name": "run",
+        "dir": str(run / "log"),
+        "config": {"lr": 0.2},
+        "resume": "allow",
+    }
+    assert "mode" not in first, "WANDB_MODE is wandb's own to read"
+
+
+def test_weights_and_biases_is_asked_for_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'engm\[wandb\]'"):
+        LogFormat.WANDB.check()
+    LogFormat.CSV.check()

@@ -14,6 +14,7 @@ from engm.recipes.config import RunConfig
 from engm.recipes.data import load_digits
 from engm.recipes.methods import METHOD_NAMES
 from engm.recipes.processes import Processes
+from engm.recipes.runs.progress import cells
 from engm.recipes.training.run import Run
 
 CPU = Processes(torch.device("cpu"))
@@ -175,6 +176,11 @@ def test_auto_alpha_follows_the_norms() -> None:
     assert isinstance(run.trainer.optimizer, engm.ENGM)
     clipped = [row["clipped"] for row in run.history[2:]]
     assert 0.1 < sum(clipped) / len(clipped) < 0.45
+    alphas = [row["alpha"] for row in run.history]
+    assert alphas[-1] == float(run.trainer.optimizer.quantile.value)  # type: ignore[arg-type,union-attr]
+    assert len(set(alphas)) == 6
+    assert cells(run.history[-1])["alpha"] == f"{alphas[-1]:.3g}"
+    assert "alpha" not in trained(replace(PLAIN, epochs=1)).history[0]
 
 
 def test_state_of_another_kind_of_device_is_refused() -> None:

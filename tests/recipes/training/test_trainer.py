@@ -12,7 +12,6 @@ from torch import nn
 
 import engm
 from engm.adversarial import PGD, evaluation_mode, vanilla
-from engm.recipes.accuracy import Accuracy
 from engm.recipes.config import RunConfig
 from engm.recipes.data import Split
 from engm.recipes.methods import METHOD_NAMES
@@ -185,7 +184,7 @@ def test_the_logger_gets_every_step_and_epoch_once(split: Split, log_every: int 
     records = []
     for epoch in (1, 2):
         records += train_epoch([trained], split, generator=order(epoch))
-        trained.log_epoch(epoch, records[-1], Accuracy(0.5, 0.25, 4) if epoch == 2 else None)
+        trained.log_epoch(epoch, records[-1], {"natural": 0.5, "robust": 0.25} if epoch == 2 else None)
     places = [(kind, index) for kind, index, _ in rows.rows]
     assert places == [("step", 1), ("step", 2), ("epoch", 1), ("step", 3), ("step", 4), ("epoch", 2)]
     steps = [figures for kind, _, figures in rows.rows if kind == "step"]

@@ -1,0 +1,96 @@
+"""Input normalization as a layer in front of a network, whose weights keep their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
+
+from torch import Tensor, nn
+
+NAME = "normalization"
+"""The layer's name within the network: its buffers are ``normalization.mean`` and ``normalization.std``."""
+
+
+class Normalization(nn.Module):
+    """``(x - mean) / std`` of every channel.
+
+    Args:
+        mean: ``[C]``, in the units of the images.
+        std: ``[C]``, positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[n, C, H, W]`` in [0, 1], normalized."""
+        return (x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+
+def check_normalization(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    """Looks whether a mean and a deviation can be those of pixels in [0, 1].
+
+    Raises:
+        ValueError: they are not one for all channels or one a channel, or out of range.
+    """
+    if not (len(mean) in (1, channels) and len(std) in (1, channels)):
+        raise ValueError(
+            f"mean and std must be one number, or one for each of the {channels} channels, "
+            f"got {len(mean)} and {len(std)}"
+        )
+    if not all(0 <= value <= 1 for value in mean) or not all(isfinite(value) and 0 < value <= 1 for value in std):
+        raise ValueError(
+            f"mean and std must be of pixels in [0, 1], got {', '.join(f'{v:g}' for v in mean)} and "
+            f"{', '.join(f'{v:g}' for v in std)}; divide what is of grey levels by 255"
+        )
+
+
+def with_normalization(net: nn.Module, mean: Tensor, std: Tensor) -> nn.Module:
+    """The network itself, which normalizes its input from now on.
+
+    The layer is called by a hook, and is no wrapper: weights keep the names that they have without it, so that they can
+    be loaded and exported alike.
+
+    Args:
+        net: maps images ``[n, C, H, W]`` to logits.
+        mean: ``[C]``.
+        std: ``[C]``, positive.
+
+    Raises:
+        ValueError: the network has something of that name.
+    """
+    if hasattr(net, NAME):
+        raise ValueError(f"--normalize: the network has a part called {NAME!r} of its own")
+    net.add_module(NAME, Normalization(mean, std))
+    net.register_forward_pre_hook(_normalized)
+    return net
+
+
+def _normalized(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (net.get_submodule(NAME)(inputs[0]), *inputs[1:])
+
+
+def parsed(text: str) -> tuple[list[float], list[float]] | None:
+    """Means and deviations of ``0.49,0.48,0.45/0.25,0.24,0.26``; None for ``none`` and ``data``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text in ("none", "data"):
+        return None
+    try:
+        mean, std = ([float(part) for part in side.split(",")] for side in text.split("/"))
+    except ValueError:
+        mean, std = [], []
+    if not (mean and len(mean) == len(std) and all(map(isfinite, (*mean, *std))) and min(std) > 0):
+        raise ValueError(
+            "--normalize must be none, data, or means and deviations of the channels as 0.49,0.48,0.45/0.25,0.24,0.26, "
+            f"got {text!r}"
+        )
+    return mean, std

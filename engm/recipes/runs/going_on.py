@@ -1,0 +1,62 @@
+"""With which settings does a run go on? Its own, but for its length, which may have grown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import RunConfig, option
+
+# Settings of a run's length. What else hangs on the number of epochs stays as it was planned: see --schedule-epochs.
+LENGTH = ("epochs", "schedule_epochs", "decay_epochs")
+
+
+def of_the_same_run(own: RunConfig, config: RunConfig, path: Path, trained: Callable[[], tuple[int, int]]) -> RunConfig:
+    """The resolved settings with which the run in ``path`` goes on.
+
+    Args:
+        own: the settings that the run has.
+        config: those that it is asked to go on with. Where these have another number of epochs, and do not say for how
+            many the schedule is made, the schedule stays the run's own.
+        path: folder of the run, for messages.
+        trained: gives the numbers of finished epochs and of those begun.
+
+    Raises:
+        ValueError: other settings, fewer epochs than were trained, or other learning rates in these.
+    """
+    longer = config.epochs != own.epochs
+    if config.schedule_epochs is None:
+        config = replace(config, schedule_epochs=own.schedule_epochs or (own.epochs if longer else None))
+    config = config.resolved()
+    differences = config.differences(own)
+    refused = {name: pair for name, pair in differences.items() if not (longer and name in LENGTH)}
+    if refused:
+        listed = ", ".join(f"{option(k)} {old} (now {new})" for k, (new, old) in refused.items())
+        raise ValueError(
+            f"{path} holds a run with other settings: {listed}. Choose another --out, or leave these settings out to "
+            "go on with it."
+        )
+    if longer:
+        finished, begun = trained()
+        if config.epochs < finished:
+            raise ValueError(
+                f"--epochs {config.epochs}: the run in {path} has trained for {finished} epochs, and none is taken "
+                "back. Choose more epochs, or another --out"
+            )
+        past, now = (_decays_before(begun, one) for one in (own, config))
+        if past != now:
+            raise ValueError(
+                f"--decay-epochs {_listed(config)}: the run in {path} is in epoch {begun}, and its decays by then "
+                f"({', '.join(map(str, past)) or 'none'}) cannot be changed any more"
+            )
+    return config
+
+
+def _decays_before(begun: int, config: RunConfig) -> list[int]:
+    """The decays that the epochs which were begun, counted from 0, have seen."""
+    return [epoch for epoch in config.resolved().decay_epochs or () if epoch < begun]
+
+
+def _listed(config: RunConfig) -> str:
+    return ",".join(map(str, config.decay_epochs or ()))

@@ -1,0 +1,42 @@
+"""How settings and their values are spelled: the names of options, numbers and fractions, radii, lengths of time."""
+
+from __future__ import annotations
+
+import re
+
+
+def in_grey_levels(radius: float) -> str:
+    """How to write a radius that was meant as so many grey levels of 0 to 255."""
+    return f"For {radius:g} of the 255 grey levels write {radius:g}/255."
+
+
+def option(name: str) -> str:
+    """A setting as the command line spells it."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_number(text: str | float) -> float:
+    """A number, or a fraction such as ``8/255``.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        top, _, bottom = str(text).partition("/")
+        return float(top) / float(bottom) if bottom else float(top)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time such as ``3h30m``, ``90m`` or ``1d12h``: days, hours, minutes, seconds, in this order.
+
+    Raises:
+        ValueError: it is none, or no time at all.
+    """
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    parts = [] if found is None else [int(part or 0) for part in found.groups()]
+    seconds = sum(count * size for count, size in zip(parts, (86400, 3600, 60, 1), strict=False))
+    if not seconds:
+        raise ValueError(f"--time-limit must be a time such as 3h30m, 90m or 45s, got {text!r}")
+    return float(seconds)
