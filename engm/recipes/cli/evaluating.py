@@ -38,7 +38,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="natural, pgdN (N steps on the margin loss, as of CW), pgdN-ce, autoattack, autoattack-rand (for "
-            "random networks) or deepfool; may be given several times. Default: pgd20, and none with --corruptions."
+            "random networks), autoattack-untargeted (for fewer than four classes) or deepfool; may be given several "
+            "times. Default: pgd20, and none with --corruptions."
         ),
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="best, last or both (the default); of a run.")] = None,

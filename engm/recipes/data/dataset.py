@@ -154,8 +154,9 @@ def hold_out(
     source, kind = (test, "test") if validation_from_test else (train, "training")
     if not 0 < validation_examples < len(source):
         raise ValueError(
-            f"validation_examples must be between 1 and {len(source) - 1} "
-            f"(there are {len(source)} {kind} examples), got {validation_examples}"
+            f"--validation-examples must be between 1 and {len(source) - 1} "
+            f"(there are {len(source)} {kind} examples), got {validation_examples}; a tenth of them are "
+            f"--validation-examples {max(1, len(source) // 10)}"
         )
     rows = shuffled_rows(len(source), split_seed)
     held, left = rows[:validation_examples], rows[validation_examples:]

@@ -17,10 +17,17 @@ from engm.checks import check_name
 from ..accuracy import evaluate, pgd20
 from ..data import Source, Split
 
-ATTACKS = ("natural", "pgd20", "pgd50", "pgd100", "pgd20-ce", "autoattack", "autoattack-rand", "deepfool")
+_UNTARGETED = "autoattack-untargeted"
+ATTACKS = ("natural", "pgd20", "pgd50", "pgd100", "pgd20-ce", "autoattack", "autoattack-rand", _UNTARGETED, "deepfool")
 WITHOUT_RADIUS = ("natural", "deepfool")
 """Attacks that no radius and no norm of a ball have a part in."""
 
+_VERSIONS: dict[str, dict[str, Any]] = {
+    "autoattack": {"version": "standard"},
+    "autoattack-rand": {"version": "rand"},
+    _UNTARGETED: {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]},
+}
+_FEWEST_CLASSES = 4  # that the targeted attacks of the standard version make sense for
 _PGD = re.compile(r"pgd0*(\d+)(-ce|-margin)?")
 
 
@@ -112,6 +119,12 @@ def _autoattack(
         tell(progress.passes, None, where)
 
     x, y = everything(test, batch_size)
+    classes = net(x[:1]).shape[1]
+    if name == "autoattack" and classes < _FEWEST_CLASSES:
+        raise ValueError(
+            f"AutoAttack's standard version needs {_FEWEST_CLASSES} classes for its targeted attacks, and there are "
+            f"{classes}: take --attack {_UNTARGETED}"
+        )
     outcome = autoattack(
         net if made_on is None else made_on,
         x,
@@ -119,7 +132,7 @@ def _autoattack(
         eps=ball.eps,
         norm=ball.norm,
         batch_size=batch_size,
-        version="rand" if name.endswith("-rand") else "standard",
+        **_VERSIONS[name],
         on_progress=follow,
     )
     if made_on is not None:

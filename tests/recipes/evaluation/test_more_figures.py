@@ -240,17 +240,18 @@ def test_autoattack_tells_what_each_attack_leaves(trained: Trained, weights: Pat
         "--eps",
         "0.02",
         "--attack",
-        "autoattack",
+        "autoattack-untargeted",
     )
+    assert "take --attack autoattack-untargeted" in refused(*arguments[:-1], "autoattack")
     with mock.patch("engm.recipes.evaluation.attacks.autoattack") as attack:
         attack.return_value = mock.Mock(
             robust=0.2, reported=0.2, per_attack={"clean": 0.6, "apgd-ce": 0.4, "square": 0.2}, warnings=("randomised",)
         )
         output = ran(*arguments)
         ran(*arguments[:-1], "autoattack-rand")
-    assert [call.kwargs["version"] for call in attack.call_args_list] == ["standard", "rand"]
+    assert [call.kwargs["version"] for call in attack.call_args_list] == ["custom", "rand"]
     assert attack.call_args.kwargs["eps"] == 0.02
     lines = [" ".join(line.split()) for line in output.splitlines()]
     assert "after apgd-ce 40.00%" in lines
-    assert "weights, autoattack: randomised" in lines
-    assert results(weights)["autoattack"][0]["attacks"]["square"] == 0.2
+    assert "weights, autoattack-untargeted: randomised" in lines
+    assert results(weights)["autoattack-untargeted"][0]["attacks"]["square"] == 0.2
