@@ -44,7 +44,7 @@ class LossBatch:
         captured: whether norms or input gradients will be asked for, so that the graph must be a captured one.
 
     Attributes:
-        source: where the norms came from that were asked for last, see :class:`StepStats`.
+        source: where the norms came from that were asked for last, see :class:`engm.StepStats`.
 
     Raises:
         TypeError, ValueError, RuntimeError: losses or measurement do not fit, see :func:`engm.measure`.
