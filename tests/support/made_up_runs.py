@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from engm.recipes.config import RunConfig, to_toml
+from engm.recipes.config import RunConfig
+from engm.recipes.config_files import to_toml
 
 
 def made_up(
