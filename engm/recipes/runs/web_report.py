@@ -13,7 +13,7 @@ from ..storage.atomic_files import read_json
 from ..web_page import folded, paragraph, picture_part, section, shown, table
 from .curves import draw_into, size_of
 from .folder import RunFolder
-from .report import HEADINGS, caption, cells, rows_of
+from .report import caption, grid
 
 ALWAYS = (
     "data", "model", "objective", "threat", "eps", "attack_steps", "optimizer", "alpha", "lr", "epochs", "batch_size",
@@ -32,7 +32,7 @@ def run_parts(results: Sequence[dict[str, Any]], unfinished: Sequence[Path], num
         number: of the next picture on the page.
     """
     names = dict(zip((result["folder"] for result in results), _names(results), strict=True))
-    parts = [table(HEADINGS, [cells(row) for row in rows_of(results)], caption(results))]
+    parts = [table(*grid(results), caption(results))]
     if unfinished:
         parts.append(paragraph(f"Not finished, so not shown: {', '.join(path.name for path in unfinished)}."))
     parts.append(
