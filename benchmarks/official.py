@@ -14,7 +14,6 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import official_attacks
@@ -200,8 +199,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: done", flush=True)
     title = f"time of a step over the official one's, ResNet-18 of width {args.width}, n = {args.n}, batch norm"
     output.show(title, ["", "official, s", *OURS, "ENGM / MSGD"], rows)
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    output.save(args.out, {"arguments": arguments, "machine": output.machine(args.device), "methods": found})
+    output.save(
+        args.out, {"arguments": output.arguments(args), "machine": output.machine(args.device), "methods": found}
+    )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--plot", action="store_true", help="a picture beside the JSON")
 
 
+def arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the command as JSON holds them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
 def save(path: Path, document: dict[str, Any]) -> None:
     """Write JSON, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

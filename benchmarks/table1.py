@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints what the arguments ask for; returns what the JSON holds."""
     x, y = (t.to(args.device) for t in workloads.batch(args.n))
     document: dict[str, Any] = {
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "arguments": output.arguments(args),
         "machine": output.machine(args.device) | {"peers": peers.versions()},
         "adversarial": {},
         "plain": {},

@@ -27,6 +27,9 @@ from .modes import evaluation_mode, paused
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 """What ``attacks`` may name."""
 
+CLASSES_NEEDED = {"apgd-t": 4, "apgd-dlr": 3}
+"""The fewest classes for which an attack makes sense; two for the others."""
+
 TOLERANCE = 1e-6
 """How far, in units of the larger of the pixel range and the radius, rounding may carry an image out of the ball."""
 
@@ -276,7 +279,7 @@ def _fit_to_classes(adversary: Any, classes: int) -> None:
     Raises:
         ValueError: an attack needs more classes than there are.
     """
-    needed = max({"apgd-t": 4, "apgd-dlr": 3}.get(name, 2) for name in adversary.attacks_to_run)
+    needed = max(CLASSES_NEEDED.get(name, 2) for name in adversary.attacks_to_run)
     if classes < needed:
         raise ValueError(
             f"with {classes} classes there is no {'/'.join(adversary.attacks_to_run)}, which needs {needed}; run "

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from engm.recipes.config import RunConfig
 from engm.recipes.data import Augmentation, Dataset, Split
+from engm.recipes.processes import Processes
+from engm.recipes.runs.folder import train
+from engm.recipes.runs.view import NoView
+
+CPU = Processes(torch.device("cpu"))
 
 PLAIN = RunConfig(
     data="digits",  # replaced by tiny_dataset(); its name settles network and radius
@@ -30,3 +38,20 @@ def tiny_dataset() -> Dataset:
     everything = Split(images, labels)
     train, validation, test = (everything.take(rows) for rows in torch.arange(112).split([68, 14, 30]))
     return Dataset("halves", 2, train, validation, test, Augmentation(padding=1, flip=True))
+
+
+def train_tiny(config: RunConfig, path: Path, **options: Any) -> dict[str, Any]:
+    """The results of a run on :func:`tiny_dataset` in a folder."""
+    return train(config, path, CPU, dataset=tiny_dataset(), **options)
+
+
+class KilledAt(NoView):
+    """Raises after so many steps, as a kill would come."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def on_step(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
@@ -131,6 +131,12 @@ def results_of(path: Path) -> dict[str, Any]:
     return found
 
 
+def known_answer(known: Sequence[dict[str, Any]], settings: Mapping[str, Any], threat: str) -> dict[str, Any] | None:
+    """The first result with these settings; older ones, which do not say the norm of their ball, are of ``threat``."""
+    older = {"threat": threat} if "threat" in settings else {}
+    return next((entry for entry in known if settings.items() <= {**older, **entry}.items()), None)
+
+
 def ask(
     subject: Subject,
     questions: Sequence[Question],
@@ -152,8 +158,7 @@ def ask(
     for question in questions:
         settings = {**subject.facts, **question.settings}
         known = found.setdefault(subject.name, {}).setdefault(question.name, [])
-        older = {"threat": subject.threat} if "threat" in settings else {}
-        result = next((entry for entry in known if settings.items() <= {**older, **entry}.items()), None)
+        result = known_answer(known, settings, subject.threat)
         if result is None:
             tell = partial(_tell, on_progress, f"{subject.name}, {question.name}")
             result = {**settings, **question.answer(subject.net, tell)}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engm.adversarial import PGD, AutoAttackProgress, DeepFool, autoattack
+from engm.adversarial.autoattack import CLASSES_NEEDED
 from engm.adversarial.ball import Norm
 from engm.checks import check_name
 
@@ -27,7 +28,7 @@ _VERSIONS: dict[str, dict[str, Any]] = {
     "autoattack-rand": {"version": "rand"},
     _UNTARGETED: {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]},
 }
-_FEWEST_CLASSES = 4  # that the targeted attacks of the standard version make sense for
+_FEWEST_CLASSES = CLASSES_NEEDED["apgd-t"]  # which is in the standard version
 _PGD = re.compile(r"pgd0*(\d+)(-ce|-margin)?")
 
 
@@ -119,7 +120,8 @@ def _autoattack(
         tell(progress.passes, None, where)
 
     x, y = everything(test, batch_size)
-    classes = net(x[:1]).shape[1]
+    with torch.no_grad():
+        classes = net(x[:1]).shape[1]
     if name == "autoattack" and classes < _FEWEST_CLASSES:
         raise ValueError(
             f"AutoAttack's standard version needs {_FEWEST_CLASSES} classes for its targeted attacks, and there are "

@@ -12,11 +12,12 @@ from torch import nn
 from ..config import RunConfig
 from ..data import Dataset
 from ..models import code_of_network
-from ..models.normalization import check_normalization, with_normalization
+from ..models.normalization import normalized_by
 from ..runs.files import RunFolder, Which
+from ..storage.weights_files import digest_of
 from ..training.building import build_network, load_weights
 from .asking import Subject
-from .weights_file import digest_of, fitted, read_weights
+from .weights_file import fitted, read_weights
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,7 @@ class WeightsFile:
         net.load_state_dict(found.weights)
         mean, std = self._normalisation(found.mean, found.std)
         if mean is not None and std is not None:
-            channels = dataset.train.shape[0]
-            check_normalization(mean, std, channels)
-            net = with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
+            net = normalized_by(net, mean, std, dataset.train.shape[0])
         return net.eval(), mean, std
 
     def subject(self, dataset: Dataset, device: torch.device) -> Subject:

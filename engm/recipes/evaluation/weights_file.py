@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..storage.weights_files import read_untrusted
 
 NESTED = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 """Names under which files keep their weights, beside an epoch or an optimizer."""
@@ -50,38 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: no safetensors file: {error}") from error
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        other = re.search(r"GLOBAL (\S+)", str(error))
-        if other is None:
-            raise ValueError(f"{path}: not a file that torch.save or safetensors wrote") from error
-        raise ValueError(
-            f"{path} holds a {other[1]} beside tensors and plain values; loading such a thing runs its code. Where you "
-            'trust it: torch.save(torch.load(FILE, weights_only=False)["state_dict"], "weights.pt"), or whatever its '
-            "weights are called"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a file that torch.save or safetensors wrote: {error}") from error
-    return _tensors(found, path)
-
-
-def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """Sixteen digits that differ if a name, a shape or a bit of the weights does."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return _tensors(read_untrusted(path), path)
 
 
 def fitted(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 NAME = "normalization"
@@ -66,10 +67,20 @@ def with_normalization(net: nn.Module, mean: Tensor, std: Tensor) -> nn.Module:
         ValueError: the network has something of that name.
     """
     if hasattr(net, NAME):
-        raise ValueError(f"--normalize: the network has a part called {NAME!r} of its own")
+        raise ValueError(f"the network has a part called {NAME!r} of its own")
     net.add_module(NAME, Normalization(mean, std))
     net.register_forward_pre_hook(_normalized)
     return net
+
+
+def normalized_by(net: nn.Module, mean: Sequence[float], std: Sequence[float], channels: int) -> nn.Module:
+    """The same by numbers, one for all channels or one a channel.
+
+    Raises:
+        ValueError: see :func:`check_normalization` and :func:`with_normalization`.
+    """
+    check_normalization(mean, std, channels)
+    return with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
 
 
 def _normalized(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -74,8 +74,10 @@ def train(
             if processes.first:
                 stack.enter_context(locked(path))
                 folder.check_free_for(config)  # once more, since somebody may have begun meanwhile
+        resumed = folder.restore(run)  # refuses other data and other code, while nothing is changed yet
+        with processes.together():
+            if processes.first:
                 folder.settle(config)
-        resumed = folder.restore(run)
         if processes.first and formats:
             keep = {"step": run.trainer.steps, "epoch": run.epoch} if resumed else None
             opened = [stack.enter_context(closing(kind.open(path / "log", keep))) for kind in formats]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import RunConfig
-from ..data.extras import import_extra
 from ..storage.checkpoint import CheckpointStore
+from ..storage.weights_files import read_untrusted
 from ..training.initial import Initial
 from .contents import described, holds_run
 from .files import LAST, RunFolder, evaluated_weights
@@ -61,23 +59,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"--init {path}: the path {described(path)}; expected a run folder, one of its checkpoints, a state_dict "
             "(.pt) or a .safetensors file"
         )
-    return _checked(_of_file(path), path)
-
-
-def _of_file(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
-            return import_extra("safetensors.torch", "weights in .safetensors files").load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"--init {path}: it is no file of torch.save, or holds more than tensors and plain containers, and such "
-            "files can run any code when they are loaded. Save the state_dict alone: torch.save(net.state_dict(), path)"
-        ) from error
-    except Exception as error:  # safetensors and torch have errors of many kinds for files that are not theirs
-        raise ValueError(f"--init {path}: it cannot be read as weights ({error})") from error
+        found = read_untrusted(path)
+    except ValueError as error:
+        raise ValueError(f"--init {error}") from error
+    return _checked(found, path)
 
 
 def _checked(found: Any, path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..config import RunConfig
+from ..evaluation.asking import known_answer
 from ..storage.atomic_files import read_json
 from .contents import described, runs_of
 from .files import RunFolder
@@ -116,10 +117,9 @@ def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
     wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
     if "identity" in result["data"]:
         wanted["data"] = result["data"]["identity"]["test"]
-    entries = known.get("best", {}).get("autoattack", [])
-    own = {"threat": result["config"]["threat"]}  # results from before there was another one do not say it
-    found = (entry for entry in entries if {**wanted, **own}.items() <= {**own, **entry}.items())
-    return next((entry["accuracy"] for entry in found), None)
+    threat = result["config"]["threat"]
+    found = known_answer(known.get("best", {}).get("autoattack", []), {**wanted, "threat": threat}, threat)
+    return None if found is None else found["accuracy"]
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:

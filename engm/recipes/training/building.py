@@ -13,8 +13,8 @@ from ..addresses import is_address
 from ..config import RunConfig, in_grey_levels, option
 from ..data import Augmentation, Dataset, Source, load_data, with_extra
 from ..data.memory import InMemory
-from ..models import Normalization, build_model, check_logits, with_normalization
-from ..models.normalization import NAME, check_normalization, parsed
+from ..models import Normalization, build_model, check_logits
+from ..models.normalization import NAME, normalized_by, parsed
 from ..processes import Processes
 
 LOOKED_AT = 1000  # images at a time
@@ -117,10 +117,9 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
         return net
     mean, std = parsed(config.normalize) or ([0.0], [1.0])
     try:
-        check_normalization(mean, std, channels)
+        return normalized_by(net, mean, std, channels)
     except ValueError as error:
         raise ValueError(f"--normalize {config.normalize}: {error}") from None
-    return with_normalization(net, *(torch.tensor(values).expand(channels).clone() for values in (mean, std)))
 
 
 def settle_normalization(net: nn.Module, source: Source) -> None:

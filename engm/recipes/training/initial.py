@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.normalization import NAME as NORMALIZATION
+from ..storage.weights_files import digest_of
 
 SHOWN = 6  # names that a message lists
 
@@ -35,12 +35,7 @@ class Initial:
     @property
     def identity(self) -> str:
         """Sixteen digits that differ if a name, a shape, a type or a number does."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.weights.items()):
-            digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-            plain = tensor.detach().cpu().contiguous()
-            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        return digest.hexdigest()[:16]
+        return digest_of(self.weights)
 
     def put_in(self, net: nn.Module) -> None:
         """Loads what fits by name and shape, and notes what does not.

@@ -163,10 +163,7 @@ class Trainer:
             losses.awp = self.awp
             parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
             divisor = len(x) if self._accumulate > 1 else None
-            found = []
-            for part, labels in parts:
-                found.append(self._part(part, labels, divisor))
-            stats = joined(found)
+            stats = joined([self._part(part, labels, divisor) for part, labels in parts])
             self._lrs.append(self._lr)
             self.optimizer.step()
             self.optimizer.zero_grad()

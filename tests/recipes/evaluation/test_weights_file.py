@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from engm.recipes.config import RunConfig
 from engm.recipes.data import Dataset, Split
 from engm.recipes.evaluation.subjects import WeightsFile
-from engm.recipes.evaluation.weights_file import digest_of, fitted, read_weights
+from engm.recipes.evaluation.weights_file import fitted, read_weights
 from engm.recipes.models import build_model
+from engm.recipes.storage.weights_files import digest_of
 
 Weights = dict[str, torch.Tensor]
 

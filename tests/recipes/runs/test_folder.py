@@ -12,16 +12,14 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_runs import PLAIN, tiny_dataset
+from tiny_runs import PLAIN, KilledAt, tiny_dataset, train_tiny
 
 from engm.checks import NonFiniteError
-from engm.recipes.config import RunConfig
 from engm.recipes.processes import Processes
-from engm.recipes.runs.folder import RunFolder, train
+from engm.recipes.runs.folder import RunFolder
 from engm.recipes.runs.view import NoView
 from engm.recipes.storage.checkpoint import CheckpointError
 from engm.recipes.training.run import Run
@@ -30,22 +28,6 @@ CPU = Processes(torch.device("cpu"))
 EVERYTHING = replace(
     PLAIN, objective="trades", awp=True, awp_warmup=1, optimizer="a-engm", tau=3, ema=0.9, save_every=3
 )
-
-
-class KilledAt(NoView):
-    """Raises after so many steps, as a kill would come."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def on_step(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
-
-
-def train_tiny(config: RunConfig, path: Path, **options: Any) -> dict[str, Any]:
-    return train(config, path, CPU, dataset=tiny_dataset(), **options)
 
 
 def last_tensors(path: Path) -> str:

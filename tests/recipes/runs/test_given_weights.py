@@ -9,26 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from tiny_runs import PLAIN, tiny_dataset
+from tiny_runs import CPU, PLAIN, KilledAt, tiny_dataset, train_tiny
 
-from engm.recipes.config import RunConfig
-from engm.recipes.processes import Processes
 from engm.recipes.runs.files import evaluated_weights
 from engm.recipes.runs.folder import RunFolder, train
 from engm.recipes.runs.given_weights import read_weights
 from engm.recipes.runs.progress import RunView
-from engm.recipes.runs.view import NoView
 from engm.recipes.training.initial import Initial
 from engm.recipes.training.run import Run
 
-CPU = Processes(torch.device("cpu"))
 SHORT = replace(PLAIN, optimizer="msgd", epochs=1, attack_steps=1)
 # Takes steps that change nothing: the last weights are the first.
 STILL = replace(SHORT, norm="group", lr=1e-30, momentum=0.0, weight_decay=0.0)
-
-
-def train_tiny(config: RunConfig, path: Path, view: NoView | None = None) -> dict:
-    return train(config, path, CPU, view=view, dataset=tiny_dataset())
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -102,13 +94,9 @@ def test_the_weights_belong_to_the_run(source: Path, tmp_path: Path) -> None:
     torch.save(weights, file)
     config = replace(SHORT, norm="group", init=str(file))
 
-    class EndsAtOnce(NoView):
-        def on_step(self) -> None:
-            raise KeyboardInterrupt
-
     for _ in range(2):  # the second step is the first that is saved
         with pytest.raises(KeyboardInterrupt):
-            train_tiny(replace(config, save_every=1), path, EndsAtOnce())
+            train_tiny(replace(config, save_every=1), path, view=KilledAt(1))
     weights["linear.bias"][0] += 1
     torch.save(weights, file)
     with pytest.raises(ValueError, match="are not those that this run started from"):

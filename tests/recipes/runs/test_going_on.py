@@ -7,31 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import PLAIN, tiny_dataset
+from tiny_runs import CPU, PLAIN, KilledAt, tiny_dataset, train_tiny
 from typer.testing import CliRunner
 
 from engm.recipes.cli import app
-from engm.recipes.config import RunConfig
-from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import RunFolder, train
-from engm.recipes.runs.view import NoView
 
-CPU = Processes(torch.device("cpu"))
 SHORT = replace(PLAIN, optimizer="msgd", epochs=2, attack_steps=1)
-
-
-def train_tiny(config: RunConfig, path: Path, view: NoView | None = None) -> dict:
-    return train(config, path, CPU, view=view, dataset=tiny_dataset())
-
-
-class EndsAt(NoView):
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    def on_step(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -56,9 +38,9 @@ def test_a_longer_run_goes_on_to_the_bits_of_one_that_was_planned_so(
         assert train_tiny(SHORT, path)["epochs"] == 2
     else:
         with pytest.raises(KeyboardInterrupt):
-            train_tiny(SHORT, path, EndsAt(stopped))
+            train_tiny(SHORT, path, view=KilledAt(stopped))
     with pytest.raises(KeyboardInterrupt):  # and once more, in the part that was added
-        train_tiny(replace(SHORT, epochs=4), path, EndsAt(7 if stopped is None else 12))
+        train_tiny(replace(SHORT, epochs=4), path, view=KilledAt(7 if stopped is None else 12))
     assert not RunFolder(path).results_file.exists()
     results = train_tiny(replace(SHORT, epochs=4), path)
     assert (results["epochs"], results["config"]["schedule_epochs"]) == (4, 2)
@@ -84,6 +66,22 @@ def test_what_is_past_stays(tmp_path: Path) -> None:
     assert RunFolder(path).results()["epochs"] == 2
     results = train_tiny(replace(SHORT, epochs=3, decay_epochs=(1,)), path)  # the second was still to come
     assert [row["lr"] for row in results["history"]] == pytest.approx([0.1, 0.01, 0.01])
+
+
+def test_nothing_is_changed_where_a_longer_run_finds_other_data(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    train_tiny(SHORT, path)
+
+    def files() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in path.rglob("*") if file.is_file() and file.suffix != ".lock"}
+
+    before, dataset = files(), tiny_dataset()
+    assert path / "results.json" in before
+    dataset.train.labels[0] = 1 - dataset.train.labels[0]
+    with pytest.raises(ValueError, match="the training images of halves are not those"):
+        train(replace(SHORT, epochs=4), path, CPU, dataset=dataset)
+    assert files() == before
+    assert train_tiny(replace(SHORT, epochs=3), path)["epochs"] == 3
 
 
 def test_a_schedule_that_has_ended_has_to_be_planned_anew(tmp_path: Path) -> None:

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import PLAIN, tiny_dataset
+from tiny_runs import CPU, PLAIN, KilledAt, tiny_dataset, train_tiny
 
 from engm.recipes.data import Augmentation, Split, StreamedSplit, with_extra
 from engm.recipes.processes import Processes
-from engm.recipes.runs.folder import RunFolder, train
-from engm.recipes.runs.view import NoView
+from engm.recipes.runs.folder import RunFolder
 from engm.recipes.training.batches import TrainingBatches
 
-CPU = Processes(torch.device("cpu"))
 NOTHING = Augmentation()
 
 
@@ -122,23 +120,14 @@ def test_files(tmp_path: Path) -> None:
 def test_a_run_goes_on_to_the_same_bits_and_knows_its_extra_data(tmp_path: Path) -> None:
     config = replace(PLAIN, extra=str(write(tmp_path / "extra.npz")), extra_fraction=0.5, epochs=2, step="eager")
 
-    class Ends(NoView):
-        def __init__(self, steps: int) -> None:
-            self._left = steps
-
-        def on_step(self) -> None:
-            self._left -= 1
-            if self._left == 0:
-                raise KeyboardInterrupt
-
     def trained(path: Path, *stops: int) -> dict[str, torch.Tensor]:
         for steps in stops:
             with suppress(KeyboardInterrupt):
-                train(config, path, CPU, view=Ends(steps), dataset=tiny_dataset())
-        results = train(config, path, CPU, dataset=tiny_dataset())
+                train_tiny(config, path, view=KilledAt(steps))
+        results = train_tiny(config, path)
         assert results["data"]["identity"].keys() == {"train", "validation", "test", "extra"}
         assert results["data"]["extra"] == 50
-        assert train(config, path, CPU, dataset=tiny_dataset()) == results  # over
+        assert train_tiny(config, path) == results  # over
         return RunFolder(path).weights("last").weights
 
     whole, stopped = trained(tmp_path / "whole"), trained(tmp_path / "stopped", 3, 3)
@@ -146,4 +135,4 @@ def test_a_run_goes_on_to_the_same_bits_and_knows_its_extra_data(tmp_path: Path)
     (tmp_path / "stopped" / "results.json").unlink()
     write(tmp_path / "extra.npz", (51, 8, 8, 1))
     with pytest.raises(ValueError, match="the extra images of halves are not those that this run was trained on"):
-        train(config, tmp_path / "stopped", CPU, dataset=tiny_dataset())
+        train_tiny(config, tmp_path / "stopped")
