@@ -364,8 +364,10 @@ def as_wrapped(model: nn.Module) -> GradNormModule:
     if isinstance(inside, GradNormModule):
         model = inside
     if not isinstance(model, GradNormModule):
+        other = "" if isinstance(model, nn.Module) else "; parameters go to the torch optimizer, the model comes here"
         raise TypeError(
-            f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}: wrap it, and compute "
-            "the losses with the wrapped model."
+            f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}{other}: wrap it, "
+            "and compute the losses with the wrapped model, as in opt = engm.ENGM(model, "
+            "torch.optim.SGD(model.parameters(), lr=0.1))."
         )
     return model

@@ -161,7 +161,7 @@ def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
     assert "| SNGM | 1 |" in (tmp_path / "all" / "comparison.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pt2"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth", "pt2"])
 def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "new" / f"net.{kind}"
     result = engm("export", trained, "--out", file, "--checkpoint", "last")
@@ -171,7 +171,7 @@ def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
         from safetensors.torch import load_file
 
         found = load_file(file)
-    elif kind == "pt":
+    elif kind in ("pt", "pth"):
         found = torch.load(file, weights_only=True)
     else:
         program = torch.export.load(file).module()
