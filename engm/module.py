@@ -356,18 +356,21 @@ def as_wrapped(model: nn.Module) -> GradNormModule:
     """The wrapper behind ``model`` (itself, or inside ``DistributedDataParallel`` or ``torch.compile``).
 
     Raises:
-        TypeError: nobody wrapped it.
+        TypeError: nobody wrapped it, or it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected engm.GradNormModule(net), got {type(model).__name__}: parameters go to the torch optimizer, as in "
+            "engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1))."
+        )
     if isinstance(model, DistributedDataParallel):
         model = model.module
     inside = original_of_compiled(model)
     if isinstance(inside, GradNormModule):
         model = inside
     if not isinstance(model, GradNormModule):
-        other = "" if isinstance(model, nn.Module) else "; parameters go to the torch optimizer, the model comes here"
         raise TypeError(
-            f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}{other}: wrap it, "
-            "and compute the losses with the wrapped model, as in opt = engm.ENGM(model, "
-            "torch.optim.SGD(model.parameters(), lr=0.1))."
+            f"expected a model wrapped as engm.GradNormModule(net), got {type(model).__name__}: wrap it, and compute "
+            "the losses with the wrapped model."
         )
     return model
