@@ -360,8 +360,8 @@ def as_wrapped(model: nn.Module) -> GradNormModule:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"expected engm.GradNormModule(net), got {type(model).__name__}: parameters go to the torch optimizer, as in "
-            "engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1))."
+            f"expected engm.GradNormModule(net), got {type(model).__name__}: parameters go to the torch optimizer, "
+            "as in engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1))."
         )
     if isinstance(model, DistributedDataParallel):
         model = model.module
