@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..measurement import Measurement, measure
 from ..optim import ExampleOptimizer
 from .ball import Norm, check_examples, per_example, project, unit
@@ -127,6 +128,9 @@ class PGD:
             return it.
         step_noise: every step adds a standard normal draw times this before it projects (omega of FAT, 0.001 in the
             code of its authors).
+        loss_scale: factor on the losses inside the backward passes, which float16 needs: without it small gradients
+            are flushed to zero, and pixels stay where they are. Directions do not change, and what is measured is freed
+            of it again.
     """
 
     eps: float
@@ -141,6 +145,7 @@ class PGD:
     patience: int = 0
     start_noise: float | None = None
     step_noise: float = 0.0
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.eps >= 0 or not self.step_size > 0:
@@ -164,6 +169,7 @@ class PGD:
             )
         if not 0 <= self.step_noise < inf:
             raise ValueError(f"PGD needs a finite step_noise >= 0, got {self.step_noise}")
+        check_positive("loss_scale", self.loss_scale)
         if self.patience < 0 or (self.patience > 0 and not self.stop_when_broken):
             raise ValueError(
                 "PGD needs patience >= 0, and stop_when_broken=True where it is positive, got "
@@ -343,7 +349,7 @@ class PGD:
         with nullcontext() if wanted.norms else paused(problem.model):
             logits = problem.model(x_adv)
             losses = self._losses(logits, problem)
-        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms)
+        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms, loss_scale=self.loss_scale)
         gradient = measurement.input_grads
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")
@@ -357,7 +363,8 @@ class PGD:
         """One update; the new point and the (detached) logits at the old one."""
         x_adv = x_adv.detach().requires_grad_()
         logits = problem.plain(x_adv)
-        (gradient,) = torch.autograd.grad(self._losses(logits, problem).sum(), x_adv)
+        losses = self._losses(logits, problem)
+        (gradient,) = torch.autograd.grad(losses, x_adv, torch.full_like(losses, self.loss_scale))
         return self._ascend(problem.origin, x_adv.detach(), gradient, noise), logits.detach()
 
     def _losses(self, logits: Tensor, problem: _Problem) -> Tensor:

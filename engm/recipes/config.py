@@ -20,7 +20,7 @@ from .spelling import in_grey_levels, option, parse_duration, parse_number
 THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
 FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
@@ -190,7 +190,9 @@ class RunConfig:
         "Machine",
         outcome=False,
     )
-    precision: str = setting("fp32", "fp32 or bf16 (autocast; norms stay in float32).", "Machine")
+    precision: str = setting(
+        "fp32", "fp32, bf16 or fp16 (autocast; norms stay in float32; fp16 with a loss scale).", "Machine"
+    )
     tf32: bool = setting(True, "TF32 tensor cores for fp32 on GPUs.", "Machine")
     channels_last: bool = setting(False, "NHWC memory format.", "Machine")
     compile_attack: bool = setting(False, "torch.compile for the attack steps; the rest stays eager.", "Machine")

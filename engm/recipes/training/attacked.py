@@ -60,7 +60,8 @@ class AttackedLosses:
         quiet = nullcontext() if self.captures else paused(self.model)
         perturbed: AbstractContextManager[None] = nullcontext()
         if self.awp is not None:
-            perturbed = self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
+            scale = self.attack.loss_scale  # of which the length of the perturbation does not depend
+            perturbed = self.awp.perturbed(lambda: scale * self.objective.losses(self.model, x, x_adv.detach(), y))
         with perturbed, quiet:
             yield
 

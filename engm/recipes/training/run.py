@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ from .initial import Initial
 from .looks import Best, figures_of, robust_of
 from .optimizer import paper_optimizer
 from .own import check_objective, own_objective
-from .precision import Autocast, check_channels_last
+from .precision import DTYPES, FIRST_SCALE, Autocast, check_channels_last, loss_scaler
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
 
@@ -130,8 +130,8 @@ class Run:
     def _trainer(self) -> Trainer:
         config, device = self.config, self.processes.device
         forward = self.net
-        if config.precision == "bf16":
-            forward = Autocast(self.net, device.type, torch.bfloat16)
+        if config.precision in DTYPES:
+            forward = Autocast(self.net, device.type, DTYPES[config.precision])
         every = config.calibrate_every * config.accumulate  # the model counts the parts of a batch
         model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -153,6 +153,7 @@ class Run:
             processes=self.processes,
             step=config.step,
             accumulate=config.accumulate,
+            scaler=loss_scaler(config.precision, device),
         )
 
     def _objective(self, epoch: int) -> Objective:
@@ -179,7 +180,8 @@ class Run:
         eps = self.schedule.eps(step)
         # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
-        return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
+        attack = self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
+        return replace(attack, loss_scale=FIRST_SCALE) if config.precision == "fp16" else attack
 
     @property
     def evaluated(self) -> nn.Module:

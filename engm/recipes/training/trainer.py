@@ -66,6 +66,8 @@ class Trainer:
             ``"auto"``, which takes one. Steps that cannot be recorded run as they are; :meth:`step_report` says which.
         accumulate: the parts of equal size that every batch is taken in, one after another, each with an attack,
             a forward and a backward pass of its own; the update is that of their sum. Batch norms see a part at a time.
+        scaler: scales the losses of a network in float16, and skips steps whose gradients overflow all the same; their
+            weights are in no figure.
 
     Raises:
         ValueError: ``log_every`` or ``accumulate`` is not positive, or ``step`` is not known or does not run here.
@@ -94,6 +96,7 @@ class Trainer:
         processes: Processes | None = None,
         step: str = "auto",
         accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, count in (("log_every", log_every), ("accumulate", accumulate)):
             if count is not None and count < 1:
@@ -109,6 +112,7 @@ class Trainer:
         self.steps = 0
         self._log_every = log_every
         self._accumulate = accumulate
+        self._scaler = scaler
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._may_borrow = borrow is not False and objective.attack_maximises_it and self._captures
@@ -163,33 +167,50 @@ class Trainer:
             losses.awp = self.awp
             parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
             divisor = len(x) if self._accumulate > 1 else None
-            stats = joined([self._part(part, labels, divisor) for part, labels in parts])
+            scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+            stats = joined([self._part(part, labels, divisor, scale) for part, labels in parts])
             self._lrs.append(self._lr)
-            self.optimizer.step()
+            if self._scaler is None:
+                self.optimizer.step()
+            else:
+                self._scaler.scale(stats.losses)  # which is when it makes its state
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
             self.optimizer.zero_grad()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
 
-    def _part(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
-        """Adds a part's share of the batch's gradient; ``divisor`` is the number of examples of all parts."""
-        stats = self._recorder.take(x, y, divisor)
-        return self._eager(x, y, divisor) if stats is None else stats
+    def _part(self, x: Tensor, y: Tensor, divisor: int | None, scale: float) -> engm.StepStats:
+        """Adds a part's share of the batch's gradient, times a scale.
 
-    def _eager(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
+        ``divisor`` is the number of examples of all parts.
+        """
+        stats = self._recorder.take(x, y, divisor, scale)
+        return self._eager(x, y, divisor, scale) if stats is None else stats
+
+    def _eager(self, x: Tensor, y: Tensor, divisor: int | None, scale: float) -> engm.StepStats:
         adversarial = self._losses.attacked(x, y)
         x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
         with self._losses.around(x, x_adv, y):
             losses = self.objective.losses(self._losses.forward, x, x_adv, y)
-            return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement, divisor)
+            return self._backward(
+                losses, x_adv if x_adv.requires_grad else None, adversarial.measurement, divisor, scale
+            )
 
     def _backward(
-        self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None, divisor: int | None
+        self,
+        losses: Tensor,
+        inputs: Tensor | None,
+        measurement: engm.Measurement | None,
+        divisor: int | None,
+        scale: float,
     ) -> engm.StepStats:
         optimizer: Any = self.optimizer
+        scaled = {} if scale == 1.0 else {"loss_scale": scale}  # optimizers of others may have no such options
         if self._processes.world == 1:
-            of_all = {} if divisor is None else {"divisor": divisor}  # optimizers of others may have no such option
-            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all)
-        weighted = optimizer.reweight(losses, inputs, measurement=measurement)
-        (weighted.mean() if divisor is None else weighted.sum() / divisor).backward()
+            of_all = {} if divisor is None else {"divisor": divisor}
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all, **scaled)
+        weighted = optimizer.reweight(losses, inputs, measurement=measurement, **scaled)
+        (scale * (weighted.mean() if divisor is None else weighted.sum() / divisor)).backward()
         return optimizer.stats
 
     def finish_epoch(self) -> EpochRecord:
@@ -272,6 +293,7 @@ class Trainer:
             "steps": self.steps,
             "figures": pack(self._epoch),
             "seconds": list(self._seconds),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,3 +303,5 @@ class Trainer:
         self.steps = state["steps"]
         self._epoch = unpack(state["figures"])
         self._seconds = list(state["seconds"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])
