@@ -309,7 +309,7 @@ INTRODUCTION = """# Does it help?
 
 This page is generated (`python benchmarks/evidence/page.py`) from the records in `benchmarks/evidence/records`, which
 `benchmarks/evidence/run.py` wrote by the
-[protocol](https://github.com/engm/engm/blob/main/benchmarks/evidence/protocol.md), committed before them.
+[protocol](../../benchmarks/evidence/protocol.md), committed before them.
 """
 
 VERDICTS = """Differences in points of robust accuracy (PGD-20 on the margin loss, 5,000 test images), runs paired by

@@ -22,8 +22,8 @@ from engm.adversarial import AWP, PGD, Objective, objective
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
-from ..addresses import is_address
-from ..config import RunConfig
+from ..addresses import code_identity, is_address
+from ..config import RunConfig, option
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .averages import WeightAverage
@@ -314,6 +314,12 @@ class Run:
             self.processes.average_buffers(net)
 
     @property
+    def _code(self) -> dict[str, str]:
+        """What tells versions of one's own code apart, by the settings that name it; data are told apart themselves."""
+        named = {name: str(getattr(self.config, name)) for name in ("model", "objective", "optimizer")}
+        return {name: code_identity(text, what=name) for name, text in named.items() if is_address(text)}
+
+    @property
     def _networks(self) -> list[nn.Module]:
         """The network, and behind it the one with averaged weights, if the configuration asks for one."""
         return [self.net] if self.average.model is None else [self.net, self.average.model.module]
@@ -333,6 +339,7 @@ class Run:
             "device": self.processes.device.type,
             "data": self.data,
             "initial": self.initial,
+            "code": self._code,
             "net": self.net.state_dict(),
             "average": None if self.average.model is None else self.average.model.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -366,6 +373,13 @@ class Run:
             check_same_data(state["data"], self.data, self.dataset.name)
         else:  # written before the data had an identity
             warnings.warn("this checkpoint does not say what it was trained on: that is not checked", stacklevel=2)
+        for name, identity in self._code.items():
+            if state.get("code", {}).get(name, identity) != identity:
+                warnings.warn(
+                    f"{option(name)} {getattr(self.config, name)}: the file is another one than this run was trained "
+                    "with so far. The run goes on with it as it is now",
+                    stacklevel=2,
+                )
         if self.initial not in (None, state.get("initial")):
             raise ValueError(
                 f"the weights in {self.config.init} are not those that this run started from: bring the old ones back, "
