@@ -30,8 +30,8 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="table1 to table5, table3-l2 (its supplement), fig1 to fig5, fig5a to fig5h (one panel), or all of it: "
-            "all."
+            help="table1 to table5, table3-l2 (its supplement), fig1 to fig5, fig5a to fig5h (one panel), or "
+            "all of it: all."
         ),
     ],
     *,

@@ -122,12 +122,17 @@ def _draw(records: Sequence[Record], drawn: Figure) -> None:
     for (method, optimizer), printed in TABLE4.items():
         means = [mean_of(records, {"method": method, "optimizer": optimizer}, read) for read in (NATURAL, AUTOATTACK)]
         dots = [(100 * mean.value, 100 * mean.deviation) if mean.n else None for mean in means]
-        label = f"{SYSTEMS[method].label}, {LABELS[optimizer]}" + ("" if any(dots) else " (not run)")
+        label = f"{SYSTEMS[method].label}, {LABELS[optimizer]}"
         colour = style_of(optimizer).colour
         measured.append(Dots(label, colour, dots))
         quoted.append(Dots("", colour, [(printed.natural, nan), (printed.autoattack, nan)]))
     dot_plot(ours, measured, looks=_LOOKS)
     dot_plot(paper, quoted, looks=_LOOKS, names=False)
+    for place, row in enumerate(measured):
+        if not any(row.values):
+            ours.text(
+                0.5, place, "not run", transform=ours.get_yaxis_transform(), ha="center", va="center", color="grey"
+            )
     ours.set(title="measured: these runs", xlabel="accuracy, test set, %")
     paper.set(title="quoted: the paper's table", xlabel="accuracy, test set, %")
     legend_below(drawn, look_handles(quoted, _LOOKS))

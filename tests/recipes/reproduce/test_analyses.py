@@ -17,7 +17,6 @@ from engm.recipes.storage.atomic_files import read_json
 from .conftest import Carry, request
 
 FILES = {"config.toml", "results.json", "table.csv", "table.md", "picture.png", "picture.svg", "picture.pdf"}
-WHOLE = [name for name in ANALYSES if not name.startswith("fig5") or name == "fig5"]
 TIMES = ("seconds", "step_seconds", "machine")
 
 
@@ -29,7 +28,7 @@ def figures(path: Path) -> object:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", ANALYSES)
 def test_every_analysis_runs_and_writes_its_files(name: str, out: Path, tmp_path: Path, carried: Carry) -> None:
     outcome = carried(name, out)
     folder = out / name
