@@ -25,9 +25,9 @@ NUMBERS_TITLE = "Every number of the paper"
 NUMBERS_INTRODUCTION = """This page is generated (`python tools/write_results_page.py`): every number that the paper
 prints (Dabouei et al., *Revisiting Outer Optimization in Adversarial Training*, ECCV 2022), the command that computes
 it in the paper's own set-up, and what was measured, at which budget. Measured numbers come from the `results.json` of
-the [analyses beside this page](README.md) and from nowhere else; what none of them has is *not run*. The budget `small` is
-another network on a fiftieth of the data ([what it is](../reproduce.md#budgets)), so that its numbers are no repetition
-of the paper's: they stand beside them, never in their place."""
+the [analyses beside this page](README.md) and from nowhere else; what none of them has is *not run*. The budget
+`small` is another network on a fiftieth of the data ([what it is](../reproduce.md#budgets)), so that its numbers are
+no repetition of the paper's: they stand beside them, never in their place."""
 TITLE = "The paper's figures and tables, at a small budget"
 INTRODUCTION = """This page is generated (`python tools/write_results_page.py`) from the JSON beside it, which
 `engm reproduce` wrote. The budget `small` is two CPU cores for about an hour an analysis: real CIFAR-10, but 1,024

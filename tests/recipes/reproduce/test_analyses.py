@@ -113,9 +113,9 @@ def test_a_page_is_made_of_what_is_there(out: Path, tmp_path: Path, carried: Car
     text = page(found, "Title", "Introduction.")
     assert text.startswith("# Title\n\nIntroduction.\n\n**Agrees with the paper")
     assert "lies on that side): 0**\n\n- nothing" in text
-    assert "](fig2/picture.png)" in text
+    assert "](fig2/picture.svg)" in text
     (tmp_path / "fig2").mkdir()
     draw_pictures(found, tmp_path)
-    assert (tmp_path / "fig2" / "picture.png").is_file()
+    assert (tmp_path / "fig2" / "picture.svg").is_file()
     with pytest.raises(FileNotFoundError, match="engm reproduce NAME"):
         documents(tmp_path)
