@@ -13,6 +13,7 @@ import typer
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type
 
+GO_ON = "the same command goes on where it was left"
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
 ]

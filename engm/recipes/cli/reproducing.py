@@ -12,9 +12,8 @@ from ..machine import set_machine
 from ..methods import LABELS
 from ..processes import choose_device
 from .errors import explained_failures
-from .options import DECIDED, ConfigFile, chosen_settings, seeds_from, with_settings
+from .options import DECIDED, GO_ON, ConfigFile, chosen_settings, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
-from .training import GO_ON
 
 if TYPE_CHECKING:
     import torch

@@ -16,11 +16,10 @@ from ..methods import LABELS
 from ..processes import from_environment
 from ..training.loggers import LogFormat
 from .errors import explained_failures
-from .options import ConfigFile, config_from, seeds_from, with_settings
+from .options import GO_ON, ConfigFile, config_from, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 app = typer.Typer()
-GO_ON = "the same command goes on where it was left"
 Out = Annotated[Path, typer.Option(help="Folder of the run; one that exists is gone on with.")]
 
 

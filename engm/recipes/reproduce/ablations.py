@@ -271,10 +271,9 @@ def summarise_curves(records: Sequence[Record]) -> Outcome:
     rows = optimizer_rows()
 
     def draw(drawn: Figure) -> None:
-        axis = drawn.subplots()
-        draw_curves(records, rows, [style_of(row.labels["optimizer"]) for row in rows], axis)
-        last = max((r["config"]["epochs"] for r in selected(records, {})), default=2)
-        axis.set_xlim(last // 2, last + 0.5)
+        done = selected(records, {})
+        late = [{**r, "history": r["history"][len(r["history"]) // 2 :]} for r in done]
+        draw_curves(late, rows, [style_of(row.labels["optimizer"]) for row in rows], drawn.subplots())
         legend_below(drawn)
 
     return Outcome(whole.tables, whole.findings, whole.rows, draw, (7, 4))

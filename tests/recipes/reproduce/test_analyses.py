@@ -60,6 +60,16 @@ def check_divergence(name: str, records: list[dict], picture: Path) -> None:
         save_picture(outcome, picture)
 
 
+def test_rows_in_l2_are_attacked_in_l2(tmp_path: Path, carried: Carry) -> None:
+    outcome = carried("table3-l2", tmp_path, asked=request(rows=("digits-mart-engm",)))
+    (record,) = read_json(tmp_path / "table3-l2" / "results.json")["records"]
+    assert [row[0] for row in outcome.tables[0].rows] == ["digits, l2, MART, ENGM"]
+    assert (record["config"]["objective"], record["config"]["threat"], record["config"]["eps"]) == ("mart", "l2", 1.0)
+    (asked,) = read_json(tmp_path / "runs" / record["folder"] / "evaluation.json")["best"]["autoattack"]
+    assert (asked["threat"], asked["eps"]) == ("l2", 1.0)
+    assert record["measures"]["autoattack"] == asked["accuracy"]
+
+
 def test_nothing_but_diverged_runs_is_an_error(tmp_path: Path, carried: Carry) -> None:
     with pytest.raises(NonFiniteError, match="every run of fig2 diverged"):
         carried("fig2", tmp_path, asked=request(lr=1e30))
