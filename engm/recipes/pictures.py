@@ -58,6 +58,7 @@ def picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     """
     with _figure(size) as figure:
         yield figure
+        _lay_out(figure)
         for target in files_of(path):
             with replaced_when_whole(target) as temporary:
                 _save(figure, temporary, target.suffix[1:])
@@ -73,6 +74,7 @@ def inline_svg(size: tuple[float, float], into: list[str]) -> Iterator[Figure]:
     """
     with _figure(size) as figure:
         yield figure
+        _lay_out(figure)
         written = io.BytesIO()
         _save(figure, written, "svg")
         into.append(written.getvalue().decode())
@@ -94,8 +96,14 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
         yield Figure(figsize=size, layout="constrained")
 
 
-def _save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
+def _lay_out(figure: Figure) -> None:
+    """Gives everything its room, once for all formats; looking for it takes most of the time of a drawing."""
     figure.draw_without_rendering()  # from here on the labels of the ticks are known, so that they get room
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def _save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     figure.savefig(target, format=kind, dpi=DPI, metadata=dates.get(kind))
 
