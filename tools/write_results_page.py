@@ -1,4 +1,4 @@
-"""Writes docs/results/README.md, its pictures and the table of docs/reproduce.md from docs/results/*/results.json.
+"""Writes the pages of docs/results, their pictures and the table of docs/reproduce.md from docs/results/*/results.json.
 
 engm reproduce table2 --budget small --data CIFAR10.npz --out runs/reproduce   # and the other analyses
 python tools/write_results_page.py --from runs/reproduce                       # copies their results, then writes
@@ -11,6 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from engm.recipes.reproduce.numbers import numbers_page
 from engm.recipes.reproduce.page import documents, draw_pictures, page, table_block, with_block
 from engm.recipes.storage.atomic_files import make_folder, write_text_atomic
 
@@ -18,7 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 REPRODUCE = ROOT / "docs" / "reproduce.md"
 COPIED = ("results.json", "table.csv", "config.toml")
-PICTURE, LINK = "results/table2/picture.png", "results/README.md"  # from docs/reproduce.md
+PICTURE, LINK = "results/table2/picture.svg", "results/README.md"  # from docs/reproduce.md
+NUMBERS = RESULTS / "numbers.md"
+NUMBERS_TITLE = "Every number of the paper"
+NUMBERS_INTRODUCTION = """This page is generated (`python tools/write_results_page.py`): every number that the paper
+prints (Dabouei et al., *Revisiting Outer Optimization in Adversarial Training*, ECCV 2022), the command that computes
+it in the paper's own set-up, and what was measured, at which budget. Measured numbers come from the `results.json` of
+the [analyses beside this page](README.md) and from nowhere else; what none of them has is *not run*. The budget
+`small` is another network on a fiftieth of the data ([what it is](../reproduce.md#budgets)), so that its numbers are
+no repetition of the paper's: they stand beside them, never in their place."""
 TITLE = "The paper's figures and tables, at a small budget"
 INTRODUCTION = """This page is generated (`python tools/write_results_page.py`) from the JSON beside it, which
 `engm reproduce` wrote. The budget `small` is two CPU cores for about an hour an analysis: real CIFAR-10, but 1,024
@@ -60,6 +69,7 @@ def main() -> None:
         raise SystemExit(f"this page is of the budget small and needs table2; of another budget: {others or 'none'}")
     draw_pictures(found, RESULTS)
     write_text_atomic(RESULTS / "README.md", page(found, TITLE, INTRODUCTION))
+    write_text_atomic(NUMBERS, numbers_page(found, NUMBERS_TITLE, NUMBERS_INTRODUCTION))
     block = table_block(found["table2"], PICTURE, LINK)
     write_text_atomic(REPRODUCE, with_block(REPRODUCE.read_text(encoding="utf-8"), block))
 

@@ -18,6 +18,8 @@ import torch
 
 import engm
 
+from .data.tiny_imagenet import how_to_get
+
 State = Literal["ok", "note", "bad"]
 # Name of a package, what it is for, and whether the recipes need it.
 PACKAGES = (
@@ -161,7 +163,7 @@ def _data(root: Path) -> Iterator[Finding]:
     for name, files in DATA.items():
         missing = [file for file in files if not (root / file).exists()]
         if missing:
-            how = "put it there" if name == "tiny-imagenet" else "engm train --download fetches it"
+            how = how_to_get(root) if name == "tiny-imagenet" else "engm train --download fetches it"
             yield Finding(name, "note", f"not under {root} ({', '.join(missing)} missing): {how}")
         else:
             yield Finding(name, "ok", f"under {root}")

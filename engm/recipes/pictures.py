@@ -58,6 +58,7 @@ def picture(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     """
     with _figure(size) as figure:
         yield figure
+        _lay_out(figure)
         for target in files_of(path):
             with replaced_when_whole(target) as temporary:
                 _save(figure, temporary, target.suffix[1:])
@@ -73,6 +74,7 @@ def inline_svg(size: tuple[float, float], into: list[str]) -> Iterator[Figure]:
     """
     with _figure(size) as figure:
         yield figure
+        _lay_out(figure)
         written = io.BytesIO()
         _save(figure, written, "svg")
         into.append(written.getvalue().decode())
@@ -94,8 +96,14 @@ def _figure(size: tuple[float, float]) -> Iterator[Figure]:
         yield Figure(figsize=size, layout="constrained")
 
 
-def _save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
+def _lay_out(figure: Figure) -> None:
+    """Gives everything its room, once for all formats; looking for it takes most of the time of a drawing."""
     figure.draw_without_rendering()  # from here on the labels of the ticks are known, so that they get room
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
+def _save(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     figure.savefig(target, format=kind, dpi=DPI, metadata=dates.get(kind))
 
@@ -211,30 +219,61 @@ class Dots:
     values: Sequence[tuple[float, float] | None]
 
 
-LOOKS: tuple[tuple[str, str, bool], ...] = (
-    ("PGD, best", "o", True),
-    ("PGD, last", "o", False),
-    ("AutoAttack, best", "D", True),
+@dataclass(frozen=True)
+class Look:
+    """What a dot of every row of a dot plot stands for.
+
+    Attributes:
+        name: as the legend has it.
+        marker: a marker of matplotlib.
+        full: whether the marker is filled.
+        colour: a colour of its own, in place of the rows'.
+    """
+
+    name: str
+    marker: str
+    full: bool
+    colour: str | None = None
+
+
+LOOKS = (
+    Look("PGD, best", "o", full=True),
+    Look("PGD, last", "o", full=False),
+    Look("AutoAttack, best", "D", full=True),
 )
-"""Robust accuracies that a dot plot shows: name, marker, whether it is full."""
+"""The robust accuracies of a table of accuracies."""
 
 
-def dot_plot(axes: Axes, rows: Sequence[Dots], *, names: bool = True) -> None:
-    """Draws one line a row, from the top, with a dot and its deviation for each of :data:`LOOKS`."""
-    looks = _looks_of(rows)
+def dot_plot(
+    axes: Axes, rows: Sequence[Dots], *, names: bool = True, looks: Sequence[Look] = LOOKS, joined: bool = False
+) -> None:
+    """Draws one line a row, from the top, with a dot and its deviation for each look.
+
+    Args:
+        axes: where to draw.
+        rows: from the top.
+        names: whether the rows' names stand beside them.
+        looks: what the values of the rows are.
+        joined: draw the dots of a row at one height, with a line from the first to the last.
+    """
+    shown = _looks_of(rows)
     for place, row in enumerate(rows):
+        there = [value[0] for value in row.values if value is not None]
+        if joined and len(there) > 1:
+            axes.plot([there[0], there[-1]], [place, place], color="#BBBBBB", linewidth=2, zorder=1)
         for number, value in enumerate(row.values):
             if value is None:
                 continue
-            _, marker, full = LOOKS[number]
             mean, deviation = value
+            look = looks[number]
+            colour = look.colour or row.colour
             axes.errorbar(
                 mean,
-                place + 0.22 * (looks.index(number) - (len(looks) - 1) / 2),
+                place if joined else place + 0.22 * (shown.index(number) - (len(shown) - 1) / 2),
                 xerr=deviation if isfinite(deviation) else None,
-                color=row.colour,
-                marker=marker,
-                markerfacecolor=row.colour if full else "white",
+                color=colour,
+                marker=look.marker,
+                markerfacecolor=colour if look.full else "white",
                 markersize=5,
                 linewidth=1,
                 capsize=2,
@@ -244,19 +283,22 @@ def dot_plot(axes: Axes, rows: Sequence[Dots], *, names: bool = True) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def look_handles(rows: Sequence[Dots]) -> list[Any]:
-    """What a legend says of the dots that are there."""
+def look_handles(rows: Sequence[Dots], looks: Sequence[Look] = LOOKS) -> list[Any]:
+    """What a legend says of the dots that are there: grey ones, where their colours are the rows'."""
     from matplotlib.lines import Line2D
 
-    grey, handles = "#444444", []
-    for name, marker, full in (LOOKS[number] for number in _looks_of(rows)):
-        face = grey if full else "white"
-        handles.append(Line2D([], [], color=grey, linestyle="", marker=marker, markerfacecolor=face, label=name))
+    handles = []
+    for look in (looks[number] for number in _looks_of(rows)):
+        colour = look.colour or "#444444"
+        face = colour if look.full else "white"
+        handles.append(
+            Line2D([], [], color=colour, linestyle="", marker=look.marker, markerfacecolor=face, label=look.name)
+        )
     return handles
 
 
 def _looks_of(rows: Sequence[Dots]) -> list[int]:
-    """The places in :data:`LOOKS` of those that some row has."""
+    """The places among the looks of those that some row has."""
     return sorted({number for row in rows for number, value in enumerate(row.values) if value is not None})
 
 

@@ -27,8 +27,8 @@ COMMANDS = {
         "Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept.",
     ),
     "reproduce": (
-        "training",
-        "Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture.",
+        "reproducing",
+        "Repeats a figure or table of the paper, or all, at a budget: plan, runs, table beside the paper's, picture.",
     ),
     "report": ("results", "One table of finished runs, mean and deviation over seeds, and their learning curves."),
     "export": (

@@ -13,6 +13,11 @@ import typer
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type
 
+GO_ON = "the same command goes on where it was left"
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
+]
+
 
 def with_settings(command: Callable[..., None], *, leave_out: tuple[str, ...] = ()) -> Callable[..., None]:
     """A command that takes every setting as an option beside its own parameters.
@@ -153,3 +158,18 @@ def _typed(name: str, value: Any) -> Any:
         except ValueError:
             raise ValueError(f"{option(name)}: expected numbers with commas between them, got {value!r}") from None
     return value
+
+
+def seeds_from(text: str) -> list[int]:
+    """The seeds that ``--seeds`` means: how many, or which.
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or (numbers == [0] and "," not in text):
+        raise ValueError(f"--seeds: expected how many (at least 1), or which with commas between them, got {text!r}")
+    return list(range(numbers[0])) if "," not in text else numbers

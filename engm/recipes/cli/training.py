@@ -1,4 +1,4 @@
-"""The commands that train: ``engm train``, ``compare``, ``reproduce`` and ``demo``."""
+"""The commands that train: ``engm train``, ``compare`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,14 @@ from rich.console import Console
 
 from ..machine import set_machine
 from ..methods import LABELS
-from ..processes import choose_device, from_environment
+from ..processes import from_environment
 from ..training.loggers import LogFormat
 from .errors import explained_failures
-from .options import DECIDED, chosen_settings, config_from, with_settings
+from .options import GO_ON, ConfigFile, config_from, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 app = typer.Typer()
-GO_ON = "the same command goes on where it was left"
 Out = Annotated[Path, typer.Option(help="Folder of the run; one that exists is gone on with.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
-]
 
 
 def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> None:
@@ -87,7 +83,7 @@ def compare(
             results = compare_in(
                 chosen,
                 [name for name in optimizers.split(",") if name.strip()],
-                _seeds(seeds),
+                seeds_from(seeds),
                 out,
                 processes,
                 view=lambda name: RunView(console, f"{name}: "),
@@ -97,82 +93,6 @@ def compare(
 
 
 app.command(cls=OnceCommand)(with_settings(compare, leave_out=("optimizer", "seed")))
-
-
-def reproduce(
-    name: Annotated[str, typer.Argument(help="table1 to table5, fig2 to fig5; fig5a to fig5h: one panel.")],
-    *,
-    out: Annotated[Path, typer.Option(help="Folder for runs and results; what is in it is gone on with.")] = Path(
-        "runs/reproduce"
-    ),
-    budget: Annotated[str, typer.Option(help="smoke, small or paper.")] = "small",
-    seeds: Annotated[str | None, typer.Option(help="How many, or which: 4,7. Default: the budget's.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Cells at once; default: as many as there is room for.")
-    ] = None,
-    optimizers: Annotated[str | None, typer.Option(help="Those of Table 2 to compare; default: all seven.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Only say what it would cost.")] = False,
-    config: ConfigFile = None,
-    settings: dict[str, Any],
-) -> None:
-    """Repeats a figure or table of the paper, at a budget: plan, runs, table beside the paper's, picture."""
-    from ..reproduce import Request, analysis, carry_out, expense_of
-    from ..reproduce import budget as budget_named
-    from ..runs.contents import check_free_for_several
-    from ..runs.progress import RunView, progress_bar
-
-    with explained_failures(GO_ON):
-        check_free_for_several(out)
-        chosen = budget_named(budget)
-        numbers = list(range(chosen.seeds)) if seeds is None else _seeds(seeds)
-        what = analysis(name)
-        if optimizers is not None and name not in ("table2", "fig5h"):
-            raise ValueError(f"--optimizers is for table2 and fig5h; {name} has its own")
-        compared = tuple(LABELS) if optimizers is None else tuple(o for o in optimizers.split(",") if o.strip())
-        request = Request(chosen, chosen_settings(settings, config), numbers, compared)
-        cells = what.cells(request)
-        device = choose_device(cells[0].config.device)
-        set_machine(cells[0].config.resolved())
-        console = console_for()
-        console.print(f"{what.title}; budget {chosen.name}: {chosen.purpose}.", highlight=False, soft_wrap=True)
-        at_once = jobs or 1
-        if chosen.planned or plan_only:
-            with progress_bar(console, transient=True) as bar:
-                task = bar.add_task("timing a few steps of each kind of run", total=None)
-                expense = expense_of(
-                    cells, out / "runs", device, jobs, lambda done, total: bar.update(task, completed=done, total=total)
-                )
-            console.print(str(expense), highlight=False, soft_wrap=True)
-            at_once = expense.jobs
-        if plan_only:
-            return
-        with progress_bar(console) as bar:
-            task = bar.add_task("cells", total=len(cells))
-            outcome = carry_out(
-                what,
-                request,
-                cells,
-                out,
-                device,
-                jobs=at_once,
-                view=lambda title: RunView(console, f"{title}: "),
-                on_cell=lambda record, done: bar.update(task, completed=done),
-            )
-        console.print(outcome.markdown(), highlight=False, soft_wrap=True)
-        console.print(f"Table, figures, picture: {out / name}", highlight=False)
-
-
-app.command(cls=OnceCommand)(with_settings(reproduce, leave_out=DECIDED))
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 0 or (numbers == [0] and "," not in text):
-        raise ValueError(f"--seeds: expected how many (at least 1), or which with commas between them, got {text!r}")
-    return list(range(numbers[0])) if "," not in text else numbers
 
 
 @app.command(cls=OnceCommand)

@@ -22,6 +22,7 @@ OWN = "write a function of your own that returns the data (docs/your_own.md)"
 # Words that data sets use for their splits, the usual ones first.
 _TRAINING = ("train", "trainval")
 _TEST = ("test", "val", "valid", "validation")
+_PREFERRED = ("image", "label", "fine_label")  # of several columns: CIFAR-100 has coarse labels, too
 # Below torchvision.datasets and in none of these: what reads folders, which have an option of their own.
 _NOT_BY_NAME = ("VisionDataset", "ImageFolder", "DatasetFolder")
 
@@ -171,12 +172,12 @@ def _package(module: str, package: str, about: str) -> Any:
 
 
 def _columns(rows: Any, library: ModuleType, about: str) -> _Columns:
-    """The columns of a table that hold images and labels, by their types; of several labels the one of that name."""
+    """The columns of a table that hold images and labels, by their types; of several the one of the usual name."""
     kinds = {"images": library.Image, "labels of classes": library.ClassLabel}
     chosen = []
     for what, kind in kinds.items():
         names = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-        preferred = [name for name in names if name in ("image", "label")] if len(names) > 1 else names
+        preferred = [name for name in names if name in _PREFERRED] if len(names) > 1 else names
         if len(preferred) != 1:
             raise ValueError(
                 f"{about} must have one column of {what}, and has {', '.join(names) or 'none'} (all columns: "

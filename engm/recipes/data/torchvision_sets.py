@@ -21,6 +21,12 @@ from .dataset import Dataset, Split, check_labels, hold_out
 from .extras import import_extra
 
 _PURPOSE = "CIFAR and SVHN"
+# Where the files can be read about and fetched by hand.
+ADDRESSES = {
+    "CIFAR10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "CIFAR100": "https://www.cs.toronto.edu/~kriz/cifar.html",
+    "SVHN": "http://ufldl.stanford.edu/housenumbers/",
+}
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # faults of the disk, not of the network
 
 
@@ -62,7 +68,10 @@ def load_cifar100(
     split_seed: int = 0,
     validation_from_test: bool = False,
 ) -> Dataset:
-    """CIFAR-100: as :func:`load_cifar10`, with 100 fine classes, in ``root/cifar-100-python``."""
+    """CIFAR-100: as :func:`load_cifar10`, in ``root/cifar-100-python``, with its 100 fine classes, as the paper has it.
+
+    Its 20 coarse classes are of no use here.
+    """
     return _load_cifar("CIFAR100", 100, root, download, validation_examples, split_seed, validation_from_test)
 
 
@@ -159,7 +168,7 @@ def _provide(title: str, root: Path, files: tuple[_File, ...], download: bool, f
     if not download:
         raise FileNotFoundError(
             f"{title}: missing or damaged in {root}: {', '.join(wrong)}; fetch it with --download (download=True), "
-            "or put these files there"
+            f"or put these files there, which are at {ADDRESSES[title]}"
         )
     try:
         make_folder(root)
@@ -174,5 +183,6 @@ def _provide(title: str, root: Path, files: tuple[_File, ...], download: bool, f
                 raise
         raise ConnectionError(
             f"{title} could not be downloaded ({error}); {root} is as it was: "
-            f"look at the network and run it again, or put {', '.join(file.name for file in files)} there"
+            f"look at the network and run it again, or put {', '.join(file.name for file in files)} there, "
+            f"which are at {ADDRESSES[title]}"
         ) from error

@@ -2,19 +2,25 @@
 
 from .analysis import Analysis, Request
 from .budgets import BUDGETS, Budget, budget
+from .cells import Cell
 from .expense import Expense, expense_of
+from .forecast import forecast
 from .registry import ANALYSES, analysis
-from .sweep import carry_out
+from .sweep import carry_out, compute, shared_cells
 
 __all__ = [
     "ANALYSES",
     "BUDGETS",
     "Analysis",
     "Budget",
+    "Cell",
     "Expense",
     "Request",
     "analysis",
     "budget",
     "carry_out",
+    "compute",
     "expense_of",
+    "forecast",
+    "shared_cells",
 ]

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods import LABELS
 from ..pictures import legend_below, style_of
+from .accuracy_pictures import draw_curves
 from .accuracy_rows import AUTOATTACK, BEST, LAST, NATURAL, OVERFIT, Figure_, Row
 from .accuracy_tables import (
+    TABLE_2,
     accuracy_finding,
     accuracy_rows,
     accuracy_table,
     less_overfitting_finding,
     optimizer_cells,
+    optimizer_rows,
     summarise_optimizers,
 )
 from .analysis import Analysis, Request
@@ -258,6 +261,24 @@ def _draw_panel(records: Sequence[Record], panel: Ablation, read: Figure_, axis:
     axis.set_xticks(range(len(first)), [f"{value:g}" for value in first])
 
 
+def summarise_curves(records: Sequence[Record]) -> Outcome:
+    """The outcome of Fig. 5h: Table 2 with the second half of its learning curves.
+
+    The paper shows the last 60 of 120 epochs on the test set. These are on the validation set, since the test set is
+    looked at once.
+    """
+    whole = summarise_optimizers(records)
+    rows = optimizer_rows()
+
+    def draw(drawn: Figure) -> None:
+        done = selected(records, {})
+        late = [{**r, "history": r["history"][len(r["history"]) // 2 :]} for r in done]
+        draw_curves(late, rows, [style_of(row.labels["optimizer"]) for row in rows], drawn.subplots())
+        legend_below(drawn)
+
+    return Outcome(whole.tables, whole.findings, whole.rows, draw, (7, 4))
+
+
 def _every_panel(request: Request) -> list[Cell]:
     return [cell for panel in ABLATIONS for cell in panel.cells(request)]
 
@@ -291,6 +312,10 @@ FIG_5 = [
     Analysis("fig5", "Thresholds, intervals, λ of TRADES, weight decay (Fig. 5)", _every_panel, summarise),
     *map(_panel, _LETTERS),
     Analysis(
-        "fig5h", "Optimizers: learning curves of the runs of Table 2 (Fig. 5h)", optimizer_cells, summarise_optimizers
+        "fig5h",
+        "Optimizers: learning curves of the runs of Table 2 (Fig. 5h)",
+        optimizer_cells,
+        summarise_curves,
+        TABLE_2.row_of,
     ),
 ]

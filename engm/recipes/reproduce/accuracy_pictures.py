@@ -44,7 +44,7 @@ def draw_accuracies(records: Sequence[Record], rows: Sequence[Row], drawn: Figur
     every: list[Dots] = []
     for (name, shown), (curves, ours, *papers) in zip(panels.items(), axes, strict=True):
         styles = [style_of(row.labels["optimizer"], row.variant) for row in shown]
-        _draw_curves(records, shown, styles, curves)
+        draw_curves(records, shown, styles, curves)
         measured = [
             Dots(row.label.removeprefix(f"{name}, "), style.colour, _measured(records, row))
             for row, style in zip(shown, styles, strict=True)
@@ -73,7 +73,8 @@ def _panels(records: Sequence[Record], rows: Sequence[Row]) -> dict[str, list[Ro
     return found
 
 
-def _draw_curves(records: Sequence[Record], rows: Sequence[Row], styles: Sequence[Style], axes: Axes) -> None:
+def draw_curves(records: Sequence[Record], rows: Sequence[Row], styles: Sequence[Style], axes: Axes) -> None:
+    """Draws robust accuracy on the validation set over the epochs, a line a row, and where the learning rate decays."""
     decays: set[int] = set()
     for row, style in zip(rows, styles, strict=True):
         runs = selected(records, row.labels)

@@ -1,19 +1,20 @@
-"""Tables 2, 3 and 4: accuracies and robust overfitting by optimizer, training method and network."""
+"""Tables of accuracies and robust overfitting, and the first of them: Table 2, by optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from ..methods import LABELS
 from .accuracy_pictures import draw_accuracies, size_of
 from .accuracy_rows import AUTOATTACK, BEST, COLUMNS, LAST, OVERFIT, Figure_, Row
-from .analysis import Analysis, Request, data_name
+from .analysis import Analysis, Request
 from .budgets import Budget
 from .cells import Cell
 from .measures import AutoAttack, Measure
 from .outcome import Outcome, Table
-from .published import TABLE2, TABLE3, TABLE4
+from .published import TABLE2
 from .statistics import Expected, Finding, Mean, Record, by_seed, figure, mean_of, paired_finding, selected
 
 
@@ -106,7 +107,7 @@ def less_overfitting_finding(
     return Finding(claim, measured, finding.verdict)
 
 
-def _outcome(records: Sequence[Record], rows: Sequence[Row], first: str, findings: Sequence[Finding]) -> Outcome:
+def outcome(records: Sequence[Record], rows: Sequence[Row], first: str, findings: Sequence[Finding]) -> Outcome:
     """One table of accuracies, whose first column has the given heading, with its curves as a picture."""
     return Outcome(
         [accuracy_table(records, rows, first)],
@@ -143,7 +144,7 @@ def summarise_optimizers(records: Sequence[Record]) -> Outcome:
     """The outcome of Table 2."""
     rows = optimizer_rows()
     findings = [overfitting_finding(records), *_against_msgd(records)]
-    return _outcome(records, rows, "optimizer", findings)
+    return outcome(records, rows, "optimizer", findings)
 
 
 def overfitting_finding(records: Sequence[Record]) -> Finding:
@@ -187,111 +188,9 @@ def _against_msgd(records: Sequence[Record], optimizers: Sequence[str] = ("engm"
 
 
 TABLE_2 = Analysis(
-    "table2", "Optimizers: accuracy and robust overfitting (Table 2, Fig. 5h)", optimizer_cells, summarise_optimizers
+    "table2",
+    "Optimizers: accuracy and robust overfitting (Table 2, Fig. 5h)",
+    optimizer_cells,
+    summarise_optimizers,
+    itemgetter("optimizer"),
 )
-
-# -- Table 3 -----------------------------------------------------------------------------------------------------------
-
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vanilla": ("Vanilla", {"objective": "pgd"}),
-    "trades": ("TRADES", {"objective": "trades"}),
-    "mart": ("MART", {"objective": "mart"}),
-    "awp": ("TRADES + AWP", {"objective": "trades", "awp": True}),
-}
-
-
-def method_cells(request: Request) -> list[Cell]:
-    """The runs of Table 3: four training methods, two optimizers, two threats, every data set."""
-    length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
-    return [
-        request.cell(
-            {"data": data_name(data), "method": method, "threat": threat},
-            optimizer=optimizer,
-            seed=seed,
-            measures=lambda config: autoattack(request.budget),
-            data=data,
-            threat=threat,
-            defaults=length,
-            **special,
-        )
-        for seed in request.seeds
-        for data in request.data
-        for threat in ("linf", "l2")
-        for method, (_, special) in METHODS.items()
-        for optimizer in ("msgd", "engm")
-    ]
-
-
-def summarise_methods(records: Sequence[Record]) -> Outcome:
-    """The outcome of Table 3."""
-    labels = {(r["labels"]["data"], r["labels"]["threat"]): None for r in records}
-    rows = [
-        Row(
-            f"{data}, {threat}, {METHODS[method][0]}, {LABELS[optimizer]}",
-            {"data": data, "threat": threat, "method": method, "optimizer": optimizer},
-            TABLE3.get((data.lower(), method, optimizer)) if threat == "linf" else None,
-            f"{data}, {threat}",
-            number,
-        )
-        for data, threat in labels
-        for number, method in enumerate(METHODS)
-        for optimizer in ("msgd", "engm")
-    ]
-    findings = [
-        accuracy_finding(
-            f"With {METHODS[method][0]} on {data} ({threat}), ENGM's best checkpoint is more robust (AutoAttack)",
-            records,
-            {"data": data, "threat": threat, "method": method, "optimizer": "engm"},
-            {"data": data, "threat": threat, "method": method, "optimizer": "msgd"},
-            AUTOATTACK,
-        )
-        for data, threat in labels
-        for method in METHODS
-    ]
-    return _outcome(records, rows, "data, threat, method, optimizer", findings)
-
-
-TABLE_3 = Analysis(
-    "table3", "Training methods with MSGD and ENGM, l-inf and l2 (Table 3)", method_cells, summarise_methods
-)
-
-# -- Table 4 -----------------------------------------------------------------------------------------------------------
-
-
-def wide_cells(request: Request) -> list[Cell]:
-    """The runs of Table 4: TRADES with AWP on a wide network."""
-    length = {} if request.budget.long_epochs is None else {"epochs": request.budget.long_epochs}
-    return [
-        request.cell(
-            {"model": request.budget.wide_model},
-            optimizer=optimizer,
-            seed=seed,
-            measures=lambda config: autoattack(request.budget),
-            model=request.budget.wide_model,
-            width=None,
-            defaults=length,
-            **METHODS["awp"][1],
-        )
-        for seed in request.seeds
-        for optimizer in ("msgd", "n-engm", "engm")
-    ]
-
-
-def summarise_wide(records: Sequence[Record]) -> Outcome:
-    """The outcome of Table 4."""
-    rows = [Row(f"AWP, {LABELS[name]}", {"optimizer": name}, TABLE4[name]) for name in ("msgd", "n-engm", "engm")]
-    findings = [
-        accuracy_finding(
-            f"AWP with {LABELS[name]} is more robust than with MSGD (AutoAttack, {TABLE4[name].autoattack} against "
-            f"{TABLE4['msgd'].autoattack} %)",
-            records,
-            {"optimizer": name},
-            {"optimizer": "msgd"},
-            AUTOATTACK,
-        )
-        for name in ("n-engm", "engm")
-    ]
-    return _outcome(records, rows, "method", findings)
-
-
-TABLE_4 = Analysis("table4", "A wide network with AWP (Table 4)", wide_cells, summarise_wide)

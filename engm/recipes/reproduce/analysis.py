@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engm.checks import check_name
+
 from ..config import RunConfig, option
 from ..methods import LABELS, canonical_method, check_methods
+from ..setups import SETUPS
 from .budgets import Budget
 from .cells import Cell
 from .measures import Gradients, Measure
@@ -25,6 +28,7 @@ class Request:
         settings: settings of the runs, which go before the budget's and the analysis's.
         seeds: seeds of the runs.
         optimizers: names of the optimizers of Table 2.
+        rows: names of the rows that are wanted, of analyses whose cells are rows of a table; none for all.
 
     Raises:
         ValueError: an optimizer that is unknown or named twice.
@@ -34,6 +38,7 @@ class Request:
     settings: dict[str, Any]
     seeds: Sequence[int]
     optimizers: Sequence[str] = tuple(LABELS)
+    rows: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         names = tuple(canonical_method(name) for name in self.optimizers)
@@ -49,6 +54,26 @@ class Request:
     def first_data(self) -> str:
         """The data set of the analyses that look at one."""
         return self.data[0]
+
+    @property
+    def long_length(self) -> dict[str, Any]:
+        """The number of epochs of Tables 3 and 4, as a setting; none where it is that of the other runs."""
+        long = self.budget.long_epochs
+        return {} if long is None else {"epochs": long}
+
+    def setup(self, name: str, *, own_length: bool = False) -> dict[str, Any]:
+        """What the authors of a method published, as defaults for :meth:`cell`.
+
+        Args:
+            name: one of :data:`~engm.recipes.setups.SETUPS`.
+            own_length: take their number of epochs, too, where the budget has the paper's and the user names none.
+        """
+        known = SETUPS[name]
+        length = self.long_length
+        if own_length and length and not {"epochs", "decay_epochs"} & self.settings.keys():
+            length = {**length, **known.own_length()}
+        epochs = self.settings.get("epochs") or length.get("epochs") or self.budget.config({}).epochs
+        return {**length, **known.settings(epochs)}
 
     def cell(
         self,
@@ -131,9 +156,27 @@ class Analysis:
         title: what it shows.
         cells: what has to be computed.
         summarise: tables, findings and picture of the records.
+        row_of: the name of the row of the paper's table that a cell is a run of; ``None`` where cells are no rows.
     """
 
     name: str
     title: str
     cells: Callable[[Request], list[Cell]]
     summarise: Callable[[Sequence[Record]], Outcome]
+    row_of: Callable[[Mapping[str, Any]], str] | None = None
+
+    def wanted(self, request: Request) -> list[Cell]:
+        """The cells of the rows that are asked for.
+
+        Raises:
+            ValueError: the analysis has no rows, or none of such a name; the message says which is nearest.
+        """
+        cells = self.cells(request)
+        if not request.rows:
+            return cells
+        if self.row_of is None:
+            raise ValueError(f"--rows is for tables 2, 3 and 4, whose rows are runs; {self.name} has none")
+        names = [self.row_of(cell.labels) for cell in cells]
+        for row in request.rows:
+            check_name(row, tuple(dict.fromkeys(names)), what=f"row of {self.name} (--rows)")
+        return [cell for cell, name in zip(cells, names, strict=True) if name in request.rows]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -50,6 +50,8 @@ class Cell:
     labels: dict[str, Any]
     config: RunConfig
     measures: tuple[Measure, ...] = field(default=())
+    alone: ClassVar[bool] = False
+    """Whether nothing else may compute on the machine at the same time."""
 
     @property
     def folder_name(self) -> str:

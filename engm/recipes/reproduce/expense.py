@@ -59,7 +59,8 @@ class Expense:
         cells: number of its cells.
         trained: number of its cells whose training is over.
         seconds: time expected for the rest, one cell after the other; measures of trained cells are counted in.
-        peak_bytes: the most memory that one cell holds, on the GPU if there is one.
+        peak_bytes: the most memory that one cell holds, on the GPU if there is one; ``None`` where nothing was run
+            for the answer.
         jobs: number of cells at once.
         on_gpu: whether the cells compute on a GPU.
     """
@@ -67,7 +68,7 @@ class Expense:
     cells: int
     trained: int
     seconds: float
-    peak_bytes: int
+    peak_bytes: int | None
     jobs: int
     on_gpu: bool
 
@@ -75,10 +76,15 @@ class Expense:
         left = self.cells - self.trained
         # Cells on one GPU share what one of them leaves idle, and nobody knows how much that is.
         wall = self.seconds / (1 if self.on_gpu else max(1, min(self.jobs, self.cells)))
+        said = f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}"
+        if self.peak_bytes is None:
+            return (
+                f"{said}. From operation counts and the speed of a convolution here, so good to a factor of three or "
+                "four; a few steps of each kind of run are timed before the analysis starts."
+            )
         return (
-            f"{self.cells} cells, {left} still to train, {self.jobs} at a time: about {duration(wall)}, "
-            f"{self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, so good "
-            "to a factor of two."
+            f"{said}, {self.peak_bytes * self.jobs / 2**30:.1f} GiB of memory. From a few steps of each kind of run, "
+            "so good to a factor of two."
         )
 
 
@@ -107,7 +113,7 @@ def expense_of(
         jobs: number of cells at once; ``None`` for as many as cores (by the runs' threads) or the GPU's memory allow.
         on_kind: called with the number of kinds of run that are timed, and of all.
     """
-    kinds = {_kind(cell.config): cell.config for cell in cells}
+    kinds = {kind_of(cell.config): cell.config for cell in cells}
     costs: dict[tuple[Any, ...], KindCost] = {}
     peak = 0
     on_kind(0, len(kinds))
@@ -117,24 +123,26 @@ def expense_of(
             peak = max(peak, held)
             on_kind(len(costs), len(kinds))
     trained = sum(cell.is_trained(runs) for cell in cells)
-    seconds = sum(_seconds(cell, costs[_kind(cell.config)], runs) for cell in cells)
-    threads = max((cell.config.threads or _cores() for cell in cells), default=1)
+    seconds = sum(seconds_of(cell, costs[kind_of(cell.config)], runs) for cell in cells)
+    threads = max((cell.config.threads or cores() for cell in cells), default=1)
     room = jobs or _room(device, peak, threads, len(cells))
     return Expense(len(cells), trained, seconds, peak, room, device.type == "cuda")
 
 
-def _kind(config: RunConfig) -> tuple[Any, ...]:
+def kind_of(config: RunConfig) -> tuple[Any, ...]:
+    """What runs have in common that cost the same a step."""
     resolved = config.resolved()
     return tuple(getattr(resolved, name) for name in _KIND)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _room(device: torch.device, peak: int, threads: int, cells: int) -> int:
     by_memory = int(0.8 * free_bytes(device) // max(peak, 1))
-    most = MOST_JOBS if device.type == "cuda" else _cores() // threads
+    most = MOST_JOBS if device.type == "cuda" else cores() // threads
     return max(1, min(by_memory, most, cells))
 
 
@@ -174,7 +182,8 @@ def _peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _seconds(cell: Cell, cost: KindCost, runs: Path) -> float:
+def seconds_of(cell: Cell, cost: KindCost, runs: Path) -> float:
+    """The time that is left of a cell, its measures included."""
     config = cell.config.resolved()
     trained = cell.is_trained(runs)
     if isinstance(cell, StepTimeCell):

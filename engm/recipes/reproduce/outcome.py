@@ -25,15 +25,18 @@ class Table:
         caption: how to read the table.
         headings: headings of the columns.
         rows: cells of the rows, as many as there are columns.
+        words: headings of columns of words, which begin at the left as the first column does; the others are numbers.
     """
 
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: Sequence[str] = ()
 
     def markdown(self) -> str:
         """The table in Markdown, its caption above it."""
-        lines = ["| " + " | ".join(self.headings) + " |", "|---|" + "---:|" * (len(self.headings) - 1)]
+        rules = ["---" if heading in (self.headings[0], *self.words) else "---:" for heading in self.headings]
+        lines = ["| " + " | ".join(self.headings) + " |", "|" + "|".join(rules) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         return "\n".join([self.caption, "", *lines]) + "\n"
 

@@ -52,7 +52,7 @@ def page(found: dict[str, dict[str, Any]], title: str, introduction: str) -> str
         files = (
             f"[results.json]({name}/results.json) · [table.csv]({name}/table.csv) · [config.toml]({name}/config.toml)"
         )
-        parts += [head, f"![{document['title']}]({name}/picture.png)", outcomes[name].markdown().rstrip(), files]
+        parts += [head, f"![{document['title']}]({name}/picture.svg)", outcomes[name].markdown().rstrip(), files]
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,9 +66,9 @@ def _summary(outcomes: dict[str, Outcome]) -> str:
 
 
 def draw_pictures(found: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Draws ``NAME/picture.png`` of every analysis."""
+    """Draws ``NAME/picture.svg`` of every analysis."""
     for name, document in found.items():
-        save_picture(outcome_of(document), folder / name / "picture.png")
+        save_picture(outcome_of(document), folder / name / "picture.svg")
 
 
 def table_block(document: dict[str, Any], picture: str, link: str) -> str:

@@ -9,7 +9,7 @@ from itertools import islice
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class StepTimeCell(Cell):
     """
 
     steps: int = 20
+    alone: ClassVar[bool] = True
 
     @property
     def folder_name(self) -> str:

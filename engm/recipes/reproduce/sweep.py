@@ -54,11 +54,9 @@ def carry_out(
             and the same call goes on.
     """
     runs, folder = out / RUNS, out / analysis.name
-    make_folder(runs)
     make_folder(folder)
     write_text_atomic(folder / "config.toml", _common(cells))
-    alone = jobs == 1
-    records = _in_turn(cells, runs, device, view, on_cell) if alone else at_once(cells, runs, device, jobs, on_cell)
+    records = compute(cells, runs, device, jobs=jobs, view=view, on_cell=on_cell)
     if all("diverged" in record for record in records):
         raise NonFiniteError(f"every run of {analysis.name} diverged")
     document = {
@@ -73,6 +71,37 @@ def carry_out(
     outcome = analysis.summarise(records)
     write_outcome(outcome, folder, document, heading(document))
     return outcome
+
+
+def compute(
+    cells: Sequence[Cell],
+    runs: Path,
+    device: torch.device,
+    *,
+    jobs: int,
+    view: Callable[[str], AbstractContextManager[View]],
+    on_cell: Callable[[Record, int], None],
+) -> list[Record]:
+    """The records of cells, in their order; what is finished is read.
+
+    Args:
+        cells: of one analysis or of several.
+        runs: the folder of run folders, which is made.
+        device: as :func:`carry_out` takes it, and so are the others.
+        jobs: number of cells at once.
+        view: makes who watches a cell.
+        on_cell: called with every finished record.
+    """
+    make_folder(runs)
+    if jobs == 1:
+        return _in_turn(cells, runs, device, view, on_cell)
+    return at_once(cells, runs, device, jobs, on_cell)
+
+
+def shared_cells(analyses: Sequence[Sequence[Cell]]) -> list[Cell]:
+    """The cells of several analyses, each run with each set of measures once, without those that want to be alone."""
+    every = {(cell.folder_name, cell.measures): cell for cells in analyses for cell in cells if not cell.alone}
+    return list(every.values())
 
 
 def _common(cells: Sequence[Cell]) -> str:

@@ -42,8 +42,10 @@ def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int])
     for seed in seeds:
         for name, folder in zip(names, folders, strict=True):
             alpha = config.alpha
-            if name not in ("engm", "a-engm"):
-                alpha = str(float(alpha) / 10) if name == "n-engm" and alpha != "paper" else "paper"
+            if name == "n-engm" and alpha not in ("paper", "scaled"):
+                alpha = str(float(alpha) / 10)
+            elif name not in ("engm", "a-engm", "n-engm"):
+                alpha = "paper"
             cells[f"{folder}-seed{seed}"] = replace(config, optimizer=name, seed=seed, alpha=alpha)
     return cells
 

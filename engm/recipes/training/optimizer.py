@@ -8,6 +8,7 @@ import engm
 
 from ..addresses import is_address
 from ..config import RunConfig
+from ..setups import printed_alpha
 from .own import own_optimizer
 
 
@@ -16,9 +17,10 @@ def paper_optimizer(
 ) -> engm.ExampleOptimizer:
     """Makes the outer optimizer that a configuration names.
 
-    The paper's thresholds are ``alpha`` of 5 for ENGM and A-ENGM and 0.5 for N-ENGM, scaled to the network by
-    :func:`engm.alpha_for`, and 25 for the global norm. F-ENGM normalises to 1, as in the paper's formula, unless
-    ``alpha`` is a number.
+    The paper's thresholds are ``alpha`` of 5 for ENGM and A-ENGM and 0.5 for N-ENGM on ResNet-18, 10.4 and 1.04 on
+    WRN-34-10, and 25 for the global norm; on other networks, and with ``alpha="scaled"`` on these too, 5 and 0.5 are
+    scaled to the network by :func:`engm.alpha_for`. F-ENGM normalises to 1, as in the paper's formula, unless ``alpha``
+    is a number.
 
     Args:
         config: names ``optimizer``, ``alpha`` and their like.
@@ -41,9 +43,17 @@ def paper_optimizer(
         return engm.ENGM(model, inner, "auto", clip_fraction=config.clip_fraction)
     if name == "f-engm":
         return engm.FENGM(model, inner, 1.0 if config.alpha == "paper" else float(config.alpha))
-    alpha = engm.alpha_for(model, name.replace("-", "")) if config.alpha == "paper" else float(config.alpha)
+    alpha = _threshold(config, model)
     if name == "n-engm":
         return engm.NENGM(model, inner, alpha)
     if name == "a-engm":
         return engm.AENGM(model, inner, alpha, tau=config.tau * config.accumulate, beta_gamma=config.beta_gamma)
     return engm.ENGM(model, inner, alpha)
+
+
+def _threshold(config: RunConfig, model: engm.GradNormModule) -> float:
+    """The number that ``alpha`` stands for."""
+    if config.alpha not in ("paper", "scaled"):
+        return float(config.alpha)
+    printed = printed_alpha(config.model, config.width, config.optimizer) if config.alpha == "paper" else None
+    return engm.alpha_for(model, config.optimizer.replace("-", "")) if printed is None else printed

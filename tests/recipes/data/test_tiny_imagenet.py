@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from engm.recipes.data import Dataset, Split, StreamedSplit, load_data, load_tiny_imagenet
+from engm.recipes.data.identity import identity
 
 WNIDS = ("n03", "n01", "n02")  # not in order, as in the published file
 TEST = ("n02", "n03", "n03", "n01")
+SPLITS = ("train", "validation", "test")
 
 
 def write_jpeg(path: Path, seed: int, *, grey: bool = False) -> None:
@@ -79,6 +81,48 @@ def test_the_folder_itself_or_the_one_around_it(folder: Path) -> None:
     ):
         assert found.name == "tiny-imagenet"
         assert torch.equal(found.train.labels, load(folder).train.labels)
+
+
+def rearrange(folder: Path, *, inner: str, annotations: bool) -> None:
+    """What scripts for ImageFolder do with the validation images."""
+    for number, wnid in enumerate(TEST):
+        target = folder / "val" / wnid / inner / f"val_{number}.JPEG"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "val" / "images" / target.name).rename(target)
+    (folder / "val" / "images").rmdir()
+    if not annotations:
+        (folder / "val" / "val_annotations.txt").unlink()
+
+
+@pytest.mark.parametrize(("inner", "annotations"), [("images", True), ("", False)])
+def test_rearranged_validation_images_are_the_same_test_set(folder: Path, inner: str, annotations: bool) -> None:
+    before = load(folder)
+    rearrange(folder, inner=inner, annotations=annotations)
+    after = load(folder)
+    assert {s: identity(getattr(before, s)) for s in SPLITS} == {s: identity(getattr(after, s)) for s in SPLITS}
+    assert torch.equal(after.test.batch(torch.arange(4))[0], before.test.batch(torch.arange(4))[0])
+    shutil.rmtree(folder / "val" / TEST[0])
+    with pytest.raises(FileNotFoundError, match=rf"val.{TEST[0]}.*no images|no images .*val.{TEST[0]}"):
+        load(folder)
+
+
+def test_training_images_right_in_the_folders_of_their_classes(folder: Path) -> None:
+    before = load(folder)
+    for wnid in WNIDS:
+        for path in (folder / "train" / wnid / "images").iterdir():
+            path.rename(folder / "train" / wnid / path.name)
+        (folder / "train" / wnid / "images").rmdir()
+    assert identity(load(folder).train) == identity(before.train)
+
+
+def test_what_is_missing_is_said_with_its_address(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"fetch http://cs231n\.stanford\.edu/tiny-imagenet-200\.zip .* unpack it"
+    ):
+        load(tmp_path)
+    (tmp_path / "tiny-imagenet-200.zip").touch()
+    with pytest.raises(FileNotFoundError, match=r"archive is there and has to be unpacked: python -m zipfile -e"):
+        load(tmp_path)
 
 
 def test_held_out_of_the_test_set(folder: Path) -> None:

@@ -247,6 +247,11 @@ def test_hugging_face_by_name_and_folder(library: SimpleNamespace, tmp_path: Pat
     assert load_data(f"hf:{tmp_path}/saved", validation_examples=2).name == "hf:saved"
 
 
+def test_fine_labels_before_coarse_ones(library: SimpleNamespace) -> None:
+    library.known["cifar100"] = tables(fine_label=ClassLabel("cat", "dog"), coarse_label=ClassLabel("pet"))
+    assert load_data("hf:cifar100", validation_examples=2).classes == 2
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

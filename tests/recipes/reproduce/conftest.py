@@ -17,8 +17,13 @@ from engm.recipes.reproduce.outcome import Outcome
 Carry = Callable[..., Outcome]
 
 
-def request(seeds: tuple[int, ...] = (0,), optimizers: tuple[str, ...] = METHOD_NAMES, **settings: Any) -> Request:
-    return Request(budget("smoke"), settings, seeds, optimizers)
+def request(
+    seeds: tuple[int, ...] = (0,),
+    optimizers: tuple[str, ...] = METHOD_NAMES,
+    rows: tuple[str, ...] = (),
+    **settings: Any,
+) -> Request:
+    return Request(budget("smoke"), settings, seeds, optimizers, rows)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +40,7 @@ def carried() -> Carry:
         return carry_out(
             what,
             asked,
-            what.cells(asked),
+            what.wanted(asked),
             out,
             torch.device("cpu"),
             jobs=jobs,

@@ -38,6 +38,8 @@ def test_small_budgets_share_their_runs(budget_name: str) -> None:
     assert folders("fig4", budget_name) < folders("table2", budget_name)
     assert folders("fig3", budget_name) == folders("fig2", budget_name)
     assert folders("fig5a", budget_name) < folders("fig5", budget_name)
+    assert folders("fig1", budget_name) == folders("table3", budget_name)
+    assert folders("fig5h", budget_name) == folders("table2", budget_name)
 
 
 def test_full_size_runs_keep_weights_only_where_they_are_looked_at() -> None:
@@ -54,12 +56,13 @@ def test_the_papers_budget_is_the_papers() -> None:
     assert (config.model, config.epochs, config.decay_epochs, config.batch_size) == ("resnet18", 120, (75, 90), 128)
     assert (config.attack_steps, config.eps, config.step_size) == (10, 8 / 255, 2 / 255)
     assert len(analysis("table2").cells(asked)) == 21
-    for name in ("table3", "table4"):
-        longer = analysis(name).cells(asked)[0].config.resolved()
+    for cell in (analysis("table3").cells(asked)[0], analysis("table4").cells(asked)[-1]):
+        longer = cell.config.resolved()
         assert (longer.epochs, longer.decay_epochs) == (200, (100, 150))
     assert {cell.config.model for cell in analysis("table4").cells(asked)} == {"wrn-34-10"}
     assert {cell.labels["eps"] for cell in analysis("table5").cells(asked)} == {0, 2, 4, 6, 8, 10}
-    assert len(analysis("table3").cells(Request(budget("paper"), {}, (0,)))) == 3 * 4 * 2 * 2
+    for name in ("table3", "table3-l2"):
+        assert len(analysis(name).cells(Request(budget("paper"), {}, (0,)))) == 3 * 4 * 2
 
 
 def test_choices_go_before_the_budget_but_not_before_what_is_varied() -> None:

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from engm.recipes.methods import LABELS
 from engm.recipes.pictures import style_of
 from engm.recipes.reproduce import analysis
+from engm.recipes.reproduce.method_tables import METHODS
 from engm.recipes.reproduce.page import documents
-from engm.recipes.reproduce.published import TABLE1_SECONDS, TABLE2, TABLE5
+from engm.recipes.reproduce.published import TABLE1_SECONDS, TABLE2, TABLE3, TABLE4, TABLE5
 from engm.recipes.runs.curves import draw_into
 from engm.recipes.runs.report import collect
 
@@ -75,6 +76,56 @@ def test_table_1_has_the_papers_bars_beside_ours_at_one_scale() -> None:
     assert ours.get_xlim() == paper.get_xlim()
     assert [bar.get_width() for bar in ours.patches] == [1, 2, 2]
     assert [bar.get_width() for bar in paper.patches] == [1, TABLE1_SECONDS["engm"] / TABLE1_SECONDS["msgd"]]
+
+
+def run(method: str, optimizer: str, natural: float, robust: float) -> dict[str, Any]:
+    """A record of a run that nobody trained."""
+    looks = {"natural": natural, "robust": robust}
+    return {
+        "labels": {"data": "cifar10", "threat": "linf", "method": method, "optimizer": optimizer, "seed": 0},
+        "config": {"model": "wrn-10-1"},
+        "data": {"name": "cifar10", "test": 100},
+        "test": {"best": looks, "last": looks},
+        "overfit": 0.1,
+        "measures": {"autoattack": robust},
+        "measured_on": {"autoattack": None},
+        "history": [],
+    }
+
+
+def test_table_4_has_every_row_and_never_mixes_quoted_and_measured() -> None:
+    records = [run("awp", "engm", 0.81, 0.41), run("fat", "msgd", 0.72, 0.32)]
+    outcome = analysis("table4").summarise(records)
+    (table,) = outcome.tables
+    assert len(table.rows) == len(TABLE4)
+    for row, printed in zip(table.rows, TABLE4.values(), strict=True):
+        assert row[2:4] == [f"{printed.natural:.2f}", f"{printed.autoattack:.2f}"]
+    assert [row[4:6] for row in table.rows if row[6] == "1"] == [["72.0", "32.0"], ["81.0", "41.0"]]
+    assert sum(row[4:6] == ["not run", "not run"] for row in table.rows) == len(TABLE4) - 2
+    ours, paper = drawn("table4", records).axes
+    assert ours.get_xlim() == paper.get_xlim()
+    assert len(points(ours)) == 4
+    assert {x for x, _ in points(paper)} == {
+        value for row in TABLE4.values() for value in (row.natural, row.autoattack)
+    }
+    assert [text.get_text() for text in ours.texts] == ["not run"] * (len(TABLE4) - 2)
+
+
+def test_figure_1_has_the_papers_dots_below_ours_at_one_scale() -> None:
+    records = [run(m, o, 0.8, 0.4 if o == "msgd" else 0.5) for m in METHODS for o in ("msgd", "engm")]
+    axes = np.array(drawn("fig1", records).axes).reshape(2, 2)
+    for (ours, paper), name in zip(axes.T, ("autoattack", "overfit"), strict=True):
+        assert ours.get_xlim() == paper.get_xlim()
+        dots = {round(float(line.get_xdata()[0]), 6) for line in paper.lines if line.get_marker() in "os"}
+        assert dots == {getattr(TABLE3["cifar10", m, o], name) for m in METHODS for o in ("msgd", "engm")}
+    assert {round(float(line.get_xdata()[0]), 6) for line in axes[0, 0].lines if line.get_marker() in "os"} == {40, 50}
+
+
+def test_figure_5h_shows_the_second_half_of_every_curve() -> None:
+    (axes,) = drawn("fig5h", records_of("table2")).axes
+    curves = [line for line in axes.lines if line.get_label() in LABELS.values()]
+    assert len(curves) == 4
+    assert all(min(line.get_xdata()) >= 15 and max(line.get_xdata()) == 30 for line in curves)
 
 
 @pytest.mark.parametrize("name", ["fig2", "fig3", "fig4", "fig5a"])

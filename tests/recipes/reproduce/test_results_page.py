@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from write_results_page import INTRODUCTION, LINK, PICTURE, REPRODUCE, TITLE
+from write_results_page import (
+    INTRODUCTION,
+    LINK,
+    NUMBERS,
+    NUMBERS_INTRODUCTION,
+    NUMBERS_TITLE,
+    PICTURE,
+    REPRODUCE,
+    TITLE,
+)
 
+from engm.recipes.reproduce.numbers import numbers_page
 from engm.recipes.reproduce.page import documents, page, table_block, with_block
 
 ROOT = Path(__file__).parents[3]
@@ -18,7 +28,12 @@ def test_the_page_is_the_generated_one() -> None:
     assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(found, TITLE, INTRODUCTION)
     for name, document in found.items():
         assert document["budget"] == "small"
-        assert (RESULTS / name / "picture.png").is_file()
+        assert (RESULTS / name / "picture.svg").is_file()
+
+
+def test_the_page_of_every_number_is_the_generated_one() -> None:
+    text = NUMBERS.read_text(encoding="utf-8")
+    assert text == numbers_page(documents(RESULTS), NUMBERS_TITLE, NUMBERS_INTRODUCTION)
 
 
 def test_the_guide_has_the_generated_table() -> None:
