@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any, cast
@@ -28,6 +28,7 @@ from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .averages import WeightAverage
 from .batches import TrainingBatches, seed_for
+from .beside import build_beside
 from .building import (
     augmentation_of,
     build_network,
@@ -67,6 +68,7 @@ class Run:
         started_from: the weights that it started from, if they are given.
         initial: what tells these from others.
         average: the average of its weights, if the configuration asks for one.
+        beside: what the objective keeps and changes besides the network, if it does.
         trainer: takes the steps.
         schedule: what changes in the course of the run.
         epoch: finished epochs.
@@ -117,7 +119,8 @@ class Run:
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
         self.average = WeightAverage(config, self.net)
-        self._objectives: dict[int, Objective] = {}  # by patience
+        self._objectives: dict[Hashable, Objective] = {}  # by what changes in the course of the run
+        self.beside = build_beside(config, self.dataset, processes)
         if is_address(config.objective):
             check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
         self.trainer = self._trainer()
@@ -158,21 +161,30 @@ class Run:
 
     def _objective(self, epoch: int) -> Objective:
         """The objective of an epoch; the same object as long as it is the same objective, as recorded steps ask for."""
-        patience = self.schedule.patience(epoch) if self.config.objective == "fat" else 0
-        if patience not in self._objectives:
-            shared = {"eval_mode": self.config.attack_mode == "eval"}
-            self._objectives[patience] = (
-                own_objective(self.config.objective, **shared)
-                if is_address(self.config.objective)
+        config, schedule = self.config, self.schedule
+        patience = schedule.patience(epoch) if config.objective == "fat" else 0
+        gap = schedule.gap(epoch) if config.objective == "ates" else 1.0
+        beside = self.beside if config.objective != "self-adaptive" or schedule.labels_move(epoch) else None
+        key = patience, gap, beside is None
+        if key not in self._objectives:
+            shared = {"eval_mode": config.attack_mode == "eval"}
+            self._objectives[key] = (
+                own_objective(config.objective, **shared)
+                if is_address(config.objective)
                 else objective(
-                    self.config.objective,
-                    beta=self.config.beta,
+                    config.objective,
+                    beta=config.beta,
                     patience=patience,
-                    label_smoothing=self.config.label_smoothing,
+                    gap=gap,
+                    gamma=config.bs_gamma,
+                    classes=self.dataset.classes,
+                    momentum=config.sat_momentum,
+                    beside=beside,
+                    label_smoothing=config.label_smoothing,
                     **shared,
                 )
             )
-        return self._objectives[patience]
+        return self._objectives[key]
 
     def _attack(self, epoch: int, step: int) -> PGD:
         """The training attack at a position; ``step`` counts over the whole run."""
@@ -180,7 +192,7 @@ class Run:
         eps = self.schedule.eps(step)
         # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
-        attack = self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
+        attack = self._objective(epoch).attack(eps, step_size, config.training_steps, config.ball)
         return replace(attack, loss_scale=FIRST_SCALE) if config.precision == "fp16" else attack
 
     @property
@@ -221,8 +233,9 @@ class Run:
             NonFiniteError: a loss was not finite.
         """
         self.begin_epoch()
-        for x, y in self.batches.epoch(self.epoch, start=self.batch):
-            self.step(x, y)
+        position = self.epoch, self.batch
+        for (x, y), rows in zip(self.batches.epoch(*position), self.batches.rows(*position), strict=True):
+            self.step(x, y, rows)
             on_step()
         on_last()
         return self.trainer.finish_epoch()
@@ -234,20 +247,22 @@ class Run:
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
 
-    def step(self, x: Tensor, y: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> None:
         """Trains on one batch of the epoch under way.
 
         Args:
             x: natural inputs ``[n, C, H, W]`` in [0, 1]; with several processes, this one's.
             y: labels ``[n]``.
+            rows: where the examples are in the training set, ``[n]``; see :meth:`Trainer.step`.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
-        for group in self.trainer.optimizer.param_groups:
+        beside = [] if self.beside is None else self.beside.param_groups
+        for group in [*self.trainer.optimizer.param_groups, *beside]:
             group["lr"] = self.schedule.lr(self.epoch, self.batch)
-        self.trainer.step(x, y)
+        self.trainer.step(x, y, rows)
         self.batch += 1
         self.average.after_step(self.net, self.epoch + 1, last=self.batch == self.batches.steps)
 
@@ -343,6 +358,7 @@ class Run:
             "net": self.net.state_dict(),
             "average": None if self.average.model is None else self.average.model.state_dict(),
             "trainer": self.trainer.state_dict(),
+            "beside": None if self.beside is None else self.beside.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
@@ -393,6 +409,8 @@ class Run:
             if every_rank:
                 net.load_state_dict(every_rank[self.processes.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])
+        if self.beside is not None:
+            self.beside.load_state_dict(state["beside"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         best = state["best"]
         self.best = None if best is None else Best(best["epoch"], best["steps"], Accuracy(**best["accuracy"]))

@@ -129,6 +129,7 @@ class Trainer:
             attack,
             objective,
             self._may_borrow,
+            share=1 / accumulate,
         )
         self._recorder = Recorder(self._losses, step)
         self._clock = StepClock(device)
@@ -138,25 +139,27 @@ class Trainer:
         self._seconds: list[float] = []
         self._lrs: list[float] = []  # of the steps whose figures are still on the device
 
-    def step(self, x: Tensor, y: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> None:
         """Attacks one batch and updates the weights on it.
 
         Args:
             x: natural inputs ``[n, ...]`` in [0, 1]; with several processes, this one's.
             y: labels ``[n]``.
+            rows: where the examples are in the training set, ``[n]``; without them an objective that keeps something of
+                every example keeps nothing of these.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         try:
-            self._step(x, y)
+            self._step(x, y, rows)
         except NonFiniteError as error:
             raise NonFiniteError(f"the training loss is not finite at step {self.steps + 1}") from error
         self.steps += 1
         if self._log_every is not None and self.steps % self._log_every == 0:
             self._look()
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
+    def _step(self, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         with self._clock:
             losses = self._losses
             losses.objective = self.objective
@@ -165,10 +168,14 @@ class Trainer:
             losses.borrows = self._may_borrow and self.awp is None and self.attack.eps > 0
             losses.borrows = losses.borrows and (self._borrows_anyway or couples(self.model))
             losses.awp = self.awp
-            parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
-            divisor = len(x) if self._accumulate > 1 else None
+            beside = self.objective.beside
+            rows = None if beside is None else rows
+            count = self._accumulate
+            of_parts = [None] * count if rows is None else rows.chunk(count)
+            parts = zip(x.chunk(count), y.chunk(count), of_parts, strict=True)
+            divisor = len(x) if count > 1 else None
             scale = 1.0 if self._scaler is None else self._scaler.get_scale()
-            stats = joined([self._part(part, labels, divisor, scale) for part, labels in parts])
+            stats = joined([self._part(*part, divisor, scale) for part in parts])
             self._lrs.append(self._lr)
             if self._scaler is None:
                 self.optimizer.step()
@@ -177,24 +184,24 @@ class Trainer:
                 self._scaler.step(self.optimizer)
                 self._scaler.update()
             self.optimizer.zero_grad()
+            if beside is not None:
+                beside.step()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
 
-    def _part(self, x: Tensor, y: Tensor, divisor: int | None, scale: float) -> engm.StepStats:
+    def _part(self, x: Tensor, y: Tensor, rows: Tensor | None, divisor: int | None, scale: float) -> engm.StepStats:
         """Adds a part's share of the batch's gradient, times a scale.
 
         ``divisor`` is the number of examples of all parts.
         """
-        stats = self._recorder.take(x, y, divisor, scale)
-        return self._eager(x, y, divisor, scale) if stats is None else stats
+        stats = self._recorder.take(x, y, rows, divisor, scale)
+        return self._eager(x, y, rows, divisor, scale) if stats is None else stats
 
-    def _eager(self, x: Tensor, y: Tensor, divisor: int | None, scale: float) -> engm.StepStats:
+    def _eager(self, x: Tensor, y: Tensor, rows: Tensor | None, divisor: int | None, scale: float) -> engm.StepStats:
         adversarial = self._losses.attacked(x, y)
         x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
-        with self._losses.around(x, x_adv, y):
-            losses = self.objective.losses(self._losses.forward, x, x_adv, y)
-            return self._backward(
-                losses, x_adv if x_adv.requires_grad else None, adversarial.measurement, divisor, scale
-            )
+        with self._losses.computed(x, x_adv, y, rows) as losses:
+            inputs = x_adv if x_adv.requires_grad else None
+            return self._backward(losses, inputs, adversarial.measurement, divisor, scale)
 
     def _backward(
         self,
