@@ -146,8 +146,13 @@ def test_compare(tmp_path: Path) -> None:
     table = (tmp_path / "all" / "comparison.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["MSGD", "N-ENGM"]
     assert all(line.count("±") >= 4 for line in table[2:4])
+    (tmp_path / "all" / "comparison.md").unlink()
     with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=AssertionError("trained again")):
-        assert engm(*arguments).exit_code == 0
+        for again in (arguments, ["compare", "--out", tmp_path / "all"]):
+            result = engm(*again)
+            assert result.exit_code == 0, result.output
+    assert f"Going on with the comparison in {tmp_path / 'all'}: msgd, n-engm; seeds 0, 1." in result.output
+    assert (tmp_path / "all" / "comparison.md").read_text().splitlines() == table
     report = engm("report", tmp_path / "all", "--out", tmp_path / "report")
     assert report.exit_code == 0, report.output
     assert (tmp_path / "report" / "report.md").read_text().splitlines()[2:4] == table[2:4]
