@@ -191,7 +191,7 @@ class Run:
         eps = self.schedule.eps(step)
         # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
-        return self._objective(epoch).attack(eps, step_size, config.training_steps, config.ball)
+        return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
 
     @property
     def evaluated(self) -> nn.Module:
