@@ -124,7 +124,7 @@ class PGD:
             Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
             example stays at that point.
         stop_gap: with ``stop_when_broken``, what broken means: that another class is more probable than the label by
-            more than this, see :func:`probability_gap` (lambda of ATES; Sitawarin et al., 2020).
+            more than this: :func:`engm.adversarial.probability_gap` (lambda of ATES; Sitawarin et al., 2020).
         start_noise: start at ``x`` plus a standard normal draw times this instead of at a uniform draw (0.001 in
             TRADES, MART and AWP). The start itself is not clamped, as in their code, unless ``stop_when_broken`` may
             return it.

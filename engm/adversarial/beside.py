@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -77,22 +78,27 @@ class Guide:
     Args:
         net: maps inputs to logits ``[n, K]``; it is used in training mode.
         optimizer: steps over the guide's parameters and no others.
+        group: the processes that share every batch in equal parts, each with a copy of the guide, if there are several.
 
     Raises:
         ValueError: the optimizer does not hold the parameters of ``net``.
     """
 
-    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, net: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None
+    ) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         if held != {id(parameter) for parameter in self._trained}:
             raise ValueError("the optimizer of a guide must hold the trained parameters of the guide, and no others")
         self.net = net.train()
         self.optimizer = optimizer
-        # The memory stays where it is, so that a recorded step adds to it as well.
-        self._gradients = [torch.zeros_like(parameter) for parameter in self._trained]
-        for parameter, gradient in zip(self._trained, self._gradients, strict=True):
-            parameter.grad = gradient
+        self._group = group
+        # One piece of memory that stays where it is: a recorded step adds to it as well, and processes send it at once.
+        sizes = [parameter.numel() for parameter in self._trained]
+        self._gradient = self._trained[0].new_zeros(sum(sizes))
+        for parameter, part in zip(self._trained, self._gradient.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def before(self, x: Tensor, y: Tensor, rows: Tensor | None) -> GuideLogits:
         """The guide's logits at ``x``."""
@@ -102,16 +108,16 @@ class Guide:
     def after(self, given: GuideLogits, losses: Tensor, share: float) -> None:
         """Adds the gradient of ``share`` times the mean of the losses to the guide's."""
         (towards,) = torch.autograd.grad(losses.mean() * share, given.values, retain_graph=True)
-        found = torch.autograd.grad(given.logits, self._trained, towards, allow_unused=True)
-        with torch.no_grad():
-            for gradient, more in zip(self._gradients, found, strict=True):
-                if more is not None:
-                    gradient.add_(more)
+        found = torch.autograd.grad(given.logits, self._trained, towards, materialize_grads=True)
+        self._gradient.add_(torch.cat([gradient.flatten() for gradient in found]))
 
     def step(self) -> None:
-        """One step of the guide's optimizer."""
+        """One step of the guide's optimizer, along the mean of the gradients of all processes."""
+        if self._group is not None:
+            dist.all_reduce(self._gradient, group=self._group)
+            self._gradient.div_(self._group.size())
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        self._gradient.zero_()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -135,11 +141,13 @@ class SoftLabels:
     Attributes:
         rows: where they are kept, ``[n]``; ``None``: nowhere.
         before: ``[n, K]`` as they were before this batch.
+        group: the processes that share the batch, if there are several.
         after: ``[n, K]`` as the loss has moved them.
     """
 
     rows: Tensor | None
     before: Tensor
+    group: dist.ProcessGroup | None = None
     after: Tensor | None = None
 
 
@@ -151,21 +159,30 @@ class LabelAverages:
     Args:
         labels: of all training examples, ``[N]``.
         classes: number of classes ``K``.
+        group: the processes that share every batch in equal parts, each with all averages, if there are several.
+
+    Attributes:
+        values: ``[N, K]``, in torch's default type.
     """
 
-    def __init__(self, labels: Tensor, classes: int) -> None:
-        self.values = F.one_hot(labels, classes).float()
+    def __init__(self, labels: Tensor, classes: int, group: dist.ProcessGroup | None = None) -> None:
+        self.values = F.one_hot(labels, classes).to(torch.get_default_dtype())
+        self._group = group
 
     def before(self, x: Tensor, y: Tensor, rows: Tensor | None) -> SoftLabels:
         """The present averages of a batch; of examples that are told by no row, their labels."""
         if rows is None:
-            return SoftLabels(None, F.one_hot(y, self.values.shape[1]).to(self.values.dtype))
-        return SoftLabels(rows, self.values[rows])
+            return SoftLabels(None, F.one_hot(y, self.values.shape[1]).to(self.values.dtype), self._group)
+        return SoftLabels(rows, self.values[rows], self._group)
 
     def after(self, given: SoftLabels, losses: Tensor, share: float) -> None:
-        """Keeps the averages that the loss has moved."""
-        if given.rows is not None and given.after is not None:
-            self.values.index_copy_(0, given.rows, given.after.to(self.values.dtype))
+        """Keeps the averages that the loss has moved, those of all processes in each."""
+        if given.rows is None or given.after is None:
+            return
+        rows, labels = given.rows, given.after.to(self.values.dtype)
+        if self._group is not None:
+            rows, labels = _of_all(self._group, rows), _of_all(self._group, labels)
+        self.values.index_copy_(0, rows, labels)
 
     def step(self) -> None:
         """Nothing is left to do."""
@@ -182,3 +199,10 @@ class LabelAverages:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self.values.copy_(state["values"])
+
+
+def _of_all(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
+    """The rows of all processes, each of which has as many."""
+    found = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(found, mine.contiguous(), group=group)
+    return torch.cat(found)

@@ -14,10 +14,12 @@ from functools import partial
 from math import isfinite
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_name
+from ..distributed import means
 from .attacks import PGD
 from .backward_smoothing import BackwardSmoothing
 from .ball import Norm
@@ -140,7 +142,14 @@ def lbgat(
 
 
 def self_adaptive(
-    model: nn.Module, x: Tensor, x_adv: Tensor, labels: Tensor, *, momentum: float = 0.9, beta: float = 6.0
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    labels: Tensor,
+    *,
+    momentum: float = 0.9,
+    beta: float = BETAS["self-adaptive"],
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``w CE(p(x), t) + beta KL(p(x) || p(x'))`` of every example, with soft labels ``t`` (Huang et al., 2020).
 
@@ -157,6 +166,7 @@ def self_adaptive(
         labels: the soft labels before this step, ``[n, K]``.
         momentum: share of the old label in the new one, their ``alpha``.
         beta: weight of the KL term.
+        group: the processes that share the batch, if there are several; the mean of the weights is taken over all.
 
     Returns:
         The losses ``[n]``, and the labels ``[n, K]`` after this step.
@@ -164,8 +174,8 @@ def self_adaptive(
     natural, adversarial = log_probabilities(model(x)), log_probabilities(model(x_adv))
     labels = momentum * labels + (1 - momentum) * natural.detach().exp()
     certainty = labels.amax(dim=1)
-    weights = certainty * (len(certainty) / certainty.sum())
-    losses = -weights * (labels * natural).sum(dim=1)
+    (mean,) = means(group, certainty.double())
+    losses = -(certainty / mean).to(natural.dtype) * (labels * natural).sum(dim=1)
     return losses + beta * kl_divergence(natural, adversarial), labels
 
 
@@ -334,7 +344,7 @@ def _self_adaptive(
     model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, given: SoftLabels, momentum: float, beta: float
 ) -> Tensor:
     """:func:`self_adaptive` of what :class:`LabelAverages` give, which take the moved labels back."""
-    losses, given.after = self_adaptive(model, x, x_adv, given.before, momentum=momentum, beta=beta)
+    losses, given.after = self_adaptive(model, x, x_adv, given.before, momentum=momentum, beta=beta, group=given.group)
     return losses
 
 

@@ -380,6 +380,7 @@ class RunConfig:
             init=None if self.init is None else str(Path(self.init).expanduser().absolute()),
             beta=BETAS.get(self.objective, 6.0) if self.beta is None else self.beta,
             guide=self._guide(),
+            attack_steps=self.bs_steps if self.objective == "backward-smoothing" else self.attack_steps,
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,
@@ -408,11 +409,6 @@ class RunConfig:
         if self.objective == "lbgat" and self.guide == "auto":
             return "small-resnet" if self.data == "digits" else "resnet18"
         return settled(self.guide)
-
-    @property
-    def training_steps(self) -> int:
-        """Steps of the training attack, of the method's own setting where it has one."""
-        return self.bs_steps if self.objective == "backward-smoothing" else self.attack_steps
 
     @property
     def ball(self) -> Literal["linf", "l2"]:

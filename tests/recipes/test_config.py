@@ -70,7 +70,7 @@ def test_defaults_are_the_papers() -> None:
     betas = {name: RunConfig(objective=name).resolved().beta for name in OBJECTIVES[4:]}
     assert betas == {"ates": 6, "backward-smoothing": 10, "lbgat": 0, "self-adaptive": 6}
     config = RunConfig(data="cifar10", objective="backward-smoothing").resolved()
-    assert (config.training_steps, config.step_size, config.bs_gamma) == (1, 8 / 255, 1)
+    assert (config.attack_steps, config.step_size, config.bs_gamma) == (1, 8 / 255, 1)
     assert RunConfig(data="cifar10", objective="lbgat", model="wrn-34-10").resolved().guide == "resnet18"
     assert RunConfig(epochs=24).resolved().decay_epochs == (15, 18)
 

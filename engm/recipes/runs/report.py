@@ -25,6 +25,7 @@ FOLLOW = {
     "schedule_epochs": "epochs",
     "step_size": "eps",
     "attack_mode": "objective",
+    "guide": "objective",
     "awp_warmup": "awp",
 }
 METHOD_SETTINGS = ("alpha", "clip_fraction", "tau", "beta_gamma", "max_norm", "borrow", "batch_norm", "calibrate_every")

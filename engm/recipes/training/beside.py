@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from engm.adversarial import Beside, Guide, LabelAverages
 
@@ -26,27 +27,27 @@ def build_beside(config: RunConfig, dataset: Dataset, processes: Processes) -> B
         processes: the processes that train together.
 
     Raises:
-        ValueError: there are several processes, and something is kept; or the guide cannot be built, as
-            :func:`build_network`.
+        ValueError, FileNotFoundError, ModuleNotFoundError: the guide cannot be built, as :func:`build_network`.
     """
-    if config.objective not in ("lbgat", "self-adaptive"):
-        return None
-    if processes.world > 1:
-        raise ValueError(
-            f"--objective {config.objective} keeps things beside the network, which several processes do not share: "
-            "train it in one process, without torchrun"
-        )
-    return _guide(config, dataset, processes.device) if config.objective == "lbgat" else _averages(dataset)
+    match config.objective:
+        case "lbgat":
+            return _guide(config, dataset, processes)
+        case "self-adaptive":
+            # Labels of all training examples, the extra ones behind the others.
+            sources = [dataset.train] if dataset.extra is None else [dataset.train, dataset.extra]
+            labels = torch.cat([source.labels for source in sources]).to(processes.device)
+            return LabelAverages(labels, dataset.classes, _group(processes))
+        case _:
+            return None
 
 
-def _averages(dataset: Dataset) -> LabelAverages:
-    """One-hot labels of all training examples, the extra ones behind the others."""
-    sources = [dataset.train] if dataset.extra is None else [dataset.train, dataset.extra]
-    return LabelAverages(torch.cat([source.labels for source in sources]), dataset.classes)
+def _group(processes: Processes) -> dist.ProcessGroup | None:
+    return None if processes.world == 1 else dist.group.WORLD
 
 
-def _guide(config: RunConfig, dataset: Dataset, device: torch.device) -> Guide:
+def _guide(config: RunConfig, dataset: Dataset, processes: Processes) -> Guide:
     """LBGAT's natural network, trained by SGD with the settings of the robust network's."""
+    device = processes.device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     named = replace(
         config,
@@ -62,4 +63,4 @@ def _guide(config: RunConfig, dataset: Dataset, device: torch.device) -> Guide:
     sgd = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     # In float16 the guide stays in float32: the loss scale is of the robust network's gradients.
     forward = Autocast(net, device.type, torch.bfloat16) if config.precision == "bf16" else net
-    return Guide(forward, sgd)
+    return Guide(forward, sgd, _group(processes))

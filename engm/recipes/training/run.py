@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import engm
-from engm.adversarial import AWP, PGD, Objective, objective
+from engm.adversarial import AWP, PGD, Guide, Objective, objective
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
@@ -116,11 +116,11 @@ class Run:
             initial.put_in(self.net)
         if config.channels_last:
             check_channels_last(self.net, processes.device)
+        self.beside = build_beside(config, self.dataset, processes)
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
         self.average = WeightAverage(config, self.net)
         self._objectives: dict[Hashable, Objective] = {}  # by what changes in the course of the run
-        self.beside = build_beside(config, self.dataset, processes)
         if is_address(config.objective):
             check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
         self.trainer = self._trainer()
@@ -192,7 +192,7 @@ class Run:
         eps = self.schedule.eps(step)
         # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
-        attack = self._objective(epoch).attack(eps, step_size, config.training_steps, config.ball)
+        attack = self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
         return replace(attack, loss_scale=FIRST_SCALE) if config.precision == "fp16" else attack
 
     @property
@@ -336,8 +336,9 @@ class Run:
 
     @property
     def _networks(self) -> list[nn.Module]:
-        """The network, and behind it the one with averaged weights, if the configuration asks for one."""
-        return [self.net] if self.average.model is None else [self.net, self.average.model.module]
+        """The network, and behind it the one with averaged weights and the guide of LBGAT, if there are these."""
+        averaged = [] if self.average.model is None else [self.average.model.module]
+        return [self.net, *averaged, *([self.beside.net] if isinstance(self.beside, Guide) else [])]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,10 @@ RUNS = {
     "normalized, smoothed, evenly averaged": replace(
         BASE, normalize="0.5/0.25", label_smoothing=0.1, schedule="cosine", warmup=0.5, swa_start=1
     ),
+    "backward smoothing, engm": replace(BASE, objective="backward-smoothing"),
+    "lbgat, engm": replace(BASE, objective="lbgat", beta=1.0),
+    "lbgat in parts, msgd": replace(BASE, eps=0.0, objective="lbgat", optimizer="msgd", accumulate=2),
+    "self-adaptive, engm": replace(BASE, objective="self-adaptive", sat_start=1),
     "in parts, mgnc": replace(BASE, eps=0.0, accumulate=2, optimizer="mgnc", max_norm=0.5),
     "own pass, f-engm": replace(BASE, borrow=False, optimizer="f-engm", lr=0.01),
 }
@@ -118,13 +122,20 @@ def kept(folder: Path) -> dict[str, Any]:
     return dict(state)
 
 
+def everything(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the network, and of what the objective keeps beside."""
+    beside = state["beside"] or {}
+    return {**state["net"], **{f"beside.{key}": value for key, value in (beside.get("net") or beside).items()}}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_are_one(pair: Path, tmp_path: Path, name: str) -> None:
     config: RunConfig = RUNS[name]
     with in_double() as dataset:
         one = train(config, tmp_path / "run", Processes(torch.device("cpu")), dataset=dataset)
     two = RunFolder(pair / name).results()
-    alone, together = kept(tmp_path / "run")["net"], kept(pair / name)["net"]
+    alone, together = (everything(kept(folder)) for folder in (tmp_path / "run", pair / name))
+    assert alone.keys() == together.keys()
     for key, tensor in alone.items():
         assert tensor.dtype in (torch.float64, torch.int64), key
         torch.testing.assert_close(together[key], tensor, **TOLERANCE, msg=lambda text: f"{name}: {key}: {text}")  # noqa: B023

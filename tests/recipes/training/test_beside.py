@@ -188,9 +188,3 @@ def test_steps_that_tell_no_rows_are_taken(name: str) -> None:
     assert run.trainer.steps == 4
     if before is not None and run.beside is not None:
         assert torch.equal(before["values"], run.beside.state_dict()["values"])
-
-
-@pytest.mark.parametrize("name", ["lbgat", "self-adaptive"])
-def test_several_processes_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"--objective {name} keeps things beside the network, which"):
-        Run(configured(name), Processes(torch.device("cpu"), 0, 2), tiny_dataset())
