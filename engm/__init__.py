@@ -60,6 +60,8 @@ __all__ = [
     "verify",
 ]
 
+# Rooms above this one, which come when they are asked for: ``engm.adversarial.PGD`` needs no import of its own.
+_ABOVE = ("adversarial",)
 # Where the names above come from. They are imported when one of them is first asked for, so that ``engm --help``, which
 # needs none, does not wait for torch.
 _MODULES = ("ops", "reference")
@@ -116,13 +118,15 @@ if not TYPE_CHECKING:
         """A public name that is asked for the first time."""
         if name == "_C":  # which Python imports next, and which needs torch's libraries
             import_module("torch")
+        if name in _ABOVE:
+            return import_module(f"{__name__}.{name}")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         _load()
         return globals()[name]
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *__all__, *_ABOVE})
 
 
 if "torch" in sys.modules:  # who has torch waits for nothing, and has the operators registered by the import alone

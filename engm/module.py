@@ -356,8 +356,13 @@ def as_wrapped(model: nn.Module) -> GradNormModule:
     """The wrapper behind ``model`` (itself, or inside ``DistributedDataParallel`` or ``torch.compile``).
 
     Raises:
-        TypeError: nobody wrapped it.
+        TypeError: nobody wrapped it, or it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected engm.GradNormModule(net), got {type(model).__name__}: parameters go to the torch optimizer, "
+            "as in engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1))."
+        )
     if isinstance(model, DistributedDataParallel):
         model = model.module
     inside = original_of_compiled(model)

@@ -600,6 +600,17 @@ def written_operands(operator: Any, args: Sequence[Any], kwargs: Mapping[str, An
     return [value for value in found if value is not None]
 
 
+def moved_statistics(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The running statistics that a batch norm in training mode writes into, which its schema does not tell."""
+    schema = schema_of(operator)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    if not {"running_mean", "momentum"} <= set(names):  # the backward pass of a batch norm has no momentum
+        return []
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    trains = bool(given.get("training", given.get("train")))
+    return [given[name] for name in ("running_mean", "running_var") if trains and given.get(name) is not None]
+
+
 _DECISIONS: list[Tensor] = []
 
 

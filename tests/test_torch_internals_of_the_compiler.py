@@ -237,6 +237,24 @@ def test_written_operands():
     assert internals.written_operands(aten.add.Tensor, (a, b), {}) == []
 
 
+def test_moved_statistics():
+    aten = torch.ops.aten
+    x, weight, bias, mean, var = torch.full((2, 3), 2.0), *(torch.ones(3) for _ in range(4))
+    for training in (True, False):
+        arguments = (x, weight, bias, mean, var, training, 0.1, 1e-5)
+        found = internals.moved_statistics(aten.native_batch_norm.default, arguments, {})
+        assert [id(t) for t in found] == ([id(mean), id(var)] if training else [])
+        before = mean.clone(), var.clone()
+        aten.native_batch_norm.default(*arguments)
+        assert torch.equal(mean, before[0]) != training, "the operator does what is said of it"
+    without = (x, weight, bias, None, None, True, 0.1, 1e-5)
+    assert internals.moved_statistics(aten.native_batch_norm.default, without, {}) == []
+    backward = (x, x, weight, mean, var, mean, var, True, 1e-5, [True, True, True])
+    assert internals.moved_statistics(aten.native_batch_norm_backward.default, backward, {}) == []
+    assert internals.moved_statistics(aten.add.Tensor, (x, x), {}) == []
+    assert internals.moved_statistics(torch.add, (x, x), {}) == []
+
+
 def test_without_autocast():
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -3,10 +3,12 @@
 from .attacks import PGD, Adversarial
 from .autoattack import AutoAttackProgress, AutoAttackResult, autoattack
 from .awp import AWP
+from .backward_smoothing import BackwardSmoothing
+from .beside import Beside, Guide, LabelAverages
 from .deepfool import DeepFool, DeepFoolResult
-from .losses import cross_entropy, kl_divergence, margin
+from .losses import cross_entropy, kl_divergence, margin, probability_gap
 from .modes import evaluation_mode, paused
-from .objectives import OBJECTIVES, VANILLA, Objective, mart, objective, trades, vanilla
+from .objectives import OBJECTIVES, VANILLA, Objective, lbgat, mart, objective, self_adaptive, trades, vanilla
 
 __all__ = [
     "AWP",
@@ -16,17 +18,24 @@ __all__ = [
     "Adversarial",
     "AutoAttackProgress",
     "AutoAttackResult",
+    "BackwardSmoothing",
+    "Beside",
     "DeepFool",
     "DeepFoolResult",
+    "Guide",
+    "LabelAverages",
     "Objective",
     "autoattack",
     "cross_entropy",
     "evaluation_mode",
     "kl_divergence",
+    "lbgat",
     "margin",
     "mart",
     "objective",
     "paused",
+    "probability_gap",
+    "self_adaptive",
     "trades",
     "vanilla",
 ]

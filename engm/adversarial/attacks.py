@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_positive
 from ..measurement import Measurement, measure
 from ..optim import ExampleOptimizer
 from .ball import Norm, check_examples, per_example, project, unit
@@ -67,8 +68,8 @@ class Adversarial:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """What one call attacks.
+class Problem:
+    """What one call of an attack attacks.
 
     Attributes:
         model: the network, which the step that measures calls.
@@ -84,10 +85,10 @@ class _Problem:
     labels: Tensor
     natural: Tensor | None = None
 
-    def take(self, rows: Tensor) -> _Problem:
+    def take(self, rows: Tensor) -> Problem:
         """The problem of the examples in ``rows`` alone."""
         natural = None if self.natural is None else self.natural[rows]
-        return _Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
+        return Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,16 @@ class PGD:
         patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
             Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
             example stays at that point.
+        stop_gap: with ``stop_when_broken``, what broken means: that another class is more probable than the label by
+            more than this, see :func:`probability_gap` (lambda of ATES; Sitawarin et al., 2020).
         start_noise: start at ``x`` plus a standard normal draw times this instead of at a uniform draw (0.001 in
             TRADES, MART and AWP). The start itself is not clamped, as in their code, unless ``stop_when_broken`` may
             return it.
         step_noise: every step adds a standard normal draw times this before it projects (omega of FAT, 0.001 in the
             code of its authors).
+        loss_scale: factor on the losses inside the backward passes, which float16 needs: without it small gradients
+            are flushed to zero, and pixels stay where they are. Directions do not change, and what is measured is freed
+            of it again.
     """
 
     eps: float
@@ -139,8 +145,10 @@ class PGD:
     restarts: int = 1
     stop_when_broken: bool = False
     patience: int = 0
+    stop_gap: float | None = None
     start_noise: float | None = None
     step_noise: float = 0.0
+    loss_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.eps >= 0 or not self.step_size > 0:
@@ -164,10 +172,16 @@ class PGD:
             )
         if not 0 <= self.step_noise < inf:
             raise ValueError(f"PGD needs a finite step_noise >= 0, got {self.step_noise}")
+        check_positive("loss_scale", self.loss_scale)
         if self.patience < 0 or (self.patience > 0 and not self.stop_when_broken):
             raise ValueError(
                 "PGD needs patience >= 0, and stop_when_broken=True where it is positive, got "
                 f"patience={self.patience} and stop_when_broken={self.stop_when_broken}"
+            )
+        if self.stop_gap is not None and not (-1 <= self.stop_gap <= 1 and self.stop_when_broken):
+            raise ValueError(
+                "PGD needs stop_gap in [-1, 1], between two probabilities, and with it stop_when_broken=True, got "
+                f"stop_gap={self.stop_gap} and stop_when_broken={self.stop_when_broken}"
             )
 
     def __call__(
@@ -220,13 +234,13 @@ class PGD:
                 stack.enter_context(evaluation_mode(model))
                 if plain is not model:
                     stack.enter_context(evaluation_mode(plain))
-            problem = _Problem(model, plain, origin, y, self._natural(model, plain, origin))
-            best = self._run(problem, *self._start(origin, generator, noise), wanted)
+            problem = Problem(model, plain, origin, y, self._natural(model, plain, origin))
+            best = self._run(problem, *self._start(problem, generator, noise), wanted)
             if self.restarts == 1:
                 return best
             best_loss = self._final_losses(problem, best.inputs)
             for _ in range(self.restarts - 1):
-                other = self._run(problem, *self._start(origin, generator), wanted).inputs
+                other = self._run(problem, *self._start(problem, generator), wanted).inputs
                 loss = self._final_losses(problem, other)
                 better = loss > best_loss
                 best = Adversarial(torch.where(per_example(better, other), other, best.inputs))
@@ -284,12 +298,15 @@ class PGD:
             return
         if self.restarts > 1:
             raise ValueError(f"noise is the start of one run, and restarts={self.restarts}; pass a generator instead")
-        shape = (1 + self.steps, *x.shape) if self.step_noise else tuple(x.shape)
+        shape = self._shape_of_noise(x)
         if noise.shape != shape or noise.dtype != x.dtype or noise.device != x.device:
             raise ValueError(
                 f"expected noise like the inputs, {x.dtype} {list(shape)} on {x.device}, got {noise.dtype} "
                 f"{list(noise.shape)} on {noise.device}; draw it with attack.draw(x.shape, dtype=..., device=...)"
             )
+
+    def _shape_of_noise(self, x: Tensor) -> tuple[int, ...]:
+        return (1 + self.steps, *x.shape) if self.step_noise else tuple(x.shape)
 
     def _natural(self, model: nn.Module, plain: nn.Module, x: Tensor) -> Tensor | None:
         if self.loss != "kl":
@@ -297,9 +314,9 @@ class PGD:
         with torch.no_grad(), paused(model):
             return log_probabilities(plain(x))
 
-    def _run(self, problem: _Problem, x_adv: Tensor, drift: Tensor | None, wanted: _Wanted) -> Adversarial:
+    def _run(self, problem: Problem, x_adv: Tensor, drift: Tensor | None, wanted: _Wanted) -> Adversarial:
         """One run from the start ``x_adv``, with what its steps add as ``drift [steps, n, ...]``."""
-        standing = Standing(problem.labels, self.patience) if self.stop_when_broken else None
+        standing = Standing(problem.labels, self.patience, self.stop_gap) if self.stop_when_broken else None
         steps = self.steps - 1 if wanted.anything else self.steps
         with paused(problem.model):
             if standing is not None and self.eval_mode:
@@ -313,7 +330,7 @@ class PGD:
         return self._measuring_step(problem, x_adv, None if drift is None else drift[-1], standing, wanted)
 
     def _run_until_broken(
-        self, problem: _Problem, x_adv: Tensor, drift: Tensor | None, standing: Standing, steps: int
+        self, problem: Problem, x_adv: Tensor, drift: Tensor | None, standing: Standing, steps: int
     ) -> Tensor:
         """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so."""
         x_adv = x_adv.clone()
@@ -332,7 +349,7 @@ class PGD:
 
     def _measuring_step(
         self,
-        problem: _Problem,
+        problem: Problem,
         x_adv: Tensor,
         noise: Tensor | None,
         standing: Standing | None,
@@ -343,7 +360,7 @@ class PGD:
         with nullcontext() if wanted.norms else paused(problem.model):
             logits = problem.model(x_adv)
             losses = self._losses(logits, problem)
-        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms)
+        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms, loss_scale=self.loss_scale)
         gradient = measurement.input_grads
         if not isinstance(gradient, Tensor):
             raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")
@@ -353,14 +370,15 @@ class PGD:
             moved = moved_or_left(standing, logits.detach(), moved, present)
         return Adversarial(moved, measurement)
 
-    def _step(self, problem: _Problem, x_adv: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _step(self, problem: Problem, x_adv: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """One update; the new point and the (detached) logits at the old one."""
         x_adv = x_adv.detach().requires_grad_()
         logits = problem.plain(x_adv)
-        (gradient,) = torch.autograd.grad(self._losses(logits, problem).sum(), x_adv)
+        losses = self._losses(logits, problem)
+        (gradient,) = torch.autograd.grad(losses, x_adv, torch.full_like(losses, self.loss_scale))
         return self._ascend(problem.origin, x_adv.detach(), gradient, noise), logits.detach()
 
-    def _losses(self, logits: Tensor, problem: _Problem) -> Tensor:
+    def _losses(self, logits: Tensor, problem: Problem) -> Tensor:
         if problem.natural is not None:
             return kl_divergence(problem.natural, log_probabilities(logits))
         function = _LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
@@ -372,14 +390,15 @@ class PGD:
             )
         return losses
 
-    def _final_losses(self, problem: _Problem, x_adv: Tensor) -> Tensor:
+    def _final_losses(self, problem: Problem, x_adv: Tensor) -> Tensor:
         with torch.no_grad(), paused(problem.model):
             return self._losses(problem.plain(x_adv), problem)
 
     def _start(
-        self, x: Tensor, generator: torch.Generator | None, noise: Tensor | None = None
+        self, problem: Problem, generator: torch.Generator | None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Where a run starts, and what its steps add, if they add anything: ``[steps, n, ...]``."""
+        x = problem.origin
         if noise is None:
             if not self.random_start and not self.step_noise:
                 return x.clone(), None

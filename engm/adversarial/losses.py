@@ -28,6 +28,15 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return others - logits.gather(1, own).squeeze(1)
 
 
+def probability_gap(logits: Tensor, labels: Tensor) -> Tensor:
+    """``max_{k != y} p_k - p_y`` of every example, in [-1, 1]: logits ``[n, K]``, labels ``[n]`` to ``[n]``.
+
+    It is the difficulty by which ATES stops an attack (Sitawarin et al., 2020): -1 where the network is certain of the
+    label, 0 where another class is as likely, 1 where it is certain of another class.
+    """
+    return margin(log_probabilities(logits).exp(), labels)
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """The logarithm of the softmax of logits ``[n, K]``, as ``[n, K]`` in float32 or better."""
     return F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -110,6 +110,7 @@ class DeviceFlag:
 
 
 MOST_ERROR = 0.08  # the default of Calibration.most_error
+WORTH = 0.75  # a pass of one's own is taken where its judged error is at most this share of that of borrowed norms
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class Factors:
         taken: the training step at which they were taken.
         good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
         sound: whether all of them could be taken, where that is not known yet.
-        error: 0-dimensional, the judged error of weights from borrowed norms; None where that was not judged.
-        faithful: whether it is small enough, where it was judged.
+        error: 0-dimensional, the judged error of weights; None where that was not judged.
+        faithful: of borrowed norms, whether it is small enough, where it was judged.
     """
 
     names: tuple[str, ...]
@@ -157,10 +158,11 @@ class Calibration:
     from all of them. All ranks have the same factors then, and agree on when the next are due. They are kept apart,
     draws included, from those that a rank takes by itself (for a norm to be logged, say), which others may not take.
 
-    Factors of borrowed norms are judged when they are taken: fitted on one half of the probed examples and held against
-    the exact norms of the other, both ways. Norms of another statistics mode than the training step's may be far off
-    while running statistics lag behind the weights, and no factor a tensor can mend what differs from example to
-    example.
+    Factors are judged when they are taken: fitted on one half of the probed examples and held against the exact norms
+    of the other, both ways. Borrowed norms of another statistics mode than the training step's may be far off while
+    running statistics lag behind the weights, and no factor a tensor can mend what differs from example to example.
+    Steps take a pass of their own then; where its norms, which are judged as well, are hardly better, borrowed ones are
+    used all the same.
 
     Args:
         every: training steps after which factors are taken afresh, once the network has settled.
@@ -171,7 +173,7 @@ class Calibration:
         shared_sample: the one behind the factors of all ranks.
         steps: training steps so far.
         most_error: judged error of weights from borrowed norms up to which a step uses them; with more it takes norms
-            of its own. Factors are judged by it when they are taken.
+            of its own, if these are better by a quarter. Factors are judged by it when they are taken.
         asked: the ways of measuring whose factors were asked for since it was last emptied.
     """
 
@@ -200,11 +202,11 @@ class Calibration:
 
     def verdicts(self) -> tuple[tuple[FactorKey, bool], ...]:
         """What :meth:`faithful` says of every way of measuring that was judged."""
-        judged = (key for key, known in self._factors.items() if known.faithful is not None)
+        judged = [key for key, known in self._factors.items() if known.faithful is not None]
         return tuple((key, self.faithful(key)) for key in judged)
 
     def judged_errors(self) -> dict[FactorKey, Tensor]:
-        """The judged errors of weights from borrowed norms, 0-dimensional, as shares of the exact weights.
+        """The judged errors of weights, 0-dimensional, as shares of the exact weights, by how norms were measured.
 
         They are of examples that are clipped; the weight of one that is not is 1 whatever its norm.
         """
@@ -280,16 +282,23 @@ class Calibration:
             measured = squared_norms.index_select(1, indices)
             values, sound = _ratio(exact, measured, old, group)
             flag = DeviceFlag(sound, wait=group is not None)
-            error = _judged_error(exact, measured, group) if key.borrowed else None
-            known = Factors(names, values, self.steps, good_for, flag, error, self._verdict(error))
-            self._factors[key] = known
+            error = _judged_error(exact, measured, group)
+            known = self._factors[key] = Factors(names, values, self.steps, good_for, flag, error)
+            self._judge()
         if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
             known = self._factors[key] = replace(known, values=known.values.to(squared_norms.device))
         return known.values.to(squared_norms)
 
-    def _verdict(self, error: Tensor | None) -> DeviceFlag | None:
-        """Whether the judged error of borrowed norms is small enough; None where nothing was judged."""
-        return None if error is None else DeviceFlag(error <= self.most_error, wait=True)
+    def _judge(self) -> None:
+        """Says of all borrowed norms whether they may be used, after factors were taken: of these, or of one's own."""
+        for key, known in self._factors.items():
+            if not key.borrowed or known.error is None:
+                continue
+            most = torch.full_like(known.error, self.most_error)
+            for own_key, own in self._factors.items():
+                if not own_key.borrowed and own_key.all_ranks == key.all_ranks and own.taken >= known.taken:
+                    most = most if own.error is None else torch.maximum(most, own.error.to(most) / WORTH)
+            self._factors[key] = replace(known, faithful=DeviceFlag(known.error <= most, wait=True))
 
     def _latest(self, key: FactorKey, names: tuple[str, ...]) -> FactorKey:
         """The key of the latest factors for a way of measuring, of this process or of all ranks."""
@@ -342,12 +351,12 @@ class Calibration:
                 int(entry["taken"]),
                 int(entry["good_for"]),
                 error=entry.get("error"),  # states of versions that judged nothing have none
-                faithful=self._verdict(entry.get("error")),
             )
             for entry in state["factors"]
         }
         self.sample.draws, self.shared_sample.draws = draws, shared
         self.steps, self._factors = steps, factors
+        self._judge()
 
 
 def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,15 @@ _ADDRESS = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 
 
 def is_address(text: str) -> bool:
-    """Whether a setting names code of one's own; ``torchvision:resnet18`` and the like do not."""
+    """Whether a setting names code of one's own; ``torchvision:resnet18`` and the like do not.
+
+    Raises:
+        ValueError: it names a Python file, but nothing in it.
+    """
     match = _ADDRESS.fullmatch(text.strip())
     if match is None:
+        if text.strip().endswith(".py"):
+            raise ValueError(f"{text} is a Python file: say which function or class in it, as {text}:NAME")
         return False
     place = match["place"]
     own = place.endswith(".py") or all(part.isidentifier() for part in place.split("."))

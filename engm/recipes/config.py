@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engm.adversarial import OBJECTIVES
-from engm.adversarial.objectives import NOT_SMOOTHED
+from engm.adversarial.objectives import BETAS, NOT_SMOOTHED
 from engm.checks import check_name
 
 from .addresses import is_address, settled
@@ -20,7 +20,7 @@ from .spelling import in_grey_levels, option, parse_duration, parse_number
 THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
 SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
 FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
@@ -51,7 +51,7 @@ _AT_LEAST = {
     1: (
         "epochs", "batch_size", "attack_steps", "tau", "calibrate_every", "evaluate_every", "save_every", "log_every",
         "evaluation_steps", "validation_examples", "train_examples", "test_examples", "width", "image_size", "threads",
-        "schedule_epochs", "swa_start", "accumulate",
+        "schedule_epochs", "swa_start", "accumulate", "bs_steps", "sat_start",
     ),
     0: ("awp_warmup", "early_stop", "workers", "patience", "beta", "weight_decay", "eps_warmup", "eps", "warmup"),
 }  # fmt: skip
@@ -106,12 +106,36 @@ class RunConfig:
     )
     init_strict: bool = setting(True, "Refuse weights that do not all fit; else load those that do.", "Model")
 
-    objective: str = setting("pgd", "pgd, trades, mart, fat, or your own: package.module:name.", "Objective")
-    beta: float = setting(6.0, "Weight of the KL term of TRADES and MART.", "Objective")
+    objective: str = setting(
+        "pgd",
+        "pgd, trades, mart, fat, ates, backward-smoothing, lbgat, self-adaptive, or your own: package.module:name.",
+        "Objective",
+    )
+    beta: float | None = setting(
+        None,
+        "Weight of the KL term; by default as published: 6 (backward-smoothing: 10; lbgat: 0, which has no such term).",
+        "Objective",
+    )
     label_smoothing: float = setting(
         0.0, "Share of a label that all classes have alike, in the training loss alone (not for mart).", "Objective"
     )
     patience: int | None = setting(None, "FAT's tau; by default 0, 1, 2 in the course of training.", "Objective")
+    gap_first: float = setting(
+        0.0, "ATES: an example's attack stops where another class leads by more than this probability.", "Objective"
+    )
+    gap_last: float = setting(0.4, "What that rises to; with 1 no attack stops.", "Objective")
+    gap_epochs: tuple[int, ...] | None = setting(
+        None, "Epochs after which it begins to rise, and has risen; by default 30,70 of 100.", "Objective"
+    )
+    bs_gamma: float = setting(1.0, "Backward smoothing: size of the random change of the logits.", "Objective")
+    bs_steps: int = setting(1, "Backward smoothing: steps of its attack behind the start.", "Objective")
+    guide: str = setting(
+        "auto", "LBGAT: its natural network, as for --model; auto: resnet18 (digits: small-resnet).", "Objective"
+    )
+    sat_momentum: float = setting(0.9, "Self-adaptive training: share of the old label in the new one.", "Objective")
+    sat_start: int | None = setting(
+        None, "Self-adaptive training: epoch from which labels move; by default at 0.7 of the run.", "Objective"
+    )
     awp: bool = setting(False, "Adversarial weight perturbation around the objective.", "Objective")
     awp_gamma: float = setting(5e-3, "Its size, relative to each weight tensor.", "Objective")
     awp_warmup: int = setting(0, "Epochs without it at first.", "Objective")
@@ -194,7 +218,9 @@ class RunConfig:
         "Machine",
         outcome=False,
     )
-    precision: str = setting("fp32", "fp32 or bf16 (autocast; norms stay in float32).", "Machine")
+    precision: str = setting(
+        "fp32", "fp32, bf16 or fp16 (autocast; norms stay in float32; fp16 with a loss scale).", "Machine"
+    )
     tf32: bool = setting(True, "TF32 tensor cores for fp32 on GPUs.", "Machine")
     channels_last: bool = setting(False, "NHWC memory format.", "Machine")
     compile_attack: bool = setting(False, "torch.compile for the attack steps; the rest stays eager.", "Machine")
@@ -258,22 +284,33 @@ class RunConfig:
                     f"{option(name)} must be below 1, because pixels lie in [0, 1], got {value:g}. "
                     f"{in_grey_levels(value)}"
                 )
-        for name in ("lr", "max_norm", "awp_gamma", "step_size"):
+        for name in ("lr", "max_norm", "awp_gamma", "step_size", "bs_gamma"):
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value > 0):
                 raise ValueError(f"{option(name)} must be positive, got {value}")
-        for name in ("momentum", "ema", "beta_gamma", "label_smoothing"):
+        for name in ("momentum", "ema", "beta_gamma", "label_smoothing", "sat_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must lie in [0, 1), got {getattr(self, name)}")
         if self.ema and self.swa_start is not None:
             raise ValueError("--ema and --swa-start are two averages of the weights: leave one of them out")
         if self.label_smoothing and is_address(self.objective):
             raise ValueError("--label-smoothing is not for an objective of your own: smooth the labels in its loss")
-        if self.label_smoothing and self.objective == "mart":
-            raise ValueError(f"--label-smoothing is not for --objective mart: {NOT_SMOOTHED}")
+        if self.label_smoothing and self.objective in NOT_SMOOTHED:
+            raise ValueError(
+                f"--label-smoothing is not for --objective {self.objective}: {NOT_SMOOTHED[self.objective]}"
+            )
+        if not -1 <= self.gap_first <= self.gap_last <= 1:
+            raise ValueError(
+                "--gap-first and --gap-last must lie in [-1, 1], between two probabilities, and rise, got "
+                f"{self.gap_first:g} and {self.gap_last:g}"
+            )
         for name in ("clip_fraction", "extra_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.gap_epochs is not None and not (
+            len(self.gap_epochs) == 2 and 0 <= self.gap_epochs[0] < self.gap_epochs[1]
+        ):
+            raise ValueError(f"--gap-epochs must be two rising numbers of epochs, as 30,70, got {self.gap_epochs}")
         for name in ("decay_epochs", "keep_epochs"):
             epochs = getattr(self, name) or ()
             if list(epochs) != sorted(set(epochs)) or any(epoch < 1 for epoch in epochs):
@@ -293,7 +330,7 @@ class RunConfig:
 
     def _check_norms(self) -> None:
         """Refuses norms through the statistics that would come from an attack which does not see these."""
-        climbs = self.objective in ("pgd", "fat") or is_address(self.objective)
+        climbs = self.objective in ("pgd", "fat", "ates") or is_address(self.objective)
         climbs = climbs and not self.label_smoothing  # the attack climbs the loss of the label itself
         lent = self.borrow and climbs and self.optimizer in ("engm", "a-engm", "f-engm")
         if lent and self.batch_norm == "exact" and self.norm == "batch" and self._attack_mode() == "eval":
@@ -341,6 +378,8 @@ class RunConfig:
             model=("small-resnet" if digits else "resnet18") if self.model == "auto" else settled(self.model),
             extra=None if self.extra is None else str(Path(self.extra).expanduser().absolute()),
             init=None if self.init is None else str(Path(self.init).expanduser().absolute()),
+            beta=BETAS.get(self.objective, 6.0) if self.beta is None else self.beta,
+            guide=self._guide(),
             eps=eps,
             step_size=self.step_size or (eps * self._step_share() or None),
             decay_epochs=decays,
@@ -358,9 +397,22 @@ class RunConfig:
 
     def _step_share(self) -> float:
         """The default step of the training attack over eps."""
+        if self.objective == "backward-smoothing":
+            return 1.0  # as in the command of its authors, alpha of 0.031 at epsilon of 0.031
         if self.objective == "trades" and self.threat == "l2":
             return 2 / self.attack_steps  # as in the code of TRADES
         return STEP_SHARE[self.threat]
+
+    def _guide(self) -> str:
+        """The natural network of LBGAT: the authors' is a ResNet-18 beside a wide network."""
+        if self.objective == "lbgat" and self.guide == "auto":
+            return "small-resnet" if self.data == "digits" else "resnet18"
+        return settled(self.guide)
+
+    @property
+    def training_steps(self) -> int:
+        """Steps of the training attack, of the method's own setting where it has one."""
+        return self.bs_steps if self.objective == "backward-smoothing" else self.attack_steps
 
     @property
     def ball(self) -> Literal["linf", "l2"]:

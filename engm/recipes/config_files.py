@@ -38,6 +38,8 @@ def from_values(values: Mapping[str, Any], *, source: str) -> RunConfig:
     given: dict[str, Any] = {}
     for raw, value in values.items():
         name = raw.replace("-", "_")
+        if isinstance(value, dict) and name not in known:
+            raise ValueError(f"{source}: it has no tables; take the line [{raw}] out, and leave what is below it")
         check_name(name, known, what=f"setting in {source}")
         given[name] = _as_type(name, value, source)
     try:

@@ -303,8 +303,9 @@ def _looks_of(rows: Sequence[Dots]) -> list[int]:
 
 
 def mark_decays(axes: Axes, epochs: Iterable[int]) -> None:
-    """Dotted vertical lines after the epochs at whose ends the learning rate is divided."""
-    for epoch in epochs:
+    """Dotted vertical lines after epochs at whose ends the learning rate is divided, but for the last one drawn."""
+    last = axes.dataLim.x1
+    for epoch in sorted(epoch for epoch in epochs if epoch < last):
         axes.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1, label="learning rate divided")
 
 

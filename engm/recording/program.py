@@ -15,7 +15,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
-from ..torch_internals import is_operator, quick_descriptions, schema_of, without_autocast, written_operands
+from ..torch_internals import (
+    is_operator,
+    moved_statistics,
+    quick_descriptions,
+    schema_of,
+    without_autocast,
+    written_operands,
+)
 from .agreement import Tolerance, all_the_same
 from .refusals import UnrecordableError
 
@@ -250,7 +257,8 @@ def cleaned(module: fx.GraphModule) -> fx.GraphModule:
 
 def is_kept(node: fx.Node) -> bool:
     """Whether a node matters even if nobody reads what it returns: it writes into a tensor, or draws at random."""
-    return node.op in ("placeholder", "output") or is_random(node) or writes(node)
+    kept = node.op in ("placeholder", "output") or is_random(node) or writes(node)
+    return kept or bool(moved_statistics(node.target, node.args, node.kwargs))
 
 
 def is_random(node: fx.Node) -> bool:

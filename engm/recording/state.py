@@ -17,6 +17,7 @@ from ..torch_internals import (
     Operators,
     all_memory_of,
     deciding_sizes,
+    moved_statistics,
     schema_of,
     tensors_in,
     unrecorded,
@@ -35,6 +36,7 @@ class Before:
         opt: the optimizer.
         generators: those that steps draw from.
         reach: where the step's code finds what else it reads.
+        memory: what else the step is known to write into.
 
     Attributes:
         buffers: of the network, with copies.
@@ -44,7 +46,11 @@ class Before:
     """
 
     def __init__(
-        self, opt: ExampleOptimizer, generators: Iterable[torch.Generator] = (), reach: Reach | None = None
+        self,
+        opt: ExampleOptimizer,
+        generators: Iterable[torch.Generator] = (),
+        reach: Reach | None = None,
+        memory: Iterable[Tensor] = (),
     ) -> None:
         model: GradNormModule = opt.model
         self._opt = opt
@@ -61,7 +67,7 @@ class Before:
         self._generators = [(generator, generator.get_state()) for generator in generators]
         self.known_generators = [None, *(generator for generator, _ in self._generators)]
         self.drawn_from: list[tuple[torch.Generator | None, Tensor]] = []
-        self.written: list[tuple[Tensor, Tensor]] = []
+        self.written = [(each, each.clone()) for each in memory]
         held = [] if reach is None else reach.values()
         carried = {id(tensor) for tensor in self._carried.values()}
         self._held = [(place, value) for place, value in held if id(value) not in carried]
@@ -178,6 +184,7 @@ class _Noting(Operators):
                 raise UnrecordableError("random numbers come from a generator that was not known yet")
         if schema_of(func).is_mutable:
             self._keep(written_operands(func, args, kwargs))
+        self._keep(moved_statistics(func, args, kwargs))
         if not all(tensor in self._guarded for tensor in deciding_sizes(func, args)):
             raise RuntimeError(f"data decide the sizes of what {func} returns")
         reads = torch.Tag.data_dependent_output in func.tags

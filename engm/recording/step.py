@@ -78,6 +78,7 @@ class _Recording:
         watches: whether a last output tells of gradients where there were none before, so that nothing is known.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
         held: tensors besides those of the network that the program reads, and where the step's code finds them.
+        written: memory besides the network's that the program writes into.
     """
 
     program: Runnable
@@ -89,6 +90,7 @@ class _Recording:
     watches: bool
     watched: list[Hashable] = field(default_factory=list)
     held: list[tuple[Place, Tensor]] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
 
     def reads_the_same_tensors(self) -> bool:
         """Whether the tensors that the program reads are where they were."""
@@ -200,7 +202,7 @@ class RecordedStep:
         return call.run()
 
     def _replay(self, call: _Call, key: Hashable, recording: _Recording) -> StepStats:
-        before = Before(self.opt) if recording.watches else None
+        before = Before(self.opt, memory=recording.written) if recording.watches else None
         outputs = recording.program(call.inputs())
         if before is not None and bool(outputs.pop()):
             before.put_back()
@@ -256,6 +258,7 @@ class RecordedStep:
                 self._refuse(key, found.reason)
             return stats
         found.held.extend((place, tensor) for place, tensor in tensors if found.program.reads(tensor))
+        found.written.extend(memory for memory, _ in before.written)
         call.clear_gradients()
         model = self.opt.model
         model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from training import assert_close, assert_same, backward_passes, batch, clone, grads, losses_of, network, sgd
+from with_beside import losses_of_objective, with_beside
 
 import engm
-from engm.adversarial import AWP, OBJECTIVES, objective, trades
+from engm.adversarial import AWP, OBJECTIVES, trades
 from engm.checks import NonFiniteError
 
 GAMMA = 0.05
@@ -62,7 +63,8 @@ class TestPerturbation:
     @pytest.mark.parametrize("wrap", [engm.GradNormModule, lambda net: net])
     def test_is_that_of_a_proxy_which_takes_a_step(self, name: str, norm: str, wrap: Callable[..., nn.Module]) -> None:
         net, (x, x_adv, y) = network(norm), pair()
-        losses_fn = lambda model: objective(name).losses(model, x, x_adv, y)  # noqa: E731
+        chosen = with_beside(name, network("group"))
+        losses_fn = lambda model: losses_of_objective(chosen, model, x, x_adv, y)  # noqa: E731
         expected = proxy_weights(net, losses_fn, GAMMA)
         at_expected = copy.deepcopy(net)
         at_expected.load_state_dict(expected, strict=False)
@@ -210,7 +212,8 @@ class TestWithTheOptimizers:
     @pytest.mark.parametrize("name", OBJECTIVES)
     def test_norms_are_those_of_a_copy_at_the_perturbed_weights(self, name: str) -> None:
         net, (x, x_adv, y) = network("group"), pair()
-        losses_fn = lambda model: objective(name).losses(model, x, x_adv, y)  # noqa: E731
+        chosen = with_beside(name, network("group"))
+        losses_fn = lambda model: losses_of_objective(chosen, model, x, x_adv, y)  # noqa: E731
         there = copy.deepcopy(net)
         there.load_state_dict(proxy_weights(net, losses_fn, GAMMA))
         model, at_there = engm.GradNormModule(net), engm.GradNormModule(there)

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from training import assert_close, batch, grads, network, sgd
+from with_beside import losses_of_objective, with_beside
 
 import engm
-from engm.adversarial import OBJECTIVES, PGD, VANILLA, mart, objective, trades, vanilla
+from engm.adversarial import OBJECTIVES, PGD, VANILLA, BackwardSmoothing, mart, objective, trades, vanilla
 
 LOSSES = {"trades": trades, "mart": mart}
 
@@ -62,7 +63,8 @@ def test_vanilla_is_cross_entropy_at_the_adversarial_input() -> None:
     expected = torch.stack([F.cross_entropy(net(x_adv[i : i + 1]), y[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(vanilla(net, x_adv, y), expected)
     torch.testing.assert_close(VANILLA.losses(net, x, x_adv, y), expected)
-    torch.testing.assert_close(objective("fat").losses(net, x, x_adv, y), expected)
+    for name in ("fat", "ates"):
+        torch.testing.assert_close(objective(name).losses(net, x, x_adv, y), expected)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -130,7 +132,9 @@ def test_saturated_logits_give_finite_losses_and_gradients(name: str, dtype: tor
 @pytest.mark.parametrize("norm", ["group", "batch"])
 def test_the_engine_takes_their_norms(name: str, norm: str) -> None:
     model = engm.GradNormModule(network(norm).train(norm == "group"))
-    report = engm.verify(model, objective(name).losses, pair(5), raise_on_error=True)
+    chosen = with_beside(name, network("group"))
+    losses = lambda model, x, x_adv, y: losses_of_objective(chosen, model, x, x_adv, y)  # noqa: E731
+    report = engm.verify(model, losses, pair(5), raise_on_error=True)
     assert not report.couples
     assert {layer.rule for layer in report.layers}.isdisjoint({"not reached"})
 
@@ -139,12 +143,12 @@ def test_the_engine_takes_their_norms(name: str, norm: str) -> None:
 def test_engm_goes_through_training_mode_batch_norm(name: str) -> None:
     net = network("batch")
     x, x_adv, y = pair(7)
-    chosen = objective(name)
+    chosen = with_beside(name, network("group"))
     model = engm.GradNormModule(copy.deepcopy(net))
     opt = engm.ENGM(model, sgd(model), alpha=0.5)
-    stats = opt.backward(chosen.losses(model, x, x_adv, y))
+    stats = opt.backward(losses_of_objective(chosen, model, x, x_adv, y))
     assert (stats.weights < 1).any()
-    (chosen.losses(net, x, x_adv, y) * stats.weights).mean().backward()
+    (losses_of_objective(chosen, net, x, x_adv, y) * stats.weights).mean().backward()
     assert_close(grads(model), grads(net))
 
 
@@ -167,12 +171,22 @@ def test_running_statistics_see_the_natural_batch_first(name: str) -> None:
         ("trades", {"loss": "kl", "start_noise": 0.001}, False),
         ("mart", {"start_noise": 0.001}, False),
         ("fat", {"stop_when_broken": True, "patience": 2, "step_noise": 0.001}, True),
+        ("ates", {"stop_when_broken": True, "stop_gap": 0.3}, True),
+        ("lbgat", {"loss": "kl", "start_noise": 0.001}, False),
+        ("self-adaptive", {"loss": "kl", "start_noise": 0.001}, False),
     ],
 )
 def test_every_method_has_its_own_attack(name: str, own: dict[str, object], borrows: bool, eval_mode: bool) -> None:
-    chosen = objective(name, patience=2, eval_mode=eval_mode)
+    chosen = with_beside(name, network("group"), patience=2, gap=0.3, eval_mode=eval_mode)
     assert (chosen.name, chosen.attack_maximises_it) == (name, borrows)
     expected = PGD(0.5, 0.1, 7, "l2", eval_mode=eval_mode, **own)  # type: ignore[arg-type]
+    assert chosen.attack(0.5, 0.1, 7, "l2") == expected
+
+
+def test_backward_smoothing_has_an_attack_of_its_own() -> None:
+    chosen = objective("backward-smoothing", gamma=0.5, classes=5, eval_mode=False)
+    assert not chosen.attack_maximises_it
+    expected = BackwardSmoothing(0.5, 0.1, 7, "l2", eval_mode=False, gamma=0.5, classes=5)
     assert chosen.attack(0.5, 0.1, 7, "l2") == expected
 
 
@@ -181,16 +195,17 @@ def test_the_attack_raises_what_it_climbs(name: str) -> None:
     net = network("batch", dtype=torch.float32).eval()
     x, _, y = pair(9, dtype=torch.float32)
     x = x.sigmoid()
-    chosen = objective(name)
+    options = {"beta": 100.0} if name == "lbgat" else {}  # it climbs the KL term, which is not all of the loss
+    chosen = with_beside(name, network("group", dtype=torch.float32), **options)
     attack = chosen.attack(0.1, 0.02, 5, "linf")
     found = attack(net, x, y, generator=torch.Generator().manual_seed(0)).inputs
     assert (found - x).abs().max() <= 0.1 + 1e-6
-    before, after = (chosen.losses(net, x, other, y).mean() for other in (x, found))
+    before, after = (losses_of_objective(chosen, net, x, other, y).mean() for other in (x, found))
     assert after > before
 
 
 def test_objectives_are_found_by_name() -> None:
-    assert [objective(name).name for name in OBJECTIVES] == list(OBJECTIVES)
+    assert [with_beside(name, network("group")).name for name in OBJECTIVES] == list(OBJECTIVES)
     assert objective("vanilla").name == VANILLA.name == "pgd"
     assert VANILLA.attack_maximises_it
     x, x_adv, y = pair(3)
@@ -210,3 +225,11 @@ def test_bad_arguments() -> None:
             objective("trades", beta=beta)
     with pytest.raises(ValueError, match="patience must be a number of steps >= 0, got -1"):
         objective("fat", patience=-1)
+    for gap in (-1.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"gap must lie in \[-1, 1\], between two probabilities, got"):
+            objective("ates", gap=gap)
+    for gamma in (0.0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match="gamma must be a finite number > 0"):
+            objective("backward-smoothing", gamma=gamma)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\), got 1.0"):
+        objective("self-adaptive", momentum=1.0)

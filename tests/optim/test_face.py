@@ -102,6 +102,8 @@ class TestInner:
             engm.ENGM(model, model.parameters(), 1.0)
         with pytest.raises(TypeError, match=r"engm.GradNormModule"):
             engm.ENGM(network(), sgd(model), 1.0)
+        with pytest.raises(TypeError, match="got generator: parameters go to the torch optimizer"):
+            engm.ENGM(model.parameters(), sgd(model), 1.0)
 
 
 @every_method

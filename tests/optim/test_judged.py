@@ -15,7 +15,7 @@ from training import assert_same, batch, losses_of, median_norm, network, sgd
 import engm
 from engm.batch_norm.calibration import MOST_ERROR, Calibration, FactorKey
 
-BORROWED = FactorKey("plain", True)
+BORROWED, OWN = FactorKey("plain", True), FactorKey("local", False)
 
 
 def lagging(net: nn.Module, far: float) -> nn.Module:
@@ -84,6 +84,31 @@ def test_judged_error_is_that_of_weights_by_factors_from_the_other_half(k, tenso
     want = sum(errors) / k
     assert relative(error, want) <= 1e-12
     assert calibration.faithful(BORROWED) == bool(want <= MOST_ERROR)
+
+
+@pytest.mark.parametrize(("noise", "worth_a_pass"), [(0.1, True), (0.5, True), (0.95, False), (2.0, False)])
+def test_a_pass_of_ones_own_has_to_be_better_by_a_quarter(noise, worth_a_pass):
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.ones((), dtype=torch.float64))
+    scales, off = torch.rand(16, dtype=torch.float64) + 1, 0.3 * torch.randn(1, 16, dtype=torch.float64)
+    calibration = Calibration(1, 16)
+
+    def judge(key, by):
+        measured = scales.square() * (1 + by * off).square()
+        calibration.factors(key, measured, scales * parameter, [("p", parameter)], count=True)
+
+    judge(BORROWED, 1.0)
+    assert not calibration.faithful(BORROWED)  # nothing is known of a pass of one's own
+    judge(OWN, noise)
+    errors = calibration.judged_errors()
+    assert errors[BORROWED] > MOST_ERROR
+    assert calibration.faithful(BORROWED) != worth_a_pass == bool(errors[OWN] < 0.75 * errors[BORROWED])
+    again = Calibration(1, 16)
+    again.load_state_dict(copy.deepcopy(calibration.state_dict()))
+    assert again.verdicts() == calibration.verdicts() == ((BORROWED, not worth_a_pass),)
+    calibration.advance()
+    judge(BORROWED, 1.0)  # what is known of a pass of one's own is older now
+    assert not calibration.faithful(BORROWED)
 
 
 def test_one_example_cannot_be_judged():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engm.adversarial import OBJECTIVES
 from engm.recipes.cli.options import config_from
 from engm.recipes.config import RunConfig, parse_number
 from engm.recipes.config_files import from_values, read_toml, to_toml
@@ -28,7 +29,8 @@ configs = st.builds(
     loggers=st.lists(st.sampled_from(["csv", "json", "tensorboard"]), unique=True).map(tuple),
     optimizer=st.sampled_from(["engm", "a-engm", "mgnc"]),
     alpha=st.sampled_from(["paper", "5.0", "0.25"]),
-    objective=st.sampled_from(["pgd", "trades", "mart", "fat"]),
+    objective=st.sampled_from(OBJECTIVES),
+    gap_epochs=st.none() | st.just((3, 9)),
     threat=st.sampled_from(["linf", "l2"]),
     fast=st.booleans(),
     width=st.none() | st.integers(1, 64),
@@ -65,6 +67,11 @@ def test_defaults_are_the_papers() -> None:
     assert config.validation_examples == 1000
     assert RunConfig(data="cifar10", threat="l2").resolved().eps == 128 / 255
     assert RunConfig(epochs=200).resolved().decay_epochs == (100, 150)
+    betas = {name: RunConfig(objective=name).resolved().beta for name in OBJECTIVES[4:]}
+    assert betas == {"ates": 6, "backward-smoothing": 10, "lbgat": 0, "self-adaptive": 6}
+    config = RunConfig(data="cifar10", objective="backward-smoothing").resolved()
+    assert (config.training_steps, config.step_size, config.bs_gamma) == (1, 8 / 255, 1)
+    assert RunConfig(data="cifar10", objective="lbgat", model="wrn-34-10").resolved().guide == "resnet18"
     assert RunConfig(epochs=24).resolved().decay_epochs == (15, 18)
 
 
@@ -94,6 +101,16 @@ def test_defaults_are_the_papers() -> None:
         ({"seed": -1}, "--seed must be at least 0"),
         ({"seed": 2**63}, "--seed must be at least 0 and below"),
         ({"loggers": ["csv", "csv"]}, "--loggers names a format twice: csv,csv"),
+        ({"gap_first": 0.5, "gap_last": 0.4}, "--gap-first and --gap-last must lie in .* and rise, got 0.5 and 0.4"),
+        ({"gap_last": 1.5}, r"must lie in \[-1, 1\], between two probabilities"),
+        ({"gap_epochs": [7]}, "--gap-epochs must be two rising numbers of epochs, as 30,70, got"),
+        ({"gap_epochs": [7, 7]}, "--gap-epochs must be two rising"),
+        ({"bs_gamma": 0.0}, "--bs-gamma must be positive"),
+        ({"bs_steps": 0}, "--bs-steps must be at least 1"),
+        ({"beta": -1.0}, "--beta must be at least 0"),
+        ({"sat_momentum": 1.0}, r"--sat-momentum must lie in \[0, 1\), got 1.0"),
+        ({"sat_start": 0}, "--sat-start must be at least 1"),
+        ({"objective": "lbgat", "label_smoothing": 0.1}, "--label-smoothing is not for --objective lbgat: its robust"),
         ({"batch_norm": "exact", "attack_mode": "eval", "borrow": True}, "leave one of the three out"),
     ],
 )
@@ -124,7 +141,12 @@ def test_options_override_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": "2"}, "--beta is for --objective trades or mart; as it is it would change nothing"),
+        ({"beta": "2"}, "--beta is for --objective trades, mart, .*, self-adaptive; as it is it would change nothing"),
+        ({"gap_last": "0.5"}, "--gap-last is for --objective ates"),
+        ({"bs_gamma": "2"}, "--bs-gamma is for --objective backward-smoothing"),
+        ({"attack_steps": 2, "objective": "backward-smoothing"}, "--attack-steps is for other objectives"),
+        ({"guide": "vgg8"}, "--guide is for --objective lbgat"),
+        ({"sat_start": 9, "epochs": 8, "objective": "self-adaptive"}, "--sat-start is for --objective self-adaptive"),
         ({"tau": 7}, "--tau is for --optimizer a-engm"),
         ({"alpha": "3", "optimizer": "mgnc"}, "--alpha is for ENGM and its relatives"),
         ({"awp": True, "awp_warmup": 9, "epochs": 9}, "--awp-warmup is for --awp, and for fewer epochs"),
@@ -198,6 +220,18 @@ class TestSchedule:
     def test_patience_of_fat(self) -> None:
         assert [Schedule(self.config, 4).patience(epoch) for epoch in range(12)] == [0] * 5 + [1] * 4 + [2] * 3
         assert Schedule(replace(self.config, patience=3), 4).patience(0) == 3
+
+    def test_gap_of_ates(self) -> None:
+        config = replace(self.config, objective="ates", epochs=20)
+        gaps = [Schedule(config, 4).gap(epoch) for epoch in range(20)]
+        assert gaps == pytest.approx([0.0] * 6 + [0.05 * k for k in range(1, 9)] + [0.4] * 6)
+        config = replace(config, gap_first=-0.5, gap_last=0.5, gap_epochs=(0, 4))
+        assert [Schedule(config, 4).gap(epoch) for epoch in range(5)] == pytest.approx([-0.25, 0.0, 0.25, 0.5, 0.5])
+
+    def test_labels_move_late(self) -> None:
+        config = replace(self.config, objective="self-adaptive", epochs=10)
+        assert [Schedule(config, 4).labels_move(epoch) for epoch in range(10)] == [False] * 6 + [True] * 4
+        assert Schedule(replace(config, sat_start=1), 4).labels_move(0)
 
     def test_awp_waits(self) -> None:
         schedule = Schedule(replace(self.config, awp=True, awp_warmup=2), 4)

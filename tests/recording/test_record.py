@@ -73,6 +73,34 @@ def training(**options):
     return Training(NETWORKS["group norm"](), **options)
 
 
+@pytest.mark.parametrize("read", [True, False])
+def test_running_statistics_of_another_network_move_once_a_step(read):
+    """Also where nobody reads what the batch norm returns, and of the step that is tried while it is recorded."""
+    found = []
+    for way in ("recorded", "by hand"):
+        torch.manual_seed(3)
+        net, other = NETWORKS["group norm"](), NETWORKS["batch norm"]()
+        model = engm.GradNormModule(net)
+        opt = engm.ENGM(model, torch.optim.SGD(net.parameters(), 0.05), 0.5)
+
+        def losses(x, y, model=model, other=other):
+            with torch.no_grad():
+                beside = other(x)
+            logits = model(x)
+            return F.cross_entropy(logits + beside if read else logits, y, reduction="none")
+
+        step = engm.record(opt, losses) if way == "recorded" else lambda x, y, o=opt, f=losses: o.backward(f(x, y))
+        for x, y in batches(8):
+            step(x, y)
+            opt.step()
+            opt.zero_grad()
+        found.append({**net.state_dict(), **{f"other.{name}": value for name, value in other.state_dict().items()}})
+        if way == "recorded":
+            assert step.report().replayed >= 6, step.report()
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][name]), name
+
+
 def test_gradients_accumulate():
     a, b = training(), training()
     for number, (x, y) in enumerate(batches(6)):

@@ -38,8 +38,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             help="natural, pgdN (N steps on the margin loss, as of CW), pgdN-ce, autoattack, autoattack-rand (for "
-            "random networks), autoattack-untargeted (for fewer than four classes) or deepfool; may be given several "
-            "times. Default: pgd20, and none with --corruptions."
+            "random networks), autoattack-untargeted (for fewer than four classes) or deepfool; several with commas "
+            "between them, or by giving the option again. Default: pgd20, and none with --corruptions."
         ),
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="best, last or both (the default); of a run.")] = None,
@@ -108,7 +108,8 @@ def evaluate(
         reading = _Reading(settings, _numbers("--mean", mean), _numbers("--std", std), data_root)
         subject, source = _places(place, transfer_from, transfer_model, reading)
         wanted = Wanted(
-            attack or ([] if corruptions is not None and not (eps_sweep or transfer_from) else ["pgd20"]),
+            [name for names in attack or () for name in names.split(",") if name.strip()]
+            or ([] if corruptions is not None and not (eps_sweep or transfer_from) else ["pgd20"]),
             checkpoints_named(checkpoint or "both"),
             examples,
             threat,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from engm.adversarial.objectives import BETAS
+
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type
 
@@ -73,15 +75,27 @@ DECIDED = (
 FETCHED = ("cifar10", "cifar100", "svhn")  # what --download can fetch
 # When a setting that has a meaning only beside others has it, and how to say so.
 _APPLIES: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
-    "beta": (lambda c: c.objective in ("trades", "mart"), "--objective trades or mart"),
+    "beta": (lambda c: c.objective in BETAS, f"--objective {', '.join(BETAS)}"),
     "patience": (lambda c: c.objective == "fat", "--objective fat"),
+    "gap_first": (lambda c: c.objective == "ates", "--objective ates"),
+    "gap_last": (lambda c: c.objective == "ates", "--objective ates"),
+    "gap_epochs": (lambda c: c.objective == "ates", "--objective ates"),
+    "bs_gamma": (lambda c: c.objective == "backward-smoothing", "--objective backward-smoothing"),
+    "bs_steps": (lambda c: c.objective == "backward-smoothing", "--objective backward-smoothing"),
+    "attack_steps": (lambda c: c.objective != "backward-smoothing", "other objectives, and --bs-steps is its own"),
+    "guide": (lambda c: c.objective == "lbgat", "--objective lbgat"),
+    "sat_momentum": (lambda c: c.objective == "self-adaptive", "--objective self-adaptive"),
+    "sat_start": (
+        lambda c: c.objective == "self-adaptive" and (c.sat_start or 1) <= c.epochs,
+        "--objective self-adaptive, and for one of its epochs",
+    ),
     "awp_gamma": (lambda c: c.awp, "--awp"),
     "extra_fraction": (lambda c: c.extra is not None, "--extra"),
     "swa_start": (lambda c: c.swa_start is None or c.swa_start <= c.epochs, "an epoch of the run's"),
     "init_strict": (lambda c: c.init is not None, "--init"),
     "decay_epochs": (lambda c: c.schedule == "steps", "--schedule steps"),
     "schedule_epochs": (
-        lambda c: c.schedule != "steps" or c.decay_epochs is None or c.objective == "fat",
+        lambda c: c.schedule != "steps" or c.decay_epochs is None or c.objective in ("fat", "ates", "self-adaptive"),
         "another --schedule than steps, for which --decay-epochs says it all",
     ),
     "awp_warmup": (lambda c: c.awp and c.awp_warmup < c.epochs, "--awp, and for fewer epochs than --epochs"),

@@ -97,11 +97,12 @@ def export(
     from ..runs.files import RunFolder
 
     with explained_failures():
-        check_name(out.suffix[1:] if kind is None else kind, list(ExportFormat), what="export format (--format)")
+        ending = {"pth": "pt"}.get(out.suffix[1:].lower(), out.suffix[1:].lower())
+        check_name(ending if kind is None else kind, list(ExportFormat), what="export format (--format)")
         (which,) = checkpoints_named(checkpoint, both=False)
         console = console_for()
         with console.status("reading and writing the network"):
-            epoch = export_to(RunFolder(run), out, ExportFormat(kind or out.suffix[1:]), which, data_root)
+            epoch = export_to(RunFolder(run), out, ExportFormat(kind or ending), which, data_root)
         console.print(f"{which} weights (epoch {epoch}) in {out}", highlight=False)
 
 

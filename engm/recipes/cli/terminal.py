@@ -16,6 +16,36 @@ def console_for(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
 
 
+# What official code of adversarial training and torchvision's scripts call options that have other names here.
+ELSEWHERE = {
+    "arch": "model",
+    "net": "model",
+    "dataset": "data",
+    "data-dir": "data-root",
+    "data-path": "data-root",
+    "learning-rate": "lr",
+    "lr-max": "lr",
+    "wd": "weight-decay",
+    "num-epochs": "epochs",
+    "epsilon": "eps",
+    "attack-iters": "attack-steps",
+    "num-steps": "attack-steps",
+    "pgd-alpha": "step-size",
+    "attack-type": "attack",
+    "trades-beta": "beta",
+    "lambda": "beta",
+    "output-dir": "out",
+    "save-dir": "out",
+    "fname": "out",
+    "batchsize": "batch-size",
+    "loader-workers": "workers",
+    "num-workers": "workers",
+    "lr-schedule": "schedule",
+    "label-smooth": "label-smoothing",
+    "resume": "out",
+}
+
+
 class OnceCommand(TyperCommand):
     """A command that refuses an option which is given twice, instead of taking the last one without a word."""
 
@@ -23,8 +53,13 @@ class OnceCommand(TyperCommand):
         """Parses the command line.
 
         Raises:
-            typer.BadParameter: an option that takes one value has two, or both of its forms.
+            typer.BadParameter: an option that takes one value has two, or both of its forms, or has another name here.
         """
+        known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+        for typed in (argument.split("=")[0] for argument in args if argument.startswith("--")):
+            here = _name_here(typed)
+            if typed not in known and here in known:
+                ctx.fail(f"No such option: {typed}; here it is {here}")
         if args or not self.no_args_is_help:
             _, _, order = self.make_parser(ctx).parse_args(args=list(args))
             for parameter in order:
@@ -33,3 +68,9 @@ class OnceCommand(TyperCommand):
                     names = "/".join([*parameter.opts, *parameter.secondary_opts])
                     ctx.fail(f"{names} is given {order.count(parameter)} times: leave all but one of them out")
         return super().parse_args(ctx, args)
+
+
+def _name_here(typed: str) -> str:
+    """What an option of other scripts is called here, if it is here at all."""
+    name = typed.lstrip("-").replace("_", "-").lower()
+    return f"--{ELSEWHERE.get(name, name)}"

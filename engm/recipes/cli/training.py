@@ -63,12 +63,18 @@ app.command(cls=OnceCommand)(with_settings(train))
 def compare(
     *,
     out: Out,
-    optimizers: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(LABELS),
-    seeds: Annotated[str, typer.Option(help="How many (3 is 0,1,2), or which: 4,7 or 4, alone.")] = "3",
+    optimizers: Annotated[str | None, typer.Option(help="Comma-separated.", show_default=",".join(LABELS))] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="How many (3 is 0,1,2), or which: 4,7 or 4, alone.", show_default="3")
+    ] = None,
     config: ConfigFile = None,
     settings: dict[str, Any],
 ) -> None:
-    """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept."""
+    """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept.
+
+    With --out alone a comparison that was begun there goes on.
+    """
+    from ..runs.compare import Plan
     from ..runs.compare import compare as compare_in
     from ..runs.contents import check_free_for_several
     from ..runs.progress import RunView
@@ -76,14 +82,22 @@ def compare(
 
     with explained_failures(GO_ON):
         check_free_for_several(out)
-        chosen = config_from(settings, config, compared=True)
-        with from_environment(chosen.device) as processes:
-            set_machine(chosen)
+        begun = Plan.of(out) if (config, optimizers, seeds, settings) == (None, None, None, {}) else None
+        plan = begun or Plan(
+            config_from(settings, config, compared=True),
+            [name for name in (optimizers or ",".join(LABELS)).split(",") if name.strip()],
+            seeds_from(seeds or "3"),
+        )
+        with from_environment(plan.config.device) as processes:
+            set_machine(plan.config)
             console = console_for(quiet=not processes.first)
+            if begun is not None:
+                named = f"{', '.join(plan.optimizers)}; seeds {', '.join(map(str, plan.seeds))}"
+                console.print(f"Going on with the comparison in {out}: {named}.", highlight=False, soft_wrap=True)
             results = compare_in(
-                chosen,
-                [name for name in optimizers.split(",") if name.strip()],
-                seeds_from(seeds),
+                plan.config,
+                plan.optimizers,
+                plan.seeds,
                 out,
                 processes,
                 view=lambda name: RunView(console, f"{name}: "),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from pathlib import Path
 from zipfile import BadZipFile
@@ -51,6 +52,13 @@ def load_npz(
         raise ValueError(
             f"{path}: y_train has the classes 0 to {classes - 1}, and y_test has {', '.join(map(str, beyond[:5]))} as "
             "well, which no network could learn: do both arrays come from the same data set?"
+        )
+    unused = sorted(set(range(classes)) - set(train.labels.tolist()))
+    if unused:
+        start = ": do labels count from 1? They count from 0 here" if unused == [0] else ""
+        warnings.warn(
+            f"{path}: no training image has the class {', '.join(map(str, unused[:5]))} of 0 to {classes - 1}{start}",
+            stacklevel=2,
         )
     splits = hold_out(
         train,
@@ -109,7 +117,7 @@ def split_of(
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             f"{path}: {x} must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}; "
-            "pixels are divided by 255 here, not before"
+            f"pixels are divided by 255 here, not before{_how_to_save(images, x)}"
         )
     _check_channels(images.shape, x, path)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -129,3 +137,18 @@ def _check_channels(shape: tuple[int, ...], name: str, path: Path) -> None:
             f"{first}x{middle} pixels with {last} channels; if the channels come first, save "
             f"{name}.transpose(0, 2, 3, 1)"
         )
+
+
+def _how_to_save(images: npt.NDArray[np.generic], x: str) -> str:
+    """How images of another kind become what is expected, where that can be said."""
+    changed = x
+    if images.ndim == 3:
+        changed = f"{changed}[..., None]"
+    if images.dtype.kind == "f" and images.size:
+        least, most = float(images.min()), float(images.max())
+        if least < 0 or most > 255:
+            return f". Its numbers lie between {least:.3g} and {most:.3g}: save them as they were before normalisation"
+        changed = f"({changed}{' * 255' if most <= 1 else ''}).round().astype(np.uint8)"
+    elif images.dtype.kind in "iu" and images.dtype != np.uint8:
+        changed = f"{changed}.astype(np.uint8)"
+    return "" if changed == x else f". Save {changed} in its place"

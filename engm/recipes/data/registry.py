@@ -78,7 +78,7 @@ def load_data(
     name = _known(str(spec))
     path = Path(spec).expanduser()
     folder = name is None and path.is_dir()
-    if name is None and not path.exists() and (names_source(str(spec)) or is_address(str(spec))):
+    if name is None and (names_source(str(spec)) or is_address(str(spec))) and not path.exists():
         placing = Placing(image_size, **{**held_out, "validation_examples": validation_examples}, **streaming)
         load = load_by_source if names_source(str(spec)) else own_data
         return _placed(load(str(spec), root=root, download=download, placing=placing), in_memory, device, workers)

@@ -28,7 +28,7 @@ _VERSIONS: dict[str, dict[str, Any]] = {
     "autoattack-rand": {"version": "rand"},
     _UNTARGETED: {"version": "custom", "attacks": ["apgd-ce", "fab", "square"]},
 }
-_FEWEST_CLASSES = CLASSES_NEEDED["apgd-t"]  # which is in the standard version
+_FEWEST_CLASSES = {"autoattack": CLASSES_NEEDED["apgd-t"], "autoattack-rand": CLASSES_NEEDED["apgd-dlr"]}
 _PGD = re.compile(r"pgd0*(\d+)(-ce|-margin)?")
 
 
@@ -64,6 +64,19 @@ def canonical_attack(name: str) -> str:
         return f"pgd{match[1]}{'-ce' if match[2] == '-ce' else ''}"
     check_name(typed, ATTACKS, what="attack")
     return typed
+
+
+def check_classes(name: str, classes: int) -> None:
+    """Refuses an attack that makes no sense with so few classes.
+
+    Raises:
+        ValueError: it is one; the message names one that does.
+    """
+    needed = _FEWEST_CLASSES.get(name, 0)
+    if classes < needed:
+        raise ValueError(
+            f"--attack {name} needs {needed} classes, and there are {classes}: take --attack {_UNTARGETED}"
+        )
 
 
 def pgd_named(name: str, ball: Ball) -> PGD | None:
@@ -120,13 +133,6 @@ def _autoattack(
         tell(progress.passes, None, where)
 
     x, y = everything(test, batch_size)
-    with torch.no_grad():
-        classes = net(x[:1]).shape[1]
-    if name == "autoattack" and classes < _FEWEST_CLASSES:
-        raise ValueError(
-            f"AutoAttack's standard version needs {_FEWEST_CLASSES} classes for its targeted attacks, and there are "
-            f"{classes}: take --attack {_UNTARGETED}"
-        )
     outcome = autoattack(
         net if made_on is None else made_on,
         x,

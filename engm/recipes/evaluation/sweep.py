@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..pictures import picture
+from ..pictures import legend_below, picture
 from ..runs.files import RunFolder
 from ..storage.atomic_files import write_json
 from .asking import Attacked
@@ -64,5 +64,5 @@ def write_sweep(place: Place, answers: Answers) -> tuple[Path, Path]:
         axes.set_ylim(0, 1)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        legend_below(figure)
     return data, drawn

@@ -15,7 +15,7 @@ from ..data import Dataset
 from ..runs.files import RunFolder, Which
 from ..training.building import check_radius, load_dataset
 from .asking import Corrupted, OnProgress, OnResult, Question, Subject, ask, attacked, check_eps, first_examples
-from .attacks import WITHOUT_RADIUS, canonical_attack
+from .attacks import WITHOUT_RADIUS, canonical_attack, check_classes
 from .corruptions import load_corruptions
 from .subjects import WeightsFile, of_run, source_of
 
@@ -97,6 +97,8 @@ def evaluated(
     if wanted.transfer is not None and isinstance(wanted.transfer, RunFolder):
         wanted.transfer.config()  # is a run there?
     dataset = load_dataset(config, device, validation=isinstance(place, RunFolder))
+    for name in wanted.attacks:
+        check_classes(name, dataset.classes)
     radii = [attack.eps or 0.0] if not wanted.sweep else list(wanted.sweep)
     for eps in radii:
         check_radius(attack, dataset, eps)

@@ -75,14 +75,23 @@ class AutoAttack:
 
     examples: int | None
     kind: ClassVar[str] = "autoattack"
+    which: ClassVar[Which] = "best"
 
     def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> float:
         """The accuracy, by the package ``pyautoattack``."""
-        return float(_assessed("autoattack", "best", self.examples, folder, dataset, device)["accuracy"])
+        return float(_assessed("autoattack", self.which, self.examples, folder, dataset, device)["accuracy"])
 
     def passes(self, config: RunConfig) -> float:
         """AutoAttack takes 100 steps, nine times 100, and 5,000 queries, on the images that still stand."""
         return 600.0 * (self.examples or 10_000)
+
+
+@dataclass(frozen=True)
+class AutoAttackOfLast(AutoAttack):
+    """The same of the last checkpoint."""
+
+    kind: ClassVar[str] = "autoattack_last"
+    which: ClassVar[Which] = "last"
 
 
 @dataclass(frozen=True)

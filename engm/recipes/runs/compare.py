@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,52 @@ from engm.checks import NonFiniteError
 
 from ..addresses import is_address, short_name
 from ..config import RunConfig
+from ..config_files import from_values
 from ..methods import canonical_method
 from ..processes import Processes
-from ..storage.atomic_files import write_json, write_text_atomic
+from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
 from ..training.building import load_in_turn
 from .curves import draw
 from .folder import RunFolder, train
 from .report import collect, markdown
 from .view import View
+
+PLAN = "comparison-plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison is of, as its folder keeps it.
+
+    Attributes:
+        config: settings of all runs.
+        optimizers: names of the optimizers.
+        seeds: seeds of the runs.
+    """
+
+    config: RunConfig
+    optimizers: Sequence[str]
+    seeds: Sequence[int]
+
+    @classmethod
+    def of(cls, out: Path) -> Plan | None:
+        """The plan of the comparison in a folder; None where there is none.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        path = out / PLAN
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
+
+    def write(self, out: Path) -> None:
+        """Keeps the plan in a folder, which is made."""
+        make_folder(out)
+        settings = self.config.resolved().as_dict()
+        found = {"optimizers": list(self.optimizers), "seeds": list(self.seeds), "settings": settings}
+        write_json(out / PLAN, found)
 
 
 def cells_of(config: RunConfig, optimizers: Sequence[str], seeds: Sequence[int]) -> dict[str, RunConfig]:
@@ -65,8 +103,8 @@ def compare(
         config: settings of all runs; its optimizer and seed do not matter.
         optimizers: names of the optimizers.
         seeds: seeds of the runs; the same for every optimizer, so that runs are paired.
-        out: folder of the run folders; gets ``comparison.md``, ``comparison.json`` and its picture,
-            ``comparison.png``, ``.svg`` and ``.pdf``.
+        out: folder of the run folders; gets its plan (:class:`Plan`), ``comparison.md``, ``comparison.json`` and a
+            picture, ``comparison.png``, ``.svg`` and ``.pdf``.
         processes: the processes that train a run together.
         view: makes a view of the run with the given name.
 
@@ -81,6 +119,8 @@ def compare(
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
     dataset = load_in_turn(config.resolved(), processes)
+    if processes.first:
+        Plan(config, optimizers, seeds).write(out)
     began, diverged = time.monotonic(), []
     for name, cell in cells.items():
         try:

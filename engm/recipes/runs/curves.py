@@ -64,6 +64,9 @@ def draw_into(results: Sequence[dict[str, Any]], figure: Figure) -> None:
             mean_curve(panel, [found for r in row.results if (found := _curve(r, name, scale))], style, row.label)
         mark_decays(panel, decays)
         panel.set(xlabel="epoch", ylabel=label)
+        if label.endswith("%"):  # a band may go on beyond what an accuracy can be
+            low, high = panel.get_ylim()
+            panel.set_ylim(max(low, 0.0), min(high, 100.0))
     test = axes[len(shown)]
     dots = [
         Dots(row.label, style.colour, [_spread(row.values(*path)) for path in TESTED])

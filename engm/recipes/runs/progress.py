@@ -121,8 +121,8 @@ class RunView(LiveDisplay):
             f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
             f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
             f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
-            f"{config.threat} {config.eps:.4g}, {config.attack_steps} steps; {label_of(config.optimizer)}{threshold}; "
-            f"{_processes(run)}.",
+            f"{config.threat} {config.eps:.4g}, {config.training_steps} steps; {label_of(config.optimizer)}{threshold}"
+            f"; {_processes(run)}.",
             highlight=False,
         )
         if data.extra is not None:

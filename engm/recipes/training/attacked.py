@@ -33,6 +33,7 @@ class AttackedLosses:
         objective: the training loss.
         borrows: whether the attack's last step measures the norms.
         awp: perturbs the weights around the objective, if set.
+        share: of a whole batch that the examples of one call are.
     """
 
     model: engm.GradNormModule
@@ -46,23 +47,38 @@ class AttackedLosses:
     objective: Objective
     borrows: bool
     awp: AWP | None = None
+    share: float = 1.0
 
-    def __call__(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, engm.Measurement | None]]:
+    def __call__(
+        self, x: Tensor, y: Tensor, rows: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, engm.Measurement | None]]:
         """Yields the losses ``[n]``, and what the attack's last step measured; goes on after the backward pass."""
         adversarial = self.attacked(x, y)
-        with self.around(x, adversarial.inputs, y):
-            yield self.objective.losses(self.forward, x, adversarial.inputs, y), adversarial.measurement
+        with self.computed(x, adversarial.inputs, y, rows) as losses:
+            yield losses, adversarial.measurement
 
     @contextmanager
-    def around(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Iterator[None]:
-        """What the objective and its backward pass run in: perturbed weights, and no captures where none are read."""
+    def computed(self, x: Tensor, x_adv: Tensor, y: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+        """The losses ``[n]``, in what they and their backward pass run in.
+
+        That is perturbed weights, and no captures where none are read. What the objective keeps beside the network
+        takes note of the losses.
+        """
         # A method that looks at no example is timed as anybody would run it: with nothing captured.
         quiet = nullcontext() if self.captures else paused(self.model)
         perturbed: AbstractContextManager[None] = nullcontext()
+        beside = self.objective.beside
+        given = [] if beside is None else [beside.before(x, y, rows)]
         if self.awp is not None:
-            perturbed = self.awp.perturbed(lambda: self.objective.losses(self.model, x, x_adv.detach(), y))
+            scale = self.attack.loss_scale  # of which the length of the perturbation does not depend
+            perturbed = self.awp.perturbed(
+                lambda: scale * self.objective.losses(self.model, x, x_adv.detach(), y, *given)
+            )
         with perturbed, quiet:
-            yield
+            losses = self.objective.losses(self.forward, x, x_adv, y, *given)
+            if beside is not None:
+                beside.after(given[0], losses, self.share)
+            yield losses
 
     def attacked(self, x: Tensor, y: Tensor) -> Adversarial:
         """Adversarial examples of a batch ``x [n, ...]``, ``y [n]``."""

@@ -89,6 +89,16 @@ class TrainingBatches:
             draw = self._augmentation.draw(self._batch_size, generator).take(self._rows)
             yield self._augmentation.apply(x, draw).contiguous(memory_format=self._memory_format), y
 
+    def rows(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Where the examples of :meth:`epoch` are in the training set, extra ones behind it: ``[n]`` on the device."""
+        own = self._drawn("order", epoch, start, len(self._source), ~self._is_extra)
+        if self._extra is None:
+            yield from map(self._here, own)
+            return
+        more = self._drawn("extra", epoch, start, len(self._extra), self._is_extra)
+        for mine, others in zip(own, more, strict=True):
+            yield self._here(torch.cat([mine, others + len(self._source)])[self._order])
+
     def _examples(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's part of the batches, as they are, on the device."""
         own = self._source.batches(self._drawn("order", epoch, start, len(self._source), ~self._is_extra))
@@ -96,12 +106,16 @@ class TrainingBatches:
             yield from ((self._here(x), self._here(y)) for x, y in own)
             return
         more = self._extra.batches(self._drawn("extra", epoch, start, len(self._extra), self._is_extra))
-        mine = self._is_extra[self._rows]
-        # Where each row of the batch lies when the extra examples stand behind the others.
-        order = self._here(torch.cat([(~mine).nonzero(), mine.nonzero()]).squeeze(1).argsort())
+        order = self._here(self._order)
         for parts in zip(own, more, strict=True):
             x, y = (torch.cat([self._here(part) for part in both])[order] for both in zip(*parts, strict=True))
             yield x, y
+
+    @property
+    def _order(self) -> Tensor:
+        """Where each row of this process's batch lies when the extra examples stand behind the others."""
+        mine = self._is_extra[self._rows]
+        return torch.cat([(~mine).nonzero(), mine.nonzero()]).squeeze(1).argsort()
 
     def _drawn(self, what: str, epoch: int, start: int, length: int, mask: Tensor) -> list[Tensor]:
         """The rows, of so many, that this process takes in every batch for the places where ``mask`` holds."""

@@ -40,6 +40,10 @@ def own_objective(address: str, *, eval_mode: bool) -> Objective:
                 f"got {'the class ' + found.__name__ if isinstance(found, type) else 'a ' + type(found).__name__}"
             )
         found = Objective(short_name(address), found, False, objective("pgd").attack)
+    if found.beside is not None:
+        raise ValueError(
+            f"{address} keeps something beside the network, which a run would not save: only engm's own objectives do"
+        )
     return Objective(
         found.name,
         _checked(found.losses, address),

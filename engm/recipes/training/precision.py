@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 
 ONEDNN_BLOCK = 8  # channels
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = 2.0**10
+"""What losses are multiplied by in float16 at first; the scale grows until something overflows.
+
+An example's gradient at its logits is at most 1 in size, and float16 ends at 65,504.
+"""
 
 
 class Autocast(nn.Module):
@@ -26,6 +32,11 @@ class Autocast(nn.Module):
         with torch.autocast(self.device, self.dtype):
             logits: Tensor = self.net(x)
         return logits.float()
+
+
+def loss_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """What scales losses and skips steps that overflow, for float16; None for formats of a wider range."""
+    return torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE) if precision == "fp16" else None
 
 
 def check_channels_last(net: nn.Module, device: torch.device) -> None:

@@ -102,13 +102,17 @@ class Recorder:
             return "the optimizer reads input gradients, and no attack measures them for it"
         return None
 
-    def take(self, x: Tensor, y: Tensor, divisor: int | None = None) -> engm.StepStats | None:
+    def take(
+        self, x: Tensor, y: Tensor, rows: Tensor | None = None, divisor: int | None = None, scale: float = 1.0
+    ) -> engm.StepStats | None:
         """The figures of a step whose gradients are in place; None where the trainer has to take the step itself.
 
         Args:
             x: natural inputs ``[n, ...]``.
             y: labels ``[n]``.
+            rows: where the examples are in the training set, ``[n]``, if the objective asks.
             divisor: number of examples of a batch of which these are a part; ``None`` for a whole batch.
+            scale: factor on the gradients, of float16.
         """
         reason = self._reason or self._reason_now()
         if reason is not None:
@@ -119,7 +123,7 @@ class Recorder:
         if reason is not None or self._step is None:
             self._eager[reason or ""] += 1
             return None
-        stats = self._step(x, y, divisor=divisor)
+        stats = self._step(x, y, *(() if rows is None else (rows,)), divisor=divisor, loss_scale=scale)
         for refusal in self._step.report().refused:
             self._say(refusal)
         return stats

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any, cast
 
@@ -22,12 +22,13 @@ from engm.adversarial import AWP, PGD, Objective, objective
 from engm.checks import NonFiniteError
 
 from ..accuracy import Accuracy, OnBatch, evaluate, pgd20
-from ..addresses import is_address
-from ..config import RunConfig
+from ..addresses import code_identity, is_address
+from ..config import RunConfig, option
 from ..data import Dataset, check_same_data, identities
 from ..processes import Processes
 from .averages import WeightAverage
 from .batches import TrainingBatches, seed_for
+from .beside import build_beside
 from .building import (
     augmentation_of,
     build_network,
@@ -41,7 +42,7 @@ from .initial import Initial
 from .looks import Best, figures_of, robust_of
 from .optimizer import paper_optimizer
 from .own import check_objective, own_objective
-from .precision import Autocast, check_channels_last
+from .precision import DTYPES, FIRST_SCALE, Autocast, check_channels_last, loss_scaler
 from .schedule import Schedule
 from .trainer import EpochRecord, Trainer
 
@@ -67,6 +68,7 @@ class Run:
         started_from: the weights that it started from, if they are given.
         initial: what tells these from others.
         average: the average of its weights, if the configuration asks for one.
+        beside: what the objective keeps and changes besides the network, if it does.
         trainer: takes the steps.
         schedule: what changes in the course of the run.
         epoch: finished epochs.
@@ -117,7 +119,8 @@ class Run:
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
         self.average = WeightAverage(config, self.net)
-        self._objectives: dict[int, Objective] = {}  # by patience
+        self._objectives: dict[Hashable, Objective] = {}  # by what changes in the course of the run
+        self.beside = build_beside(config, self.dataset, processes)
         if is_address(config.objective):
             check_objective(self._objective(0), config.objective, self.net, self.dataset.train.shape)
         self.trainer = self._trainer()
@@ -130,8 +133,8 @@ class Run:
     def _trainer(self) -> Trainer:
         config, device = self.config, self.processes.device
         forward = self.net
-        if config.precision == "bf16":
-            forward = Autocast(self.net, device.type, torch.bfloat16)
+        if config.precision in DTYPES:
+            forward = Autocast(self.net, device.type, DTYPES[config.precision])
         every = config.calibrate_every * config.accumulate  # the model counts the parts of a batch
         model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=every)
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
@@ -153,25 +156,35 @@ class Run:
             processes=self.processes,
             step=config.step,
             accumulate=config.accumulate,
+            scaler=loss_scaler(config.precision, device),
         )
 
     def _objective(self, epoch: int) -> Objective:
         """The objective of an epoch; the same object as long as it is the same objective, as recorded steps ask for."""
-        patience = self.schedule.patience(epoch) if self.config.objective == "fat" else 0
-        if patience not in self._objectives:
-            shared = {"eval_mode": self.config.attack_mode == "eval"}
-            self._objectives[patience] = (
-                own_objective(self.config.objective, **shared)
-                if is_address(self.config.objective)
+        config, schedule = self.config, self.schedule
+        patience = schedule.patience(epoch) if config.objective == "fat" else 0
+        gap = schedule.gap(epoch) if config.objective == "ates" else 1.0
+        beside = self.beside if config.objective != "self-adaptive" or schedule.labels_move(epoch) else None
+        key = patience, gap, beside is None
+        if key not in self._objectives:
+            shared = {"eval_mode": config.attack_mode == "eval"}
+            self._objectives[key] = (
+                own_objective(config.objective, **shared)
+                if is_address(config.objective)
                 else objective(
-                    self.config.objective,
-                    beta=self.config.beta,
+                    config.objective,
+                    beta=config.beta,
                     patience=patience,
-                    label_smoothing=self.config.label_smoothing,
+                    gap=gap,
+                    gamma=config.bs_gamma,
+                    classes=self.dataset.classes,
+                    momentum=config.sat_momentum,
+                    beside=beside,
+                    label_smoothing=config.label_smoothing,
                     **shared,
                 )
             )
-        return self._objectives[patience]
+        return self._objectives[key]
 
     def _attack(self, epoch: int, step: int) -> PGD:
         """The training attack at a position; ``step`` counts over the whole run."""
@@ -179,7 +192,8 @@ class Run:
         eps = self.schedule.eps(step)
         # With eps of 0 there is no attack, and its step size need only be valid.
         step_size = (config.step_size or 1.0) * (eps / full) if eps else 1.0
-        return self._objective(epoch).attack(eps, step_size, config.attack_steps, config.ball)
+        attack = self._objective(epoch).attack(eps, step_size, config.training_steps, config.ball)
+        return replace(attack, loss_scale=FIRST_SCALE) if config.precision == "fp16" else attack
 
     @property
     def evaluated(self) -> nn.Module:
@@ -219,8 +233,9 @@ class Run:
             NonFiniteError: a loss was not finite.
         """
         self.begin_epoch()
-        for x, y in self.batches.epoch(self.epoch, start=self.batch):
-            self.step(x, y)
+        position = self.epoch, self.batch
+        for (x, y), rows in zip(self.batches.epoch(*position), self.batches.rows(*position), strict=True):
+            self.step(x, y, rows)
             on_step()
         on_last()
         return self.trainer.finish_epoch()
@@ -232,20 +247,22 @@ class Run:
         trainer.objective = self._objective(self.epoch)
         trainer.awp = self._awp if self.schedule.awp(self.epoch) else None
 
-    def step(self, x: Tensor, y: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> None:
         """Trains on one batch of the epoch under way.
 
         Args:
             x: natural inputs ``[n, C, H, W]`` in [0, 1]; with several processes, this one's.
             y: labels ``[n]``.
+            rows: where the examples are in the training set, ``[n]``; see :meth:`Trainer.step`.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         self.trainer.attack = self._attack(self.epoch, self.trainer.steps)
-        for group in self.trainer.optimizer.param_groups:
+        beside = [] if self.beside is None else self.beside.param_groups
+        for group in [*self.trainer.optimizer.param_groups, *beside]:
             group["lr"] = self.schedule.lr(self.epoch, self.batch)
-        self.trainer.step(x, y)
+        self.trainer.step(x, y, rows)
         self.batch += 1
         self.average.after_step(self.net, self.epoch + 1, last=self.batch == self.batches.steps)
 
@@ -312,6 +329,12 @@ class Run:
             self.processes.average_buffers(net)
 
     @property
+    def _code(self) -> dict[str, str]:
+        """What tells versions of one's own code apart, by the settings that name it; data are told apart themselves."""
+        named = {name: str(getattr(self.config, name)) for name in ("model", "objective", "optimizer")}
+        return {name: code_identity(text, what=name) for name, text in named.items() if is_address(text)}
+
+    @property
     def _networks(self) -> list[nn.Module]:
         """The network, and behind it the one with averaged weights, if the configuration asks for one."""
         return [self.net] if self.average.model is None else [self.net, self.average.model.module]
@@ -331,9 +354,11 @@ class Run:
             "device": self.processes.device.type,
             "data": self.data,
             "initial": self.initial,
+            "code": self._code,
             "net": self.net.state_dict(),
             "average": None if self.average.model is None else self.average.model.state_dict(),
             "trainer": self.trainer.state_dict(),
+            "beside": None if self.beside is None else self.beside.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
             "history": self.history,
@@ -364,6 +389,13 @@ class Run:
             check_same_data(state["data"], self.data, self.dataset.name)
         else:  # written before the data had an identity
             warnings.warn("this checkpoint does not say what it was trained on: that is not checked", stacklevel=2)
+        for name, identity in self._code.items():
+            if state.get("code", {}).get(name, identity) != identity:
+                warnings.warn(
+                    f"{option(name)} {getattr(self.config, name)}: the file is another one than this run was trained "
+                    "with so far. The run goes on with it as it is now",
+                    stacklevel=2,
+                )
         if self.initial not in (None, state.get("initial")):
             raise ValueError(
                 f"the weights in {self.config.init} are not those that this run started from: bring the old ones back, "
@@ -377,6 +409,8 @@ class Run:
             if every_rank:
                 net.load_state_dict(every_rank[self.processes.rank], strict=False)
         self.trainer.load_state_dict(state["trainer"])
+        if self.beside is not None:
+            self.beside.load_state_dict(state["beside"])
         self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
         best = state["best"]
         self.best = None if best is None else Best(best["epoch"], best["steps"], Accuracy(**best["accuracy"]))

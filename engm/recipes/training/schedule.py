@@ -1,4 +1,4 @@
-"""What changes in the course of a run: learning rate, radius of the attack, FAT's patience, AWP's warm-up.
+"""What changes in the course of a run: learning rate, radius and stopping of the attack, soft labels, AWP's warm-up.
 
 Each of these is a function of the position alone, so a resumed run needs no state for them.
 """
@@ -13,6 +13,10 @@ from ..config import RunConfig
 
 # Zhang et al. (2020) let FAT take 0, 1 and 2 more steps from epochs 0, 50 and 90 of 120 on.
 FAT_PATIENCE_FROM = (50 / 120, 90 / 120)
+# ATES' gap rises from epoch 30 to epoch 70 of 100: linear_gap in train_cifar.yml of chawins/adv-exp (commit e5d817a).
+GAP_RISES = (30 / 100, 70 / 100)
+# Labels move from epoch 70 of 100 on in run_trades_sat.sh of Huang et al. (2020), counted from 1.
+LABELS_MOVE_FROM = 70 / 100
 
 
 # torch.optim.lr_scheduler.OneCycleLR's: the share of the steps that rise, and by what lr is divided first and at last.
@@ -91,6 +95,21 @@ class Schedule:
         if self.config.patience is not None:
             return self.config.patience
         return sum(epoch >= share * self.planned for share in FAT_PATIENCE_FROM)
+
+    def gap(self, epoch: int) -> float:
+        """The difference of probabilities at which ATES' attack stops in an epoch.
+
+        It rises before every epoch, in equal parts, as ``linear_gap`` of the authors' code does.
+        """
+        config = self.config
+        first, last = config.gap_epochs or (round(share * self.planned) for share in GAP_RISES)
+        share = min(max(epoch + 1 - first, 0) / max(last - first, 1), 1.0)
+        return config.gap_first + (config.gap_last - config.gap_first) * share
+
+    def labels_move(self, epoch: int) -> bool:
+        """Whether the labels of self-adaptive training follow the predictions in an epoch."""
+        start = self.config.sat_start or max(1, round(LABELS_MOVE_FROM * self.planned))
+        return epoch + 1 >= start
 
     def awp(self, epoch: int) -> bool:
         """Whether weights are perturbed in an epoch."""

@@ -18,6 +18,8 @@ QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 class Examples:
     """Per-example figures of one step or of many, on the CPU in float64.
 
+    Weights and norms that are not finite are of steps that a loss scaler skipped, and in no mean and no quantile.
+
     Attributes:
         losses: one number an example.
         weights: one an example (one a group and example, where clipping is by group).
@@ -38,7 +40,7 @@ class Examples:
     def summary(self) -> dict[str, float]:
         """Means, quantiles and the clipped fraction, by the names that logs use."""
         found = {"loss": _mean(self.losses), "weight_mean": _mean(self.weights)}
-        found["clipped"] = _mean((self.weights < 1).double())
+        found["clipped"] = _mean((_finite(self.weights) < 1).double())
         found.update(_quantiles("weight", self.weights))
         for name, values in (("norm", self.norms), ("input_norm", self.input_norms)):
             if values is not None:
@@ -121,11 +123,17 @@ def _to_host(parts: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.cat(parts).cpu().double().split([len(part) for part in parts])
 
 
+def _finite(values: Tensor) -> Tensor:
+    """Those that are finite; all of them where none is, which the mean then shows."""
+    finite = values[values.isfinite()]
+    return finite if len(finite) else values
+
+
 def _mean(values: Tensor) -> float:
-    return values.mean().item()
+    return _finite(values).mean().item()
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:
-    """Nearest ranks; a NaN counts as larger than everything."""
-    ranked = values.sort().values
+    """Nearest ranks."""
+    ranked = _finite(values).sort().values
     return {f"{name}_{key}": ranked[round(q * (len(ranked) - 1))].item() for key, q in QUANTILES.items()}

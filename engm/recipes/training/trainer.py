@@ -66,6 +66,8 @@ class Trainer:
             ``"auto"``, which takes one. Steps that cannot be recorded run as they are; :meth:`step_report` says which.
         accumulate: the parts of equal size that every batch is taken in, one after another, each with an attack,
             a forward and a backward pass of its own; the update is that of their sum. Batch norms see a part at a time.
+        scaler: scales the losses of a network in float16, and skips steps whose gradients overflow all the same; their
+            weights are in no figure.
 
     Raises:
         ValueError: ``log_every`` or ``accumulate`` is not positive, or ``step`` is not known or does not run here.
@@ -94,6 +96,7 @@ class Trainer:
         processes: Processes | None = None,
         step: str = "auto",
         accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         for name, count in (("log_every", log_every), ("accumulate", accumulate)):
             if count is not None and count < 1:
@@ -109,6 +112,7 @@ class Trainer:
         self.steps = 0
         self._log_every = log_every
         self._accumulate = accumulate
+        self._scaler = scaler
         self._uses_inputs = bool(getattr(optimizer, "uses_input_grads", False))
         self._captures = self._uses_inputs or bool(getattr(optimizer, "uses_norms", False))
         self._may_borrow = borrow is not False and objective.attack_maximises_it and self._captures
@@ -125,6 +129,7 @@ class Trainer:
             attack,
             objective,
             self._may_borrow,
+            share=1 / accumulate,
         )
         self._recorder = Recorder(self._losses, step)
         self._clock = StepClock(device)
@@ -134,25 +139,27 @@ class Trainer:
         self._seconds: list[float] = []
         self._lrs: list[float] = []  # of the steps whose figures are still on the device
 
-    def step(self, x: Tensor, y: Tensor) -> None:
+    def step(self, x: Tensor, y: Tensor, rows: Tensor | None = None) -> None:
         """Attacks one batch and updates the weights on it.
 
         Args:
             x: natural inputs ``[n, ...]`` in [0, 1]; with several processes, this one's.
             y: labels ``[n]``.
+            rows: where the examples are in the training set, ``[n]``; without them an objective that keeps something of
+                every example keeps nothing of these.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite (found later on a GPU, when figures are looked at).
         """
         try:
-            self._step(x, y)
+            self._step(x, y, rows)
         except NonFiniteError as error:
             raise NonFiniteError(f"the training loss is not finite at step {self.steps + 1}") from error
         self.steps += 1
         if self._log_every is not None and self.steps % self._log_every == 0:
             self._look()
 
-    def _step(self, x: Tensor, y: Tensor) -> None:
+    def _step(self, x: Tensor, y: Tensor, rows: Tensor | None) -> None:
         with self._clock:
             losses = self._losses
             losses.objective = self.objective
@@ -161,35 +168,56 @@ class Trainer:
             losses.borrows = self._may_borrow and self.awp is None and self.attack.eps > 0
             losses.borrows = losses.borrows and (self._borrows_anyway or couples(self.model))
             losses.awp = self.awp
-            parts = zip(x.chunk(self._accumulate), y.chunk(self._accumulate), strict=True)
-            divisor = len(x) if self._accumulate > 1 else None
-            stats = joined([self._part(part, labels, divisor) for part, labels in parts])
+            beside = self.objective.beside
+            rows = None if beside is None else rows
+            count = self._accumulate
+            of_parts = [None] * count if rows is None else rows.chunk(count)
+            parts = zip(x.chunk(count), y.chunk(count), of_parts, strict=True)
+            divisor = len(x) if count > 1 else None
+            scale = 1.0 if self._scaler is None else self._scaler.get_scale()
+            stats = joined([self._part(*part, divisor, scale) for part in parts])
             self._lrs.append(self._lr)
-            self.optimizer.step()
+            if self._scaler is None:
+                self.optimizer.step()
+            else:
+                self._scaler.scale(stats.losses)  # which is when it makes its state
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
             self.optimizer.zero_grad()
+            if beside is not None:
+                beside.step()
         self._figures.add(stats, getattr(self.optimizer, "grad_norm", None))
 
-    def _part(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
-        """Adds a part's share of the batch's gradient; ``divisor`` is the number of examples of all parts."""
-        stats = self._recorder.take(x, y, divisor)
-        return self._eager(x, y, divisor) if stats is None else stats
+    def _part(self, x: Tensor, y: Tensor, rows: Tensor | None, divisor: int | None, scale: float) -> engm.StepStats:
+        """Adds a part's share of the batch's gradient, times a scale.
 
-    def _eager(self, x: Tensor, y: Tensor, divisor: int | None) -> engm.StepStats:
+        ``divisor`` is the number of examples of all parts.
+        """
+        stats = self._recorder.take(x, y, rows, divisor, scale)
+        return self._eager(x, y, rows, divisor, scale) if stats is None else stats
+
+    def _eager(self, x: Tensor, y: Tensor, rows: Tensor | None, divisor: int | None, scale: float) -> engm.StepStats:
         adversarial = self._losses.attacked(x, y)
         x_adv = adversarial.inputs.requires_grad_(self._uses_inputs and not self._losses.borrows)
-        with self._losses.around(x, x_adv, y):
-            losses = self.objective.losses(self._losses.forward, x, x_adv, y)
-            return self._backward(losses, x_adv if x_adv.requires_grad else None, adversarial.measurement, divisor)
+        with self._losses.computed(x, x_adv, y, rows) as losses:
+            inputs = x_adv if x_adv.requires_grad else None
+            return self._backward(losses, inputs, adversarial.measurement, divisor, scale)
 
     def _backward(
-        self, losses: Tensor, inputs: Tensor | None, measurement: engm.Measurement | None, divisor: int | None
+        self,
+        losses: Tensor,
+        inputs: Tensor | None,
+        measurement: engm.Measurement | None,
+        divisor: int | None,
+        scale: float,
     ) -> engm.StepStats:
         optimizer: Any = self.optimizer
+        scaled = {} if scale == 1.0 else {"loss_scale": scale}  # optimizers of others may have no such options
         if self._processes.world == 1:
-            of_all = {} if divisor is None else {"divisor": divisor}  # optimizers of others may have no such option
-            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all)
-        weighted = optimizer.reweight(losses, inputs, measurement=measurement)
-        (weighted.mean() if divisor is None else weighted.sum() / divisor).backward()
+            of_all = {} if divisor is None else {"divisor": divisor}
+            return optimizer.backward(losses, inputs=inputs, measurement=measurement, **of_all, **scaled)
+        weighted = optimizer.reweight(losses, inputs, measurement=measurement, **scaled)
+        (scale * (weighted.mean() if divisor is None else weighted.sum() / divisor)).backward()
         return optimizer.stats
 
     def finish_epoch(self) -> EpochRecord:
@@ -272,6 +300,7 @@ class Trainer:
             "steps": self.steps,
             "figures": pack(self._epoch),
             "seconds": list(self._seconds),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -281,3 +310,5 @@ class Trainer:
         self.steps = state["steps"]
         self._epoch = unpack(state["figures"])
         self._seconds = list(state["seconds"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state["scaler"])

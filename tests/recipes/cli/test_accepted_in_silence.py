@@ -68,6 +68,35 @@ def test_an_option_given_twice_is_an_error(tmp_path: Path) -> None:
     assert "no run folder" in refused("evaluate", tmp_path, "--attack", "pgd20", "--attack", "natural")
 
 
+@pytest.mark.parametrize(
+    ("typed", "here"),
+    [("--learning-rate", "--lr"), ("--batch_size", "--batch-size"), ("--epsilon=0.1", "--eps"), ("--arch", "--model")],
+)
+def test_an_option_of_other_scripts_is_named_as_it_is_called_here(tmp_path: Path, typed: str, here: str) -> None:
+    message = refused("train", typed, "1", "--out", tmp_path / "run", status=2)
+    assert f"No such option: {typed.split('=')[0]}; here it is {here}" in message
+    assert "here it is" not in refused("report", tmp_path, typed, "1", status=2)  # which has none of these
+
+
+def test_code_and_tables_that_do_not_say_which(tmp_path: Path) -> None:
+    for name in ("model", "data", "objective", "optimizer"):
+        message = refused("train", f"--{name}", "net.py", "--out", tmp_path / "run")
+        assert "net.py is a Python file: say which function or class in it, as net.py:NAME" in message
+    file = tmp_path / "settings.toml"
+    file.write_text("[train]\nlr = 0.1\n")
+    assert "take the line [train] out" in refused("train", "--config", file, "--out", tmp_path / "run")
+
+
+def test_an_attack_for_more_classes_is_refused_before_the_first_begins(npz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert engm("train", *on_npz(npz), "--optimizer", "msgd", "--out", out).exit_code == 0
+    message = refused("evaluate", out, "--attack", "natural,autoattack")
+    assert "--attack autoattack needs 4 classes, and there are 3: take --attack autoattack-untargeted" in message
+    assert not (out / "evaluation.json").exists()
+    assert engm("evaluate", out, "--attack", "natural, pgd2", "--checkpoint", "last").exit_code == 0
+    assert json.loads((out / "evaluation.json").read_text())["last"].keys() == {"natural", "pgd2"}
+
+
 def test_the_first_line_says_what_begins_or_goes_on_and_on_which_data(tmp_path: Path) -> None:
     def first_line(*arguments: object) -> str:
         result = engm("train", *arguments)

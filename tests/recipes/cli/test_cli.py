@@ -146,8 +146,13 @@ def test_compare(tmp_path: Path) -> None:
     table = (tmp_path / "all" / "comparison.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:4]] == ["MSGD", "N-ENGM"]
     assert all(line.count("±") >= 4 for line in table[2:4])
+    (tmp_path / "all" / "comparison.md").unlink()
     with mock.patch("engm.recipes.training.trainer.Trainer.step", side_effect=AssertionError("trained again")):
-        assert engm(*arguments).exit_code == 0
+        for again in (arguments, ["compare", "--out", tmp_path / "all"]):
+            result = engm(*again)
+            assert result.exit_code == 0, result.output
+    assert f"Going on with the comparison in {tmp_path / 'all'}: msgd, n-engm; seeds 0, 1." in result.output
+    assert (tmp_path / "all" / "comparison.md").read_text().splitlines() == table
     report = engm("report", tmp_path / "all", "--out", tmp_path / "report")
     assert report.exit_code == 0, report.output
     assert (tmp_path / "report" / "report.md").read_text().splitlines()[2:4] == table[2:4]
@@ -161,7 +166,7 @@ def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
     assert "| SNGM | 1 |" in (tmp_path / "all" / "comparison.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "pt2"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "pth", "pt2"])
 def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
     file = tmp_path / "new" / f"net.{kind}"
     result = engm("export", trained, "--out", file, "--checkpoint", "last")
@@ -171,7 +176,7 @@ def test_export(trained: Path, tmp_path: Path, kind: str) -> None:
         from safetensors.torch import load_file
 
         found = load_file(file)
-    elif kind == "pt":
+    elif kind in ("pt", "pth"):
         found = torch.load(file, weights_only=True)
     else:
         program = torch.export.load(file).module()

@@ -64,6 +64,7 @@ def test_the_public_names_do_not_hang_on_the_order_of_imports() -> None:
         "assert torch.ops.engm.linear_norm_sq"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", "import engm; engm.adversarial.PGD"], check=True)
     subprocess.run([sys.executable, "-c", "import torch, engm; torch.ops.engm.linear_norm_sq"], check=True)
 
 

@@ -93,12 +93,27 @@ def test_npz(tmp_path: Path) -> None:
             r"x_train\.transpose\(0, 2, 3, 1\)",
         ),
         ({"x_test": np.zeros((7, 1, 8, 8), dtype=np.uint8)}, r"save x_test\.transpose"),
+        ({"x_train": np.full((20, 4, 5, 3), 0.5)}, r"Save \(x_train \* 255\)\.round\(\)\.astype\(np\.uint8\) in its"),
+        ({"x_train": np.full((20, 4, 5, 3), 200.0)}, r"Save \(x_train\)\.round\(\)\.astype\(np\.uint8\) in its"),
+        ({"x_train": np.full((20, 4, 5, 3), -1.5)}, r"between -1\.5 and -1\.5: save them as they were before norm"),
+        ({"x_train": np.zeros((20, 4, 5), np.uint8)}, r"Save x_train\[\.\.\., None\] in its place"),
+        ({"x_train": np.zeros((20, 4, 5), np.int64)}, r"Save x_train\[\.\.\., None\]\.astype\(np\.uint8\) in its"),
     ],
 )
 def test_npz_that_is_not_as_described(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
     path = write(tmp_path, **arrays(**changes))
     with pytest.raises(ValueError, match=message):
         load_npz(path, validation_examples=5)
+
+
+def test_npz_with_labels_from_1(tmp_path: Path) -> None:
+    content = arrays()
+    counted = {name: content[name] + 1 for name in ("y_train", "y_test")}
+    with pytest.warns(UserWarning, match="no training image has the class 0 of 0 to 6: do labels count from 1"):
+        assert load_npz(write(tmp_path, **{**content, **counted}), validation_examples=5).classes == 7
+    gap = {"y_train": np.where(content["y_train"] == 3, 4, content["y_train"]), "y_test": np.zeros(7, np.int64)}
+    with pytest.warns(UserWarning, match=r"no training image has the class 3 of 0 to 5$"):
+        load_npz(write(tmp_path, **{**content, **gap}), validation_examples=5)
 
 
 def test_npz_with_validation_images_from_the_test_set(tmp_path: Path) -> None:

@@ -111,6 +111,12 @@ def test_a_run_goes_on_from_its_folder(file: Path, tmp_path: Path, monkeypatch: 
     ends = [RunFolder(tmp_path / name).weights("last") for name in ("whole", "killed")]
     assert (ends[0].epoch, ends[1].epoch) == (2, 2)
     assert same(ends[0].weights, ends[1].weights)
+    file.write_text(SOURCE.replace("alpha=0.5", "alpha=0.4"))
+    with pytest.warns(UserWarning, match="the file is another one") as said:
+        train(replace(found, epochs=3), tmp_path / "killed", CPU, dataset=tiny_dataset())
+    text = " ".join(str(warning.message) for warning in said)
+    for name in ("objective", "optimizer"):
+        assert f"--{name} {getattr(found, name)}: the file is another one than this run was trained with so far" in text
 
 
 def test_what_is_refused(file: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tiny_runs import PLAIN, tiny_dataset
 from torch import nn
 
 import engm
-from engm.adversarial import AWP, PGD, VANILLA
+from engm.adversarial import AWP, OBJECTIVES, PGD, VANILLA
 from engm.recipes.config import RunConfig
 from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import RunFolder, train
@@ -58,6 +58,8 @@ def assert_same(one: Run, other: Run) -> None:
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert timeless(one.history) == timeless(other.history)
     assert same(one.trainer.state_dict(), other.trainer.state_dict())
+    if one.beside is not None and other.beside is not None:
+        assert same(one.beside.state_dict(), other.beside.state_dict())
 
 
 def assert_recorded_as_eager(config: RunConfig, least: int) -> StepReport:
@@ -70,11 +72,11 @@ def assert_recorded_as_eager(config: RunConfig, least: int) -> StepReport:
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("objective", ["pgd", "trades", "mart", "fat"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective: str, norm: str) -> None:
     """Twelve steps over three epochs with a validation after each; the learning rate decays twice."""
-    config = replace(PLAIN, objective=objective, norm=norm, decay_epochs=(1, 2))
-    if objective == "fat":  # which is recorded in training mode alone
+    config = replace(PLAIN, objective=objective, norm=norm, decay_epochs=(1, 2), gap_epochs=(0, 1), sat_start=1)
+    if objective in ("fat", "ates"):  # which are recorded in training mode alone
         config = replace(config, patience=1, attack_mode="train")
     report = assert_recorded_as_eager(config, 6 if norm == "batch" else 9)
     assert report.recorded <= 1, "neither an epoch nor a learning rate makes a new kind of step"
@@ -184,6 +186,7 @@ def test_a_radius_that_grows_runs_eagerly_and_says_so() -> None:
     ("change", "reason"),
     [
         ({"objective": "fat"}, "drop out of the attack's batch"),
+        ({"objective": "ates"}, "drop out of the attack's batch"),
         ({"objective": "trades", "optimizer": "n-engm"}, "reads input gradients"),
     ],
 )
@@ -201,10 +204,11 @@ def test_what_is_never_recorded_runs_eagerly_and_says_so(change: dict[str, Any],
 
 @needs_traced_draws
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
+@pytest.mark.parametrize("objective", ["pgd", "trades", "mart", "lbgat", "self-adaptive"])
 def test_perturbed_weights(objective: str, norm: str) -> None:
     """AWP, from its warm-up on: the program perturbs the weights and puts them back."""
     config = replace(PLAIN, objective=objective, awp=True, awp_warmup=1, norm=norm, epochs=4, calibrate_every=50)
+    config = replace(config, sat_start=1)
     assert assert_recorded_as_eager(config, 4).recorded == 2
 
 
