@@ -78,6 +78,8 @@ _MART_WIDE_CODE = "YisenWang/MART, train_wideresnet.py"
 _AWP_CODE = "csdongxian/AWP, trades_AWP/train_trades_cifar.py"
 _FAT_CODE = "zjfheart/Friendly-Adversarial-Training, FAT.py"
 _LBGAT_CODE = "dvlab-research/LBGAT, train_lbgat_cifar100.py"
+_BS_CODE = "jinghuichen/BackwardSmoothing, train_trades_backward.py"
+_ATES_CODE = "chawins/adv-exp, train_cifar.yml and train_cifar.py, set for a ResNet"
 _SAT_CODE = "LayneH/self-adaptive-training, main_adv.py and scripts/cifar10/run_trades_sat.sh"
 
 
@@ -134,9 +136,15 @@ SETUPS: dict[str, Setup] = {
     ),
     "bs": Setup(
         {"objective": "backward-smoothing"},
-        (Published("lr", 0.1, "Chen et al. 2020, section 5; code was not found, so the rest is this paper's"),),
+        (Published("beta", 10.0, "jinghuichen/BackwardSmoothing, README.md"), Published("lr", 0.1, _BS_CODE),
+         Published("weight_decay", 5e-4, _BS_CODE)),
+        _length(100, (50, 75), _BS_CODE),
     ),
-    "ates": Setup({"objective": "ates"}),  # its authors' code was not found: all is this paper's
+    "ates": Setup(
+        {"objective": "ates"},
+        (Published("lr", 0.05, _ATES_CODE), Published("weight_decay", 5e-4, _ATES_CODE)),
+        _length(100, (40, 60, 80), _ATES_CODE),
+    ),
 }  # fmt: skip
 """The set-ups by the names of rows of Tables 3 and 4."""
 
