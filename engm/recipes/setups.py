@@ -46,8 +46,8 @@ class Setup:
     Attributes:
         chosen: what makes a run of the method, as ``objective``, which no user chooses otherwise in these tables.
         published: learning rates and their like.
-        length: the authors' number of epochs and those after which they divide the learning rate by ten. Their code
-            divides *at* an epoch, counted from 1, mostly: at the 75th is after 74.
+        length: the authors' number of epochs and those after which they divide the learning rate by ten, for Table 4.
+            Their code divides *at* an epoch, counted from 1, mostly: at the 75th is after 74.
     """
 
     chosen: dict[str, Any]
@@ -78,6 +78,8 @@ _MART_WIDE_CODE = "YisenWang/MART, train_wideresnet.py"
 _AWP_CODE = "csdongxian/AWP, trades_AWP/train_trades_cifar.py"
 _FAT_CODE = "zjfheart/Friendly-Adversarial-Training, FAT.py"
 _LBGAT_CODE = "dvlab-research/LBGAT, train_lbgat_cifar100.py"
+_BS_CODE = "jinghuichen/BackwardSmoothing, train_trades_backward.py"
+_ATES_CODE = "chawins/adv-exp, train_cifar.yml and train_cifar.py, set for a ResNet"
 _SAT_CODE = "LayneH/self-adaptive-training, main_adv.py and scripts/cifar10/run_trades_sat.sh"
 
 
@@ -98,7 +100,6 @@ SETUPS: dict[str, Setup] = {
     "mart": Setup(
         {"objective": "mart"},
         (_BETA, Published("lr", 0.01, _MART_CODE), Published("weight_decay", 3.5e-3, _MART_CODE)),
-        _length(120, (74, 89, 99), _MART_CODE),
     ),
     "mart-wide": Setup(  # the same method on a wide network, for which its authors have a file of its own
         {"objective": "mart"},
@@ -129,14 +130,21 @@ SETUPS: dict[str, Setup] = {
     ),
     "berm": Setup(
         {"objective": "self-adaptive"},
-        (_BETA, Published("lr", 0.1, _SAT_CODE), Published("weight_decay", 2e-4, _SAT_CODE)),
+        (Published("beta", 6.0, _SAT_CODE), Published("lr", 0.1, _SAT_CODE),
+         Published("weight_decay", 2e-4, _SAT_CODE)),
         _length(100, (74, 89), _SAT_CODE),
     ),
     "bs": Setup(
         {"objective": "backward-smoothing"},
-        (Published("lr", 0.1, "Chen et al. 2020, section 5; code was not found, so the rest is this paper's"),),
+        (Published("beta", 10.0, "jinghuichen/BackwardSmoothing, README.md"), Published("lr", 0.1, _BS_CODE),
+         Published("weight_decay", 5e-4, _BS_CODE)),
+        _length(100, (50, 75), _BS_CODE),
     ),
-    "ates": Setup({"objective": "ates"}),  # its authors' code was not found: all is this paper's
+    "ates": Setup(
+        {"objective": "ates"},
+        (Published("lr", 0.05, _ATES_CODE), Published("weight_decay", 5e-4, _ATES_CODE)),
+        _length(100, (40, 60, 80), _ATES_CODE),
+    ),
 }  # fmt: skip
 """The set-ups by the names of rows of Tables 3 and 4."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ..config import RunConfig
@@ -18,7 +18,7 @@ from .published import MEAN_GAIN, TABLE1_SECONDS, TABLE2, TABLE3, TABLE4, TABLE5
 from .registry import ANALYSES
 from .statistics import Record, mean_of, selected
 from .step_times import OWN, paper_ratio, ratios
-from .wide_table import RUNNABLE, SYSTEMS
+from .wide_table import SYSTEMS
 
 Documents = Mapping[str, dict[str, Any]]
 NOT_RUN = "not run"
@@ -162,8 +162,6 @@ def _systems(found: Documents) -> Table:
         labels = {"method": method, "optimizer": optimizer}
         (natural, our_natural), (robust, our_robust) = _accuracies(printed, labels, ["Natural", "AA"], document)
         how = command("table4", f"{method}-{optimizer}")
-        if (method, optimizer) not in RUNNABLE:
-            how = "none: no such `--objective`"
         label = f"{SYSTEMS[method].label}, {LABELS[optimizer]}"
         lines.append([label, natural, robust, our_natural, our_robust, _where(document, labels), how])
     return Table(
@@ -329,13 +327,13 @@ def _setup() -> Table:
 
 
 def _setups() -> Table:
-    known = {f.name for f in fields(RunConfig)}
-    lines = [
-        [name, f"`{p.setting}`", _plain(p.value), p.source, "Table 4" if p in setup.length else "Tables 3 and 4"]
-        for name, setup in SETUPS.items()
-        for p in (*setup.published, *setup.length)
-        if p.setting in known
-    ]
+    wide = {system.setup for system in SYSTEMS.values()}
+    lines = []
+    for name, setup in SETUPS.items():
+        tables = ["Table 3"] * (name in METHODS) + ["Table 4"] * (name in wide)
+        for p in setup.published:
+            lines.append([name, f"`{p.setting}`", _plain(p.value), p.source, ", ".join(tables)])
+        lines += [[name, f"`{p.setting}`", _plain(p.value), p.source, "Table 4"] for p in setup.length]
     return Table(
         "From `engm/recipes/setups.py`. `mart-wide` is MART on a wide network, `berm` self-adaptive training, `bs` "
         "backward smoothing. What is not listed is the paper's own set-up.",
