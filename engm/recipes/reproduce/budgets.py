@@ -72,8 +72,9 @@ class Budget:
             own.pop("width", None)
         merged = {**own, **settings, **special}
         config = RunConfig(**merged)
-        eps = config.resolved().eps
-        own_steps = config.training_steps != config.attack_steps  # a method with a number and a size of its own
+        resolved = config.resolved()
+        eps = resolved.eps
+        own_steps = resolved.attack_steps != config.attack_steps  # a method with a number and a size of its own
         if self.step_share is not None and eps and "step_size" not in merged and not own_steps:
             config = replace(config, step_size=self.step_share * eps)
         return config

@@ -189,11 +189,11 @@ def seconds_of(cell: Cell, cost: KindCost, runs: Path) -> float:
     if isinstance(cell, StepTimeCell):
         contenders = len(LABELS) + len(READ_NORMS)
         return 0.0 if trained else cost.step * (cell.steps + WARM_UP) * contenders
-    per_pass = cost.step / (config.batch_size * (config.training_steps + 2))
+    per_pass = cost.step / (config.batch_size * (config.attack_steps + 2))
     passes = sum(measure.passes(config) for measure in cell.measures)
     if trained:
         return passes * per_pass
-    natural = 2 / (config.training_steps + 2) if config.eps == 0 else 1.0
+    natural = 2 / (config.attack_steps + 2) if config.eps == 0 else 1.0
     looks = len(range(config.evaluate_every, config.epochs + 1, config.evaluate_every))
     passes += looks * evaluation_passes(config, cost.validation) + 2 * evaluation_passes(config, cost.test)
     return natural * config.epochs * cost.steps * cost.step + passes * per_pass

@@ -88,7 +88,7 @@ def forecast(cells: Sequence[Cell], runs: Path, device: torch.device, jobs: int 
         if network not in counts:
             counts[network] = count_of(config, data)
         operations, modules = counts[network]
-        passes = config.training_steps + _UPDATE
+        passes = config.attack_steps + _UPDATE
         passes += _SECOND_INPUT * (config.objective != "pgd") + _WEIGHTS_MOVED * config.awp
         one = (1 + _BACKWARD) * operations * config.batch_size / speed + modules * _MODULE_SECONDS
         costs[kind] = KindCost(passes * one, max(1, data.train // config.batch_size), data.validation, data.test)
