@@ -63,7 +63,7 @@ def test_table_4_has_the_authors_lengths_and_the_printed_threshold() -> None:
 def test_budgets_leave_a_method_its_own_step() -> None:
     for budget_name in ("small", "paper"):
         config = rows("table4", budget_name)["bs", "msgd"].config.resolved()
-        assert (config.training_steps, config.step_size) == (1, config.eps)
+        assert (config.attack_steps, config.step_size) == (1, config.eps)
     assert rows("table4", "small")["trades", "msgd"].config.resolved().step_size == pytest.approx(0.4 * 8 / 255)
 
 
