@@ -17,7 +17,12 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = "repository"  # where the site keeps what lies outside of docs/
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s#]+)")
-OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "csrc/README.md": "csrc.md"}  # pages of the site
+OUTSIDE = {  # pages of the site
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "csrc/README.md": "csrc.md",
+    "benchmarks/evidence/protocol.md": "results/protocol.md",
+}
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
 
