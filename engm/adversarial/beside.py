@@ -19,7 +19,14 @@ class Beside(Protocol):
     """What a training step does with the things that a method keeps beside the network.
 
     For every batch, or every part of one, :meth:`before` gives what the losses are computed from besides the batch, and
-    :meth:`after` is told these losses, before their graph is used up. :meth:`step` follows the optimizer's step.
+    :meth:`after` is told these losses, before their graph is used up. :meth:`step` follows the optimizer's step::
+
+        given = beside.before(x, y, rows)
+        losses = objective.losses(model, x, x_adv, y, given)
+        beside.after(given, losses, 1.0)
+        opt.backward(losses)
+        opt.step()
+        beside.step()
     """
 
     def before(self, x: Tensor, y: Tensor, rows: Tensor | None) -> Any:
@@ -89,7 +96,7 @@ class Guide:
     ) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        if held != {id(parameter) for parameter in self._trained}:
+        if not held or held != {id(parameter) for parameter in self._trained}:
             raise ValueError("the optimizer of a guide must hold the trained parameters of the guide, and no others")
         self.net = net.train()
         self.optimizer = optimizer

@@ -145,6 +145,15 @@ def test_labels_move_from_their_epoch_on() -> None:
     torch.testing.assert_close(run.beside.values.sum(1), torch.ones(68))
 
 
+def test_labels_move_once_a_step_where_weights_are_perturbed() -> None:
+    """The loss is then computed twice: to perturb, and at the perturbed weights."""
+    options = {"sat_start": 1, "sat_momentum": 0.5, "epochs": 1, "lr": 1e-9, "norm": "group", "awp_gamma": 1e-6}
+    found = [trained(configured("self-adaptive", awp=awp, **options)).beside for awp in (False, True)]
+    plain, perturbed = (each.values for each in found if isinstance(each, LabelAverages))
+    torch.testing.assert_close(perturbed, plain, rtol=1e-3, atol=1e-4)
+    assert (plain.amax(1) < 0.9).sum() == 64
+
+
 def test_before_its_labels_move_it_is_trades() -> None:
     one, other = (trained(configured(name, epochs=2, sat_start=3)) for name in ("self-adaptive", "trades"))
     for (name, tensor), same in zip(one.net.state_dict().items(), other.net.state_dict().values(), strict=True):

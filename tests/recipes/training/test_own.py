@@ -22,7 +22,7 @@ SOURCE = """
 import torch
 import torch.nn.functional as F
 import engm
-from engm.adversarial import PGD, Objective, cross_entropy, objective
+from engm.adversarial import PGD, LabelAverages, Objective, cross_entropy, objective
 
 def twice(model, x, x_adv, y):
     return cross_entropy(model(x), y) + cross_entropy(model(x_adv), y)
@@ -34,6 +34,7 @@ def mean(model, x, x_adv, y):
     return cross_entropy(model(x_adv), y).mean()
 
 PGD_AGAIN = Objective("again", as_pgd, True, objective("pgd").attack)
+KEEPS = Objective("keeps", as_pgd, True, objective("pgd").attack, LabelAverages(torch.zeros(3, dtype=torch.int64), 2))
 number = 3
 
 def half(model, sgd):
@@ -82,6 +83,13 @@ def test_a_plain_function_is_assumed_to_be_trained_on_pgd_in_evaluation_mode(fil
     config = replace(PLAIN, objective=f"{file}:as_pgd")
     assert config.resolved().attack_mode == "eval"
     assert Run(config, CPU, tiny_dataset()).trainer.attack == found.attack(0.2, 0.05, 2, "linf")
+
+
+def test_an_objective_that_keeps_something_is_refused(file: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"own_training.py:KEEPS keeps something beside the network, which a run would"
+    ):
+        own_objective(f"{file}:KEEPS", eval_mode=True)
 
 
 def test_an_optimizer_written_again_is_the_optimizer(file: Path, tmp_path: Path) -> None:
