@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import CodeType
@@ -39,6 +41,7 @@ from . import _C
 __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
 
 Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
+HungHook = tuple[Callable[[], Any], int]  # a weak reference to a tensor's hooks, and the number of one of them
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
 _LEAF_NODE = torch._C._functions.AccumulateGrad
@@ -266,11 +269,32 @@ def selective_checkpoint() -> bool:
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
-def put_last(handle: RemovableHandle) -> None:
+def hang_on(tensor: Tensor, hook: Callable[[Any], Any]) -> HungHook:
+    """Hang a hook on a tensor that a node made, as ``tensor.register_hook`` does, which takes longer."""
+    hooks: Any = tensor._backward_hooks
+    if hooks is not None or type(tensor) is not Tensor:
+        handle = tensor.register_hook(hook)
+        return handle.hooks_dict_ref, handle.id
+    number = _hook_number()
+    tensor._backward_hooks = hooks = OrderedDict({number: hook})
+    node: Any = tensor.grad_fn
+    node._register_hook_dict(tensor)
+    return weakref.ref(hooks), number
+
+
+def put_last(hung: HungHook) -> None:
     """Let a hook on a tensor run after the hooks that others put on the same tensor."""
-    hooks = handle.hooks_dict_ref()
+    reference, number = hung
+    hooks = reference()
     if hooks is not None and len(hooks) > 1:
-        hooks[handle.id] = hooks.pop(handle.id)
+        hooks[number] = hooks.pop(number)
+
+
+def _hook_number() -> int:
+    """A number that no hook has."""
+    number = RemovableHandle.next_id
+    RemovableHandle.next_id += 1
+    return number
 
 
 # -- what normalisation layers save -----------------------------------------------------------------------------------
@@ -469,6 +493,26 @@ def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     handle = register_module_forward_hook(hook, with_kwargs=True)
     cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
     return handle
+
+
+@contextmanager
+def first_forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While this context is open, a forward hook ``(module, args, kwargs, output)`` runs first on each of the modules.
+
+    They are hung as ``module.register_forward_hook`` does, which takes as long as a small layer.
+    """
+    number = _hook_number()  # the same everywhere
+    try:
+        for module, hook in hooks.items():
+            own: Any = module._forward_hooks
+            own[number] = hook
+            own.move_to_end(number, last=False)
+            module._forward_hooks_with_kwargs[number] = True
+        yield
+    finally:
+        for module in hooks:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
 
 
 def running_data_parallel() -> DistributedDataParallel | None:

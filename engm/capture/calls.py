@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
 from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
 from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
+    HungHook,
     Node,
     address_of,
     graph_is_kept,
@@ -86,7 +86,7 @@ class Call:
         shape: of the output; of a whole call its batch alone.
         batch: length of the output's first dimension.
         output_nr: which output of the node it is.
-        hooks: handles of the hooks on its outputs.
+        hooks: the hooks on its outputs.
         input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of its inputs that no node made.
         input_is_index: whether these hold integers.
@@ -117,20 +117,14 @@ class Call:
         self.name = name
         self.module = module
         self.rule = rule
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[HungHook] = []
         self.parameters = trained_of(module)
 
     def _keep(self, activations: Activations) -> None:
-        nodes: list[Node] = []
-        given = []
-        for tensor in activations if isinstance(activations, tuple) else (activations,):
-            if tensor is not None:
-                node = tensor.grad_fn
-                if node is None:
-                    given.append(tensor)
-                else:
-                    nodes.append(node)
-        self.input_nodes = nodes
+        tensors = activations if isinstance(activations, tuple) else (activations,)
+        made = [(tensor, tensor.grad_fn) for tensor in tensors if tensor is not None]
+        given = [tensor for tensor, node in made if node is None]
+        self.input_nodes: list[Node] = [node for _, node in made if node is not None]
         self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
         self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
         self._activations: Activations | None = activations if self.reads else None
@@ -147,8 +141,8 @@ class Call:
 
     def put_hook_last(self) -> None:
         """Let hooks that the user put on the output go first: the gradient that they return is the one that counts."""
-        for handle in self.hooks:
-            put_last(handle)
+        for hung in self.hooks:
+            put_last(hung)
 
     def on_backprop(self, backprops: Any) -> None:
         """Tensor hook: hand the gradient of the output to the collector; in any other backward pass, let go.

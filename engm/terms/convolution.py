@@ -19,6 +19,8 @@ from .base import LocalCorrection, PerExampleGradient, Term
 from .factors import Factors, cheaper_to_scale, refuse_correction
 from .owners import Owners
 
+MOST_IN_A_STACK = 1 << 21  # products in a weight gradient for which oneDNN on the CPU is not worth its beginning
+
 
 @dataclass(frozen=True)
 class ConvGeometry:
@@ -131,7 +133,10 @@ class ConvFactors(Factors):
 
 
 def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The weight gradient summed over the batch, by ATen (oneDNN, cuDNN).
+    """The weight gradient summed over the batch.
+
+    ATen's operators compute it (oneDNN, cuDNN). On the CPU oneDNN takes 60 µs to begin with, so there a small gradient
+    is that of one example which has all images of the batch in a stack.
 
     Args:
         inputs: ``[n, C, *S]``.
@@ -142,6 +147,12 @@ def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeomet
         ``[d, C / groups, *kernel]`` in the dtype of the operands.
     """
     shape = (backprops.shape[1], inputs.shape[1] // geometry.groups, *geometry.kernel_size)
+    small = backprops.numel() * prod(shape[1:]) <= MOST_IN_A_STACK and len(shape) < 5
+    if small and inputs.is_cpu and inputs.dtype in (torch.float32, torch.float64):
+        x, gy = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (inputs, backprops))
+        one = geometry.of_stack()
+        _, of_all = ops.conv_grads(x, gy, one.kernel_size, one.stride, one.padding, one.dilation, one.groups)
+        return of_all.view(shape)
     weight = inputs.new_empty(1).expand(shape)  # only its shape is read
     _, gradient, _ = torch.ops.aten.convolution_backward(
         backprops,
