@@ -9,10 +9,11 @@ and on the newest.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import CodeType
 from typing import Any, cast
@@ -78,7 +79,7 @@ def leaf_of(node: Node) -> Tensor | None:
 
 def node_outputs(node: Node) -> Sequence[Any]:
     """What a node knows of each of its outputs: ``shape``, ``dtype`` and ``device``."""
-    return cast(Sequence[Any], node._input_metadata)
+    return cast("Sequence[Any]", node._input_metadata)
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -161,6 +162,14 @@ def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def saved_options(node: Node) -> tuple[Any, ...]:
     """What an operator's node saved that is no tensor: dimensions, sizes, and other arguments of the operator."""
     return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
+
+
+def options_reader(node: Node) -> Callable[[Node], Hashable]:
+    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone."""
+    names = [f"_saved_{name}" for name in _saved_names(_kind(node))[0]]
+    if not names or any(isinstance(getattr(node, name), list) for name in names):
+        return saved_options
+    return operator.attrgetter(*names)
 
 
 def _plain(value: Any) -> Any:
@@ -438,7 +447,7 @@ CALL_OF_A_MODULE = ("forward", "_is_full_backward_hook", "_compiled_call_impl") 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters that the module holds itself, by name; None for one that was left out."""
-    return cast(Mapping[str, "nn.Parameter | None"], module._parameters)
+    return cast("Mapping[str, nn.Parameter | None]", module._parameters)
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:

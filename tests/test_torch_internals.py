@@ -281,6 +281,17 @@ def test_saves_data():
     assert not internals.saves_data(Ordered.apply(x, torch.tensor([2, 0, 1])).grad_fn)
 
 
+def test_options_reader():
+    """Equal where the options are, and another where they are not."""
+    nodes = [(leaf(3, 4) * 1).select(dim, index).grad_fn for dim, index in ((1, 2), (1, 2), (0, 2), (1, -1))]
+    read = internals.options_reader(nodes[0])
+    first, same, *others = (read(node) for node in nodes)
+    assert hash(first) == hash(same)
+    assert first == same
+    assert first not in others
+    assert internals.options_reader((leaf(2) * leaf(2)).grad_fn)(nodes[0]) == internals.saved_options(nodes[0])
+
+
 def test_saved_options():
     assert set(internals.saved_options((leaf(3, 4) * 1).select(1, 2).grad_fn)) == {1, 2, (3, 4)}
 

@@ -8,7 +8,7 @@ the model.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -122,14 +122,22 @@ class Call:
 
     def _keep(self, activations: Activations) -> None:
         tensors = activations if isinstance(activations, tuple) else (activations,)
-        made = [(tensor, tensor.grad_fn) for tensor in tensors if tensor is not None]
-        given = [tensor for tensor, node in made if node is None]
-        self.input_nodes: list[Node] = [node for _, node in made if node is not None]
+        self.input_nodes: list[Node] = []
+        given = []
+        for tensor in tensors:
+            if tensor is not None:
+                node = tensor.grad_fn
+                if node is None:
+                    given.append(tensor)
+                else:
+                    self.input_nodes.append(node)
         self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
         self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
         self._activations: Activations | None = activations if self.reads else None
-        self._weak = _each(weakref.ref, activations)
-        self._versions = _each(version_of, activations)
+        if isinstance(activations, Tensor):
+            self._weak, self._versions = weakref.ref(activations), version_of(activations)
+        else:
+            self._weak, self._versions = _each(weakref.ref, activations), _each(version_of, activations)
 
     @staticmethod
     def _find_producer(activations: Activations) -> Call | None:
@@ -162,6 +170,9 @@ class Call:
         Raises:
             RuntimeError: it was freed by an earlier backward pass, or changed in place.
         """
+        kept = self._activations
+        if isinstance(kept, Tensor) and version_of(kept) == self._versions:  # as almost always
+            return kept.detach()
         return _each(Tensor.detach, self._checked())
 
     def _checked(self) -> Activations:
@@ -304,9 +315,10 @@ class Capture:
         self.input_shape: tuple[int, ...] = ()
         self.input_storages: frozenset[int] = frozenset()
 
-    def note_inputs(self, inputs: Any) -> None:
+    def note_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
-        leaves = tree_leaves(inputs, is_leaf=_is_packed)
+        bare = not kwargs and all(type(value) is Tensor for value in args)
+        leaves = args if bare else tree_leaves((args, kwargs), is_leaf=_is_packed)
         packed = any(map(_is_packed, leaves))
         parts = [part for leaf in leaves for part in (leaf if _is_packed(leaf) else (leaf,))]
         tensors = [part for part in parts if isinstance(part, Tensor)]

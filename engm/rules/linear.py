@@ -51,7 +51,10 @@ class _MatrixRule(Rule):
 
 def _by_position(tensor: Tensor) -> Tensor:
     """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1).flatten(1, -2)
+    dims = tensor.dim()
+    if dims == 3:
+        return tensor
+    return tensor.unsqueeze(1) if dims == 2 else tensor.unsqueeze(1).flatten(1, -2)
 
 
 @add_rule(nn.Linear)

@@ -200,7 +200,9 @@ class _TrailingNormRule(Rule):
     ) -> dict[str, Term]:
         n, shape = backprops.shape[0], tuple(module.normalized_shape)
         positions = prod(backprops.shape[1 : backprops.dim() - len(shape)])
-        x, gy = (t.reshape(n, positions, prod(shape)) for t in (activations, backprops))
+        x, gy = activations, backprops
+        if x.dim() != 3 or len(shape) != 1:
+            x, gy = (t.reshape(n, positions, prod(shape)) for t in (x, gy))
         mean, rstd = saved
         mean = None if mean is None else mean.reshape(n, positions, 1)
         return affine_terms((x, gy, mean, rstd.reshape(n, positions, 1), 2), names, shape)

@@ -87,6 +87,9 @@ class PositionFactors(Factors):
         tensors = {}
         for name in self.by_example:
             tensor = getattr(self, name)
+            if outer == 1:  # an example's rows lie side by side, and so do their positions
+                tensors[name] = tensor.reshape(n, inner * tensor.shape[1], *tensor.shape[2:])
+                continue
             split = tensor.unflatten(0, (outer, n, inner)).transpose(0, 1)
             tensors[name] = split.flatten(1, 3)
         return replace(self, **tensors)  # type: ignore[type-var]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._C import sum_of_outer_products
 from ..ops import accumulation_dtype
 from .base import CHUNK_BYTES, LocalCorrection, PerExampleGradient, Term
 from .factors import PositionFactors, cheaper_to_scale, refuse_correction
@@ -53,7 +54,7 @@ class LinearFactors(PositionFactors):
     def sum_of_scaled(self, scaled: Tensor) -> Tensor:
         left, right = self.backprops, self.activations
         left, right = (scaled, right) if self.to_scale() is left else (left, scaled)
-        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+        return sum_of_outer_products(left, right)
 
     def dense(self, rows: slice) -> Tensor:
         gradients = ops.linear_grads(self.activations[rows], self.backprops[rows])[1]
