@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from .base import LocalCorrection, PerExampleGradient, Term
-from .factors import Factors, cheaper_to_scale, refuse_correction
+from .factors import Factors, cheaper_to_keep, cheaper_to_scale, refuse_correction
 from .owners import Owners
 
 MOST_IN_A_STACK = 1 << 21  # products in a weight gradient for which oneDNN on the CPU is not worth its beginning
@@ -94,7 +94,9 @@ class ConvFactors(Factors):
         return ops.conv_norm_sq(self.inputs, self.backprops, *self._read(), **correction)
 
     def compact(self) -> Term:
-        if prod(self.gradient_shape) * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
+        elements = prod(self.gradient_shape) * self.inputs.shape[0]
+        smaller = elements < self.inputs.numel() + self.backprops.numel()
+        if not (smaller or cheaper_to_keep(elements, prod(self.backprops.shape[2:]), self.inputs)):
             return self
         norm_sq, gradients = ops.conv_grads(self.inputs, self.backprops, *self._read())
         return PerExampleGradient(self._unstacked(gradients), norm_sq)

@@ -13,7 +13,7 @@ from .. import ops
 from .._C import sum_of_outer_products
 from ..ops import accumulation_dtype
 from .base import CHUNK_BYTES, LocalCorrection, PerExampleGradient, Term
-from .factors import PositionFactors, cheaper_to_scale, refuse_correction
+from .factors import PositionFactors, cheaper_to_keep, cheaper_to_scale, refuse_correction
 from .owners import Owners
 
 
@@ -43,7 +43,7 @@ class LinearFactors(PositionFactors):
 
     def compact(self) -> Term:
         positions, p, d = *self.activations.shape[1:], self.backprops.shape[2]
-        if p * d >= positions * (p + d):
+        if p * d >= positions * (p + d) and not cheaper_to_keep(self.examples * p * d, positions, self.backprops):
             return self
         norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
         return PerExampleGradient(gradients, norm_sq)
