@@ -227,7 +227,8 @@ class TermCollector:
         if call.rule.whole_call:
             self._receive_whole(call, layout, backprops)
             return
-        backprops = backprops.detach()
+        if backprops.requires_grad:
+            backprops = backprops.detach()
         if backprops.numel() == 0 or not (call.parameters or id(call) in self._feeding):
             return
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads

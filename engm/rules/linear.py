@@ -67,7 +67,7 @@ class LinearRule(_MatrixRule):
         return output.dim() == 1
 
     def factors(self, activations: Tensor, backprops: Tensor) -> Term:
-        return LinearFactors(_by_position(activations.to(backprops.dtype)), backprops)
+        return LinearFactors(_by_position(ops.in_type(activations, backprops.dtype)), backprops)
 
     def cost(
         self,

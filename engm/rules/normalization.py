@@ -43,7 +43,7 @@ def affine_terms(
     """
     x, gy, mean, rstd, channel_dim = views
     # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: what the layer normalised was x cast.
-    norm_sq, scale, shift = ops.affine_norm_sq(x.to(gy.dtype), gy, mean, rstd, channel_dim)
+    norm_sq, scale, shift = ops.affine_norm_sq(ops.in_type(x, gy.dtype), gy, mean, rstd, channel_dim)
     norm_of_scale, norm_of_shift = norm_sq.unbind(0)
     found = {"weight": (scale, norm_of_scale), "bias": (shift, norm_of_shift)}
     if shape is not None and len(shape) != 1:

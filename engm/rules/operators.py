@@ -144,7 +144,7 @@ def _outer(entry: Entry, rows: Rows | None, a: Tensor | None, b: Tensor) -> Term
     """The term of a matrix ``[p, d]`` with the gradient ``sum_r a_r b_r^T`` over rows ``a [R, p]`` and ``b [R, d]``."""
     if a is None or rows is None:
         return None
-    a, b = (t.unsqueeze(1) for t in (a.to(b.dtype), b))
+    a, b = (t.unsqueeze(1) for t in (ops.in_type(a, b.dtype), b))
     return rows.add_up(LinearFactors(a, b) if entry.transposed else LinearFactors(b, a))
 
 

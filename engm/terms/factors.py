@@ -13,7 +13,6 @@ from .. import ops
 from .base import LocalCorrection
 from .scattered import RowTerm
 
-
 KEPT_ELEMENTS = 1 << 18  # of small gradients: a megabyte in float32
 
 
