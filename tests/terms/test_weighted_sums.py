@@ -112,3 +112,17 @@ def test_a_small_convolution_is_summed_as_one_example(monkeypatch, at_most, shap
     (want,) = torch.autograd.grad(outputs, weight, gy)
     torch.testing.assert_close(conv_weight_gradient(x, gy, geometry), want, rtol=1e-13, atol=1e-13)
     assert stacks == ([1] if at_most and len(shape) < 5 else [])
+
+
+@pytest.mark.parametrize(("positions", "most", "kept"), [(16, 1 << 18, True), (15, 1 << 18, False), (16, 1, False)])
+def test_small_gradients_are_formed_once(monkeypatch, positions, most, kept):
+    monkeypatch.setattr("engm.terms.factors.KEPT_ELEMENTS", most)
+    a, b = (torch.randn(N, positions, size, dtype=torch.float64) for size in (40, 50))
+    x, gy = (torch.randn(N, channels, positions, dtype=torch.float64) for channels in (30, 40))
+    same = ConvGeometry((3,), (1,), (1,), (1,), 1)
+    weights = torch.rand(N, dtype=torch.float64)
+    for term in (LinearFactors(a, b), ConvFactors(x, gy, same)):
+        compact = term.compact()
+        assert isinstance(compact, PerExampleGradient) is kept
+        torch.testing.assert_close(compact.squared_norm(), term.squared_norm())
+        torch.testing.assert_close(compact.weighted_sum(weights), term.weighted_sum(weights))
