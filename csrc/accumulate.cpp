@@ -21,7 +21,7 @@ std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, in
               "position_sums: expected gradients [n, ., .] and dim 1 or 2, got gradients ", gradients.sizes(),
               " and dim ", dim, ".");
   const at::ScalarType type = compute_type(gradients, gradients, "position_sums");
-  const at::Tensor sums = gradients.size(dim) == 1 ? gradients.select(dim, 0).to(type)
+  const at::Tensor sums = gradients.size(dim) == 1 ? as_type(gradients.select(dim, 0), type)
                                                    : at::sum(gradients, at::IntArrayRef{dim}, false, type);
   return {at::sum(at::mul(sums, sums), at::IntArrayRef{1}), sums};
 }
@@ -35,7 +35,7 @@ at::Tensor scaled_accumulate(const OptionalTensor& a_in, const at::Tensor& b_in,
               "scaled_accumulate: expected activations a [n, T, p] with the n and T of b ", b_in.sizes(), ", got a ",
               a_in ? a_in->sizes() : at::IntArrayRef{}, ".");
   const at::ScalarType type = compute_type(a_in ? *a_in : b_in, b_in, "scaled_accumulate");
-  const at::Tensor b = b_in.to(type), w = weights.to(type);
+  const at::Tensor b = as_type(b_in, type), w = as_type(weights, type);
   const int64_t positions = b.size(0) * b.size(1), d = b.size(2);
   if (!a_in) {
     if (positions == 0) return at::zeros({d}, b.options());

@@ -4,8 +4,10 @@
 // cannot look inside, and is given torch.ops.engm (engm/ops.py).
 #include "calls.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/mm.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
@@ -80,6 +82,11 @@ void bind_calls(py::module_& m) {
                 const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); }));
   m.def("untracked_alias", torch::wrap_pybind_function_no_gil([](const at::Tensor& tensor) {
           return at::_unsafe_view_symint(tensor, tensor.sym_sizes());
+        }));
+  // Σ_it left[i, t, :] ⊗ right[i, t, :]
+  m.def("sum_of_outer_products", torch::wrap_pybind_function_no_gil([](const at::Tensor& left, const at::Tensor& right) {
+          const at::AutoDispatchBelowADInplaceOrView below_autograd;
+          return at::mm(left.flatten(0, 1).t(), right.flatten(0, 1));
         }));
 }
 

@@ -16,7 +16,7 @@ std::optional<CorrectionTensors> read_correction(const OptionalTensor& shift, co
     TORCH_CHECK(t.device() == device, op, ": ", name, " must be on the operands' device ", device, ", got ", t.device(),
                 ".");
     TORCH_CHECK(t.sizes() == shape, op, ": ", name, " must have shape ", shape, ", got ", t.sizes(), ".");
-    return t.to(type).contiguous();
+    return as_type(t, type).contiguous();
   };
   return CorrectionTensors{ready(*shift, "shift", per_example), ready(*patch_mean, "patch_mean", mean_shape),
                            ready(*scale, "scale", per_example), ready(*correlation, "correlation", weight_shape)};

@@ -14,6 +14,9 @@ namespace engm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// The tensor in that type. To ask the dispatcher for a cast to the type that is there takes as long as a small operator.
+inline at::Tensor as_type(const at::Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
 // Whether the channels of a map [n, C, *S] lie side by side in memory and its pixels do not, which a form may pay for.
 bool channels_last(const at::Tensor& x);
 

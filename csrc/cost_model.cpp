@@ -172,7 +172,8 @@ Cost conv_cost(int64_t channels, int64_t out_channels, const Sizes& kernel, cons
                const CostTable& table) {
   (void)padding;
   const double g = static_cast<double>(groups);
-  Layer layer{static_cast<double>(channels) / g, static_cast<double>(out_channels) / g, g, product(kernel), channels_last};
+  Layer layer{static_cast<double>(channels) / g, static_cast<double>(out_channels) / g, g, product(kernel),
+              channels_last};
   layer.kernel = kernel, layer.stride = stride, layer.dilation = dilation, layer.in = input, layer.out = output;
   // Pixels that no tap reads (a strided 1×1 convolution) are never touched.
   for (int i = 0; i < 3; ++i)

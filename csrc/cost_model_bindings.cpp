@@ -118,8 +118,10 @@ void bind_cost_model(py::module_& m) {
       .def_readonly("direct_flops", &Cost::direct_flops)
       .def_readonly("gram_flops", &Cost::gram_flops)
       .def_readonly("elements", &Cost::elements)
-      .def_readonly("direct_parts", &Cost::direct_parts, "FLOPs, FLOPs of one step, elements, elements of maps with channels last.")
-      .def_readonly("gram_parts", &Cost::gram_parts, "FLOPs, elements, elements of maps with channels last, numbers added over taps, blocks.")
+      .def_readonly("direct_parts", &Cost::direct_parts,
+                    "FLOPs, FLOPs of one step, elements, elements of maps with channels last.")
+      .def_readonly("gram_parts", &Cost::gram_parts,
+                    "FLOPs, elements, elements of maps with channels last, numbers added over taps, blocks.")
       .def_readonly("direct_time", &Cost::direct_time, "In FLOPs of the direct form.")
       .def_readonly("gram_time", &Cost::gram_time, "In FLOPs of the direct form.")
       .def_property_readonly("form", [](const Cost& cost) { return form_name(cost.form); })

@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "graph_walk.h"
 #include "program.h"
+#include "recurrence.h"
 #include "schemas.h"
 #include "trust_bindings.h"
 #include "unchanged.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_cost_model(m);
   engm::bind_calls(m);
   engm::bind_program(m);
+  engm::bind_recurrence(m);
   engm::bind_unchanged(m);
   engm::bind_graph_walk(m);
   engm::bind_trust(m);

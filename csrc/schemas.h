@@ -3,9 +3,11 @@
 // tensors, in a namespace of its own.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -40,8 +42,20 @@ inline void define_operators(torch::Library& m) {
   m.def("scaled_accumulate(Tensor? a, Tensor b, Tensor weights) -> Tensor", scaled_accumulate);
 }
 
+// A function, within which ATen's operators do not ask for gradients: none of ours is differentiable.
+template <auto function>
+struct BelowAutograd;
+
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct BelowAutograd<function> {
+  static Result call(Arguments... arguments) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return function(std::forward<Arguments>(arguments)...);
+  }
+};
+
 inline void implement_cpu(torch::Library& m) {
-#define ENGM_IMPLEMENT(name) m.impl(#name, cpu::name);
+#define ENGM_IMPLEMENT(name) m.impl(#name, BelowAutograd<cpu::name>::call);
   ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
 #undef ENGM_IMPLEMENT
 }

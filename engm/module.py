@@ -172,7 +172,7 @@ class GradNormModule(nn.Module):
     def _captured(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         capture = Capture(self)
         capture.ranks = active_ranks(self.shard_group)
-        capture.note_inputs((args, kwargs))
+        capture.note_inputs(args, kwargs)
         if self.input_grads_wanted:
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
@@ -298,7 +298,7 @@ class GradNormModule(nn.Module):
 
 def couples(model: GradNormModule) -> bool:
     """Whether some layer takes statistics from the batch, as batch norms in training mode do, in its present mode."""
-    return any(rule.couples(module) for _, module, rule in model._walks.found(_layers_with_rules))
+    return any(rule.couples(module) for (_, module, rule), _ in model._walks.found(_layers_with_rules))
 
 
 Layer = tuple[str, nn.Module, Rule]  # a module by its name, and the module's rule
@@ -314,13 +314,13 @@ def layers_to_capture(net: nn.Module) -> list[Layer]:
     return _those_that_matter(_layers_with_rules(net))
 
 
-def _those_that_matter(layers: list[Layer]) -> list[Layer]:
+def _those_that_matter(layers: list[tuple[Layer, bool]]) -> list[Layer]:
     """Those of :func:`_layers_with_rules` whose calls matter in the modes that they are in."""
-    return [(name, m, rule) for name, m, rule in layers if rule.always or rule.couples(m) or trained_of(m)]
+    return [layer for layer, trained in layers if trained or layer[2].always or layer[2].couples(layer[1])]
 
 
-def _layers_with_rules(net: nn.Module) -> list[Layer]:
-    """The modules whose calls matter in some mode."""
+def _layers_with_rules(net: nn.Module) -> list[tuple[Layer, bool]]:
+    """The modules whose calls matter in some mode, and whether they have trained parameters."""
     layers = []
     for name, module in named_modules(net):
         if isinstance(module, GradNormModule):
@@ -335,7 +335,7 @@ def _layers_with_rules(net: nn.Module) -> list[Layer]:
         if isinstance(rule, str):
             rule = GENERIC  # used where its parameters cannot be told from the graph
         if own or rule.always or type(rule).couples is not Rule.couples:
-            layers.append((name, module, rule))
+            layers.append(((name, module, rule), bool(own)))
     return layers
 
 

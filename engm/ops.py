@@ -414,6 +414,11 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return _operator("weighted_gemm")(a, b, weights)
 
 
+def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes as long as a small operator even where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def accumulation_dtype(t: Tensor) -> torch.dtype:
     """The type that sums over ``t`` are formed in: float64 for float64, float32 for everything narrower.
 

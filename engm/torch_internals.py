@@ -9,8 +9,11 @@ and on the newest.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import CodeType
 from typing import Any, cast
@@ -39,6 +42,7 @@ from . import _C
 __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
 
 Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
+HungHook = tuple[Callable[[], Any], int]  # a weak reference to a tensor's hooks, and the number of one of them
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
 _LEAF_NODE = torch._C._functions.AccumulateGrad
@@ -75,7 +79,7 @@ def leaf_of(node: Node) -> Tensor | None:
 
 def node_outputs(node: Node) -> Sequence[Any]:
     """What a node knows of each of its outputs: ``shape``, ``dtype`` and ``device``."""
-    return cast(Sequence[Any], node._input_metadata)
+    return cast("Sequence[Any]", node._input_metadata)
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -158,6 +162,14 @@ def _saved_names(kind: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def saved_options(node: Node) -> tuple[Any, ...]:
     """What an operator's node saved that is no tensor: dimensions, sizes, and other arguments of the operator."""
     return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
+
+
+def options_reader(node: Node) -> Callable[[Node], Hashable]:
+    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone."""
+    names = [f"_saved_{name}" for name in _saved_names(_kind(node))[0]]
+    if not names or any(isinstance(getattr(node, name), list) for name in names):
+        return saved_options
+    return operator.attrgetter(*names)
 
 
 def _plain(value: Any) -> Any:
@@ -266,11 +278,32 @@ def selective_checkpoint() -> bool:
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
-def put_last(handle: RemovableHandle) -> None:
+def hang_on(tensor: Tensor, hook: Callable[[Any], Any]) -> HungHook:
+    """Hang a hook on a tensor that a node made, as ``tensor.register_hook`` does, which takes longer."""
+    hooks: Any = tensor._backward_hooks
+    if hooks is not None or type(tensor) is not Tensor:
+        handle = tensor.register_hook(hook)
+        return handle.hooks_dict_ref, handle.id
+    number = _hook_number()
+    tensor._backward_hooks = hooks = OrderedDict({number: hook})
+    node: Any = tensor.grad_fn
+    node._register_hook_dict(tensor)
+    return weakref.ref(hooks), number
+
+
+def put_last(hung: HungHook) -> None:
     """Let a hook on a tensor run after the hooks that others put on the same tensor."""
-    hooks = handle.hooks_dict_ref()
+    reference, number = hung
+    hooks = reference()
     if hooks is not None and len(hooks) > 1:
-        hooks[handle.id] = hooks.pop(handle.id)
+        hooks[number] = hooks.pop(number)
+
+
+def _hook_number() -> int:
+    """A number that no hook has."""
+    number = RemovableHandle.next_id
+    RemovableHandle.next_id += 1
+    return number
 
 
 # -- what normalisation layers save -----------------------------------------------------------------------------------
@@ -414,7 +447,7 @@ CALL_OF_A_MODULE = ("forward", "_is_full_backward_hook", "_compiled_call_impl") 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters that the module holds itself, by name; None for one that was left out."""
-    return cast(Mapping[str, "nn.Parameter | None"], module._parameters)
+    return cast("Mapping[str, nn.Parameter | None]", module._parameters)
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
@@ -469,6 +502,26 @@ def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     handle = register_module_forward_hook(hook, with_kwargs=True)
     cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
     return handle
+
+
+@contextmanager
+def first_forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While this context is open, a forward hook ``(module, args, kwargs, output)`` runs first on each of the modules.
+
+    They are hung as ``module.register_forward_hook`` does, which takes as long as a small layer.
+    """
+    number = _hook_number()  # the same everywhere
+    try:
+        for module, hook in hooks.items():
+            own: Any = module._forward_hooks
+            own[number] = hook
+            own.move_to_end(number, last=False)
+            module._forward_hooks_with_kwargs[number] = True
+        yield
+    finally:
+        for module in hooks:
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
 
 
 def running_data_parallel() -> DistributedDataParallel | None:

@@ -51,6 +51,15 @@ def test_weighted_sums_is_its_twin(problem):
     check_sums(ops.weighted_sums(*problem), *problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 3000, 4000])
+def test_few_elements_and_many(size, dtype):
+    """The CPU goes through few elements, 2^14 at most, in loops of its own."""
+    problem = [torch.randn(5, size, dtype=dtype), torch.randn(size, 5, dtype=dtype).t()], torch.rand(5, dtype=dtype)
+    check_scaled(ops.scale_examples(*problem), *problem)
+    check_sums(ops.weighted_sums(*problem), *problem)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_of_zero_does_not_hide_what_is_not_finite(bad):
     t, weights = torch.ones(3, 4), torch.tensor([1.0, 0.0, 1.0])

@@ -20,7 +20,7 @@ from engm import torch_internals as internals
 
 pytestmark = pytest.mark.torch_insides
 
-ALIASES = {"Node", "Statistics"}  # types of ours that name nothing of torch
+ALIASES = {"HungHook", "Node", "Statistics"}  # types of ours that name nothing of torch
 
 
 def public_names() -> list[str]:
@@ -281,6 +281,17 @@ def test_saves_data():
     assert not internals.saves_data(Ordered.apply(x, torch.tensor([2, 0, 1])).grad_fn)
 
 
+def test_options_reader():
+    """Equal where the options are, and another where they are not."""
+    nodes = [(leaf(3, 4) * 1).select(dim, index).grad_fn for dim, index in ((1, 2), (1, 2), (0, 2), (1, -1))]
+    read = internals.options_reader(nodes[0])
+    first, same, *others = (read(node) for node in nodes)
+    assert hash(first) == hash(same)
+    assert first == same
+    assert first not in others
+    assert internals.options_reader((leaf(2) * leaf(2)).grad_fn)(nodes[0]) == internals.saved_options(nodes[0])
+
+
 def test_saved_options():
     assert set(internals.saved_options((leaf(3, 4) * 1).select(1, 2).grad_fn)) == {1, 2, (3, 4)}
 
@@ -357,11 +368,43 @@ def test_shape_of():
 def test_put_last():
     x, order = leaf(2), []
     output = x * 1
-    ours = output.register_hook(lambda _: order.append("ours"))
-    output.register_hook(lambda _: order.append("theirs"))
+    ours = internals.hang_on(output, lambda _: order.append("ours"))
+    theirs = output.register_hook(lambda _: order.append("theirs"))
     internals.put_last(ours)
     output.sum().backward(retain_graph=True)
     assert order == ["theirs", "ours"]
-    ours.remove()
+    theirs.remove()
     output.sum().backward()
-    assert order == ["theirs", "ours", "theirs"]
+    assert order == ["theirs", "ours", "ours"]
+    hooks, _ = ours
+    del output
+    assert hooks() is None  # it keeps nothing alive
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_hang_on(first):
+    """As ``register_hook``: in order, what a hook returns goes on, and the graph is passed as often as one likes."""
+    x = leaf(2)
+    output, seen = x * 3, []
+    hooks = {"ours": lambda g: seen.append(("ours", g.tolist())) or g * 2, "theirs": lambda g: seen.append("theirs")}
+    for name in (first, "theirs" if first == "ours" else "ours"):
+        if name == "ours":
+            internals.hang_on(output, hooks[name])
+        else:
+            output.register_hook(hooks[name])
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        assert gradient.tolist() == [6.0, 6.0]
+    ours = ("ours", [1.0, 1.0])
+    assert seen == ([ours, "theirs"] if first == "ours" else ["theirs", ours]) * 2
+
+
+def test_hang_on_a_tensor_of_another_type():
+    class Kin(Tensor):
+        pass
+
+    x, seen = leaf(2), []
+    output = (x * 1).as_subclass(Kin)
+    internals.hang_on(output, seen.append)
+    output.sum().backward()
+    assert [gradient.tolist() for gradient in seen] == [[1.0, 1.0]]

@@ -244,6 +244,28 @@ def test_some_global_forward_hook():
     assert not internals.some_global_forward_hook()
 
 
+def test_first_forward_hooks():
+    """As ``register_forward_hook(prepend=True, with_kwargs=True)`` on each, and gone afterwards."""
+    first, second, order = nn.Identity(), nn.Identity(), []
+
+    def ours(module, args, kwargs, output):
+        order.append((module, args, kwargs, output))
+        return output + 1
+
+    theirs = first.register_forward_hook(lambda module, args, output: order.append(output))
+    with internals.first_forward_hooks({first: ours, second: ours}):
+        assert first(7) == 8
+        assert second(1) == 2
+        theirs.remove()
+        later = first.register_forward_hook(lambda module, args, output: order.append("later"))
+        assert first(7) == 8
+    assert order == [(first, (7,), {}, 7), 8, (second, (1,), {}, 1), (first, (7,), {}, 7), "later"]
+    assert first(7) == 7
+    later.remove()
+    assert not first._forward_hooks
+    assert not first._forward_hooks_with_kwargs
+
+
 def test_first_global_forward_hook():
     order = []
     theirs = nn.modules.module.register_module_forward_hook(lambda *_: order.append("theirs"))

@@ -127,9 +127,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
     for (int64_t i = 0; fits && i < 3; ++i) fits = t.size(i) == 1 || t.size(i) == x_in.size(i);
     TORCH_CHECK(fits, "affine_norm_sq: ", name, " must be 3-d and broadcast to x ", x_in.sizes(), ", got ", t.sizes(),
                 ". Use sizes of 1 for the dimensions it does not vary over.");
-    return t.to(type);
+    return as_type(t, type);
   };
-  at::Tensor x = x_in.to(type), gy = gy_in.to(type), rstd = statistic(rstd_in, "rstd");
+  at::Tensor x = as_type(x_in, type), gy = as_type(gy_in, type), rstd = statistic(rstd_in, "rstd");
   at::Tensor mean = mean_in ? statistic(*mean_in, "mean") : at::Tensor();
   // A channels_last image that is flattened to [n, C, S] lies as [n, S, C] in memory.
   bool channels_last = channel_dim == 2;

@@ -123,7 +123,7 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a_in.device(), {n, d}, {p},
                                           {d, p}, "linear_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
-  const at::Tensor a = a_in.to(type), b = b_in.to(type);
+  const at::Tensor a = as_type(a_in, type), b = as_type(b_in, type);
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, a.options());
   if (T == 1 && !correction && chosen != Form::kDirect)
     return type == at::kDouble ? rank_one<double>(a, b) : rank_one<float>(a, b);
@@ -141,7 +141,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, x_in.device(), s, kernel_size, "conv_norm_sq");
   Form chosen = parse_form(form, correction.has_value());
-  const at::Tensor x = x_in.to(type), gy = gy_in.to(type);
+  const at::Tensor x = as_type(x_in, type), gy = as_type(gy_in, type);
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());
   if (chosen == Form::kAuto)
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
@@ -153,7 +153,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
 std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::Tensor& b) {
   const ConvShape s = linear_shape(a, b, "linear_grads");
   const at::ScalarType type = compute_type(a, b, "linear_grads");
-  return dispatch_grads(s, a.to(type).transpose(1, 2), b.to(type).transpose(1, 2), {s.n, s.out_channels, s.channels});
+  return dispatch_grads(s, as_type(a, type).transpose(1, 2), as_type(b, type).transpose(1, 2),
+                        {s.n, s.out_channels, s.channels});
 }
 
 std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
@@ -163,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Ten
   const at::ScalarType type = compute_type(x, gy, "conv_grads");
   std::vector<int64_t> sizes{s.n, s.out_channels, s.group_channels()};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
-  return dispatch_grads(s, x.to(type), gy.to(type), sizes);
+  return dispatch_grads(s, as_type(x, type), as_type(gy, type), sizes);
 }
 
 }  // namespace engm::cpu

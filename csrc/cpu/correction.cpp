@@ -126,7 +126,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> correction_factors(const at::Tens
   const at::Tensor y = is_dense_by_position(outputs) ? outputs : outputs.contiguous();
   const bool channels_last = !y.is_contiguous();
   const double root = std::sqrt(double(n) * outputs.size(2));
-  const auto ready = [&](const at::Tensor& t) { return t.to(type).contiguous(); };
+  const auto ready = [&](const at::Tensor& t) { return as_type(t, type).contiguous(); };
   const at::Tensor mean = ready(mean_in), rstd = ready(rstd_in), gain = ready(gain_in), shift = ready(shift_in),
                    scale = ready(scale_in);
   at::Tensor normalised = at::empty_like(y), shifted = at::empty_like(shift), scaled = at::empty_like(scale);

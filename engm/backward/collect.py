@@ -85,6 +85,7 @@ class TermCollector:
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._joined_uses = JoinedUses()
         self._expected: dict[int, int] = {}
+        self._waiting: set[int] = set()  # entries (id) whose terms are formed when the pass is over
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
         self._unknown: dict[int, Tensor] = {}  # id(call) -> rows that had no gradient when the plan was made
@@ -163,7 +164,8 @@ class TermCollector:
         targets: list[Any] = [*sinks, *inputs]
         watched = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or watched)
-        keep_graph = retain_graph or watched or any(entry.waits(graph.trace) for entry in graph.plan.entries)
+        self._waiting = {id(entry) for entry in graph.plan.entries if entry.waits(graph.trace)}
+        keep_graph = retain_graph or watched or bool(self._waiting)
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):
@@ -225,7 +227,8 @@ class TermCollector:
         if call.rule.whole_call:
             self._receive_whole(call, layout, backprops)
             return
-        backprops = backprops.detach()
+        if backprops.requires_grad:
+            backprops = backprops.detach()
         if backprops.numel() == 0 or not (call.parameters or id(call) in self._feeding):
             return
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
@@ -317,6 +320,7 @@ class TermCollector:
             for number, gradient in enumerate(gradients):
                 if gradient is not None and (position, number) in plan.junctions:
                     self._doubt(gradient, plan.junctions[position, number].unknown)
+        waiting = [id(entry) in self._waiting for entry in entries]
         told = self.graph.plan.told
         if told is not None:
             try:
@@ -324,8 +328,7 @@ class TermCollector:
             except UntoldError:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
-        for entry in entries:
-            waits = entry.waits(self.graph.trace)
+        for entry, waits in zip(entries, waiting, strict=True):
             term = None if waits else entry_term(self.graph.entry(entry), gradients)
             if term is None:
                 self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
@@ -334,10 +337,13 @@ class TermCollector:
 
     def _take(self, entry: PlannedEntry, term: Term) -> None:
         """Add the term of a shared tensor to those of the parameters that it was computed from."""
+        if self.graph.trace.enters_as_leaf(entry.position, entry.slot, entry.transposed):
+            for source in entry.sources:
+                self._add(source.parameter, None, term)
+            return
         child, number = self.graph.entry(entry).child
         for source in entry.sources:
-            origin = Origin(child, number, source.rearranged)
-            self._add(source.parameter, None if origin.is_leaf else origin, term)
+            self._add(source.parameter, Origin(child, number, source.rearranged), term)
 
     def _add(self, key: int, origin: Origin | None, term: Term) -> None:
         if key not in self.rows:
@@ -356,13 +362,10 @@ class TermCollector:
 
     def _hold(self, key: int, term: Term) -> None:
         """Take the norms of the one term of a parameter, and keep it if it is wanted."""
-        row = self.rows[key]
         if self.keep:
-            term = term.compact()
+            self.terms[key] = term = term.compact()
         if self.norms:
-            self.squared[row] = term.squared_norm()
-        if self.keep:
-            self.terms[key] = term
+            self.squared[self.rows[key]] = term.squared_norm()
 
     def _correct(self, terms: dict[str, Term], call: Call, batch_norm: Call) -> None:
         """Attach the local correction where it is exact: to the parameters that this call alone uses."""

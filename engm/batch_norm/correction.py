@@ -71,7 +71,7 @@ def local_correction(
     normalised, shift, scale = ops.correction_factors(
         factors, batch_norm.mean, batch_norm.rstd, batch_norm.gain, shift_gradients, scale_gradients
     )
-    normalised = normalised.to(term.backprops.dtype)
+    normalised = ops.in_type(normalised, term.backprops.dtype)
     if isinstance(term, ConvFactors):
         geometry = term.geometry
         correlation = conv_weight_gradient(term.inputs, normalised.view(outputs.shape), geometry)

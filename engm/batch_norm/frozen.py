@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops import in_type
 from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, own_parameters
 
 
@@ -41,7 +42,7 @@ class BatchNormNode:
             return None
         gy = grad_outputs[self.output_nr]
         frozen = gy * self.gain().view([1, -1] + [1] * (gy.dim() - 2))
-        frozen = frozen.to(grad_inputs[self.slot].dtype)
+        frozen = in_type(frozen, grad_inputs[self.slot].dtype)
         return (*grad_inputs[: self.slot], frozen, *grad_inputs[self.slot + 1 :])
 
 

@@ -8,18 +8,18 @@ the model.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.hooks import RemovableHandle
 
 from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
 from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
+    HungHook,
     Node,
     address_of,
     graph_is_kept,
@@ -86,7 +86,7 @@ class Call:
         shape: of the output; of a whole call its batch alone.
         batch: length of the output's first dimension.
         output_nr: which output of the node it is.
-        hooks: handles of the hooks on its outputs.
+        hooks: the hooks on its outputs.
         input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of its inputs that no node made.
         input_is_index: whether these hold integers.
@@ -117,25 +117,27 @@ class Call:
         self.name = name
         self.module = module
         self.rule = rule
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[HungHook] = []
         self.parameters = trained_of(module)
 
     def _keep(self, activations: Activations) -> None:
-        nodes: list[Node] = []
+        tensors = activations if isinstance(activations, tuple) else (activations,)
+        self.input_nodes: list[Node] = []
         given = []
-        for tensor in activations if isinstance(activations, tuple) else (activations,):
+        for tensor in tensors:
             if tensor is not None:
                 node = tensor.grad_fn
                 if node is None:
                     given.append(tensor)
                 else:
-                    nodes.append(node)
-        self.input_nodes = nodes
+                    self.input_nodes.append(node)
         self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
         self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
         self._activations: Activations | None = activations if self.reads else None
-        self._weak = _each(weakref.ref, activations)
-        self._versions = _each(version_of, activations)
+        if isinstance(activations, Tensor):
+            self._weak, self._versions = weakref.ref(activations), version_of(activations)
+        else:
+            self._weak, self._versions = _each(weakref.ref, activations), _each(version_of, activations)
 
     @staticmethod
     def _find_producer(activations: Activations) -> Call | None:
@@ -147,8 +149,8 @@ class Call:
 
     def put_hook_last(self) -> None:
         """Let hooks that the user put on the output go first: the gradient that they return is the one that counts."""
-        for handle in self.hooks:
-            put_last(handle)
+        for hung in self.hooks:
+            put_last(hung)
 
     def on_backprop(self, backprops: Any) -> None:
         """Tensor hook: hand the gradient of the output to the collector; in any other backward pass, let go.
@@ -168,6 +170,9 @@ class Call:
         Raises:
             RuntimeError: it was freed by an earlier backward pass, or changed in place.
         """
+        kept = self._activations
+        if isinstance(kept, Tensor) and version_of(kept) == self._versions:  # as almost always
+            return kept.detach()
         return _each(Tensor.detach, self._checked())
 
     def _checked(self) -> Activations:
@@ -310,9 +315,10 @@ class Capture:
         self.input_shape: tuple[int, ...] = ()
         self.input_storages: frozenset[int] = frozenset()
 
-    def note_inputs(self, inputs: Any) -> None:
+    def note_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
-        leaves = tree_leaves(inputs, is_leaf=_is_packed)
+        bare = not kwargs and all(type(value) is Tensor for value in args)
+        leaves = args if bare else tree_leaves((args, kwargs), is_leaf=_is_packed)
         packed = any(map(_is_packed, leaves))
         parts = [part for leaf in leaves for part in (leaf if _is_packed(leaf) else (leaf,))]
         tensors = [part for part in parts if isinstance(part, Tensor)]

@@ -19,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
+    first_forward_hooks,
     first_global_forward_hook,
+    hang_on,
     is_view,
     selective_checkpoint,
     some_global_forward_hook,
@@ -48,7 +50,7 @@ def hooked(
     """
     thread = threading.get_ident()
     handles = []
-    records = {}
+    records: dict[nn.Module, Record] = {}
     try:
         for name, module, rule in layers:
             before: Before | None = None
@@ -65,10 +67,10 @@ def hooked(
             records[module] = record
         if some_global_forward_hook():
             handles.append(_before_all_hooks(records))
+            yield
         else:
-            for module, record in records.items():
-                handles.append(module.register_forward_hook(record, prepend=True, with_kwargs=True))
-        yield
+            with first_forward_hooks(records):
+                yield
     finally:
         for handle in handles:
             handle.remove()
@@ -102,7 +104,7 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
             activations = activations.detach()
         call = Call(capture, name, module, rule, activations, output)
         node.metadata.setdefault(CALLS_KEY, []).append(call)
-        call.hooks.append(output.register_hook(call.on_backprop))
+        call.hooks.append(hang_on(output, call.on_backprop))
         return replaced
 
     return record
@@ -154,7 +156,7 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
         node = leaves[places[0]].grad_fn
         node.metadata.setdefault(CALLS_KEY, []).append(call)
         for number, place in enumerate(places):
-            call.hooks.append(leaves[place].register_hook(partial(call.on_output, number)))
+            call.hooks.append(hang_on(leaves[place], partial(call.on_output, number)))
         return tree_unflatten(leaves, spec)
 
     return prepare, record

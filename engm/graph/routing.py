@@ -27,6 +27,7 @@ from ..torch_internals import (
     is_python_function,
     node_outputs,
     operator_name,
+    options_reader,
     output_shape,
     passed_to_input,
     saved_option,
@@ -142,13 +143,33 @@ ANYHOW = frozenset(["AsStrided", "AsStridedScatter", "Renorm"])
 Owners = Mapping[tuple[int, int], Tensor]
 
 
+class HashedOnce:
+    """Something whose hash takes long, and is asked for several times.
+
+    Args:
+        value: does not change.
+    """
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value = value
+        self._hash = hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HashedOnce) and self._hash == other._hash and self.value == other.value
+
+
 def skeleton_of(traced: Trace, n: int) -> Hashable:
     """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes."""
     calls = tuple([(id(c.module), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
-    return (n, tuple(map(type, traced.order)), edges, calls, leaves)
+    return HashedOnce((n, tuple(map(type, traced.order)), edges, calls, leaves))
 
 
 def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
@@ -174,7 +195,7 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    return (skeleton, tuple(options), calls, leaves, inputs)
+    return HashedOnce((skeleton, tuple(options), calls, leaves, inputs))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.
@@ -198,11 +219,12 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return _options_of_cat
     if name in ("View", "UnsafeView", "ReshapeAlias", "Expand"):
         return _options_of_view
+    options = options_reader(node)
     if name in ("Repeat", "Squeeze"):
-        return lambda node: (saved_options(node), output_shape(node))
+        return lambda node: (options(node), output_shape(node))
     if name == "AsStrided":
-        return lambda node: (saved_options(node), hands_on(node))
-    return saved_options
+        return lambda node: (options(node), hands_on(node))
+    return options
 
 
 def _options_of_view(node: Node) -> Hashable:

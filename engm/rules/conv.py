@@ -77,7 +77,7 @@ class _ConvolutionRule(Rule):
     ) -> dict[str, Term]:
         terms: dict[str, Term] = {}
         if "weight" in names:
-            terms["weight"] = self.factors(module, activations.to(backprops.dtype), backprops)
+            terms["weight"] = self.factors(module, ops.in_type(activations, backprops.dtype), backprops)
         if "bias" in names:
             norm_sq, sums = ops.position_sums(backprops.flatten(2), 2)
             terms["bias"] = PerExampleGradient(sums, norm_sq)

@@ -184,9 +184,3 @@ def has_rule(entry: Entry) -> bool:
         return False
     zeros = torch.zeros((), dtype=output.dtype, device=output.device).expand(tuple(output.shape))
     return entry_term(entry, [zeros]) is not None
-
-
-def aligned_shape(entry: Entry) -> tuple[int, ...]:
-    """The entering tensor's shape as broadcasting sees it: with leading ones to the rank of the node's output."""
-    rank = len(output_shape(entry.node))
-    return (1,) * (rank - len(entry.shape)) + entry.shape

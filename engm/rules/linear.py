@@ -51,7 +51,10 @@ class _MatrixRule(Rule):
 
 def _by_position(tensor: Tensor) -> Tensor:
     """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(1).flatten(1, -2)
+    dims = tensor.dim()
+    if dims == 3:
+        return tensor
+    return tensor.unsqueeze(1) if dims == 2 else tensor.unsqueeze(1).flatten(1, -2)
 
 
 @add_rule(nn.Linear)
@@ -64,7 +67,7 @@ class LinearRule(_MatrixRule):
         return output.dim() == 1
 
     def factors(self, activations: Tensor, backprops: Tensor) -> Term:
-        return LinearFactors(_by_position(activations.to(backprops.dtype)), backprops)
+        return LinearFactors(_by_position(ops.in_type(activations, backprops.dtype)), backprops)
 
     def cost(
         self,

@@ -43,7 +43,7 @@ def affine_terms(
     """
     x, gy, mean, rstd, channel_dim = views
     # CUDA's autocast runs group and layer norm in float32 on inputs of 16 bits: what the layer normalised was x cast.
-    norm_sq, scale, shift = ops.affine_norm_sq(x.to(gy.dtype), gy, mean, rstd, channel_dim)
+    norm_sq, scale, shift = ops.affine_norm_sq(ops.in_type(x, gy.dtype), gy, mean, rstd, channel_dim)
     norm_of_scale, norm_of_shift = norm_sq.unbind(0)
     found = {"weight": (scale, norm_of_scale), "bias": (shift, norm_of_shift)}
     if shape is not None and len(shape) != 1:
@@ -200,7 +200,9 @@ class _TrailingNormRule(Rule):
     ) -> dict[str, Term]:
         n, shape = backprops.shape[0], tuple(module.normalized_shape)
         positions = prod(backprops.shape[1 : backprops.dim() - len(shape)])
-        x, gy = (t.reshape(n, positions, prod(shape)) for t in (activations, backprops))
+        x, gy = activations, backprops
+        if x.dim() != 3 or len(shape) != 1:
+            x, gy = (t.reshape(n, positions, prod(shape)) for t in (x, gy))
         mean, rstd = saved
         mean = None if mean is None else mean.reshape(n, positions, 1)
         return affine_terms((x, gy, mean, rstd.reshape(n, positions, 1), 2), names, shape)

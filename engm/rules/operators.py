@@ -17,6 +17,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..terms import (
     ConvFactors,
     ConvGeometry,
@@ -31,7 +32,7 @@ from ..terms.layout import Layout
 from ..terms.owners import Owners
 from ..torch_internals import batch_norm_statistics, is_python_function, operator_name
 from .conv import transposed_factors
-from .entries import BATCH_NORMS, Entry, Rows, add_operator, aligned_shape, owners_of
+from .entries import BATCH_NORMS, Entry, Rows, add_operator, owners_of
 from .normalization import affine_terms, by_channel
 
 # -- sums and products with broadcasting --------------------------------------------------------------------------
@@ -49,7 +50,8 @@ def _repeated(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | Non
     Returns:
         The term, or None if the contribution does not consist of repetitions of the tensor.
     """
-    aligned = aligned_shape(entry) if aligned is None else aligned
+    if aligned is None:
+        aligned = (1,) * (contribution.dim() - len(entry.shape)) + entry.shape
     if contribution.is_complex() and not entry.is_complex:
         contribution = contribution.real
     if contribution.numel() == 0:
@@ -57,6 +59,13 @@ def _repeated(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | Non
     if any(size == 0 or length % size for size, length in zip(aligned, contribution.shape, strict=True)):
         return None
     where = entry.layout
+    behind = next((dim for dim, size in enumerate(aligned) if size != 1), len(aligned))
+    in_blocks = isinstance(where, Layout) and where.dim == 0 and where.outer == 1 and behind > 0
+    if in_blocks and aligned[behind:] == contribution.shape[behind:] and contribution.is_floating_point():
+        # A bias: repeated along all dimensions in front of its own, an example's rows side by side.
+        rows = contribution.reshape(entry.n, -1, prod(aligned[behind:]))
+        norm_sq, sums = ops.position_sums(rows, 1)
+        return PerExampleGradient(sums.reshape(entry.n, *entry.shape), norm_sq)
     if isinstance(where, Layout) and aligned[where.dim] == 1:
         rows = where.examples_first(contribution, entry.n)
         gradient = _within(rows, 2, tuple(size for dim, size in enumerate(aligned) if dim != where.dim))
@@ -135,7 +144,7 @@ def _outer(entry: Entry, rows: Rows | None, a: Tensor | None, b: Tensor) -> Term
     """The term of a matrix ``[p, d]`` with the gradient ``sum_r a_r b_r^T`` over rows ``a [R, p]`` and ``b [R, d]``."""
     if a is None or rows is None:
         return None
-    a, b = (t.unsqueeze(1) for t in (a.to(b.dtype), b))
+    a, b = (t.unsqueeze(1) for t in (ops.in_type(a, b.dtype), b))
     return rows.add_up(LinearFactors(a, b) if entry.transposed else LinearFactors(b, a))
 
 

@@ -39,11 +39,6 @@ class Origin:
     rearranged: bool
 
     @property
-    def is_leaf(self) -> bool:
-        """Whether the tensor is a parameter itself."""
-        return leaf_of(self.node) is not None
-
-    @property
     def edge(self) -> GradientEdge:
         """The tensor as autograd takes it for an output to differentiate."""
         return GradientEdge(self.node, self.number)

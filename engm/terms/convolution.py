@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .. import ops
 from .base import LocalCorrection, PerExampleGradient, Term
-from .factors import Factors, cheaper_to_scale, refuse_correction
+from .factors import Factors, cheaper_to_keep, cheaper_to_scale, refuse_correction
 from .owners import Owners
+
+MOST_IN_A_STACK = 1 << 21  # products in a weight gradient for which oneDNN on the CPU is not worth its beginning
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class ConvFactors(Factors):
         return ops.conv_norm_sq(self.inputs, self.backprops, *self._read(), **correction)
 
     def compact(self) -> Term:
-        if prod(self.gradient_shape) * self.inputs.shape[0] >= self.inputs.numel() + self.backprops.numel():
+        elements = prod(self.gradient_shape) * self.inputs.shape[0]
+        smaller = elements < self.inputs.numel() + self.backprops.numel()
+        if not (smaller or cheaper_to_keep(elements, prod(self.backprops.shape[2:]), self.inputs)):
             return self
         norm_sq, gradients = ops.conv_grads(self.inputs, self.backprops, *self._read())
         return PerExampleGradient(self._unstacked(gradients), norm_sq)
@@ -131,7 +135,10 @@ class ConvFactors(Factors):
 
 
 def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry) -> Tensor:
-    """The weight gradient summed over the batch, by ATen (oneDNN, cuDNN).
+    """The weight gradient summed over the batch.
+
+    ATen's operators compute it (oneDNN, cuDNN). On the CPU oneDNN takes 60 µs to begin with, so there a small gradient
+    is that of one example which has all images of the batch in a stack.
 
     Args:
         inputs: ``[n, C, *S]``.
@@ -142,6 +149,12 @@ def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeomet
         ``[d, C / groups, *kernel]`` in the dtype of the operands.
     """
     shape = (backprops.shape[1], inputs.shape[1] // geometry.groups, *geometry.kernel_size)
+    small = backprops.numel() * prod(shape[1:]) <= MOST_IN_A_STACK and len(shape) < 5
+    if small and inputs.is_cpu and inputs.dtype in (torch.float32, torch.float64):
+        x, gy = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (inputs, backprops))
+        one = geometry.of_stack()
+        _, of_all = ops.conv_grads(x, gy, one.kernel_size, one.stride, one.padding, one.dilation, one.groups)
+        return of_all.view(shape)
     weight = inputs.new_empty(1).expand(shape)  # only its shape is read
     _, gradient, _ = torch.ops.aten.convolution_backward(
         backprops,

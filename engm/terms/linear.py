@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._C import sum_of_outer_products
 from ..ops import accumulation_dtype
 from .base import CHUNK_BYTES, LocalCorrection, PerExampleGradient, Term
-from .factors import PositionFactors, cheaper_to_scale, refuse_correction
+from .factors import PositionFactors, cheaper_to_keep, cheaper_to_scale, refuse_correction
 from .owners import Owners
 
 
@@ -42,7 +43,7 @@ class LinearFactors(PositionFactors):
 
     def compact(self) -> Term:
         positions, p, d = *self.activations.shape[1:], self.backprops.shape[2]
-        if p * d >= positions * (p + d):
+        if p * d >= positions * (p + d) and not cheaper_to_keep(self.examples * p * d, positions, self.backprops):
             return self
         norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
         return PerExampleGradient(gradients, norm_sq)
@@ -53,7 +54,7 @@ class LinearFactors(PositionFactors):
     def sum_of_scaled(self, scaled: Tensor) -> Tensor:
         left, right = self.backprops, self.activations
         left, right = (scaled, right) if self.to_scale() is left else (left, scaled)
-        return left.flatten(0, 1).t() @ right.flatten(0, 1)
+        return sum_of_outer_products(left, right)
 
     def dense(self, rows: slice) -> Tensor:
         gradients = ops.linear_grads(self.activations[rows], self.backprops[rows])[1]

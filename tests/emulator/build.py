@@ -33,6 +33,7 @@ OF_PYTHON = (
     "cost_model_bindings.cpp",
     "calls.cpp",
     "program.cpp",
+    "recurrence.cpp",
     "unchanged.cpp",
     "graph_walk.cpp",
     "trust_bindings.cpp",

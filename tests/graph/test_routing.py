@@ -20,6 +20,7 @@ from oracle import per_example_gradients, trained
 from torch import Tensor, nn
 
 import engm
+from engm.graph.routing import HashedOnce
 
 WIDTH = 4
 Rows = tuple[Tensor, Tensor]  # values [rows, WIDTH] and the owner of every row
@@ -487,3 +488,13 @@ def test_each_way_of_routing(name: str) -> None:
         model = engm.GradNormModule(program)
         for step in (0, 1, 1, 2):
             assert error(model, program, program.losses(model, step)) < 1e-9, (number, step)
+
+
+def test_what_is_hashed_once_is_compared_by_value():
+    one, same, other = (HashedOnce((3, number)) for number in (-1, -1, -2))
+    assert hash(one) == hash(other)  # as Python has it
+    assert one == same
+    assert one != other
+    assert {one: "found"}.get(same) == "found"
+    assert other not in {one}
+    assert one != (3, -1)

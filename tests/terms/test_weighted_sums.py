@@ -8,7 +8,15 @@ import torch
 from torch.nn import functional as F
 
 from engm import ops
-from engm.terms import ConvFactors, ConvGeometry, LinearFactors, PerExampleGradient, Term, weighted_sums
+from engm.terms import (
+    ConvFactors,
+    ConvGeometry,
+    LinearFactors,
+    PerExampleGradient,
+    Term,
+    conv_weight_gradient,
+    weighted_sums,
+)
 
 N = 5
 SAME = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
@@ -78,3 +86,43 @@ def test_float16_backprops_are_scaled_even_if_they_are_larger():
     got = LinearFactors(a, b).weighted_sum(torch.full((2,), 1e-4))
     want = F.linear(b.float().squeeze(1).t(), a.float().squeeze(1).t()) * 1e-4
     torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("at_most", [0, 1 << 40])
+@pytest.mark.parametrize(
+    ("shape", "rows", "geometry"),
+    [
+        ((N, 4, 9), 6, ConvGeometry((3,), (2,), (1,), (1,), 2)),
+        ((N, 4, 7, 6), 6, ConvGeometry((3, 2), (2, 1), (2, 0), (1, 2), 1)),
+        ((N, 4, 1, 1), 4, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 4)),
+        ((N, 2, 5, 4, 4), 3, ConvGeometry((2, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1), 1)),
+    ],
+)
+def test_a_small_convolution_is_summed_as_one_example(monkeypatch, at_most, shape, rows, geometry):
+    monkeypatch.setattr("engm.terms.convolution.MOST_IN_A_STACK", at_most)
+    stacks = []
+    grads = ops.conv_grads
+    monkeypatch.setattr(ops, "conv_grads", lambda x, *others: stacks.append(len(x)) or grads(x, *others))
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(rows, shape[1] // geometry.groups, *geometry.kernel_size, dtype=torch.float64)
+    weight.requires_grad_()
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(shape) - 3]
+    outputs = conv(x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    gy = torch.randn_like(outputs)
+    (want,) = torch.autograd.grad(outputs, weight, gy)
+    torch.testing.assert_close(conv_weight_gradient(x, gy, geometry), want, rtol=1e-13, atol=1e-13)
+    assert stacks == ([1] if at_most and len(shape) < 5 else [])
+
+
+@pytest.mark.parametrize(("positions", "most", "kept"), [(16, 1 << 18, True), (15, 1 << 18, False), (16, 1, False)])
+def test_small_gradients_are_formed_once(monkeypatch, positions, most, kept):
+    monkeypatch.setattr("engm.terms.factors.KEPT_ELEMENTS", most)
+    a, b = (torch.randn(N, positions, size, dtype=torch.float64) for size in (40, 50))
+    x, gy = (torch.randn(N, channels, positions, dtype=torch.float64) for channels in (30, 40))
+    same = ConvGeometry((3,), (1,), (1,), (1,), 1)
+    weights = torch.rand(N, dtype=torch.float64)
+    for term in (LinearFactors(a, b), ConvFactors(x, gy, same)):
+        compact = term.compact()
+        assert isinstance(compact, PerExampleGradient) is kept
+        torch.testing.assert_close(compact.squared_norm(), term.squared_norm())
+        torch.testing.assert_close(compact.weighted_sum(weights), term.weighted_sum(weights))
