@@ -130,6 +130,7 @@ class RunView(LiveDisplay):
             f"{config.threat} {shown_radius(config.eps or 0.0)}, {config.training_steps} steps; "
             f"{label_of(config.optimizer)}{threshold}; {_processes(run)}.",
             highlight=False,
+            soft_wrap=True,
         )
         if data.extra is not None:
             self.console.print(
@@ -178,8 +179,8 @@ class RunView(LiveDisplay):
         if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
             self.console.print(
                 f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
-                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
-                "the norms of this network.",
+                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto, in "
+                "another --out, follows the norms of this network.",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,
