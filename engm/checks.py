@@ -38,6 +38,10 @@ class NonFiniteError(ValueError):
     """A loss or a gradient is infinite or NaN; nothing was changed."""
 
 
+class RefusedError(RuntimeError):
+    """Norms cannot be told of this network, or used in this way; the message names the place and says what to do."""
+
+
 def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
     """Refuses losses that cannot have per-example gradients.
 

@@ -101,7 +101,8 @@ def verify(
         A :class:`VerifyReport`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: what :func:`engm.measure` raises; and RuntimeError with the report if
+        TypeError, ValueError, RuntimeError: what :func:`engm.measure` raises; TypeError if ``loss_fn`` is no function;
+            and RuntimeError with the report if
             ``raise_on_error`` is set and the report did not pass.
     """
     wrapped = as_wrapped(model)
@@ -120,6 +121,11 @@ def verify(
 
 
 def _losses(model: GradNormModule, loss_fn: Callable[..., Tensor], batch: Any) -> Tensor:
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn must be a function of (model, batch), or of (outputs, targets), that returns one loss per "
+            f"example, got {type(loss_fn).__name__}: engm.verify(model, nn.CrossEntropyLoss(reduction='none'), (x, y))."
+        )
     several = isinstance(batch, Sequence) and not isinstance(batch, str | Tensor)
     if several and len(batch) > 1 and _positional(loss_fn) == 1 + len(batch):
         losses = loss_fn(model, *batch)

@@ -188,6 +188,11 @@ def test_errors_of_the_losses(loss_fn, error, match):
         engm.verify(engm.GradNormModule(small()), loss_fn, (X, Y))
 
 
+def test_inputs_in_the_place_of_the_loss():
+    with pytest.raises(TypeError, match=r"loss_fn must be a function .*got Tensor: engm\.verify\(model, nn\."):
+        engm.verify(engm.GradNormModule(small()), X, Y)
+
+
 def test_unwrapped_model():
     with pytest.raises(TypeError, match="GradNormModule"):
         engm.verify(small(), per_example, (X, Y))

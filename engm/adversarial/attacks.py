@@ -153,6 +153,11 @@ class PGD:
     def __post_init__(self) -> None:
         if not self.eps >= 0 or not self.step_size > 0:
             raise ValueError(f"PGD needs eps >= 0 and step_size > 0, got eps={self.eps}, step_size={self.step_size}")
+        if self.norm == "linf" and self.eps > 1:
+            raise ValueError(
+                f"PGD needs eps <= 1 with norm='linf', because inputs lie in [0, 1], got eps={self.eps}: for "
+                f"{self.eps:g} of the 255 grey levels give {self.eps:g} / 255, and step_size likewise"
+            )
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"PGD needs steps >= 1 and restarts >= 1, got {self.steps} and {self.restarts}")
         if self.norm not in ("linf", "l2"):

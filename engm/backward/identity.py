@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import RefusedError
 from ..graph.plan import PlannedGraph
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import has_gradient_hooks, is_compiled_region
@@ -82,12 +83,12 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
         return
     shown = ", ".join(f"'{name}'" for name in wrong[:5])
     if any(is_compiled_region(node) for node in traced.order):
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: inside a region made by torch.compile {shown} are used in more ways than by calls of their layers, "
             "so a part of their per-example gradients cannot be seen. Call the layer itself instead of computing with "
             "what is inside it, leave that part uncompiled with torch.compiler.disable, or freeze the parameter."
         )
-    raise RuntimeError(
+    raise RefusedError(
         f"engm: the per-example gradients of {shown} do not add up to the gradient, so norms would be wrong. A rule "
         "given with engm.register_rule may not fit its layer, a torch.autograd.Function may not be linear in the "
         "gradients it is given, or a hook may change them; if it is none of these, please report it. Gradients and "

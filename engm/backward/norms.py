@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..batch_norm.calibration import FactorKey
+from ..checks import RefusedError
 from ..exact import exact_squared_norms
 from ..graph.plan import PlannedGraph
 from ..module import GradNormModule
@@ -208,7 +209,7 @@ def _refuse_other_ranks(graph: PlannedGraph) -> None:
         RuntimeError: ``nn.SyncBatchNorm`` over several processes.
     """
     if graph.plan.of_all_ranks:
-        raise RuntimeError(
+        raise RefusedError(
             "engm: nn.SyncBatchNorm over several processes couples the examples of all of them, and the exact "
             "gradients that calibration takes of a few would be mixed with those of other processes. Wrap with "
             "GradNormModule(net, batch_norm='frozen'), or leave nn.BatchNorm in place."

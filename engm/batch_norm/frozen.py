@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import RefusedError
 from ..ops import in_type
 from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, own_parameters
 
@@ -73,7 +74,7 @@ def gain_of_node(node: Node) -> Tensor:
     """
     statistics = batch_norm_statistics(node)
     if statistics is None:
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: {node_name(node)} has let go of its statistics, so they cannot be taken for constants."
         )
     _, rstd, _ = statistics

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..checks import RefusedError
 from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
 from ..rules.arguments import Arguments, Frame
@@ -182,12 +183,12 @@ class Call:
             if version is None:  # no tensor
                 continue
             if tensor is None:
-                raise RuntimeError(
+                raise RefusedError(
                     f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is "
                     "freed. Take the norms before `.backward()`, or run the forward pass again."
                 )
             if version_of(tensor) != version:
-                raise RuntimeError(
+                raise RefusedError(
                     f"engm: the input of layer '{self.name}' was modified in place after the layer read it, so its "
                     "per-example gradient is gone. Use the out-of-place operation there."
                 )
@@ -281,14 +282,14 @@ class WholeCall(Call):
         """
         tensors = super().activations()
         if [(id(parameter), version_of(parameter)) for parameter in self.module.parameters()] != self._weights:
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: the parameters of layer '{self.name}' were modified or replaced after its forward pass, which "
                 "has to be run again for its per-example gradients. Take the norms before the optimizer's step."
             )
         try:
             return self._frame.filled(tensors)
         except ReferenceError as error:
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: layer '{self.name}' cannot be run again for its per-example gradients: {error}. Pass tensors, "
                 "or give the layer a rule with engm.register_rule."
             ) from None
@@ -346,7 +347,7 @@ def collecting(captures: Sequence[Capture], calls: Iterable[Call], collector: Co
         RuntimeError: somebody collects from one of them already.
     """
     if any(capture.collector is not None for capture in captures):
-        raise RuntimeError("engm: this graph is being measured already (a measurement inside a backward hook?).")
+        raise RefusedError("engm: this graph is being measured already (a measurement inside a backward hook?).")
     for call in calls:
         call.put_hook_last()
     try:

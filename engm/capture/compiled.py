@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import RefusedError
 from ..rules import Rule
 from ..torch_internals import (
     Node,
@@ -125,7 +126,7 @@ def _note_call(output: Tensor, activations: Tensor, token: Tensor, latest: Tenso
         return torch.full_like(token, -1.0)
     recording = segment.recording
     if recording.thread != threading.get_ident():
-        raise RuntimeError(
+        raise RefusedError(
             "engm: two threads run compiled regions of captured forward passes at the same time, and their calls "
             "cannot be told apart. Let one finish before the other starts."
         )
@@ -151,7 +152,7 @@ def _hand_backprops(backprops: Tensor, activations: Tensor, token: Tensor, numbe
     collector = None if segment is None else segment.recording.capture.collector
     if segment is not None and collector is not None:
         if int(number) < 0:
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: layer '{name}' was run again in the backward pass of a compiled region, so its call cannot be "
                 "told. Leave this part of the network uncompiled with torch.compiler.disable."
             )
@@ -283,7 +284,7 @@ def attach(token: Tensor, node: Node) -> None:
         RuntimeError: no AOTAutograd made the region.
     """
     if not is_compiled_region(node):
-        raise RuntimeError(
+        raise RefusedError(
             "engm: a part of this network was compiled with a backend that does not go through AOTAutograd (such as "
             "backend='eager'). Use backend='inductor' (the default) or 'aot_eager', or do not compile it."
         )

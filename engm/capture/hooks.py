@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import RefusedError
 from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
@@ -86,7 +87,7 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
         activations = rule.activations(args, kwargs)
         several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
         if not isinstance(output, Tensor) or not (several or isinstance(activations, Tensor)):
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
                 f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
             )
@@ -169,7 +170,7 @@ def _refuse_selective_checkpoint(name: str, module: nn.Module) -> None:
         RuntimeError: it does; names the layer, and says what to do.
     """
     if selective_checkpoint():
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: layer '{name}' ({type(module).__name__}) runs in a selective checkpoint (context_fn), through "
             "which torch allows one backward pass, and it takes several to measure which rows belong to which example. "
             "Leave context_fn out."

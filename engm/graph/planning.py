@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..capture.calls import Call, Wrapper
+from ..checks import RefusedError
 from ..distributed import on_any
 from ..rules.entries import BATCH_NORMS, has_rule, owners_of
 from ..terms.layout import PLAIN, Layout
@@ -327,7 +328,7 @@ class _Planner:
         """The example that a layer without a dimension of examples was called on, 0-dimensional."""
         present = owners[owners != NOBODY].unique()
         if present.numel() > 1:
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
                 f"output has shape {tuple(call.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
             )
@@ -580,7 +581,7 @@ class _Planner:
             else (f"the output of layer '{call.name}' ({type(call.module).__name__})")
         )
         where = "" if position is None else f" They meet in {node_name(self.traced.order[position])}."
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: {what} for some examples influences the losses of other examples, so that a loss is not its own "
             f"example's alone.{where} Something between this layer and the losses mixes the batch (x - x.mean(0), a "
             "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs). Replace it, or wrap "
@@ -592,7 +593,7 @@ class _Planner:
         """Parameters that a compiled region uses beside its layers cannot be seen."""
         lost = {self.names[parameter] for parameter in self._lost_in_regions()}
         if lost:
-            raise RuntimeError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
+            raise RefusedError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))
 
 
 def account_by_operators(calls: Sequence[Call]) -> set[int]:
@@ -612,7 +613,7 @@ def refuse_hidden_layers(traced: Trace) -> None:
     """
     hidden = [name for name in map(node_name, traced.order) if name.startswith("CheckpointFunction")]
     if hidden:
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: the losses run through {hidden[0]}, torch.utils.checkpoint with use_reentrant=True, which hides "
             "the layers inside from the graph. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
@@ -632,7 +633,7 @@ def check_parameters(traced: Trace) -> None:
     call, key, parameter = used[0]
     if own_parameters(call.module).get(key) is not parameter:
         name = f"{call.name}.{key}" if call.name else key
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: the forward pass behind these losses ran with other tensors than the model's parameters, such as "
             f"'{name}' (torch.func.functional_call, or they were replaced since), and norms are taken over the model's "
             "own. Copy the values into them, or run the forward pass again."

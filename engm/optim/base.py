@@ -21,6 +21,7 @@ from .batch import LossBatch
 from .closure import refuse_missing_closure, refuse_unweighted_closure
 from .outside import OutsideWatch, refuse_parameters_outside
 from .together import Agreement, in_processes
+from .unweighted import UnweightedWatch
 from .weights import ExampleNorms, StepStats, Weighting
 
 
@@ -60,6 +61,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         refuse_parameters_outside(self.model, optimizer.param_groups)
         self.stats: StepStats | None = None
         self._watch = OutsideWatch()
+        self._unweighted = UnweightedWatch()
         if isinstance(model, DistributedDataParallel):
             self._ranks = Ranks(model.process_group)
         if self.uses_input_grads:
@@ -275,7 +277,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
     # -- for steps that a program does -----------------------------------------------------------------------
 
-    not_for_programs: tuple[str, ...] = ("stats", "_ranks", "_opt_called")  # of steps; the last is a scheduler's
+    # Of steps; the last is a scheduler's.
+    not_for_programs: tuple[str, ...] = ("stats", "_ranks", "_unweighted", "_opt_called")
 
     def carried(self) -> dict[str, Tensor]:
         """The tensors that a step reads and may put others in the place of, by name: what goes from step to step."""
@@ -336,7 +339,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         return getattr(optimizer, name)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The inner optimizer's step.
+        """The inner optimizer's step. Gradients in which no example was weighted are warned of, once.
 
         Args:
             closure: for inner optimizers that evaluate the loss themselves, once or several times a step, as
@@ -350,6 +353,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             return self.optimizer.step(partial(self._evaluated, closure))
         refuse_missing_closure(self.optimizer)
+        if self.uses_norms or self.uses_input_grads:
+            self._unweighted.look(self.stats, self.param_groups)
         return self.optimizer.step()
 
     def _evaluated(self, closure: Callable[[], Any]) -> Any:

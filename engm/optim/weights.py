@@ -134,6 +134,14 @@ class StepStats:
     input_norms: Tensor | None = None
     source: Source | None = None
 
+    def __str__(self) -> str:
+        """One line, for a training loop to print; waits for the device."""
+        norms = "" if self.norms is None else f", median norm {float(self.norms.median()):.4g} ({self.source})"
+        return (
+            f"{len(self.losses)} examples: mean loss {float(self.losses.mean()):.4g}, mean weight "
+            f"{float(self.weights.mean()):.4g}, {float(self.clipped_fraction):.0%} clipped{norms}"
+        )
+
     @property
     def through_torch(self) -> tuple[str, ...]:
         """The kernels that failed their trials on this device (:func:`engm.self_test`), replaced by torch."""

@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from engm.checks import check_name
+
+_ENGM = Path(__file__).parents[1]
 
 SOURCES = ("torchvision", "timm", "hf")
 """What stands before a colon and is no module of one's own: packages whose things have names."""
@@ -218,8 +221,15 @@ def _not_imported(name: str, error: Exception) -> ValueError:
 
 
 def _where(error: Exception) -> str:
-    """The line in which an exception was raised."""
+    """The line in which an exception was raised: the last one of the user's own code, where some of it ran."""
     if isinstance(error, SyntaxError):
         return f", at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    return f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    own = [frame for frame in frames if not _installed(frame.filename)]
+    return "".join(f", at {frame.filename}:{frame.lineno}" for frame in (own or frames)[-1:])
+
+
+def _installed(file: str) -> bool:
+    """Whether a file is Python's, an installed library's or this package's."""
+    folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in (_ENGM, *folders))

@@ -10,6 +10,12 @@ def in_grey_levels(radius: float) -> str:
     return f"For {radius:g} of the 255 grey levels write {radius:g}/255."
 
 
+def shown_radius(radius: float) -> str:
+    """A radius as it is written on the command line: ``8/255`` where it is a whole number of grey levels."""
+    levels = round(radius * 255)
+    return f"{levels}/255" if levels and abs(radius * 255 - levels) < 1e-6 else f"{radius:.4g}"
+
+
 def option(name: str) -> str:
     """A setting as the command line spells it."""
     return "--" + name.replace("_", "-")

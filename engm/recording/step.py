@@ -60,7 +60,7 @@ class Report:
         lines = [
             f"{self.recorded} recorded, {self.replayed} replayed ({self.length} operators), {self.eager.total()} eager"
         ]
-        lines += [f"  eager {count} times: {reason}" for reason, count in self.eager.most_common()]
+        lines += [f"  eager {count} time{'s' * (count > 1)}: {reason}" for reason, count in self.eager.most_common()]
         return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import RefusedError
 from ..terms import PerExampleGradient, Term
 from ..torch_internals import own_parameters, tree_leaves, tree_unflatten
 from .arguments import Arguments
@@ -98,7 +99,7 @@ class GenericRule(WholeCallRule):
         given = {place: g for place, g in enumerate(backprops) if g is not None}
         whole = [tuple(g.shape) for g in given.values() if not _divides(g, saved.batch)]
         if whole:
-            raise RuntimeError(
+            raise RefusedError(
                 f"engm: the losses depend on an output of shape {whole[0]} of module '{saved.name}' "
                 f"({type(module).__name__}), which does not hold the {saved.batch} examples along its first dimension. "
                 "Give the module a rule with @engm.register_rule, or let it return a row for every example."
@@ -277,7 +278,7 @@ def _check_same(module: nn.Module, saved: Remembered, place: int, output: Tensor
     finite = expected.isfinite()
     scale = expected[finite].abs().max() if bool(finite.any()) else expected.new_ones(())
     if expected.shape != got.shape or bool(((got - expected).abs() > tolerance * scale)[finite].any()):
-        raise RuntimeError(
+        raise RefusedError(
             f"engm: module '{saved.name}' ({type(module).__name__}) has parameters of its own and no rule, so its "
             "per-example gradients are found by running it again on one example at a time; but that gave another "
             "output than the forward pass. It draws random numbers (dropout), keeps state, changes its input, or mixes "

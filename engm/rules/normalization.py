@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..checks import RefusedError
 from ..terms import PerExampleGradient, Term, accumulation_dtype
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
@@ -124,7 +125,7 @@ class SyncBatchNormRule(BatchNormRule):
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         name = "" if output.grad_fn is None else node_name(output.grad_fn)
         if name.startswith(SYNC_BATCH_NORM_NODE) and hooks_pack_what_is_saved():
-            raise RuntimeError(
+            raise RefusedError(
                 "engm: nn.SyncBatchNorm over several processes runs where hooks pack what autograd saves "
                 "(torch.utils.checkpoint, save_on_cpu), which hides the statistics of all processes. Leave the layer "
                 "out of the checkpointed part, or use nn.BatchNorm."

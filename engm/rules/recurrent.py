@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from ..checks import RefusedError
 from ..terms import Term, accumulation_dtype
 from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
@@ -275,8 +276,8 @@ class _Masks:
         if not bool(((hidden.detach() - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise self._unknown("drawing them again from the random state before the call gave others")
 
-    def _unknown(self, why: str) -> RuntimeError:
-        return RuntimeError(
+    def _unknown(self, why: str) -> RefusedError:
+        return RefusedError(
             f"engm: layer '{self.saved.name}' ({type(self.module).__name__}) drops out between its layers, and the "
             f"masks that it drew cannot be told: {why}. Use separate layers with num_layers=1 and nn.Dropout between "
             "them."

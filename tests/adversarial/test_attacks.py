@@ -199,6 +199,7 @@ def test_paused_finds_wrappers_below(net: nn.Module, batch: tuple[Tensor, Tensor
         {"start_noise": 0.001, "random_start": False},
         {"patience": -1, "stop_when_broken": True},
         {"patience": 1},
+        {"eps": 8},
     ],
 )
 def test_bad_settings(settings: dict[str, object]) -> None:

@@ -300,3 +300,16 @@ def test_the_same_run_twice_is_the_same_bits(method, norm):
         train(model, opt, 4)
         found.append((dict(model.state_dict()), opt.state_dict()))
     assert_same(found[0], found[1])
+
+
+def test_a_step_says_itself_in_a_line():
+    model, opt = make("engm")
+    opt.alpha = 0.5
+    stats = opt.backward(losses_of(model, *batch(8)))
+    weights, norms = stats.weights, stats.norms
+    assert str(stats) == (
+        f"8 examples: mean loss {stats.losses.mean():.4g}, mean weight {weights.mean():.4g}, "
+        f"{(weights < 1).sum() / 8:.0%} clipped, median norm {norms.median():.4g} (own)"
+    )
+    model, opt = make("msgd")
+    assert "norm" not in str(opt.backward(losses_of(model, *batch(8))))

@@ -12,6 +12,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"the engm command needs {error.name}: pip install 'engm[recipes]'") from error
 
+from .terminal import warnings_in_a_line
+
 if TYPE_CHECKING:
     from typer import Context
 
@@ -58,7 +60,8 @@ class LazyCommand(TyperCommand):
 
     def real(self) -> TyperCommand:
         """The command itself."""
-        with Console().status("loading torch"):  # which takes seconds
+        # Which takes seconds; on standard error, where somebody looks who pipes the output into a file.
+        with Console(stderr=True).status("loading torch"):
             module = import_module(f"{__package__}.{self._module}")
         commands: dict[str, TyperCommand] = typer.main.get_group(module.app).commands  # type: ignore[assignment]
         return commands[str(self.name)]
@@ -81,5 +84,6 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_loc
 
 
 @app.callback()
-def engm() -> None:
+def engm(context: typer.Context) -> None:
     """Adversarial training with example-normalised gradients."""
+    context.with_resource(warnings_in_a_line())

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from engm.checks import NonFiniteError
+from engm.checks import NonFiniteError, RefusedError
 
 from ..processes import OtherProcessError
 from ..runs.termination import STATUS as TERMINATED
@@ -47,6 +47,9 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         raise typer.Exit(TERMINATED) from None
     except NonFiniteError as error:
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
+        raise typer.Exit(1) from None
+    except RefusedError as error:
+        _say(str(error).removeprefix("engm: "))
         raise typer.Exit(1) from None
     except _EXPECTED as error:
         _say(str(error))

@@ -17,6 +17,7 @@ from engm.checks import check_name
 from ..config import THREATS, option, parse_number
 from ..config_files import from_values
 from ..processes import choose_device
+from ..spelling import shown_radius
 from .errors import explained_failures
 from .results import DataRoot, checkpoints_named
 from .terminal import OnceCommand, console_for
@@ -126,7 +127,7 @@ def evaluate(
                 bar.update(task, description=what, completed=done, total=total)
 
             def show(name: str, asked: str, result: dict[str, Any]) -> None:
-                at = f", eps {result['eps']:.4g}" if "eps" in result else ""
+                at = f", eps {shown_radius(result['eps'])}" if "eps" in result else ""
                 console.print(
                     f"{name}, {asked}{at}: {_value(result)} of {result['examples']} examples", highlight=False
                 )
@@ -227,7 +228,7 @@ def _print_tables(console: Console, answers: Answers) -> None:
         accuracies = {}
         for question, result in asked:
             if isinstance(question, Attacked):
-                eps = f"{question.ball.norm} {result['eps']:.4g}" if "eps" in result else ""
+                eps = f"{question.ball.norm} {shown_radius(result['eps'])}" if "eps" in result else ""
                 attacks.add_row(name, str(result.get("epoch", "")), question.name, eps, _value(result))
                 for part, accuracy in result.get("attacks", {}).items():
                     shown = "  natural" if part == "clean" else f"  after {part}"

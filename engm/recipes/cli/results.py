@@ -63,14 +63,16 @@ def report(
             write_text_atomic(out / "report.md", markdown(results))
             with console.status("drawing"):
                 draw(results, out / "report")
-            console.print(f"{out / 'report.md'} and {out / 'report.png'}, .svg, .pdf", highlight=False)
+            console.print(f"Table: {out / 'report.md'}; curves: {out / 'report.png'}, .svg, .pdf", highlight=False)
         if html is not None:
             from ..reproduce.web_report import write_report
 
             make_folder(html.parent)
             with console.status("drawing"):
                 write_report(html, results, unfinished, analyses)
-            console.print(f"{html}", highlight=False)
+            console.print(f"The page: {html}", highlight=False)
+        if out is None and html is None:
+            console.print("--out DIR writes table and learning curves, --html FILE a web page.", highlight=False)
 
 
 _ALONE = ", or there are none: of the analyses here --html makes a page, but --out cannot make a table of runs"

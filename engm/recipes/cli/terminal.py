@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from typer.core import TyperCommand, TyperOption
 
 PIPE_COLUMNS = 160
+PACKAGE = Path(__file__).parents[2]
 
 
 def console_for(*, quiet: bool = False) -> Console:
     """A console as wide as the terminal; a file or a pipe, where nobody looks, is wide enough for every table."""
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Python prints a warning as ``engm: warning: MESSAGE``, without the file and the source line of who warns.
+
+    A warning that comes from elsewhere, from a network of the user's own or from a library, is followed by its place.
+    Which warnings are shown, and who catches them, stays as it is.
+    """
+    before = warnings.formatwarning
+    warnings.formatwarning = _in_a_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def _in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    ours = Path(filename).is_relative_to(PACKAGE)
+    place = "" if ours else f" ({category.__name__} at {filename}:{lineno})"
+    return f"engm: warning: {' '.join(str(message).split())}{place}\n"
 
 
 # What official code of adversarial training and torchvision's scripts call options that have other names here.

@@ -45,11 +45,11 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
             console = console_for(quiet=not processes.first)
             chosen = folder.check_free_for(chosen)
             finished = folder.is_over(chosen)
-            console.print(opening_line(folder, chosen), highlight=False, soft_wrap=True)
-            with RunView(console) as view:
-                results = train_in(chosen, out, processes, view=view)
+            opening = opening_line(folder, chosen)
             if finished:
-                console.print(f"The run in {out} was finished before; nothing was done.", highlight=False)
+                console.print(opening, highlight=False, soft_wrap=True)
+            with RunView(console, opening=opening) as view:
+                results = train_in(chosen, out, processes, view=view)
             console.print(table([results]), caption([results]), sep="\n", highlight=False)
             if processes.first and not (finished and (out / "curves.png").is_file()):
                 with console.status("drawing the curves"):

@@ -91,11 +91,13 @@ def read_arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, npt.NDArray[
         with file:
             there = next((names for names in choices if set(names) <= set(file.files)), ())
             missing = [name for name in choices[0] if name not in file.files]
+            others = [name for name in file.files if name not in choices[0]]
             found = {name: file[name] for name in there}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: not an .npz of plain arrays {wanted}: {error}") from error
     if not found:
-        raise ValueError(f"{path}: expected the arrays {wanted}; {', '.join(missing)} missing")
+        held = f", and it holds {', '.join(others[:8])}" if others else ""
+        raise ValueError(f"{path}: expected the arrays {wanted}; {', '.join(missing)} missing{held}")
     return found
 
 
@@ -121,9 +123,12 @@ def split_of(
         )
     _check_channels(images.shape, x, path)
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: {y} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+        one_hot = labels.ndim == 2 and len(labels) == len(images) and labels.shape[1] > 1
+        save = f". Save {y}.argmax(1) in its place, if it has a column for each class" if one_hot else ""
+        raise ValueError(f"{path}: {y} must be integers [{len(images)}], got {labels.dtype} {list(labels.shape)}{save}")
     if not len(labels) or int(labels.min()) < 0:
-        raise ValueError(f"{path}: {y} must hold class indices from 0, and at least one; nothing else is trained on")
+        found = f"the lowest is {labels.min()}" if len(labels) else "there is none"
+        raise ValueError(f"{path}: {y} must hold class indices from 0, and at least one: {found}")
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return Split(inputs, torch.from_numpy(labels.astype(np.int64)))
 

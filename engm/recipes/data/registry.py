@@ -129,7 +129,7 @@ def _check_path(spec: str, path: Path) -> None:
         raise ValueError(f"{path}: expected an .npz file or a folder of images")
     if os.sep in spec or spec.startswith((".", "~")) or path.suffix:
         raise FileNotFoundError(f"no data at {path}; expected an .npz file, a folder of images or a name")
-    check_name(spec, DATASETS, what="data set")
+    check_name(spec, DATASETS, what=f"data set, and neither a file nor a folder in {Path.cwd()}")
 
 
 def _placed(dataset: Dataset, in_memory: InMemory, device: torch.device | str, workers: int) -> Dataset:

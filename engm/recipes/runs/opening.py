@@ -19,7 +19,10 @@ def opening_line(folder: RunFolder, config: RunConfig) -> str:
     embedded = ", the digits that come with scikit-learn (--data names others)" if config.data == "digits" else ""
     data = f"{config.data}{embedded}"
     if folder.is_over(config):
-        return f"The run in {folder.path} is over; it was trained on {data}."
+        return (
+            f"The run in {folder.path} was finished before; nothing was done. It was trained on {data}, for "
+            f"{config.epochs} epochs; --epochs with a larger number trains on."
+        )
     if folder.exists and folder.store.names(LAST):
         return f"Going on with the run in {folder.path} on {data}{_longer(folder.config(), config)}."
     return f"Beginning a new run in {folder.path} on {data}.{_meant(folder)}"

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..methods import label_of
+from ..spelling import shown_radius
 from ..training.recorded import EAGER
 from ..training.run import Run
 
@@ -97,6 +98,7 @@ class RunView(LiveDisplay):
     Args:
         console: where to draw.
         title: put before everything that it says, to tell runs apart.
+        opening: the first line that it says, once nothing is left that could refuse the run.
 
     Attributes:
         run: the run that it watches, once that has begun.
@@ -104,9 +106,10 @@ class RunView(LiveDisplay):
 
     waiting_for = "loading data and making the network"
 
-    def __init__(self, console: Console, title: str = "") -> None:
+    def __init__(self, console: Console, title: str = "", opening: str = "") -> None:
         super().__init__(console)
         self._title = title
+        self._opening = opening
         self.run: Run | None = None
         self._stamps: deque[float] = deque(maxlen=RATE_OVER)
         self._progress = progress_bar(console, TextColumn("{task.fields[rate]}"))
@@ -115,15 +118,19 @@ class RunView(LiveDisplay):
         """Says what is trained, and from where."""
         self.run = run
         config, data = run.config, run.dataset
-        threshold = f", alpha {run.alpha:.3g}" if isinstance(run.alpha, float) else ""
+        if self._opening:
+            self.console.print(self._opening, highlight=False, soft_wrap=True)
+        alpha = f"{run.alpha:.3g}" if isinstance(run.alpha, float) else run.alpha
+        threshold = "" if alpha is None else f", alpha {alpha}"
         awp = f" with AWP {config.awp_gamma:g}" if config.awp else ""
         self.console.print(
             f"{self._title}{data.name}: {len(data.train)} training, {len(data.validation)} validation, "
             f"{len(data.test)} test images. {config.model} ({config.norm} norm) of "
             f"{sum(p.numel() for p in run.net.parameters()):,} parameters; {config.objective}{awp}, "
-            f"{config.threat} {config.eps:.4g}, {config.attack_steps} steps; {label_of(config.optimizer)}{threshold}; "
-            f"{_processes(run)}.",
+            f"{config.threat} {shown_radius(config.eps or 0.0)}, {config.attack_steps} steps; "
+            f"{label_of(config.optimizer)}{threshold}; {_processes(run)}.",
             highlight=False,
+            soft_wrap=True,
         )
         if data.extra is not None:
             self.console.print(
@@ -172,8 +179,8 @@ class RunView(LiveDisplay):
         if run.epoch == 1 and weight < LITTLE_WEIGHT and isinstance(run.alpha, float):
             self.console.print(
                 f"{self._title}the weights average {weight:.2g}: alpha {run.alpha:.3g} clips nearly everything, as a "
-                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto follows "
-                "the norms of this network.",
+                "far smaller learning rate would. The paper's alpha is of ResNet-18 on CIFAR-10; --alpha auto, in "
+                "another --out, follows the norms of this network.",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,

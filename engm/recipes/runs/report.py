@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..config import RunConfig
 from ..evaluation.asking import known_answer
+from ..spelling import shown_radius
 from ..storage.atomic_files import read_json
 from .contents import described, runs_of
 from .files import RunFolder
@@ -146,11 +147,15 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
             led = {repr(r["config"].get(leader)) for r in peers}
             both = {repr((r["config"].get(leader), r["config"].get(name))) for r in peers}
             if len(both) > len(led):
-                shown.append(f"{name} {config.get(name)}")
+                shown.append(f"{name} {_shown(name, config.get(name))}")
         if len({_processes(r) for r in firsts}) > 1:
             shown.append(f"processes {_processes(group[0])}")
         rows.append(Row(", ".join([method, *shown]), group))
     return rows
+
+
+def _shown(name: str, value: Any) -> Any:
+    return shown_radius(value) if name in ("eps", "step_size") and isinstance(value, float) else value
 
 
 def _check_seeds(group: Sequence[Mapping[str, Any]]) -> None:

@@ -105,7 +105,9 @@ def test_the_first_line_says_what_begins_or_goes_on_and_on_which_data(tmp_path: 
 
     out = tmp_path / "trades"
     assert first_line(*DIGITS, "--out", out).startswith(f"Beginning a new run in {out} on digits, the digits that come")
-    assert first_line("--out", out).startswith(f"The run in {out} is over; it was trained on digits")
+    finished = first_line("--out", out)
+    assert finished.startswith(f"The run in {out} was finished before; nothing was done. It was trained on digits")
+    assert "for 1 epochs; --epochs with a larger number trains on" in finished
     (out / "results.json").unlink()
     assert first_line("--out", out).startswith(f"Going on with the run in {out} on digits")
     misspelt = first_line(*DIGITS, "--out", tmp_path / "trade")

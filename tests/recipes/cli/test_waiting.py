@@ -95,7 +95,12 @@ def test_autoattack_tells_how_far_it_is() -> None:
 def test_a_command_says_that_torch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     text = io.StringIO()
     module = import_module("engm.recipes.cli.app")
-    monkeypatch.setattr(module, "Console", lambda: Console(file=text, force_terminal=True, width=100))
+
+    def on_standard_error(*, stderr: bool) -> Console:
+        assert stderr  # standard output may be a pipe
+        return Console(file=text, force_terminal=True, width=100)
+
+    monkeypatch.setattr(module, "Console", on_standard_error)
     command = typer.main.get_command(app).commands["doctor"]  # type: ignore[attr-defined]
     assert command.real().name == "doctor"
     assert "loading torch" in text.getvalue()

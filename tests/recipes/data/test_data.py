@@ -80,7 +80,8 @@ def test_npz(tmp_path: Path) -> None:
         ({"x_test": np.zeros((7, 5, 4, 3), dtype=np.uint8)}, "differ in shape"),
         ({"y_train": np.arange(19)}, "y_train must be integers"),
         ({"y_test": np.linspace(0, 1, 7)}, "y_test must be integers"),
-        ({"y_test": np.arange(7) - 1}, "indices from 0"),
+        ({"y_train": np.eye(20)}, r"y_train must be integers \[20\].*Save y_train.argmax\(1\) in its place"),
+        ({"y_test": np.arange(7) - 1}, "indices from 0, and at least one: the lowest is -1"),
         ({"x_test": np.zeros((0, 4, 5, 3), dtype=np.uint8), "y_test": np.zeros(0, dtype=np.int64)}, "at least one"),
         ({"y_train": np.array([None] * 20)}, r"not an \.npz"),
         ({"y_test": np.arange(7)}, "y_train has the classes 0 to 5, and y_test has 6 as well"),
@@ -144,7 +145,8 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
         load_npz(tmp_path / "nowhere.npz")
     content = arrays()
     del content["y_test"]
-    with pytest.raises(ValueError, match="y_test missing"):
+    content["labels"] = np.arange(7)
+    with pytest.raises(ValueError, match="y_test missing, and it holds labels"):
         load_npz(write(tmp_path, **content))
     text = tmp_path / "text.npz"
     text.write_text("not an archive")

@@ -107,7 +107,7 @@ def test_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="did you mean cifar10"):
         load_data("cifra10")
-    with pytest.raises(ValueError, match=r"unknown data set: 'mnist'.*digits, cifar10"):
+    with pytest.raises(ValueError, match=r"unknown data set, and neither a file.*: 'mnist'.*digits, cifar10"):
         load_data("mnist")
     for path in ("./cifar10", "some/folder", str(tmp_path / "x"), "~/x", "pictures.zip", "nowhere.npz"):
         with pytest.raises(FileNotFoundError, match=r"no data (file )?at .*expected an \.npz"):

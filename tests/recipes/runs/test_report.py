@@ -34,6 +34,8 @@ def test_seeds_are_averaged_whatever_cannot_change_a_result(tmp_path: Path) -> N
     result = report(tmp_path / "runs", tmp_path / "runs" / "a", "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert "Not finished, so not shown" in result.output
+    assert "--html FILE a web page" not in result.output
+    assert "--html FILE a web page" in report(tmp_path / "runs").output
     rows = (tmp_path / "report" / "report.md").read_text().splitlines()[2:4]
     cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows]
     assert cells[0][1] == "2"

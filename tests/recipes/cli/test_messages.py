@@ -1,0 +1,82 @@
+"""What a command says to who uses it for the first time: a line for a warning or a refusal, and no promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from engm.recipes.cli import app
+from engm.recipes.cli.terminal import PACKAGE, warnings_in_a_line
+from engm.recipes.spelling import parse_number, shown_radius
+
+TINY = "--epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --threads 1 --train-examples 64"
+COUPLED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) - self.head(x.flatten(1)).mean(0)
+"""
+
+
+def engm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+
+
+def test_a_network_whose_examples_meet_is_refused_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(COUPLED)
+    result = engm("train", *TINY.split(), "--model", f"{tmp_path}/net.py:Net", "--out", tmp_path / "run")
+    assert result.exit_code == 1, result.exception
+    message = " ".join(result.stderr.split())
+    assert message.startswith("engm: the output of layer 'head' (Linear) for some examples influences the losses")
+    assert message.count("engm:") == 1
+
+
+def test_a_refused_run_does_not_say_that_it_begins(tmp_path: Path) -> None:
+    result = engm("train", *TINY.split(), "--data", tmp_path / "none.npz", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "no data file" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_name_that_is_neither_data_nor_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = engm("train", *TINY.split(), "--data", "images", "--out", "run")
+    assert f"unknown data set, and neither a file nor a folder in {tmp_path}: 'images'" in " ".join(
+        result.stderr.split()
+    )
+
+
+def test_a_warning_is_one_line() -> None:
+    with warnings_in_a_line():
+        ours, theirs = (
+            warnings.formatwarning("of two\nlines", UserWarning, str(file), 7)
+            for file in (PACKAGE / "rules" / "base.py", Path("/home/me/net.py"))
+        )
+    assert ours == "engm: warning: of two lines\n"
+    assert theirs == "engm: warning: of two lines (UserWarning at /home/me/net.py:7)\n"
+    assert warnings.formatwarning("back", UserWarning, "x.py", 1).startswith("x.py:1")
+
+
+def test_warnings_of_commands_are_such_lines_and_can_still_be_caught(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text("import warnings\ndef none():\n    warnings.warn('look')\n    return []\n")
+    data = ["--data", f"{tmp_path}/data.py:none", "--out", f"{tmp_path}/run"]
+    ran = subprocess.run([sys.executable, "-m", "engm.recipes", "train", *data], capture_output=True, text=True)
+    assert f"engm: warning: look (UserWarning at {tmp_path}/data.py:3)\n" in ran.stderr
+    assert "warnings.warn(" not in ran.stderr
+    with pytest.warns(UserWarning, match="look"):
+        engm("train", *data)
+
+
+@pytest.mark.parametrize(("typed", "shown"), [("8/255", "8/255"), ("128/255", "128/255"), ("0.1", "0.1"), ("0", "0")])
+def test_a_radius_is_shown_as_it_is_typed(typed: str, shown: str) -> None:
+    assert shown_radius(parse_number(typed)) == shown
