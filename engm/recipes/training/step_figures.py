@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from math import nan
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from engm.optim import StepStats
 
+_OF_A_STEP = ("weights", "norms", "input_norms")
 QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 
 
@@ -18,7 +20,7 @@ QUANTILES = {"min": 0.0, "q10": 0.1, "median": 0.5, "q90": 0.9, "max": 1.0}
 class Examples:
     """Per-example figures of one step or of many, on the CPU in float64.
 
-    Weights and norms that are not finite are of steps that a loss scaler skipped, and in no mean and no quantile.
+    Steps that a loss scaler skipped have losses and no other figures.
 
     Attributes:
         losses: one number an example.
@@ -40,7 +42,7 @@ class Examples:
     def summary(self) -> dict[str, float]:
         """Means, quantiles and the clipped fraction, by the names that logs use."""
         found = {"loss": _mean(self.losses), "weight_mean": _mean(self.weights)}
-        found["clipped"] = _mean((_finite(self.weights) < 1).double())
+        found["clipped"] = _mean((self.weights < 1).double())
         found.update(_quantiles("weight", self.weights))
         for name, values in (("norm", self.norms), ("input_norm", self.input_norms)):
             if values is not None:
@@ -95,6 +97,14 @@ def joined(parts: Sequence[StepStats]) -> StepStats:
     return replace(parts[0], **values)
 
 
+def skipped(stats: StepStats) -> StepStats:
+    """The statistics of a step that was not taken: the losses, and nothing of weights and norms, which overflowed."""
+    none: dict[str, Any] = {
+        name: None if (value := getattr(stats, name)) is None else value[..., :0] for name in _OF_A_STEP
+    }
+    return replace(stats, **none)
+
+
 def pack(steps: Sequence[Examples]) -> dict[str, Any]:
     """The same figures as a few long tensors and the steps' lengths: what a checkpoint keeps of an unfinished epoch."""
     if not steps:
@@ -123,17 +133,11 @@ def _to_host(parts: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.cat(parts).cpu().double().split([len(part) for part in parts])
 
 
-def _finite(values: Tensor) -> Tensor:
-    """Those that are finite; all of them where none is, which the mean then shows."""
-    finite = values[values.isfinite()]
-    return finite if len(finite) else values
-
-
 def _mean(values: Tensor) -> float:
-    return _finite(values).mean().item()
+    return values.mean().item()
 
 
 def _quantiles(name: str, values: Tensor) -> dict[str, float]:
-    """Nearest ranks."""
-    ranked = _finite(values).sort().values
+    """Nearest ranks; a NaN counts as larger than everything, and so is all that is known of nothing."""
+    ranked = values.sort().values if len(values) else torch.full((1,), nan)
     return {f"{name}_{key}": ranked[round(q * (len(ranked) - 1))].item() for key, q in QUANTILES.items()}

@@ -18,7 +18,7 @@ from .attacked import AttackedLosses
 from .clock import StepClock
 from .loggers import Figures, Logger
 from .recorded import Recorder, StepReport
-from .step_figures import Examples, StepFigures, joined, pack, together, unpack
+from .step_figures import Examples, StepFigures, joined, pack, skipped, together, unpack
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ class Trainer:
                 self._scaler.scale(stats.losses)  # which is when it makes its state
                 self._scaler.step(self.optimizer)
                 self._scaler.update()
+                if self._scaler.get_scale() < scale:  # which is how it tells that it took no step
+                    stats = skipped(stats)
             self.optimizer.zero_grad()
             if beside is not None:
                 beside.step()

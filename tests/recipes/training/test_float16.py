@@ -51,6 +51,11 @@ def test_a_step_that_overflows_is_skipped_and_in_no_figure() -> None:
     summary = run.trainer.finish_epoch().summary
     assert all(torch.tensor(value).isfinite() for value in summary.values()), summary
     assert 0 < summary["weight_mean"] <= 1
+    scaler.update(2.0**40)
+    run.trainer.step(x, y)
+    alone = run.trainer.finish_epoch().summary
+    assert torch.tensor(alone["loss"]).isfinite()
+    assert torch.tensor([alone[name] for name in ("weight_mean", "norm_mean", "norm_max")]).isnan().all()
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
