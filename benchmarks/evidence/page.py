@@ -168,6 +168,8 @@ def page(records: Records) -> str:
         lines += ["## Verdicts", "", VERDICTS, "", "| question | difference | pairs | verdict |", "|---|---:|---:|---|"]
         lines += [comparison.row(records) for comparison in comparisons(records, tuned)]
     lines += ["", "## Best, last and robust overfitting", "", ACCURACIES, ""]
+    if tuned:
+        lines += ["![robust accuracy on validation images over the epochs](evidence.svg)", ""]
     for criterion in CRITERIA:
         lines += [f"Settings chosen by the {criterion} checkpoint on validation images:", "", HEADER]
         lines += [_row(records, name_of(m), _by(m, criterion, records), TABLE2.get(m)) for m in tuned]
@@ -336,7 +338,7 @@ def main() -> None:
     """The command."""
     records = read_records()
     if _tuned(records):
-        draw(records, DOCS / "evidence")
+        draw(records, DOCS / "evidence.svg")
     write_text_atomic(DOCS / "evidence.md", page(records))
 
 
