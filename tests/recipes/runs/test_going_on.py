@@ -109,4 +109,4 @@ def test_the_command_says_what_changes(tmp_path: Path) -> None:
     assert "to 2 epochs in place of 1; the learning rate stays as it was, divided by 10 after epochs 1" in line
     assert (tmp_path / "run" / "curves.png").read_bytes() != curves
     assert "has trained for 2 epochs" in engm("--epochs", "1")
-    assert "is over" in engm("--epochs", "2")
+    assert "was finished before; nothing was done" in engm("--epochs", "2")
