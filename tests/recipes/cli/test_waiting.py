@@ -116,9 +116,10 @@ def test_a_run_says_what_it_waits_for_before_it_begins() -> None:
 @pytest.mark.slow
 def test_a_plan_tells_how_many_kinds_are_timed(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    cells = analysis("table4").cells(Request(budget("smoke"), {}, (0,)))
+    cells = analysis("table3").cells(Request(budget("smoke"), {}, (0,)))
     expense_of(cells, tmp_path, torch.device("cpu"), 1, lambda done, total: told.append((done, total)))
-    assert told == [(0, 1), (1, 1)]
+    kinds = 4  # the methods; optimizers take the time that others take
+    assert told == [(done, kinds) for done in range(kinds + 1)]
 
 
 def test_smoke_makes_no_programs_and_no_plan() -> None:
