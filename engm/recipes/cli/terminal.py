@@ -66,7 +66,6 @@ ELSEWHERE = {
     "save-dir": "out",
     "fname": "out",
     "batchsize": "batch-size",
-    "loader-workers": "workers",
     "num-workers": "workers",
     "lr-schedule": "schedule",
     "label-smooth": "label-smoothing",

@@ -119,6 +119,9 @@ class Run:
         self.beside = build_beside(config, self.dataset, processes)
         if processes.rank:
             torch.manual_seed(seed_for("dropout", config.seed, processes.rank))
+        # What tells versions of one's own code apart, by the settings that name it; data are told apart themselves.
+        named = {name: str(getattr(config, name)) for name in ("model", "objective", "optimizer")}
+        self._code = {name: code_identity(text, what=name) for name, text in named.items() if is_address(text)}
         self.average = WeightAverage(config, self.net)
         self._objectives: dict[Hashable, Objective] = {}  # by what changes in the course of the run
         if is_address(config.objective):
@@ -327,12 +330,6 @@ class Run:
         """Brings the running statistics of several processes together."""
         for net in self._networks:
             self.processes.average_buffers(net)
-
-    @property
-    def _code(self) -> dict[str, str]:
-        """What tells versions of one's own code apart, by the settings that name it; data are told apart themselves."""
-        named = {name: str(getattr(self.config, name)) for name in ("model", "objective", "optimizer")}
-        return {name: code_identity(text, what=name) for name, text in named.items() if is_address(text)}
 
     @property
     def _networks(self) -> list[nn.Module]:
