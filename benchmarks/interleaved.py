@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 import torch
 
 Step = Callable[[], object]
+
+TURN = 0.02
+"""Seconds that a turn takes the reference, at least."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ def compare(
 ) -> dict[str, Timing]:
     """Run every step once to warm up, once for its memory, then ``rounds`` times in turn.
 
+    A turn is one step, or as many as take the reference 20 ms: alone between steps of others, a short one would be timed
+    with the others' code and data in the caches, as no training loop runs it. All contenders take as many in a turn.
+
     Args:
         steps: name to a function that does one training step.
         reference: the name that ratios are to; not one of ``few``.
@@ -57,20 +64,28 @@ def compare(
         peaks[name] = peak_allocation(step)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    shortest = min(_time(steps[reference]) for _ in range(3))
+    repeats = max(1, math.ceil(TURN / max(shortest, 1e-5)))
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if name in few and turn >= few_rounds:
                 continue
-            synchronize()
-            start = time.perf_counter()
-            steps[name]()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(_time(steps[name], repeats))
     timings = {}
     for name, measured in seconds.items():
         ratios = [own / other for own, other in zip(measured, seconds[reference], strict=False)]
         timings[name] = Timing(statistics.median(measured), statistics.median(ratios), spread_of(ratios), peaks[name])
     return timings
+
+
+def _time(step: Step, repeats: int = 1) -> float:
+    """Seconds a step takes, one after another."""
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def spread_of(values: list[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -124,7 +125,8 @@ class Factors:
         good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
         sound: whether all of them could be taken, where that is not known yet.
         error: 0-dimensional, the judged error of weights; None where that was not judged.
-        faithful: of borrowed norms, whether it is small enough, where it was judged.
+        kept: whether the judgement is of factors that had aged, too.
+        faithful: of borrowed norms, whether they may be used, where they were judged.
     """
 
     names: tuple[str, ...]
@@ -133,6 +135,7 @@ class Factors:
     good_for: int
     sound: DeviceFlag | None = None
     error: Tensor | None = None
+    kept: bool = False
     faithful: DeviceFlag | None = None
 
     def lifetime(self) -> int:
@@ -158,11 +161,13 @@ class Calibration:
     from all of them. All ranks have the same factors then, and agree on when the next are due. They are kept apart,
     draws included, from those that a rank takes by itself (for a norm to be logged, say), which others may not take.
 
-    Factors are judged when they are taken: fitted on one half of the probed examples and held against the exact norms
-    of the other, both ways. Borrowed norms of another statistics mode than the training step's may be far off while
-    running statistics lag behind the weights, and no factor a tensor can mend what differs from example to example.
-    Steps take a pass of their own then; where its norms, which are judged as well, are hardly better, borrowed ones are
-    used all the same.
+    Factors are judged when they are taken, in two ways, of which the larger error counts: fitted on one half of the
+    probed examples and held against the exact norms of the other, both ways; and those that they replace are held
+    against the exact norms of today, as they served until now. Borrowed norms of another statistics mode than the
+    training step's may be far off while running statistics lag behind the weights: no factor a tensor can mend what
+    differs from example to example, and none keeps while the statistics run away, so that such norms are not used
+    before factors of theirs have been seen to keep. Steps take a pass of their own then; where its norms, which are
+    judged as well, are hardly better, borrowed ones are used all the same.
 
     Args:
         every: training steps after which factors are taken afresh, once the network has settled.
@@ -282,8 +287,12 @@ class Calibration:
             measured = squared_norms.index_select(1, indices)
             values, sound = _ratio(exact, measured, old, group)
             flag = DeviceFlag(sound, wait=group is not None)
-            error = _judged_error(exact, measured, group)
-            known = self._factors[key] = Factors(names, values, self.steps, good_for, flag, error)
+            error = _error_of_halves(exact, measured, group)
+            aged = old if lifetime else None
+            if error is not None and aged is not None:
+                error = torch.maximum(error, _error_of(aged, exact, measured, group))
+            known = Factors(names, values, self.steps, good_for, flag, error, kept=aged is not None)
+            self._factors[key] = known
             self._judge()
         if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
             known = self._factors[key] = replace(known, values=known.values.to(squared_norms.device))
@@ -298,7 +307,9 @@ class Calibration:
             for own_key, own in self._factors.items():
                 if not own_key.borrowed and own_key.all_ranks == key.all_ranks and own.taken >= known.taken:
                     most = most if own.error is None else torch.maximum(most, own.error.to(most) / WORTH)
-            self._factors[key] = replace(known, faithful=DeviceFlag(known.error <= most, wait=True))
+            # A plain measurement took running statistics; nothing is known of it before factors have aged.
+            error = known.error if known.kept or key.mode != "plain" else torch.full_like(known.error, inf)
+            self._factors[key] = replace(known, faithful=DeviceFlag(error <= most, wait=True))
 
     def _latest(self, key: FactorKey, names: tuple[str, ...]) -> FactorKey:
         """The key of the latest factors for a way of measuring, of this process or of all ranks."""
@@ -326,6 +337,7 @@ class Calibration:
                 "taken": known.taken,
                 "good_for": known.lifetime(),
                 "error": known.error,
+                "kept": known.kept,
             }
             for key, known in self._factors.items()
         ]
@@ -351,6 +363,7 @@ class Calibration:
                 int(entry["taken"]),
                 int(entry["good_for"]),
                 error=entry.get("error"),  # states of versions that judged nothing have none
+                kept=bool(entry.get("kept", True)),  # those of versions that did not look had used them
             )
             for entry in state["factors"]
         }
@@ -375,23 +388,36 @@ def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGr
     return torch.where(sound, fresh, torch.ones_like(fresh) if old is None else old.to(fresh)), sound.all()
 
 
-def _judged_error(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
+def _error_of_halves(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
     """Mean error of the weights of probed examples by factors from others, 0-dimensional; None for a single example.
 
-    Every second example of each rank's probe, squared norms ``[L, k]``, is one half. The error of example ``i`` is
-    ``|exact norm / mapped norm - 1|``, that of ``alpha / norm`` as a share of the exact weight. It is an estimate for
-    factors from half as many examples as are used, so a little too large.
+    Every second example of each rank's probe, squared norms ``[L, k]``, is one half. It is an estimate for factors from
+    half as many examples as are used, so a little too large.
     """
     if exact.shape[1] < 2 and group is None:
         return None
     halves = [(exact[:, first::2], measured[:, first::2]) for first in (0, 1)]
     sums = total(group, *(part for half in halves for part in _even_sums(*half)))
     factors = [_quotients(sums[0], sums[1]), _quotients(sums[2], sums[3])]
-    errors = torch.zeros((), dtype=torch.float64, device=exact.device)
-    for (true, found), others in zip(halves, reversed(factors), strict=True):
-        ratios = true.double().sum(0) / (found.double() * others.unsqueeze(1)).sum(0)
-        errors = errors + torch.where(true.sum(0) > 0, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios)).sum()
-    errors, count = total(group, errors, torch.full_like(errors, exact.shape[1]))
+    errors = [_errors(others, *half).sum() for half, others in zip(halves, reversed(factors), strict=True)]
+    return _mean(errors[0] + errors[1], exact.shape[1], group)
+
+
+def _error_of(factors: Tensor, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Mean error of the weights of probed examples by these factors, 0-dimensional, from squared norms ``[L, k]``."""
+    return _mean(_errors(factors.to(exact.device), exact, measured).sum(), exact.shape[1], group)
+
+
+def _errors(factors: Tensor, exact: Tensor, measured: Tensor) -> Tensor:
+    """Errors ``[k]`` of weights as shares of the exact ones: ``|exact norm / mapped norm - 1|``, as of alpha / norm."""
+    exact = exact.double().sum(0)
+    ratios = exact / (measured.double() * factors.double().unsqueeze(1)).sum(0)
+    return torch.where(exact > 0, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios))
+
+
+def _mean(errors: Tensor, examples: int, group: ProcessGroup | None) -> Tensor:
+    """The mean over the examples of all ranks from this one's sum."""
+    errors, count = total(group, errors, torch.full_like(errors, examples))
     return errors / count
 
 

@@ -22,6 +22,7 @@ AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
 PRECISIONS = ("fp32", "bf16", "fp16")
 BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
+COUPLED_MODES = ("refuse", "exact")
 SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
 FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
 STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")
@@ -42,6 +43,7 @@ _NAMES = {
     "attack_mode": ATTACK_MODES,
     "precision": PRECISIONS,
     "batch_norm": BATCH_NORM_MODES,
+    "coupled": COUPLED_MODES,
     "norm": ("batch", "group"),
     "in_memory": ("auto", "yes", "no"),
     "step": STEPS,
@@ -171,6 +173,11 @@ class RunConfig:
     )
     batch_norm: str = setting("calibrated", "Norms through batch statistics: calibrated, frozen, exact.", "Optimizer")
     calibrate_every: int = setting(50, "Steps between two calibrations.", "Optimizer")
+    coupled: str = setting(
+        "refuse",
+        "Networks of one's own whose examples influence each other otherwise than by batch norms: refuse or exact (slow).",
+        "Optimizer",
+    )
     lr: float = setting(0.1, "Initial learning rate.", "Optimizer")
     momentum: float = setting(0.9, "Of SGD.", "Optimizer")
     weight_decay: float = setting(5e-4, "Of SGD.", "Optimizer")

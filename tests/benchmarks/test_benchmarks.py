@@ -2,10 +2,12 @@
 
 import json
 import sys
+import time
 
 import cost_constants
 import fidelity
 import host
+import interleaved
 import layers
 import peers
 import pytest
@@ -182,18 +184,27 @@ def test_a_contender_that_fails_is_named_with_the_reason():
     assert reasons == {"absent": "ImportError: no such peer", "broken": "RuntimeError: no such layer"}
 
 
-def test_slow_contenders_take_few_turns():
+@pytest.mark.parametrize("turn", [0.0, 0.01])
+def test_slow_contenders_take_few_turns_and_short_steps_many_in_one(turn, monkeypatch):
     calls = {"sgd": 0, "slow": 0}
 
     def counting(name):
         def step():
             calls[name] += 1
+            if turn:
+                time.sleep(0.003)
 
         return step
 
+    monkeypatch.setattr(interleaved, "TURN", turn)
     timings = compare({name: counting(name) for name in calls}, reference="sgd", rounds=5, few=["slow"], few_rounds=2)
-    assert calls == {"sgd": 7, "slow": 3}  # two to warm up, one to warm up
+    warm, timed = 2, 3
+    inside, left = divmod(calls["sgd"] - warm - timed, 5)
+    assert left == 0
+    assert inside in ((1,) if not turn else (2, 3, 4))  # sleeping takes a little longer than it is asked to
+    assert calls["slow"] == 1 + 2 * inside  # one to warm up
     assert timings["sgd"].ratio == 1
+    assert timings["sgd"].seconds < 0.01
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import platform
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -83,7 +84,26 @@ class Commands(TyperGroup):
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
+def _version(asked: bool) -> None:
+    """Prints versions, from what is installed, because importing torch takes seconds."""
+    if asked:
+        typer.echo(f"engm {_installed('engm')}, torch {_installed('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"
+
+
 @app.callback()
-def engm(context: typer.Context) -> None:
+def engm(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
     """Adversarial training with example-normalised gradients."""
     context.with_resource(warnings_in_a_line())

@@ -19,6 +19,7 @@ from ..runs.termination import TerminatedError, raised
 from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import FolderInUseError
 
+_EXACT = "wrap with GradNormModule(net, coupled='exact')"  # what a refusal says to people who write Python
 INTERRUPTED = 130  # what shells report for Ctrl-C
 _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError, OtherProcessError)
 
@@ -49,7 +50,7 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
         raise typer.Exit(1) from None
     except RefusedError as error:
-        _say(str(error).removeprefix("engm: "))
+        _say(str(error).removeprefix("engm: ").replace(_EXACT, "add --coupled exact"))
         raise typer.Exit(1) from None
     except _EXPECTED as error:
         _say(str(error))

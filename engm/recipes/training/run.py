@@ -139,7 +139,9 @@ class Run:
         if config.precision in DTYPES:
             forward = Autocast(self.net, device.type, DTYPES[config.precision])
         every = config.calibrate_every * config.accumulate  # the model counts the parts of a batch
-        model = engm.GradNormModule(forward, batch_norm=config.batch_norm, calibrate_every=every)
+        model = engm.GradNormModule(
+            forward, batch_norm=config.batch_norm, calibrate_every=every, coupled=config.coupled
+        )
         sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
         training_model = self.processes.wrap(model)
         borrow = config.borrow

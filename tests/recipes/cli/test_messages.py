@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,27 @@ def test_a_network_whose_examples_meet_is_refused_without_a_traceback(tmp_path: 
     message = " ".join(result.stderr.split())
     assert message.startswith("engm: the output of layer 'head' (Linear) for some examples influences the losses")
     assert message.count("engm:") == 1
+    assert "add --coupled exact, which takes" in message
+    assert "GradNormModule" not in message
+
+
+def test_and_trains_where_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(COUPLED)
+    net = f"{tmp_path}/net.py:Net"
+    result = engm("train", *TINY.split(), "--model", net, "--coupled", "exact", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "run/results.json").read_text())["config"]["coupled"] == "exact"
+
+
+def test_version_without_torch() -> None:
+    code = (
+        "import sys; from engm.recipes.cli import app\n"
+        "try: app(['--version'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found == f"engm {version('engm')}, torch {version('torch')}, Python {platform.python_version()}\n"
 
 
 def test_a_refused_run_does_not_say_that_it_begins(tmp_path: Path) -> None:
