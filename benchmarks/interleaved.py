@@ -47,8 +47,8 @@ def compare(
 ) -> dict[str, Timing]:
     """Run every step once to warm up, once for its memory, then ``rounds`` times in turn.
 
-    A turn is one step, or as many as take the reference 20 ms: alone between steps of others, a short one would be timed
-    with the others' code and data in the caches, as no training loop runs it. All contenders take as many in a turn.
+    A turn is one step, or as many as take the reference 20 ms: alone between steps of others, a short one would be
+    timed with their code and data in the caches, as no training loop runs it. All contenders take as many in a turn.
 
     Args:
         steps: name to a function that does one training step.

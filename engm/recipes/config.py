@@ -175,7 +175,7 @@ class RunConfig:
     calibrate_every: int = setting(50, "Steps between two calibrations.", "Optimizer")
     coupled: str = setting(
         "refuse",
-        "Networks of one's own whose examples influence each other otherwise than by batch norms: refuse or exact (slow).",
+        "Examples that influence each other otherwise than by batch norms: refuse or exact (slow).",
         "Optimizer",
     )
     lr: float = setting(0.1, "Initial learning rate.", "Optimizer")

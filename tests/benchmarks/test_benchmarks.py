@@ -2,7 +2,7 @@
 
 import json
 import sys
-import time
+from types import SimpleNamespace
 
 import cost_constants
 import fidelity
@@ -184,27 +184,26 @@ def test_a_contender_that_fails_is_named_with_the_reason():
     assert reasons == {"absent": "ImportError: no such peer", "broken": "RuntimeError: no such layer"}
 
 
-@pytest.mark.parametrize("turn", [0.0, 0.01])
-def test_slow_contenders_take_few_turns_and_short_steps_many_in_one(turn, monkeypatch):
-    calls = {"sgd": 0, "slow": 0}
+@pytest.mark.parametrize(("turn", "inside"), [(0.0, 1), (0.002, 1), (0.01, 4)])
+def test_slow_contenders_take_few_turns_and_short_steps_many_in_one(turn, inside, monkeypatch):
+    calls, now = {"sgd": 0, "slow": 0}, 0.0
 
     def counting(name):
         def step():
+            nonlocal now
             calls[name] += 1
-            if turn:
-                time.sleep(0.003)
+            now += {"sgd": 0.003, "slow": 0.03}[name]
 
         return step
 
     monkeypatch.setattr(interleaved, "TURN", turn)
+    monkeypatch.setattr(interleaved, "time", SimpleNamespace(perf_counter=lambda: now))
     timings = compare({name: counting(name) for name in calls}, reference="sgd", rounds=5, few=["slow"], few_rounds=2)
-    warm, timed = 2, 3
-    inside, left = divmod(calls["sgd"] - warm - timed, 5)
-    assert left == 0
-    assert inside in ((1,) if not turn else (2, 3, 4))  # sleeping takes a little longer than it is asked to
+    assert calls["sgd"] == 2 + 3 + 5 * inside  # two to warm up, three to see how long it takes
     assert calls["slow"] == 1 + 2 * inside  # one to warm up
     assert timings["sgd"].ratio == 1
-    assert timings["sgd"].seconds < 0.01
+    assert timings["sgd"].seconds == pytest.approx(0.003)
+    assert timings["slow"].ratio == pytest.approx(10)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -205,11 +205,11 @@ def test_a_verdict_holds_until_factors_are_taken_again():
 
 
 def test_statistics_that_run_away_between_calibrations():
-    """Fresh factors map norms of statistics that ran away well, each time, and those of the calibration before badly."""
+    """Fresh factors map norms of statistics that ran away well, each time, and those before them badly."""
     model, opt, x, y = made(far=0.0, calibrate_every=2)
     net = settled(model.unwrap(), x)
     errors, sources = [], []
-    for step in range(12):
+    for _ in range(12):
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 0.0  # nobody but this test moves them
