@@ -165,7 +165,7 @@ class TermCollector:
         watched = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or watched)
         self._waiting = {id(entry) for entry in graph.plan.entries if entry.waits(graph.trace)}
-        keep_graph = retain_graph or watched or bool(self._waiting)
+        keep_graph = retain_graph or watched or bool(self._waiting) or graph.plan.behind_entries
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         with graph.collecting(self), statistics, self._watching(passed):

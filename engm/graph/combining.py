@@ -71,6 +71,7 @@ def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
             {(route.position, route.name, route.number): route for route in (*old.routes, *new.routes)}.values()
         ),
         silent=silent,
+        behind_entries=old.behind_entries or new.behind_entries,
         quiet=quiet,
         unknown_of_calls=unknown_of_calls,
         unknown_of_nodes=unknown_of_nodes,

@@ -163,6 +163,7 @@ class Plan:
         keeps: whether the plan may hold for another graph at all.
         blind: whether some gradient was not finite when the plan was made.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
+        behind_entries: whether some of them lie behind what enters, so that a pass runs through that too.
         quiet: positions of all nodes that no gradient came to.
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
@@ -183,6 +184,7 @@ class Plan:
     keeps: bool = True
     blind: bool = False
     silent: tuple[int, ...] = ()
+    behind_entries: bool = False
     quiet: frozenset[int] = frozenset()
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)

@@ -84,9 +84,10 @@ class _Planner:
             self.structure = Structure(self.traced, self.aside)
             self.couplings = self._couplings()
             self._measure()
+            self.silent = self._silent()
+            self.spoken = set(range(len(self.traced.order))) - self.silent
             self.shared = self._shared()
             self.arranged = self._arrange_calls()
-            self.silent = self._silent()
             self.border = self._border()
             more = self._unaccounted() - self.settled
             if not on_any(self.group, bool(more), self.losses.device):
@@ -282,7 +283,11 @@ class _Planner:
     # -- what is shared ----------------------------------------------------------------------------------------
 
     def _shared(self) -> set[int]:
-        """Positions of nodes in which several examples have a share, and of all that is below them."""
+        """Positions of nodes in which several examples have a share, and of all below them that they reach.
+
+        A factor of zero, as in ``losses + 0 * unused.sum()``, lets no gradient pass: what is behind it is shared by
+        nobody for now, and is watched.
+        """
         mixed = {position for (position, _), owners in self.nodes.items() if bool((owners == SEVERAL).any())}
         for number, parts in self.calls.items():
             if any(bool((owners == SEVERAL).any()) for owners in parts) and number not in self.aside:
@@ -290,7 +295,7 @@ class _Planner:
         mixed |= {position for position, pure in enumerate(self.structure.pure) if pure}
         for position in self.through:  # what is normalised by its own statistics
             mixed |= {c for c in self.traced.children[position] if c is not None and c >= 0}
-        return self.structure.below(mixed)
+        return self.structure.below(mixed, self.spoken)
 
     def _arrange_calls(self) -> dict[int, Arrangement | None]:
         """Where the examples lie in the calls that account for their parameters; None where no gradient came."""
@@ -353,7 +358,9 @@ class _Planner:
                 found.add(number)
         for position, slot in self.border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
-            if self.structure.covered(position, slot) is None or (around and position in self.structure.inner):
+            if self.structure.covered(position, slot, self.spoken) is None or (
+                around and position in self.structure.inner
+            ):
                 found |= set(around)
         lost = self._lost_in_regions()
         for number in self.aside:
@@ -368,7 +375,7 @@ class _Planner:
             source.parameter
             for position, slot in self.border
             if is_compiled_region(self.traced.order[position])
-            for source in self.structure.sources(self._child(position, slot))
+            for source in self.structure.sources(self._child(position, slot), self.spoken)
         }
 
     def _is_part(self, number: int, ownership: Ownership) -> bool:
@@ -385,13 +392,16 @@ class _Planner:
     def _border(self) -> list[tuple[int, int]]:
         """``(position, slot)`` of the edges by which something enters that no call accounts for."""
         found = []
+        reached = self.structure.training(self.spoken)
         for position, children in enumerate(self.traced.children):
             if position in self.shared or position in self.silent:
                 continue
             for slot, child in enumerate(children):
-                if child is None or not self.structure.trained_behind(child):
+                if child is None or not (reached[child] if child >= 0 else self.structure.trained_behind(child)):
                     continue
-                if (child < 0 or child in self.shared) and self.structure.covered(position, slot) is not True:
+                if (child < 0 or child in self.shared) and self.structure.covered(
+                    position, slot, self.spoken
+                ) is not True:
                     found.append((position, slot))
         return found
 
@@ -415,7 +425,7 @@ class _Planner:
         coupled, apart = False, self._calls_apart()
         for position, slot in self.border:
             child = self._child(position, slot)
-            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart)
+            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart, self.spoken)
             if reading is not None:
                 self._refuse_coupling(reading, position)
                 coupled = True
@@ -460,11 +470,16 @@ class _Planner:
             keeps=keeps,
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
+            behind_entries=not outermost.isdisjoint(self._behind_entries()),
             quiet=frozenset(self.silent),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
             junctions=self._junctions() if keeps else {},
         )
+
+    def _behind_entries(self) -> set[int]:
+        """The nodes behind the edges by which something enters."""
+        return self.structure.below(child for edge in self.border if (child := self._child(*edge)) >= 0)
 
     def _junctions(self) -> dict[Key, Junction]:
         """Outputs in which rows come up more than once, or that read what others read, if some had no gradient."""
@@ -552,7 +567,7 @@ class _Planner:
             PLAIN if first is None else self._on_device(first.ownership),
             others,
             transposed,
-            tuple(self.structure.sources(behind)),
+            tuple(self.structure.sources(behind, self.spoken)),
         )
         ruled = has_rule(entry.at(traced, self.n))
         return replace(entry, ruled=ruled), None if first is None else first.unknown

@@ -93,6 +93,14 @@ class Structure:
             return False
         return self.trains[child] if child >= 0 else self._trained[-2 - child]
 
+    def training(self, within: Collection[int]) -> list[bool]:
+        """For every node, whether gradients go on from it to a trained parameter by nodes ``within`` some alone."""
+        found: list[bool] = []
+        for position, children in enumerate(self.traced.children):
+            goes_on = (found[c] if c >= 0 else self.trained_behind(c) for c in children if c is not None)
+            found.append(position in within and any(goes_on))
+        return found
+
     def is_input(self, child: int) -> bool:
         """Whether a leaf behind an input of a node is trained and no parameter: an input of the network."""
         return self._trained[-2 - child] and not isinstance(self._leaves[-2 - child], nn.Parameter)
@@ -151,8 +159,8 @@ class Structure:
                 pending += [c for c in self.traced.children[position] if c is not None and c >= 0]
         return found
 
-    def sources(self, child: int) -> list[Source]:
-        """Trained parameters that what is behind an input of a node is computed from."""
+    def sources(self, child: int, within: Collection[int]) -> list[Source]:
+        """Trained parameters that what is behind an input of a node is computed from, by nodes ``within`` some alone."""
         found: dict[int, Source] = {}
         rearranged, pending, visited = True, [child], set()
         while pending:
@@ -161,7 +169,7 @@ class Structure:
                 leaf = self._leaves[-2 - current]
                 if self._trained[-2 - current]:
                     found[id(leaf)] = Source(id(leaf), rearranged)
-            elif current not in visited:
+            elif current not in visited and current in within:
                 visited.add(current)
                 inner = [c for c in self.traced.children[current] if c is not None]
                 alike = operator_name(self.traced.order[current]) in REARRANGING
@@ -169,15 +177,15 @@ class Structure:
                 pending += inner
         return list(found.values())
 
-    def covered(self, position: int, slot: int) -> bool | None:
-        """Whether the call that an edge lies in accounts for what enters by the edge.
+    def covered(self, position: int, slot: int, within: Collection[int]) -> bool | None:
+        """Whether the call that an edge lies in accounts for what enters by the edge, from ``within`` some nodes.
 
         None: the edge lies inside of a call that gradients also reach otherwise than by the call's output, so that it
         accounts for a part alone.
         """
         child = self.traced.children[position][slot]
         assert child is not None
-        entering = {source.parameter for source in self.sources(child)}
+        entering = {source.parameter for source in self.sources(child, within)}
         for number in self.calls_around(position):
             own = {id(p) for p in self.traced.calls[number].parameters.values()}
             if entering & own:
@@ -210,17 +218,24 @@ class Structure:
         """Numbers of the calls that a node lies inside of, or made the output of."""
         return self._around.get(position, [])
 
-    def reads_data(self, child: int, owner: Wrapper, n: int, apart: Collection[int] = ()) -> int | None:
+    def reads_data(
+        self,
+        child: int,
+        owner: Wrapper,
+        n: int,
+        apart: Collection[int] = (),
+        within: Collection[int] | None = None,
+    ) -> int | None:
         """The call nearest to the losses by which what is behind an input of a node reads the examples.
 
         What is computed from parameters, buffers and indices of the network's own reads none. Nor does a call whose
         rows cannot be the examples by their number, unless it is one of those (``apart``) of which some rows are of one
-        example alone. Returns the number of the call, -1 for an input that requires a gradient, None if nothing of the
-        kind is there.
+        example alone. Only what is ``within`` some nodes counts. Returns the number of the call, -1 for an input that
+        requires a gradient, None if nothing of the kind is there.
         """
         if child < 0:
             return None if isinstance(self._leaves[-2 - child], nn.Parameter) else -1
-        below = self.below([child])
+        below = self.below([child], within)
         numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
         reading = [
             k
