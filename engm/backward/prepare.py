@@ -79,4 +79,5 @@ def planned_losses(
     due = watch and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
     if on_any(group, due, losses.device):
         check_identity(graph, losses, model.watch.steps, scale)
+        model.watch.passed(skeleton)
     return graph

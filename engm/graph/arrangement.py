@@ -104,8 +104,11 @@ def varying(owners: Tensor, n: int) -> set[int]:
 
 
 def regular(owners: Tensor, n: int) -> bool:
-    """Whether owners ``[*leading]`` surely are a layout along one of the dimensions, whatever the others."""
-    if _constant(owners) is None:
+    """Whether owners ``[*leading]`` surely are a layout along one of the dimensions, whatever the others.
+
+    A single number has no dimension to lie along.
+    """
+    if owners.dim() == 0 or _constant(owners) is None:
         return False
     while owners.dim() > 1:
         same = next((dim for dim in range(owners.dim()) if _collapses(owners, dim)), None)

@@ -1,14 +1,16 @@
 """Whose row is it? Measured: every loss is scaled by a power of two, and each row comes back with its owner's power.
 
-If the loss of example ``i`` has the factor ``2^d``, ``d`` a digit of ``i``, every row of every tensor on the way comes
-out of a backward pass multiplied by the factor of the example that it belongs to, exactly, because powers of two do not
-round: whatever sort, gather, mask, padding, graph or expert lies in between. A plain pass and one scaled pass a digit
-tell the owner of every row, and no weight gradient is computed. A row that is no one power times its plain self belongs
-to several examples. A row without a gradient belongs to nobody.
+If the loss of example ``i`` has the factor ``2^(d + 1)``, ``d`` a digit of ``i``, every row of every tensor on the way
+comes out of a backward pass multiplied by the factor of the example that it belongs to, exactly, because powers of two
+do not round: whatever sort, gather, mask, padding, graph or expert lies in between. A plain pass and one scaled pass a
+digit tell the owner of every row, and no weight gradient is computed. A row that is no one power times its plain self
+belongs to several examples. So does one that comes out as it was, as behind a function that hands on the signs of its
+gradients: no example has the factor 1. A row without a gradient belongs to nobody.
 
 Rows are told apart by two random projections of them, so that nothing of the size of a gradient is kept between the
-passes. What looks like a row of several is asked again, element by element, with
-masks of 0 and 1 in place of the powers, which neither underflow nor rounding can fool.
+passes. What looks like a row of several is asked again, element by element, with masks of 0 and 1 in place of the
+powers, which neither underflow nor rounding can fool. The masks are the bits of ``i + 1``, of which there are so many
+that every example is left out by one of them and kept by another.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
 
-BASE = 64  # of the numbers whose digits are the exponents; float32 holds 2^63 times any gradient there may be
+BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 times any gradient there may be
 # Of a row, as a share of its projections. On a CPU the passes agree to the last bit; on a GPU, where sums of atomic
 # additions come in any order, to rounding.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -85,8 +87,17 @@ def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return drawn.to(device, dtype)
 
 
+def _factors(digits: Tensor) -> Tensor:
+    """What losses are multiplied by, in float64, for these digits of their numbers."""
+    return torch.exp2(digits.double() + 1)
+
+
 class Owned:
     """The owners of the rows of one tensor, digit by digit.
+
+    Args:
+        plain: the print of the tensor's plain gradient.
+        first: the number of the first example, as it is asked about.
 
     Attributes:
         plain: the print of the tensor's plain gradient.
@@ -94,19 +105,19 @@ class Owned:
         several: ``[rows]``, whether a row turned out to be of several.
     """
 
-    def __init__(self, plain: Print) -> None:
+    def __init__(self, plain: Print, first: int = 0) -> None:
         self.plain = plain
-        self.of = torch.zeros_like(plain.largest, dtype=torch.long)
+        self.of = torch.full_like(plain.largest, -first, dtype=torch.long)
         self.several = torch.zeros_like(plain.largest, dtype=torch.bool)
 
     def add_digit(self, scaled: Print, place: int) -> None:
         """Read a digit of the owners from the gradient of losses that were scaled by powers of two."""
         plain, silent = self.plain, self.plain.largest == 0
-        power = (scaled.largest / plain.largest).log2().round().nan_to_num(0, 0, 0).clamp(-1, BASE)
+        power = (scaled.largest / plain.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
         factor = torch.exp2(power)
         self._compare(scaled, factor)
-        self.several |= ~silent & ((power < 0) | (power >= BASE))
-        self.of += power.long().clamp(0, BASE - 1) * place
+        self.several |= ~silent & ((power < 1) | (power > BASE))
+        self.of += (power.long() - 1).clamp(0, BASE - 1) * place
 
     def add_bit(self, masked: Print, place: int) -> None:
         """Read a bit of the owners from the gradient of some of the losses."""
@@ -121,7 +132,7 @@ class Owned:
 
     def owners(self, n: int) -> Tensor:
         """``[*leading]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
-        found = torch.where(self.several | (self.of >= n), SEVERAL, self.of)
+        found = torch.where(self.several | (self.of < 0) | (self.of >= n), SEVERAL, self.of)
         found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
         found = torch.where(self.plain.largest.isfinite(), found, BLIND)
         return found.view(self.plain.shape)
@@ -189,14 +200,17 @@ class Question:
         """
         self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
         self._edges = edges or {}
-        numbers = torch.arange(self.n, device=self.losses.device)
-        found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
-        self._leave_out_complete_edges(found)
         # In float16 a power of two might not fit into a gradient.
-        place, base = 1, 2 if by_element or torch.float16 in self.traced.dtypes else BASE
-        while place < self.most:
+        masked = by_element or torch.float16 in self.traced.dtypes
+        # Neither a row that all masks keep nor one that none does is an example's.
+        first = 1 if masked and self.most > 1 else 0
+        numbers = torch.arange(self.n, device=self.losses.device) + first
+        found = {key: Owned(seen, first) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
+        self._leave_out_complete_edges(found)
+        place, base = 1, 2 if masked else BASE
+        while place < self.most + 2 * first:
             digit = numbers // place % base
-            seeds = digit if base == 2 else torch.exp2(digit.double())
+            seeds = digit if base == 2 else _factors(digit)
             for key, seen in self._pass(seeds.to(self.losses)).items():
                 if key not in found:
                     continue
@@ -224,7 +238,7 @@ class Question:
         numbers = torch.arange(self.n, device=self.losses.device)
         found, place = [], 1
         while place < self.most:
-            found.append((place, self._pass(torch.exp2((numbers // place % BASE).double()).to(self.losses))))
+            found.append((place, self._pass(_factors(numbers // place % BASE).to(self.losses))))
             place *= BASE
         return found
 
@@ -355,7 +369,7 @@ class Answers:
             owned.add_digit(seen, place)
         found = owned.owners(self._n)
         rows = found.flatten()
-        factors = [torch.exp2((rows // place % BASE).to(plain.marks)) for place, _ in scaled]
+        factors = [_factors(rows // place % BASE).to(plain.marks) for place, _ in scaled]
         # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
         factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
         owners = found.cpu()

@@ -342,9 +342,10 @@ class Watch:
         """Whether this graph is to be checked; every graph is asked about once."""
         due = self.would_be_due(signature, every)
         self.steps += 1
-        if not due:
-            return False
+        return due
+
+    def passed(self, signature: Hashable) -> None:
+        """The graph that was asked about last was checked, and is right; one that is wrong stays due."""
         if signature not in self._checked and len(self._checked) >= MOST_PLANS:
             del self._checked[next(iter(self._checked))]
         self._checked[signature] = self._latest = self.steps
-        return True

@@ -410,6 +410,27 @@ def test_layers_called_on_single_vectors():
     check(Loop().double(), lambda model, _: random_losses(model(torch.randn(3, 4, dtype=torch.float64))), 2)
 
 
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("of", [lambda row: row, lambda row: row.sum()], ids=["vectors", "numbers"])
+def test_functions_of_the_users_called_once_an_example(of):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh()).double()
+
+    def losses(model, _):
+        return torch.stack([Squared.apply(of(row)) for row in model(torch.randn(3, 4, dtype=torch.float64))])
+
+    check(net, losses, 2)
+
+
 @pytest.mark.parametrize(
     "net",
     [

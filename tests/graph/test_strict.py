@@ -326,11 +326,75 @@ def test_a_gradient_that_is_nothing_but_rounding(dtype, seed):
     engm.measure(model, losses)
 
 
-def test_a_wrong_rule_is_found_where_sums_are_rounded(monkeypatch):
+def make_the_rule_of_linear_layers_wrong(monkeypatch):
     right = LinearRule.terms
     monkeypatch.setattr(LinearRule, "terms", lambda rule, module, a, *rest: right(rule, module, 2 * a, *rest))
+
+
+def test_a_wrong_rule_is_found_where_sums_are_rounded(monkeypatch):
+    make_the_rule_of_linear_layers_wrong(monkeypatch)
     model = engm.GradNormModule(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(torch.randn(6, 5)).square().mean(1).float()
     with pytest.raises(RuntimeError, match="do not add up"):
         engm.measure(model, losses)
+
+
+def test_what_was_found_wrong_once_is_found_wrong_again(monkeypatch):
+    """Neither a comparison that failed nor a batch of NaNs, which is not compared, counts as one that held."""
+    make_the_rule_of_linear_layers_wrong(monkeypatch)
+    model = engm.GradNormModule(Around().double())
+    engm.measure(model, random_losses(model(X * float("nan"))), check=False)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="do not add up"):
+            engm.measure(model, random_losses(model(X)))
+
+
+class Passing(torch.autograd.Function):
+    """Hands on something else than its gradient, row by row."""
+
+    @staticmethod
+    def forward(ctx, x, how):
+        ctx.how = how
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.how(gradient), None
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("how", [torch.sign, lambda g: F.normalize(g, dim=-1), lambda g: g.clamp(-0.05, 0.05)])
+def test_gradients_that_are_no_multiples_of_the_losses(how, strict):
+    """Signs of gradients, say, are the same whatever the losses are multiplied by: they tell nothing of the owner."""
+    check(Around(lambda x: Passing.apply(x, how)).double(), lambda m: random_losses(m(X)), strict=strict)
+
+
+class WithAnother(torch.autograd.Function):
+    """Hands on its input, and to another loss a gradient that is the same whatever the losses are multiplied by."""
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        ctx.shape = loss.shape
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.new_ones(ctx.shape)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_loss_that_is_added_in_the_backward_pass_alone(n, shape, strict):
+    """As mixtures of experts add the loss that balances them, in which all examples have a share."""
+
+    def between(h):
+        return WithAnother.apply(h, h.softmax(1).mean(0).square().sum().view(shape))
+
+    x = tensor(n, 5)
+    model = engm.GradNormModule(Around(between).double(), strict=strict)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=MIXING):
+            engm.measure(model, random_losses(model(x)))
+    check(Around(between).double(), lambda m: random_losses(m(x)), step=False, coupled="exact", strict=False)
