@@ -160,7 +160,7 @@ class Structure:
         return found
 
     def sources(self, child: int, within: Collection[int]) -> list[Source]:
-        """Trained parameters that what is behind an input of a node is computed from, by way of nodes ``within`` some."""
+        """Trained parameters that what is behind an input is computed from, by way of nodes ``within`` some alone."""
         found: dict[int, Source] = {}
         rearranged, pending, visited = True, [child], set()
         while pending:
