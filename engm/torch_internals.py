@@ -226,9 +226,10 @@ def slot_of(node: Node, tensor: Any) -> int:
     The answer is 0 where the tensor was cast on the way or no gradient goes to it.
     """
     if isinstance(tensor, Tensor) and tensor.requires_grad:
-        edge = get_gradient_edge(tensor)
-        for slot, (child, number) in enumerate(node.next_functions):
-            if child == edge.node and number == edge.output_nr:
+        made_by = tensor.grad_fn
+        edge = get_gradient_edge(tensor).node if made_by is None else made_by, tensor.output_nr
+        for slot, found in enumerate(node.next_functions):
+            if found == edge:
                 return slot
     return 0
 
@@ -454,6 +455,15 @@ CALL_OF_A_MODULE = ("forward", "_is_full_backward_hook", "_compiled_call_impl") 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters that the module holds itself, by name; None for one that was left out."""
     return module._parameters
+
+
+def every_parameter(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the module and of those inside, once or more often; quicker than ``module.parameters()``."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    for child in module._modules.values():
+        if child is not None:
+            own += every_parameter(child)
+    return own
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:

@@ -23,6 +23,7 @@ from ..torch_internals import (
     HungHook,
     Node,
     address_of,
+    every_parameter,
     graph_is_kept,
     put_last,
     shape_of,
@@ -258,7 +259,7 @@ class WholeCall(Call):
         self.saved = saved
         self._frame, tensors = Frame.split(arguments)
         self._keep(tensors)
-        self._weights = [(id(parameter), version_of(parameter)) for parameter in module.parameters()]
+        self._weights = [(id(parameter), version_of(parameter)) for parameter in every_parameter(module)]
         self._places = tuple(places)
         self._arrived: list[Tensor | None] = [None] * leaves
 
@@ -281,7 +282,7 @@ class WholeCall(Call):
             RuntimeError: it was freed by an earlier backward pass, or it or a parameter was changed in place.
         """
         tensors = super().activations()
-        if [(id(parameter), version_of(parameter)) for parameter in self.module.parameters()] != self._weights:
+        if [(id(parameter), version_of(parameter)) for parameter in every_parameter(self.module)] != self._weights:
             raise RefusedError(
                 f"engm: the parameters of layer '{self.name}' were modified or replaced after its forward pass, which "
                 "has to be run again for its per-example gradients. Take the norms before the optimizer's step."

@@ -105,8 +105,8 @@ class PositionFactors(Factors):
             if outer == 1:  # an example's rows lie side by side, and so do their positions
                 tensors[name] = tensor.reshape(n, inner * tensor.shape[1], *tensor.shape[2:])
                 continue
-            split = tensor.unflatten(0, (outer, n, inner)).transpose(0, 1)
-            tensors[name] = split.flatten(1, 3)
+            split = tensor.reshape(outer, n, inner * tensor.shape[1], *tensor.shape[2:])
+            tensors[name] = split.transpose(0, 1).flatten(1, 2)
         return replace(self, **tensors)  # type: ignore[type-var]
 
 
