@@ -457,15 +457,6 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     return module._parameters
 
 
-def every_parameter(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the module and of those inside, once or more often; quicker than ``module.parameters()``."""
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    for child in module._modules.values():
-        if child is not None:
-            own += every_parameter(child)
-    return own
-
-
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers that the module holds itself, by name; what is written into the dict is the module's."""
     return module._buffers

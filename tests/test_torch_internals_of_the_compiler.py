@@ -35,6 +35,12 @@ def test_is_compiled_region():
     assert not internals.is_compiled_region(inner(x).grad_fn)
 
 
+def test_is_kind_of_region():
+    x = torch.ones(3, requires_grad=True)
+    assert internals.is_kind_of_region(type(torch.compile(inner, backend="aot_eager")(x).grad_fn))
+    assert not internals.is_kind_of_region(type(inner(x).grad_fn))
+
+
 def test_never_compiled():
     def told() -> bool:
         return torch.compiler.is_compiling()

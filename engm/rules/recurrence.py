@@ -37,7 +37,7 @@ class Weights:
             parameter = own_parameters(module).get(name + suffix)
             return None if parameter is None else parameter.detach().to(dtype)
 
-        self.ih, self.hh = (module.get_parameter(f"weight_{part}{suffix}").detach().to(dtype) for part in ("ih", "hh"))
+        self.ih, self.hh = (getattr(module, f"weight_{part}{suffix}").detach().to(dtype) for part in ("ih", "hh"))
         self.bias_ih, self.bias_hh, self.hr = get("bias_ih"), get("bias_hh"), get("weight_hr")
 
 
