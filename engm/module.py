@@ -176,8 +176,8 @@ class GradNormModule(nn.Module):
         if self.input_grads_wanted:
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
-        noting = noting_leaves(self._walks.found(sharded_parts), self.shard_group, self._leaves)
-        layers = _those_that_matter(self._walks.found(_layers_with_rules))
+        sharded, with_rules = self._walks.found_by_both(sharded_parts, _layers_with_rules)
+        noting, layers = noting_leaves(sharded, self.shard_group, self._leaves), _those_that_matter(with_rules)
         hooks = hooked(capture, layers, traceable if dynamo_in_use() else None)
         with capturing(capture, layers), hooks, self.paused(), noting:
             outputs = self._network()(*args, **kwargs)

@@ -6,7 +6,8 @@ each. At the end of this file are their fake implementations, which tell ``torch
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -417,6 +418,15 @@ def weighted_gemm(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
 def in_type(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, which takes as long as a small operator even where there is nothing to do."""
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def uncast(device: torch.device) -> AbstractContextManager[object]:
+    """While this context is open, operators on such a device take their operands as they are: autocast is off.
+
+    To enter ``torch.autocast(..., enabled=False)`` takes as long as a small operator even where it is off already.
+    """
+    on = torch.is_autocast_enabled(device.type)
+    return cast(AbstractContextManager[object], torch.autocast(device.type, enabled=False)) if on else nullcontext()
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:

@@ -64,7 +64,12 @@ def node_name(node: Node) -> str:
 
 def is_compiled_region(node: Node) -> bool:
     """Whether the node is of a region that ``torch.compile`` made one function of."""
-    return type(node).__name__ == "CompiledFunctionBackward"
+    return is_kind_of_region(type(node))
+
+
+def is_kind_of_region(kind: type) -> bool:
+    """Whether nodes of this type are of regions that ``torch.compile`` made one function of."""
+    return kind.__name__ == "CompiledFunctionBackward"
 
 
 def operator_name(node: Node) -> str:
@@ -79,7 +84,8 @@ def leaf_of(node: Node) -> Tensor | None:
 
 def node_outputs(node: Node) -> Sequence[Any]:
     """What a node knows of each of its outputs: ``shape``, ``dtype`` and ``device``."""
-    return cast("Sequence[Any]", node._input_metadata)
+    outputs: Sequence[Any] = node._input_metadata
+    return outputs
 
 
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
@@ -220,9 +226,10 @@ def slot_of(node: Node, tensor: Any) -> int:
     The answer is 0 where the tensor was cast on the way or no gradient goes to it.
     """
     if isinstance(tensor, Tensor) and tensor.requires_grad:
-        edge = get_gradient_edge(tensor)
-        for slot, (child, number) in enumerate(node.next_functions):
-            if child == edge.node and number == edge.output_nr:
+        made_by = tensor.grad_fn
+        edge = get_gradient_edge(tensor).node if made_by is None else made_by, tensor.output_nr
+        for slot, found in enumerate(node.next_functions):
+            if found == edge:
                 return slot
     return 0
 
@@ -447,7 +454,7 @@ CALL_OF_A_MODULE = ("forward", "_is_full_backward_hook", "_compiled_call_impl") 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters that the module holds itself, by name; None for one that was left out."""
-    return cast("Mapping[str, nn.Parameter | None]", module._parameters)
+    return module._parameters
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
@@ -753,11 +760,11 @@ def skip_code(code: CodeType) -> None:
     skip(code)
 
 
-def let_graph_be_kept(node: Node) -> None:
-    """Let the graph be kept when a compiled region's node runs, where the region was compiled such that it can be.
+def let_graph_be_kept(kind: type) -> None:
+    """Let the graph be kept when nodes of this type run, of a compiled region that was compiled such that it can be.
 
     AOTAutograd takes "was not asked whether it gives memory away" for "may give it away".
     """
-    metadata: Any = getattr(getattr(type(node), "_forward_cls", None), "metadata", None)
+    metadata: Any = getattr(getattr(kind, "_forward_cls", None), "metadata", None)
     if getattr(metadata, "bw_donated_idxs", ()) is None:
         metadata.bw_donated_idxs = []

@@ -35,6 +35,12 @@ def test_is_compiled_region():
     assert not internals.is_compiled_region(inner(x).grad_fn)
 
 
+def test_is_kind_of_region():
+    x = torch.ones(3, requires_grad=True)
+    assert internals.is_kind_of_region(type(torch.compile(inner, backend="aot_eager")(x).grad_fn))
+    assert not internals.is_kind_of_region(type(inner(x).grad_fn))
+
+
 def test_never_compiled():
     def told() -> bool:
         return torch.compiler.is_compiling()
@@ -84,7 +90,7 @@ def keeps_its_graph(where, prepare=lambda node: None) -> bool:
     with where:
         compiled(x).backward()
         output = compiled(x)
-    prepare(output.grad_fn)
+    prepare(type(output.grad_fn))
     try:
         for _ in range(2):
             output.backward(retain_graph=True)
@@ -109,7 +115,7 @@ def test_let_graph_be_kept():
     assert keeps_its_graph(internals.graphs_that_can_be_kept(), internals.let_graph_be_kept)
     torch.compiler.reset()
     assert not keeps_its_graph(nullcontext(), internals.let_graph_be_kept), "memory that was given away is gone"
-    internals.let_graph_be_kept(torch.ones(1, requires_grad=True).square().grad_fn)  # nothing to do
+    internals.let_graph_be_kept(type(torch.ones(1, requires_grad=True).square().grad_fn))  # nothing to do
 
 
 def sees_a_later_hook(where) -> bool:

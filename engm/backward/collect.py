@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
@@ -385,12 +386,13 @@ class TermCollector:
             like: the losses ``[n]``.
         """
         dtype = accumulation_dtype(like)
-        zero = torch.zeros(self.n, dtype=dtype, device=like.device)
         if not self.squared:
-            return zero.new_zeros(0, self.n)
-        found = torch.stack(
-            [zero if row is None else row if row.dtype == dtype else row.to(dtype) for row in self.squared]
-        )
+            return torch.zeros(0, self.n, dtype=dtype, device=like.device)
+        rows = [row for row in self.squared if row is not None]
+        if len(rows) < len(self.squared):
+            zero = torch.zeros(self.n, dtype=dtype, device=like.device)
+            rows = [zero if row is None else row for row in self.squared]
+        found = torch.stack([ops.in_type(row, dtype) for row in rows])
         # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 

@@ -24,6 +24,7 @@ from ..torch_internals import (
     Node,
     address_of,
     graph_is_kept,
+    own_parameters,
     put_last,
     shape_of,
     slot_of,
@@ -31,6 +32,7 @@ from ..torch_internals import (
     tree_leaves,
     version_of,
 )
+from .layers import named_modules
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -258,7 +260,7 @@ class WholeCall(Call):
         self.saved = saved
         self._frame, tensors = Frame.split(arguments)
         self._keep(tensors)
-        self._weights = [(id(parameter), version_of(parameter)) for parameter in module.parameters()]
+        self._weights = _versions_of_parameters(module)
         self._places = tuple(places)
         self._arrived: list[Tensor | None] = [None] * leaves
 
@@ -281,7 +283,7 @@ class WholeCall(Call):
             RuntimeError: it was freed by an earlier backward pass, or it or a parameter was changed in place.
         """
         tensors = super().activations()
-        if [(id(parameter), version_of(parameter)) for parameter in self.module.parameters()] != self._weights:
+        if _versions_of_parameters(self.module) != self._weights:
             raise RefusedError(
                 f"engm: the parameters of layer '{self.name}' were modified or replaced after its forward pass, which "
                 "has to be run again for its per-example gradients. Take the norms before the optimizer's step."
@@ -293,6 +295,12 @@ class WholeCall(Call):
                 f"engm: layer '{self.name}' cannot be run again for its per-example gradients: {error}. Pass tensors, "
                 "or give the layer a rule with engm.register_rule."
             ) from None
+
+
+def _versions_of_parameters(module: nn.Module) -> list[tuple[int, int]]:
+    """Who the parameters of the module and of those inside are, and how often they were written into."""
+    own = [p for _, part in named_modules(module) for p in own_parameters(part).values() if p is not None]
+    return [(id(parameter), version_of(parameter)) for parameter in own]
 
 
 class Capture:

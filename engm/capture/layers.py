@@ -18,6 +18,7 @@ from ..torch_internals import own_children, own_parameters, trained_of
 from .held import ANY_LENGTH, Held
 
 Found = TypeVar("Found")
+OtherFound = TypeVar("OtherFound")
 
 
 def named_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -62,19 +63,31 @@ class Walks:
         self._found: dict[Callable[[nn.Module], Any], Any] = {}
 
     def found(self, walk: Callable[[nn.Module], Found]) -> Found:
-        """What ``walk(net)`` finds.
+        """What ``walk(net)`` finds; see :meth:`found_by_both`."""
+        return self._by_each((walk,))[0]
+
+    def found_by_both(
+        self, walk: Callable[[nn.Module], Found], other: Callable[[nn.Module], OtherFound]
+    ) -> tuple[Found, OtherFound]:
+        """What ``walk(net)`` and ``other(net)`` find; the network is looked at once to see that it is the same.
 
         Args:
             walk: may depend on what modules consist of: types, children, parameters, which of these are trained, and
                 the rules that there are; not on modes, nor on the numbers in tensors.
+            other: as ``walk``.
         """
+        first, second = self._by_each((walk, other))
+        return first, second
+
+    def _by_each(self, walks: Sequence[Callable[[nn.Module], Any]]) -> list[Any]:
         if self._held is None or self._rules != registrations() or not self._held.same():
             self._rules = registrations()
             self._held = _parts_of([module for _, module in named_modules(self._net)])
             self._found.clear()
-        if walk not in self._found:
-            self._found[walk] = walk(self._net)
-        return self._found[walk]
+        for walk in walks:
+            if walk not in self._found:
+                self._found[walk] = walk(self._net)
+        return [self._found[walk] for walk in walks]
 
 
 def _parts_of(modules: Sequence[nn.Module]) -> Held:

@@ -169,7 +169,7 @@ def skeleton_of(traced: Trace, n: int) -> Hashable:
     # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
-    return HashedOnce((n, tuple(map(type, traced.order)), edges, calls, leaves))
+    return HashedOnce((n, traced.kinds, edges, calls, leaves))
 
 
 def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
@@ -179,10 +179,10 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     """
     options: list[Hashable] = []
     shapes = traced.shapes
-    for position, node in enumerate(traced.order):
-        kind = type(node)
+    order = traced.order
+    for position, kind in enumerate(traced.kinds):
         if kind not in _READERS:
-            _READERS[kind] = _reader(node)
+            _READERS[kind] = _reader(order[position])
         read = _READERS[kind]
         if read is None:
             continue
@@ -191,7 +191,7 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
             # That of a leaf, which has no place, is among those below.
             options.append((shapes[position], shapes[child] if child is not None and child >= 0 else child))
         else:
-            options.append(read(node))
+            options.append(read(order[position]))
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])

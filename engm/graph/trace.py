@@ -24,7 +24,7 @@ from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
-    is_compiled_region,
+    is_kind_of_region,
     let_graph_be_kept,
     node_name,
     node_outputs,
@@ -42,7 +42,7 @@ class Trace:
         owner: the wrapper whose losses they are taken to be.
         trained: names and tensors of the parameters that norms are taken over.
         order: all nodes but those of leaves, each after the nodes that it passes gradients to; the losses' is the last.
-        positions: the index in ``order`` of every node.
+        kinds: the types of the nodes of ``order``.
         children: for every node of ``order`` the positions of the nodes behind its inputs; None for an input without a
             gradient, and ``-2 - k`` for the leaf that was met as number ``k``.
         number: which output of the last node of ``order`` the losses are.
@@ -60,7 +60,7 @@ class Trace:
     owner: Wrapper | None = None
     trained: Sequence[tuple[str, nn.Parameter]] = ()
     order: list[Node] = field(default_factory=list)
-    positions: dict[Node, int] = field(default_factory=dict)
+    kinds: tuple[type, ...] = ()
     children: list[tuple[int | None, ...]] = field(default_factory=list)
     number: int = 0
     numbers: list[tuple[int, ...]] = field(default_factory=list)
@@ -71,6 +71,11 @@ class Trace:
     leaves: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[Node, Tensor] = field(default_factory=dict)
     rows_of_inputs: dict[tuple[int, ...], tuple[Ownership, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def positions(self) -> dict[Node, int]:
+        """The index in :attr:`order` of every node."""
+        return {node: position for position, node in enumerate(self.order)}
 
     @cached_property
     def captures(self) -> list[Capture]:
@@ -183,7 +188,7 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
     result = Trace(owner, trained)
     order, result.children, result.numbers, result.shapes, leaves, tokens = walk_graph(losses, SEGMENT_KEY)
     result.order, result.number = order, losses.output_nr
-    result.positions = {node: position for position, node in enumerate(order)}
+    result.kinds = tuple(map(type, order))
     result.leaves = {id(leaf): leaf for leaf in leaves}
     for position, token in tokens:
         attach(token, order[position])
@@ -194,6 +199,7 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
             result.calls.append(call)
             result.nodes.append(node)
         result.marked += metadata.get(CAPTURES_KEY, ())
-        if is_compiled_region(node):
-            let_graph_be_kept(node)
+    for kind in set(result.kinds):
+        if is_kind_of_region(kind):
+            let_graph_be_kept(kind)
     return result

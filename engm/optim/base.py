@@ -15,6 +15,7 @@ from ..backward.norms import Measurement
 from ..checks import check_losses, check_positive
 from ..distributed import Ranks, total
 from ..module import as_wrapped
+from ..ops import uncast
 from ..terms.loss_scale import LossScale
 from ..torch_internals import norms_of_each
 from .batch import LossBatch
@@ -142,7 +143,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         with torch.enable_grad():  # the caller may be in no_grad, where a backward pass may run as well
             batch = self._batch(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
         # The caller's autocast may still be on, as in Lightning.
-        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
+        with torch.enable_grad(), uncast(losses.device):
             weighting = self._weighting(batch, one_pass=True)
             batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
         return self._record(batch, weighting)
@@ -176,7 +177,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             batch = self._batch(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
-        with torch.enable_grad(), torch.autocast(losses.device.type, enabled=False):
+        with torch.enable_grad(), uncast(losses.device):
             weighting = self._weighting(batch, one_pass=False)
         batch.release()
         self._record(batch, weighting)

@@ -60,11 +60,11 @@ def _repeated(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | Non
         return None
     where = entry.layout
     behind = next((dim for dim, size in enumerate(aligned) if size != 1), len(aligned))
-    in_blocks = isinstance(where, Layout) and where.dim == 0 and where.outer == 1 and behind > 0
-    if in_blocks and aligned[behind:] == contribution.shape[behind:] and contribution.is_floating_point():
-        # A bias: repeated along all dimensions in front of its own, an example's rows side by side.
-        rows = contribution.reshape(entry.n, -1, prod(aligned[behind:]))
-        norm_sq, sums = ops.position_sums(rows, 1)
+    whole = aligned[behind:] == contribution.shape[behind:] and contribution.is_floating_point()
+    if whole and isinstance(where, Layout) and where.dim < behind:
+        # A bias: repeated along all dimensions in front of its own.
+        rows = contribution if where.dim == 0 and where.outer == 1 else where.examples_first(contribution, entry.n)
+        norm_sq, sums = ops.position_sums(rows.reshape(entry.n, -1, prod(aligned[behind:])), 1)
         return PerExampleGradient(sums.reshape(entry.n, *entry.shape), norm_sq)
     if isinstance(where, Layout) and aligned[where.dim] == 1:
         rows = where.examples_first(contribution, entry.n)

@@ -37,7 +37,7 @@ class Weights:
             parameter = own_parameters(module).get(name + suffix)
             return None if parameter is None else parameter.detach().to(dtype)
 
-        self.ih, self.hh = (module.get_parameter(f"weight_{part}{suffix}").detach().to(dtype) for part in ("ih", "hh"))
+        self.ih, self.hh = (getattr(module, f"weight_{part}{suffix}").detach().to(dtype) for part in ("ih", "hh"))
         self.bias_ih, self.bias_hh, self.hr = get("bias_ih"), get("bias_hh"), get("weight_hr")
 
 
@@ -101,8 +101,9 @@ class LayerRun:
 
     def _from_inputs(self, *biases: Tensor | None) -> Tensor:
         """``W_ih x_t`` of all steps and these biases, ``[n, T, gates * H]``."""
-        given = [bias for bias in biases if bias is not None]
-        bias = torch.stack(given).sum(0) if given else None
+        bias: Tensor | None = None
+        for given in biases:
+            bias = given if bias is None else bias if given is None else bias + given
         return nn.functional.linear(self.inputs, self.weights.ih, bias)
 
     def _run(self) -> Sequence[Tensor]:
@@ -144,13 +145,14 @@ class _LSTM(LayerRun):
         return run_lstm(gates, weights.hh, weights.hr, list(self.first), self._present, self.reverse, *made)
 
     def _back(self, outputs: Tensor | None, end: Sequence[Tensor]) -> Gradients:
-        enter, forget, _, out = self._gates.unbind(2)
-        new, squashed = self._new, self._tanh
+        gates, new, squashed = self._gates, self._new, self._tanh
+        enter, forget, _, out = gates.unbind(2)
+        of_enter, of_forget, _, of_out = (gates * (1 - gates)).unbind(2)  # derivatives of the sigmoids
         before = self._before(self.first[1], self._cells)
         # Of the cell state by the hidden one; of the pre-activations by the cell state, that of o by the hidden one.
         of_cell = out * (1 - squashed * squashed)
-        by_cell = torch.stack([new * enter * (1 - enter), before * forget * (1 - forget), enter * (1 - new * new)], 2)
-        by_hidden = squashed * out * (1 - out)
+        by_cell = torch.stack([new * of_enter, before * of_forget, enter * (1 - new * new)], 2)
+        by_hidden = squashed * of_out
         found = torch.empty_like(self._gates)
         projected = None if self.unprojected is None else torch.empty_like(self.outputs)
         derivatives = (of_cell, by_cell, by_hidden, forget, self.weights.hh, self.weights.hr)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..checks import RefusedError
+from ..ops import uncast
 from ..terms import Term, accumulation_dtype
 from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
@@ -113,7 +114,7 @@ class RecurrentRule(WholeCallRule):
     ) -> dict[str, Term]:
         gradients = self._backprops(module, saved, backprops)
         dtype = accumulation_dtype(next(g for g in gradients if g is not None))
-        with torch.no_grad(), torch.autocast(module.weight_ih_l0.device.type, enabled=False):
+        with torch.no_grad(), uncast(module.weight_ih_l0.device):
             return _Run(module, saved, activations, dtype).terms(gradients, names)
 
     def cost(
@@ -328,7 +329,7 @@ class CellRule(WholeCallRule):
         gradients = [None if g is None else _rows(g) for g in backprops]
         dtype = accumulation_dtype(next(g for g in gradients if g is not None))
         inputs = _rows(activations.get(0, "input")).to(dtype)
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
+        with torch.no_grad(), uncast(inputs.device):
             state = self._state(module, activations.get(1, "hx"), inputs)
             run = RUNS[_kind(module)](Weights(module, "", dtype), inputs.unsqueeze(1), state)
             found = run.backpropagated(None, [None if g is None else g.to(dtype) for g in gradients])

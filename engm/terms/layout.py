@@ -38,7 +38,9 @@ class Layout:
 
     def examples_first(self, tensor: Tensor, n: int) -> Tensor:
         """A tensor of this layout as ``[n, rows, *the other dimensions]``."""
-        moved = tensor.movedim(self.dim, 0)
+        moved = tensor if self.dim == 0 else tensor.movedim(self.dim, 0)
+        if self.outer == 1:
+            return moved.reshape(n, self.inner, *moved.shape[1:])
         return moved.reshape(self.outer, n, self.inner, *moved.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     def from_examples(self, tensor: Tensor) -> Tensor:

@@ -104,4 +104,10 @@ def test_walks_are_made_again_after_a_change():
     net.append(nn.Linear(2, 1, bias=False))
     assert [name for name, _ in walks.found(walk)] == ["0.weight", "0.bias", "1.weight", "2.weight"]
     assert len(walked) == 2
+    both = walks.found_by_both(trained_parameters, walk)
+    assert both[0] == both[1] == trained_parameters(net)
+    assert len(walked) == 2
+    net[0].weight.requires_grad_(False)
+    assert [name for name, _ in walks.found_by_both(walk, trained_parameters)[1]] == ["0.bias", "1.weight", "2.weight"]
+    assert len(walked) == 3
     assert [name for name, _ in named_modules(net)] == ["", "0", "1", "2"]
