@@ -111,6 +111,7 @@ class DeviceFlag:
 
 
 MOST_ERROR = 0.08  # the default of Calibration.most_error
+ROUNDING = 30  # epsilons of a type that a gradient of rounding alone may have, as a share of the whole gradient
 WORTH = 0.75  # a pass of one's own is taken where its judged error is at most this share of that of borrowed norms
 
 
@@ -384,7 +385,7 @@ def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGr
     """
     exact_sum, measured_sum = total(group, *_even_sums(exact, measured))
     sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
-    fresh = _quotients(exact_sum, measured_sum)
+    fresh = _quotients(exact_sum, measured_sum, exact.dtype)
     return torch.where(sound, fresh, torch.ones_like(fresh) if old is None else old.to(fresh)), sound.all()
 
 
@@ -398,7 +399,7 @@ def _error_of_halves(exact: Tensor, measured: Tensor, group: ProcessGroup | None
         return None
     halves = [(exact[:, first::2], measured[:, first::2]) for first in (0, 1)]
     sums = total(group, *(part for half in halves for part in _even_sums(*half)))
-    factors = [_quotients(sums[0], sums[1]), _quotients(sums[2], sums[3])]
+    factors = [_quotients(sums[0], sums[1], exact.dtype), _quotients(sums[2], sums[3], exact.dtype)]
     errors = [_errors(others, *half).sum() for half, others in zip(halves, reversed(factors), strict=True)]
     return _mean(errors[0] + errors[1], exact.shape[1], group)
 
@@ -429,6 +430,10 @@ def _even_sums(exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
     return (exact * share).sum(1), (measured * share).sum(1)
 
 
-def _quotients(exact: Tensor, measured: Tensor) -> Tensor:
-    """Factors from sums; 1 where there is nothing to map."""
-    return torch.where(measured == 0, torch.ones_like(exact), exact / measured)
+def _quotients(exact: Tensor, measured: Tensor, dtype: torch.dtype) -> Tensor:
+    """Factors from even sums of squares that were formed in ``dtype``; 1 where there is nothing to map.
+
+    Nor is there where both are rounding, as of a bias in front of a batch norm: their quotient would be any number.
+    """
+    rounding = torch.maximum(exact, measured) <= (ROUNDING * torch.finfo(dtype).eps) ** 2
+    return torch.where((measured == 0) | rounding, torch.ones_like(exact), exact / measured)

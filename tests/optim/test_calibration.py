@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from oracle import per_example_gradients, trained
+from torch import nn
 from training import (
     assert_close,
     assert_same,
@@ -93,6 +94,21 @@ def test_factor_is_exact_over_measured_for_each_tensor():
     zero_bias = torch.tensor([name in ("0.bias", "3.bias") for name, _ in parameters])  # cancelled by the batch norm
     assert_close(factors[~zero_bias], expected[~zero_bias])
     assert factors[zero_bias].abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_over_rounding_is_one(dtype):
+    """A bias in front of a batch norm has no gradient; what is left of it is no measure of anything."""
+    torch.manual_seed(0)
+    blocks = [layer for c in (3, 4) for layer in (nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.Tanh())]
+    net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(64, 5)).to(dtype)
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, sgd(model, lr=0.01), 0.5)
+    x, y = torch.randn(8, 3, 8, 8, dtype=dtype), torch.arange(8) % 5
+    opt.backward(losses_of(model, x, y))
+    factors = dict(zip(trained(net), factors_of(model).tolist(), strict=True))
+    assert factors["0.bias"] == factors["3.bias"] == 1
+    assert factors["0.weight"] != 1  # two batch norms are not corrected exactly
 
 
 def test_zero_over_zero_is_one_and_exact_zero_is_zero():
