@@ -64,14 +64,13 @@ class Structure:
         self._trained = [id(leaf) in trained for leaf in leaves]
         self._leaves = leaves
         self.pure: list[bool] = []
-        self.trains: list[bool] = []
         last = len(traced.order) - 1
         for position, children in enumerate(traced.children):
             of_parameters = [self._is_pure(child) for child in children]
             self.pure.append(
                 position != last and bool(children) and all(of_parameters) and not reads_more(traced.order[position])
             )
-            self.trains.append(any(self.trained_behind(child) for child in children))
+        self.trains = self.training(range(last + 1))
         self.interiors = [self._interior(number) for number in range(len(traced.calls))]
         self._around: dict[int, list[int]] = {}
         for number, within in enumerate(self.interiors):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from engm.adversarial import OBJECTIVES
 from engm.adversarial.objectives import BETAS, NOT_SMOOTHED
 from engm.checks import check_name
+from engm.module import BATCH_NORM_MODES, COUPLED_MODES
 
 from .addresses import is_address, settled
 from .data import DATASETS, settled_data
@@ -21,8 +22,6 @@ THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
 ATTACK_MODES = ("auto", "train", "eval")
 PRECISIONS = ("fp32", "bf16", "fp16")
-BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
-COUPLED_MODES = ("refuse", "exact")
 SCHEDULES = ("steps", "constant", "linear", "cosine", "cyclic", "one-cycle")
 FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a learning rate of nearly nothing
 STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")

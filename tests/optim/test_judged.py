@@ -124,7 +124,7 @@ def test_norms_of_the_steps_own_mode_are_used_from_the_first_step():
         assert calibration.judged_errors()[key] < 1e-12
         assert calibration.faithful(key) == found
         calibration.most_error = inf
-        assert Calibration.faithful(reloaded(calibration), key)
+        assert reloaded(calibration).faithful(key)
 
 
 def reloaded(calibration):
