@@ -14,6 +14,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "graph_records.h"
+
 namespace engm {
 
 namespace {
@@ -48,12 +50,13 @@ py::tuple shapes_of(const Node& node) {
 //   shapes    for each the shapes of its outputs
 //   leaves    in the order that they were met
 //   tokens    (place in `order`, leaf) where an input is a leaf that has the attribute `token`; it is not counted as one
+//   records   (place in `order`, object) for every object that was written on a node (graph_records.h), in that order
 py::tuple walk(const at::Tensor& root, const std::string& token) {
   struct Frame {
     Node* node;
     size_t next;  // the input to go to
   };
-  py::list order, children, numbers, shapes, leaves, tokens;
+  py::list order, children, numbers, shapes, leaves, tokens, records;
   std::unordered_map<const Node*, int64_t> positions, met;  // of nodes, of leaves
   std::unordered_map<const Node*, py::object> token_of;
   const py::tuple all_first(0);
@@ -83,11 +86,12 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
       numbers.append(std::move(found));
     }
     shapes.append(shapes_of(*node));
+    for (auto& record : read_records(*node)) records.append(py::make_tuple(order.size(), std::move(record)));
     positions.emplace(node, order.size());
   };
 
   const auto& first = root.grad_fn();
-  if (first == nullptr) return py::make_tuple(order, children, numbers, shapes, leaves, tokens);
+  if (first == nullptr) return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records);
   // The edges keep all nodes but the first alive, and the root that one.
   std::unordered_map<const Node*, bool> seen{{first.get(), true}};
   std::vector<Frame> stack{{first.get(), 0}};
@@ -132,7 +136,7 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
   for (const auto& [node, position] : positions)
     for (const auto& edge : node->next_edges())
       if (edge.function != nullptr) put(edge.function);
-  return py::make_tuple(order, children, numbers, shapes, leaves, tokens);
+  return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records);
 }
 
 }  // namespace

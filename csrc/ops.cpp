@@ -4,8 +4,10 @@
 #include <torch/headeronly/version.h>
 
 #include "calls.h"
+#include "captured_calls.h"
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
+#include "graph_records.h"
 #include "graph_walk.h"
 #include "program.h"
 #include "recurrence.h"
@@ -55,6 +57,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of engm: operators in the namespace torch.ops.engm, and what is bound here.";
   engm::bind_cost_model(m);
   engm::bind_calls(m);
+  engm::bind_captured_calls(m);
+  engm::bind_graph_records(m);
   engm::bind_program(m);
   engm::bind_recurrence(m);
   engm::bind_unchanged(m);

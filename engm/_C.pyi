@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, device
+from torch.nn import Module, Parameter
 
 class Cost:
     """What one example costs in either form, and the form that is taken."""
@@ -78,7 +79,37 @@ def walk_graph(
     list[tuple[tuple[int, ...] | None, ...]],
     list[Tensor],
     list[tuple[int, Tensor]],
+    list[tuple[int, Any]],
 ]: ...
+
+ALL_GRADIENTS: int
+NO_GRADIENTS: int
+
+def write_record(output: Tensor, record: object, gradients: int) -> None: ...
+def records_of(output: Tensor) -> list[Any]: ...
+
+class CallRecorder:
+    """The forward hook of a module that takes and returns one tensor (csrc/captured_calls.cpp)."""
+
+    def __init__(
+        self, capture: object, name: str, rule: object, kind: type, refuse: Callable[..., None], copies: bool
+    ) -> None: ...
+    def __call__(self, module: Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Tensor | None: ...
+
+def note_call(
+    call: object,
+    kind: type,
+    capture: object,
+    name: str,
+    module: Module,
+    rule: object,
+    activations: object,
+    output: Tensor,
+) -> None: ...
+def trained_of(module: Module) -> dict[str, Parameter]: ...
+def saved_statistics(output: Tensor, name: str) -> tuple[Tensor, Tensor] | None: ...
+def slot_of(output: Tensor, tensor: Tensor) -> int: ...
+def note_inputs(call: object, inputs: object, reads: bool) -> None: ...
 def same_types(objects: list[Any], types: tuple[type, ...]) -> bool: ...
 def same_items(held: tuple[tuple[Mapping[Any, Any], int, tuple[Any, ...], tuple[Any, ...]], ...]) -> bool: ...
 def facts_of(tensors: list[Tensor], versions: Sequence[bool]) -> bytes: ...

@@ -334,7 +334,7 @@ def _layers_with_rules(net: nn.Module) -> list[tuple[Layer, bool]]:
         rule = find_rule(module)
         if isinstance(rule, str):
             rule = GENERIC  # used where its parameters cannot be told from the graph
-        if own or rule.always or type(rule).couples is not Rule.couples:
+        if own or rule.always or rule.may_couple:
             layers.append(((name, module, rule), bool(own)))
     return layers
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 import operator
 import sys
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import CodeType
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
@@ -42,7 +39,6 @@ from . import _C
 __all__ = ["AnyBatchNorm", "TreeSpec", "tree_flatten", "tree_leaves", "tree_unflatten"]
 
 Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
-HungHook = tuple[Callable[[], Any], int]  # a weak reference to a tensor's hooks, and the number of one of them
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
 _LEAF_NODE = torch._C._functions.AccumulateGrad
@@ -91,13 +87,6 @@ def node_outputs(node: Node) -> Sequence[Any]:
 def output_shape(node: Node, number: int = 0) -> tuple[int, ...]:
     """The shape of one output of a node."""
     return tuple(node_outputs(node)[number].shape)
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, with -1 for the dimensions that a nested tensor which is not jagged has no number for."""
-    if tensor.is_nested and tensor.layout == torch.strided:
-        return (tensor.size(0), *[-1] * (tensor.dim() - 1))
-    return tensor.shape
 
 
 def rows_of_nested(tensor: Tensor) -> Tensor:
@@ -220,20 +209,6 @@ def attributes_of_function(node: Node) -> dict[str, Any]:
     return dict(vars(node))
 
 
-def slot_of(node: Node, tensor: Any) -> int:
-    """The number of the node's input that ``tensor`` is: the first of an operator's, any of a compiled region's.
-
-    The answer is 0 where the tensor was cast on the way or no gradient goes to it.
-    """
-    if isinstance(tensor, Tensor) and tensor.requires_grad:
-        made_by = tensor.grad_fn
-        edge = get_gradient_edge(tensor).node if made_by is None else made_by, tensor.output_nr
-        for slot, found in enumerate(node.next_functions):
-            if found == edge:
-                return slot
-    return 0
-
-
 def passed_to_input(node: Node, slot: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
     """What a node passes on to one of its inputs for these gradients of its outputs; none of its hooks run."""
     with torch.no_grad():
@@ -264,11 +239,6 @@ def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 
-def graph_is_kept() -> bool:
-    """Whether the backward pass that runs right now was asked to keep the graph."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
 def hooks_pack_what_is_saved() -> bool:
     """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -283,27 +253,6 @@ def selective_checkpoint() -> bool:
     if not torch._C._len_torch_dispatch_stack():  # as always, and quicker to ask
         return False
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
-
-
-def hang_on(tensor: Tensor, hook: Callable[[Any], Any]) -> HungHook:
-    """Hang a hook on a tensor that a node made, as ``tensor.register_hook`` does, which takes longer."""
-    hooks: Any = tensor._backward_hooks
-    if hooks is not None or type(tensor) is not Tensor:
-        handle = tensor.register_hook(hook)
-        return handle.hooks_dict_ref, handle.id
-    number = _hook_number()
-    tensor._backward_hooks = hooks = OrderedDict({number: hook})
-    node: Any = tensor.grad_fn
-    node._register_hook_dict(tensor)
-    return weakref.ref(hooks), number
-
-
-def put_last(hung: HungHook) -> None:
-    """Let a hook on a tensor run after the hooks that others put on the same tensor."""
-    reference, number = hung
-    hooks = reference()
-    if hooks is not None and len(hooks) > 1:
-        hooks[number] = hooks.pop(number)
 
 
 def _hook_number() -> int:
@@ -326,15 +275,7 @@ def saved_statistics(output: Tensor, name: str) -> Statistics | None:
         output: of the layer.
         name: of the node that the layer's operator makes.
     """
-    node = output.grad_fn
-    if hooks_pack_what_is_saved() or node is None or not node_name(node).startswith(name):
-        return None
-    mean, rstd = saved_by(node, "result1"), saved_by(node, "result2")
-    if not isinstance(mean, Tensor) or not isinstance(rstd, Tensor) or is_narrow(rstd):
-        return None
-    if mean.numel() == 0 and output.numel():
-        return None
-    return mean, rstd
+    return _C.saved_statistics(output, name)
 
 
 def saved_rstd(output: Tensor) -> Tensor | None:
@@ -475,7 +416,7 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 
 def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Those of the module's own parameters that require grad, by name."""
-    return {name: p for name, p in own_parameters(module).items() if p is not None and p.requires_grad}
+    return _C.trained_of(module)
 
 
 def computes_like(kind: type[nn.Module], ancestor: type[nn.Module]) -> bool:

@@ -20,7 +20,7 @@ from engm import torch_internals as internals
 
 pytestmark = pytest.mark.torch_insides
 
-ALIASES = {"HungHook", "Node", "Statistics"}  # types of ours that name nothing of torch
+ALIASES = {"Node", "Statistics"}  # types of ours that name nothing of torch
 
 
 def public_names() -> list[str]:
@@ -157,17 +157,6 @@ def test_saved_by():
         internals.saved_by(square.grad_fn, "self")
 
 
-def test_slot_of():
-    a, b = leaf(2, 3), leaf(2, 3, seed=1)
-    node = torch.add(a, b).grad_fn
-    assert (internals.slot_of(node, a), internals.slot_of(node, b)) == (0, 1)
-    first, second = leaf(4, 2).unbind(1)  # two outputs of one node
-    node = torch.mul(first, second).grad_fn
-    assert (internals.slot_of(node, first), internals.slot_of(node, second)) == (0, 1)
-    assert internals.slot_of(node, torch.ones(4)) == 0
-    assert internals.slot_of(node, "not a tensor") == 0
-
-
 def test_passed_to_input_of_an_operator():
     x, weight, gradient = leaf(5, 4), leaf(3, 4), leaf(5, 3, seed=2).detach()
     output = F.linear(x * 1, weight, leaf(3))
@@ -202,16 +191,6 @@ def test_adds_up():
     assert internals.adds_up(batched.float() * (1 + 1e-6), whole.float()), "rounding"
     assert internals.adds_up(batched * float("nan"), whole), "nothing can be told"
     assert internals.adds_up(torch.ones(3), torch.tensor(3.0))
-
-
-@pytest.mark.parametrize("kept", [True, False])
-def test_graph_is_kept(kept):
-    x, seen = leaf(2), []
-    output = x.square()
-    output.register_hook(lambda _: seen.append(internals.graph_is_kept()))
-    output.sum().backward(retain_graph=kept)
-    torch.autograd.grad(x.square().sum(), x, retain_graph=kept)
-    assert seen == [kept]
 
 
 def test_hooks_pack_what_is_saved():
@@ -357,54 +336,3 @@ def test_rows_of_nested():
         assert torch.equal(internals.rows_of_nested(nested), torch.cat(nested_parts()))
     uneven = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 4)])
     assert internals.rows_of_nested(uneven).shape == (10,)
-
-
-def test_shape_of():
-    assert internals.shape_of(torch.nested.nested_tensor(nested_parts())) == (2, -1, -1)
-    assert len(internals.shape_of(torch.nested.nested_tensor(nested_parts(), layout=torch.jagged))) == 3
-    assert internals.shape_of(torch.ones(2, 3)) == (2, 3)
-
-
-def test_put_last():
-    x, order = leaf(2), []
-    output = x * 1
-    ours = internals.hang_on(output, lambda _: order.append("ours"))
-    theirs = output.register_hook(lambda _: order.append("theirs"))
-    internals.put_last(ours)
-    output.sum().backward(retain_graph=True)
-    assert order == ["theirs", "ours"]
-    theirs.remove()
-    output.sum().backward()
-    assert order == ["theirs", "ours", "ours"]
-    hooks, _ = ours
-    del output
-    assert hooks() is None  # it keeps nothing alive
-
-
-@pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_hang_on(first):
-    """As ``register_hook``: in order, what a hook returns goes on, and the graph is passed as often as one likes."""
-    x = leaf(2)
-    output, seen = x * 3, []
-    hooks = {"ours": lambda g: seen.append(("ours", g.tolist())) or g * 2, "theirs": lambda g: seen.append("theirs")}
-    for name in (first, "theirs" if first == "ours" else "ours"):
-        if name == "ours":
-            internals.hang_on(output, hooks[name])
-        else:
-            output.register_hook(hooks[name])
-    for _ in range(2):
-        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
-        assert gradient.tolist() == [6.0, 6.0]
-    ours = ("ours", [1.0, 1.0])
-    assert seen == ([ours, "theirs"] if first == "ours" else ["theirs", ours]) * 2
-
-
-def test_hang_on_a_tensor_of_another_type():
-    class Kin(Tensor):
-        pass
-
-    x, seen = leaf(2), []
-    output = (x * 1).as_subclass(Kin)
-    internals.hang_on(output, seen.append)
-    output.sum().backward()
-    assert [gradient.tolist() for gradient in seen] == [[1.0, 1.0]]

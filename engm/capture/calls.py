@@ -1,33 +1,31 @@
 """Captured calls: what is remembered of one call of a module, and of one forward pass, until the graph is gone.
 
-A call is written into the metadata of the autograd node of its output, and a forward pass into the metadata of the
-nodes of its outputs. So both live exactly as long as the graph that they belong to, whatever else the user does with
-the model.
+A call is written on the autograd node of its output, and a forward pass on the nodes of its outputs
+(``csrc/graph_records.h``). So both live exactly as long as the graph that they belong to, whatever else the user does
+with the model. In backward passes the node hands the gradient of the output to the collector of the call's forward pass
+if there is one; after all hooks of the user's on the same tensor, since the gradient that they return is the one that
+counts.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .._C import NO_GRADIENTS, note_call, note_inputs, write_record
 from ..checks import RefusedError
 from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
 from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
-    HungHook,
     Node,
     address_of,
-    graph_is_kept,
     own_parameters,
-    put_last,
-    shape_of,
-    slot_of,
     trained_of,
     tree_leaves,
     version_of,
@@ -36,9 +34,6 @@ from .layers import named_modules
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-CALLS_KEY = "engm"  # in the metadata of an autograd node
-CAPTURES_KEY = "engm captures"
 
 
 class Collector(Protocol):
@@ -76,7 +71,7 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 class Call:
-    """One call of a module with a rule; the autograd node of its output owns it, through the node's metadata.
+    """One call of a module with a rule; the autograd node of its output owns it.
 
     Attributes:
         capture: the forward pass it belongs to.
@@ -89,7 +84,6 @@ class Call:
         shape: of the output; of a whole call its batch alone.
         batch: length of the output's first dimension.
         output_nr: which output of the node it is.
-        hooks: the hooks on its outputs.
         input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of its inputs that no node made.
         input_is_index: whether these hold integers.
@@ -98,74 +92,66 @@ class Call:
         reads: whether the rule needs the activations again.
     """
 
+    capture: Capture
+    name: str
+    module: nn.Module
+    rule: Rule
+    parameters: dict[str, nn.Parameter]
+    couples: bool
+    saved: Any
+    shape: tuple[int, ...]
+    batch: int
+    output_nr: int
+    input_nodes: tuple[Node, ...]
+    input_storages: frozenset[int]
+    input_is_index: bool
+    producer: Call | None
+    slot: int
+    reads: bool
+    _activations: Activations | None
+    _versions: int | tuple[int | None, ...]
+
+    # There are many calls, and they live for a step.
+    __slots__ = (
+        *("capture", "name", "module", "rule", "parameters", "couples", "saved", "shape", "batch", "output_nr"),
+        *("input_nodes", "input_storages", "input_is_index", "producer", "slot", "reads", "_activations", "_versions"),
+        "__weakref__",
+    )
+
     def __init__(
         self, capture: Capture, name: str, module: nn.Module, rule: Rule, activations: Activations, output: Tensor
     ) -> None:
-        self._belongs_to(capture, name, module, rule)
-        self.couples = rule.couples(module)
-        self.saved: Any = self._save(activations, output) if self.parameters or self.couples else None
-        self.shape: tuple[int, ...] = shape_of(output)
-        self.batch = self.shape[0] if self.shape else 0
-        self.output_nr = output.output_nr
-        self.producer = self._find_producer(activations) if self.couples else None
-        self.slot = slot_of(output.grad_fn, activations) if self.couples else 0
-        self.reads = self.couples or (bool(self.parameters) and rule.reads_activations(tuple(self.parameters)))
-        self._keep(activations)
+        note_call(self, Call, capture, name, module, rule, activations, output)
+
+    def _note(
+        self,
+        capture: Capture,
+        name: str,
+        module: nn.Module,
+        rule: Rule,
+        shape: tuple[int, ...],
+        inputs: tuple[Tensor | None, ...],
+        *,
+        reads: bool = False,
+    ) -> None:
+        """Fill in a call that couples nothing and has nothing saved."""
+        self.capture, self.name, self.module, self.rule = capture, name, module, rule
+        self.parameters = trained_of(module)
+        self.couples, self.saved, self.producer, self.slot = False, None, None, 0
+        self.shape, self.batch, self.output_nr, self.reads = shape, shape[0] if shape else 0, 0, reads
+        note_inputs(self, inputs, reads)
+
+    # -- what note_call asks for in Python --------------------------------------------------------------------
 
     def _save(self, activations: Activations, output: Tensor) -> Any:
         return self.rule.save(self.module, activations, output)
 
-    def _belongs_to(self, capture: Capture, name: str, module: nn.Module, rule: Rule) -> None:
-        self.capture = capture
-        self.name = name
-        self.module = module
-        self.rule = rule
-        self.hooks: list[HungHook] = []
-        self.parameters = trained_of(module)
+    def _note_given(self, given: Sequence[Tensor]) -> None:
+        """Note the inputs that no node made, if there are any."""
+        self.input_storages = frozenset(map(address_of, given))
+        self.input_is_index = not any(t.is_floating_point() or t.is_complex() for t in given)
 
-    def _keep(self, activations: Activations) -> None:
-        tensors = activations if isinstance(activations, tuple) else (activations,)
-        self.input_nodes: list[Node] = []
-        given = []
-        for tensor in tensors:
-            if tensor is not None:
-                node = tensor.grad_fn
-                if node is None:
-                    given.append(tensor)
-                else:
-                    self.input_nodes.append(node)
-        self.input_storages = frozenset(map(address_of, given)) if given else frozenset()
-        self.input_is_index = bool(given) and not any(t.is_floating_point() or t.is_complex() for t in given)
-        self._activations: Activations | None = activations if self.reads else None
-        if isinstance(activations, Tensor):
-            self._weak, self._versions = weakref.ref(activations), version_of(activations)
-        else:
-            self._weak, self._versions = _each(weakref.ref, activations), _each(version_of, activations)
-
-    @staticmethod
-    def _find_producer(activations: Activations) -> Call | None:
-        if isinstance(activations, tuple) or activations.grad_fn is None:
-            return None
-        node: Any = activations.grad_fn
-        calls = node.metadata.get(CALLS_KEY, [])
-        return next((call for call in calls if call.output_nr == activations.output_nr), None)
-
-    def put_hook_last(self) -> None:
-        """Let hooks that the user put on the output go first: the gradient that they return is the one that counts."""
-        for hung in self.hooks:
-            put_last(hung)
-
-    def on_backprop(self, backprops: Any) -> None:
-        """Tensor hook: hand the gradient of the output to the collector; in any other backward pass, let go.
-
-        A backward pass that frees the graph has no more use for the activations either.
-        """
-        collector = self.capture.collector
-        if collector is not None:
-            if backprops is not None:  # None: something downstream passes no gradient on
-                collector.receive(self, backprops)
-        elif not graph_is_kept():
-            self._activations = None
+    # -- for the backward pass --------------------------------------------------------------------------------
 
     def activations(self) -> Any:
         """The module's input, detached.
@@ -179,17 +165,16 @@ class Call:
         return _each(Tensor.detach, self._checked())
 
     def _checked(self) -> Activations:
-        kept = self._activations if self._activations is not None else _each(lambda reference: reference(), self._weak)
-        tensors, versions = (value if isinstance(value, tuple) else (value,) for value in (kept, self._versions))
+        kept = self._activations
+        if kept is None:
+            raise RefusedError(
+                f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is "
+                "freed. Take the norms before `.backward()`, or run the forward pass again."
+            )
+        tensors = kept if isinstance(kept, tuple) else (kept,)
+        versions = self._versions if isinstance(self._versions, tuple) else (self._versions,)
         for tensor, version in zip(tensors, versions, strict=True):
-            if version is None:  # no tensor
-                continue
-            if tensor is None:
-                raise RefusedError(
-                    f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is "
-                    "freed. Take the norms before `.backward()`, or run the forward pass again."
-                )
-            if version_of(tensor) != version:
+            if tensor is not None and version_of(tensor) != version:
                 raise RefusedError(
                     f"engm: the input of layer '{self.name}' was modified in place after the layer read it, so its "
                     "per-example gradient is gone. Use the out-of-place operation there."
@@ -208,16 +193,13 @@ class Call:
 class NotedCall(Call):
     """A call of a module whose parameters are accounted for by operators; it accounts for nothing itself."""
 
+    __slots__ = ()
+
     def __init__(
         self, capture: Capture, name: str, module: nn.Module, rule: Rule, taken: tuple[Tensor, ...], output: Tensor
     ) -> None:
-        self._belongs_to(capture, name, module, rule)
-        self.couples = self.reads = False
-        self.saved = self.producer = None
-        self.shape = tuple(output.shape)
-        self.batch = output.shape[0] if output.dim() else 0
-        self.output_nr, self.slot = output.output_nr, 0
-        self._keep(taken)
+        self._note(capture, name, module, rule, tuple(output.shape), taken)
+        self.output_nr = output.output_nr
 
 
 class WholeCall(Call):
@@ -235,6 +217,8 @@ class WholeCall(Call):
         saved: what the rule saved.
     """
 
+    __slots__ = ("_frame", "_leaves", "_places", "_weights")
+
     rule: WholeCallRule
 
     def __init__(
@@ -249,29 +233,19 @@ class WholeCall(Call):
         batch: int,
         saved: Any,
     ) -> None:
-        self._belongs_to(capture, name, module, rule)
-        self.couples = False
-        self.reads = True
-        self.producer = None
-        self.slot = 0
-        self.output_nr = 0
-        self.batch = batch
-        self.shape = (batch,)
-        self.saved = saved
         self._frame, tensors = Frame.split(arguments)
-        self._keep(tensors)
+        self._note(capture, name, module, rule, (batch,), tensors, reads=True)
+        self.saved = saved
         self._weights = _versions_of_parameters(module)
+        self._leaves = leaves
         self._places = tuple(places)
-        self._arrived: list[Tensor | None] = [None] * leaves
 
-    def on_output(self, number: int, backprops: Tensor | None) -> None:
-        """Tensor hook of one output. Autograd calls those of all outputs in turn, with None where no gradient came."""
-        if number == 0:
-            self._arrived = [None] * len(self._arrived)
-        self._arrived[self._places[number]] = backprops
-        if number + 1 == len(self._places):
-            arrived, self._arrived = tuple(self._arrived), [None] * len(self._arrived)
-            self.on_backprop(arrived if any(gradient is not None for gradient in arrived) else None)
+    def arranged(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of the tapped outputs as those of all leaves."""
+        arranged: list[Tensor | None] = [None] * self._leaves
+        for place, gradient in zip(self._places, gradients, strict=True):
+            arranged[place] = gradient
+        return tuple(arranged)
 
     def by_example(self, backprops: Any) -> list[Tensor]:
         return [gradient.detach() for gradient in self.rule.by_example(self.module, self.saved, backprops)]
@@ -313,6 +287,7 @@ class Capture:
         ranks: the processes that the pass ran among, if it did: their batches are one batch.
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
             were packed.
+        input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of all tensors that it was called with.
     """
 
@@ -338,17 +313,15 @@ class Capture:
         """Note in the graph behind ``outputs`` (any nest of tensors) that this was a captured forward pass."""
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor) and output.grad_fn is not None:
-                node: Any = output.grad_fn
-                node.metadata.setdefault(CAPTURES_KEY, []).append(self)
+                write_record(output, self, NO_GRADIENTS)
 
 
 @contextmanager
-def collecting(captures: Sequence[Capture], calls: Iterable[Call], collector: Collector) -> Iterator[None]:
+def collecting(captures: Sequence[Capture], collector: Collector) -> Iterator[None]:
     """Hand the gradients of all calls of these forward passes to ``collector`` while a backward pass runs.
 
     Args:
         captures: the forward passes.
-        calls: their calls in the graph that is backpropagated.
         collector: takes the gradients.
 
     Raises:
@@ -356,8 +329,6 @@ def collecting(captures: Sequence[Capture], calls: Iterable[Call], collector: Co
     """
     if any(capture.collector is not None for capture in captures):
         raise RefusedError("engm: this graph is being measured already (a measurement inside a backward hook?).")
-    for call in calls:
-        call.put_hook_last()
     try:
         for capture in captures:
             capture.collector = collector

@@ -38,7 +38,7 @@ from ..torch_internals import (
     untracked_alias,
     version_of,
 )
-from .calls import CALLS_KEY, Call, Capture, Collector
+from .calls import Call, Capture, Collector
 
 SEGMENT_KEY = "_engm_segment"  # attribute of a token
 
@@ -245,7 +245,7 @@ def traceable(
     run = uncompiled()
     tapped = not rule.whole_call and not rule.couples(module)
     trained = tuple(trained_of(module))
-    reads = tapped and bool(trained) and rule.reads_activations(trained)
+    reads = tapped and rule.reads_activations(trained)
 
     def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
         run(before, module, args)
@@ -277,8 +277,12 @@ def segment_of(token: Tensor) -> Segment:
     return segment
 
 
-def attach(token: Tensor, node: Node) -> None:
-    """Write the calls of a token's segment into the metadata of the region's node, where calls are looked for.
+def calls_in(token: Tensor, node: Node) -> Sequence[Call]:
+    """The calls of a token's segment.
+
+    Args:
+        token: of the segment.
+        node: the region's.
 
     Raises:
         RuntimeError: no AOTAutograd made the region.
@@ -288,7 +292,4 @@ def attach(token: Tensor, node: Node) -> None:
             "engm: a part of this network was compiled with a backend that does not go through AOTAutograd (such as "
             "backend='eager'). Use backend='inductor' (the default) or 'aot_eager', or do not compile it."
         )
-    calls = node.metadata.setdefault(CALLS_KEY, [])
-    found = segment_of(token).calls
-    if not any(call in calls for call in found):
-        calls += found
+    return segment_of(token).calls

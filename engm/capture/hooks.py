@@ -9,29 +9,27 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._C import ALL_GRADIENTS, NO_GRADIENTS, CallRecorder, write_record
 from ..checks import RefusedError
 from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
     first_forward_hooks,
     first_global_forward_hook,
-    hang_on,
     is_view,
     selective_checkpoint,
     some_global_forward_hook,
     tree_flatten,
     tree_leaves,
     tree_unflatten,
-    untracked_alias,
 )
-from .calls import CALLS_KEY, Call, Capture, NotedCall, WholeCall
+from .calls import Call, Capture, NotedCall, WholeCall
 
 Before = Callable[..., None]
 Record = Callable[..., Any]
@@ -60,7 +58,7 @@ def hooked(
             elif isinstance(rule, WholeCallRule):
                 before, record = _whole_call_hooks(capture, name, rule, thread)
             else:
-                record = _call_hook(capture, name, rule, thread)
+                record = CallRecorder(capture, name, rule, Call, _refuse, isinstance(rule, FunctionRule))
             if adapt is not None:
                 before, record = adapt(before, record, name, module, rule)
             if before is not None:
@@ -77,38 +75,19 @@ def hooked(
             handle.remove()
 
 
-def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
-    """A forward hook for a module that takes and returns one tensor."""
+def _refuse(name: str, module: nn.Module, activations: Any, output: Any) -> None:
+    """Look at an unusual call of a module that should take and return one tensor (or take a tuple of several).
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Tensor | None:
-        # A hook of another thread, taken off meanwhile, may be called without kwargs; hence the default.
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
-            return None
-        activations = rule.activations(args, kwargs)
-        several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
-        if not isinstance(output, Tensor) or not (several or isinstance(activations, Tensor)):
-            raise RefusedError(
-                f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
-                f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
-            )
-        _refuse_selective_checkpoint(name, module)
-        replaced = None
-        if is_view(output):
-            # An in-place operation on a view rewrites the history of its base, and the node noted here would drop out
-            # of the graph. The same tensor, not tracked as a view, has no such trouble; a user's layer may have saved
-            # what it returns, which must not change unnoticed, so there the replacement is a copy.
-            output = replaced = output.clone() if isinstance(rule, FunctionRule) else untracked_alias(output)
-        node = output.grad_fn
-        if node is None:  # nothing here is trained
-            return None
-        if activations is output:  # changed in place; the tensor itself would keep its own graph alive
-            activations = activations.detach()
-        call = Call(capture, name, module, rule, activations, output)
-        node.metadata.setdefault(CALLS_KEY, []).append(call)
-        call.hooks.append(hang_on(output, call.on_backprop))
-        return replaced
-
-    return record
+    Raises:
+        RuntimeError: the call cannot be recorded.
+    """
+    several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
+    if not isinstance(output, Tensor) or not (several or isinstance(activations, Tensor)):
+        raise RefusedError(
+            f"engm: layer '{name}' ({type(module).__name__}) must take and return one tensor to have "
+            f"per-example gradients, it took {type(activations).__name__} and returned {type(output).__name__}."
+        )
+    _refuse_selective_checkpoint(name, module)
 
 
 def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
@@ -121,8 +100,7 @@ def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
         taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
         given = output if isinstance(output, Tensor) else next(filter(_has_node, tree_leaves(output)), None)
         if taken and given is not None and given.grad_fn is not None:
-            node: Any = given.grad_fn
-            node.metadata.setdefault(CALLS_KEY, []).append(NotedCall(capture, name, module, rule, taken, given))
+            write_record(given, NotedCall(capture, name, module, rule, taken, given), NO_GRADIENTS)
 
     return record
 
@@ -154,10 +132,7 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
         call = WholeCall(capture, name, module, rule, arguments, len(leaves), places, batch, saved)
         for place, tapped in zip(places, Tap.apply(*(_unviewed(leaves[p], rule) for p in places)), strict=True):
             leaves[place] = tapped
-        node = leaves[places[0]].grad_fn
-        node.metadata.setdefault(CALLS_KEY, []).append(call)
-        for number, place in enumerate(places):
-            call.hooks.append(hang_on(leaves[place], partial(call.on_output, number)))
+        write_record(leaves[places[0]], call, ALL_GRADIENTS)
         return tree_unflatten(leaves, spec)
 
     return prepare, record

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..capture.calls import CALLS_KEY, Wrapper
+from ..capture.calls import Wrapper
 from ..rules.same_tensor import REARRANGING
 from ..torch_internals import address_of, is_compiled_region, is_python_function, operator_name
 from .plan import Source
@@ -117,6 +117,7 @@ class Structure:
         if number in self.aside or self.pure[traced.positions[node]]:
             return within
         ends = {traced.positions[made] for made in call.input_nodes if made in traced.positions}
+        called = set(traced.places)
         pending = [traced.positions[node]]
         while pending:
             position = pending.pop()
@@ -128,7 +129,7 @@ class Structure:
             for child in traced.children[position]:
                 if child is None or child < 0 or child in ends:
                     continue
-                if call.rule.generic or CALLS_KEY not in traced.order[child].metadata:
+                if call.rule.generic or child not in called:
                     pending.append(child)
         return within
 

@@ -1,6 +1,6 @@
 """Reading an autograd graph: which captured calls the losses reach, in which order, and through which leaves.
 
-Captured calls are found here and nowhere else: in the metadata of the graph's nodes (:mod:`engm.capture.calls`).
+Captured calls are found here and nowhere else: on the graph's nodes (:mod:`engm.capture.calls`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._C import walk_graph
 from ..batch_norm.frozen import BatchNormNode, frozen_statistics, gain_of, gain_of_node
-from ..capture.calls import CALLS_KEY, CAPTURES_KEY, Call, Capture, Collector, Wrapper, collecting
-from ..capture.compiled import SEGMENT_KEY, attach
+from ..capture.calls import Call, Capture, Collector, Wrapper, collecting
+from ..capture.compiled import SEGMENT_KEY, calls_in
 from ..distributed import Ranks
 from ..terms.owners import Ownership
 from ..torch_internals import (
@@ -49,6 +49,7 @@ class Trace:
         numbers: for every node of ``order`` which outputs of the nodes behind are its inputs; empty: all the first.
         shapes: for every node of ``order`` the shapes of its outputs, None for one without a shape in plain numbers.
         calls: captured calls, those nearest to the losses first.
+        places: the positions in ``order`` of the nodes of the calls.
         nodes: the node of each call, in the same order.
         marked: forward passes whose outputs were met.
         leaves: every leaf (by ``id``), in the order they were met.
@@ -66,6 +67,7 @@ class Trace:
     numbers: list[tuple[int, ...]] = field(default_factory=list)
     shapes: list[tuple[tuple[int, ...] | None, ...]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     marked: list[Capture] = field(default_factory=list)
     leaves: dict[int, Tensor] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class Trace:
 
     def collecting(self, collector: Collector) -> AbstractContextManager[None]:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
-        return collecting(self.captures, self.calls, collector)
+        return collecting(self.captures, collector)
 
     def frozen_statistics(self, outside: Iterable[int], through: Collection[int] = ()) -> AbstractContextManager[None]:
         """While the context is open, backward passes take the statistics of batch norms for constants.
@@ -177,6 +179,10 @@ class Trace:
         return next((capture.ranks for capture in self.own_captures if capture.ranks is not None), None)
 
 
+def _nearest_first(record: tuple[int, object]) -> int:
+    return -record[0]
+
+
 def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[str, nn.Parameter]] = ()) -> Trace:
     """Walk the graph behind ``losses`` once, depth first, without touching it.
 
@@ -186,19 +192,22 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
         trained: names and tensors of the parameters that norms are to be taken over.
     """
     result = Trace(owner, trained)
-    order, result.children, result.numbers, result.shapes, leaves, tokens = walk_graph(losses, SEGMENT_KEY)
+    order, result.children, result.numbers, result.shapes, leaves, tokens, records = walk_graph(losses, SEGMENT_KEY)
     result.order, result.number = order, losses.output_nr
     result.kinds = tuple(map(type, order))
     result.leaves = {id(leaf): leaf for leaf in leaves}
     for position, token in tokens:
-        attach(token, order[position])
-        result.tokens[order[position]] = token
-    for node in reversed(order):
-        metadata = node.metadata
-        for call in metadata.get(CALLS_KEY, ()):
-            result.calls.append(call)
-            result.nodes.append(node)
-        result.marked += metadata.get(CAPTURES_KEY, ())
+        if order[position] not in result.tokens:
+            records += [(position, call) for call in calls_in(token, order[position])]
+            result.tokens[order[position]] = token
+    records.sort(key=_nearest_first)
+    for position, record in records:
+        if isinstance(record, Capture):
+            result.marked.append(record)
+        else:
+            result.calls.append(record)
+            result.places.append(position)
+    result.nodes = [order[position] for position in result.places]
     for kind in set(result.kinds):
         if is_kind_of_region(kind):
             let_graph_be_kept(kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,20 @@ class Rule:
         whole_call: whether the rule is a :class:`WholeCallRule`.
         joins: whether calls of one module are taken together, see :class:`WholeCallRule`.
         generic: whether the rule runs the module again, in place of a rule that nobody wrote.
+        reads_for: the parameters whose terms need the activations (those of a lone bias do not); None: all.
+        may_couple: whether the rule has a say in whether a module couples examples.
+        picks: whether it is not simply the first argument that the rule needs again.
+        saves: whether the rule keeps tensors of the forward pass.
     """
+
+    reads_for: tuple[str, ...] | None = None
+    may_couple = picks = saves = False
+
+    def __init_subclass__(cls) -> None:
+        # Asked at every call of every layer (csrc/captured_calls.cpp), which then need not call what does nothing.
+        cls.may_couple = cls.couples is not Rule.couples
+        cls.picks = cls.activations is not Rule.activations
+        cls.saves = cls.save is not Rule.save
 
     parameter_names: tuple[str, ...] = ("weight", "bias")
     input_name = "input"
@@ -89,9 +102,9 @@ class Rule:
         """Whether the module was called on one example without a batch dimension, where it allows that."""
         return False
 
-    def reads_activations(self, names: tuple[str, ...]) -> bool:
-        """Whether the terms of the parameters in ``names`` need the activations (those of a lone bias do not)."""
-        return True
+    def reads_activations(self, names: Iterable[str]) -> bool:
+        """Whether the terms of the parameters in ``names`` need the activations."""
+        return any(self.reads_for is None or name in self.reads_for for name in names)
 
     def save(self, module: nn.Module, activations: Any, output: Tensor) -> Any:
         """Small tensors of the forward pass worth keeping (statistics), or None."""

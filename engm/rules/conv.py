@@ -57,15 +57,14 @@ def _sides(module: Any) -> list[tuple[int, int, Any]]:
 class _ConvolutionRule(Rule):
     """What the rules of convolutions and of transposed convolutions share."""
 
+    reads_for = ("weight",)
+
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
         """The weight's term, from the module's input and the gradient of its output, which are of one dtype."""
         raise TypeError(f"{type(self).__name__} must define factors")
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
         return output.dim() == len(module.kernel_size) + 1
-
-    def reads_activations(self, names: tuple[str, ...]) -> bool:
-        return "weight" in names
 
     def terms(
         self,

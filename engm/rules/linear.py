@@ -24,12 +24,11 @@ def matrix_cost(positions: int, p: int, d: int, device: torch.device, dtype: tor
 class _MatrixRule(Rule):
     """What the rules of linear and bilinear layers share; dimensions between batch and features are positions."""
 
+    reads_for = ("weight",)
+
     def factors(self, activations: Any, backprops: Tensor) -> Term:
         """The weight's term, from what :meth:`terms` was given and backprops laid out as ``[n, T, d]``."""
         raise TypeError(f"{type(self).__name__} must define factors")
-
-    def reads_activations(self, names: tuple[str, ...]) -> bool:
-        return "weight" in names
 
     def terms(
         self,

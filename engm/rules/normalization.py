@@ -98,9 +98,12 @@ class BatchNormRule(Rule):
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         if not uses_batch_statistics(module):
             return _running_statistics(module)
-        saved = None if hooks_pack_what_is_saved() else batch_norm_statistics(output.grad_fn)
+        saved = saved_statistics(output, "NativeBatchNormBackward")
         if saved is not None:
-            return saved[:2]
+            return saved
+        known = None if hooks_pack_what_is_saved() else batch_norm_statistics(output.grad_fn)
+        if known is not None:
+            return known[:2]
         return _statistics_of(activations.detach(), [0, *range(2, activations.dim())], module.eps)
 
     def terms(

@@ -15,7 +15,7 @@ from torch import nn
 
 import engm
 from engm.capture.calls import Capture
-from engm.capture.hooks import _call_hook
+from engm.capture.hooks import Call, CallRecorder, _refuse
 from engm.graph.trace import trace
 from engm.rules import find_rule
 
@@ -200,8 +200,12 @@ def test_threads_capture_their_own_calls_only():
 def test_hook_that_another_thread_took_off_meanwhile():
     """Torch then calls a hook registered with kwargs without them; in a thread that is not its own it must not mind."""
     _, model = net_and_model()
-    record = _call_hook(Capture(model), "conv", find_rule(nn.Linear(2, 2)), thread=-1)
-    assert record(nn.Linear(2, 2), (), torch.zeros(1)) is None
+    layer, found = nn.Linear(2, 2), []
+    record = CallRecorder(Capture(model), "conv", find_rule(layer), Call, _refuse, False)
+    thread = threading.Thread(target=lambda: found.append(record(layer, (), torch.zeros(1))))
+    thread.start()
+    thread.join()
+    assert found == [None]
 
 
 # -- copies ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import engm
-from engm.capture.hooks import CALLS_KEY
 from engm.graph.trace import trace
 
 pytestmark = pytest.mark.torch_insides
@@ -249,10 +248,3 @@ def test_reentrant_checkpointing_is_refused(part):
     losses = losses_of(model, X.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         engm.measure(model, losses)
-
-
-def test_calls_live_in_the_graph_and_nowhere_else():
-    _, model = net_and_model()
-    losses = losses_of(model)
-    nodes = trace(losses).nodes
-    assert all(CALLS_KEY in node.metadata for node in nodes)

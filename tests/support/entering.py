@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engm._C import slot_of
 from engm.rules.any_operator import masked_gradients
 from engm.rules.entries import Entry, entry_term, owners_of
 from engm.terms import Term
 from engm.terms.owners import Ownership
-from engm.torch_internals import node_outputs, slot_of
+from engm.torch_internals import node_outputs
 
 
 def random_owners(shape: tuple[int, ...], n: int, seed: int = 0) -> Tensor:
@@ -39,7 +40,7 @@ def entry_at(output: Tensor, entering: Tensor, where: Ownership, n: int) -> Entr
         child is not None and getattr(child, "variable", None) is entering for child, _ in node.next_functions
     )
     if not transposed:
-        return Entry(node, slot_of(node, entering), tuple(entering.shape), where, n)
+        return Entry(node, slot_of(output, entering), tuple(entering.shape), where, n)
     slot = next(
         k for k, (child, _) in enumerate(node.next_functions) if child is not None and "TBackward" in child.name()
     )

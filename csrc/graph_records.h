@@ -1,0 +1,43 @@
+// What engm writes on nodes of the autograd graph: Python objects that live as long as the node, and which it finds
+// again when it walks the graph.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/function.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace engm {
+
+// An object on a node. That of a layer's call also takes the gradients of what the layer returned; as a hook on tensors,
+// so that it sees them too where a backward pass ends at the node without running it.
+class GraphRecord : public torch::autograd::FunctionPreHook {
+ public:
+  enum : int64_t { kAll = -1, kNone = -2 };
+
+  // `output`: the gradient of which of the node's outputs the call gets, kAll: a tuple of all, kNone: nothing.
+  GraphRecord(pybind11::object object, int64_t output);
+  ~GraphRecord() override;
+  GraphRecord(const GraphRecord&) = delete;
+  GraphRecord& operator=(const GraphRecord&) = delete;
+
+  torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override;
+
+  pybind11::handle object() const { return object_; }
+
+ private:
+  pybind11::handle object_;  // owned; its count is changed with the interpreter's lock held alone
+  int64_t output_;
+};
+
+// Writes an object on a node, see GraphRecord.
+void write_record(torch::autograd::Node& node, pybind11::object object, int64_t output);
+
+// The objects on a node in the order they were written; hooks of the user's own tensors run before them from now on,
+// for the gradient that those return is the one that counts.
+std::vector<pybind11::object> read_records(torch::autograd::Node& node);
+
+void bind_graph_records(pybind11::module_& m);
+
+}  // namespace engm

@@ -1,0 +1,198 @@
+"""What is written on nodes of the autograd graph (csrc/graph_records.h), and what is recorded of a call."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engm._C import (
+    ALL_GRADIENTS,
+    NO_GRADIENTS,
+    note_call,
+    records_of,
+    saved_statistics,
+    slot_of,
+    walk_graph,
+    write_record,
+)
+from engm.capture.calls import Call, Capture
+from engm.rules import find_rule
+
+pytestmark = pytest.mark.torch_insides
+
+
+class Record:
+    """Stands for a call; gradients are kept with a note of who saw them."""
+
+    def __init__(self, seen: list, collecting: bool = True) -> None:
+        collector = SimpleNamespace(receive=lambda record, gradients: seen.append(gradients)) if collecting else None
+        self.capture = SimpleNamespace(collector=collector)
+        self._activations = "activations"
+
+    def arranged(self, gradients: tuple) -> tuple:
+        return ("arranged", *gradients)
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.arange(1.0, 1 + torch.Size(shape).numel(), dtype=torch.float64).view(shape).requires_grad_()
+
+
+def test_records_are_found_again_in_order():
+    output = leaf(2).square()
+    assert records_of(output) == []
+    write_record(output, "first", NO_GRADIENTS)
+    write_record(output, "second", NO_GRADIENTS)
+    assert records_of(output) == ["first", "second"]
+    *_, records = walk_graph(output.sum(), "no token")
+    assert records == [(0, "first"), (0, "second")]
+    assert torch.equal(*torch.autograd.grad(output.sum(), output), torch.ones(2, dtype=torch.float64))
+
+
+def test_a_leaf_has_none():
+    assert records_of(leaf(2)) == []
+    with pytest.raises(ValueError, match="no node"):
+        write_record(leaf(2), "record", NO_GRADIENTS)
+
+
+def test_a_record_lives_as_long_as_the_node():
+    record = Record([])
+    output = leaf(2).square()
+    write_record(output, record, 0)
+    further, reference = output * 2, weakref.ref(record)
+    del record, output
+    gc.collect()
+    assert reference() is not None
+    del further
+    assert reference() is None
+
+
+@pytest.mark.parametrize("kind", [Tensor, type("Kin", (Tensor,), {})])
+def test_the_gradient_that_the_users_hook_returns_counts(kind):
+    """Whoever hung a hook first; and the gradient of the right output of the node."""
+    first, second = leaf(2, 2).unbind()
+    first = first.as_subclass(kind)
+    seen: list[Tensor] = []
+    first.register_hook(lambda g: g * 2)
+    for output in (first, second):
+        write_record(output, Record(seen), output.output_nr)
+    handle = first.register_hook(lambda g: g * 5)
+    loss = (first * 3).sum() + (second * 7).sum()
+    walk_graph(loss, "no token")
+    loss.backward(retain_graph=True)
+    assert sorted(float(gradient[0]) for gradient in seen) == [7, 30]
+    seen.clear()
+    handle.remove()
+    loss.backward()
+    assert sorted(float(gradient[0]) for gradient in seen) == [6, 7]
+
+
+def test_a_pass_that_ends_at_the_node():
+    seen: list[Tensor] = []
+    output = leaf(2).square()
+    write_record(output, Record(seen), 0)
+    torch.autograd.grad((output * 4).sum(), output)
+    assert [gradient.tolist() for gradient in seen] == [[4, 4]]
+
+
+def test_all_gradients_of_a_node():
+    seen: list[tuple] = []
+    first, second = leaf(2, 2).unbind()
+    write_record(first, Record(seen), ALL_GRADIENTS)
+    second.sum().backward()
+    assert seen[0][:2] == ("arranged", None)
+    assert seen[0][2].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_ordinary_pass_that_frees_the_graph_frees_the_activations(kept):
+    record, output = Record([], collecting=False), leaf(2).square()
+    write_record(output, record, 0)
+    output.sum().backward(retain_graph=kept)
+    assert record._activations == ("activations" if kept else None)
+
+
+def test_an_error_of_the_collector_reaches_the_caller():
+    record, output = Record([]), leaf(2).square()
+    record.capture.collector = SimpleNamespace(receive=lambda *_: {}["missing"])
+    write_record(output, record, 0)
+    with pytest.raises(KeyError, match="missing"):
+        output.sum().backward()
+
+
+def test_slot_of():
+    a, b = leaf(2, 3), leaf(2, 3)
+    output = torch.add(a, b)
+    assert (slot_of(output, a), slot_of(output, b)) == (0, 1)
+    first, second = leaf(4, 2).unbind(1)  # two outputs of one node
+    output = torch.mul(first, second)
+    assert (slot_of(output, first), slot_of(output, second)) == (0, 1)
+    assert slot_of(output, torch.ones(4)) == 0
+
+
+def test_statistics_are_those_of_the_node_that_was_named():
+    x = leaf(2, 4, 3)
+    mean, rstd = saved_statistics(F.group_norm(x, 2), "NativeGroupNormBackward")
+    torch.testing.assert_close(mean, x.detach().view(2, 2, 6).mean(2))
+    torch.testing.assert_close(rstd, x.detach().view(2, 2, 6).var(2, correction=0).add(1e-5).rsqrt())
+    assert saved_statistics(F.group_norm(x, 2), "NativeLayerNormBackward") is None
+
+
+def test_what_is_noted_of_a_call():
+    first, second = nn.Linear(3, 4).double(), nn.BatchNorm1d(4).double()
+    x = torch.ones(5, 3, dtype=torch.float64)
+    y = first(x)
+    capture = Capture(None)
+    call = Call(capture, "first", first, find_rule(first), x, y)
+    assert (call.capture, call.name, call.module, call.shape, call.batch) == (capture, "first", first, (5, 4), 5)
+    assert call.parameters == {"weight": first.weight, "bias": first.bias}
+    assert (call.input_nodes, call.input_storages) == ((), {x.untyped_storage().data_ptr()})
+    assert (call.couples, call.reads, call.producer, call.saved) == (False, True, None, None)
+    assert call.activations().data_ptr() == x.data_ptr()
+    write_record(y, call, 0)
+    z = second(y)
+    other = Call(capture, "second", second, find_rule(second), y, z)
+    assert (other.couples, other.producer, other.slot) == (True, call, 0)
+    assert (other.input_nodes, other.input_storages, other.input_is_index) == ((y.grad_fn,), frozenset(), False)
+    mean, rstd = other.saved
+    torch.testing.assert_close(mean, y.detach().mean(0))
+    torch.testing.assert_close(rstd, y.detach().var(0, correction=0).add(1e-5).rsqrt())
+
+
+@pytest.mark.parametrize(("trained", "reads"), [("weight", True), ("bias", False), ("", False)])
+def test_a_lone_bias_needs_no_activations(trained, reads):
+    layer = nn.Linear(3, 4)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == trained)
+    x = torch.ones(5, 3, requires_grad=True)
+    call = Call(Capture(None), "layer", layer, find_rule(layer), x, layer(x))
+    assert list(call.parameters) == [trained] * bool(trained)
+    assert call.reads == reads
+    assert (call._activations is not None) == reads
+
+
+def test_nested_rows_have_no_shape():
+    x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]).requires_grad_()
+    layer = nn.Linear(3, 4)
+    assert Call(Capture(None), "layer", layer, find_rule(layer), x, layer(x)).shape == (2, -1, -1)
+
+
+def test_several_inputs():
+    layer = nn.Bilinear(2, 3, 4)
+    x, y = torch.ones(5, 2), torch.ones(5, 3, requires_grad=True) * 1
+    call = Call(Capture(None), "layer", layer, find_rule(layer), (x, y), layer(x, y))
+    assert call.input_nodes == (y.grad_fn,)
+    assert call.input_storages == {x.untyped_storage().data_ptr()}
+    assert [given.shape for given in call.activations()] == [(5, 2), (5, 3)]
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        call.activations()
+
+
+def test_something_else_than_a_tensor_is_refused():
+    with pytest.raises(TypeError, match="expected a tensor"):
+        note_call(object.__new__(Call), Call, None, "layer", nn.Linear(1, 1), None, torch.ones(1), "no tensor")
