@@ -7,6 +7,7 @@
 #include "captured_calls.h"
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
+#include "frozen_statistics.h"
 #include "graph_records.h"
 #include "graph_walk.h"
 #include "program.h"
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_cost_model(m);
   engm::bind_calls(m);
   engm::bind_captured_calls(m);
+  engm::bind_frozen_statistics(m);
   engm::bind_graph_records(m);
   engm::bind_program(m);
   engm::bind_recurrence(m);

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
+from .._C import FrozenStatistics
 from ..checks import RefusedError
-from ..ops import in_type
 from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, own_parameters
 
 
@@ -20,44 +19,30 @@ class BatchNormNode:
 
     Attributes:
         node: its autograd node.
-        gain: gives ``scale / sigma``, ``[C]``.
+        gain: ``scale / sigma``, ``[C]``, or gives it when it is needed.
         slot: which input of the node is the layer's input.
         output_nr: which output of the node is the layer's output.
     """
 
     node: Node
-    gain: Callable[[], Tensor]
+    gain: Tensor | Callable[[], Tensor]
     slot: int = 0
     output_nr: int = 0
-
-    def with_constant_statistics(
-        self, grad_inputs: tuple[Any, ...], grad_outputs: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
-        """Node hook: the input's gradient becomes ``scale / sigma * gy``; None leaves the gradients as they are.
-
-        Args:
-            grad_inputs: gradients of the node's inputs, that of the layer's ``[n, C, *S]``.
-            grad_outputs: gradients of its outputs, that of the layer's ``[n, C, *S]``.
-        """
-        if grad_inputs[self.slot] is None:
-            return None
-        gy = grad_outputs[self.output_nr]
-        frozen = gy * self.gain().view([1, -1] + [1] * (gy.dim() - 2))
-        frozen = in_type(frozen, grad_inputs[self.slot].dtype)
-        return (*grad_inputs[: self.slot], frozen, *grad_inputs[self.slot + 1 :])
 
 
 @contextmanager
 def frozen_statistics(batch_norms: Iterable[BatchNormNode]) -> Iterator[None]:
-    """While the context is open, backward passes take the statistics of these batch norms for constants."""
-    handles = []
+    """While the context is open, backward passes take the statistics of these batch norms for constants.
+
+    The gradient of a layer's input becomes ``scale / sigma`` times that of its output, both ``[n, C, *S]``.
+    """
+    frozen = FrozenStatistics()
     try:
         for batch_norm in batch_norms:
-            handles.append(batch_norm.node.register_hook(batch_norm.with_constant_statistics))
+            frozen.freeze(batch_norm.node, batch_norm.gain, batch_norm.slot, batch_norm.output_nr)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        frozen.thaw()
 
 
 def gain_of(module: nn.Module, rstd: Tensor) -> Tensor:

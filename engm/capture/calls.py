@@ -70,6 +70,14 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def _weakly(held: Tensor | weakref.ref[Tensor]) -> weakref.ref[Tensor]:
+    return held if isinstance(held, weakref.ref) else weakref.ref(held)
+
+
+def _alive(held: Tensor | weakref.ref[Tensor] | None) -> Tensor | None:
+    return held() if isinstance(held, weakref.ref) else held
+
+
 class Call:
     """One call of a module with a rule; the autograd node of its output owns it.
 
@@ -108,7 +116,7 @@ class Call:
     producer: Call | None
     slot: int
     reads: bool
-    _activations: Activations | None
+    _activations: Any  # the activations, weak references to them once they are let go of, None when they are freed
     _versions: int | tuple[int | None, ...]
 
     # There are many calls, and they live for a step.
@@ -165,14 +173,14 @@ class Call:
         return _each(Tensor.detach, self._checked())
 
     def _checked(self) -> Activations:
-        kept = self._activations
-        if kept is None:
+        kept = _each(_alive, self._activations)
+        versions = self._versions if isinstance(self._versions, tuple) else (self._versions,)
+        tensors = kept if isinstance(kept, tuple) else (kept,) * len(versions)
+        if any(tensor is None and version is not None for tensor, version in zip(tensors, versions, strict=True)):
             raise RefusedError(
                 f"engm: the graph of layer '{self.name}' was already backpropagated, and what it remembered is "
                 "freed. Take the norms before `.backward()`, or run the forward pass again."
             )
-        tensors = kept if isinstance(kept, tuple) else (kept,)
-        versions = self._versions if isinstance(self._versions, tuple) else (self._versions,)
         for tensor, version in zip(tensors, versions, strict=True):
             if tensor is not None and version_of(tensor) != version:
                 raise RefusedError(
@@ -186,8 +194,9 @@ class Call:
         return [backprops.detach()]
 
     def release(self) -> None:
-        """Drop the activations, as whoever is done with the graph may do."""
-        self._activations = None
+        """Let go of the activations, as whoever is done with the graph may do; whoever else holds them keeps them."""
+        if self._activations is not None:
+            self._activations = _each(_weakly, self._activations)
 
 
 class NotedCall(Call):

@@ -235,8 +235,11 @@ class LossBatch:
         parts = [(weights, own) for weights, own in parts if own is None or any(id(p) in own for p in reached)]
         for i, (weights, own) in enumerate(parts):
             targets = [p for p in reached if own is None or id(p) in own]
+            # Where these are all leaves that there are, autograd need not look which paths lead to them.
+            every = len(targets) == len(self.trace.leaves) and not self.trace.tokens
             seeds = (weights * (self.scale.factor / divisor)).to(self.losses.dtype)
-            torch.autograd.backward(self.losses, seeds, inputs=targets, retain_graph=i < len(parts) - 1)
+            kept = i < len(parts) - 1
+            torch.autograd.backward(self.losses, seeds, inputs=None if every else targets, retain_graph=kept)
 
     def _add_weighted_sums(
         self, collector: TermCollector, parts: list[tuple[Tensor, set[int] | None]], divisor: float
