@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include "held_object.h"
+
 namespace engm {
 
 namespace {
@@ -49,14 +51,7 @@ NodePointer node_of(py::handle object) {
 // The input's gradient becomes gain * gy.
 class ConstantStatistics : public torch::autograd::FunctionPostHook {
  public:
-  ConstantStatistics(py::object gain, size_t slot, size_t output) : gain_(gain.release()), slot_(slot), output_(output) {}
-  ~ConstantStatistics() override {
-    if (!Py_IsInitialized()) return;
-    const py::gil_scoped_acquire locked;
-    gain_.dec_ref();
-  }
-  ConstantStatistics(const ConstantStatistics&) = delete;
-  ConstantStatistics& operator=(const ConstantStatistics&) = delete;
+  ConstantStatistics(py::object gain, size_t slot, size_t output) : gain_(std::move(gain)), slot_(slot), output_(output) {}
 
   variable_list operator()(const variable_list& inputs, const variable_list& outputs) override {
     if (!inputs.at(slot_).defined()) return inputs;
@@ -71,13 +66,13 @@ class ConstantStatistics : public torch::autograd::FunctionPostHook {
  private:
   at::Tensor gain() const {
     const py::gil_scoped_acquire locked;
-    if (THPVariable_Check(gain_.ptr())) return THPVariable_Unpack(gain_.ptr());
-    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain_.ptr()));
+    if (THPVariable_Check(gain_.get().ptr())) return THPVariable_Unpack(gain_.get().ptr());
+    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain_.get().ptr()));
     if (!found) throw python_error();
     return THPVariable_Unpack(found.ptr());
   }
 
-  py::handle gain_;  // owned; its count is changed with the interpreter's lock held alone
+  HeldObject gain_;
   size_t slot_, output_;
 };
 

@@ -48,22 +48,14 @@ void call_method(py::handle object, const py::str& name, py::handle first, py::h
 
 }  // namespace
 
-GraphRecord::GraphRecord(py::object object, int64_t output) : object_(object.release()), output_(output) {}
-
-GraphRecord::~GraphRecord() {
-  if (!Py_IsInitialized()) return;
-  py::gil_scoped_acquire locked;
-  object_.dec_ref();
-}
-
 variable_list GraphRecord::operator()(const variable_list& gradients) {
   if (output_ == kNone) return gradients;
   const py::gil_scoped_acquire locked;
-  const py::object collector = attribute(attribute(object_, names().capture), names().collector);
+  const py::object collector = attribute(attribute(object(), names().capture), names().collector);
   if (collector.is_none()) {
     // An ordinary backward pass. One that frees the graph has no more use for the activations either.
     if (!torch::autograd::get_current_graph_task_keep_graph() &&
-        PyObject_SetAttr(object_.ptr(), names().activations.ptr(), Py_None) != 0)
+        PyObject_SetAttr(object().ptr(), names().activations.ptr(), Py_None) != 0)
       throw python_error();
     return gradients;
   }
@@ -72,11 +64,11 @@ variable_list GraphRecord::operator()(const variable_list& gradients) {
       return gradients;
     py::tuple every(gradients.size());
     for (size_t k = 0; k < gradients.size(); ++k) every[k] = wrapped(gradients[k]);
-    PyObject* const arranged = PyObject_CallMethodOneArg(object_.ptr(), names().arranged.ptr(), every.ptr());
+    PyObject* const arranged = PyObject_CallMethodOneArg(object().ptr(), names().arranged.ptr(), every.ptr());
     if (arranged == nullptr) throw python_error();
-    call_method(collector, names().receive, object_, py::reinterpret_steal<py::object>(arranged));
+    call_method(collector, names().receive, object(), py::reinterpret_steal<py::object>(arranged));
   } else if (const auto& gradient = gradients.at(output_); gradient.defined()) {
-    call_method(collector, names().receive, object_, wrapped(gradient));
+    call_method(collector, names().receive, object(), wrapped(gradient));
   }
   return gradients;
 }

@@ -6,7 +6,10 @@
 #include <torch/csrc/autograd/function.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
+
+#include "held_object.h"
 
 namespace engm {
 
@@ -17,17 +20,14 @@ class GraphRecord : public torch::autograd::FunctionPreHook {
   enum : int64_t { kAll = -1, kNone = -2 };
 
   // `output`: the gradient of which of the node's outputs the call gets, kAll: a tuple of all, kNone: nothing.
-  GraphRecord(pybind11::object object, int64_t output);
-  ~GraphRecord() override;
-  GraphRecord(const GraphRecord&) = delete;
-  GraphRecord& operator=(const GraphRecord&) = delete;
+  GraphRecord(pybind11::object object, int64_t output) : object_(std::move(object)), output_(output) {}
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override;
 
-  pybind11::handle object() const { return object_; }
+  pybind11::handle object() const { return object_.get(); }
 
  private:
-  pybind11::handle object_;  // owned; its count is changed with the interpreter's lock held alone
+  HeldObject object_;
   int64_t output_;
 };
 
