@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,11 +25,11 @@ _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderIn
 
 
 @contextmanager
-def explained_failures(resume: str = "") -> Iterator[None]:
+def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Put around a command's work, says what failed. Other exceptions are faults of ours and keep their traceback.
 
     Args:
-        resume: how to go on after an interruption, for the message.
+        resume: says how to go on after an interruption, for the message; it is called after the interruption.
 
     Raises:
         typer.Exit: with status 1, 130 after Ctrl-C, or 143 after SIGTERM.
@@ -38,13 +38,13 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         with raised():
             yield
     except KeyboardInterrupt:
-        _say(f"interrupted{resume and f'; {resume}'}")
+        _say(_interrupted("interrupted", resume()))
         raise typer.Exit(INTERRUPTED) from None
     except (torch.OutOfMemoryError, MemoryError):
         _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
         raise typer.Exit(1) from None
     except TerminatedError as error:
-        _say(f"{error}{resume and f'; {resume}'}")
+        _say(_interrupted(str(error), resume()))
         raise typer.Exit(TERMINATED) from None
     except NonFiniteError as error:
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
@@ -60,6 +60,10 @@ def explained_failures(resume: str = "") -> Iterator[None]:
             raise
         _say("out of memory: try a smaller --batch-size, a smaller --width or --in-memory no")
         raise typer.Exit(1) from None
+
+
+def _interrupted(what: str, resume: str) -> str:
+    return f"{what}; {resume}" if resume else what
 
 
 def _say(message: str) -> None:

@@ -99,7 +99,7 @@ def evaluate(
     from ..evaluation.target import Wanted, evaluated
     from ..runs.progress import progress_bar
 
-    with explained_failures("finished attacks are kept"):
+    with explained_failures(lambda: "finished attacks are kept"):
         console = console_for()
         if threat is not None:
             check_name(threat, THREATS, what="--threat")

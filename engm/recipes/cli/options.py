@@ -15,7 +15,6 @@ from engm.adversarial.objectives import BETAS
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type
 
-GO_ON = "the same command goes on where it was left"
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
 ]
@@ -113,6 +112,11 @@ _OPTIMIZERS: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
     "beta_gamma": (lambda c: c.optimizer == "a-engm", "--optimizer a-engm"),
     "max_norm": (lambda c: c.optimizer == "mgnc", "--optimizer mgnc"),
 }
+
+
+def go_on(short: str = "") -> str:
+    """How to go on after an interruption: by the same command, or by a shorter one where there is one."""
+    return f"the same command{short and f', or {short},'} goes on where it was left"
 
 
 def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool = False) -> RunConfig:

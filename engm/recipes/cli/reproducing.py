@@ -12,7 +12,7 @@ from ..machine import set_machine
 from ..methods import LABELS
 from ..processes import choose_device
 from .errors import explained_failures
-from .options import DECIDED, GO_ON, ConfigFile, chosen_settings, seeds_from, with_settings
+from .options import DECIDED, ConfigFile, chosen_settings, go_on, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def reproduce(
     from ..reproduce import budget as budget_named
     from ..runs.contents import check_free_for_several
 
-    with explained_failures(GO_ON):
+    with explained_failures(go_on):
         check_free_for_several(out)
         chosen = budget_named(budget)
         numbers = list(range(chosen.seeds)) if seeds is None else seeds_from(seeds)

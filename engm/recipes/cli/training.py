@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..methods import LABELS
 from ..processes import from_environment
 from ..training.loggers import LogFormat
 from .errors import explained_failures
-from .options import GO_ON, ConfigFile, config_from, seeds_from, with_settings
+from .options import ConfigFile, config_from, go_on, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 app = typer.Typer()
@@ -35,8 +36,9 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
     from ..runs.progress import RunView
     from ..runs.report import caption, table
 
-    with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
-        folder = RunFolder(out)
+    folder = RunFolder(out)
+    # Before the folder has its settings, only the whole command goes on.
+    with explained_failures(lambda: go_on(f"engm train --out {quote(str(out))}" if folder.exists else "")):
         if not folder.exists and config is None and not settings:
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
@@ -80,7 +82,7 @@ def compare(
     from ..runs.progress import RunView
     from ..runs.report import caption, table
 
-    with explained_failures(GO_ON):
+    with explained_failures(lambda: go_on(f"engm compare --out {quote(str(out))}" if Plan.is_in(out) else "")):
         check_free_for_several(out)
         begun = Plan.of(out) if (config, optimizers, seeds, settings) == (None, None, None, {}) else None
         plan = begun or Plan(

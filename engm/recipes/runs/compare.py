@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..storage.atomic_files import make_folder, read_json, write_json, write_tex
 from ..training.building import load_in_turn
 from .curves import draw
 from .folder import RunFolder, train
+from .refused import Before
 from .report import collect, markdown
 from .view import View
 
@@ -40,6 +41,11 @@ class Plan:
     optimizers: Sequence[str]
     seeds: Sequence[int]
 
+    @staticmethod
+    def is_in(out: Path) -> bool:
+        """Whether a folder keeps a plan, so that its comparison can go on without being described again."""
+        return (out / PLAN).is_file()
+
     @classmethod
     def of(cls, out: Path) -> Plan | None:
         """The plan of the comparison in a folder; None where there is none.
@@ -48,7 +54,7 @@ class Plan:
             ValueError: it cannot be read.
         """
         path = out / PLAN
-        if not path.is_file():
+        if not cls.is_in(out):
             return None
         found = read_json(path)
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
@@ -119,17 +125,20 @@ def compare(
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
     dataset = load_in_turn(config.resolved(), processes)
-    if processes.first:
-        Plan(config, optimizers, seeds).write(out)
     began, diverged = time.monotonic(), []
-    for name, cell in cells.items():
-        try:
-            with view(name) as watching:
-                train(cell, out / name, processes, view=watching, dataset=dataset, began=began)
-        except NonFiniteError:
-            if processes.world > 1:  # the others may not have noticed
-                raise
-            diverged.append(name)
+    with ExitStack() as stack:
+        if processes.first:
+            begun: Callable[[], bool] = lambda: any(RunFolder(out / name).exists for name in cells)  # noqa: E731
+            stack.enter_context(Before.of(out).again_if_refused(begun))
+            Plan(config, optimizers, seeds).write(out)
+        for name, cell in cells.items():
+            try:
+                with view(name) as watching:
+                    train(cell, out / name, processes, view=watching, dataset=dataset, began=began)
+            except NonFiniteError:
+                if processes.world > 1:  # the others may not have noticed
+                    raise
+                diverged.append(name)
     results, _ = collect([out / name for name in cells if name not in diverged]) if processes.first else ([], [])
     if results:
         write_text_atomic(out / "comparison.md", markdown(results))
