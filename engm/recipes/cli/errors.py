@@ -6,21 +6,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from engm.checks import NonFiniteError, RefusedError
 
-from ..processes import OtherProcessError
+from ..failures import CheckpointError, OtherProcessError
 from ..runs.termination import STATUS as TERMINATED
 from ..runs.termination import TerminatedError, raised
-from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import FolderInUseError
 
 _EXACT = "wrap with GradNormModule(net, coupled='exact')"  # what a refusal says to people who write Python
 INTERRUPTED = 130  # what shells report for Ctrl-C
+_MEMORY = "out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no"
 _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError, OtherProcessError)
 
 
@@ -40,8 +39,8 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
     except KeyboardInterrupt:
         _say(_interrupted("interrupted", resume()))
         raise typer.Exit(INTERRUPTED) from None
-    except (torch.OutOfMemoryError, MemoryError):
-        _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
+    except MemoryError:
+        _say(_MEMORY)
         raise typer.Exit(1) from None
     except TerminatedError as error:
         _say(_interrupted(str(error), resume()))
@@ -56,9 +55,10 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
         _say(str(error))
         raise typer.Exit(1) from None
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what torch says on a CPU
+        # By its name, because torch need not be there; the text is what torch says on a CPU.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        _say("out of memory: try a smaller --batch-size, a smaller --width or --in-memory no")
+        _say(_MEMORY)
         raise typer.Exit(1) from None
 
 

@@ -16,7 +16,7 @@ from engm.checks import check_name
 
 from ..config import THREATS, option, parse_number
 from ..config_files import from_values
-from ..processes import choose_device
+from ..devices import choose_device
 from ..spelling import shown_radius
 from .errors import explained_failures
 from .results import DataRoot, checkpoints_named

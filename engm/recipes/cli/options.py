@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from engm.adversarial.objectives import BETAS
+from engm.names import BETAS
 
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type

@@ -85,23 +85,3 @@ def normalized_by(net: nn.Module, mean: Sequence[float], std: Sequence[float], c
 
 def _normalized(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (net.get_submodule(NAME)(inputs[0]), *inputs[1:])
-
-
-def parsed(text: str) -> tuple[list[float], list[float]] | None:
-    """Means and deviations of ``0.49,0.48,0.45/0.25,0.24,0.26``; None for ``none`` and ``data``.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if text in ("none", "data"):
-        return None
-    try:
-        mean, std = ([float(part) for part in side.split(",")] for side in text.split("/"))
-    except ValueError:
-        mean, std = [], []
-    if not (mean and len(mean) == len(std) and all(map(isfinite, (*mean, *std))) and min(std) > 0):
-        raise ValueError(
-            "--normalize must be none, data, or means and deviations of the channels as 0.49,0.48,0.45/0.25,0.24,0.26, "
-            f"got {text!r}"
-        )
-    return mean, std

@@ -20,7 +20,7 @@ from ..config_files import from_values, read_toml, to_toml
 from ..storage.atomic_files import read_json, write_text_atomic
 from ..storage.checkpoint import CheckpointStore
 from ..training.run import Run
-from .contents import described, holds_run
+from .contents import RESULTS, described, holds_run
 from .going_on import LENGTH, of_the_same_run
 
 LAST = "step-"
@@ -48,7 +48,7 @@ class RunFolder:
     @property
     def results_file(self) -> Path:
         """The file that says what the run came to."""
-        return self.path / "results.json"
+        return self.path / RESULTS
 
     @property
     def store(self) -> CheckpointStore:

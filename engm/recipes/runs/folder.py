@@ -13,11 +13,11 @@ from typing import Any
 from ..accuracy import Accuracy, overfit
 from ..config import RunConfig, parse_duration
 from ..data import Dataset, check_same_data, identities
+from ..failures import CheckpointError
 from ..machine import machine_facts
 from ..methods import label_of
 from ..processes import Processes
 from ..storage.atomic_files import write_json
-from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import locked
 from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of

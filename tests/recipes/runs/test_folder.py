@@ -18,10 +18,10 @@ import torch
 from tiny_runs import PLAIN, KilledAt, tiny_dataset, train_tiny
 
 from engm.checks import NonFiniteError
+from engm.recipes.failures import CheckpointError
 from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import RunFolder
 from engm.recipes.runs.view import NoView
-from engm.recipes.storage.checkpoint import CheckpointError
 from engm.recipes.training.run import Run
 
 CPU = Processes(torch.device("cpu"))
