@@ -46,6 +46,8 @@ def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = 
         device=device,
         workers=config.workers,
     ).to(device)
+    if dataset.classes < 2:
+        raise ValueError(f"{config.data} has one class alone, so that there is nothing to learn: expected two or more")
     return replace(
         dataset,
         train=_first(dataset.train, config.train_examples, "train_examples"),

@@ -10,6 +10,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -95,6 +96,15 @@ def test_a_refused_run_does_not_say_that_it_begins(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "no data file" in result.stderr
     assert result.stdout == ""
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.zeros(40, int)
+    np.savez(tmp_path / "one.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    command = ("train", *TINY.split()[:-2], "--data", tmp_path / "one.npz", "--validation-examples", 8)
+    result = engm(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "has one class alone, so that there is nothing to learn" in " ".join(result.stderr.split())
 
 
 def test_a_name_that_is_neither_data_nor_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
