@@ -119,19 +119,22 @@ def go_on(short: str = "") -> str:
     return f"the same command{short and f', or {short},'} goes on where it was left"
 
 
-def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool = False) -> RunConfig:
+def config_from(
+    settings: dict[str, Any], file: Path | None, *, own: RunConfig | None = None, compared: bool = False
+) -> RunConfig:
     """The configuration that a command line describes: the file's settings, overridden by the options given.
 
     Args:
         settings: the options that were given.
         file: a TOML file.
+        own: the settings that stand in the place of a file where none is given, of what goes on.
         compared: the options are for several optimizers, of which each takes what is its own.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`engm.recipes.config_files.from_values`; or an option would change
             nothing.
     """
-    base = _of_file(file)
+    base = own.as_dict() if own is not None and file is None else _of_file(file)
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
     chosen = from_values({**config.as_dict(), **typed}, source="the command line")

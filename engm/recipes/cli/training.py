@@ -74,7 +74,7 @@ def compare(
 ) -> None:
     """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept.
 
-    With --out alone a comparison that was begun there goes on.
+    With --out alone a comparison that was begun there goes on; what is given beside it is changed: --seeds 5, say.
     """
     from ..runs.compare import Plan
     from ..runs.compare import compare as compare_in
@@ -84,11 +84,14 @@ def compare(
 
     with explained_failures(lambda: go_on(f"engm compare --out {quote(str(out))}" if Plan.is_in(out) else "")):
         check_free_for_several(out)
-        begun = Plan.of(out) if (config, optimizers, seeds, settings) == (None, None, None, {}) else None
-        plan = begun or Plan(
-            config_from(settings, config, compared=True),
-            [name for name in (optimizers or ",".join(LABELS)).split(",") if name.strip()],
-            seeds_from(seeds or "3"),
+        begun = Plan.of(out)
+        if begun is None and (config, optimizers, seeds, settings) == (None, None, None, {}):
+            raise ValueError(f"there is no comparison in {out} to go on with; to begin one, say at least --data")
+        chosen = config_from(settings, config, own=None if begun is None else begun.config, compared=True)
+        plan = Plan(
+            chosen if begun is None else begun.going_on(chosen, out),
+            begun.optimizers if begun and optimizers is None else _names(optimizers or ",".join(LABELS)),
+            begun.seeds if begun and seeds is None else seeds_from(seeds or "3"),
         )
         with from_environment(plan.config.device) as processes:
             set_machine(plan.config)
@@ -106,6 +109,10 @@ def compare(
             )
             console.print(table(results), caption(results), sep="\n", highlight=False)
             console.print(f"Table, figures and curves: {out}/comparison.md, .json, .png, .svg, .pdf", highlight=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name.strip()]
 
 
 app.command(cls=OnceCommand)(with_settings(compare, leave_out=("optimizer", "seed")))

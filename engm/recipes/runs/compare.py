@@ -19,7 +19,9 @@ from ..processes import Processes
 from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
 from ..training.building import load_in_turn
 from .curves import draw
+from .files import LAST
 from .folder import RunFolder, train
+from .going_on import of_the_same_run
 from .refused import Before
 from .report import collect, markdown
 from .view import View
@@ -58,6 +60,22 @@ class Plan:
             return None
         found = read_json(path)
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
+
+    def going_on(self, config: RunConfig, out: Path) -> RunConfig:
+        """The resolved settings with which this comparison goes on in its folder, with other optimizers or seeds maybe.
+
+        Args:
+            config: the settings that it is asked to go on with; they are its own, but for its length.
+            out: the folder. Where nothing was trained there, settings may still be mended.
+
+        Raises:
+            ValueError: they are others, so that one table would compare what cannot be compared.
+        """
+        runs = [RunFolder(out / name) for name in cells_of(self.config, self.optimizers, self.seeds)]
+        if not any(run.results_file.is_file() or run.store.names(LAST) for run in runs):
+            return config.resolved()
+        config = replace(config, optimizer=self.config.optimizer, seed=self.config.seed)
+        return of_the_same_run(self.config, config, out, lambda: (0, 0), what="comparison")
 
     def write(self, out: Path) -> None:
         """Keeps the plan in a folder, which is made."""
