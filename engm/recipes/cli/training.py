@@ -149,6 +149,7 @@ def demo(
     from ..demo.live import LiveView
     from ..methods import canonical_method
     from ..runs.contents import check_free_for_several
+    from ..storage.atomic_files import make_folder
 
     console = Console()
     torch.set_num_threads(threads)
@@ -172,7 +173,8 @@ def demo(
         f"attack's last step; {threads} CPU thread{'s' if threads > 1 else ''}.",
         highlight=False,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with explained_failures():
+        make_folder(out)
     start = time.perf_counter()
     with ExitStack() as stack:
         if log is not None:
