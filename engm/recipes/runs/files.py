@@ -85,7 +85,13 @@ class RunFolder:
             ValueError: another run lives here, or something else.
         """
         if self.exists and (self.results_file.is_file() or self.store.names(LAST)):
-            return of_the_same_run(self.config(), config, self.path, self.trained)
+            settled = of_the_same_run(self.config(), config, self.path, self.trained)
+            if not self.store.names(LAST) and not self.is_over(settled):
+                raise ValueError(
+                    f"{self.path} has results of {self.config().epochs} epochs and no checkpoints any more, "
+                    "so that it cannot be trained on. Bring its checkpoints back, or choose another --out"
+                )
+            return settled
         if not self.exists and self.path.exists() and not _is_empty_folder(self.path):
             raise ValueError(
                 f"{self.path} exists and is no run folder: the path {described(self.path)}. Choose another --out"
