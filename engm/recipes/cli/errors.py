@@ -49,7 +49,7 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
         raise typer.Exit(1) from None
     except RefusedError as error:
-        _say(str(error).removeprefix("engm: ").replace(_EXACT, "add --coupled exact"))
+        _say(str(error).replace("engm: ", "", 1).replace(_EXACT, "add --coupled exact"))
         raise typer.Exit(1) from None
     except _EXPECTED as error:
         _say(str(error))
