@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_losses
+from .loss_checks import check_losses
 from .terms import accumulation_dtype, squared_rows
 from .terms.loss_scale import UNSCALED, LossScale
 from .torch_internals import adds_up

@@ -14,8 +14,9 @@ from .backward.norms import (
     own_mode,
 )
 from .backward.prepare import planned_losses
-from .checks import check_losses, check_positive
+from .checks import check_positive
 from .graph.trace import trace
+from .loss_checks import check_losses
 from .module import GradNormModule, as_wrapped
 from .terms.loss_scale import LossScale
 

@@ -23,6 +23,7 @@ from .capture.layers import Walks, named_modules, trained_parameters
 from .capture.ranks import active_ranks
 from .capture.sharded import ORDER, noting_leaves, sharded_parts, shards_of
 from .graph.plan import PlanCache, PlannedGraph, Skeletons, Watch
+from .names import BATCH_NORM_MODES, COUPLED_MODES
 from .rules import Rule, find_rule
 from .rules.fallback import GENERIC
 from .torch_internals import (
@@ -37,8 +38,6 @@ from .torch_internals import (
     untracked_alias,
 )
 
-BATCH_NORM_MODES = ("calibrated", "frozen", "exact")
-COUPLED_MODES = ("refuse", "exact")
 _OWN = frozenset(
     [
         *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "_net"),

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .backward.norms import calibrated_squared_norms, lent_mode, mapped_norms, measure_graph, own_mode
 from .backward.prepare import planned_losses
 from .capture.layers import untouched
-from .checks import check_losses
 from .exact import exact_squared_norms
 from .graph.plan import PlanCache, PlannedGraph
+from .loss_checks import check_losses
 from .module import GradNormModule, as_wrapped
 from .torch_internals import node_outputs, operator_name
 

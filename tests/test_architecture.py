@@ -6,7 +6,7 @@ from pathlib import Path
 
 ENGM = Path(__file__).parents[1] / "engm"
 FLOORS = (  # from the ground up; rooms of one floor do not know each other
-    {"_C", "ops", "reference", "build", "checks", "distributed", "torch_internals"},
+    {"_C", "ops", "reference", "build", "checks", "loss_checks", "names", "distributed", "torch_internals"},
     {"terms", "cost"},
     {"rules", "exact"},
     {"capture", "batch_norm"},
@@ -19,7 +19,13 @@ FLOORS = (  # from the ground up; rooms of one floor do not know each other
     {"recipes"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHIN = {("ops", "_C"), ("build", "_C"), ("torch_internals", "_C"), ("checks", "torch_internals")}
+WITHIN = {
+    ("ops", "_C"),
+    ("build", "_C"),
+    ("torch_internals", "_C"),
+    ("loss_checks", "checks"),
+    ("loss_checks", "torch_internals"),
+}
 
 
 def room(path: Path) -> str:

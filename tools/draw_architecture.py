@@ -46,7 +46,9 @@ PURPOSE = {
     "ops": "compiled operators",
     "reference": "their plain twins",
     "build": "what was compiled",
-    "checks": "arguments, losses",
+    "checks": "arguments",
+    "loss_checks": "losses",
+    "names": "what to choose among",
     "distributed": "sums over processes",
     "torch_internals": "torch's private names",
 }

@@ -1,5 +1,6 @@
 """Adversarial training on top of the engine: attacks on inputs and weights, and the losses of training methods."""
 
+from ..names import OBJECTIVES
 from .attacks import PGD, Adversarial
 from .autoattack import AutoAttackProgress, AutoAttackResult, autoattack
 from .awp import AWP
@@ -8,7 +9,7 @@ from .beside import Beside, Guide, LabelAverages
 from .deepfool import DeepFool, DeepFoolResult
 from .losses import cross_entropy, kl_divergence, margin, probability_gap
 from .modes import evaluation_mode, paused
-from .objectives import OBJECTIVES, VANILLA, Objective, lbgat, mart, objective, self_adaptive, trades, vanilla
+from .objectives import VANILLA, Objective, lbgat, mart, objective, self_adaptive, trades, vanilla
 
 __all__ = [
     "AWP",

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import NonFiniteError, check_losses
+from ..checks import NonFiniteError
+from ..loss_checks import check_losses
 from ..torch_internals import copy_each, is_recorded, own_buffers, version_of
 from .modes import paused
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import check_name
 from ..distributed import means
+from ..names import BETAS, NOT_SMOOTHED, OBJECTIVES
 from .attacks import PGD
 from .backward_smoothing import BackwardSmoothing
 from .ball import Norm
@@ -33,26 +34,6 @@ AttackMaker = Callable[[float, float, int, Norm], PGD]
 _START_NOISE = 0.001
 # Deviation of the normal draw that every step of FAT's attack adds: omega of the authors' code.
 _STEP_NOISE = 0.001
-
-
-NOT_SMOOTHED = {
-    "mart": (
-        "its boosted cross-entropy compares the label with the strongest other class, and its weights are of the "
-        "label's own probability, which smoothed labels have not"
-    ),
-    "lbgat": "its robust network sees no label but the guide's prediction",
-    "self-adaptive": "its labels are soft already, moved towards the network's own predictions",
-}
-"""Why methods take no label smoothing, for messages."""
-
-BETAS = {"trades": 6.0, "mart": 6.0, "backward-smoothing": 10.0, "lbgat": 0.0, "self-adaptive": 6.0}
-"""The weights of the KL terms as published, by method.
-
-TRADES: ``train_trades_cifar10.py`` (yaodongyu/TRADES). MART: 6 as ever here; ``train_resnet.py`` of its authors has 5.
-Backward smoothing: the command in its authors' README. LBGAT: 0 is the LBGAT0 that Table 4 of Dabouei et al. (2022)
-quotes (88.22 and 52.86, README of dvlab-research/LBGAT); LBGAT6 has 6. Self-adaptive training: ``run_trades_sat.sh`` of
-its authors.
-"""
 
 
 def vanilla(model: nn.Module, x_adv: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -197,10 +178,6 @@ class Objective:
     attack_maximises_it: bool
     attack: AttackMaker
     beside: Beside | None = None
-
-
-OBJECTIVES = ("pgd", "trades", "mart", "fat", "ates", "backward-smoothing", "lbgat", "self-adaptive")
-"""Names that :func:`objective` knows; ``"vanilla"`` is another name of ``"pgd"``."""
 
 
 def objective(

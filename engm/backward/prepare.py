@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..checks import check_losses
 from ..distributed import on_any
 from ..graph.combining import combined
 from ..graph.plan import Plan, PlannedGraph
@@ -12,6 +11,7 @@ from ..graph.planning import check_parameters, make_plan
 from ..graph.routed import may_be_told, plan_to_be_told
 from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
+from ..loss_checks import check_losses
 from ..module import GradNormModule
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import is_recorded, unrecorded

@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..backward.inputs import Inputs
 from ..backward.norms import Measurement
-from ..checks import check_losses, check_positive
+from ..checks import check_positive
 from ..distributed import Ranks, total
+from ..loss_checks import check_losses
 from ..module import as_wrapped
 from ..ops import uncast
 from ..terms.loss_scale import LossScale

@@ -11,10 +11,10 @@ from ..backward.collect import TermCollector
 from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 from ..backward.norms import Measurement, calibrated_squared_norms, is_faithful, measure_graph, own_mode
 from ..backward.prepare import planned_losses
-from ..checks import check_losses
 from ..distributed import Ranks, backpropagate_leaves
 from ..graph.plan import PlannedGraph
 from ..graph.trace import trace
+from ..loss_checks import check_losses
 from ..module import GradNormModule
 from ..terms.loss_scale import LossScale
 from ..torch_internals import has_gradient_hooks

@@ -20,14 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..capture.layers import named_modules
-from ..checks import NonFiniteError
+from ..checks import NonFiniteError, RefusedError
 from ..distributed import Ranks, fewest, told_by
 from ..graph.trace import Trace, trace
 from ..module import GradNormModule
 from .batch import LossBatch
 
 T = TypeVar("T")
-KINDS = {kind.__name__: kind for kind in (NonFiniteError, TypeError, ValueError, RuntimeError)}  # the first that fits
+# The first that fits.
+KINDS = {kind.__name__: kind for kind in (NonFiniteError, RefusedError, TypeError, ValueError, RuntimeError)}
 
 
 def in_processes() -> bool:

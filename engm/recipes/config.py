@@ -7,16 +7,13 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal
 
-from engm.adversarial import OBJECTIVES
-from engm.adversarial.objectives import BETAS, NOT_SMOOTHED
 from engm.checks import check_name
-from engm.module import BATCH_NORM_MODES, COUPLED_MODES
+from engm.names import BATCH_NORM_MODES, BETAS, COUPLED_MODES, NOT_SMOOTHED, OBJECTIVES
 
 from .addresses import is_address, settled
-from .data import DATASETS, settled_data
+from .data_names import DATASETS, settled_data
 from .methods import canonical_method
-from .models.normalization import parsed as parsed_normalization
-from .spelling import in_grey_levels, option, parse_duration, parse_number
+from .spelling import in_grey_levels, option, parse_duration, parse_normalization, parse_number
 
 THREATS = ("linf", "l2")
 AUGMENTATIONS = ("auto", "crop-flip", "crop", "none")
@@ -261,7 +258,7 @@ class RunConfig:
         self._check_alpha()
         self._check_norms()
         self._check_schedule()
-        parsed_normalization(self.normalize)
+        parse_normalization(self.normalize)
         if self.time_limit is not None:
             parse_duration(self.time_limit)
 

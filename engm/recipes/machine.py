@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-import engm
-
-from .config import RunConfig
+    from .config import RunConfig
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Device, processor, threads and versions, as plain values."""
+    import torch
+
+    import engm
+
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "device": str(device),
@@ -28,6 +31,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 def set_machine(config: RunConfig) -> None:
     """Sets threads and tensor cores as a configuration asks, for the whole process."""
+    import torch
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-
-class OtherProcessError(RuntimeError):
-    """Something failed in another process of the same run."""
+from .devices import choose_device
+from .failures import OtherProcessError
 
 
 @dataclass(frozen=True)
@@ -114,25 +113,6 @@ class Processes:
         found = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(found, mine)
         return [entry.cpu() for entry in found]
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a name stands for; ``"auto"`` is the GPU, if there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"unknown --device {name!r}: use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no GPU here (engm doctor says more); use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
-    return device
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""How settings and their values are spelled: the names of options, numbers and fractions, radii, lengths of time."""
+"""How settings and their values are spelled: the names of options, numbers, radii, lengths of time, channels."""
 
 from __future__ import annotations
 
 import re
+from math import isfinite
 
 
 def in_grey_levels(radius: float) -> str:
@@ -46,3 +47,23 @@ def parse_duration(text: str) -> float:
     if not seconds:
         raise ValueError(f"--time-limit must be a time such as 3h30m, 90m or 45s, got {text!r}")
     return float(seconds)
+
+
+def parse_normalization(text: str) -> tuple[list[float], list[float]] | None:
+    """Means and deviations of ``0.49,0.48,0.45/0.25,0.24,0.26``; None for ``none`` and ``data``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text in ("none", "data"):
+        return None
+    try:
+        mean, std = ([float(part) for part in side.split(",")] for side in text.split("/"))
+    except ValueError:
+        mean, std = [], []
+    if not (mean and len(mean) == len(std) and all(map(isfinite, (*mean, *std))) and min(std) > 0):
+        raise ValueError(
+            "--normalize must be none, data, or means and deviations of the channels as 0.49,0.48,0.45/0.25,0.24,0.26, "
+            f"got {text!r}"
+        )
+    return mean, std

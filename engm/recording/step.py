@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..batch_norm.calibration import DueError, FactorKey
-from ..checks import check_finite
 from ..graph.plan import PlannedGraph
+from ..loss_checks import check_finite
 from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from engm.checks import NonFiniteError, RefusedError
 
-from ..processes import OtherProcessError
+from ..failures import CheckpointError, OtherProcessError
 from ..runs.termination import STATUS as TERMINATED
 from ..runs.termination import TerminatedError, raised
-from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import FolderInUseError
 
 _EXACT = "wrap with GradNormModule(net, coupled='exact')"  # what a refusal says to people who write Python
 INTERRUPTED = 130  # what shells report for Ctrl-C
+_MEMORY = "out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no"
 _EXPECTED = (ValueError, OSError, ModuleNotFoundError, CheckpointError, FolderInUseError, OtherProcessError)
 
 
 @contextmanager
-def explained_failures(resume: str = "") -> Iterator[None]:
+def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]:
     """Put around a command's work, says what failed. Other exceptions are faults of ours and keep their traceback.
 
     Args:
-        resume: how to go on after an interruption, for the message.
+        resume: says how to go on after an interruption, for the message; it is called after the interruption.
 
     Raises:
         typer.Exit: with status 1, 130 after Ctrl-C, or 143 after SIGTERM.
@@ -38,28 +37,33 @@ def explained_failures(resume: str = "") -> Iterator[None]:
         with raised():
             yield
     except KeyboardInterrupt:
-        _say(f"interrupted{resume and f'; {resume}'}")
+        _say(_interrupted("interrupted", resume()))
         raise typer.Exit(INTERRUPTED) from None
-    except (torch.OutOfMemoryError, MemoryError):
-        _say("out of memory: try a smaller --batch-size, a smaller --width, --precision bf16 or --in-memory no")
+    except MemoryError:
+        _say(_MEMORY)
         raise typer.Exit(1) from None
     except TerminatedError as error:
-        _say(f"{error}{resume and f'; {resume}'}")
+        _say(_interrupted(str(error), resume()))
         raise typer.Exit(TERMINATED) from None
     except NonFiniteError as error:
         _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
         raise typer.Exit(1) from None
     except RefusedError as error:
-        _say(str(error).removeprefix("engm: ").replace(_EXACT, "add --coupled exact"))
+        _say(str(error).replace("engm: ", "", 1).replace(_EXACT, "add --coupled exact"))
         raise typer.Exit(1) from None
     except _EXPECTED as error:
         _say(str(error))
         raise typer.Exit(1) from None
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what torch says on a CPU
+        # By its name, because torch need not be there; the text is what torch says on a CPU.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
-        _say("out of memory: try a smaller --batch-size, a smaller --width or --in-memory no")
+        _say(_MEMORY)
         raise typer.Exit(1) from None
+
+
+def _interrupted(what: str, resume: str) -> str:
+    return f"{what}; {resume}" if resume else what
 
 
 def _say(message: str) -> None:

@@ -16,7 +16,7 @@ from engm.checks import check_name
 
 from ..config import THREATS, option, parse_number
 from ..config_files import from_values
-from ..processes import choose_device
+from ..devices import choose_device
 from ..spelling import shown_radius
 from .errors import explained_failures
 from .results import DataRoot, checkpoints_named
@@ -99,7 +99,7 @@ def evaluate(
     from ..evaluation.target import Wanted, evaluated
     from ..runs.progress import progress_bar
 
-    with explained_failures("finished attacks are kept"):
+    with explained_failures(lambda: "finished attacks are kept"):
         console = console_for()
         if threat is not None:
             check_name(threat, THREATS, what="--threat")

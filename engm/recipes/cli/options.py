@@ -10,12 +10,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from engm.adversarial.objectives import BETAS
+from engm.names import BETAS
 
 from ..config import RunConfig, option, parse_number
 from ..config_files import from_values, read_toml, value_type
 
-GO_ON = "the same command goes on where it was left"
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
 ]
@@ -115,19 +114,27 @@ _OPTIMIZERS: dict[str, tuple[Callable[[RunConfig], bool], str]] = {
 }
 
 
-def config_from(settings: dict[str, Any], file: Path | None, *, compared: bool = False) -> RunConfig:
+def go_on(short: str = "") -> str:
+    """How to go on after an interruption: by the same command, or by a shorter one where there is one."""
+    return f"the same command{short and f', or {short},'} goes on where it was left"
+
+
+def config_from(
+    settings: dict[str, Any], file: Path | None, *, own: RunConfig | None = None, compared: bool = False
+) -> RunConfig:
     """The configuration that a command line describes: the file's settings, overridden by the options given.
 
     Args:
         settings: the options that were given.
         file: a TOML file.
+        own: the settings that stand in the place of a file where none is given, of what goes on.
         compared: the options are for several optimizers, of which each takes what is its own.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`engm.recipes.config_files.from_values`; or an option would change
             nothing.
     """
-    base = _of_file(file)
+    base = own.as_dict() if own is not None and file is None else _of_file(file)
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
     chosen = from_values({**config.as_dict(), **typed}, source="the command line")

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from ..devices import choose_device, only_cpu
 from ..machine import set_machine
 from ..methods import LABELS
-from ..processes import choose_device
 from .errors import explained_failures
-from .options import DECIDED, GO_ON, ConfigFile, chosen_settings, seeds_from, with_settings
+from .options import DECIDED, ConfigFile, chosen_settings, go_on, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
     from ..reproduce import Analysis, Cell, Request
 
@@ -55,7 +55,7 @@ def reproduce(
     from ..reproduce import budget as budget_named
     from ..runs.contents import check_free_for_several
 
-    with explained_failures(GO_ON):
+    with explained_failures(go_on):
         check_free_for_several(out)
         chosen = budget_named(budget)
         numbers = list(range(chosen.seeds)) if seeds is None else seeds_from(seeds)
@@ -68,19 +68,21 @@ def reproduce(
         )
         found = [(one, one.wanted(request)) for one in wanted]
         first = found[0][1][0].config
-        device = choose_device(first.device)
-        set_machine(first.resolved())
         console = console_for()
         title = "Every table and figure" if name == ALL else wanted[0].title
         console.print(f"{title}; budget {chosen.name}: {chosen.purpose}.", highlight=False, soft_wrap=True)
         together = found[0][1] if name != ALL else shared_cells([cells for _, cells in found])
-        if plan_only:
-            console.print(str(forecast(together, out / "runs", device, jobs)), highlight=False, soft_wrap=True)
+        if plan_only:  # which needs no torch where there can be no GPU
+            where = "cpu" if only_cpu(first.device) else str(choose_device(first.device))
+            console.print(str(forecast(together, out / "runs", where, jobs)), highlight=False, soft_wrap=True)
             return
+        with Console(stderr=True).status("loading torch"):
+            device = choose_device(first.device)
+            set_machine(first.resolved())
         at_once = _planned(console, together, out, device, jobs) if chosen.planned else jobs or 1
         if name == ALL:
             if not chosen.planned:
-                at_once = forecast(together, out / "runs", device, jobs).jobs
+                at_once = forecast(together, out / "runs", str(device), jobs).jobs
             _compute(console, together, out, device, at_once)
         for one, cells in found:
             _carry_out(console, one, request, cells, out, device, 1 if name == ALL else at_once)
@@ -96,7 +98,7 @@ def _names(text: str) -> list[str]:
 
 def _planned(console: Console, cells: list[Cell], out: Path, device: torch.device, jobs: int | None) -> int:
     """Times a few steps of each kind of run, says what all will cost, and gives the number of cells at once."""
-    from ..reproduce import expense_of
+    from ..reproduce.timing import expense_of
     from ..runs.progress import progress_bar
 
     with progress_bar(console, transient=True) as bar:

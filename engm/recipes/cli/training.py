@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..methods import LABELS
 from ..processes import from_environment
 from ..training.loggers import LogFormat
 from .errors import explained_failures
-from .options import GO_ON, ConfigFile, config_from, seeds_from, with_settings
+from .options import ConfigFile, config_from, go_on, seeds_from, with_settings
 from .terminal import OnceCommand, console_for
 
 app = typer.Typer()
@@ -35,8 +36,9 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
     from ..runs.progress import RunView
     from ..runs.report import caption, table
 
-    with explained_failures(f"the same command, or engm train --out {out}, goes on where it was left"):
-        folder = RunFolder(out)
+    folder = RunFolder(out)
+    # Before the folder has its settings, only the whole command goes on.
+    with explained_failures(lambda: go_on(f"engm train --out {quote(str(out))}" if folder.exists else "")):
         if not folder.exists and config is None and not settings:
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
         chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
@@ -72,7 +74,7 @@ def compare(
 ) -> None:
     """Trains with several optimizers and seeds, everything else alike, and makes one table; finished runs are kept.
 
-    With --out alone a comparison that was begun there goes on.
+    With --out alone a comparison that was begun there goes on; what is given beside it is changed: --seeds 5, say.
     """
     from ..runs.compare import Plan
     from ..runs.compare import compare as compare_in
@@ -80,13 +82,16 @@ def compare(
     from ..runs.progress import RunView
     from ..runs.report import caption, table
 
-    with explained_failures(GO_ON):
+    with explained_failures(lambda: go_on(f"engm compare --out {quote(str(out))}" if Plan.is_in(out) else "")):
         check_free_for_several(out)
-        begun = Plan.of(out) if (config, optimizers, seeds, settings) == (None, None, None, {}) else None
-        plan = begun or Plan(
-            config_from(settings, config, compared=True),
-            [name for name in (optimizers or ",".join(LABELS)).split(",") if name.strip()],
-            seeds_from(seeds or "3"),
+        begun = Plan.of(out)
+        if begun is None and (config, optimizers, seeds, settings) == (None, None, None, {}):
+            raise ValueError(f"there is no comparison in {out} to go on with; to begin one, say at least --data")
+        chosen = config_from(settings, config, own=None if begun is None else begun.config, compared=True)
+        plan = Plan(
+            chosen if begun is None else begun.going_on(chosen, out),
+            begun.optimizers if begun and optimizers is None else _names(optimizers or ",".join(LABELS)),
+            begun.seeds if begun and seeds is None else seeds_from(seeds or "3"),
         )
         with from_environment(plan.config.device) as processes:
             set_machine(plan.config)
@@ -104,6 +109,10 @@ def compare(
             )
             console.print(table(results), caption(results), sep="\n", highlight=False)
             console.print(f"Table, figures and curves: {out}/comparison.md, .json, .png, .svg, .pdf", highlight=False)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name.strip()]
 
 
 app.command(cls=OnceCommand)(with_settings(compare, leave_out=("optimizer", "seed")))
@@ -140,6 +149,7 @@ def demo(
     from ..demo.live import LiveView
     from ..methods import canonical_method
     from ..runs.contents import check_free_for_several
+    from ..storage.atomic_files import make_folder
 
     console = Console()
     torch.set_num_threads(threads)
@@ -163,7 +173,8 @@ def demo(
         f"attack's last step; {threads} CPU thread{'s' if threads > 1 else ''}.",
         highlight=False,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    with explained_failures():
+        make_folder(out)
     start = time.perf_counter()
     with ExitStack() as stack:
         if log is not None:

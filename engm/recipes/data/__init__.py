@@ -1,5 +1,6 @@
 """Data for the recipes: every loader returns a `Dataset` of three splits."""
 
+from ..data_names import DATASETS
 from .augment import CROP_AND_FLIP, Augmentation, Draw
 from .dataset import Dataset, Source, Split
 from .digits import load_digits
@@ -8,7 +9,7 @@ from .identity import check_same_data, identities, identity
 from .image_folder import load_image_folder
 from .npz import load_npz
 from .own import own_data
-from .registry import DATASETS, load_data, settled_data
+from .registry import load_data
 from .streamed import StreamedSplit
 from .tiny_imagenet import load_tiny_imagenet
 from .torch_sets import Placing, from_torch
@@ -37,6 +38,5 @@ __all__ = [
     "load_svhn",
     "load_tiny_imagenet",
     "own_data",
-    "settled_data",
     "with_extra",
 ]

@@ -46,18 +46,6 @@ def load_by_source(spec: str, *, root: str | Path, download: bool, placing: Plac
     return _SOURCES[source.strip().lower()](name.strip(), Path(root), download, placing)
 
 
-def names_source(spec: str) -> bool:
-    """Whether a text begins with one of the sources and a colon."""
-    return spec.partition(":")[0].strip().lower() in _SOURCES and ":" in spec
-
-
-def settled_source(spec: str) -> str:
-    """The same with the absolute path where the name is that of a folder which is there."""
-    source, _, name = spec.partition(":")
-    path = Path(name.strip()).expanduser()
-    return f"{source.strip().lower()}:{path.absolute() if path.is_dir() else name.strip()}"
-
-
 def _torchvision(name: str, root: Path, download: bool, placing: Placing) -> Dataset:
     package = import_extra("torchvision.datasets", "data sets of torchvision")
     known = {entry.lower(): entry for entry in package.__all__ if entry not in _NOT_BY_NAME}

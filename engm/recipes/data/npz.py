@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import torch
 from .augment import CROP_AND_FLIP
 from .dataset import Dataset, Split, hold_out
 
+_FEW_LEVELS = 16.0  # images of up to 255 grey levels reach beyond this, and those in [0, 1] do not
 _MOST_CHANNELS = 4  # of ordinary images, with transparency; others have many rows and columns
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -94,6 +95,9 @@ def read_arrays(path: Path, *choices: tuple[str, ...]) -> dict[str, npt.NDArray[
             others = [name for name in file.files if name not in choices[0]]
             found = {name: file[name] for name in there}
     except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        if isinstance(error, ValueError) and "pickle" in str(error) and not is_zipfile(path):
+            # NumPy takes whatever it does not know for a pickle, and says how to load that.
+            raise ValueError(f"{path}: not an .npz, whatever its name says") from error
         raise ValueError(f"{path}: not an .npz of plain arrays {wanted}: {error}") from error
     if not found:
         held = f", and it holds {', '.join(others[:8])}" if others else ""
@@ -150,10 +154,18 @@ def _how_to_save(images: npt.NDArray[np.generic], x: str) -> str:
     if images.ndim == 3:
         changed = f"{changed}[..., None]"
     if images.dtype.kind == "f" and images.size:
+        lost = ~np.isfinite(images)
+        if lost.any():
+            where = int(lost.reshape(len(images), -1).any(1).argmax())
+            return f". {int(lost.sum())} of its numbers are not finite, the first in image {where}, counted from 0"
         least, most = float(images.min()), float(images.max())
+        if 1 < most <= _FEW_LEVELS and least >= 0:
+            return f". Its numbers lie between {least:.3g} and {most:.3g}: save whole numbers from 0 to 255"
         if least < 0 or most > 255:
             return f". Its numbers lie between {least:.3g} and {most:.3g}: save them as they were before normalisation"
         changed = f"({changed}{' * 255' if most <= 1 else ''}).round().astype(np.uint8)"
-    elif images.dtype.kind in "iu" and images.dtype != np.uint8:
+    elif images.dtype.kind in "iu" and images.dtype != np.uint8 and images.size:
+        if images.min() < 0 or images.max() > 255:
+            return f". Its numbers lie between {images.min()} and {images.max()}: expected grey levels from 0 to 255"
         changed = f"{changed}.astype(np.uint8)"
     return "" if changed == x else f". Save {changed} in its place"

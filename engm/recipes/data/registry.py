@@ -11,8 +11,9 @@ import torch
 
 from engm.checks import check_name
 
-from ..addresses import is_address, settled
-from .by_source import load_by_source, names_source, settled_source
+from ..addresses import is_address
+from ..data_names import DATASETS, known_data, names_source
+from .by_source import load_by_source
 from .dataset import Dataset, Split
 from .digits import load_digits
 from .image_folder import load_image_folder
@@ -24,7 +25,6 @@ from .tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
 from .torch_sets import Placing
 from .torchvision_sets import load_cifar10, load_cifar100, load_svhn
 
-DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tiny-imagenet")
 _TORCHVISION = {"cifar10": load_cifar10, "cifar100": load_cifar100, "svhn": load_svhn}
 
 
@@ -75,7 +75,7 @@ def load_data(
         "validation_from_test": validation_from_test,
     }
     streaming: dict[str, Any] = {"in_memory": in_memory, "device": device, "workers": workers}
-    name = _known(str(spec))
+    name = known_data(str(spec))
     path = Path(spec).expanduser()
     folder = name is None and path.is_dir()
     if name is None and (names_source(str(spec)) or is_address(str(spec))) and not path.exists():
@@ -105,20 +105,6 @@ def load_data(
         _check_path(str(spec), path)
         dataset = load_npz(path, **held_out)
     return _placed(dataset, in_memory, device, workers)
-
-
-def settled_data(spec: str) -> str:
-    """A ``spec`` that is found again from another working directory: with absolute paths."""
-    path = Path(spec).expanduser()
-    if _known(spec) is None and path.exists():
-        return str(path.absolute())
-    return settled_source(spec) if names_source(spec) else settled(spec)
-
-
-def _known(spec: str) -> str | None:
-    """The name of a data set as we write it; ``None`` if it is none."""
-    squeezed = spec.strip().lower().replace("-", "").replace("_", "")
-    return next((name for name in DATASETS if name.replace("-", "") == squeezed), None)
 
 
 def _check_path(spec: str, path: Path) -> None:

@@ -104,6 +104,8 @@ class TorchImages:
             return array.unsqueeze(0) if array.dim() == 2 else array.permute(2, 0, 1).contiguous()
         if isinstance(image, Tensor) and image.dim() in (2, 3) and image.dtype in (torch.uint8, torch.float32):
             found = image.unsqueeze(0) if image.dim() == 2 else image
+            if found.is_floating_point() and not bool(found.isfinite().all()):
+                raise ValueError(f"{about} has values that are not finite, expected numbers in [0, 1]")
             if found.is_floating_point() and not (float(found.min()) >= 0 and float(found.max()) <= 1):
                 raise ValueError(
                     f"{about} has values in [{float(found.min()):.4g}, {float(found.max()):.4g}], expected [0, 1]: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ NAME = "normalization"
 
 
 class Normalization(nn.Module):
-    """``(x - mean) / std`` of every channel.
+    """``(x - mean) / std`` of every channel, which a hook on the network that has this layer asks for.
+
+    The layer itself changes nothing: a ``Sequential``, and any network that calls all of its children in turn, calls
+    this one as well, behind the others.
 
     Args:
         mean: ``[C]``, in the units of the images.
@@ -30,6 +33,10 @@ class Normalization(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, x: Tensor) -> Tensor:
+        """What it is given."""
+        return x
+
+    def normalized(self, x: Tensor) -> Tensor:
         """Images ``[n, C, H, W]`` in [0, 1], normalized."""
         return (x - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
 
@@ -84,24 +91,4 @@ def normalized_by(net: nn.Module, mean: Sequence[float], std: Sequence[float], c
 
 
 def _normalized(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (net.get_submodule(NAME)(inputs[0]), *inputs[1:])
-
-
-def parsed(text: str) -> tuple[list[float], list[float]] | None:
-    """Means and deviations of ``0.49,0.48,0.45/0.25,0.24,0.26``; None for ``none`` and ``data``.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if text in ("none", "data"):
-        return None
-    try:
-        mean, std = ([float(part) for part in side.split(",")] for side in text.split("/"))
-    except ValueError:
-        mean, std = [], []
-    if not (mean and len(mean) == len(std) and all(map(isfinite, (*mean, *std))) and min(std) > 0):
-        raise ValueError(
-            "--normalize must be none, data, or means and deviations of the channels as 0.49,0.48,0.45/0.25,0.24,0.26, "
-            f"got {text!r}"
-        )
-    return mean, std
+    return (cast(Normalization, net.get_submodule(NAME)).normalized(inputs[0]), *inputs[1:])

@@ -3,7 +3,7 @@
 from .analysis import Analysis, Request
 from .budgets import BUDGETS, Budget, budget
 from .cells import Cell
-from .expense import Expense, expense_of
+from .expense import Expense
 from .forecast import forecast
 from .registry import ANALYSES, analysis
 from .sweep import carry_out, compute, shared_cells
@@ -20,7 +20,6 @@ __all__ = [
     "budget",
     "carry_out",
     "compute",
-    "expense_of",
     "forecast",
     "shared_cells",
 ]

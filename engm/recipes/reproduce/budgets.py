@@ -8,7 +8,7 @@ from typing import Any
 from engm.checks import check_name
 
 from ..config import RunConfig
-from ..models import takes_width
+from .network_counts import COUNTS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Budget:
         own = dict(self.settings)
         if {"epochs", "decay_epochs"} & settings.keys():  # the decays belong to the length
             own.pop("decay_epochs", None)
-        if "model" in settings and not takes_width(settings["model"]):  # the width belongs to the budget's network
+        if "model" in settings and not _takes_width(settings["model"]):  # the width belongs to the budget's network
             own.pop("width", None)
         merged = {**own, **settings, **special}
         config = RunConfig(**merged)
@@ -90,6 +90,14 @@ class Budget:
         chosen = {1, config.epochs, *range(self.kept, config.epochs, self.kept)}
         chosen |= {epoch for decay in decays[:1] for epoch in (decay, decay + 1)}
         return tuple(sorted(epoch for epoch in chosen if 1 <= epoch <= config.epochs))
+
+
+def _takes_width(model: str) -> bool:
+    if model in {known for known, *_ in COUNTS}:  # ours, which do; others are looked for with torch
+        return True
+    from ..models import takes_width
+
+    return takes_width(model)
 
 
 BUDGETS = {

@@ -7,21 +7,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engm.checks import NonFiniteError
 
 from ..config import RunConfig
-from ..data import Dataset
 from ..machine import set_machine
-from ..processes import Processes
-from ..runs.folder import RunFolder, train
-from ..runs.view import View
-from ..training.building import load_dataset
+from ..runs.contents import RESULTS
 from .measures import Measure, measured
 from .statistics import Record
+
+if TYPE_CHECKING:  # what trains is imported where it is called, because plans of cells are made without torch
+    import torch
+
+    from ..data import Dataset
+    from ..runs.view import View
 
 # What a record keeps of a run's results, and of every epoch.
 KEPT_RESULTS = (
@@ -76,6 +76,9 @@ class Cell:
             The cell's record: ``name``, ``labels``, what the run came to, and ``measures`` by kind. A run that
             diverged has ``diverged`` instead.
         """
+        from ..processes import Processes
+        from ..runs.folder import RunFolder, train
+
         config = self.config.resolved()
         set_machine(config)
         dataset = dataset_of(config, device)
@@ -100,7 +103,7 @@ class Cell:
 
     def is_trained(self, runs: Path) -> bool:
         """Whether the training of the cell is over."""
-        return RunFolder(runs / self.folder_name).results_file.is_file()
+        return (runs / self.folder_name / RESULTS).is_file()
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -116,6 +119,8 @@ def fingerprint(config: RunConfig) -> str:
 
 def dataset_of(config: RunConfig, device: torch.device) -> Dataset:
     """The data of a run; the latest data set is kept for the next run."""
+    from ..training.building import load_dataset
+
     names = ("data", "data_root", "download", "image_size", "validation_examples", "validation_from_test")
     key = tuple(getattr(config, name) for name in (*names, "in_memory", "train_examples", "test_examples"))
     key = (*key, str(device))

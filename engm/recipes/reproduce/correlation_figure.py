@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.correlation import MEDIAN
 from ..config import RunConfig
 from ..pictures import Style, kind_style, legend_below, mean_curve, style_of
 from .analysis import Analysis, Request
@@ -165,6 +164,8 @@ def _findings(records: Sequence[Record], data: str) -> list[Finding]:
 
 def worst_line_error(records: Sequence[Record]) -> Mean:
     """The largest error of A-ENGM's weights over epochs and the paper's thresholds, in hundredths: the mean of runs."""
+    from ..analysis.correlation import MEDIAN
+
     worst = [
         max(
             errors["line"]

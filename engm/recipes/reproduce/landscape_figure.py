@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..analysis import level_sets
 from ..methods import LABELS
 from .analysis import Analysis, Request
 from .cells import Cell
@@ -74,6 +71,10 @@ def summarise_landscapes(records: Sequence[Record]) -> Outcome:
 
 def _draw(records: Sequence[Record], drawn: Figure) -> None:
     """Draws the first seed's images, one in each column, at the same levels within a column."""
+    import torch
+
+    from ..analysis import level_sets
+
     first = [found[0] for name in OPTIMIZERS if (found := selected(records, {"optimizer": name}))]
     losses = [torch.tensor(r["measures"]["landscape"]["losses"]) for r in first]
     axes = drawn.subplots(len(first), len(losses[0]), squeeze=False, sharex=True, sharey=True)

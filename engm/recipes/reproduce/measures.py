@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from engm.adversarial import PGD
-
-from ..accuracy import pgd20
-from ..analysis import gradient_statistics, loss_landscape, norm_correlation, roughness
 from ..config import RunConfig
-from ..data import Dataset
-from ..runs.evaluation import assess
-from ..runs.files import RunFolder, Which
 from ..storage.atomic_files import make_folder, read_json, write_json
-from ..training.building import build_network, load_weights
+
+if TYPE_CHECKING:  # what computes is imported where it is called, because plans of measures are made without torch
+    import torch
+    from torch import Tensor, nn
+
+    from ..data import Dataset
+    from ..runs.files import RunFolder, Which
 
 
 class Measure(Protocol):
@@ -136,6 +132,8 @@ class Gradients:
         self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
     ) -> list[dict[str, float]]:
         """The statistics, a row an epoch."""
+        from ..analysis import gradient_statistics
+
         rows = []
         for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
             found = gradient_statistics(net, x, y, batch_size=self.batch_size, statistics=self.statistics)
@@ -168,6 +166,8 @@ class Correlation:
         self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device
     ) -> list[dict[str, Any]]:
         """The figures, two rows an epoch: one in each mode."""
+        from ..analysis import norm_correlation
+
         rows = []
         modes: tuple[Literal["training", "evaluation"], ...] = ("training", "evaluation")
         for epoch, net, x, y in _attacked(folder, config, dataset, self.epochs, self.examples, self.batch_size):
@@ -198,6 +198,12 @@ class LossLandscape:
 
     def compute(self, folder: RunFolder, config: RunConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
         """Landscapes, coordinates and the roughness of every image."""
+        import torch
+
+        from engm.adversarial import PGD
+
+        from ..analysis import loss_landscape, roughness
+
         net = _network(folder.weights("best").weights, config, dataset, device)
         count = min(self.rough, len(dataset.test))
         x, y = dataset.test.batch(torch.arange(count))
@@ -218,6 +224,8 @@ class LossLandscape:
 
 def _rounded(values: Tensor) -> Any:
     """The values with six digits, which are more than a picture shows."""
+    import torch
+
     return torch.tensor([float(f"{v:.6g}") for v in values.double().flatten()]).reshape(values.shape).tolist()
 
 
@@ -225,6 +233,8 @@ def _assessed(
     attack: str, which: Which, examples: int | None, folder: RunFolder, dataset: Dataset, device: torch.device
 ) -> dict[str, Any]:
     """What ``engm evaluate`` finds, or has found, on the first so many test images at the run's radius."""
+    from ..runs.evaluation import assess
+
     count = len(dataset.test) if examples is None else min(examples, len(dataset.test))
     found: list[dict[str, Any]] = []
     assess(
@@ -240,6 +250,8 @@ def _assessed(
 
 
 def _network(weights: dict[str, Tensor], config: RunConfig, dataset: Dataset, device: torch.device) -> nn.Module:
+    from ..training.building import build_network, load_weights
+
     net = build_network(config, dataset).to(device)
     load_weights(net, weights, dataset)
     return net.eval()
@@ -252,6 +264,10 @@ def _attacked(
 
     The images are the same for every run and epoch, and so are the attack's starts.
     """
+    import torch
+
+    from engm.adversarial import PGD
+
     count = min(examples, len(dataset.train)) // batch_size * batch_size
     if count < batch_size:
         raise ValueError(f"gradients are measured on {batch_size} images at a time, and there are {len(dataset.train)}")
@@ -276,4 +292,4 @@ def _attacked(
 
 def evaluation_passes(config: RunConfig, examples: int) -> float:
     """About how many passes natural accuracy and the evaluation attack take: most images fall at once."""
-    return examples * (1 + 0.4 * pgd20(1.0, steps=config.evaluation_steps).steps * (config.eps != 0))
+    return examples * (1 + 0.4 * config.evaluation_steps * (config.eps != 0))

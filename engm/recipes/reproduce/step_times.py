@@ -11,17 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
 from ..machine import machine_facts, set_machine
 from ..methods import LABELS
 from ..pictures import style_of
-from ..processes import Processes
-from ..runs.view import View
 from ..storage.atomic_files import make_folder, read_json, write_json
-from ..training.run import Run
-from ..training.turns import take_turns
 from .analysis import Analysis, Request
 from .cells import Cell, dataset_of
 from .outcome import Outcome, Table
@@ -29,7 +22,12 @@ from .published import TABLE1_SECONDS
 from .statistics import Record, selected
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from ..runs.view import View
+    from ..training.run import Run
 
 BORROWED, OWN = "borrowed", "own pass"
 READ_NORMS = ("f-engm", "n-engm", "a-engm", "engm")
@@ -82,6 +80,10 @@ class StepTimeCell(Cell):
 
     def _times(self, device: torch.device) -> dict[str, list[float]]:
         """Seconds of every step by contender, all of which take turns on the same batches."""
+        from ..processes import Processes
+        from ..training.run import Run
+        from ..training.turns import take_turns
+
         dataset = dataset_of(self.config.resolved(), device)
         step = "eager" if self.config.step == "auto" else self.config.step  # the paper's steps were not recorded
         shared = replace(self.config, step=step)

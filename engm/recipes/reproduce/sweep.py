@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from engm.checks import NonFiniteError
 
-from ..runs.view import View
 from ..storage.atomic_files import make_folder, write_text_atomic
 from .analysis import Analysis, Request
 from .cells import Cell
 from .outcome import Outcome, write_outcome
 from .statistics import Record
 from .workers import at_once
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..runs.view import View
 
 RUNS = "runs"
 PLACES = ("data", "data_root")  # settings that say where something lies on this machine

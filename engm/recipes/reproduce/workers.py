@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from ..processes import OtherProcessError
+from ..devices import choose_device
+from ..failures import OtherProcessError
 from ..runs.termination import STATUS, TerminatedError
 from .cells import Cell
 from .statistics import Record
+
+if TYPE_CHECKING:
+    import torch
 
 
 def at_once(
@@ -66,7 +69,7 @@ def at_once(
 
 def _work(cells: Sequence[Cell], runs: Path, device: str) -> list[Record]:
     try:
-        return [cell.run(runs, torch.device(device)) for cell in cells]
+        return [cell.run(runs, choose_device(device)) for cell in cells]
     except TerminatedError:  # what was trained is saved, and no other cell is to begin in this process
         os._exit(STATUS)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from ..processes import Processes
 from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
 from ..training.building import load_in_turn
 from .curves import draw
+from .files import LAST
 from .folder import RunFolder, train
+from .going_on import of_the_same_run
+from .refused import Before
 from .report import collect, markdown
 from .view import View
 
@@ -40,6 +43,11 @@ class Plan:
     optimizers: Sequence[str]
     seeds: Sequence[int]
 
+    @staticmethod
+    def is_in(out: Path) -> bool:
+        """Whether a folder keeps a plan, so that its comparison can go on without being described again."""
+        return (out / PLAN).is_file()
+
     @classmethod
     def of(cls, out: Path) -> Plan | None:
         """The plan of the comparison in a folder; None where there is none.
@@ -48,10 +56,26 @@ class Plan:
             ValueError: it cannot be read.
         """
         path = out / PLAN
-        if not path.is_file():
+        if not cls.is_in(out):
             return None
         found = read_json(path)
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
+
+    def going_on(self, config: RunConfig, out: Path) -> RunConfig:
+        """The resolved settings with which this comparison goes on in its folder, with other optimizers or seeds maybe.
+
+        Args:
+            config: the settings that it is asked to go on with; they are its own, but for its length.
+            out: the folder. Where nothing was trained there, settings may still be mended.
+
+        Raises:
+            ValueError: they are others, so that one table would compare what cannot be compared.
+        """
+        runs = [RunFolder(out / name) for name in cells_of(self.config, self.optimizers, self.seeds)]
+        if not any(run.results_file.is_file() or run.store.names(LAST) for run in runs):
+            return config.resolved()
+        config = replace(config, optimizer=self.config.optimizer, seed=self.config.seed)
+        return of_the_same_run(self.config, config, out, lambda: (0, 0), what="comparison")
 
     def write(self, out: Path) -> None:
         """Keeps the plan in a folder, which is made."""
@@ -119,17 +143,20 @@ def compare(
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
     dataset = load_in_turn(config.resolved(), processes)
-    if processes.first:
-        Plan(config, optimizers, seeds).write(out)
     began, diverged = time.monotonic(), []
-    for name, cell in cells.items():
-        try:
-            with view(name) as watching:
-                train(cell, out / name, processes, view=watching, dataset=dataset, began=began)
-        except NonFiniteError:
-            if processes.world > 1:  # the others may not have noticed
-                raise
-            diverged.append(name)
+    with ExitStack() as stack:
+        if processes.first:
+            begun: Callable[[], bool] = lambda: any(RunFolder(out / name).exists for name in cells)  # noqa: E731
+            stack.enter_context(Before.of(out).again_if_refused(begun))
+            Plan(config, optimizers, seeds).write(out)
+        for name, cell in cells.items():
+            try:
+                with view(name) as watching:
+                    train(cell, out / name, processes, view=watching, dataset=dataset, began=began)
+            except NonFiniteError:
+                if processes.world > 1:  # the others may not have noticed
+                    raise
+                diverged.append(name)
     results, _ = collect([out / name for name in cells if name not in diverged]) if processes.first else ([], [])
     if results:
         write_text_atomic(out / "comparison.md", markdown(results))

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+RESULTS = "results.json"  # what says what a run came to, when it is over
 SHOWN = 4  # runs that a message names
 # What says where a run's data lie. The config.toml of an analysis, which has what its runs share, never has it.
 _OF_A_RUN = "data_root"
@@ -77,7 +78,7 @@ def described(path: Path) -> str:
 def _results(path: Path) -> dict[str, Any]:
     """What ``results.json`` says; nothing where it is missing or cannot be read."""
     try:
-        found = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        found = json.loads((path / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

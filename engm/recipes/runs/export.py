@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def export(
             temporary.write_bytes(save({name: t.contiguous() for name, t in kept.weights.items()}, metadata))
             again = _with_weights(build_network(config, images), load_file(temporary))
         elif kind is ExportFormat.PT:
-            torch.save(kept.weights, temporary)
+            _write(temporary, lambda file: torch.save(kept.weights, file))
             again = _with_weights(build_network(config, images), torch.load(temporary, weights_only=True))
         else:
             write = _write_program if kind is ExportFormat.PT2 else _write_onnx
@@ -98,6 +98,13 @@ def _with_weights(net: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return net.eval()
 
 
+def _write(path: Path, save: Callable[[IO[bytes]], None]) -> None:
+    """Writes what torch saves by way of memory: torch's own errors of writing are no ``OSError`` and name no file."""
+    content = io.BytesIO()
+    save(content)
+    path.write_bytes(content.getbuffer())
+
+
 def _write_program(net: nn.Module, shape: tuple[int, int, int], path: Path) -> Callable[[Tensor], Tensor]:
     """Writes a program of ``torch.export``, and reads it."""
     example, dynamic = torch.zeros(2, *shape), ({0: torch.export.Dim("n", min=1)},)
@@ -105,7 +112,7 @@ def _write_program(net: nn.Module, shape: tuple[int, int, int], path: Path) -> C
         program = torch.export.export(net, (example,), dynamic_shapes=dynamic)
     except Exception as error:
         raise ValueError(f"torch.export cannot make a program of this network: {_first_line(error)}") from error
-    torch.export.save(program, path)
+    _write(path, lambda file: torch.export.save(program, file))
     return torch.export.load(path).module()
 
 
@@ -121,21 +128,22 @@ def _write_onnx(net: nn.Module, shape: tuple[int, int, int], path: Path) -> Call
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.onnx.export(
+            program = torch.onnx.export(
                 net,
                 (example,),
-                str(path),
                 dynamo=True,
                 dynamic_shapes=dynamic,
                 input_names=["images"],
                 output_names=["logits"],
-                external_data=False,
                 verbose=False,
             )
     except Exception as error:
         raise ValueError(f"torch.onnx cannot make a program of this network: {_first_line(error)}") from error
     finally:
         talkative.setLevel(level)
+    if program is None:
+        raise ValueError("torch.onnx made no program of this network")
+    path.write_bytes(program.model_proto.SerializeToString())
     session: Any = runtime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..config_files import from_values, read_toml, to_toml
 from ..storage.atomic_files import read_json, write_text_atomic
 from ..storage.checkpoint import CheckpointStore
 from ..training.run import Run
-from .contents import described, holds_run
+from .contents import RESULTS, described, holds_run
 from .going_on import LENGTH, of_the_same_run
 
 LAST = "step-"
@@ -48,7 +48,7 @@ class RunFolder:
     @property
     def results_file(self) -> Path:
         """The file that says what the run came to."""
-        return self.path / "results.json"
+        return self.path / RESULTS
 
     @property
     def store(self) -> CheckpointStore:
@@ -85,7 +85,13 @@ class RunFolder:
             ValueError: another run lives here, or something else.
         """
         if self.exists and (self.results_file.is_file() or self.store.names(LAST)):
-            return of_the_same_run(self.config(), config, self.path, self.trained)
+            settled = of_the_same_run(self.config(), config, self.path, self.trained)
+            if not self.store.names(LAST) and not self.is_over(settled):
+                raise ValueError(
+                    f"{self.path} has results of {self.config().epochs} epochs and no checkpoints any more, "
+                    "so that it cannot be trained on. Bring its checkpoints back, or choose another --out"
+                )
+            return settled
         if not self.exists and self.path.exists() and not _is_empty_folder(self.path):
             raise ValueError(
                 f"{self.path} exists and is no run folder: the path {described(self.path)}. Choose another --out"

@@ -13,16 +13,17 @@ from typing import Any
 from ..accuracy import Accuracy, overfit
 from ..config import RunConfig, parse_duration
 from ..data import Dataset, check_same_data, identities
+from ..failures import CheckpointError
 from ..machine import machine_facts
 from ..methods import label_of
 from ..processes import Processes
 from ..storage.atomic_files import write_json
-from ..storage.checkpoint import CheckpointError
 from ..storage.folder_lock import locked
 from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of
-from .files import RunFolder
+from .files import LAST, RunFolder
 from .given_weights import given_for
+from .refused import Before
 from .termination import Deadline, TerminatedError, Termination, noted
 from .view import NoView, View
 
@@ -51,6 +52,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError, ConnectionError: something does not fit; nothing was written.
+        RefusedError: the network's norms cannot be told; where nothing was trained, nothing new is left in the folder.
         NonFiniteError: training diverged; the last good checkpoint is kept.
         TerminatedError: SIGTERM came, or the time limit does; the state at that batch is kept.
         CheckpointError: all checkpoints are damaged.
@@ -72,8 +74,10 @@ def train(
     with ExitStack() as stack:
         with processes.together():
             if processes.first:
+                before = Before.of(path)
                 stack.enter_context(locked(path))
                 folder.check_free_for(config)  # once more, since somebody may have begun meanwhile
+                stack.enter_context(before.again_if_refused(lambda: bool(folder.store.names(LAST))))
         resumed = folder.restore(run)  # refuses other data and other code, while nothing is changed yet
         with processes.together():
             if processes.first:

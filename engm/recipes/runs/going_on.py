@@ -12,7 +12,9 @@ from ..config import RunConfig, option
 LENGTH = ("epochs", "schedule_epochs", "decay_epochs")
 
 
-def of_the_same_run(own: RunConfig, config: RunConfig, path: Path, trained: Callable[[], tuple[int, int]]) -> RunConfig:
+def of_the_same_run(
+    own: RunConfig, config: RunConfig, path: Path, trained: Callable[[], tuple[int, int]], *, what: str = "run"
+) -> RunConfig:
     """The resolved settings with which the run in ``path`` goes on.
 
     Args:
@@ -21,6 +23,7 @@ def of_the_same_run(own: RunConfig, config: RunConfig, path: Path, trained: Call
             many the schedule is made, the schedule stays the run's own.
         path: folder of the run, for messages.
         trained: gives the numbers of finished epochs and of those begun.
+        what: what the path holds, for messages.
 
     Raises:
         ValueError: other settings, fewer epochs than were trained, or other learning rates in these.
@@ -34,8 +37,8 @@ def of_the_same_run(own: RunConfig, config: RunConfig, path: Path, trained: Call
     if refused:
         listed = ", ".join(f"{option(k)} {old} (now {new})" for k, (new, old) in refused.items())
         raise ValueError(
-            f"{path} holds a run with other settings: {listed}. Choose another --out, or leave these settings out to "
-            "go on with it."
+            f"{path} holds a {what} with other settings: {listed}. Choose another --out, or leave these settings out "
+            "to go on with it."
         )
     if longer:
         finished, begun = trained()

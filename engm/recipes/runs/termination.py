@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ..processes import Processes
+if TYPE_CHECKING:
+    from ..processes import Processes
 
 STATUS = 128 + signal.SIGTERM  # what shells and queues report of a process that SIGTERM ended
 

@@ -95,8 +95,17 @@ def synced(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes ``folder`` and its parents if need be."""
-    if not folder.is_dir():
+    """Makes ``folder`` and its parents if need be.
+
+    Raises:
+        OSError: it cannot be made; the message says why.
+    """
+    if folder.is_dir():
+        return
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"cannot make this folder, because {above} is a file", str(folder))
+    with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         synced(folder.parent)
 

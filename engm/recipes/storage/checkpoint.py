@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..failures import CheckpointError
 from .atomic_files import explained, make_folder, synced, write_synced
-from .checkpoint_files import CheckpointError, decoded, encoded, read
+from .checkpoint_files import decoded, encoded, read
 
 __all__ = ["CheckpointError", "CheckpointStore"]
 

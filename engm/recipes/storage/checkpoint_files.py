@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..failures import CheckpointError
 from .tensor_tree import flatten, unflatten
 
 TENSORS = "tensors.safetensors"
@@ -19,10 +20,6 @@ FORMAT = "engm checkpoint"
 VERSION = 1
 
 _SUMS_LAYOUT = re.compile(rf"[0-9a-f]{{64}}  {TENSORS}\n[0-9a-f]{{64}}  {STATE}\n".encode())
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message names the file and the reason."""
 
 
 def encoded(tree: Any) -> dict[str, bytes]:

@@ -14,8 +14,9 @@ from ..config import RunConfig, in_grey_levels, option
 from ..data import Augmentation, Dataset, Source, load_data, with_extra
 from ..data.memory import InMemory
 from ..models import Normalization, build_model, check_logits
-from ..models.normalization import NAME, normalized_by, parsed
+from ..models.normalization import NAME, normalized_by
 from ..processes import Processes
+from ..spelling import parse_normalization
 
 LOOKED_AT = 1000  # images at a time
 _IN_MEMORY: dict[str, InMemory] = {"yes": True, "no": False, "auto": "auto"}
@@ -45,6 +46,8 @@ def load_dataset(config: RunConfig, device: torch.device, *, validation: bool = 
         device=device,
         workers=config.workers,
     ).to(device)
+    if dataset.classes < 2:
+        raise ValueError(f"{config.data} has one class alone, so that there is nothing to learn: expected two or more")
     return replace(
         dataset,
         train=_first(dataset.train, config.train_examples, "train_examples"),
@@ -115,7 +118,7 @@ def build_network(config: RunConfig, dataset: Dataset) -> nn.Module:
         check_logits(net, config.model, dataset.train.shape, dataset.classes)
     if config.normalize == "none":
         return net
-    mean, std = parsed(config.normalize) or ([0.0], [1.0])
+    mean, std = parse_normalization(config.normalize) or ([0.0], [1.0])
     try:
         return normalized_by(net, mean, std, channels)
     except ValueError as error:

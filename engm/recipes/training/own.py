@@ -18,6 +18,10 @@ Losses = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 """``(model, x, x_adv, y) -> losses [n]``."""
 
 
+class _NoLossesError(ValueError):
+    """An objective of one's own returned something else than losses."""
+
+
 def own_objective(address: str, *, eval_mode: bool) -> Objective:
     """The objective that an address names.
 
@@ -67,8 +71,14 @@ def check_objective(found: Objective, address: str, net: nn.Module, shape: tuple
     device = next(net.parameters()).device
     x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     y = torch.zeros(2, dtype=torch.int64, device=device)
+    wrong: ValueError | None = None
     with torch.random.fork_rng(), evaluation_mode(net), explained(f"{address}, called with (model, x, x_adv, y),"):
-        found.losses(net, x, x.clone(), y)
+        try:
+            found.losses(net, x, x.clone(), y)
+        except _NoLossesError as error:  # which says what is wrong, and is no failure of the function
+            wrong = error
+    if wrong is not None:
+        raise wrong
 
 
 def _checked(losses: Losses, address: str) -> Losses:
@@ -78,7 +88,7 @@ def _checked(losses: Losses, address: str) -> Losses:
         found = losses(model, x, x_adv, y)
         if not isinstance(found, Tensor) or found.shape != y.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
+            raise _NoLossesError(
                 f"{address} must return one loss an example, {list(y.shape)}, and returned {shape}: leave the mean "
                 "over the batch out (reduction='none')"
             )

@@ -158,6 +158,28 @@ def test_compare(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.md").read_text().splitlines()[2:4] == table[2:4]
 
 
+def test_a_comparison_that_goes_on_keeps_its_settings(tmp_path: Path) -> None:
+    out = tmp_path / "all"
+    assert engm("compare", *TINY, "--out", out, "--optimizers", "msgd", "--seeds", "1").exit_code == 0
+    plan = (out / "comparison-plan.json").read_bytes()
+    message = failed("compare", "--out", out, "--seeds", "7,8", "--lr", "0.01")
+    assert f"{out} holds a comparison with other settings: --lr 0.1 (now 0.01)" in message
+    assert (out / "comparison-plan.json").read_bytes() == plan
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["msgd-seed0"]
+    more = engm(
+        "compare", "--out", out, "--seeds", "0,7", "--epochs", RunFolder(out / "msgd-seed0").config().epochs + 1
+    )
+    assert more.exit_code == 0, more.output
+    one, other = (RunFolder(out / f"msgd-seed{seed}").config() for seed in (0, 7))
+    assert one.differences(other) == {"seed": (0, 7)}
+    assert "| MSGD | 2 |" in (out / "comparison.md").read_text()
+
+
+def test_a_mistyped_folder_begins_no_comparison(tmp_path: Path) -> None:
+    assert "there is no comparison in" in failed("compare", "--out", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
 def test_compare_goes_on_when_a_run_diverges(tmp_path: Path) -> None:
     arguments = [*TINY, "--out", tmp_path / "all", "--optimizers", "msgd,sngm", "--seeds", "4,"]
     with mock.patch("engm.recipes.training.optimizer.engm.MSGD", side_effect=NonFiniteError("not finite")):

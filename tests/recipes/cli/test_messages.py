@@ -10,6 +10,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -46,6 +47,31 @@ def test_a_network_whose_examples_meet_is_refused_without_a_traceback(tmp_path: 
     assert "GradNormModule" not in message
 
 
+def test_a_refused_network_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(COUPLED)
+    net = f"{tmp_path}/net.py:Net"
+    assert engm("train", *TINY.split(), "--model", net, "--lr", 0.5, "--out", tmp_path / "runs/it").exit_code == 1
+    assert not (tmp_path / "runs").exists()
+    many = ("compare", *TINY.split(), "--model", net, "--seeds", 1, "--out", tmp_path / "runs/many", "--optimizers")
+    assert engm(*many, "engm").exit_code == 1
+    assert not (tmp_path / "runs").exists()
+    assert engm(*many, "msgd,engm").exit_code == 1  # the first needs no norms, and is trained
+    assert {path.name for path in (tmp_path / "runs/many").iterdir()} == {"comparison-plan.json", "msgd-seed0"}
+
+
+def test_but_what_was_there_before(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(COUPLED)
+    run = tmp_path / "run"
+    (run / ".mine").mkdir(parents=True)
+    command = ("train", *TINY.split(), "--model", f"{tmp_path}/net.py:Net", "--out", run)
+    assert engm(*command).exit_code == 1
+    assert [path.name for path in run.iterdir()] == [".mine"]
+    (run / "config.toml").write_text("")  # of a run that was killed before anything was kept
+    assert engm(*command).exit_code == 1
+    assert {path.name for path in run.iterdir()} == {".mine", "config.toml"}
+    assert (run / "config.toml").read_text() == ""
+
+
 def test_and_trains_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(COUPLED)
     net = f"{tmp_path}/net.py:Net"
@@ -70,6 +96,15 @@ def test_a_refused_run_does_not_say_that_it_begins(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "no data file" in result.stderr
     assert result.stdout == ""
+
+
+def test_one_class_is_nothing_to_learn(tmp_path: Path) -> None:
+    images, labels = np.zeros((40, 8, 8, 1), np.uint8), np.zeros(40, int)
+    np.savez(tmp_path / "one.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    command = ("train", *TINY.split()[:-2], "--data", tmp_path / "one.npz", "--validation-examples", 8)
+    result = engm(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert "has one class alone, so that there is nothing to learn" in " ".join(result.stderr.split())
 
 
 def test_a_name_that_is_neither_data_nor_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from torch import nn
 
 from engm.adversarial import AutoAttackProgress, autoattack
 from engm.recipes.cli.app import COMMANDS, app
-from engm.recipes.reproduce import analysis, budget, expense_of
+from engm.recipes.reproduce import analysis, budget
 from engm.recipes.reproduce.analysis import Request
+from engm.recipes.reproduce.timing import expense_of
 from engm.recipes.runs.progress import RunView
 
 

@@ -55,6 +55,12 @@ def write(folder: Path, **content: np.ndarray) -> Path:
     return path
 
 
+def with_nan() -> np.ndarray:
+    images = np.full((20, 4, 5, 3), 0.5)
+    images[7, 1, 2, 0], images[9, 0, 0, 1] = np.inf, np.nan
+    return images
+
+
 def test_npz(tmp_path: Path) -> None:
     content = arrays()
     data = load_npz(write(tmp_path, **content), validation_examples=5)
@@ -97,6 +103,9 @@ def test_npz(tmp_path: Path) -> None:
         ({"x_train": np.full((20, 4, 5, 3), 0.5)}, r"Save \(x_train \* 255\)\.round\(\)\.astype\(np\.uint8\) in its"),
         ({"x_train": np.full((20, 4, 5, 3), 200.0)}, r"Save \(x_train\)\.round\(\)\.astype\(np\.uint8\) in its"),
         ({"x_train": np.full((20, 4, 5, 3), -1.5)}, r"between -1\.5 and -1\.5: save them as they were before norm"),
+        ({"x_train": np.full((20, 4, 5, 3), 300)}, "lie between 300 and 300: expected grey levels from 0 to 255"),
+        ({"x_train": with_nan()}, "2 of its numbers are not finite, the first in image 7, counted from 0"),
+        ({"x_train": 1.02 * np.ones((20, 4, 5, 3))}, "lie between 1.02 and 1.02: save whole numbers from 0 to 255"),
         ({"x_train": np.zeros((20, 4, 5), np.uint8)}, r"Save x_train\[\.\.\., None\] in its place"),
         ({"x_train": np.zeros((20, 4, 5), np.int64)}, r"Save x_train\[\.\.\., None\]\.astype\(np\.uint8\) in its"),
     ],
@@ -105,6 +114,12 @@ def test_npz_that_is_not_as_described(tmp_path: Path, changes: dict[str, np.ndar
     path = write(tmp_path, **arrays(**changes))
     with pytest.raises(ValueError, match=message):
         load_npz(path, validation_examples=5)
+
+
+def test_what_is_no_npz_at_all(tmp_path: Path) -> None:
+    (tmp_path / "junk.npz").write_bytes(b"a letter")
+    with pytest.raises(ValueError, match=r"junk\.npz: not an \.npz, whatever its name says$"):
+        load_npz(tmp_path / "junk.npz")
 
 
 def test_npz_with_labels_from_1(tmp_path: Path) -> None:

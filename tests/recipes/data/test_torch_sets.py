@@ -83,6 +83,7 @@ BLACK = torch.zeros(1, 2, 2)
 @pytest.mark.parametrize(
     ("items", "message"),
     [
+        (Items([(BLACK * float("nan"), 0)] * 8), r"has values that are not finite, expected numbers in \[0, 1\]"),
         (Items([(BLACK - 1, 0)] * 8), r"has values in \[-1, -1\], expected \[0, 1\]: leave the normalisation out"),
         (Items([(BLACK, 0.5)] * 8), "label 0 of the training set of mine must be the integer index"),
         (Items([(BLACK, {"a": 1})] * 8), "label 0 of the training set of mine must be the integer index of a class"),

@@ -9,8 +9,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
-from engm.recipes.reproduce import analysis, expense_of
+from engm.recipes.reproduce import analysis
 from engm.recipes.reproduce.expense import duration
+from engm.recipes.reproduce.timing import expense_of
 
 from .conftest import request
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import count_networks
 import numpy as np
 import pytest
 import torch
@@ -13,9 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from engm.recipes.config import RunConfig
 from engm.recipes.models import build_model
 from engm.recipes.reproduce import ANALYSES, BUDGETS, Request, analysis, budget, forecast
-from engm.recipes.reproduce.forecast import DataFacts, count_of, counted, data_facts
+from engm.recipes.reproduce.counting import counted
+from engm.recipes.reproduce.forecast import NAMED, DataFacts, count_of, data_facts
+from engm.recipes.reproduce.network_counts import COUNTS
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 FACTS = DataFacts(1, 1, 1, 10, (3, 32, 32))
 
 
@@ -32,14 +37,22 @@ def test_every_name_has_a_plan_at_once(budget_name: str, tmp_path: Path) -> None
         assert "GiB" not in str(plan), "nobody looked at the memory"
 
 
-@pytest.mark.parametrize("model", ["small-resnet", "resnet18", "preact-resnet18", "vgg8", "wrn-16-1", "wrn-10-1"])
-def test_what_is_known_of_networks_is_what_a_forward_pass_counts(model: str) -> None:
-    for width in (None, 8):
-        config = RunConfig(data="cifar10", model=model, width=width)
-        known, modules = count_of(config, FACTS)
-        operations, there = counted(config, FACTS)
-        assert known == pytest.approx(operations, rel=0.01 if width is None else 0.6)
-        assert modules == there
+def test_what_is_known_of_networks_is_what_is_counted() -> None:
+    assert count_networks.FILE.read_text() == count_networks.text(), "run python tools/count_networks.py"
+    with torch.device("meta"):
+        for (model, width, shape, classes), known in COUNTS.items():
+            if shape == (1, 8, 8):
+                assert counted(model, width, shape, classes, "group") == known
+
+
+def test_every_network_that_a_plan_names_is_known() -> None:
+    for chosen in BUDGETS.values():
+        for data in NAMED:
+            for one in ANALYSES.values():
+                for cell in one.cells(Request(chosen, {"data": data}, (0,))):
+                    config = cell.config.resolved()
+                    facts = data_facts(config, "cpu")
+                    assert (config.model, config.width, facts.shape, facts.classes) in COUNTS
 
 
 @pytest.mark.parametrize("model", ["vgg8", "wrn-10-1", "torchvision:resnet18"])
@@ -47,7 +60,33 @@ def test_operations_are_those_that_torch_counts(model: str) -> None:
     net = build_model(model, classes=10).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, 3, 32, 32))
-    assert counted(RunConfig(data="cifar10", model=model), FACTS)[0] == counter.get_total_flops()
+    assert count_of(RunConfig(data="cifar10", model=model), FACTS)[0] == counter.get_total_flops()
+
+
+def test_other_networks_are_counted_too() -> None:
+    config = RunConfig(data="cifar10", model="vgg8", width=5)
+    assert count_of(config, FACTS) == counted("vgg8", 5, FACTS.shape, FACTS.classes, "batch")
+
+
+def test_the_command_plans_without_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from engm.recipes.cli import app
+for arguments in sys.argv[2:]:
+    try:
+        app(["reproduce", *arguments.split(), "--plan", "--device", "cpu", "--out", sys.argv[1]])
+    except SystemExit as end:
+        print("ended with", end.code)
+    assert "torch" not in sys.modules, arguments
+"""
+    planned = [f"{name} --budget {scale}" for name in (*ANALYSES, "all") for scale in BUDGETS]
+    planned += ["table2 --budget paper --model vgg8 --data svhn --normalize data"]
+    refused = ["tabel2", "table2 --eps 8", "table2 --data nowhere.npz --budget smal"]
+    command = [sys.executable, "-c", code, str(tmp_path), *planned, *refused]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.count("still to train") == said.count("ended with 0") == len(planned)
+    assert said.count("ended with 1") == len(refused)
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_are_counted_without_being_there(tmp_path: Path) -> None:

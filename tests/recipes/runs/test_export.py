@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pkgutil
 import shutil
 import sys
@@ -70,6 +71,16 @@ def test_it_gives_the_outputs_of_the_run_without_its_data(run: RunFolder, tmp_pa
         x = torch.rand(count, 1, 8, 8)
         with torch.no_grad():
             torch.testing.assert_close(again(x), network(run)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_full_disk_is_said_and_leaves_no_file(run: RunFolder, tmp_path: Path, kind: str) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(Path, "write_bytes", side_effect=full), pytest.raises(OSError, match="free some space"):
+        export(run, tmp_path / f"net.{kind}", ExportFormat(kind), "last")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "pt2"])

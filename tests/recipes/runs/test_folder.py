@@ -18,10 +18,10 @@ import torch
 from tiny_runs import PLAIN, KilledAt, tiny_dataset, train_tiny
 
 from engm.checks import NonFiniteError
+from engm.recipes.failures import CheckpointError
 from engm.recipes.processes import Processes
 from engm.recipes.runs.folder import RunFolder
 from engm.recipes.runs.view import NoView
-from engm.recipes.storage.checkpoint import CheckpointError
 from engm.recipes.training.run import Run
 
 CPU = Processes(torch.device("cpu"))
@@ -113,6 +113,17 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists and is no run folder"):
         train_tiny(PLAIN, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoints")  # to have room on the disk
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    assert train_tiny(EVERYTHING, copy) == RunFolder(whole).results()
+    with pytest.raises(ValueError, match=r"copy has results of \d+ epochs and no checkpoints any more"):
+        train_tiny(replace(EVERYTHING, epochs=EVERYTHING.epochs + 1), copy)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
 def test_settings_may_be_mended_while_nothing_is_trained(tmp_path: Path) -> None:

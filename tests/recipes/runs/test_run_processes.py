@@ -16,6 +16,7 @@ from processes import free_port, joined
 from tiny_runs import PLAIN, tiny_dataset
 from torch import Tensor
 
+from engm.checks import RefusedError
 from engm.recipes.config import RunConfig
 from engm.recipes.data import Dataset, Split
 from engm.recipes.processes import Processes, from_environment
@@ -153,3 +154,37 @@ def test_resuming_two_processes_ends_in_the_same_bits(pair: Path) -> None:
     whole, stopped = kept(pair / "batch norm"), kept(pair / "batch norm, stopped")
     assert all(torch.equal(stopped["net"][key], tensor) for key, tensor in whole["net"].items())
     assert stopped["history"][-1]["robust"] == whole["history"][-1]["robust"]
+
+
+MEETING = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) - self.head(x.flatten(1)).mean(0)
+"""
+
+
+def be_refused(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    config = replace(PLAIN, model=f"{folder}/net.py:Net", width=None, step="eager")
+    with (
+        from_environment("cpu") as processes,
+        pytest.raises(
+            RefusedError, match=r"on rank 0 of 2, which stops all of them: .* influences the losses of other"
+        ),
+    ):
+        train(config, folder / "runs" / "one", processes, dataset=tiny_dataset())
+
+
+def test_what_is_refused_in_two_processes_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MEETING)
+    joined(be_refused, (free_port(), tmp_path), 2)
+    assert not (tmp_path / "runs").exists()

@@ -115,6 +115,21 @@ def test_the_command_says_so_and_ends_with_the_status_of_sigterm(tmp_path: Path)
     assert again.output.startswith("Going on with the run in")
 
 
+def test_a_comparison_says_the_short_command_that_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "both runs"
+    command = ["compare", *TINY.split(), "--loggers", "none", "--threads", "1", "--optimizers", "msgd", "--seeds", "1"]
+    with mock.patch("engm.recipes.runs.progress.RunView.on_step", side_effect=end):
+        result = CliRunner().invoke(app, [*command, "--out", str(out)])
+    assert result.exit_code == STATUS
+    said = f"the same command, or engm compare --out '{out}', goes on where it was left"
+    assert said in " ".join(result.stderr.split())
+    again = CliRunner().invoke(app, ["compare", "--out", str(out)])
+    assert again.exit_code == 0, again.output
+    with mock.patch("engm.recipes.runs.compare.load_in_turn", side_effect=lambda *_: end()):  # before there is a plan
+        early = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "other")])
+    assert "ended by SIGTERM; the same command goes on where it was left" in " ".join(early.stderr.split())
+
+
 def test_outside_of_training_a_command_ends_at_once(tmp_path: Path) -> None:
     with mock.patch("engm.recipes.runs.report.runs_of", side_effect=lambda path: end()):
         result = CliRunner().invoke(app, ["report", str(tmp_path)])

@@ -7,10 +7,11 @@ import math
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from engm.recipes.storage.atomic_files import read_json, replaced_when_whole, write_json, write_text_atomic
+from engm.recipes.storage.atomic_files import make_folder, read_json, replaced_when_whole, write_json, write_text_atomic
 
 
 def test_json_comes_back_with_nan_and_infinities_as_strings(tmp_path: Path) -> None:
@@ -81,3 +82,17 @@ def test_a_file_that_others_write_replaces_when_whole(tmp_path: Path) -> None:
 def interrupted_writing(path: Path) -> None:
     path.write_text("half")
     raise KeyboardInterrupt
+
+
+def test_a_folder_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    letter = tmp_path / "letter"
+    letter.write_text("Dear Sir")
+    for folder in (letter, letter / "runs" / "one"):
+        with pytest.raises(OSError, match=f"cannot make this folder, because {letter} is a file: '{folder}'"):
+            make_folder(folder)
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    with (
+        mock.patch.object(Path, "mkdir", side_effect=denied),
+        pytest.raises(OSError, match=r"cannot write: Permission denied; .* see to it that this folder can be written"),
+    ):
+        make_folder(tmp_path / "runs")

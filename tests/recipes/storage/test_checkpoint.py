@@ -20,7 +20,8 @@ import pytest
 import torch
 from training import assert_same
 
-from engm.recipes.storage.checkpoint import CheckpointError, CheckpointStore
+from engm.recipes.failures import CheckpointError
+from engm.recipes.storage.checkpoint import CheckpointStore
 
 FILES = ("tensors.safetensors", "state.json", "SHA256SUMS")
 TREE = {"number": 7, "pair": (1.5, None), "t": torch.tensor([1.0, float("nan")])}

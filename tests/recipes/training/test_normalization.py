@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny_runs import PLAIN, tiny_dataset
+from torch import nn
 
 import engm
 from engm.recipes.config import RunConfig
@@ -52,6 +53,22 @@ def test_weights_keep_their_names_and_the_layer_is_in_front_of_all() -> None:
     for net in (run.net, run.with_weights(run.net.state_dict())):
         assert torch.equal(net.eval()(x), plain.net.eval()((x - 0.5) / 0.25))
     assert torch.equal(run.trainer.model.eval()(x), plain.net((x - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize("kind", ["sequential", "loop"])
+def test_networks_that_call_all_their_children_are_normalized_once(kind: str) -> None:
+    class Loop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for child in self.children():
+                x = child(x)
+            return x
+
+    net: nn.Module = nn.Sequential() if kind == "sequential" else Loop()
+    net.add_module("flat", nn.Flatten())
+    net.add_module("head", nn.Linear(12, 3))
+    x = torch.rand(5, 3, 2, 2)
+    expected = net((x - 0.5) / 0.25)
+    assert torch.equal(with_normalization(net, torch.full((3,), 0.5), torch.full((3,), 0.25))(x), expected)
 
 
 def test_norms_through_it_are_exact() -> None:
