@@ -236,16 +236,30 @@ def slot_of(node: Node, tensor: Any) -> int:
 
 def passed_to_input(node: Node, slot: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
     """What a node passes on to one of its inputs for these gradients of its outputs; none of its hooks run."""
+    return passed_to_inputs(node, gradients)[slot]
+
+
+def passed_to_inputs(node: Node, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a node passes on, by input, for these gradients of its outputs; none of its hooks run.
+
+    As in a backward pass, a function in Python gets zeros for an output without a gradient.
+    """
     with torch.no_grad():
         python = is_python_function(node)
+        if python:
+            outputs = zip(gradients, node_outputs(node), strict=True)
+            gradients = [_zeros_of(output) if gradient is None else gradient for gradient, output in outputs]
         passed = node.apply(*gradients) if python else node(*gradients)
     passed = passed if isinstance(passed, tuple) else (passed,)
     if not python:
-        return cast("Tensor | None", passed[slot])
+        return list(passed)
     # A function in Python returns a gradient for every argument, and has edges for its tensors alone.
-    wanted = [g for g, needed in zip(passed, node.needs_input_grad, strict=True) if needed]
-    edges = [number for number, (child, _) in enumerate(node.next_functions) if child is not None]
-    return cast("Tensor | None", wanted[edges.index(slot)])
+    wanted = iter([g for g, needed in zip(passed, node.needs_input_grad, strict=True) if needed])
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
+def _zeros_of(output: Any) -> Tensor:
+    return torch.zeros(tuple(output.shape), dtype=output.dtype, device=output.device)
 
 
 def adds_up(batched: Tensor, whole: Tensor) -> bool:
@@ -285,11 +299,29 @@ def selective_checkpoint() -> bool:
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
+_OURS = [0]  # how many hooks were hung by engm
+
+
+def ours(handle: RemovableHandle) -> RemovableHandle:
+    """The handle of a hook, which was hung by engm: :func:`hung_by_others` does not count it."""
+    _OURS[0] += 1
+    return handle
+
+
+def hung_by_others() -> int:
+    """How many hooks were hung so far, on anything, by anybody but engm; it never falls.
+
+    A graph does not tell which hooks hang on its tensors and nodes. That this number is as it was before the graph was
+    made tells that there are none.
+    """
+    return RemovableHandle.next_id - _OURS[0]
+
+
 def hang_on(tensor: Tensor, hook: Callable[[Any], Any]) -> HungHook:
     """Hang a hook on a tensor that a node made, as ``tensor.register_hook`` does, which takes longer."""
     hooks: Any = tensor._backward_hooks
     if hooks is not None or type(tensor) is not Tensor:
-        handle = tensor.register_hook(hook)
+        handle = ours(tensor.register_hook(hook))
         return handle.hooks_dict_ref, handle.id
     number = _hook_number()
     tensor._backward_hooks = hooks = OrderedDict({number: hook})
@@ -307,9 +339,10 @@ def put_last(hung: HungHook) -> None:
 
 
 def _hook_number() -> int:
-    """A number that no hook has."""
+    """A number that no hook has, for one of engm's."""
     number = RemovableHandle.next_id
     RemovableHandle.next_id += 1
+    _OURS[0] += 1
     return number
 
 
@@ -506,7 +539,7 @@ def some_global_forward_hook() -> bool:
 
 def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """A forward hook on all modules that runs before those that others put on all modules."""
-    handle = register_module_forward_hook(hook, with_kwargs=True)
+    handle = ours(register_module_forward_hook(hook, with_kwargs=True))
     cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
     return handle
 

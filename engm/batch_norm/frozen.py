@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import RefusedError
 from ..ops import in_type
-from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, own_parameters
+from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, ours, own_parameters
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def frozen_statistics(batch_norms: Iterable[BatchNormNode]) -> Iterator[None]:
     handles = []
     try:
         for batch_norm in batch_norms:
-            handles.append(batch_norm.node.register_hook(batch_norm.with_constant_statistics))
+            handles.append(ours(batch_norm.node.register_hook(batch_norm.with_constant_statistics)))
         yield
     finally:
         for handle in handles:

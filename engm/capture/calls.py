@@ -24,6 +24,7 @@ from ..torch_internals import (
     Node,
     address_of,
     graph_is_kept,
+    hung_by_others,
     own_parameters,
     put_last,
     shape_of,
@@ -314,10 +315,12 @@ class Capture:
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
             were packed.
         input_storages: addresses of the memory of all tensors that it was called with.
+        hooks_before: how many hooks others had hung when it began, see :func:`engm.torch_internals.hung_by_others`.
     """
 
     def __init__(self, owner: Wrapper) -> None:
         self.owner = owner
+        self.hooks_before = hung_by_others()
         self.collector: Collector | None = None
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self.ranks: Ranks | None = None

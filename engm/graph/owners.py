@@ -29,7 +29,7 @@ from ..capture.calls import Call
 from ..distributed import most
 from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
-from ..torch_internals import node_outputs, rows_of_nested
+from ..torch_internals import node_outputs, ours, rows_of_nested
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -276,8 +276,8 @@ class Question:
             if (child := traced.children[position][slot]) is not None and child < 0
         }
         tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
-        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
-        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
+        handles = [ours(traced.order[p].register_prehook(partial(self._arrived, p))) for p in passed]
+        handles += [ours(traced.order[p].register_hook(partial(self._passed_on, p))) for p in self._edges]
         try:
             with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
                 gradients: Sequence[Tensor | None] = ()
@@ -316,7 +316,7 @@ class Question:
     def _take(self, key: Any, gradient: Tensor | None) -> None:
         if gradient is None:
             return
-        self._prints[key] = print_of(_dense(gradient), self._by_element)
+        self._prints[key] = print_of(dense(gradient), self._by_element)
 
     def holds(self, call: Call) -> bool:
         """No: gradients are looked at and let go."""
@@ -358,7 +358,7 @@ class Answers:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        plain = print_of(_dense(gradient), False)
+        plain = print_of(dense(gradient), False)
         scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
         met = self._met.setdefault(plain.shape, [])
         for factors, owners in met:  # most layers work on the rows that another one worked on
@@ -378,7 +378,8 @@ class Answers:
         return owners
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """The same numbers detached, one behind the other; of a nested gradient its rows."""
     gradient = gradient.detach()
     if gradient.is_nested:
         gradient = rows_of_nested(gradient)

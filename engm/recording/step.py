@@ -466,7 +466,8 @@ def _refuse_unsettled(graph: PlannedGraph) -> None:
     plan = graph.plan
     if plan.told is not None or not plan.keeps:
         raise UnrecordableError(
-            "rows are moved by data, so that whose they are is measured at every step", for_good=True
+            "rows are moved by data, or hooks change gradients, so that whose rows are whose is measured at every step",
+            for_good=True,
         )
     if plan.blind:
         raise UnrecordableError("some gradients are not finite")

@@ -1,0 +1,162 @@
+"""Functions of the user's that gradients run through: do they treat every example's gradient apart, now as before?
+
+A plan is measured on one graph, and holds for others because operators treat all gradients alike. A
+``torch.autograd.Function`` may not: one that clips a gradient by its norm over the batch makes the examples influence
+each other as soon as it bites, which the graph does not show. So in every later pass its backward is run once more, on
+the gradients of half of the examples, and has to hand on what it does for these without the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..rules.entries import owners_of
+from ..terms.owners import Owners, Ownership
+from ..torch_internals import (
+    SYNC_BATCH_NORM_NODE,
+    Node,
+    entering_shape,
+    is_compiled_region,
+    is_opaque,
+    is_recomputed,
+    node_name,
+    node_outputs,
+    operator_name,
+    ours,
+    passed_to_inputs,
+    unrecorded,
+)
+from .owners import NARROW_TOLERANCE, TOLERANCE, dense
+from .plan import OpaqueFunction
+from .routing import HANDING_ON
+from .structure import Structure
+from .trace import Trace
+
+# Of torch's own, which puts a module's backward hooks into the graph and hands gradients on.
+FOR_HOOKS = "BackwardHookFunction"
+
+
+Arranging = Callable[[int, int], Ownership | None]
+"""``(position, number of the output) -> where the examples lie``; None where that is not known."""
+
+
+def opaque_functions(
+    traced: Trace, structure: Structure, arrangement: Arranging, skip: Collection[int]
+) -> tuple[list[OpaqueFunction], bool]:
+    """The functions of the user's on the way to the parameters, and whether all of them can be watched.
+
+    Args:
+        traced: the graph.
+        structure: what it tells by itself.
+        arrangement: of what nodes made.
+        skip: nodes (positions) and leaves (numbers) that nothing of single examples goes through.
+    """
+    found: list[OpaqueFunction] = []
+    for position, node in enumerate(traced.order):
+        if position in skip or not _is_users(node):
+            continue
+        slots = [
+            slot
+            for slot, child in enumerate(traced.children[position])
+            if child is not None and child >= 0 and child not in skip and structure.trains[child]
+        ]
+        if not slots:
+            continue
+        if position in structure.inner or is_recomputed(node) or None in traced.shapes[position]:
+            return [], False
+        inputs: dict[int, Ownership] = {}
+        for slot in slots:
+            child = traced.children[position][slot]
+            assert child is not None
+            where = arrangement(child, node.next_functions[slot][1])
+            if where is None:
+                return [], False
+            inputs[slot] = where
+        outputs = tuple(arrangement(position, number) for number in range(len(node_outputs(node))))
+        found.append(OpaqueFunction(position, outputs, inputs))
+    return found, True
+
+
+def _is_users(node: Node) -> bool:
+    if not is_opaque(node) or is_compiled_region(node) or node_name(node).startswith(SYNC_BATCH_NORM_NODE):
+        return False
+    return operator_name(node) not in HANDING_ON and operator_name(node) != FOR_HOOKS
+
+
+@contextmanager
+def watched(
+    functions: Sequence[OpaqueFunction], traced: Trace, n: int, seed: int, tell: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """While the context is open, tell of every function that a backward pass runs whether it mixes the examples.
+
+    Args:
+        functions: of the graph's plan.
+        traced: the graph.
+        n: number of examples.
+        seed: tells which half of the examples is kept.
+        tell: gets a truth value, 0-dimensional, for every input of a function.
+    """
+    if not functions:
+        yield
+        return
+    with unrecorded():
+        kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu") < max(1, n // 2)
+    handles = []
+    try:
+        for function in functions:
+            node, of_half = traced.order[function.position], _Half(function, kept, n, tell)
+            if is_recomputed(node):  # what it saved may be asked for once, which is by the node itself
+                tell(torch.ones((), dtype=torch.bool))
+                continue
+            handles += [ours(node.register_prehook(partial(of_half.before, node)))]
+            handles += [ours(node.register_hook(partial(of_half.after, node)))]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Half:
+    """What one function hands on for a half of the examples, against what it does for all."""
+
+    def __init__(self, function: OpaqueFunction, kept: Tensor, n: int, tell: Callable[[Tensor], None]) -> None:
+        self._function, self._kept, self._n, self._tell = function, kept, n, tell
+        self._passed: list[Tensor | None] = []
+
+    def before(self, node: Node, gradients: Sequence[Tensor | None]) -> None:
+        """Node hook: run the function's backward on the gradients of the half."""
+        given = zip(gradients, self._function.outputs, strict=True)
+        halves = [None if gradient is None else self._half(gradient, where) for gradient, where in given]
+        self._passed = passed_to_inputs(node, halves)
+
+    def after(self, node: Node, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        """Node hook: compare what the function handed on."""
+        for slot, where in self._function.inputs.items():
+            whole, half = given[slot], self._passed[slot]
+            if whole is None and half is None:
+                continue
+            if whole is None or half is None:
+                present = whole if half is None else half
+                self._tell((dense(present) != 0).any())  # type: ignore[arg-type]
+                continue
+            shape = entering_shape(*node.next_functions[slot])
+            whole, half = (dense(passed).sum_to_size(shape) for passed in (whole, half))  # as autograd does
+            differs = (half - self._half(whole, where)).abs()
+            tolerance = TOLERANCE.get(whole.dtype, NARROW_TOLERANCE)
+            if whole.numel():
+                self._tell((differs > tolerance * whole.abs().amax()).any())
+        self._passed = []
+
+    def _half(self, gradient: Tensor, where: Ownership | None) -> Tensor:
+        """A gradient without the rows of the examples that are left out; rows of nobody stay as they are."""
+        gradient = gradient.detach()
+        if where is None:
+            return gradient
+        owners = owners_of(where, tuple(gradient.shape), self._n, gradient.device)
+        kept = Owners(owners.elements(gradient.dim()), self._n).each(self._kept.to(gradient.device), True)
+        return torch.where(kept, gradient, 0)
