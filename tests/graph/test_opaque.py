@@ -1,7 +1,8 @@
 """Hooks and functions of the user's that change gradients by how large they are over the batch, from some step on.
 
 The graph shows neither when they bite nor that they do. They all clip above ``BOUND``, which the tests lower after
-steps at which nothing was clipped. The examples then influence each other, which is refused before a norm is handed out.
+steps at which nothing was clipped. The examples then influence each other, which is refused before a norm is handed
+out.
 """
 
 from __future__ import annotations
