@@ -8,7 +8,7 @@ the gradients of half of the examples, and has to hand on what it does for these
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..rules.entries import owners_of
-from ..terms.owners import Owners, Ownership
+from ..terms.layout import Layout
+from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
@@ -104,17 +105,15 @@ def watched(
     if not functions:
         yield
         return
-    with unrecorded():
-        kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu") < max(1, n // 2)
-    handles = []
+    half, handles = _Half(n, seed), []
     try:
         for function in functions:
-            node, of_half = traced.order[function.position], _Half(function, kept, n, tell)
+            node, comparison = traced.order[function.position], _Comparison(function, half, tell)
             if is_recomputed(node):  # what it saved may be asked for once, which is by the node itself
                 tell(torch.ones((), dtype=torch.bool))
                 continue
-            handles += [ours(node.register_prehook(partial(of_half.before, node)))]
-            handles += [ours(node.register_hook(partial(of_half.after, node)))]
+            handles += [ours(node.register_prehook(partial(comparison.before, node)))]
+            handles += [ours(node.register_hook(partial(comparison.after, node)))]
         yield
     finally:
         for handle in handles:
@@ -122,41 +121,58 @@ def watched(
 
 
 class _Half:
+    """A half of the examples.
+
+    Args:
+        n: number of examples.
+        seed: tells which.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._n = n
+        with unrecorded():
+            self._kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu") < max(1, n // 2)
+        self._rows: dict[Hashable, Tensor] = {}
+
+    def of(self, gradient: Tensor, where: Ownership) -> Tensor:
+        """A gradient without the rows of the examples that are left out; rows of nobody stay as they are."""
+        key = (where if isinstance(where, Layout) else id(where), gradient.shape[:2], gradient.device)
+        if key not in self._rows:
+            owners = owners_of(where, tuple(gradient.shape), self._n, gradient.device)
+            self._rows[key] = owners.each(self._kept.to(gradient.device), True)
+        rows = self._rows[key]
+        return torch.where(rows.view(*rows.shape, *[1] * (gradient.dim() - rows.dim())), gradient, 0)
+
+
+class _Comparison:
     """What one function hands on for a half of the examples, against what it does for all."""
 
-    def __init__(self, function: OpaqueFunction, kept: Tensor, n: int, tell: Callable[[Tensor], None]) -> None:
-        self._function, self._kept, self._n, self._tell = function, kept, n, tell
+    def __init__(self, function: OpaqueFunction, half: _Half, tell: Callable[[Tensor], None]) -> None:
+        self._function, self._half, self._tell = function, half, tell
         self._passed: list[Tensor | None] = []
 
     def before(self, node: Node, gradients: Sequence[Tensor | None]) -> None:
         """Node hook: run the function's backward on the gradients of the half."""
-        given = zip(gradients, self._function.outputs, strict=True)
-        halves = [None if gradient is None else self._half(gradient, where) for gradient, where in given]
+        halves: list[Tensor | None] = []
+        for gradient, where in zip(gradients, self._function.outputs, strict=True):
+            if gradient is not None:  # of where no gradient was when the plan was made nothing is known
+                gradient = gradient.clone() if where is None else self._half.of(gradient.detach(), where)
+            halves.append(gradient)
         self._passed = passed_to_inputs(node, halves)
 
     def after(self, node: Node, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
         """Node hook: compare what the function handed on."""
         for slot, where in self._function.inputs.items():
             whole, half = given[slot], self._passed[slot]
-            if whole is None and half is None:
-                continue
             if whole is None or half is None:
-                present = whole if half is None else half
-                self._tell((dense(present) != 0).any())  # type: ignore[arg-type]
+                present = half if whole is None else whole
+                if present is not None:
+                    self._tell((dense(present) != 0).any())
                 continue
             shape = entering_shape(*node.next_functions[slot])
             whole, half = (dense(passed).sum_to_size(shape) for passed in (whole, half))  # as autograd does
-            differs = (half - self._half(whole, where)).abs()
-            tolerance = TOLERANCE.get(whole.dtype, NARROW_TOLERANCE)
             if whole.numel():
-                self._tell((differs > tolerance * whole.abs().amax()).any())
+                tolerance = TOLERANCE.get(whole.dtype, NARROW_TOLERANCE)
+                differs, largest = (t.abs().amax() for t in (half - self._half.of(whole, where), whole))
+                self._tell(differs > tolerance * largest)
         self._passed = []
-
-    def _half(self, gradient: Tensor, where: Ownership | None) -> Tensor:
-        """A gradient without the rows of the examples that are left out; rows of nobody stay as they are."""
-        gradient = gradient.detach()
-        if where is None:
-            return gradient
-        owners = owners_of(where, tuple(gradient.shape), self._n, gradient.device)
-        kept = Owners(owners.elements(gradient.dim()), self._n).each(self._kept.to(gradient.device), True)
-        return torch.where(kept, gradient, 0)
