@@ -749,6 +749,29 @@ def _switched_off(config: Any, name: str) -> Iterator[None]:
         setattr(config, name, before)
 
 
+def in_operator_of_graphs() -> bool:
+    """Whether a branch of ``torch.cond``, or what another operator that takes functions runs, is being traced.
+
+    It may write into nothing outside of it. Checkpoints are such operators too in a compiled region, which may.
+    """
+    return torch.compiler.is_compiling() and _traced_for_operator()
+
+
+def _traced_for_operator() -> bool:
+    """What :func:`in_operator_of_graphs` says where something is being traced; asked by the tracer itself."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # imported here, because only a tracer needs it
+
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer.parent is not None:
+        if "checkpoint" not in str(tracer.source_target):
+            return True
+        tracer = tracer.parent
+    return False
+
+
+cast(Any, _traced_for_operator)._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does
+
+
 def graphs_that_can_be_kept() -> AbstractContextManager[None]:
     """Regions compiled inside do not give the memory of their saved tensors away, so that their graph can be kept."""
     import torch._functorch.config as functorch_config

@@ -23,6 +23,7 @@ from ..torch_internals import (
     first_forward_hooks,
     first_global_forward_hook,
     hang_on,
+    in_operator_of_graphs,
     is_view,
     ours,
     selective_checkpoint,
@@ -83,7 +84,7 @@ def _call_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Tensor | None:
         # A hook of another thread, taken off meanwhile, may be called without kwargs; hence the default.
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
+        if in_operator_of_graphs() or threading.get_ident() != thread or not torch.is_grad_enabled():
             return None
         activations = rule.activations(args, kwargs)
         several = isinstance(activations, tuple) and any(isinstance(item, Tensor) for item in activations)
@@ -116,7 +117,7 @@ def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
     """A forward hook for a module whose parameters are accounted for by operators: it notes what the module read."""
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
+        if in_operator_of_graphs() or threading.get_ident() != thread or not torch.is_grad_enabled():
             return
         _refuse_selective_checkpoint(name, module)
         taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
@@ -137,11 +138,11 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
     prepared: list[Any] = []  # more than one entry where a module calls itself
 
     def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == thread and torch.is_grad_enabled():
+        if not in_operator_of_graphs() and threading.get_ident() == thread and torch.is_grad_enabled():
             prepared.append(rule.before(module))
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
+        if in_operator_of_graphs() or threading.get_ident() != thread or not torch.is_grad_enabled():
             return None
         before = prepared.pop() if prepared else None
         arguments = Arguments(args, kwargs)

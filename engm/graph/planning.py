@@ -678,6 +678,6 @@ def region_message(shown: str) -> str:
         f"engm: a region made by torch.compile uses {shown} outside of layer calls that were captured, so their "
         "per-example gradients cannot be seen. If the network was compiled and called before it was wrapped, call "
         "torch.compiler.reset() once. If these parameters are used directly (a class token, "
-        "F.linear(x, layer.weight), a table of positions, a layer without a rule), leave that part uncompiled with "
-        "torch.compiler.disable, or freeze them."
+        "F.linear(x, layer.weight), a table of positions, a layer without a rule, a branch of torch.cond), leave that "
+        "part uncompiled with torch.compiler.disable, or freeze them."
     )
