@@ -618,7 +618,9 @@ class _Planner:
             "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs, a gradient clipped by "
             "its norm over the batch in a hook or a torch.autograd.Function). Replace it, or wrap with "
             "GradNormModule(net, coupled='exact'), which takes the gradients of all losses through it: right, and as "
-            "slow as one backpropagation an example from there on."
+            "slow as one backpropagation an example from there on. What cancels in the gradient, as the maximum over "
+            "the batch in a softmax does, can be detached. Rows that are no example's but shared by all, as prompts or "
+            "class names, count for the examples' if there are n, or a multiple: make them a buffer of the network."
         )
 
     def _refuse_regions(self) -> None:
