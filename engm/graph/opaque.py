@@ -2,8 +2,9 @@
 
 A plan is measured on one graph, and holds for others because operators treat all gradients alike. A
 ``torch.autograd.Function`` may not: one that clips a gradient by its norm over the batch makes the examples influence
-each other as soon as it bites, which the graph does not show. So in every later pass its backward is run once more, on
-the gradients of half of the examples, and has to hand on what it does for these without the others.
+each other as soon as it bites, and one that moves rows by what it does not show may move them elsewhere. So in every
+later pass its backward is run once more, on gradients that have a random factor for every example, and has to hand on
+what it did, multiplied by the same factors.
 """
 
 from __future__ import annotations
@@ -99,16 +100,16 @@ def watched(
         functions: of the graph's plan.
         traced: the graph.
         n: number of examples.
-        seed: tells which half of the examples is kept.
+        seed: of the factors.
         tell: gets a truth value, 0-dimensional, for every input of a function.
     """
     if not functions:
         yield
         return
-    half, handles = _Half(n, seed), []
+    factors, handles = _Factors(n, seed), []
     try:
         for function in functions:
-            node, comparison = traced.order[function.position], _Comparison(function, half, tell)
+            node, comparison = traced.order[function.position], _Comparison(function, factors, tell)
             if is_recomputed(node):  # what it saved may be asked for once, which is by the node itself
                 tell(torch.ones((), dtype=torch.bool))
                 continue
@@ -120,59 +121,60 @@ def watched(
             handle.remove()
 
 
-class _Half:
-    """A half of the examples.
+class _Factors:
+    """A factor for every example, between a half and one.
 
     Args:
         n: number of examples.
-        seed: tells which.
+        seed: of the factors.
     """
 
     def __init__(self, n: int, seed: int) -> None:
         self._n = n
         with unrecorded():
-            self._kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu") < max(1, n // 2)
+            drawn = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+            self._of_each = torch.exp2(-drawn)
         self._rows: dict[Hashable, Tensor] = {}
 
-    def of(self, gradient: Tensor, where: Ownership) -> Tensor:
-        """A gradient without the rows of the examples that are left out; rows of nobody stay as they are."""
-        key = (where if isinstance(where, Layout) else id(where), gradient.shape[:2], gradient.device)
+    def times(self, gradient: Tensor, where: Ownership) -> Tensor:
+        """A gradient with every row multiplied by its owner's factor; rows of nobody stay as they are."""
+        key = (where if isinstance(where, Layout) else id(where), gradient.shape[:2], gradient.dtype, gradient.device)
         if key not in self._rows:
             owners = owners_of(where, tuple(gradient.shape), self._n, gradient.device)
-            self._rows[key] = owners.each(self._kept.to(gradient.device), True)
+            self._rows[key] = owners.each(self._of_each.to(gradient.device), 1.0).to(gradient.real.dtype)
         rows = self._rows[key]
-        return torch.where(rows.view(*rows.shape, *[1] * (gradient.dim() - rows.dim())), gradient, 0)
+        return gradient * rows.view(*rows.shape, *[1] * (gradient.dim() - rows.dim()))
 
 
 class _Comparison:
-    """What one function hands on for a half of the examples, against what it does for all."""
+    """What one function hands on for gradients with factors, against what it does without."""
 
-    def __init__(self, function: OpaqueFunction, half: _Half, tell: Callable[[Tensor], None]) -> None:
-        self._function, self._half, self._tell = function, half, tell
+    def __init__(self, function: OpaqueFunction, factors: _Factors, tell: Callable[[Tensor], None]) -> None:
+        self._function, self._factors, self._tell = function, factors, tell
         self._passed: list[Tensor | None] = []
 
     def before(self, node: Node, gradients: Sequence[Tensor | None]) -> None:
-        """Node hook: run the function's backward on the gradients of the half."""
-        halves: list[Tensor | None] = []
+        """Node hook: run the function's backward on gradients with factors."""
+        given: list[Tensor | None] = []
         for gradient, where in zip(gradients, self._function.outputs, strict=True):
             if gradient is not None:  # of where no gradient was when the plan was made nothing is known
-                gradient = gradient.clone() if where is None else self._half.of(gradient.detach(), where)
-            halves.append(gradient)
-        self._passed = passed_to_inputs(node, halves)
+                gradient = gradient.clone() if where is None else self._factors.times(gradient.detach(), where)
+            given.append(gradient)
+        self._passed = passed_to_inputs(node, given)
 
     def after(self, node: Node, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
         """Node hook: compare what the function handed on."""
         for slot, where in self._function.inputs.items():
-            whole, half = given[slot], self._passed[slot]
-            if whole is None or half is None:
-                present = half if whole is None else whole
+            plain, scaled = given[slot], self._passed[slot]
+            if plain is None or scaled is None:
+                present = scaled if plain is None else plain
                 if present is not None:
                     self._tell((dense(present) != 0).any())
                 continue
             shape = entering_shape(*node.next_functions[slot])
-            whole, half = (dense(passed).sum_to_size(shape) for passed in (whole, half))  # as autograd does
-            if whole.numel():
-                tolerance = TOLERANCE.get(whole.dtype, NARROW_TOLERANCE)
-                differs, largest = (t.abs().amax() for t in (half - self._half.of(whole, where), whole))
+            plain, scaled = (dense(passed).sum_to_size(shape) for passed in (plain, scaled))  # as autograd does
+            if plain.numel():
+                tolerance = TOLERANCE.get(plain.real.dtype, NARROW_TOLERANCE)
+                differs, largest = (t.abs().amax() for t in (scaled - self._factors.times(plain, where), plain))
                 self._tell(differs > tolerance * largest)
         self._passed = []

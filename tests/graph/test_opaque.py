@@ -218,6 +218,50 @@ def test_what_clips_every_row_by_itself_is_right(between):
         assert_right(model, losses_of(model, step))
 
 
+ORDER = [torch.arange(6)]
+
+
+class Moved(torch.autograd.Function):
+    """Its rows in the order that a global variable says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x[ORDER[0]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(gradient).index_add(0, ORDER[0], gradient)
+
+
+class MovedBy(torch.autograd.Function):
+    """Its rows, moved on by a number that may pass for a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: Tensor) -> Tensor:
+        ctx.save_for_backward(by)
+        return x.roll(int(by), 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient.roll(-int(ctx.saved_tensors[0]), 0), None
+
+
+def moved(net: nn.Module, h: Tensor) -> Tensor:
+    return Moved.apply(h)
+
+
+def moved_by(net: nn.Module, h: Tensor) -> Tensor:
+    return MovedBy.apply(h, ORDER[0][:1].double())
+
+
+@pytest.mark.parametrize("between", [moved, moved_by])
+def test_functions_that_move_rows_by_what_is_not_compared(between):
+    model = engm.GradNormModule(Net(between))
+    for step in range(8):
+        ORDER[0] = torch.arange(6) if step < 3 else torch.arange(6).roll(step)
+        assert_right(model, losses_of(model, step))
+
+
 def passes(model: engm.GradNormModule, step: int, counted: list[int]) -> int:
     """How many backward passes the norms of a step take; a hook of the first layer counts them."""
     counted[0] = 0
