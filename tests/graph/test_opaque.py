@@ -182,14 +182,14 @@ def test_an_update_is_refused_before_anything_is_changed(between):
 
 @pytest.mark.parametrize("between", CLIPPING)
 def test_coupled_examples_are_right_or_refused(between):
-    """What hangs on a node that examples are backpropagated from one by one does not run; then the sums tell."""
+    """What a function does to every example by itself is known; hooks are a part of what all examples share."""
     model = engm.GradNormModule(Net(between), coupled="exact")
     for step in range(5):
         assert_right(model, losses_of(model, step))
     BOUND[0] = 0.1
     for step in range(5, 8):
         losses = losses_of(model, step)
-        if between in (node_hook, module_hook):
+        if between in HOOKS:
             with pytest.raises(RuntimeError, match="do not add up to the gradient"):
                 engm.per_example_grad_norms(model, losses)
         else:
@@ -216,6 +216,27 @@ def test_what_clips_every_row_by_itself_is_right(between):
     for step in range(8):
         BOUND[0] = 1e9 if step < 4 else 0.05
         assert_right(model, losses_of(model, step))
+
+
+def hook_on_a_weight(weight: Tensor) -> Tensor:
+    weight = weight.exp()
+    weight.register_hook(clipped)
+    return weight
+
+
+@pytest.mark.parametrize("effective", [hook_on_a_weight, Clip.apply, lambda weight: Clip.apply(weight.t()).t()])
+def test_what_clips_the_gradient_of_a_weight_is_refused(effective):
+    """Every example's gradient would be clipped by itself, and the weighted sum of all of them as one."""
+
+    def between(net: nn.Module, h: Tensor) -> Tensor:
+        return nn.functional.linear(h, effective(net.middle.weight))
+
+    model = engm.GradNormModule(Net(between), strict=False)
+    for step in range(5):
+        assert_right(model, losses_of(model, step))
+    BOUND[0] = 0.1
+    with pytest.raises(RuntimeError, match=r"between \w+ and a parameter a hook"):
+        engm.per_example_grad_norms(model, losses_of(model, 5))
 
 
 ORDER = [torch.arange(6)]
