@@ -275,12 +275,40 @@ def moved_by(net: nn.Module, h: Tensor) -> Tensor:
     return MovedBy.apply(h, ORDER[0][:1].double())
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (6, 3, 6)])
 @pytest.mark.parametrize("between", [moved, moved_by])
-def test_functions_that_move_rows_by_what_is_not_compared(between):
+def test_functions_that_move_rows_by_what_is_not_compared(between, shape):
     model = engm.GradNormModule(Net(between))
     for step in range(8):
         ORDER[0] = torch.arange(6) if step < 3 else torch.arange(6).roll(step)
-        assert_right(model, losses_of(model, step))
+        assert_right(model, losses_of(model, step, shape))
+
+
+MATRIX = [torch.eye(6, dtype=torch.float64)]
+
+
+class Mixed(torch.autograd.Function):
+    """Its rows, multiplied by a matrix that a global variable holds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.tensordot(MATRIX[0], x, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.tensordot(MATRIX[0].T, gradient, 1)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 3, 6)])
+def test_a_function_that_begins_to_mix_two_examples(shape):
+    model = engm.GradNormModule(Net(lambda net, h: Mixed.apply(h)))
+    for step in range(5):
+        MATRIX[0] = torch.diag(torch.rand(6, dtype=torch.float64) + 0.5)
+        assert_right(model, losses_of(model, step, shape))
+    assert list(model.plans.values()), "a plan was kept, so that this is no measurement of every step"
+    MATRIX[0][1, 4] = 1e-3
+    with pytest.raises(RuntimeError, match="for some examples influences"):
+        engm.per_example_grad_norms(model, losses_of(model, 5, shape))
 
 
 def passes(model: engm.GradNormModule, step: int, counted: list[int]) -> int:
