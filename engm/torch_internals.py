@@ -278,6 +278,19 @@ def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 
+def is_doubled(doubled: Tensor, found: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether a backward pass made twice what it made before of twice the gradients ``given``, but for rounding.
+
+    That is none on a CPU. Where all that comes out is what rounding left, sums in another order are as far off.
+    """
+    with unrecorded():
+        eps = torch.finfo(found.dtype).eps
+        rounding = 1e3 * eps * torch.stack([g.norm().to(found.real.dtype) for g in given]).sum()
+        return bool((doubled - 2 * found).norm() <= eps**0.5 * found.norm() + rounding) or not bool(
+            torch.isfinite(found).all()
+        )
+
+
 def graph_is_kept() -> bool:
     """Whether the backward pass that runs right now was asked to keep the graph."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())

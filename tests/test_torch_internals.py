@@ -239,6 +239,16 @@ def test_hung_by_others():
     assert internals.hung_by_others() > before
 
 
+def test_is_doubled():
+    given, found = [leaf(3, 4).detach()], leaf(5).detach()
+    assert internals.is_doubled(2 * found, found, given)
+    assert not internals.is_doubled(found, found, given), "as what is clipped comes out"
+    assert internals.is_doubled(
+        torch.full((5,), 1e-15, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), given
+    )
+    assert internals.is_doubled(found, found * float("nan"), given), "nothing can be told"
+
+
 def test_adds_up():
     x = leaf(3, 4)
     losses = x.tanh().sum(1)

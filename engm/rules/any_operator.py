@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
-from ..torch_internals import adds_up, passed_to_input, rows_of_nested
+from ..torch_internals import adds_up, is_doubled, passed_to_input, rows_of_nested
 from .entries import Entry, owners_of
 
 
@@ -149,6 +149,10 @@ def backward_of_each(
             if adds_up(batched, whole()):
                 return batched
     each = torch.stack([one(*(g[i] for g in given)).detach() for i in range(batch)])
-    if nonlinear is not None and batch > 1 and not adds_up(each, whole()):
-        raise nonlinear()
+    if nonlinear is not None and batch > 1 and not adds_up(each, total := whole()):  # or nothing but rounding is left
+        sizes = torch.stack([g.detach().flatten(1).abs().amax(1) for g in given if g.numel()]).sum(0)
+        largest = int(sizes.argmax())
+        for gradients_of, found in (([g[largest] for g in given], each[largest]), ([g.sum(0) for g in given], total)):
+            if not is_doubled(one(*(2 * g for g in gradients_of)), found, gradients_of):
+                raise nonlinear()
     return each
