@@ -239,6 +239,13 @@ def test_what_clips_the_gradient_of_a_weight_is_refused(effective):
         engm.per_example_grad_norms(model, losses_of(model, 5))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_a_weight_that_are_nothing_but_rounding(seed):
+    """That of the bias in front of what is centred over the batch. It does not add up, and nothing is clipped."""
+    model = engm.GradNormModule(Net(lambda net, h: (y := net.middle(h)) - y.mean(0)), coupled="exact")
+    assert_right(model, losses_of(model, seed, (9, 6)))
+
+
 ORDER = [torch.arange(6)]
 
 
