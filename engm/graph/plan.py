@@ -261,7 +261,7 @@ class PlannedGraph:
         measured: makes a plan from this very graph.
         fresh: whether the plan was made from this very graph.
         step: how many graphs the wrapper has met.
-        surprises: while a step is recorded, whether gradients came where the plan knows of none, 0-dimensional.
+        surprises: while a step is recorded, whether the plan turned out not to hold, 0-dimensional.
     """
 
     trace: Trace
