@@ -219,6 +219,7 @@ class Question:
                 else:
                     found[key].add_digit(seen, place)
             place *= base
+        calls: dict[int, list[Tensor]] = {}
         for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
             blind = owners == BLIND
             if bool(blind.any()):
@@ -228,9 +229,10 @@ class Question:
             elif key[0] == "edge":
                 self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
-                self.calls.setdefault(key[1], []).append(owners)
+                calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
+        self.calls |= calls  # what was asked again counts
 
     def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
         """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""

@@ -318,6 +318,26 @@ def test_a_function_that_begins_to_mix_two_examples(shape):
         engm.per_example_grad_norms(model, losses_of(model, 5, shape))
 
 
+def test_elements_of_what_a_recurrent_layer_made_are_clipped():
+    """As recurrent networks often have it; what looks mixed at first is asked again, and the second answer counts."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.last = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, _ = self.recurrent(x)
+            h.register_hook(lambda gradient: gradient.clamp(-BOUND[0], BOUND[0]))
+            return self.last(h)
+
+    model = engm.GradNormModule(Recurrent())
+    for step in range(6):
+        BOUND[0] = 1e9 if step < 1 else 0.02
+        assert_right(model, losses_of(model, step))
+
+
 def passes(model: engm.GradNormModule, step: int, counted: list[int]) -> int:
     """How many backward passes the norms of a step take; a hook of the first layer counts them."""
     counted[0] = 0
