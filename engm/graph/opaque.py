@@ -60,7 +60,7 @@ def opaque_functions(
     """
     found: list[OpaqueFunction] = []
     for position, node in enumerate(traced.order):
-        if position in skip or not _is_users(node):
+        if position in skip or not is_users(node):
             continue
         slots = [
             slot
@@ -84,7 +84,8 @@ def opaque_functions(
     return found, True
 
 
-def _is_users(node: Node) -> bool:
+def is_users(node: Node) -> bool:
+    """Whether the backward of a node is the user's own."""
     if not is_opaque(node) or is_compiled_region(node) or node_name(node).startswith(SYNC_BATCH_NORM_NODE):
         return False
     return operator_name(node) not in HANDING_ON and operator_name(node) != FOR_HOOKS

@@ -37,7 +37,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
-from .opaque import opaque_functions
+from .opaque import is_users, opaque_functions
 from .owners import SEVERAL, Key, Question
 from .plan import Junction, OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
 from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
@@ -264,10 +264,13 @@ class _Planner:
             own = (owners for number in range(8) if (owners := nodes.get((position, number))) is not None)
             apart = position not in mixed and any(bool((owners > 0).any()) for owners in own)
             owned.append(apart or any(owned[child] for child in children if child is not None and child >= 0))
+        # What clips every element by itself makes rows look mixed in which nothing tells of the examples' data.
+        all_of_them = self.traced.hooked or any(map(is_users, self.traced.order))
         return {
             p
             for p in mixed
-            if self.structure.trains[p] and (owned[p] or self.structure.reads_data(p, self.model, self.n) is not None)
+            if self.structure.trains[p]
+            and (all_of_them or owned[p] or self.structure.reads_data(p, self.model, self.n) is not None)
         }
 
     def _couplings(self) -> tuple[int, ...]:

@@ -338,6 +338,23 @@ def test_elements_of_what_a_recurrent_layer_made_are_clipped():
         assert_right(model, losses_of(model, step))
 
 
+@pytest.mark.parametrize("between", [clamp, clamp_in_a_hook])
+def test_the_update_where_elements_are_clipped_and_time_comes_first(between):
+    """Nothing but the gradients tells that the first layer's rows, no multiple of n, are the examples'."""
+    net = Net(between)
+    model = engm.GradNormModule(net)
+    BOUND[0] = 0.05
+    for step in range(3):
+        losses = model(tensor(5, 4, 6, seed=step)).square().sum((0, 2))
+        expected = per_example_gradients(losses, trained(net))
+        opt = engm.ENGM(model, torch.optim.SGD(net.parameters(), 0.1), alpha=float(expected.norms.median()))
+        opt.zero_grad()
+        stats = opt.backward(losses)
+        assert relative(stats.norms, expected.norms) < 1e-9
+        for name, wanted in expected.update(stats.weights).items():
+            assert name.startswith("middle") or relative(trained(net)[name].grad, wanted) < 1e-9, name
+
+
 def passes(model: engm.GradNormModule, step: int, counted: list[int]) -> int:
     """How many backward passes the norms of a step take; a hook of the first layer counts them."""
     counted[0] = 0
