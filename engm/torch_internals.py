@@ -211,16 +211,30 @@ def attributes_of_function(node: Node) -> dict[str, Any]:
 
 def passed_to_input(node: Node, slot: int, gradients: Sequence[Tensor | None]) -> Tensor | None:
     """What a node passes on to one of its inputs for these gradients of its outputs; none of its hooks run."""
+    return passed_to_inputs(node, gradients)[slot]
+
+
+def passed_to_inputs(node: Node, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a node passes on, by input, for these gradients of its outputs; none of its hooks run.
+
+    As in a backward pass, a function in Python gets zeros for an output without a gradient.
+    """
     with torch.no_grad():
         python = is_python_function(node)
+        if python:
+            outputs = zip(gradients, node_outputs(node), strict=True)
+            gradients = [_zeros_of(output) if gradient is None else gradient for gradient, output in outputs]
         passed = node.apply(*gradients) if python else node(*gradients)
     passed = passed if isinstance(passed, tuple) else (passed,)
     if not python:
-        return cast("Tensor | None", passed[slot])
+        return list(passed)
     # A function in Python returns a gradient for every argument, and has edges for its tensors alone.
-    wanted = [g for g, needed in zip(passed, node.needs_input_grad, strict=True) if needed]
-    edges = [number for number, (child, _) in enumerate(node.next_functions) if child is not None]
-    return cast("Tensor | None", wanted[edges.index(slot)])
+    wanted = iter([g for g, needed in zip(passed, node.needs_input_grad, strict=True) if needed])
+    return [None if child is None else next(wanted) for child, _ in node.next_functions]
+
+
+def _zeros_of(output: Any) -> Tensor:
+    return torch.zeros(tuple(output.shape), dtype=output.dtype, device=output.device)
 
 
 def adds_up(batched: Tensor, whole: Tensor) -> bool:
@@ -239,6 +253,19 @@ def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 
+def is_doubled(doubled: Tensor, found: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether a backward pass made twice what it made before of twice the gradients ``given``, but for rounding.
+
+    That is none on a CPU. Where all that comes out is what rounding left, sums in another order are as far off.
+    """
+    with unrecorded():
+        eps = torch.finfo(found.dtype).eps
+        rounding = 1e3 * eps * torch.stack([g.norm().to(found.real.dtype) for g in given]).sum()
+        return bool((doubled - 2 * found).norm() <= eps**0.5 * found.norm() + rounding) or not bool(
+            torch.isfinite(found).all()
+        )
+
+
 def hooks_pack_what_is_saved() -> bool:
     """Whether what autograd saves right now is packed: unpacking it may mean to run the forward pass again."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -255,10 +282,29 @@ def selective_checkpoint() -> bool:
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
+_OURS = [0]  # how many hooks were hung by engm
+
+
+def ours(handle: RemovableHandle) -> RemovableHandle:
+    """The handle of a hook, which was hung by engm: :func:`hung_by_others` does not count it."""
+    _OURS[0] += 1
+    return handle
+
+
+def hung_by_others() -> int:
+    """How many hooks were hung so far, on anything, by anybody but engm; it never falls.
+
+    A graph does not tell which hooks hang on its tensors and nodes. That this number is as it was before the graph was
+    made tells that there are none.
+    """
+    return RemovableHandle.next_id - _OURS[0]
+
+
 def _hook_number() -> int:
-    """A number that no hook has."""
+    """A number that no hook has, for one of engm's."""
     number = RemovableHandle.next_id
     RemovableHandle.next_id += 1
+    _OURS[0] += 1
     return number
 
 
@@ -447,7 +493,7 @@ def some_global_forward_hook() -> bool:
 
 def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """A forward hook on all modules that runs before those that others put on all modules."""
-    handle = register_module_forward_hook(hook, with_kwargs=True)
+    handle = ours(register_module_forward_hook(hook, with_kwargs=True))
     cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
     return handle
 
@@ -655,6 +701,29 @@ def _switched_off(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         setattr(config, name, before)
+
+
+def in_operator_of_graphs() -> bool:
+    """Whether a branch of ``torch.cond``, or what another operator that takes functions runs, is being traced.
+
+    It may write into nothing outside of it. Checkpoints are such operators too in a compiled region, which may.
+    """
+    return torch.compiler.is_compiling() and _traced_for_operator()
+
+
+def _traced_for_operator() -> bool:
+    """What :func:`in_operator_of_graphs` says where something is being traced; asked by the tracer itself."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator  # imported here, because only a tracer needs it
+
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer.parent is not None:
+        if "checkpoint" not in str(tracer.source_target):
+            return True
+        tracer = tracer.parent
+    return False
+
+
+cast(Any, _traced_for_operator)._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does
 
 
 def graphs_that_can_be_kept() -> AbstractContextManager[None]:

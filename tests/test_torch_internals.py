@@ -178,6 +178,64 @@ def test_passed_to_input_of_a_function_in_python():
     zero = torch.zeros_like(gradient)
     found = [internals.passed_to_input(node, slots[tensor], [zero, 2 * gradient]) for tensor in (a, b)]
     torch.testing.assert_close(found, list(torch.autograd.grad(output, [a, b], 2 * gradient)))
+    without = [internals.passed_to_input(node, slots[tensor], [None, 2 * gradient]) for tensor in (a, b)]
+    torch.testing.assert_close(without, found)
+
+
+def test_passed_to_inputs():
+    a, b, output = scaled()
+    node, gradient = output.grad_fn, torch.ones(2, 3, dtype=torch.float64)
+    given = internals.passed_to_inputs(node, [gradient, 2 * gradient])
+    assert len(given) == len(node.next_functions)
+    for slot, (child, _) in enumerate(node.next_functions):
+        wanted = {id(a): gradient * 15, id(b): gradient * 22}
+        assert given[slot] is None if child is None else torch.equal(given[slot], wanted[id(child.variable)])
+    given = internals.passed_to_inputs(torch.mul(leaf(3), torch.full((3,), 2.0)).grad_fn, [gradient[0]])
+    torch.testing.assert_close(given[0], 2 * gradient[0])
+    assert given[1] is None
+
+
+def test_ours():
+    """Every hook of others is counted, whatever it hangs on, and none of engm's."""
+    _, _, output = scaled()
+    tensor, layer = leaf(3) * 2, torch.nn.Linear(3, 3).double()
+    hanging = (
+        *(tensor.register_hook, tensor.grad_fn.register_hook, tensor.grad_fn.register_prehook),
+        *(output.grad_fn.register_hook, output.grad_fn.register_prehook),
+        *(layer.register_forward_hook, layer.register_forward_pre_hook, layer.register_full_backward_hook),
+    )
+    for hang in hanging:
+        before = internals.hung_by_others()
+        hang(lambda *_: None)
+        assert internals.hung_by_others() == before + 1
+        internals.ours(hang(lambda *_: None))
+        assert internals.hung_by_others() == before + 1
+
+
+def test_hung_by_others():
+    """Those that a module with a hook for the backward pass hangs on its graph are counted, and no hook of engm's."""
+    tensor, layer = leaf(3) * 2, torch.nn.Linear(3, 3).double()
+    before = internals.hung_by_others()
+    internals.hang_on(tensor, lambda gradient: None)
+    internals.hang_on(leaf(3) * 2, lambda gradient: None)
+    with internals.first_forward_hooks({layer: lambda *_: None}):
+        layer(tensor)
+    internals.first_global_forward_hook(lambda *_: None).remove()
+    assert internals.hung_by_others() == before
+    layer.register_full_backward_hook(lambda *_: None)
+    before = internals.hung_by_others()
+    layer(tensor)
+    assert internals.hung_by_others() > before
+
+
+def test_is_doubled():
+    given, found = [leaf(3, 4).detach()], leaf(5).detach()
+    assert internals.is_doubled(2 * found, found, given)
+    assert not internals.is_doubled(found, found, given), "as what is clipped comes out"
+    assert internals.is_doubled(
+        torch.full((5,), 1e-15, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), given
+    )
+    assert internals.is_doubled(found, found * float("nan"), given), "nothing can be told"
 
 
 def test_adds_up():

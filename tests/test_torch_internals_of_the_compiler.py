@@ -10,6 +10,7 @@ import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from engm import torch_internals as internals
 
@@ -125,6 +126,22 @@ def sees_a_later_hook(where) -> bool:
         compiled(torch.ones(1, 2))
         net[0].register_forward_hook(lambda module, args, output: output * 0)
         return not compiled(torch.ones(1, 2)).any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_operator_of_graphs():
+    def branch(x: Tensor) -> Tensor:
+        return x.sin() if internals.in_operator_of_graphs() else x.cos()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def region(x: Tensor) -> Tensor:
+        inside = torch.cond(x.sum() > 0, branch, lambda x: x.clone(), (x,))
+        return torch.stack([branch(x), inside, checkpoint(branch, x, use_reentrant=False)])
+
+    x = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(region(x), torch.stack([x.cos(), x.sin(), x.cos()]))
+    torch.testing.assert_close(torch.cond(x.sum() > 0, branch, lambda x: x.clone(), (x,)), x.sin())
+    assert not internals.in_operator_of_graphs()
 
 
 def test_guarding_hooks():

@@ -21,6 +21,7 @@ from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
 from ..distributed import on_any
+from ..graph.opaque import watched
 from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
 from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
@@ -32,7 +33,7 @@ from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import is_recorded, rows_of_nested
+from ..torch_internals import is_recorded, ours, rows_of_nested
 
 # Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
 # 40 µs; the CPU needs little more memory than the largest of them.
@@ -81,7 +82,7 @@ class TermCollector:
         """Nothing is collected yet, and the plan says what is to come."""
         self.squared: list[Tensor | None] = [None] * len(self.parameters)
         self.terms: dict[int, Term] = {}
-        self._surprise: Tensor | None = None  # whether a gradient came where the plan knows of none
+        self._surprise: Tensor | None = None  # whether the plan turned out not to hold
         self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._joined_uses = JoinedUses()
@@ -163,13 +164,15 @@ class TermCollector:
         graph = self.graph
         sinks = graph.sinks()
         targets: list[Any] = [*sinks, *inputs]
-        watched = graph.doubtful or graph.plan.told is not None
-        self._consume = not (retain_graph or watched)
+        unsure = graph.doubtful or graph.plan.told is not None
+        self._consume = not (retain_graph or unsure)
         self._waiting = {id(entry) for entry in graph.plan.entries if entry.waits(graph.trace)}
-        keep_graph = retain_graph or watched or bool(self._waiting) or graph.plan.behind_entries
+        keep_graph = retain_graph or unsure or bool(self._waiting) or graph.plan.behind_entries
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
-        with graph.collecting(self), statistics, self._watching(passed):
+        opaque = graph.plan.opaque if graph.doubtful else ()
+        functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect)
+        with graph.collecting(self), statistics, self._watching(passed), functions:
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)
@@ -199,9 +202,8 @@ class TermCollector:
         handles = []
         try:
             for position, entries in passed.items():
-                handles.append(
-                    self.graph.trace.order[position].register_prehook(partial(self._enter, position, entries))
-                )
+                node = self.graph.trace.order[position]
+                handles.append(ours(node.register_prehook(partial(self._enter, position, entries))))
             yield
         finally:
             for handle in handles:
@@ -303,7 +305,10 @@ class TermCollector:
         if gradient.numel() == 0:
             return
         largest = gradient.detach().reshape(*unknown.shape, -1).abs().amax(-1)
-        found = ((largest != 0) & unknown).any()
+        self._suspect(((largest != 0) & unknown).any())
+
+    def _suspect(self, found: Tensor) -> None:
+        """Note whether the plan turned out not to hold, 0-dimensional."""
         self._surprise = found if self._surprise is None else self._surprise | found
 
     def _enter(self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:

@@ -71,7 +71,7 @@ def input_norms(gradients: Tensor | Sequence[Tensor], rows: Sequence[Ownership],
     for part, ownership in zip(parts, rows, strict=True):
         dims = ownership.dims if isinstance(ownership, Owners) else 1 + ownership.dim
         squares = part.detach().to(accumulation_dtype(part)).abs().square()
-        squares = squares.reshape(part.shape[:dims].numel(), -1).sum(1)
+        squares = squares.unsqueeze(-1).flatten(dims).sum(-1).flatten()
         grouped = PerExampleGradient(squares).grouped(ownership.flattened(tuple(part.shape)))
         total = total + grouped.dense(slice(0, n))
     return torch.as_tensor(total).sqrt()

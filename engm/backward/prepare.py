@@ -65,19 +65,21 @@ def planned_losses(
     if not on_any(group, old is None, losses.device) and old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         model.skeletons.held(skeleton)
-        graph = PlannedGraph(traced, old, n, model.plans, measured, False)
+        graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
     elif (known := model.skeletons.restless(skeleton)) is not None and may_be_told(known, traced, n):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
-        graph = PlannedGraph(traced, told, n, model.plans, measured, False)
+        graph = PlannedGraph(traced, told, n, model.plans, measured, False, model.watch.steps)
     else:
         graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
     if model.observer is not None:
         model.observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
     watch = watch and strict and not is_recorded()  # a recorded step is held against one that was not
-    due = watch and model.watch.due(skeleton, model.check_every) and not graph.plan.blind
-    if on_any(group, due, losses.device):
+    structure = (skeleton, "hooked") if traced.hooked else skeleton
+    # Hooks on a node do not run where examples are backpropagated one by one from there on.
+    due = (watch and model.watch.due(structure, model.check_every)) or (graph.plan.coupled and traced.hooked)
+    if on_any(group, due and not graph.plan.blind, losses.device):
         check_identity(graph, losses, model.watch.steps, scale)
-        model.watch.passed(skeleton)
+        model.watch.passed(structure)
     return graph

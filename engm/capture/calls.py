@@ -25,6 +25,7 @@ from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
     Node,
     address_of,
+    hung_by_others,
     own_parameters,
     trained_of,
     tree_leaves,
@@ -296,12 +297,13 @@ class Capture:
         ranks: the processes that the pass ran among, if it did: their batches are one batch.
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
             were packed.
-        input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of all tensors that it was called with.
+        hooks_before: how many hooks others had hung when it began, see :func:`engm.torch_internals.hung_by_others`.
     """
 
     def __init__(self, owner: Wrapper) -> None:
         self.owner = owner
+        self.hooks_before = hung_by_others()
         self.collector: Collector | None = None
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self.ranks: Ranks | None = None

@@ -31,6 +31,7 @@ from ..torch_internals import (
     dynamo_in_use,
     graphs_that_can_be_kept,
     guarding_hooks,
+    in_operator_of_graphs,
     is_compiled_region,
     own_buffers,
     skip_code,
@@ -248,9 +249,12 @@ def traceable(
     reads = tapped and rule.reads_activations(trained)
 
     def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
-        run(before, module, args)
+        if not in_operator_of_graphs():
+            run(before, module, args)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        if in_operator_of_graphs():
+            return None
         if not torch.compiler.is_compiling():
             return run(record, module, args, kwargs, output)
         if not torch.is_grad_enabled():

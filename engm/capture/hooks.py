@@ -22,7 +22,9 @@ from ..rules.arguments import Arguments
 from ..torch_internals import (
     first_forward_hooks,
     first_global_forward_hook,
+    in_operator_of_graphs,
     is_view,
+    ours,
     selective_checkpoint,
     some_global_forward_hook,
     tree_flatten,
@@ -58,11 +60,11 @@ def hooked(
             elif isinstance(rule, WholeCallRule):
                 before, record = _whole_call_hooks(capture, name, rule, thread)
             else:
-                record = CallRecorder(capture, name, rule, Call, _refuse, isinstance(rule, FunctionRule))
+                record = _call_hook(CallRecorder(capture, name, rule, Call, _refuse, isinstance(rule, FunctionRule)))
             if adapt is not None:
                 before, record = adapt(before, record, name, module, rule)
             if before is not None:
-                handles.append(module.register_forward_pre_hook(before))
+                handles.append(ours(module.register_forward_pre_hook(before)))
             records[module] = record
         if some_global_forward_hook():
             handles.append(_before_all_hooks(records))
@@ -73,6 +75,18 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _call_hook(recorder: CallRecorder) -> Record:
+    """A forward hook for a module that takes and returns one tensor."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Tensor | None:
+        # A hook of another thread, taken off meanwhile, may be called without kwargs; hence the default.
+        if torch.compiler.is_dynamo_compiling() and in_operator_of_graphs():
+            return None
+        return recorder(module, args, kwargs, output)
+
+    return record
 
 
 def _refuse(name: str, module: nn.Module, activations: Any, output: Any) -> None:
@@ -94,7 +108,7 @@ def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
     """A forward hook for a module whose parameters are accounted for by operators: it notes what the module read."""
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
+        if in_operator_of_graphs() or threading.get_ident() != thread or not torch.is_grad_enabled():
             return
         _refuse_selective_checkpoint(name, module)
         taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
@@ -114,11 +128,11 @@ def _whole_call_hooks(capture: Capture, name: str, rule: WholeCallRule, thread: 
     prepared: list[Any] = []  # more than one entry where a module calls itself
 
     def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == thread and torch.is_grad_enabled():
+        if not in_operator_of_graphs() and threading.get_ident() == thread and torch.is_grad_enabled():
             prepared.append(rule.before(module))
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-        if threading.get_ident() != thread or not torch.is_grad_enabled():
+        if in_operator_of_graphs() or threading.get_ident() != thread or not torch.is_grad_enabled():
             return None
         before = prepared.pop() if prepared else None
         arguments = Arguments(args, kwargs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..torch_internals import ours
 from .layers import named_modules
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def noting_leaves(
                 found = module.named_parameters(prefix)
                 leaves.update((name, tensor) for name, tensor in found if not isinstance(tensor, DTensor))
 
-            handles.append(part.register_forward_pre_hook(note))  # after fully_shard's own, which gathers them
+            handles.append(ours(part.register_forward_pre_hook(note)))  # after fully_shard's own, which gathers them
         yield
     finally:
         for handle in handles:

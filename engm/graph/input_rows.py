@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
+from ..distributed import on_any
 from ..rules.entries import BATCH_NORMS
 from ..terms.layout import Layout
-from ..terms.owners import NOBODY, Ownership
+from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import batch_norm_statistics, operator_name
 from .arrangement import arranged
 from .owners import SEVERAL, Question
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], seed: float = 1.0) -> Plan:
     """Where the examples lie in tensors that the losses depend on, as the ``layouts`` of a plan.
 
-    Where several examples have a share in a row, as behind a batch norm in training mode, or where no gradient comes
-    to, examples are taken to lie along the first dimension in order, several times if there are as many rows.
+    Where several examples have a share in an element, as behind a batch norm in training mode, or where no gradient
+    comes to, examples are taken to lie along the first dimension in order, several times if there are as many rows.
 
     Args:
         traced: the graph.
@@ -53,8 +55,13 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     question.ask(structure.looked_at, tensors=tensors)
     found: list[Ownership] = []
     keeps = not question.blind
+    by_tensor = dict(question.tensors)
+    mixed = [number for number, owners in by_tensor.items() if bool((owners == SEVERAL).any())]
+    if on_any(traced.group, bool(mixed), losses.device):  # the examples may lie along the last dimension
+        question.ask((), by_element=True, tensors=[tensors[number] for number in mixed])
+        by_tensor |= {number: question.tensors[k] for k, number in enumerate(mixed) if k in question.tensors}
     for number, tensor in enumerate(tensors):
-        owners = question.tensors.get(number)
+        owners = by_tensor.get(number)
         if owners is None or bool((owners == SEVERAL).any()) or not bool((owners != NOBODY).any()):
             found.append(_required(usual[number], tensor, n))
             continue
@@ -62,7 +69,7 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if isinstance(arrangement.ownership, Layout):
             found.append(arrangement.ownership)
         else:
-            found.append(type(arrangement.ownership)(arrangement.ownership.of.to(losses.device), n))
+            found.append(Owners(arrangement.ownership.of.to(losses.device), n))
             keeps = keeps and arrangement.unknown is None
     holds = _plan_as_if_trained(traced, losses, seed)
     return Plan(tuple(found), routes=holds.routes, keeps=keeps and holds.keeps and not holds.doubtful)
@@ -91,6 +98,8 @@ def _plan_as_if_trained(traced: Trace, losses: Tensor, seed: float) -> Plan:
 
 def _usual(tensor: Tensor, n: int) -> Ownership | None:
     rows = tensor.shape[0] if tensor.dim() else 0
+    if tensor.dim() and rows == 0:
+        return Owners(torch.zeros(0, dtype=torch.long, device=tensor.device), n)
     if rows == 0 or rows % n:
         return None
     return Layout(0, 1, rows) if n == 1 else Layout(0, rows // n, 1)

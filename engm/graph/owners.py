@@ -29,7 +29,7 @@ from ..capture.calls import Call
 from ..distributed import most
 from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
-from ..torch_internals import node_outputs, rows_of_nested
+from ..torch_internals import node_outputs, ours, rows_of_nested
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ class Question:
                 else:
                     found[key].add_digit(seen, place)
             place *= base
+        calls: dict[int, list[Tensor]] = {}
         for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
             blind = owners == BLIND
             if bool(blind.any()):
@@ -228,9 +229,10 @@ class Question:
             elif key[0] == "edge":
                 self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
-                self.calls.setdefault(key[1], []).append(owners)
+                calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
+        self.calls |= calls  # what was asked again counts
 
     def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
         """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""
@@ -276,8 +278,8 @@ class Question:
             if (child := traced.children[position][slot]) is not None and child < 0
         }
         tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
-        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
-        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
+        handles = [ours(traced.order[p].register_prehook(partial(self._arrived, p))) for p in passed]
+        handles += [ours(traced.order[p].register_hook(partial(self._passed_on, p))) for p in self._edges]
         try:
             with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
                 gradients: Sequence[Tensor | None] = ()
@@ -316,7 +318,7 @@ class Question:
     def _take(self, key: Any, gradient: Tensor | None) -> None:
         if gradient is None:
             return
-        self._prints[key] = print_of(_dense(gradient), self._by_element)
+        self._prints[key] = print_of(dense(gradient), self._by_element)
 
     def holds(self, call: Call) -> bool:
         """No: gradients are looked at and let go."""
@@ -358,7 +360,7 @@ class Answers:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        plain = print_of(_dense(gradient), False)
+        plain = print_of(dense(gradient), False)
         scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
         met = self._met.setdefault(plain.shape, [])
         for factors, owners in met:  # most layers work on the rows that another one worked on
@@ -378,7 +380,8 @@ class Answers:
         return owners
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """The same numbers detached, one behind the other; of a nested gradient its rows."""
     gradient = gradient.detach()
     if gradient.is_nested:
         gradient = rows_of_nested(gradient)

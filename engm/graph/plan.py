@@ -123,6 +123,21 @@ class Route:
         return alike and torch.equal(now, self.values)
 
 
+@dataclass(frozen=True, eq=False)
+class OpaqueFunction:
+    """A function whose backward is the user's.
+
+    Attributes:
+        position: of its node.
+        outputs: where the examples lie in each of the node's outputs; None for one without a gradient.
+        inputs: by input (slot) that gradients go on from to a parameter, where the examples lie there.
+    """
+
+    position: int
+    outputs: tuple[Ownership | None, ...]
+    inputs: Mapping[int, Ownership]
+
+
 class UntoldError(Exception):
     """A row is of several examples, or a rule cannot be told where its examples lie: the graph has to be measured."""
 
@@ -169,6 +184,7 @@ class Plan:
             whose they are.
         unknown_of_nodes: the same by entering node (position).
         junctions: by position and number of the output.
+        opaque: functions of the user's, which have to treat the examples apart for the plan to hold.
         told: tells the layouts when gradients arrive; those that are there are of another graph.
     """
 
@@ -189,12 +205,14 @@ class Plan:
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
     junctions: Mapping[tuple[int, int], Junction] = field(default_factory=dict)
+    opaque: tuple[OpaqueFunction, ...] = ()
     told: Told | None = None
 
     @property
     def doubtful(self) -> bool:
-        """Whether a gradient where none was before would make the plan void."""
-        return bool(self.silent or self.unknown_of_calls or self.unknown_of_nodes or self.junctions)
+        """Whether a gradient where none was before, or a function that mixes examples, would make the plan void."""
+        unknown = self.silent or self.unknown_of_calls or self.unknown_of_nodes or self.junctions
+        return bool(unknown or self.opaque)
 
 
 def sinks_of(
@@ -215,7 +233,9 @@ class PlanCache(dict[Hashable, list[Plan]]):
     """The plans of the structures that were met, by signature; the oldest goes when there are too many."""
 
     def find(self, signature: Hashable, traced: Trace) -> Plan | None:
-        """The plan that holds for a graph, if there is one."""
+        """The plan that holds for a graph, if there is one; whose hooks are unknown holds nothing from before."""
+        if traced.hooked:
+            return None
         for plan in self.get(signature, ()):
             if all(route.holds(traced) for route in plan.routes):
                 return plan
@@ -240,7 +260,8 @@ class PlannedGraph:
         plans: the wrapper's, where what is measured is remembered.
         measured: makes a plan from this very graph.
         fresh: whether the plan was made from this very graph.
-        surprises: while a step is recorded, whether gradients came where the plan knows of none, 0-dimensional.
+        step: how many graphs the wrapper has met.
+        surprises: while a step is recorded, whether the plan turned out not to hold, 0-dimensional.
     """
 
     trace: Trace
@@ -249,6 +270,7 @@ class PlannedGraph:
     plans: PlanCache
     measured: Callable[[], Plan]
     fresh: bool
+    step: int = 0
     surprises: list[Tensor] = field(default_factory=list)
 
     @property
@@ -258,7 +280,7 @@ class PlannedGraph:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the plan has to be watched: it is of another graph, in which some rows had no gradient."""
+        """Whether the plan has to be watched: it is of another graph, and may not hold for gradients like these."""
         return not self.fresh and self.plan.doubtful
 
     def renew(self) -> None:

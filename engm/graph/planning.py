@@ -37,8 +37,9 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
+from .opaque import is_users, opaque_functions
 from .owners import SEVERAL, Key, Question
-from .plan import Junction, Plan, PlannedEntry, Route, sinks_of
+from .plan import Junction, OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
 from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
 from .trace import Trace
@@ -263,10 +264,13 @@ class _Planner:
             own = (owners for number in range(8) if (owners := nodes.get((position, number))) is not None)
             apart = position not in mixed and any(bool((owners > 0).any()) for owners in own)
             owned.append(apart or any(owned[child] for child in children if child is not None and child >= 0))
+        # What clips every element by itself makes rows look mixed in which nothing tells of the examples' data.
+        all_of_them = self.traced.hooked or any(map(is_users, self.traced.order))
         return {
             p
             for p in mixed
-            if self.structure.trains[p] and (owned[p] or self.structure.reads_data(p, self.model, self.n) is not None)
+            if self.structure.trains[p]
+            and (all_of_them or owned[p] or self.structure.reads_data(p, self.model, self.n) is not None)
         }
 
     def _couplings(self) -> tuple[int, ...]:
@@ -448,10 +452,13 @@ class _Planner:
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
         routes, keeps = self._routes()
+        opaque, watchable = self._opaque()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         keeps = (
             keeps
+            and watchable
+            and not self.traced.hooked
             and not self.blind
             and not (irregular and self._some_unseen())
             and not self._parted_by_zeros({route.position for route in routes})
@@ -466,6 +473,7 @@ class _Planner:
             couples=bool(frozen or couplings),
             of_all_ranks=self.traced.synchronised,
             coupled=coupled,
+            opaque=tuple(opaque),
             routes=tuple(routes),
             keeps=keeps,
             blind=bool(self.blind),
@@ -534,6 +542,17 @@ class _Planner:
         skip = self.shared | self.silent | self.structure.no_inputs
         return routes_of(self.traced, self.structure, self.nodes, skip, self.n)
 
+    def _opaque(self) -> tuple[list[OpaqueFunction], bool]:
+        """Functions of the user's on the way, and whether all of them can be watched."""
+        if self.n == 1 and self.group is None:
+            return [], True
+
+        def where(position: int, number: int) -> Ownership | None:
+            found = self._arranged_output(position, number)
+            return None if found is None else self._on_device(found.ownership)
+
+        return opaque_functions(self.traced, self.structure, where, self.shared | self.silent)
+
     def _layout_of(self, number: int) -> Ownership | None:
         arrangement = self.arranged.get(number)
         return None if arrangement is None else self._on_device(arrangement.ownership)
@@ -599,9 +618,12 @@ class _Planner:
         raise RefusedError(
             f"engm: {what} for some examples influences the losses of other examples, so that a loss is not its own "
             f"example's alone.{where} Something between this layer and the losses mixes the batch (x - x.mean(0), a "
-            "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs). Replace it, or wrap "
-            "with GradNormModule(net, coupled='exact'), which takes the gradients of all losses through it: right, and "
-            "as slow as one backpropagation an example from there on."
+            "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs, a gradient clipped by "
+            "its norm over the batch in a hook or a torch.autograd.Function). Replace it, or wrap with "
+            "GradNormModule(net, coupled='exact'), which takes the gradients of all losses through it: right, and as "
+            "slow as one backpropagation an example from there on. What cancels in the gradient, as the maximum over "
+            "the batch in a softmax does, can be detached. Rows that are no example's but shared by all, as prompts or "
+            "class names, count for the examples' if there are n, or a multiple: make them a buffer of the network."
         )
 
     def _refuse_regions(self) -> None:
@@ -661,6 +683,6 @@ def region_message(shown: str) -> str:
         f"engm: a region made by torch.compile uses {shown} outside of layer calls that were captured, so their "
         "per-example gradients cannot be seen. If the network was compiled and called before it was wrapped, call "
         "torch.compiler.reset() once. If these parameters are used directly (a class token, "
-        "F.linear(x, layer.weight), a table of positions, a layer without a rule), leave that part uncompiled with "
-        "torch.compiler.disable, or freeze them."
+        "F.linear(x, layer.weight), a table of positions, a layer without a rule, a branch of torch.cond), leave that "
+        "part uncompiled with torch.compiler.disable, or freeze them."
     )

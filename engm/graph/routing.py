@@ -316,7 +316,8 @@ def routes_of(
         elif name not in FIXED:
             found = list(_routes_of_node(position, node))
             routes += [route for route in found if _moves_rows(route, node, name, behind, owners, n)]
-        if name not in ELEMENTWISE and name not in MOVING and _mixes(traced, position, name, owners, skip, n):
+        apart = name in ELEMENTWISE or name in MOVING or is_python_function(node)  # the last is watched at every step
+        if not apart and _mixes(traced, position, name, owners, skip, n):
             return [], False
         if name in ELEMENTWISE and _spreads(traced, position, owners, skip, n):
             return [], False

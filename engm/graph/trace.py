@@ -24,6 +24,7 @@ from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
+    hung_by_others,
     is_kind_of_region,
     let_graph_be_kept,
     node_name,
@@ -128,6 +129,17 @@ class Trace:
     def synchronised(self) -> bool:
         """Whether some batch norm takes its statistics from the batches of several processes."""
         return any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
+
+    @cached_property
+    def hooked(self) -> bool:
+        """Whether others hung hooks since the owner's forward passes began, which may hang in the graph.
+
+        A hook that clips a gradient by its norm makes examples influence each other once it bites. Under
+        ``fully_shard`` torch hangs hooks of its own at every step, and the answer is no.
+        """
+        if self.owner is None or self.owner.shard_group is not None:
+            return False
+        return any(capture.hooks_before != hung_by_others() for capture in self.own_captures)
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:

@@ -35,6 +35,8 @@ MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 OUT_OF_USE = 100  # steps after which a program makes room for another
 MOST_REPLACED = 3  # times that a program is made anew because tensors were replaced
 COMPARED = "recorded, and compared with its replay"  # why the step at which a program is made runs as it is
+# Why a program that was made, or was to be, is not used at a step.
+NO_LONGER_HOLDS = "gradients came where there were none before, or a function of yours mixed the examples"
 LossFunction = Callable[..., Any]
 
 
@@ -207,7 +209,7 @@ class RecordedStep:
         if before is not None and bool(outputs.pop()):
             before.put_back()
             del self._recordings[key], self._used[key]
-            return self._eager(call, "gradients came where there were none before")
+            return self._eager(call, NO_LONGER_HOLDS)
         gradients, figures, carried = _split(recording, outputs)
         stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
@@ -434,7 +436,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         model.observer = None
     watches = described[-1]
     if watches and bool(outputs[len(outputs) - len(routes) - 1]):
-        raise UnrecordableError("gradients came where there were none before")
+        raise UnrecordableError(NO_LONGER_HOLDS)
     first = len(outputs) - len(routes)
     if hang_on_data(module, first, data):
         raise UnrecordableError(
@@ -466,7 +468,8 @@ def _refuse_unsettled(graph: PlannedGraph) -> None:
     plan = graph.plan
     if plan.told is not None or not plan.keeps:
         raise UnrecordableError(
-            "rows are moved by data, so that whose they are is measured at every step", for_good=True
+            "rows are moved by data, or hooks change gradients, so that whose rows are whose is measured at every step",
+            for_good=True,
         )
     if plan.blind:
         raise UnrecordableError("some gradients are not finite")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
-from ..torch_internals import adds_up, passed_to_input, rows_of_nested
+from ..torch_internals import adds_up, is_doubled, passed_to_input, rows_of_nested
 from .entries import Entry, owners_of
 
 
@@ -109,6 +109,7 @@ def backward_of_each(
     shape: tuple[int, ...],
     *,
     is_complex: bool = False,
+    nonlinear: Callable[[], Exception] | None = None,
 ) -> Tensor:
     """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
 
@@ -119,6 +120,7 @@ def backward_of_each(
         gradients: ``[batch, ...]`` for every output; None where there is none.
         shape: of the input.
         is_complex: whether the input has complex numbers.
+        nonlinear: the error to raise where not even the loop adds up; None: the loop's result is what is wanted.
 
     Returns:
         ``[batch, *shape]``.
@@ -132,7 +134,11 @@ def backward_of_each(
             return found
         return (parts[0] if is_complex else parts[0].real).new_zeros(shape)
 
-    if given[0].shape[0] > 1:
+    def whole() -> Tensor:
+        return one(*(g.sum(0) for g in given))
+
+    batch = given[0].shape[0]
+    if batch > 1:
         try:
             with warnings.catch_warnings():  # that an operator has no batching rule, which a user can do nothing about
                 warnings.filterwarnings("ignore", "There is a performance drop")
@@ -140,6 +146,13 @@ def backward_of_each(
         except (RuntimeError, ValueError):
             pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:
-            if adds_up(batched, one(*(g.sum(0) for g in given))):
+            if adds_up(batched, whole()):
                 return batched
-    return torch.stack([one(*(g[i] for g in given)).detach() for i in range(given[0].shape[0])])
+    each = torch.stack([one(*(g[i] for g in given)).detach() for i in range(batch)])
+    if nonlinear is not None and batch > 1 and not adds_up(each, total := whole()):  # or nothing but rounding is left
+        sizes = torch.stack([g.detach().flatten(1).abs().amax(1) for g in given if g.numel()]).sum(0)
+        largest = int(sizes.argmax())
+        for gradients_of, found in (([g[largest] for g in given], each[largest]), ([g.sum(0) for g in given], total)):
+            if not is_doubled(one(*(2 * g for g in gradients_of)), found, gradients_of):
+                raise nonlinear()
+    return each

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..checks import RefusedError
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
-from ..torch_internals import decided, leaf_of, node_outputs, operator_name, saved_option
+from ..torch_internals import decided, leaf_of, node_name, node_outputs, operator_name, saved_option
 from .any_operator import backward_of_each
 from .same_tensor import same_tensors
 from .weight_norm import through_weight_norm
@@ -185,6 +187,9 @@ def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Seque
 
     Returns:
         ``[k, *parameter.shape]``, the sums over the tensors.
+
+    Raises:
+        RuntimeError: what lies in between is not linear in the gradients.
     """
     found: list[Tensor] = []
     others: list[tuple[GradientEdge, Tensor]] = []
@@ -202,5 +207,15 @@ def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Seque
 
     if left:
         given = [gradient for _, gradient in others]
-        found.append(backward_of_each(of, given, tuple(parameter.shape), is_complex=parameter.is_complex()))
+        shape, is_complex = tuple(parameter.shape), parameter.is_complex()
+        found.append(backward_of_each(of, given, shape, is_complex=is_complex, nonlinear=partial(_nonlinear, left)))
     return sum_of(found)
+
+
+def _nonlinear(edges: Sequence[GradientEdge]) -> RefusedError:
+    names = ", ".join(sorted({node_name(edge.node) for edge in edges}))
+    return RefusedError(
+        f"engm: between {names} and a parameter a hook or a torch.autograd.Function changes gradients by how large "
+        "they are, so that the gradients of the examples do not add up to the gradient. Leave it out, or clip the "
+        "parameter's .grad after the backward pass."
+    )

@@ -56,6 +56,42 @@ def test_several_rows_an_example(layout):
     assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6, 6), (4, 2, 6)])
+def test_examples_along_the_last_dimension(shape):
+    """Rows are of several examples there, and elements are not."""
+
+    class FeaturesFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(torch.Size(shape[:-1]).numel(), 3)
+
+        def forward(self, x):
+            return self.layer(x.movedim(-1, 0).flatten(1))
+
+    model = engm.GradNormModule(FeaturesFirst().double())
+    for step in range(3):
+        x = tensor(*shape, seed=step).requires_grad_()
+        losses = random_losses(model(x))
+        assert relative(engm.measure(model, losses, x).input_norms, norms_of(losses, x)) <= 1e-9
+
+
+def test_an_input_without_elements():
+    """As many images as there are in the batch, which may be none."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x, images):
+            return self.layer(x + torch.cat([images, images.new_zeros(1, 4)]).sum(0))
+
+    model = engm.GradNormModule(Both().double())
+    x, images = tensor(5, 4).requires_grad_(), tensor(0, 4).requires_grad_()
+    losses = random_losses(model(x, images))
+    assert relative(engm.measure(model, losses, (x, images)).input_norms, norms_of(losses, x)) <= 1e-9
+
+
 ORDER = torch.tensor([0, 1, 2, 3, 7, 6, 5, 4])
 
 

@@ -46,6 +46,40 @@ def test_mixing_before_a_layer(between):
         engm.measure(model, random_losses(model(X)))
 
 
+class Prompts(nn.Module):
+    """Attends to prompts that all examples share, given as an input or held as a buffer."""
+
+    def __init__(self, prompts: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.first, self.keys = nn.Linear(5, 4), nn.Linear(5, 4)
+        self.register_buffer("prompts", prompts)
+        self.double()
+
+    def forward(self, x: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+        keys = self.keys(self.prompts if given is None else given)
+        return (torch.tanh(self.first(x)) @ keys.T).softmax(-1) @ keys
+
+
+@pytest.mark.parametrize("rows", [6, 12])
+def test_as_many_prompts_as_examples(rows):
+    """Texts that the images of a batch are compared with look the same; a buffer is nobody's data."""
+    prompts = tensor(rows, 5, seed=1)
+    refused(Prompts(), rf"'keys' \(Linear\).*{MIXING}.*a buffer of the network", lambda m: random_losses(m(X, prompts)))
+    check(Prompts(prompts), lambda m: random_losses(m(X)))
+
+
+def test_a_shift_that_cancels():
+    """The maximum over the batch cancels in a softmax but for rounding, which looks like an influence."""
+
+    def shifted(x: torch.Tensor, detach: bool) -> torch.Tensor:
+        largest = x.detach().max() if detach else x.max()
+        return (x - largest).exp() / (x - largest).exp().sum(-1, keepdim=True)
+
+    refused(Around(lambda x: shifted(5 * x, False)), rf"{MIXING}.*can be detached")
+    check(Around(lambda x: shifted(5 * x, True)).double(), lambda m: random_losses(m(X)))
+    check(Around(lambda x: shifted(5 * x, False)).double(), lambda m: random_losses(m(X)), coupled="exact")
+
+
 def test_mixing_after_the_last_layer():
     refused(Around(after=lambda x: x - x.mean(0)), rf"'second' \(Linear\).*{MIXING}")
 

@@ -304,6 +304,36 @@ def test_gradients_that_come_later():
     assert report.recorded >= 1
 
 
+class Clip(torch.autograd.Function):
+    """Hands on its input, and backwards the gradient, clipped by its norm over the batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (10 / gradient.norm()).clamp(max=1)
+
+
+def test_a_function_that_begins_to_mix_the_examples():
+    """It is replayed, watched, and refused at the step at which it bites; that step changes nothing."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
+    model = engm.GradNormModule(nn.ModuleList([first, last]))
+    model.unwrap().forward = lambda x: last(Clip.apply(first(x)))
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.01), 1.0)
+    step = engm.record(opt, lambda x: model(x).square().sum(1))
+    for number in range(6):
+        x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        assert torch.equal(step(x).norms, engm.per_example_grad_norms(model, model(x).square().sum(1)))
+        opt.zero_grad()
+    assert step.report().replayed >= 3, step.report()
+    with pytest.raises(RuntimeError, match="for some examples influences"):
+        step(1000 * x)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_memory_is_let_go():
     """What was replayed keeps nothing of a batch but what it returns."""
     t = training()
