@@ -2,11 +2,14 @@
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_hook.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <typeinfo>
 #include <utility>
 
 namespace engm {
@@ -88,6 +91,25 @@ std::vector<py::object> read_records(Node& node) {
   for (auto hook = first; hook != hooks.end(); ++hook)
     found.push_back(py::reinterpret_borrow<py::object>(static_cast<const GraphRecord&>(**hook).object()));
   return found;
+}
+
+// Whether a list of hooks has one that runs something: torch leaves an empty dictionary behind where hooks of Python were
+// taken off. Its classes are known by their names, as their types are not exported.
+template <class OfPython, class Hook>
+bool any_runs(const std::vector<std::unique_ptr<Hook>>& hooks, const char* name) {
+  return std::any_of(hooks.begin(), hooks.end(), [name](const std::unique_ptr<Hook>& hook) {
+    if (dynamic_cast<const GraphRecord*>(hook.get()) != nullptr) return false;
+    const Hook& one = *hook;
+    if (std::strstr(typeid(one).name(), name) == nullptr) return true;
+    return PyDict_Size(static_cast<const OfPython&>(one).dict) != 0;
+  });
+}
+
+bool is_hooked(Node& node) {
+  namespace autograd = torch::autograd;
+  return any_runs<autograd::PyFunctionTensorPreHook>(node.tensor_pre_hooks(), "PyFunctionTensorPreHook") ||
+         any_runs<autograd::PyFunctionPreHook>(node.pre_hooks(), "PyFunctionPreHook") ||
+         any_runs<autograd::PyFunctionPostHook>(node.post_hooks(), "PyFunctionPostHook");
 }
 
 void bind_graph_records(py::module_& m) {

@@ -38,6 +38,9 @@ void write_record(torch::autograd::Node& node, pybind11::object object, int64_t 
 // for the gradient that those return is the one that counts.
 std::vector<pybind11::object> read_records(torch::autograd::Node& node);
 
+// Whether hooks of the user's hang on a node or on its outputs, other than those that keep gradients alone.
+bool is_hooked(torch::autograd::Node& node);
+
 void bind_graph_records(pybind11::module_& m);
 
 }  // namespace engm

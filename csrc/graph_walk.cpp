@@ -50,6 +50,7 @@ py::tuple shapes_of(const Node& node) {
 //   shapes    for each the shapes of its outputs
 //   leaves    in the order that they were met
 //   tokens    (place in `order`, leaf) where an input is a leaf that has the attribute `token`; it is not counted as one
+//   hooked    (last) whether hooks of others hang on a node or on what it made
 //   records   (place in `order`, object) for every object that was written on a node (graph_records.h), in that order
 py::tuple walk(const at::Tensor& root, const std::string& token) {
   struct Frame {
@@ -57,6 +58,7 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
     size_t next;  // the input to go to
   };
   py::list order, children, numbers, shapes, leaves, tokens, records;
+  bool hooked = false;
   std::unordered_map<const Node*, int64_t> positions, met;  // of nodes, of leaves
   std::unordered_map<const Node*, py::object> token_of;
   const py::tuple all_first(0);
@@ -86,12 +88,13 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
       numbers.append(std::move(found));
     }
     shapes.append(shapes_of(*node));
+    hooked = hooked || is_hooked(*node);
     for (auto& record : read_records(*node)) records.append(py::make_tuple(order.size(), std::move(record)));
     positions.emplace(node, order.size());
   };
 
   const auto& first = root.grad_fn();
-  if (first == nullptr) return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records);
+  if (first == nullptr) return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records, hooked);
   // The edges keep all nodes but the first alive, and the root that one.
   std::unordered_map<const Node*, bool> seen{{first.get(), true}};
   std::vector<Frame> stack{{first.get(), 0}};
@@ -136,7 +139,7 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
   for (const auto& [node, position] : positions)
     for (const auto& edge : node->next_edges())
       if (edge.function != nullptr) put(edge.function);
-  return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records);
+  return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records, hooked);
 }
 
 }  // namespace

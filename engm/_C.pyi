@@ -80,6 +80,7 @@ def walk_graph(
     list[Tensor],
     list[tuple[int, Tensor]],
     list[tuple[int, Any]],
+    bool,
 ]: ...
 
 ALL_GRADIENTS: int

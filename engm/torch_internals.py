@@ -282,29 +282,10 @@ def selective_checkpoint() -> bool:
     return any(isinstance(mode, _CachingTorchDispatchMode) for mode in _get_current_dispatch_mode_stack())
 
 
-_OURS = [0]  # how many hooks were hung by engm
-
-
-def ours(handle: RemovableHandle) -> RemovableHandle:
-    """The handle of a hook, which was hung by engm: :func:`hung_by_others` does not count it."""
-    _OURS[0] += 1
-    return handle
-
-
-def hung_by_others() -> int:
-    """How many hooks were hung so far, on anything, by anybody but engm; it never falls.
-
-    A graph does not tell which hooks hang on its tensors and nodes. That this number is as it was before the graph was
-    made tells that there are none.
-    """
-    return RemovableHandle.next_id - _OURS[0]
-
-
 def _hook_number() -> int:
-    """A number that no hook has, for one of engm's."""
+    """A number that no hook has."""
     number = RemovableHandle.next_id
     RemovableHandle.next_id += 1
-    _OURS[0] += 1
     return number
 
 
@@ -493,7 +474,7 @@ def some_global_forward_hook() -> bool:
 
 def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     """A forward hook on all modules that runs before those that others put on all modules."""
-    handle = ours(register_module_forward_hook(hook, with_kwargs=True))
+    handle = register_module_forward_hook(hook, with_kwargs=True)
     cast(Any, _global_forward_hooks).move_to_end(handle.id, last=False)
     return handle
 

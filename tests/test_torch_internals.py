@@ -195,39 +195,6 @@ def test_passed_to_inputs():
     assert given[1] is None
 
 
-def test_ours():
-    """Every hook of others is counted, whatever it hangs on, and none of engm's."""
-    _, _, output = scaled()
-    tensor, layer = leaf(3) * 2, torch.nn.Linear(3, 3).double()
-    hanging = (
-        *(tensor.register_hook, tensor.grad_fn.register_hook, tensor.grad_fn.register_prehook),
-        *(output.grad_fn.register_hook, output.grad_fn.register_prehook),
-        *(layer.register_forward_hook, layer.register_forward_pre_hook, layer.register_full_backward_hook),
-    )
-    for hang in hanging:
-        before = internals.hung_by_others()
-        hang(lambda *_: None)
-        assert internals.hung_by_others() == before + 1
-        internals.ours(hang(lambda *_: None))
-        assert internals.hung_by_others() == before + 1
-
-
-def test_hung_by_others():
-    """Those that a module with a hook for the backward pass hangs on its graph are counted, and no hook of engm's."""
-    tensor, layer = leaf(3) * 2, torch.nn.Linear(3, 3).double()
-    before = internals.hung_by_others()
-    internals.hang_on(tensor, lambda gradient: None)
-    internals.hang_on(leaf(3) * 2, lambda gradient: None)
-    with internals.first_forward_hooks({layer: lambda *_: None}):
-        layer(tensor)
-    internals.first_global_forward_hook(lambda *_: None).remove()
-    assert internals.hung_by_others() == before
-    layer.register_full_backward_hook(lambda *_: None)
-    before = internals.hung_by_others()
-    layer(tensor)
-    assert internals.hung_by_others() > before
-
-
 def test_is_doubled():
     given, found = [leaf(3, 4).detach()], leaf(5).detach()
     assert internals.is_doubled(2 * found, found, given)

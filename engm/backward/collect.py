@@ -33,7 +33,7 @@ from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import is_recorded, ours, rows_of_nested
+from ..torch_internals import is_recorded, rows_of_nested
 
 # Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
 # 40 µs; the CPU needs little more memory than the largest of them.
@@ -203,7 +203,7 @@ class TermCollector:
         try:
             for position, entries in passed.items():
                 node = self.graph.trace.order[position]
-                handles.append(ours(node.register_prehook(partial(self._enter, position, entries))))
+                handles.append(node.register_prehook(partial(self._enter, position, entries)))
             yield
         finally:
             for handle in handles:

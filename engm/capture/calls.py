@@ -25,7 +25,6 @@ from ..rules.arguments import Arguments, Frame
 from ..torch_internals import (
     Node,
     address_of,
-    hung_by_others,
     own_parameters,
     trained_of,
     tree_leaves,
@@ -298,12 +297,10 @@ class Capture:
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
             were packed.
         input_storages: addresses of the memory of all tensors that it was called with.
-        hooks_before: how many hooks others had hung when it began, see :func:`engm.torch_internals.hung_by_others`.
     """
 
     def __init__(self, owner: Wrapper) -> None:
         self.owner = owner
-        self.hooks_before = hung_by_others()
         self.collector: Collector | None = None
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self.ranks: Ranks | None = None

@@ -24,7 +24,6 @@ from ..torch_internals import (
     first_global_forward_hook,
     in_operator_of_graphs,
     is_view,
-    ours,
     selective_checkpoint,
     some_global_forward_hook,
     tree_flatten,
@@ -64,7 +63,7 @@ def hooked(
             if adapt is not None:
                 before, record = adapt(before, record, name, module, rule)
             if before is not None:
-                handles.append(ours(module.register_forward_pre_hook(before)))
+                handles.append(module.register_forward_pre_hook(before))
             records[module] = record
         if some_global_forward_hook():
             handles.append(_before_all_hooks(records))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..torch_internals import ours
 from .layers import named_modules
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def noting_leaves(
                 found = module.named_parameters(prefix)
                 leaves.update((name, tensor) for name, tensor in found if not isinstance(tensor, DTensor))
 
-            handles.append(ours(part.register_forward_pre_hook(note)))  # after fully_shard's own, which gathers them
+            handles.append(part.register_forward_pre_hook(note))  # after fully_shard's own, which gathers them
         yield
     finally:
         for handle in handles:

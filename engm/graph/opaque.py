@@ -29,7 +29,6 @@ from ..torch_internals import (
     node_name,
     node_outputs,
     operator_name,
-    ours,
     passed_to_inputs,
     unrecorded,
 )
@@ -114,8 +113,8 @@ def watched(
             if is_recomputed(node):  # what it saved may be asked for once, which is by the node itself
                 tell(torch.ones((), dtype=torch.bool))
                 continue
-            handles += [ours(node.register_prehook(partial(comparison.before, node)))]
-            handles += [ours(node.register_hook(partial(comparison.after, node)))]
+            handles += [node.register_prehook(partial(comparison.before, node))]
+            handles += [node.register_hook(partial(comparison.after, node))]
         yield
     finally:
         for handle in handles:

@@ -29,7 +29,7 @@ from ..capture.calls import Call
 from ..distributed import most
 from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
-from ..torch_internals import node_outputs, ours, rows_of_nested
+from ..torch_internals import node_outputs, rows_of_nested
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -278,8 +278,8 @@ class Question:
             if (child := traced.children[position][slot]) is not None and child < 0
         }
         tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
-        handles = [ours(traced.order[p].register_prehook(partial(self._arrived, p))) for p in passed]
-        handles += [ours(traced.order[p].register_hook(partial(self._passed_on, p))) for p in self._edges]
+        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
+        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
         try:
             with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
                 gradients: Sequence[Tensor | None] = ()

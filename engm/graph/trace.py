@@ -24,7 +24,6 @@ from ..terms.owners import Ownership
 from ..torch_internals import (
     SYNC_BATCH_NORM_NODE,
     Node,
-    hung_by_others,
     is_kind_of_region,
     let_graph_be_kept,
     node_name,
@@ -56,6 +55,8 @@ class Trace:
         leaves: every leaf (by ``id``), in the order they were met.
         tokens: by compiled region, the leaf that a backward pass must go to for the region to run
             (:mod:`engm.capture.compiled`).
+        hooked: whether hooks of the user's hang in the graph. One that clips a gradient by its norm makes examples
+            influence each other once it bites. Under ``fully_shard`` the answer is no: torch hangs hooks of its own.
         rows_of_inputs: by tensors (``id``), where the examples lie in them, for those that were asked about.
     """
 
@@ -73,6 +74,7 @@ class Trace:
     marked: list[Capture] = field(default_factory=list)
     leaves: dict[int, Tensor] = field(default_factory=dict)
     tokens: dict[Node, Tensor] = field(default_factory=dict)
+    hooked: bool = False
     rows_of_inputs: dict[tuple[int, ...], tuple[Ownership, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -129,17 +131,6 @@ class Trace:
     def synchronised(self) -> bool:
         """Whether some batch norm takes its statistics from the batches of several processes."""
         return any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
-
-    @cached_property
-    def hooked(self) -> bool:
-        """Whether others hung hooks since the owner's forward passes began, which may hang in the graph.
-
-        A hook that clips a gradient by its norm makes examples influence each other once it bites. Under
-        ``fully_shard`` torch hangs hooks of its own at every step, and the answer is no.
-        """
-        if self.owner is None or self.owner.shard_group is not None:
-            return False
-        return any(capture.hooks_before != hung_by_others() for capture in self.own_captures)
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
@@ -204,9 +195,12 @@ def trace(losses: Tensor, owner: Wrapper | None = None, trained: Sequence[tuple[
         trained: names and tensors of the parameters that norms are to be taken over.
     """
     result = Trace(owner, trained)
-    order, result.children, result.numbers, result.shapes, leaves, tokens, records = walk_graph(losses, SEGMENT_KEY)
+    order, result.children, result.numbers, result.shapes, leaves, tokens, records, hooked = walk_graph(
+        losses, SEGMENT_KEY
+    )
     result.order, result.number = order, losses.output_nr
     result.kinds = tuple(map(type, order))
+    result.hooked = hooked and (owner is None or owner.shard_group is None)
     result.leaves = {id(leaf): leaf for leaf in leaves}
     for position, token in tokens:
         if order[position] not in result.tokens:

@@ -47,9 +47,39 @@ def test_records_are_found_again_in_order():
     write_record(output, "first", NO_GRADIENTS)
     write_record(output, "second", NO_GRADIENTS)
     assert records_of(output) == ["first", "second"]
-    *_, records = walk_graph(output.sum(), "no token")
+    *_, records, _ = walk_graph(output.sum(), "no token")
     assert records == [(0, "first"), (0, "second")]
     assert torch.equal(*torch.autograd.grad(output.sum(), output), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "hang",
+    [
+        lambda made: made.register_hook(print),
+        lambda made: made.grad_fn.register_hook(print),
+        lambda made: made.grad_fn.register_prehook(print),
+    ],
+)
+def test_the_walk_tells_whether_hooks_of_others_hang_in_the_graph(hang):
+    made = leaf(2).square()
+    loss = made.sum()
+    made.retain_grad()
+    made.register_hook(print).remove()
+    write_record(made, "record", NO_GRADIENTS)
+    hooked = [walk_graph(loss, "no token")[-1]]
+    handle = hang(made)
+    hooked.append(walk_graph(loss, "no token")[-1])
+    handle.remove()
+    hooked.append(walk_graph(loss, "no token")[-1])
+    assert hooked == [False, True, False]
+
+
+@pytest.mark.parametrize("method", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_the_walk_tells_of_the_hooks_of_modules(method):
+    layer, x = nn.Linear(3, 3).double(), leaf(2, 3)
+    getattr(layer, method)(lambda *_: None)
+    assert walk_graph(layer(x).sum(), "no token")[-1]
+    assert not walk_graph(nn.Linear(3, 3).double()(x).sum(), "no token")[-1]
 
 
 def test_a_leaf_has_none():
