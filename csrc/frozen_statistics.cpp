@@ -66,9 +66,9 @@ class ConstantStatistics : public torch::autograd::FunctionPostHook {
  private:
   at::Tensor gain() const {
     const py::gil_scoped_acquire locked;
-    if (THPVariable_Check(gain_.get().ptr())) return THPVariable_Unpack(gain_.get().ptr());
     const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain_.get().ptr()));
     if (!found) throw python_error();
+    TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "expected a tensor");
     return THPVariable_Unpack(found.ptr());
   }
 
@@ -80,7 +80,7 @@ class ConstantStatistics : public torch::autograd::FunctionPostHook {
 class FrozenStatistics {
  public:
   // Makes the batch norm of a node take its statistics for constants.
-  //   gain    scale / sigma, [C], or a function that gives it when it is needed
+  //   gain    gives scale / sigma, [C], when it is needed
   //   slot    which input of the node is the layer's input
   //   output  which output of the node is the layer's output
   void freeze(py::handle node, py::object gain, size_t slot, size_t output) {

@@ -19,13 +19,13 @@ class BatchNormNode:
 
     Attributes:
         node: its autograd node.
-        gain: ``scale / sigma``, ``[C]``, or gives it when it is needed.
+        gain: gives ``scale / sigma``, ``[C]``, in the backward pass, where alone those of ``fully_shard`` are whole.
         slot: which input of the node is the layer's input.
         output_nr: which output of the node is the layer's output.
     """
 
     node: Node
-    gain: Tensor | Callable[[], Tensor]
+    gain: Callable[[], Tensor]
     slot: int = 0
     output_nr: int = 0
 

@@ -120,7 +120,7 @@ class Trace:
             through: positions of the nodes of captured calls that are left as they are.
         """
         called = [
-            BatchNormNode(node, gain_of(call.module, call.saved[1]), call.slot, call.output_nr)
+            BatchNormNode(node, partial(gain_of, call.module, call.saved[1]), call.slot, call.output_nr)
             for call, node in zip(self.calls, self.nodes, strict=True)
             if call.couples and self.positions[node] not in through
         ]
