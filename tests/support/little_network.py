@@ -50,3 +50,17 @@ class Around(nn.Module):
 
     def forward(self, x):
         return self.after(self.second(self.between(self.first(x))))
+
+
+COUPLED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) - self.head(x.flatten(1)).mean(0)
+"""
+"""A user's file with a network for digits whose examples influence each other."""

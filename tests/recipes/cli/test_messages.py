@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from little_network import COUPLED
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
@@ -19,17 +20,6 @@ from engm.recipes.cli.terminal import PACKAGE, warnings_in_a_line
 from engm.recipes.spelling import parse_number, shown_radius
 
 TINY = "--epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --threads 1 --train-examples 64"
-COUPLED = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        return self.head(x.flatten(1)) - self.head(x.flatten(1)).mean(0)
-"""
 
 
 def engm(*arguments: object) -> Result:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from little_network import COUPLED
 from processes import free_port, joined
 from tiny_runs import PLAIN, tiny_dataset
 from torch import Tensor
@@ -156,19 +157,6 @@ def test_resuming_two_processes_ends_in_the_same_bits(pair: Path) -> None:
     assert stopped["history"][-1]["robust"] == whole["history"][-1]["robust"]
 
 
-MEETING = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        return self.head(x.flatten(1)) - self.head(x.flatten(1)).mean(0)
-"""
-
-
 def be_refused(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
@@ -185,6 +173,6 @@ def be_refused(rank: int, port: int, folder: Path) -> None:
 
 
 def test_what_is_refused_in_two_processes_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(MEETING)
+    (tmp_path / "net.py").write_text(COUPLED)
     joined(be_refused, (free_port(), tmp_path), 2)
     assert not (tmp_path / "runs").exists()
