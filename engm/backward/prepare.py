@@ -31,7 +31,7 @@ def planned_losses(
         watch: compare the gradients with autograd's if that is due (strict).
 
     Raises:
-        TypeError, ValueError: the losses are no such vector, see :func:`engm.checks.check_losses`.
+        TypeError, ValueError: the losses are no such vector, see :func:`engm.loss_checks.check_losses`.
         RuntimeError: no captured call of this model, examples that influence each other, or gradients that do not
             add up.
     """
