@@ -7,7 +7,9 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_function.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
@@ -48,30 +50,50 @@ NodePointer node_of(py::handle object) {
   return node;
 }
 
+// gain * gy in the type of the gradient whose place it takes. The interpreter's lock is held.
+at::Tensor with_constant_statistics(py::handle gain, const at::Tensor& gy, const at::Tensor& replaced) {
+  const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain.ptr()));
+  if (!found) throw python_error();
+  TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "expected a tensor");
+  std::vector<int64_t> shape(gy.dim() - 1, 1);
+  shape[0] = -1;
+  return at::mul(gy, THPVariable_Unpack(found.ptr()).view(shape)).to(replaced.scalar_type());
+}
+
 // The input's gradient becomes gain * gy.
 class ConstantStatistics : public torch::autograd::FunctionPostHook {
  public:
   ConstantStatistics(py::object gain, size_t slot, size_t output) : gain_(std::move(gain)), slot_(slot), output_(output) {}
 
   variable_list operator()(const variable_list& inputs, const variable_list& outputs) override {
-    if (!inputs.at(slot_).defined()) return inputs;
-    const at::Tensor& gy = outputs.at(output_);
-    std::vector<int64_t> shape(gy.dim() - 1, 1);
-    shape[0] = -1;
     variable_list found = inputs;
-    found[slot_] = at::mul(gy, gain().view(shape)).to(inputs[slot_].scalar_type());
+    if (!inputs.at(slot_).defined()) return found;
+    const py::gil_scoped_acquire locked;
+    found[slot_] = with_constant_statistics(gain_.get(), outputs.at(output_), inputs[slot_]);
     return found;
   }
 
- private:
-  at::Tensor gain() const {
+  // As a hook of Python, for torch's compiled autograd (torch._dynamo.config.compiled_autograd).
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     const py::gil_scoped_acquire locked;
-    const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain_.get().ptr()));
-    if (!found) throw python_error();
-    TORCH_CHECK_TYPE(THPVariable_Check(found.ptr()), "expected a tensor");
-    return THPVariable_Unpack(found.ptr());
+    const auto gain = py::reinterpret_borrow<py::object>(gain_.get());
+    const auto hook_of = [gain, slot = slot_, output = output_](const py::sequence& inputs, const py::sequence& outputs) {
+      py::list found(inputs);
+      const py::object replaced = found[slot], gy = outputs[output];
+      if (replaced.is_none()) return found;
+      try {
+        found[slot] = py::reinterpret_steal<py::object>(THPVariable_Wrap(
+            with_constant_statistics(gain, THPVariable_Unpack(gy.ptr()), THPVariable_Unpack(replaced.ptr()))));
+      } catch (const python_error&) {
+        throw py::error_already_set();
+      }
+      return found;
+    };
+    py::cpp_function hook(hook_of);
+    args.add_post_hook(c10::SafePyObject(hook.release().ptr(), getPyInterpreter()));
   }
 
+ private:
   HeldObject gain_;
   size_t slot_, output_;
 };

@@ -3,7 +3,9 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_hook.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
@@ -49,31 +51,62 @@ void call_method(py::handle object, const py::str& name, py::handle first, py::h
   Py_DECREF(result);
 }
 
+// Hands a gradient (a tuple of all, None where there is none) to the collector of the record's forward pass. In any other
+// backward pass, one that frees the graph has no more use for the activations either.
+void take(py::handle record, py::handle gradients, bool all) {
+  const py::object collector = attribute(attribute(record, names().capture), names().collector);
+  if (collector.is_none()) {
+    if (!torch::autograd::get_current_graph_task_keep_graph() &&
+        PyObject_SetAttr(record.ptr(), names().activations.ptr(), Py_None) != 0)
+      throw python_error();
+  } else if (!gradients.is_none()) {
+    py::object arranged = py::reinterpret_borrow<py::object>(gradients);
+    if (all) {
+      PyObject* const found = PyObject_CallMethodOneArg(record.ptr(), names().arranged.ptr(), gradients.ptr());
+      if (found == nullptr) throw python_error();
+      arranged = py::reinterpret_steal<py::object>(found);
+    }
+    call_method(collector, names().receive, record, arranged);
+  }
+}
+
 }  // namespace
 
 variable_list GraphRecord::operator()(const variable_list& gradients) {
   if (output_ == kNone) return gradients;
+  const bool all = output_ == kAll;
+  const auto defined = [](const at::Tensor& one) { return one.defined(); };
   const py::gil_scoped_acquire locked;
-  const py::object collector = attribute(attribute(object(), names().capture), names().collector);
-  if (collector.is_none()) {
-    // An ordinary backward pass. One that frees the graph has no more use for the activations either.
-    if (!torch::autograd::get_current_graph_task_keep_graph() &&
-        PyObject_SetAttr(object().ptr(), names().activations.ptr(), Py_None) != 0)
-      throw python_error();
-    return gradients;
-  }
-  if (output_ == kAll) {
-    if (std::none_of(gradients.begin(), gradients.end(), [](const at::Tensor& one) { return one.defined(); }))
-      return gradients;
+  if (all ? std::none_of(gradients.begin(), gradients.end(), defined) : !gradients.at(output_).defined()) {
+    take(object(), py::none(), all);
+  } else if (all) {
     py::tuple every(gradients.size());
     for (size_t k = 0; k < gradients.size(); ++k) every[k] = wrapped(gradients[k]);
-    PyObject* const arranged = PyObject_CallMethodOneArg(object().ptr(), names().arranged.ptr(), every.ptr());
-    if (arranged == nullptr) throw python_error();
-    call_method(collector, names().receive, object(), py::reinterpret_steal<py::object>(arranged));
-  } else if (const auto& gradient = gradients.at(output_); gradient.defined()) {
-    call_method(collector, names().receive, object(), wrapped(gradient));
+    take(object(), every, all);
+  } else {
+    take(object(), wrapped(gradients[output_]), all);
   }
   return gradients;
+}
+
+void GraphRecord::compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const {
+  if (output_ == kNone) return;
+  const py::gil_scoped_acquire locked;
+  const bool all = output_ == kAll;
+  const auto record = py::reinterpret_borrow<py::object>(object());
+  py::cpp_function hook([record, all](const py::object& gradients) {
+    try {
+      take(record, gradients, all);
+    } catch (const python_error&) {
+      throw py::error_already_set();
+    }
+  });
+  c10::SafePyObject held(hook.release().ptr(), getPyInterpreter());
+  if (all) {
+    args.add_pre_hook(std::move(held));
+  } else {
+    args.add_tensor_pre_hook(std::move(held), static_cast<int>(output_));
+  }
 }
 
 void write_record(Node& node, py::object object, int64_t output) {

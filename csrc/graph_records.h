@@ -24,6 +24,9 @@ class GraphRecord : public torch::autograd::FunctionPreHook {
 
   torch::autograd::variable_list operator()(const torch::autograd::variable_list& gradients) override;
 
+  // As a hook of Python, for torch's compiled autograd (torch._dynamo.config.compiled_autograd).
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override;
+
   pybind11::handle object() const { return object_.get(); }
 
  private:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import engm
 from engm._C import (
     ALL_GRADIENTS,
     NO_GRADIENTS,
@@ -226,3 +227,27 @@ def test_several_inputs():
 def test_something_else_than_a_tensor_is_refused():
     with pytest.raises(TypeError, match="expected a tensor"):
         note_call(object.__new__(Call), Call, None, "layer", nn.Linear(1, 1), None, torch.ones(1), "no tensor")
+
+
+class Both(nn.Module):
+    """Layers that take and return one tensor, a batch norm, and a layer that returns several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.cell = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LSTMCell(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat(self.cell(self.norm(self.first(x))), 1)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_compiled_autograd():
+    """There torch runs hooks of Python alone."""
+    torch.manual_seed(0)
+    model, x = engm.GradNormModule(Both().double(), batch_norm="frozen"), leaf(5, 3).detach()
+    expected = engm.per_example_grad_norms(model, model(x).square().sum(1))
+    losses = model(x).square().sum(1)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected)
+        model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
