@@ -1,5 +1,5 @@
-// Recording the calls of a network's layers (engm/capture/calls.py, engm/capture/hooks.py): what happens at every call of
-// every layer. In Python it takes as long as a small layer itself, and longer than its kernel on a GPU.
+// Recording the calls of a network's layers (engm/capture/calls.py, engm/capture/hooks.py): what happens at every call
+// of every layer. In Python it takes as long as a small layer itself, and longer than its kernel on a GPU.
 #include "captured_calls.h"
 
 #include <ATen/SavedTensorHooks.h>
@@ -29,11 +29,12 @@ using torch::autograd::Edge;
 // Attributes and methods by names that are made once; never freed, for the interpreter may be gone by then.
 struct Names {
   py::str parameters_of_module{"_parameters"}, requires_grad{"requires_grad"};
-  py::str capture{"capture"}, name{"name"}, module{"module"}, rule{"rule"}, parameters{"parameters"}, couples{"couples"},
-      saved{"saved"}, shape{"shape"}, batch{"batch"}, output_nr{"output_nr"}, producer{"producer"}, slot{"slot"},
-      reads{"reads"}, activations{"_activations"}, versions{"_versions"};
+  py::str capture{"capture"}, name{"name"}, module{"module"}, rule{"rule"}, parameters{"parameters"},
+      couples{"couples"}, saved{"saved"}, shape{"shape"}, batch{"batch"}, output_nr{"output_nr"}, producer{"producer"},
+      slot{"slot"}, reads{"reads"}, activations{"_activations"}, versions{"_versions"};
   py::str takes{"activations"}, picks{"picks"}, may_couple{"may_couple"}, reads_for{"reads_for"}, saves{"saves"},
-      save{"_save"}, given{"_note_given"}, input_nodes{"input_nodes"}, input_storages{"input_storages"}, input_is_index{"input_is_index"};
+      save{"_save"}, given{"_note_given"}, input_nodes{"input_nodes"}, input_storages{"input_storages"},
+      input_is_index{"input_is_index"};
   py::str mean{"_saved_result1"}, rstd{"_saved_result2"};
   py::frozenset no_storages{py::set()};
   py::tuple no_arguments{0};
@@ -151,13 +152,14 @@ py::object shape_of(py::handle output) {
 }
 
 // Mean and reciprocal standard deviation that autograd saved for a layer whose operator makes nodes of that name,
-// detached. None where hooks pack what is saved (activation checkpointing), where the numbers were rounded to 16 bits, and
-// where nothing was saved.
+// detached. None where hooks pack what is saved (activation checkpointing), where the numbers were rounded to 16 bits,
+// and where nothing was saved.
 py::object saved_statistics(py::handle output, const std::string& name) {
   TORCH_CHECK_TYPE(is_tensor(output), "expected a tensor");
   const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
   const auto& node = tensor.grad_fn();
-  if (node == nullptr || at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value()) return py::none();
+  if (node == nullptr || at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value())
+    return py::none();
   const py::object object = stolen(torch::autograd::functionToPyObject(node));
   if (std::string_view(Py_TYPE(object.ptr())->tp_name).find(name) == std::string_view::npos) return py::none();
   const py::object mean = get(object, names().mean), rstd = get(object, names().rstd);
@@ -204,8 +206,8 @@ py::object producer_of(const at::Tensor& tensor, py::handle kind) {
 }
 
 // Fills in a call of a module with a rule (engm.capture.calls.Call); `kind` is the class of calls.
-void note_call(py::handle self, py::handle kind, py::handle capture, py::handle name, py::handle module, py::handle rule,
-               py::handle activations, py::handle output) {
+void note_call(py::handle self, py::handle kind, py::handle capture, py::handle name, py::handle module,
+               py::handle rule, py::handle activations, py::handle output) {
   TORCH_CHECK_TYPE(is_tensor(output), "expected a tensor");
   belongs_to(self, capture, name, module, rule);
   const py::dict trained = trained_of(module);
@@ -261,7 +263,7 @@ class CallRecorder {
     const at::Tensor& tensor = THPVariable_Unpack(output.ptr());
     const auto& node = tensor.grad_fn();
     if (node == nullptr) return py::none();  // nothing here is trained
-    if (activations.is(output))  // changed in place; the tensor itself would keep its own graph alive
+    if (activations.is(output))              // changed in place; the tensor itself would keep its own graph alive
       activations = stolen(THPVariable_Wrap(tensor.detach()));
     auto* const kind = reinterpret_cast<PyTypeObject*>(kind_.ptr());
     py::object made = stolen(kind->tp_new(kind, names().no_arguments.ptr(), nullptr));

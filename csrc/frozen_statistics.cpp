@@ -63,7 +63,8 @@ at::Tensor with_constant_statistics(py::handle gain, const at::Tensor& gy, const
 // The input's gradient becomes gain * gy.
 class ConstantStatistics : public torch::autograd::FunctionPostHook {
  public:
-  ConstantStatistics(py::object gain, size_t slot, size_t output) : gain_(std::move(gain)), slot_(slot), output_(output) {}
+  ConstantStatistics(py::object gain, size_t slot, size_t output)
+      : gain_(std::move(gain)), slot_(slot), output_(output) {}
 
   variable_list operator()(const variable_list& inputs, const variable_list& outputs) override {
     variable_list found = inputs;
@@ -77,7 +78,8 @@ class ConstantStatistics : public torch::autograd::FunctionPostHook {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     const py::gil_scoped_acquire locked;
     const auto gain = py::reinterpret_borrow<py::object>(gain_.get());
-    const auto hook_of = [gain, slot = slot_, output = output_](const py::sequence& inputs, const py::sequence& outputs) {
+    const auto hook_of = [gain, slot = slot_, output = output_](const py::sequence& inputs,
+                                                                const py::sequence& outputs) {
       py::list found(inputs);
       const py::object replaced = found[slot], gy = outputs[output];
       if (replaced.is_none()) return found;

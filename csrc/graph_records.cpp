@@ -51,8 +51,8 @@ void call_method(py::handle object, const py::str& name, py::handle first, py::h
   Py_DECREF(result);
 }
 
-// Hands a gradient (a tuple of all, None where there is none) to the collector of the record's forward pass. In any other
-// backward pass, one that frees the graph has no more use for the activations either.
+// Hands a gradient (a tuple of all, None where there is none) to the collector of the record's forward pass. In any
+// other backward pass, one that frees the graph has no more use for the activations either.
 void take(py::handle record, py::handle gradients, bool all) {
   const py::object collector = attribute(attribute(record, names().capture), names().collector);
   if (collector.is_none()) {
@@ -126,8 +126,8 @@ std::vector<py::object> read_records(Node& node) {
   return found;
 }
 
-// Whether a list of hooks has one that runs something: torch leaves an empty dictionary behind where hooks of Python were
-// taken off. Its classes are known by their names, as their types are not exported.
+// Whether a list of hooks has one that runs something: torch leaves an empty dictionary behind where hooks of Python
+// were taken off. Its classes are known by their names, as their types are not exported.
 template <class OfPython, class Hook>
 bool any_runs(const std::vector<std::unique_ptr<Hook>>& hooks, const char* name) {
   return std::any_of(hooks.begin(), hooks.end(), [name](const std::unique_ptr<Hook>& hook) {

@@ -13,8 +13,8 @@
 
 namespace engm {
 
-// An object on a node. That of a layer's call also takes the gradients of what the layer returned; as a hook on tensors,
-// so that it sees them too where a backward pass ends at the node without running it.
+// An object on a node. That of a layer's call also takes the gradients of what the layer returned; as a hook on
+// tensors, so that it sees them too where a backward pass ends at the node without running it.
 class GraphRecord : public torch::autograd::FunctionPreHook {
  public:
   enum : int64_t { kAll = -1, kNone = -2 };
