@@ -161,7 +161,11 @@ py::object saved_statistics(py::handle output, const std::string& name) {
   if (node == nullptr || at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value())
     return py::none();
   const py::object object = stolen(torch::autograd::functionToPyObject(node));
-  if (std::string_view(Py_TYPE(object.ptr())->tp_name).find(name) == std::string_view::npos) return py::none();
+  // A function in Python may have the name of an operator, and has saved nothing under these names.
+  if (!torch::autograd::THPCppFunction_Check(object.ptr())) return py::none();
+  std::string_view kind = Py_TYPE(object.ptr())->tp_name;
+  kind.remove_prefix(kind.rfind('.') + 1);  // nothing where there is no module in front
+  if (kind.substr(0, name.size()) != name) return py::none();
   const py::object mean = get(object, names().mean), rstd = get(object, names().rstd);
   if (!is_tensor(mean) || !is_tensor(rstd)) return py::none();
   const at::Tensor &first = THPVariable_Unpack(mean.ptr()), &second = THPVariable_Unpack(rstd.ptr());
@@ -171,7 +175,7 @@ py::object saved_statistics(py::handle output, const std::string& name) {
 }
 
 // Whether the terms of parameters need the activations, see Rule.reads_for.
-bool reads_for(py::handle rule, const py::dict& trained) {
+bool reads_activations(py::handle rule, const py::dict& trained) {
   if (trained.empty()) return false;
   const py::object wanted = get(rule, names().reads_for);
   if (wanted.is_none()) return true;
@@ -221,7 +225,7 @@ void note_call(py::handle self, py::handle kind, py::handle capture, py::handle 
   set(self, names().shape, shape);
   set(self, names().batch, PyTuple_GET_SIZE(shape.ptr()) ? py::handle(PyTuple_GET_ITEM(shape.ptr(), 0)) : py::int_(0));
   set(self, names().output_nr, py::int_(tensor.output_nr()));
-  const bool reads = couples || reads_for(rule, trained);
+  const bool reads = couples || reads_activations(rule, trained);
   set(self, names().reads, py::bool_(reads));
   const bool fed = couples && is_tensor(activations);
   const at::Tensor& input = fed ? THPVariable_Unpack(activations.ptr()) : tensor;
@@ -288,6 +292,7 @@ void bind_captured_calls(py::module_& m) {
   m.def("note_call", &note_call);
   m.def("note_inputs", &note_inputs);
   m.def("trained_of", &trained_of);
+  m.def("reads_activations", &reads_activations);
   m.def("slot_of", &slot_of);
   m.def("saved_statistics", &saved_statistics);
 }

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._C import reads_activations
 from ..checks import RefusedError
 from ..rules import Rule
 from ..torch_internals import (
@@ -245,8 +246,7 @@ def traceable(
     """
     run = uncompiled()
     tapped = not rule.whole_call and not rule.couples(module)
-    trained = tuple(trained_of(module))
-    reads = tapped and rule.reads_activations(trained)
+    reads = tapped and reads_activations(rule, trained_of(module))
 
     def prepare(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not in_operator_of_graphs():

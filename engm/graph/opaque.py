@@ -113,8 +113,8 @@ def watched(
             if is_recomputed(node):  # what it saved may be asked for once, which is by the node itself
                 tell(torch.ones((), dtype=torch.bool))
                 continue
-            handles += [node.register_prehook(partial(comparison.before, node))]
-            handles += [node.register_hook(partial(comparison.after, node))]
+            handles.append(node.register_prehook(partial(comparison.before, node)))
+            handles.append(node.register_hook(partial(comparison.after, node)))
         yield
     finally:
         for handle in handles:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,10 +102,6 @@ class Rule:
         """Whether the module was called on one example without a batch dimension, where it allows that."""
         return False
 
-    def reads_activations(self, names: Iterable[str]) -> bool:
-        """Whether the terms of the parameters in ``names`` need the activations."""
-        return any(self.reads_for is None or name in self.reads_for for name in names)
-
     def save(self, module: nn.Module, activations: Any, output: Tensor) -> Any:
         """Small tensors of the forward pass worth keeping (statistics), or None."""
         return None
@@ -122,9 +118,9 @@ class Rule:
 
         Args:
             module: the layer.
-            activations: the layer's input, ``[n, ...]``; meaningless if not
-                :meth:`reads_activations`. Several inputs are a tuple and are not cut, because the rule alone knows
-                which of them have a row for every example.
+            activations: the layer's input, ``[n, ...]``; meaningless if none of ``names`` is in :attr:`reads_for`.
+                Several inputs are a tuple and are not cut, because the rule alone knows which of them have a row for
+                every example.
             backprops: gradient of the summed losses with respect to the layer's output, ``[n, ...]``.
             saved: what :meth:`save` returned, not cut.
             names: the parameters that are trained.

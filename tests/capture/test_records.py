@@ -172,6 +172,16 @@ def test_statistics_are_those_of_the_node_that_was_named():
     assert saved_statistics(F.group_norm(x, 2), "NativeLayerNormBackward") is None
 
 
+@pytest.mark.parametrize("name", ["NativeGroupNorm", "OurNativeGroupNorm"])
+def test_a_function_with_the_name_of_an_operator_has_saved_no_statistics(name):
+    methods = {
+        "forward": staticmethod(lambda ctx, x: x * 2),
+        "backward": staticmethod(lambda ctx, gradient: gradient * 2),
+    }
+    function = type(name, (torch.autograd.Function,), methods)
+    assert saved_statistics(function.apply(leaf(2, 4, 3)), "NativeGroupNormBackward") is None
+
+
 def test_what_is_noted_of_a_call():
     first, second = nn.Linear(3, 4).double(), nn.BatchNorm1d(4).double()
     x = torch.ones(5, 3, dtype=torch.float64)
