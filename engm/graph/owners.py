@@ -84,7 +84,8 @@ def print_of(gradient: Tensor, by_element: bool) -> Print:
 def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(width)
     drawn = torch.randn(width, 2, generator=generator, dtype=torch.float64, device="cpu")
-    return drawn.to(device, dtype)
+    # As columns that lie one behind the other: oneMKL's product of rows with two columns is five times faster then.
+    return drawn.to(device, dtype).t().contiguous().t()
 
 
 def _factors(digits: Tensor) -> Tensor:
