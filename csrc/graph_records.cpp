@@ -11,8 +11,10 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <typeinfo>
 #include <utility>
+#include <vector>
 
 namespace engm {
 
@@ -25,8 +27,7 @@ using torch::autograd::variable_list;
 
 // Attributes by names that are made once.
 struct Names {
-  py::str capture{"capture"}, collector{"collector"}, receive{"receive"}, arranged{"arranged"},
-      activations{"_activations"};
+  py::str capture{"capture"}, queue{"queue"}, receive{"receive"}, arranged{"arranged"}, activations{"_activations"};
 };
 
 const Names& names() {
@@ -51,11 +52,94 @@ void call_method(py::handle object, const py::str& name, py::handle first, py::h
   Py_DECREF(result);
 }
 
+// What a gradient, or a tuple of gradients and Nones, takes in memory, and how often they were written into in all;
+// nothing where one of them has no memory of the usual kind.
+struct Held {
+  int64_t bytes = 0;
+  uint32_t version = 0;
+  std::optional<c10::Stream> stream;  // on which they are computed; none on the CPU
+
+  static std::optional<Held> of(py::handle gradients) {
+    Held held;
+    if (THPVariable_Check(gradients.ptr())) return held.add(gradients) ? std::optional(held) : std::nullopt;
+    for (const py::handle one : py::reinterpret_borrow<py::tuple>(gradients))
+      if (!one.is_none() && !held.add(one)) return std::nullopt;
+    return held;
+  }
+
+ private:
+  bool add(py::handle gradient) {
+    const at::Tensor& tensor = THPVariable_Unpack(gradient.ptr());
+    if (tensor.layout() != at::kStrided || tensor.is_nested() || tensor.is_inference()) return false;
+    const std::optional<int64_t> elements = tensor.sym_numel().maybe_as_int();
+    if (!elements) return false;
+    bytes += *elements * static_cast<int64_t>(tensor.element_size());
+    version += tensor._version();
+    if (!tensor.is_cpu() && !stream) {
+      const c10::impl::VirtualGuardImpl devices(tensor.device().type());
+      stream = devices.getStream(tensor.device());
+    }
+    return true;
+  }
+};
+
+}  // namespace
+
+// Gradients on their way to a collector. Python between the nodes of a backward pass finds nothing in the processor's
+// caches and costs several times what it costs in a loop of its own, so small gradients are handed over together.
+class GradientQueue {
+ public:
+  GradientQueue(py::object collector, int64_t most_bytes) : collector_(std::move(collector)), most_bytes_(most_bytes) {}
+
+  const py::object& collector() const { return collector_; }
+
+  // Hands over the gradients (a tuple: of all outputs) of what was called, soon. With the GIL held.
+  void push(py::handle call, py::handle gradients) {
+    const std::optional<Held> held = Held::of(gradients);
+    if (!held) {  // nothing overtakes anything
+      flush();
+      return call_method(collector_, names().receive, call, gradients);
+    }
+    bytes_ += held->bytes;
+    items_.push_back({py::reinterpret_borrow<py::object>(call), py::reinterpret_borrow<py::object>(gradients), *held});
+    if (bytes_ > most_bytes_) flush();
+  }
+
+  // Hands over what has not been yet, in order, on the streams and in the grad mode of the backward pass.
+  void flush() {
+    bytes_ = 0;
+    const std::vector<Item> items = std::exchange(items_, {});
+    const at::NoGradGuard without_graph;
+    for (const Item& item : items) {
+      const c10::OptionalStreamGuard stream(item.held.stream);
+      if (Held::of(item.gradients)->version != item.held.version) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "engm: a gradient was modified in place by the backward function or hook that it was handed "
+                        "to, so norms would be wrong. Return a new tensor there.");
+        throw python_error();
+      }
+      call_method(collector_, names().receive, item.call, item.gradients);
+    }
+  }
+
+ private:
+  struct Item {
+    py::object call, gradients;
+    Held held;
+  };
+
+  py::object collector_;
+  int64_t most_bytes_, bytes_ = 0;
+  std::vector<Item> items_;
+};
+
+namespace {
+
 // Hands a gradient (a tuple of all, None where there is none) to the collector of the record's forward pass. In any
 // other backward pass, one that frees the graph has no more use for the activations either.
 void take(py::handle record, py::handle gradients, bool all) {
-  const py::object collector = attribute(attribute(record, names().capture), names().collector);
-  if (collector.is_none()) {
+  const py::object queue = attribute(attribute(record, names().capture), names().queue);
+  if (queue.is_none()) {
     if (!torch::autograd::get_current_graph_task_keep_graph() &&
         PyObject_SetAttr(record.ptr(), names().activations.ptr(), Py_None) != 0)
       throw python_error();
@@ -66,7 +150,7 @@ void take(py::handle record, py::handle gradients, bool all) {
       if (found == nullptr) throw python_error();
       arranged = py::reinterpret_steal<py::object>(found);
     }
-    call_method(collector, names().receive, record, arranged);
+    queue.cast<GradientQueue&>().push(record, arranged);
   }
 }
 
@@ -146,6 +230,16 @@ bool is_hooked(Node& node) {
 }
 
 void bind_graph_records(py::module_& m) {
+  py::class_<GradientQueue>(m, "GradientQueue")
+      .def(py::init<py::object, int64_t>())
+      .def_property_readonly("collector", &GradientQueue::collector)
+      .def("flush", [](GradientQueue& queue) {
+        try {
+          queue.flush();
+        } catch (const python_error&) {
+          throw py::error_already_set();
+        }
+      });
   m.def("write_record", [](const at::Tensor& output, py::object object, int64_t number) {
     const auto& node = output.grad_fn();
     TORCH_CHECK_VALUE(node != nullptr, "no node made this tensor");

@@ -172,7 +172,7 @@ class TermCollector:
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         opaque = graph.plan.opaque if graph.doubtful else ()
         functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect)
-        with graph.collecting(self), statistics, self._watching(passed), functions:
+        with statistics, self._watching(passed), functions, graph.collecting(self):
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .._C import NO_GRADIENTS, note_call, note_inputs, write_record
+from .._C import NO_GRADIENTS, GradientQueue, note_call, note_inputs, write_record
 from ..checks import RefusedError
 from ..distributed import Ranks
 from ..rules import Activations, Rule, WholeCallRule
@@ -34,6 +34,10 @@ from .layers import named_modules
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+QUEUED_BYTES = 1 << 20
+"""Of gradients that wait to be handed over together; as much is still in a processor's cache."""
 
 
 class Collector(Protocol):
@@ -291,7 +295,7 @@ class Capture:
 
     Attributes:
         owner: the wrapper whose forward pass it was (compared by identity).
-        collector: what the backward pass that runs now hands gradients to, if anything.
+        queue: of gradients, on their way to the collector of the backward pass that runs now, if it has one.
         inputs: pairs of an input tensor as the user gave it (weakly) and the leaf put in its place.
         ranks: the processes that the pass ran among, if it did: their batches are one batch.
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
@@ -301,7 +305,7 @@ class Capture:
 
     def __init__(self, owner: Wrapper) -> None:
         self.owner = owner
-        self.collector: Collector | None = None
+        self.queue: GradientQueue | None = None
         self.inputs: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self.ranks: Ranks | None = None
         self.input_shape: tuple[int, ...] = ()
@@ -328,6 +332,8 @@ class Capture:
 def collecting(captures: Sequence[Capture], collector: Collector) -> Iterator[None]:
     """Hand the gradients of all calls of these forward passes to ``collector`` while a backward pass runs.
 
+    It gets them in order, each soon after it is there, and all before the context is left.
+
     Args:
         captures: the forward passes.
         collector: takes the gradients.
@@ -335,15 +341,17 @@ def collecting(captures: Sequence[Capture], collector: Collector) -> Iterator[No
     Raises:
         RuntimeError: somebody collects from one of them already.
     """
-    if any(capture.collector is not None for capture in captures):
+    if any(capture.queue is not None for capture in captures):
         raise RefusedError("engm: this graph is being measured already (a measurement inside a backward hook?).")
+    queue = GradientQueue(collector, QUEUED_BYTES)
     try:
         for capture in captures:
-            capture.collector = collector
+            capture.queue = queue
         yield
+        queue.flush()
     finally:
         for capture in captures:
-            capture.collector = None
+            capture.queue = None
 
 
 def _is_packed(value: Any) -> bool:

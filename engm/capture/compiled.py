@@ -151,14 +151,14 @@ def _note_call_fake(output: Tensor, activations: Tensor, token: Tensor, latest: 
 )
 def _hand_backprops(backprops: Tensor, activations: Tensor, token: Tensor, number: Tensor, name: str) -> Tensor:
     segment = _segments.get(int(token))
-    collector = None if segment is None else segment.recording.capture.collector
-    if segment is not None and collector is not None:
+    queue = None if segment is None else segment.recording.capture.queue
+    if segment is not None and queue is not None:
         if int(number) < 0:
             raise RefusedError(
                 f"engm: layer '{name}' was run again in the backward pass of a compiled region, so its call cannot be "
                 "told. Leave this part of the network uncompiled with torch.compiler.disable."
             )
-        segment.calls[int(number)].hand_over(collector, backprops, activations)
+        segment.calls[int(number)].hand_over(queue.collector, backprops, activations)
     return torch.zeros_like(token)
 
 

@@ -282,7 +282,7 @@ class Question:
         handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
         handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
         try:
-            with traced.collecting(self), traced.frozen_statistics(self.couplings, self.through):
+            with traced.frozen_statistics(self.couplings, self.through), traced.collecting(self):
                 gradients: Sequence[Tensor | None] = ()
                 if targets or tokens:
                     gradients = torch.autograd.grad(

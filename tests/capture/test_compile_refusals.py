@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import engm
+from engm._C import GradientQueue
 from engm.capture.compiled import segment_of
 from engm.graph.trace import trace
 
@@ -169,7 +170,7 @@ def test_a_call_that_was_never_noted():
     losses = random_losses(model(tensor(5, 6)))
     (token,) = trace(losses).tokens.values()
     never = torch.ops.engm.note_call(losses.detach(), losses.detach(), token.detach(), torch.zeros_like(token), "0")
-    segment_of(token).recording.capture.collector = object()
+    segment_of(token).recording.capture.queue = GradientQueue(object(), 0)
     with pytest.raises(RuntimeError, match="layer '0' was run again"):
         torch.ops.engm.hand_backprops(losses.detach(), losses.detach(), token.detach(), never, "0")
 

@@ -2,7 +2,9 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import engm
 from engm._C import (
     ALL_GRADIENTS,
     NO_GRADIENTS,
+    GradientQueue,
     note_call,
     records_of,
     saved_statistics,
@@ -30,12 +33,15 @@ class Record:
     """Stands for a call; gradients are kept with a note of who saw them."""
 
     def __init__(self, seen: list, collecting: bool = True) -> None:
-        collector = SimpleNamespace(receive=lambda record, gradients: seen.append(gradients)) if collecting else None
-        self.capture = SimpleNamespace(collector=collector)
+        self.capture = SimpleNamespace(queue=queue(lambda _, gradients: seen.append(gradients)) if collecting else None)
         self._activations = "activations"
 
     def arranged(self, gradients: tuple) -> tuple:
-        return ("arranged", *gradients)
+        return (*gradients, None)
+
+
+def queue(receive: Callable[[Any, Any], None], most_bytes: int = 0) -> GradientQueue:
+    return GradientQueue(SimpleNamespace(receive=receive), most_bytes)
 
 
 def leaf(*shape: int) -> Tensor:
@@ -134,8 +140,8 @@ def test_all_gradients_of_a_node():
     first, second = leaf(2, 2).unbind()
     write_record(first, Record(seen), ALL_GRADIENTS)
     second.sum().backward()
-    assert seen[0][:2] == ("arranged", None)
-    assert seen[0][2].tolist() == [1, 1]
+    assert (seen[0][0], seen[0][2]) == (None, None)
+    assert seen[0][1].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -148,10 +154,64 @@ def test_an_ordinary_pass_that_frees_the_graph_frees_the_activations(kept):
 
 def test_an_error_of_the_collector_reaches_the_caller():
     record, output = Record([]), leaf(2).square()
-    record.capture.collector = SimpleNamespace(receive=lambda *_: {}["missing"])
+    record.capture.queue = queue(lambda *_: {}["missing"])
     write_record(output, record, 0)
     with pytest.raises(KeyError, match="missing"):
         output.sum().backward()
+
+
+def chain(waiting: GradientQueue, wrong: bool = False) -> Tensor:
+    """Powers of two, and records "0", "1" and "2" of them; a function in between changes what it is given."""
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient.mul_(3) if wrong else gradient * 3
+
+    x = leaf(2)
+    for number in range(3):
+        x = Wrong.apply(x * 2)
+        record = SimpleNamespace(capture=SimpleNamespace(queue=waiting), name=str(number))
+        write_record(x, record, 0)
+    return (x * torch.ones_like(x)).sum()
+
+
+@pytest.mark.parametrize(("most_bytes", "sizes"), [(0, [1, 2, 3]), (16, [0, 2, 2]), (1 << 20, [0, 0, 0])])
+def test_gradients_wait_until_there_are_enough(most_bytes, sizes):
+    """Every gradient takes 16 bytes; the order is that of the backward pass, and the grad mode too."""
+    seen: list[tuple] = []
+    waiting = queue(lambda call, g: seen.append((call.name, g.tolist(), torch.is_grad_enabled())), most_bytes)
+    total, met = chain(waiting), []
+    for node in walk_graph(total, "none")[0]:
+        if node.name() == "WrongBackward":
+            node.register_hook(lambda *_: met.append(len(seen)))
+    total.backward()
+    assert met == sizes
+    waiting.flush()
+    assert seen == [(str(2 - k), [6.0**k] * 2, False) for k in range(3)]
+    waiting.flush()
+    assert len(seen) == 3
+
+
+def test_a_gradient_that_was_changed_in_place_while_it_waited():
+    seen: list[Tensor] = []
+    waiting = queue(lambda _, gradient: seen.append(gradient), 1 << 20)
+    chain(waiting, wrong=True).backward()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        waiting.flush()
+    assert seen == []
+
+
+def test_gradients_without_memory_of_the_usual_kind_do_not_wait():
+    seen: list[Tensor] = []
+    waiting, weight = queue(lambda _, gradient: seen.append(gradient), 1 << 20), leaf(4, 2) * 1
+    write_record(weight, SimpleNamespace(capture=SimpleNamespace(queue=waiting)), 0)
+    F.embedding(torch.tensor([1, 1]), weight, sparse=True).sum().backward()
+    assert [gradient.layout for gradient in seen] == [torch.sparse_coo]
 
 
 def test_slot_of():
