@@ -199,8 +199,11 @@ class Call:
 
     def release(self) -> None:
         """Let go of the activations, as whoever is done with the graph may do; whoever else holds them keeps them."""
-        if self._activations is not None:
-            self._activations = _each(_weakly, self._activations)
+        held = self._activations
+        if isinstance(held, Tensor):  # as almost always
+            self._activations = weakref.ref(held)
+        elif isinstance(held, tuple):
+            self._activations = _each(_weakly, held)
 
 
 class NotedCall(Call):
