@@ -111,11 +111,18 @@ def _note_hook(capture: Capture, name: str, rule: Rule, thread: int) -> Record:
             return
         _refuse_selective_checkpoint(name, module)
         taken = tuple(leaf for leaf in Arguments(args, kwargs or {}).flattened[0] if isinstance(leaf, Tensor))
-        given = output if isinstance(output, Tensor) else next(filter(_has_node, tree_leaves(output)), None)
-        if taken and given is not None and given.grad_fn is not None:
+        given = _some_with_node(output)
+        if taken and given is not None:
             write_record(given, NotedCall(capture, name, module, rule, taken, given), NO_GRADIENTS)
 
     return record
+
+
+def _some_with_node(output: Any) -> Tensor | None:
+    """A tensor of any nest that a node made: one of a tuple's own, if there is one, which is quickly found."""
+    outermost = output if type(output) is tuple else (output,)
+    found = next(filter(_has_node, outermost), None)
+    return next(filter(_has_node, tree_leaves(output)), None) if found is None else found
 
 
 def _has_node(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from enum import Enum
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator),
     *(type, FunctionType, BuiltinFunctionType, nn.Module),
 )
+_LEAVES = (Tensor, type(None), bool, int, float, str)  # what most arguments are, none of them a nest
 
 
 class Arguments:
@@ -37,8 +38,9 @@ class Arguments:
     @cached_property
     def flattened(self) -> tuple[list[Any], TreeSpec]:
         """The leaves of ``(args, kwargs)``, and how they were nested."""
-        if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
-            return list(self.args), _nested_as_tensors(len(self.args))
+        leaves = [*self.args, *self.kwargs.values()]
+        if type(self.args) is tuple and type(self.kwargs) is dict and all(isinstance(leaf, _LEAVES) for leaf in leaves):
+            return leaves, _not_nested(len(self.args), tuple(self.kwargs))
         return tree_flatten((self.args, self.kwargs))
 
     def get(self, position: int, name: str) -> Any:
@@ -46,10 +48,10 @@ class Arguments:
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
 
 
-@cache
-def _nested_as_tensors(count: int) -> TreeSpec:
-    """How so many positional arguments are nested: torch takes longer to find out than a small layer to compute."""
-    return tree_flatten(((0,) * count, {}))[1]
+@lru_cache(256)
+def _not_nested(count: int, names: tuple[str, ...]) -> TreeSpec:
+    """How arguments are nested that are none: torch takes longer to find out than a small layer to compute."""
+    return tree_flatten(((0,) * count, dict.fromkeys(names, 0)))[1]
 
 
 class Frame:
