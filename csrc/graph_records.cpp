@@ -52,6 +52,14 @@ void call_method(py::handle object, const py::str& name, py::handle first, py::h
   Py_DECREF(result);
 }
 
+// Whether only the graph keeps what a call read, which is gone as soon as its node has run.
+bool is_held_weakly(py::handle call) {
+  const py::object activations = attribute(call, names().activations);
+  if (!PyTuple_Check(activations.ptr())) return PyWeakref_Check(activations.ptr());
+  const auto all = py::reinterpret_borrow<py::tuple>(activations);
+  return std::any_of(all.begin(), all.end(), [](py::handle one) { return PyWeakref_Check(one.ptr()) != 0; });
+}
+
 // What a gradient, or a tuple of gradients and Nones, takes in memory, and how often they were written into in all;
 // nothing where one of them has no memory of the usual kind.
 struct Held {
@@ -96,7 +104,7 @@ class GradientQueue {
   // Hands over the gradients (a tuple: of all outputs) of what was called, soon. With the GIL held.
   void push(py::handle call, py::handle gradients) {
     const std::optional<Held> held = Held::of(gradients);
-    if (!held) {  // nothing overtakes anything
+    if (!held || is_held_weakly(call)) {  // nothing overtakes anything
       flush();
       return call_method(collector_, names().receive, call, gradients);
     }

@@ -160,6 +160,26 @@ def test_an_error_of_the_collector_reaches_the_caller():
         output.sum().backward()
 
 
+def waiting_record(waiting: GradientQueue, name: str, activations: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(capture=SimpleNamespace(queue=waiting), name=name, _activations=activations)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_gradients_of_a_call_whose_input_the_graph_alone_holds_do_not_wait(several):
+    seen: list[str] = []
+    waiting, x = queue(lambda call, _: seen.append(call.name), 1 << 20), leaf(2)
+    first = x * 2
+    second = first * first
+    held = (None, weakref.ref(x)) if several else weakref.ref(x)
+    write_record(first, waiting_record(waiting, "weakly", held), 0)
+    write_record(second, waiting_record(waiting, "strongly", (None, x) if several else x), 0)
+    second.sum().backward()
+    assert seen == ["strongly", "weakly"]
+    write_record(third := x * 3, waiting_record(waiting, "strongly again", x), 0)
+    third.sum().backward()
+    assert len(seen) == 2
+
+
 def chain(waiting: GradientQueue, wrong: bool = False) -> Tensor:
     """Powers of two, and records "0", "1" and "2" of them; a function in between changes what it is given."""
 
@@ -175,8 +195,7 @@ def chain(waiting: GradientQueue, wrong: bool = False) -> Tensor:
     x = leaf(2)
     for number in range(3):
         x = Wrong.apply(x * 2)
-        record = SimpleNamespace(capture=SimpleNamespace(queue=waiting), name=str(number))
-        write_record(x, record, 0)
+        write_record(x, waiting_record(waiting, str(number)), 0)
     return (x * torch.ones_like(x)).sum()
 
 
@@ -209,7 +228,7 @@ def test_a_gradient_that_was_changed_in_place_while_it_waited():
 def test_gradients_without_memory_of_the_usual_kind_do_not_wait():
     seen: list[Tensor] = []
     waiting, weight = queue(lambda _, gradient: seen.append(gradient), 1 << 20), leaf(4, 2) * 1
-    write_record(weight, SimpleNamespace(capture=SimpleNamespace(queue=waiting)), 0)
+    write_record(weight, waiting_record(waiting, "weight"), 0)
     F.embedding(torch.tensor([1, 1]), weight, sparse=True).sum().backward()
     assert [gradient.layout for gradient in seen] == [torch.sparse_coo]
 
