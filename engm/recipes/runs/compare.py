@@ -17,7 +17,7 @@ from ..config_files import from_values
 from ..methods import canonical_method
 from ..processes import Processes
 from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
-from ..training.building import load_in_turn
+from ..training.building import load_extra, load_in_turn
 from .curves import draw
 from .files import LAST
 from .folder import RunFolder, train
@@ -142,7 +142,10 @@ def compare(
     cells = cells_of(config, optimizers, seeds)
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
-    dataset = load_in_turn(config.resolved(), processes)
+    shared = config.resolved()
+    dataset = load_in_turn(shared, processes)
+    for name, cell in cells.items():  # while the plan still says where they lay
+        RunFolder(out / name).check_moved(cell.resolved(), lambda: load_extra(shared, dataset, processes.device))
     began, diverged = time.monotonic(), []
     with ExitStack() as stack:
         if processes.first:
