@@ -155,8 +155,8 @@ def warned_of(settings: dict[str, str | int], file: Path | None = None) -> list[
 
 
 def test_decays_behind_the_end_of_a_run_are_a_warning(tmp_path: Path) -> None:
-    none = "--decay-epochs 8,9: a run of 8 epochs has no decay after epoch 8 and 9; the learning rate never falls in this "
-    assert warned_of({"epochs": 8, "decay_epochs": "8,9"}) == [f"{none}run, unless it is made longer"]
+    none = "--decay-epochs 8,9: a run of 8 epochs has no decay after epoch 8 and 9; the learning rate never falls "
+    assert warned_of({"epochs": 8, "decay_epochs": "8,9"}) == [f"{none}in this run, unless it is made longer"]
     some = "--decay-epochs 7,9: a run of 8 epochs has no decay after epoch 9; that is too late for it, "
     assert warned_of({"epochs": 8, "decay_epochs": "7,9"}) == [f"{some}unless it is made longer"]
     (tmp_path / "run.toml").write_text("epochs = 8\ndecay-epochs = [20]\n")
