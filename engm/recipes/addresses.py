@@ -24,8 +24,8 @@ _ENGM = Path(__file__).parents[1]
 SOURCES = ("torchvision", "timm", "hf")
 """What stands before a colon and is no module of one's own: packages whose things have names."""
 
-_LOADED: dict[str, set[str]] = {}
-"""The addresses that this process has loaded, each with the files of its module and of what it names."""
+_notes: list[dict[str, set[str]]] = []
+"""Of every open :func:`addresses_noted` the addresses loaded, each with the files of its module and its thing."""
 
 _ADDRESS = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 
@@ -77,8 +77,19 @@ def load(address: str, *, what: str, also: Iterable[str] = ()) -> Any:
     if not hasattr(module, name):
         check_name(name, _defined(module), what=f"{what} in {place}")
     found = getattr(module, name)
-    _LOADED[address.strip()] = {file for thing in (module, found) if (file := _file_of(thing)) is not None}
+    if _notes:
+        _notes[-1][address.strip()] = {file for thing in (module, found) if (file := _file_of(thing)) is not None}
     return found
+
+
+@contextmanager
+def addresses_noted() -> Iterator[None]:
+    """Put around a command's work, notes which code of the user's it loads, for :func:`failure_of_own_code`."""
+    _notes.append({})
+    try:
+        yield
+    finally:
+        _notes.pop()
 
 
 def code_identity(address: str, *, what: str) -> str:
@@ -154,11 +165,12 @@ def failure_of_own_code(error: BaseException) -> str | None:
 
     Returns:
         The address, the exception and the lines of the user's own code that led to it. ``None`` where the exception
-        comes from elsewhere, or is a fault of this package, which the user's code called: all but a ``ValueError``.
+        comes from elsewhere, is a fault of this package, which the user's code called (all but a ``ValueError``), or
+        nothing was loaded since :func:`addresses_noted`.
     """
     codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     own = [code for code in codes if _is_own(code.co_filename)]
-    if not _LOADED or not own:
+    if not own or not (_notes and _notes[-1]):
         return None
     below = codes[len(codes) - codes[::-1].index(own[-1]) :]
     if any(_is_ours(code.co_filename) for code in below) and not isinstance(error, ValueError):
@@ -168,12 +180,13 @@ def failure_of_own_code(error: BaseException) -> str | None:
 
 def _address_of(own: list[CodeType]) -> str:
     """The address whose code was called, the outermost first; several where these cannot be told apart."""
-    of_file = [[a for a, files in _LOADED.items() if code.co_filename in files] for code in own]
+    loaded = _notes[-1]
+    of_file = [[a for a, files in loaded.items() if code.co_filename in files] for code in own]
     for code, addresses in zip(own, of_file, strict=True):
         named = [a for a in addresses if a.rpartition(":")[2] == code.co_qualname.partition(".")[0]]
         if named:
             return named[0]
-    return " or ".join(next(filter(None, of_file), list(_LOADED)))
+    return " or ".join(next(filter(None, of_file), list(loaded)))
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -282,7 +295,7 @@ def _file_of(thing: Any) -> str | None:
 
 def _is_own(file: str) -> bool:
     """Whether a file is the user's: one that an address was found in, or none of Python, a library or this package."""
-    return any(file in files for files in _LOADED.values()) or not _installed(file)
+    return any(file in files for loaded in _notes for files in loaded.values()) or not _installed(file)
 
 
 def _installed(file: str) -> bool:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from engm.checks import NonFiniteError, RefusedError
 
-from ..addresses import failure_of_own_code
+from ..addresses import addresses_noted, failure_of_own_code
 from ..failures import INTERRUPTED, CheckpointError, OtherProcessError
 from ..runs.termination import STATUS as TERMINATED
 from ..runs.termination import TerminatedError, raised
@@ -33,27 +33,28 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
     Raises:
         typer.Exit: with status 1, 130 after Ctrl-C, or 143 after SIGTERM.
     """
-    try:
-        with raised():
-            yield
-    except KeyboardInterrupt:
-        _say(_interrupted("interrupted", resume()))
-        raise typer.Exit(INTERRUPTED) from None
-    except TerminatedError as error:
-        _say(_interrupted(str(error), resume()))
-        raise typer.Exit(TERMINATED) from None
-    except NonFiniteError as error:
-        _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
-        raise typer.Exit(1) from None
-    except RefusedError as error:
-        _say(str(error).replace("engm: ", "", 1).replace(_EXACT, "add --coupled exact"))
-        raise typer.Exit(1) from None
-    except Exception as error:
-        message = _explained(error, resume)
-        if message is None:
-            raise
-        _say(message)
-        raise typer.Exit(1) from None
+    with addresses_noted():
+        try:
+            with raised():
+                yield
+        except KeyboardInterrupt:
+            _say(_interrupted("interrupted", resume()))
+            raise typer.Exit(INTERRUPTED) from None
+        except TerminatedError as error:
+            _say(_interrupted(str(error), resume()))
+            raise typer.Exit(TERMINATED) from None
+        except NonFiniteError as error:
+            _say(f"{error}: training diverged. Try a smaller --lr or --alpha in another --out.")
+            raise typer.Exit(1) from None
+        except RefusedError as error:
+            _say(str(error).replace("engm: ", "", 1).replace(_EXACT, "add --coupled exact"))
+            raise typer.Exit(1) from None
+        except Exception as error:
+            message = _explained(error, resume)
+            if message is None:
+                raise
+            _say(message)
+            raise typer.Exit(1) from None
 
 
 def _explained(error: Exception, resume: Callable[[], str]) -> str | None:
