@@ -16,7 +16,7 @@ from ..config import RunConfig
 from ..config_files import from_values
 from ..methods import canonical_method
 from ..processes import Processes
-from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
+from ..storage.atomic_files import make_folder, read_object, write_json, write_text_atomic
 from ..training.building import load_extra, load_in_turn
 from .curves import draw
 from .files import LAST
@@ -58,7 +58,7 @@ class Plan:
         path = out / PLAN
         if not cls.is_in(out):
             return None
-        found = read_json(path)
+        found = read_object(path, "settings", "optimizers", "seeds")
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
 
     def going_on(self, config: RunConfig, out: Path) -> RunConfig:

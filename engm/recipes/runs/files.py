@@ -19,7 +19,7 @@ from ..config import RunConfig, option
 from ..config_files import from_values, read_toml, to_toml
 from ..data import Dataset, check_same_data, identities
 from ..data_names import names_place
-from ..storage.atomic_files import read_json, write_text_atomic
+from ..storage.atomic_files import read_object, write_text_atomic
 from ..storage.checkpoint import CheckpointStore
 from ..training.run import Run
 from .contents import RESULTS, described, holds_run
@@ -181,11 +181,11 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: the run is not over.
+            ValueError: the file does not hold them.
         """
         if not self.results_file.is_file():
             raise FileNotFoundError(f"{self.path} has no results yet: train it to the end with engm train --out")
-        found: dict[str, Any] = read_json(self.results_file)
-        return found
+        return read_object(self.results_file, "config", "data", "test")
 
     def weights(self, which: Which) -> Kept:
         """The weights of the best or the last checkpoint.

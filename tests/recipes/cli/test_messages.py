@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import subprocess
 import sys
 import tomllib
@@ -266,3 +267,42 @@ def test_warnings_of_commands_are_such_lines_and_can_still_be_caught(tmp_path: P
 @pytest.mark.parametrize(("typed", "shown"), [("8/255", "8/255"), ("128/255", "128/255"), ("0.1", "0.1"), ("0", "0")])
 def test_a_radius_is_shown_as_it_is_typed(typed: str, shown: str) -> None:
     assert shown_radius(parse_number(typed)) == shown
+
+
+def test_a_second_ctrl_c_at_the_end_is_no_traceback() -> None:
+    code = (
+        "import atexit, os, signal, sys\n"
+        "from engm.recipes.__main__ import main\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['engm', '--version']\n"
+        "main()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == -signal.SIGINT
+    assert ran.stderr == ""
+
+
+def test_a_command_without_a_standard_output_works(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m engm.recipes train {TINY} --width 2 --loggers none --out {tmp_path}/run >&-"
+    ran = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run/results.json").is_file()
+
+
+@pytest.mark.parametrize(("content", "why"), [("[]", "got a list"), ("{}", "config, data, test is missing")])
+def test_results_of_something_else_are_one_message(content: str, why: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert engm("train", *TINY.split(), "--width", 2, "--loggers", "none", "--out", run).exit_code == 0
+    (run / "results.json").write_text(content)
+    for command in (("train", "--out", run), ("report", run)):
+        result = engm(*command)
+        assert result.exit_code == 1
+        message = " ".join(result.stderr.split())
+        assert message.startswith(f"engm: {run}/results.json: "), result.exception
+        assert why in message
+
+
+def test_a_number_that_is_none_in_a_file_is_told_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("lr = 'fast'\n")
+    result = engm("train", "--config", tmp_path / "run.toml", "--out", tmp_path / "run")
+    assert f"engm: {tmp_path}/run.toml: lr: expected a number" in " ".join(result.stderr.split())
