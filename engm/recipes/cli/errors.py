@@ -49,7 +49,7 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
         except RefusedError as error:
             _say(str(error).replace("engm: ", "", 1).replace(_EXACT, "add --coupled exact"))
             raise typer.Exit(1) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a user's own code may say sys.exit()
             message = _explained(error, resume)
             if message is None:
                 raise
@@ -57,7 +57,7 @@ def explained_failures(resume: Callable[[], str] = lambda: "") -> Iterator[None]
             raise typer.Exit(1) from None
 
 
-def _explained(error: Exception, resume: Callable[[], str]) -> str | None:
+def _explained(error: Exception | SystemExit, resume: Callable[[], str]) -> str | None:
     """What to say of a failure that a user can mend; ``None`` of others."""
     # By its name, because torch need not be there; the text is what torch says on a CPU.
     no_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

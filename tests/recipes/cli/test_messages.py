@@ -111,6 +111,7 @@ def test_a_name_that_is_neither_data_nor_a_folder(tmp_path: Path, monkeypatch: p
 
 
 FAILING = """
+import sys
 import torch
 from torch import nn
 from sklearn.datasets import load_digits
@@ -125,6 +126,12 @@ def count(name, last):
 
 def tired(model, x, x_adv, y):
     count("objective", 10)
+    return cross_entropy(model(x_adv), y)
+
+def leaves(model, x, x_adv, y):
+    calls["leaves"] = calls.get("leaves", 0) + 1
+    if calls["leaves"] > 10:
+        sys.exit()
     return cross_entropy(model(x_adv), y)
 
 def mistaken(model, x, x_adv, y):
@@ -169,6 +176,7 @@ def digits():
     ("options", "function", "why"),
     [
         ("--objective own.py:tired", "count", "KeyError: 'objective is tired'"),
+        ("--objective own.py:leaves", "leaves", "SystemExit: "),
         ("--objective own.py:mistaken", "mistaken", "ValueError: Expected input batch_size"),
         ("--model own.py:Net", "count", "KeyError: 'network is tired'"),
         ("--optimizer own.py:Soft", "count", "KeyError: 'optimizer is tired'"),
