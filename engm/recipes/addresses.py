@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from engm.checks import check_name
@@ -23,6 +23,9 @@ _ENGM = Path(__file__).parents[1]
 
 SOURCES = ("torchvision", "timm", "hf")
 """What stands before a colon and is no module of one's own: packages whose things have names."""
+
+_notes: list[dict[str, set[str]]] = []
+"""Of every open :func:`addresses_noted` the addresses loaded, each with the files of its module and its thing."""
 
 _ADDRESS = re.compile(r"(?P<place>.+):(?P<name>[A-Za-z_]\w*)")
 
@@ -73,7 +76,20 @@ def load(address: str, *, what: str, also: Iterable[str] = ()) -> Any:
     module = _file(Path(place).expanduser(), what) if place.endswith(".py") else _module(place, what, also)
     if not hasattr(module, name):
         check_name(name, _defined(module), what=f"{what} in {place}")
-    return getattr(module, name)
+    found = getattr(module, name)
+    if _notes:
+        _notes[-1][address.strip()] = {file for thing in (module, found) if (file := _file_of(thing)) is not None}
+    return found
+
+
+@contextmanager
+def addresses_noted() -> Iterator[None]:
+    """Put around a command's work, notes which code of the user's it loads, for :func:`failure_of_own_code`."""
+    _notes.append({})
+    try:
+        yield
+    finally:
+        _notes.pop()
 
 
 def code_identity(address: str, *, what: str) -> str:
@@ -138,7 +154,39 @@ def explained(address: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{address} failed: {type(error).__name__}: {error}{_where(error)}") from error
+        raise ValueError(_failed(address, error)) from error
+
+
+def failure_of_own_code(error: BaseException) -> str | None:
+    """What to say of an exception that was raised in code that an address names, or in a library that it calls.
+
+    Args:
+        error: as it was caught, with its traceback.
+
+    Returns:
+        The address, the exception and the lines of the user's own code that led to it. ``None`` where the exception
+        comes from elsewhere, is a fault of this package, which the user's code called (all but a ``ValueError``), or
+        nothing was loaded since :func:`addresses_noted`.
+    """
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [code for code in codes if _is_own(code.co_filename)]
+    if not own or not (_notes and _notes[-1]):
+        return None
+    below = codes[len(codes) - codes[::-1].index(own[-1]) :]
+    if any(_is_ours(code.co_filename) for code in below) and not isinstance(error, ValueError):
+        return None
+    return _failed(_address_of(own), error)
+
+
+def _address_of(own: list[CodeType]) -> str:
+    """The address whose code was called, the outermost first; several where these cannot be told apart."""
+    loaded = _notes[-1]
+    of_file = [[a for a, files in loaded.items() if code.co_filename in files] for code in own]
+    for code, addresses in zip(own, of_file, strict=True):
+        named = [a for a in addresses if a.rpartition(":")[2] == code.co_qualname.partition(".")[0]]
+        if named:
+            return named[0]
+    return " or ".join(next(filter(None, of_file), list(loaded)))
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:
@@ -220,16 +268,42 @@ def _not_imported(name: str, error: Exception) -> ValueError:
     return ValueError(f"{name} cannot be imported: {type(error).__name__}: {error}{_where(error)}")
 
 
-def _where(error: Exception) -> str:
+def _failed(address: str, error: BaseException) -> str:
+    """What failed, why and where; where the failing line was called from the user's own code, also from which lines."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_own(frame.filename)]
+    calls = "".join(traceback.format_list(lines)).rstrip()
+    return f"{address} failed: {type(error).__name__}: {error}{_where(error)}" + (f"\n{calls}" if lines else "")
+
+
+def _where(error: BaseException) -> str:
     """The line in which an exception was raised: the last one of the user's own code, where some of it ran."""
     if isinstance(error, SyntaxError):
         return f", at {error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not _installed(frame.filename)]
+    own = [frame for frame in frames if _is_own(frame.filename)]
     return "".join(f", at {frame.filename}:{frame.lineno}" for frame in (own or frames)[-1:])
+
+
+def _file_of(thing: Any) -> str | None:
+    """The file of a module, a class or a function that is none of this package's."""
+    try:
+        file = inspect.getfile(thing)
+    except TypeError:  # some other object, or one that is compiled
+        return None
+    return None if _is_ours(file) else file
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file is the user's: one that an address was found in, or none of Python, a library or this package."""
+    return any(file in files for loaded in _notes for files in loaded.values()) or not _installed(file)
 
 
 def _installed(file: str) -> bool:
     """Whether a file is Python's, an installed library's or this package's."""
     folders = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return file.startswith("<") or any(Path(file).is_relative_to(folder) for folder in (_ENGM, *folders))
+    return file.startswith("<") or _is_ours(file) or any(Path(file).is_relative_to(folder) for folder in folders)
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file is of this package."""
+    return Path(file).is_relative_to(_ENGM)

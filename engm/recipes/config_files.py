@@ -53,7 +53,10 @@ def _as_type(name: str, value: Any, source: str) -> Any:
     if value is None and optional:
         return None
     if kind is float and (isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool))):
-        return parse_number(value)
+        try:
+            return parse_number(value)
+        except ValueError as error:
+            raise ValueError(f"{source}: {name}: {error}") from None
     if name == "alpha" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if get_args(kind):  # tuple[int, ...] or tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .addresses import SOURCES, settled
+from .addresses import SOURCES, is_address, settled
 
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "tiny-imagenet")
 
@@ -18,6 +18,11 @@ def known_data(spec: str) -> str | None:
 def names_source(spec: str) -> bool:
     """Whether a text begins with one of the sources and a colon."""
     return spec.partition(":")[0].strip().lower() in SOURCES and ":" in spec
+
+
+def names_place(spec: str) -> bool:
+    """Whether a text is the path of a file or folder, whose images stay the same when it is moved."""
+    return known_data(spec) is None and not names_source(spec) and not is_address(spec)
 
 
 def settled_data(spec: str) -> str:

@@ -1,5 +1,7 @@
 """How can work end that was begun well? Errors that commands explain, whichever room of the recipes raises them."""
 
+INTERRUPTED = 130  # the exit status that shells report for Ctrl-C
+
 
 class OtherProcessError(RuntimeError):
     """Something failed in another process of the same run."""

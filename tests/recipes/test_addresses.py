@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from engm.recipes.addresses import call, is_address, load, settled, short_name, takes
+from engm.recipes.addresses import (
+    addresses_noted,
+    call,
+    failure_of_own_code,
+    is_address,
+    load,
+    settled,
+    short_name,
+    takes,
+)
 
 
 @pytest.mark.parametrize("text", ["nets:Net", "my.nets:make_net", "nets.py:Net", "../other/nets.py:Net", " a:b "])
@@ -96,3 +105,31 @@ def test_calls() -> None:
         call(lambda num_classes: num_classes / 0, "m:f", must, may)
     with pytest.raises(ValueError, match="m:f is a int; expected a function or a class"):
         call(3, "m:f", must, may)  # type: ignore[arg-type]
+
+
+def test_a_failure_is_told_of_the_address_that_was_called(tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("def break_it():\n    return {}['nothing']\n")
+    source = "import beside_it\n\n\ndef one():\n    return 1\n\n\ndef two():\n    return beside_it.break_it()\n"
+    (tmp_path / "two_of_them.py").write_text(source)
+    addresses = [f"{tmp_path}/two_of_them.py:{name}" for name in ("one", "two")]
+
+    def failure() -> str | None:
+        found = [load(address, what="thing") for address in addresses]
+        try:
+            found[1]()
+        except KeyError as error:
+            # The frame of this test is left out, since this file is a user's as well.
+            return failure_of_own_code(error.with_traceback(error.__traceback__.tb_next))  # type: ignore[union-attr]
+        raise AssertionError("it does not fail")
+
+    assert failure() is None  # outside of a command
+    with addresses_noted():
+        said = failure() or ""
+    assert [line for line in said.splitlines() if not set(line) <= set(" ^~")] == [
+        f"{addresses[1]} failed: KeyError: 'nothing', at {tmp_path}/beside_it.py:2",
+        f'  File "{tmp_path}/two_of_them.py", line 9, in two',
+        "    return beside_it.break_it()",
+        f'  File "{tmp_path}/beside_it.py", line 2, in break_it',
+        "    return {}['nothing']",
+    ]
+    assert failure() is None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -142,7 +143,22 @@ def config_from(
     for name, (applies, where) in rules.items():
         if name in settings and not applies(chosen):
             raise ValueError(f"{option(name)} is for {where}; as it is it would change nothing")
+    _warn_of_decays(chosen)
     return chosen
+
+
+def _warn_of_decays(config: RunConfig) -> None:
+    """Warns of chosen decays that come too late for the run; one that is made longer later may still see them."""
+    decays = config.decay_epochs or ()
+    late = [str(epoch) for epoch in decays if epoch >= config.epochs]
+    if not late or decays == replace(config, decay_epochs=None).resolved().decay_epochs:
+        return
+    what = "the learning rate never falls in this run" if len(late) == len(decays) else "that is too late for it"
+    warnings.warn(
+        f"--decay-epochs {','.join(map(str, decays))}: a run of {config.epochs} epochs has no decay after epoch "
+        f"{' and '.join(late)}; {what}, unless it is made longer",
+        stacklevel=2,
+    )
 
 
 def chosen_settings(settings: dict[str, Any], file: Path | None) -> dict[str, Any]:

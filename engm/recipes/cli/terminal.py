@@ -18,7 +18,9 @@ PACKAGE = Path(__file__).parents[2]
 
 def console_for(*, quiet: bool = False) -> Console:
     """A console as wide as the terminal; a file or a pipe, where nobody looks, is wide enough for every table."""
-    return Console(quiet=quiet, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False)
+    # Without a standard output, as a service may have none, there is nobody who reads.
+    terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(quiet=quiet, width=None if terminal else PIPE_COLUMNS, markup=False)
 
 
 @contextmanager

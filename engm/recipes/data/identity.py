@@ -52,6 +52,6 @@ def check_same_data(known: Mapping[str, str], found: Mapping[str, str], name: st
     other = [shown for split, shown in SPLITS.items() if known.get(split) != found.get(split, known.get(split))]
     if other:
         raise ValueError(
-            f"the {' and '.join(other)} images of {name} are not those that this run was trained on, although the name "
-            "is the same: bring the old data back, or begin another run in another --out"
+            f"the {' and '.join(other)} images of {name} are not those that this run was trained on: bring "
+            "the old data back, or begin another run in another --out"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from ..addresses import failure_of_own_code
 from .dataset import Split, as_float
 
 T = TypeVar("T")
@@ -128,8 +129,8 @@ class StreamedSplit:
 class _Guarded:
     """Whole batches for a ``DataLoader``.
 
-    What is wrong with a file comes back as a value: raised in a loader process it would reach the user with that
-    process's traceback for a message.
+    What is wrong with a file, or in a data set of the user's own, comes back as a value: raised in a loader process it
+    would reach the user with that process's traceback for a message.
     """
 
     def __init__(self, images: Images) -> None:
@@ -138,8 +139,13 @@ class _Guarded:
     def __getitems__(self, rows: list[int]) -> Tensor | Exception:
         try:
             return default_collate([self._images[row] for row in rows])
-        except (ValueError, OSError) as error:
-            return error
+        except Exception as error:
+            own = failure_of_own_code(error)
+            if own is not None:
+                return ValueError(own)
+            if isinstance(error, ValueError | OSError):
+                return error
+            raise
 
 
 def _as_is(batch: T) -> T:

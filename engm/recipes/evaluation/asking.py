@@ -15,7 +15,7 @@ from torch import nn
 from engm.adversarial.ball import Norm
 
 from ..data import Source, identity
-from ..storage.atomic_files import read_json, write_json
+from ..storage.atomic_files import read_object, write_json
 from .attacks import WITHOUT_RADIUS, Ball, Tell, run_attack
 from .corruptions import Corruption
 
@@ -127,8 +127,7 @@ class Corrupted:
 
 def results_of(path: Path) -> dict[str, Any]:
     """``{subject: {question: [result, ...]}}`` out of a file of results; nothing where there is no file."""
-    found: dict[str, Any] = read_json(path) if path.is_file() else {}
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 def known_answer(known: Sequence[dict[str, Any]], settings: Mapping[str, Any], threat: str) -> dict[str, Any] | None:

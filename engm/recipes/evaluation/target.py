@@ -96,6 +96,8 @@ def evaluated(
     attack = _with_threat(config, wanted)
     if wanted.transfer is not None and isinstance(wanted.transfer, RunFolder):
         wanted.transfer.config()  # is a run there?
+    if isinstance(place, RunFolder):
+        place.check_data_there(config)
     dataset = load_dataset(config, device, validation=isinstance(place, RunFolder))
     for name in wanted.attacks:
         check_classes(name, dataset.classes)

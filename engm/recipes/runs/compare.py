@@ -16,8 +16,8 @@ from ..config import RunConfig
 from ..config_files import from_values
 from ..methods import canonical_method
 from ..processes import Processes
-from ..storage.atomic_files import make_folder, read_json, write_json, write_text_atomic
-from ..training.building import load_in_turn
+from ..storage.atomic_files import make_folder, read_object, write_json, write_text_atomic
+from ..training.building import load_extra, load_in_turn
 from .curves import draw
 from .files import LAST
 from .folder import RunFolder, train
@@ -58,7 +58,7 @@ class Plan:
         path = out / PLAN
         if not cls.is_in(out):
             return None
-        found = read_json(path)
+        found = read_object(path, "settings", "optimizers", "seeds")
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
 
     def going_on(self, config: RunConfig, out: Path) -> RunConfig:
@@ -142,7 +142,10 @@ def compare(
     cells = cells_of(config, optimizers, seeds)
     for name, cell in cells.items():
         RunFolder(out / name).check_free_for(cell)
-    dataset = load_in_turn(config.resolved(), processes)
+    shared = config.resolved()
+    dataset = load_in_turn(shared, processes)
+    for name, cell in cells.items():  # while the plan still says where they lay
+        RunFolder(out / name).check_moved(cell.resolved(), lambda: load_extra(shared, dataset, processes.device))
     began, diverged = time.monotonic(), []
     with ExitStack() as stack:
         if processes.first:

@@ -8,20 +8,22 @@ DIR/results.json      when it is over: test accuracy of best and last, every epo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import RunConfig, option
 from ..config_files import from_values, read_toml, to_toml
-from ..storage.atomic_files import read_json, write_text_atomic
+from ..data import Dataset, check_same_data, identities
+from ..data_names import names_place
+from ..storage.atomic_files import read_object, write_text_atomic
 from ..storage.checkpoint import CheckpointStore
 from ..training.run import Run
 from .contents import RESULTS, described, holds_run
-from .going_on import LENGTH, of_the_same_run
+from .going_on import LENGTH, PLACES, moved, of_the_same_run
 
 LAST = "step-"
 BEST = "best-"
@@ -116,12 +118,58 @@ class RunFolder:
 
     def settle(self, config: RunConfig) -> None:
         """Writes the settings that are about to be trained with; results of a run that was shorter go."""
-        if not self.exists or not self.store.names(LAST):  # nothing was trained with other settings
-            write_text_atomic(self.config_file, to_toml(config))
-        elif config.epochs != self.config().epochs:
+        if not self.exists or not (self.store.names(LAST) or self.is_over(config)):
+            write_text_atomic(self.config_file, to_toml(config))  # nothing was trained with other settings
+            return
+        own = self.config()
+        if config.epochs != own.epochs:
             self.results_file.unlink(missing_ok=True)
-            lengths = {name: getattr(config, name) for name in LENGTH}
-            write_text_atomic(self.config_file, to_toml(replace(self.config(), **lengths)))
+        changed = {name: getattr(config, name) for name in (*LENGTH, *PLACES)}
+        if replace(own, **changed) != own:
+            write_text_atomic(self.config_file, to_toml(replace(own, **changed)))
+
+    def check_moved(self, config: RunConfig, load: Callable[[], Dataset]) -> bool:
+        """Looks whether data that lie elsewhere now are those that the run was trained on, if it was trained.
+
+        Args:
+            config: settings that the run may go on with, resolved.
+            load: loads their data, where they lie now.
+
+        Returns:
+            Whether they lie elsewhere.
+
+        Raises:
+            ValueError: they are others.
+        """
+        if not self.exists or not moved(self.config(), config):
+            return False
+        known = self._trained_on()
+        if known is not None:
+            dataset = load()
+            check_same_data(known, identities(dataset), dataset.name)
+        return True
+
+    def _trained_on(self) -> dict[str, str] | None:
+        """The identities of the data that the run was trained on; ``None`` where nothing says them."""
+        if self.results_file.is_file():
+            said: dict[str, str] | None = self.results()["data"].get("identity")
+            return said
+        found = self.store.latest(LAST)
+        return None if found is None else found[1].get("data")
+
+    def check_data_there(self, config: RunConfig) -> None:
+        """Looks whether the files that the run's data lie in are still in their place.
+
+        Raises:
+            FileNotFoundError: they are not; says how to name another place.
+        """
+        for name in PLACES:
+            place = getattr(config, name)
+            if place and names_place(place) and not Path(place).exists():
+                raise FileNotFoundError(
+                    f"nothing is at {place}, where data of the run in {self.path} should lie. If they have moved, say "
+                    f"where they are now: engm train --out {self.path} {option(name)} PLACE"
+                )
 
     @property
     def evaluations_file(self) -> Path:
@@ -133,11 +181,11 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: the run is not over.
+            ValueError: the file does not hold them.
         """
         if not self.results_file.is_file():
             raise FileNotFoundError(f"{self.path} has no results yet: train it to the end with engm train --out")
-        found: dict[str, Any] = read_json(self.results_file)
-        return found
+        return read_object(self.results_file, "config", "data", "test")
 
     def weights(self, which: Which) -> Kept:
         """The weights of the best or the last checkpoint.

@@ -19,6 +19,7 @@ from ..methods import label_of
 from ..processes import Processes
 from ..storage.atomic_files import write_json
 from ..storage.folder_lock import locked
+from ..training.building import load_extra, load_in_turn
 from ..training.loggers import LogFormat, Loggers
 from ..training.run import Run, robust_of
 from .files import LAST, RunFolder
@@ -63,9 +64,13 @@ def train(
     config = folder.check_free_for(config)
     if folder.is_over(config):
         results = folder.results()
+        if folder.check_moved(config, lambda: _data(config, processes, dataset)) and processes.first:
+            folder.settle(config)
         if dataset is not None and "identity" in results["data"]:
             check_same_data(results["data"]["identity"], identities(dataset), dataset.name)
         return results
+    if dataset is None and folder.store.names(LAST):
+        folder.check_data_there(config)
     formats = [LogFormat(name) for name in config.loggers]
     for kind in formats:
         kind.check()
@@ -95,6 +100,12 @@ def train(
         if processes.first:
             write_json(folder.results_file, results)
     return results
+
+
+def _data(config: RunConfig, processes: Processes, dataset: Dataset | None) -> Dataset:
+    """The data set that a configuration names, with its extra examples."""
+    found = load_in_turn(config, processes) if dataset is None else dataset
+    return load_extra(config, found, processes.device)
 
 
 def _deadline(config: RunConfig, began: float) -> Deadline | None:

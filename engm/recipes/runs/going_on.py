@@ -1,4 +1,4 @@
-"""With which settings does a run go on? Its own, but for its length, which may have grown."""
+"""With which settings does a run go on? Its own, but for its length and for where its data lie."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..config import RunConfig, option
+from ..data_names import names_place
 
 # Settings of a run's length. What else hangs on the number of epochs stays as it was planned: see --schedule-epochs.
 LENGTH = ("epochs", "schedule_epochs", "decay_epochs")
+PLACES = ("data", "extra")  # settings that may say where images lie; whether these are the same, the images say
 
 
 def of_the_same_run(
@@ -26,14 +28,16 @@ def of_the_same_run(
         what: what the path holds, for messages.
 
     Raises:
-        ValueError: other settings, fewer epochs than were trained, or other learning rates in these.
+        ValueError: other settings (another path of the data is none), fewer epochs than were trained, or other
+            learning rates in these.
     """
     longer = config.epochs != own.epochs
     if config.schedule_epochs is None:
         config = replace(config, schedule_epochs=own.schedule_epochs or (own.epochs if longer else None))
     config = config.resolved()
     differences = config.differences(own)
-    refused = {name: pair for name, pair in differences.items() if not (longer and name in LENGTH)}
+    may_change = {*(LENGTH if longer else ()), *moved(own, config)}
+    refused = {name: pair for name, pair in differences.items() if name not in may_change}
     if refused:
         listed = ", ".join(f"{option(k)} {old} (now {new})" for k, (new, old) in refused.items())
         raise ValueError(
@@ -54,6 +58,16 @@ def of_the_same_run(
                 f"({', '.join(map(str, past)) or 'none'}) cannot be changed any more"
             )
     return config
+
+
+def moved(own: RunConfig, config: RunConfig) -> list[str]:
+    """Those of :data:`PLACES` in which two resolved configurations name different paths of files or folders."""
+    pairs = {name: (getattr(own, name), getattr(config, name)) for name in PLACES}
+    return [name for name, (old, new) in pairs.items() if old and new and old != new and _are_places(old, new)]
+
+
+def _are_places(*specs: str) -> bool:
+    return all(map(names_place, specs))
 
 
 def _decays_before(begun: int, config: RunConfig) -> list[int]:

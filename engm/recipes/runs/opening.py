@@ -16,9 +16,11 @@ def opening_line(folder: RunFolder, config: RunConfig) -> str:
         folder: of the run.
         config: its settings, as :meth:`RunFolder.check_free_for` gives them.
     """
-    embedded = ", the digits that come with scikit-learn (--data names others)" if config.data == "digits" else ""
-    data = f"{config.data}{embedded}"
-    if folder.is_over(config):
+    over = folder.is_over(config)
+    known = folder.config().data if over else config.data
+    embedded = ", the digits that come with scikit-learn (--data names others)" if known == "digits" else ""
+    data = f"{known}{embedded}"
+    if over:
         return (
             f"The run in {folder.path} was finished before; nothing was done. It was trained on {data}, for "
             f"{config.epochs} epochs; --epochs with a larger number trains on."

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..config import RunConfig
 from ..evaluation.asking import known_answer
 from ..spelling import shown_radius
-from ..storage.atomic_files import read_json
+from ..storage.atomic_files import read_object
 from .contents import described, runs_of
 from .files import RunFolder
 
@@ -115,7 +115,7 @@ def _computed(result: Mapping[str, Any]) -> str:
 
 
 def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
-    known = read_json(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
+    known = read_object(folder.evaluations_file) if folder.evaluations_file.is_file() else {}
     wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
     if "identity" in result["data"]:
         wanted["data"] = result["data"]["identity"]["test"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, option
-from ..storage.atomic_files import read_json
+from ..storage.atomic_files import read_object
 from ..web_page import folded, paragraph, picture_part, section, shown, table
 from .curves import draw_into, size_of
 from .folder import RunFolder
@@ -66,7 +66,7 @@ def _evaluations(results: Sequence[dict[str, Any]], names: dict[str, str]) -> li
     rows: list[tuple[str, str, str, dict[str, Any]]] = []
     for result in results:
         file = RunFolder(Path(result["folder"])).evaluations_file
-        for checkpoint, attacks in (read_json(file) if file.is_file() else {}).items():
+        for checkpoint, attacks in (read_object(file) if file.is_file() else {}).items():
             for attack, entries in attacks.items():
                 rows += [(names[result["folder"]], checkpoint, attack, entry) for entry in entries]
     if not rows:

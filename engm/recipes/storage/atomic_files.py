@@ -27,6 +27,26 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: expected JSON, got something else ({error}); restore or delete it") from error
 
 
+def read_object(path: Path, *names: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file.
+        names: of values that must be in the object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or no such object; the message names the file.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object of JSON, got a {type(found).__name__}; restore or delete it")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} is missing; restore or delete it")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON by :func:`write_text_atomic`.
 

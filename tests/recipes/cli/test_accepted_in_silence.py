@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
+from engm.recipes.cli.options import config_from
 from engm.recipes.config import RunConfig
 from engm.recipes.config_files import from_values
 
@@ -143,3 +145,28 @@ def test_every_panel_of_figure_5_has_its_name() -> None:
         page = engm("reproduce", f"fig5{letter}", "--budget", "smoke", "--seeds", "0")
         assert "--seeds" in page.stderr  # the name is known: the fault is another
     assert "unknown figure or table: 'fig5i'" in refused("reproduce", "fig5i", "--budget", "smoke", "--plan")
+
+
+def warned_of(settings: dict[str, str | int], file: Path | None = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config_from(settings, file)
+    return [str(warning.message) for warning in caught]
+
+
+def test_decays_behind_the_end_of_a_run_are_a_warning(tmp_path: Path) -> None:
+    none = "--decay-epochs 8,9: a run of 8 epochs has no decay after epoch 8 and 9; the learning rate never falls "
+    assert warned_of({"epochs": 8, "decay_epochs": "8,9"}) == [f"{none}in this run, unless it is made longer"]
+    some = "--decay-epochs 7,9: a run of 8 epochs has no decay after epoch 9; that is too late for it, "
+    assert warned_of({"epochs": 8, "decay_epochs": "7,9"}) == [f"{some}unless it is made longer"]
+    (tmp_path / "run.toml").write_text("epochs = 8\ndecay-epochs = [20]\n")
+    assert len(warned_of({}, tmp_path / "run.toml")) == 1
+    assert warned_of({"epochs": 30}, tmp_path / "run.toml") == []
+    for silent in ({}, {"decay_epochs": "6,7"}, {"decay_epochs": "none"}, {"schedule_epochs": 100}):
+        assert warned_of({"epochs": 8, **silent}) == []
+    assert warned_of({"epochs": 1}) == []  # whose decay by default is after its only epoch
+
+
+def test_and_the_run_is_trained_all_the_same(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="never falls"):
+        assert engm("train", *DIGITS, "--decay-epochs", 5, "--out", tmp_path / "run").exit_code == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import CPU, PLAIN, KilledAt, tiny_dataset, train_tiny
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
 from engm.recipes.runs.folder import RunFolder, train
@@ -110,3 +111,78 @@ def test_the_command_says_what_changes(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "curves.png").read_bytes() != curves
     assert "has trained for 2 epochs" in engm("--epochs", "1")
     assert "was finished before; nothing was done" in engm("--epochs", "2")
+
+
+def written(path: Path, *, seed: int = 0) -> Path:
+    """A file of little images, the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    sizes = {"train": 64, "test": 24}
+    images = {f"x_{part}": generator.integers(0, 256, (n, 8, 8, 1), np.uint8) for part, n in sizes.items()}
+    labels = {f"y_{part}": np.arange(n) % 2 for part, n in sizes.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **images, **labels)
+    return path
+
+
+FILE = "--model small-resnet --width 2 --batch-size 16 --attack-steps 1 --evaluation-steps 1 --validation-examples 16 "
+FILE += "--threads 1 --step eager --eps 0.2"
+
+
+def engm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "400"})
+
+
+def said(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    return " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("setting", ["data", "extra"])
+def test_a_run_goes_on_where_its_data_lie_now(setting: str, tmp_path: Path) -> None:
+    files = {name: written(tmp_path / f"{name}.npz") for name in ("data", "extra")}
+    given = [part for name, file in files.items() for part in (f"--{name}", file)]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    for path, epochs in ((run, 1), (whole, 2)):
+        length = ("--epochs", epochs, "--decay-epochs", 1)
+        assert engm("train", *given, *FILE.split(), *length, "--out", path).exit_code == 0
+    moved, other = tmp_path / "new" / "place.npz", written(tmp_path / "other.npz", seed=1)
+    moved.parent.mkdir()
+    files[setting].rename(moved)
+    before = (run / "config.toml").read_text()
+
+    message = said(engm("train", "--out", run, "--epochs", 2))
+    assert f"nothing is at {files[setting]}, where data of the run in {run} should lie" in message
+    assert f"engm train --out {run} --{setting} PLACE" in message
+    for more in ((), ("--epochs", 2)):  # finished, and made longer
+        message = said(engm("train", "--out", run, f"--{setting}", other, *more))
+        assert "are not those that this run was trained on" in message
+    assert "holds a run with other settings" in said(engm("train", "--out", run, "--data", "digits"))
+    assert (run / "config.toml").read_text() == before
+
+    assert engm("train", "--out", run, f"--{setting}", moved).exit_code == 0
+    assert getattr(RunFolder(run).config(), setting) == str(moved)
+    assert engm("train", "--out", run, "--epochs", 2).exit_code == 0
+    assert same_weights(run, whole)
+
+
+def test_evaluation_says_how_to_name_the_new_place_and_then_finds_it(tmp_path: Path) -> None:
+    data, run = written(tmp_path / "data.npz"), tmp_path / "run"
+    assert engm("train", "--data", data, *FILE.split(), "--epochs", 1, "--out", run).exit_code == 0
+    data.rename(tmp_path / "moved.npz")
+    evaluate = ("evaluate", run, "--attack", "natural", "--device", "cpu")
+    assert f"engm train --out {run} --data PLACE" in said(engm(*evaluate))
+    assert engm("train", "--out", run, "--data", tmp_path / "moved.npz").exit_code == 0
+    assert engm(*evaluate).exit_code == 0
+
+
+def test_a_comparison_keeps_its_plan_where_it_is_given_other_data(tmp_path: Path) -> None:
+    data, other, out = written(tmp_path / "data.npz"), written(tmp_path / "other.npz", seed=1), tmp_path / "many"
+    begin = ("compare", "--data", data, *FILE.split(), "--epochs", 1, "--optimizers", "msgd", "--seeds", 1)
+    assert engm(*begin, "--out", out).exit_code == 0
+    plan = (out / "comparison-plan.json").read_text()
+    assert "are not those that this run was trained on" in said(engm("compare", "--out", out, "--data", other))
+    assert (out / "comparison-plan.json").read_text() == plan
+    moved = data.rename(tmp_path / "moved.npz")
+    assert engm("compare", "--out", out, "--data", moved).exit_code == 0
+    assert RunFolder(out / "msgd-seed0").config().data == str(moved)
+    assert str(moved) in (out / "comparison-plan.json").read_text()
