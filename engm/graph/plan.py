@@ -317,8 +317,8 @@ class PlannedGraph:
 class Skeletons:
     """The latest plan of every skeleton of a graph, and whether graphs of it have to be measured again and again.
 
-    They have where none of the plans that are kept held for several graphs in a row, and where several plans in a row were
-    such that they are not kept.
+    They have where none of the plans that are kept held for several graphs in a row, and where several plans in a row
+    were such that they are not kept.
     """
 
     def __init__(self) -> None:

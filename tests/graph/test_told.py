@@ -122,8 +122,8 @@ def test_a_settled_order_is_kept_again(plans):
 class Placed(nn.Module):
     """Images at placeholders among words: some examples have several of them, others none.
 
-    The first patch attends to itself alone, so that a factor of zero is all that keeps a gradient from the second: plans
-    of images in no regular order then hold for a single graph.
+    The first patch attends to itself alone, so that a factor of zero is all that keeps a gradient from the second:
+    plans of images in no regular order then hold for a single graph.
     """
 
     def __init__(self):
