@@ -5,6 +5,9 @@ A plan is measured on one graph, and holds for others because operators treat al
 each other as soon as it bites, and one that moves rows by what it does not show may move them elsewhere. So in every
 later pass its backward is run once more, on gradients that have a random factor for every example, and has to hand on
 what it did, multiplied by the same factors.
+
+Nor may it hide what it trains: a backward that runs a backward pass of its own, as reversible networks and checkpoints
+written by hand do, leaves gradients in ``.grad`` that no pass through the graph ever sees.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from ..checks import RefusedError
 from ..rules.entries import owners_of
 from ..terms.layout import Layout
 from ..terms.owners import Ownership
@@ -90,11 +95,62 @@ def is_users(node: Node) -> bool:
     return operator_name(node) not in HANDING_ON and operator_name(node) != FOR_HOOKS
 
 
+def refuse_hidden_passes(traced: Trace, losses: Tensor, seed: float) -> None:
+    """Run the backward of every function of the user's once: none may train what the graph does not show.
+
+    Under ``fully_shard`` nothing is looked for, since functions of torch's own leave gradients there.
+
+    Args:
+        traced: the graph.
+        losses: ``[n]``.
+        seed: what the losses are multiplied by.
+
+    Raises:
+        RuntimeError: a function left gradients in ``.grad`` of trained parameters, which is as it was again.
+    """
+    if traced.owner is not None and traced.owner.shard_group is not None:
+        return
+    behind: list[GradientEdge] = []  # a pass to what a function hands gradients to runs the function
+    for node, children in zip(traced.order, traced.children, strict=True):
+        if not is_users(node):
+            continue
+        for (child, number), position in zip(node.next_functions, children, strict=True):
+            if position is not None:
+                behind.append(traced.edge(position, number) if position >= 0 else GradientEdge(child, number))
+    if behind:
+        with _nothing_left_in_grad(traced):
+            torch.autograd.grad(losses, behind, torch.full_like(losses, seed), retain_graph=True, allow_unused=True)
+
+
+@contextmanager
+def _nothing_left_in_grad(traced: Trace) -> Iterator[None]:
+    """Refuse what leaves gradients in ``.grad`` of trained parameters, which is put aside while the context is open."""
+    aside = [(name, tensor, tensor.grad) for name, tensor in traced.trained if tensor.is_leaf]
+    for _, tensor, _ in aside:
+        tensor.grad = None
+    try:
+        yield
+        left = [name for name, tensor, _ in aside if tensor.grad is not None]
+    finally:
+        for _, tensor, gradient in aside:
+            tensor.grad = gradient
+    if left:
+        functions = dict.fromkeys(node_name(node) for node in traced.order if is_users(node))
+        raise RefusedError(
+            f"engm: a backward pass inside of a torch.autograd.Function ({', '.join([*functions][:3])}) adds to .grad "
+            f"of {', '.join(map(repr, left[:5]))}, which hides these gradients from the graph, so that norms would "
+            "lack them. Hand the parameters to apply and return their gradients from backward (torch.autograd.grad in "
+            "the place of torch.autograd.backward), or use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+
+
 @contextmanager
 def watched(
     functions: Sequence[OpaqueFunction], traced: Trace, n: int, seed: int, tell: Callable[[Tensor], None]
 ) -> Iterator[None]:
     """While the context is open, tell of every function that a backward pass runs whether it mixes the examples.
+
+    What leaves gradients in ``.grad`` of trained parameters meanwhile is refused.
 
     Args:
         functions: of the graph's plan.
@@ -115,7 +171,8 @@ def watched(
                 continue
             handles.append(node.register_prehook(partial(comparison.before, node)))
             handles.append(node.register_hook(partial(comparison.after, node)))
-        yield
+        with _nothing_left_in_grad(traced):
+            yield
     finally:
         for handle in handles:
             handle.remove()

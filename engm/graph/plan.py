@@ -315,11 +315,16 @@ class PlannedGraph:
 
 
 class Skeletons:
-    """The latest plan of every skeleton of a graph, and how often in a row none that is kept held."""
+    """The latest plan of every skeleton of a graph, and whether graphs of it have to be measured again and again.
+
+    They have where none of the plans that are kept held for several graphs in a row, and where several plans in a row
+    were such that they are not kept.
+    """
 
     def __init__(self) -> None:
         self._plans: dict[Hashable, Plan] = {}
         self._missed: dict[Hashable, int] = {}
+        self._unkept: dict[Hashable, int] = {}  # how many plans in a row may hold for no other graph
 
     def held(self, skeleton: Hashable) -> None:
         """A plan that is kept held for a graph of this skeleton."""
@@ -331,12 +336,18 @@ class Skeletons:
             oldest = next(iter(self._plans))
             del self._plans[oldest]
             self._missed.pop(oldest, None)
+            self._unkept.pop(oldest, None)
         self._plans[skeleton] = plan
         self._missed[skeleton] = self._missed.get(skeleton, 0) + 1
+        self._unkept[skeleton] = 0 if plan.keeps else self._unkept.get(skeleton, 0) + 1
 
     def restless(self, skeleton: Hashable) -> Plan | None:
-        """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one."""
-        return self._plans[skeleton] if self._missed.get(skeleton, 0) >= RESTLESS else None
+        """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one.
+
+        Graphs for which a plan that is kept does hold may lie in between.
+        """
+        most = max(self._missed.get(skeleton, 0), self._unkept.get(skeleton, 0))
+        return self._plans[skeleton] if most >= RESTLESS else None
 
 
 class Watch:

@@ -37,7 +37,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, arranged, regular, varying
 from .fitting import OwnersOnDevice, agreed, fits
-from .opaque import is_users, opaque_functions
+from .opaque import is_users, opaque_functions, refuse_hidden_passes
 from .owners import SEVERAL, Key, Question
 from .plan import Junction, OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
 from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
@@ -60,6 +60,7 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) 
     """
     refuse_hidden_layers(traced)
     check_parameters(traced)
+    refuse_hidden_passes(traced, losses, seed)
     return _Planner(model, traced, losses, seed).plan()
 
 

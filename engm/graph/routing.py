@@ -164,12 +164,16 @@ class HashedOnce:
 
 
 def skeleton_of(traced: Trace, n: int) -> Hashable:
-    """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes."""
+    """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes.
+
+    All trained parameters count, since a function of the user's may hide some of them from the graph.
+    """
     calls = tuple([(id(c.module), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
-    return HashedOnce((n, traced.kinds, edges, calls, leaves))
+    trained = tuple([id(parameter) for _, parameter in traced.trained])
+    return HashedOnce((n, traced.kinds, edges, calls, leaves, trained))
 
 
 def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:

@@ -117,3 +117,36 @@ def test_a_settled_order_is_kept_again(plans):
         losses = random_losses(model(x, order, gone))
         norms = engm.measure(model, losses).norms
         assert relative(norms, engm.naive_grad_norms(model, losses)) <= 1e-9
+
+
+class Placed(nn.Module):
+    """Images at placeholders among words: some examples have several of them, others none.
+
+    The first patch attends to itself alone, so that a factor of zero is all that keeps a gradient from the second:
+    plans of images in no regular order then hold for a single graph.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.images, self.last = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x, mask, images):
+        h = self.words(x).clone()
+        patches = torch.tanh(self.images(images))
+        h[mask] = (torch.ones(2, 2).tril().to(x).expand(len(images), 2, 2) @ patches)[:, 0] + patches.mean(1)
+        return self.last(torch.tanh(h).mean(1))
+
+
+def test_batches_for_which_a_plan_holds_in_between_do_not_have_the_others_measured_for_good(plans):
+    torch.manual_seed(0)
+    net = Placed().double()
+    model = engm.GradNormModule(net)
+    counts = []
+    for step in range(12):
+        numbers = torch.ones(3, dtype=torch.long) if step % 3 == 0 else torch.tensor([2, 0, 1])[torch.randperm(3)]
+        losses = random_losses(model(tensor(3, 4, 4), torch.arange(4) < numbers[:, None], tensor(3, 2, 5)))
+        expected = per_example_gradients(losses, trained(net)).norms
+        plans.clear()
+        assert relative(engm.per_example_grad_norms(model, losses), expected) <= 1e-9
+        counts.append(len(plans))
+    assert sum(counts[-6:]) == 0, counts
