@@ -44,6 +44,7 @@ Read = Callable[[Record], float | None]
 BEST, LAST = figure("test", "best", "robust"), figure("test", "last", "robust")
 NATURAL, OVERFIT = figure("test", "best", "natural"), figure("overfit")
 AA_BEST, AA_LAST = figure("measures", "autoattack"), figure("measures", "autoattack_last")
+UNBOUNDED = ("f-engm",)  # methods that divide by the norm alone
 LABELS = {"mean": "ENGM, mean weight for all", "permuted": "ENGM, weights permuted", "msgd-scaled": "MSGD, lr × w"}
 
 
@@ -122,6 +123,11 @@ def weight_of(record: Record) -> float:
     return fmean(row.get("weight_mean", 1.0) for row in record["history"])
 
 
+def weight_text(method: str, weight: float) -> str:
+    """A mean weight in the page; nothing of a method whose weights have no bound, so that their mean says nothing."""
+    return "-" if method in UNBOUNDED else f"{weight:.2f}"
+
+
 def _row(records: Records, label: str, trials: Sequence[Trial], published: Any = None) -> str:
     there = [records[t.name] for t in trials if t.name in records and "diverged" not in records[t.name]]
     if not there:
@@ -132,8 +138,8 @@ def _row(records: Records, label: str, trials: Sequence[Trial], published: Any =
     cells = [
         label,
         f"lr {values['lr']:g}{', ' if other else ''}{other}",
-        f"{weight:.2f}",
-        f"{values['lr'] * weight:.3g}",
+        weight_text(trials[0].method, weight),
+        "-" if trials[0].method in UNBOUNDED else f"{values['lr'] * weight:.3g}",
         *(_mean(records, trials, read) for read in (NATURAL, BEST, LAST, OVERFIT)),
         f"{_mean(records, trials, AA_BEST)} / {_mean(records, trials, AA_LAST)}",
         str(len(there)),
@@ -265,9 +271,8 @@ def _tuning(records: Records) -> list[str]:
                 lines.append(f"| {name_of(method)} | {values} | {what} | | |")
                 continue
             robust = [100 * row["robust"] for row in record["history"]]
-            lines.append(
-                f"| {name_of(method)} | {values} | {robust[-1]:.1f} | {max(robust):.1f} | {weight_of(record):.2f} |"
-            )
+            weight = weight_text(method, weight_of(record))
+            lines.append(f"| {name_of(method)} | {values} | {robust[-1]:.1f} | {max(robust):.1f} | {weight} |")
     return [*lines, ""]
 
 
@@ -320,7 +325,8 @@ seed, with 95 % intervals of the mean (Student's t). *Yes*: the interval lies ab
 
 ACCURACIES = """Per cent, mean ± standard deviation over seeds; in brackets the paper's, of ResNet-18 on all of
 CIFAR-10. *lr × w* is the learning rate times the mean weight: methods are comparable in the length of their steps where
-it is alike. AA: AutoAttack on 500 images, three seeds. Overfit: (best − last) / best."""
+it is alike; F-ENGM lengthens gradients that all but vanish, so that its mean weight says nothing. AA: AutoAttack on
+500 images, three seeds. Overfit: (best − last) / best."""
 
 CONTROLS = """ENGM by its choice for the last checkpoint, and steps of the same length without its choice of examples:
 the mean weight of every batch for all of its examples, the weights of every batch permuted among its examples, and
