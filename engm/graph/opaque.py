@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..capture.calls import Call
 from ..checks import RefusedError
 from ..rules.entries import owners_of
 from ..terms.layout import Layout
@@ -118,8 +120,18 @@ def refuse_hidden_passes(traced: Trace, losses: Tensor, seed: float) -> None:
             if position is not None:
                 behind.append(traced.edge(position, number) if position >= 0 else GradientEdge(child, number))
     if behind:
-        with _nothing_left_in_grad(traced):
+        with traced.collecting(_Nobody()), _nothing_left_in_grad(traced):
             torch.autograd.grad(losses, behind, torch.full_like(losses, seed), retain_graph=True, allow_unused=True)
+
+
+class _Nobody:
+    """Takes no gradients, in a pass in which a function may not measure the graph that it is in."""
+
+    def holds(self, call: Call) -> bool:
+        return False
+
+    def receive(self, call: Call, backprops: Any) -> None:
+        pass
 
 
 @contextmanager

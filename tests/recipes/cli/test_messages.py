@@ -232,6 +232,7 @@ def test_what_is_no_fault_of_code_of_ones_own_keeps_its_traceback(tmp_path: Path
 def test_ctrl_c_while_modules_are_imported_is_no_traceback(module: str, tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # in a shell's background it is ignored
         "class Interrupted:\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
@@ -280,6 +281,7 @@ def test_a_radius_is_shown_as_it_is_typed(typed: str, shown: str) -> None:
 def test_a_second_ctrl_c_at_the_end_is_no_traceback() -> None:
     code = (
         "import atexit, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from engm.recipes.__main__ import main\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "sys.argv = ['engm', '--version']\n"
