@@ -216,7 +216,7 @@ class TermCollector:
         return self.keep or any(self._expected.get(id(p), 0) > 1 for p in call.parameters.values())
 
     def receive(self, call: Call, backprops: Any) -> None:
-        """Take the gradient of one call's output; called from its tensor hook."""
+        """Take the gradient of one call's output, soon after it came; grad mode is off."""
         layout = self._layouts.get(id(call))
         if layout is None:
             return

@@ -2,9 +2,9 @@
 
 A call is written on the autograd node of its output, and a forward pass on the nodes of its outputs
 (``csrc/graph_records.h``). So both live exactly as long as the graph that they belong to, whatever else the user does
-with the model. In backward passes the node hands the gradient of the output to the collector of the call's forward pass
-if there is one; after all hooks of the user's on the same tensor, since the gradient that they return is the one that
-counts.
+with the model. In backward passes the node puts the gradient of the output into the queue of the call's forward pass if
+there is one, from which a collector gets it; after all hooks of the user's on the same tensor, since the gradient that
+they return is the one that counts.
 """
 
 from __future__ import annotations
