@@ -209,7 +209,7 @@ case "$PHASE" in
     # Workers, where pytest-xdist is there: one whose CUDA context died, or that hung, is replaced by another.
     # One in a rehearsal, since there are tests that take 17 gigabytes.
     extra=()
-    workers=$((REHEARSE ? 1 : CORES < 4 ? CORES : 4))
+    workers=$((REHEARSE ? 1 : CORES < 8 ? CORES : 8))
     "$PYTHON" -c "import xdist" 2>/dev/null && extra+=(-n "$workers" --max-worker-restart 30)
     "$PYTHON" -c "import pytest_timeout" 2>/dev/null && extra+=(--timeout 90 --timeout-method thread)
     within $(($(left) - 15)) tests "$PYTHON" -m pytest -m gpu tests/gpu -v --junitxml "$OUT/tests.xml" \
