@@ -88,7 +88,7 @@ def _profile(bench: Bench, setting: Setting, name: str, n: int) -> dict[str, Any
     rows = []
     for event in found.key_averages():
         on_device = str(getattr(event, "device_type", "")).endswith("CUDA")
-        if on_device == bench.real_cuda:
+        if on_device == bench.real_cuda and "#" not in event.key:  # ranges of the host, as "Optimizer.step#SGD.step"
             micro = event.self_device_time_total if bench.real_cuda else event.self_cpu_time_total
             rows.append({"kernel": event.key[:160], "calls": event.count, "microseconds": round(micro, 1)})
     rows.sort(key=lambda row: -row["microseconds"])

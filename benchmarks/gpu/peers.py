@@ -44,6 +44,8 @@ def grouped_forward(layer: ConvLayer, x: Tensor, gy: Tensor) -> Tensor:
     needed = x.element_size() * n * channels * gy[0].numel()
     if needed > LARGEST:
         raise Absent(f"the expanded backprops alone would take {needed / 1e9:.0f} GB")
+    if needed > 4 * 2**31:
+        raise Absent("cuDNN 9.19 reads outside of operands of more than 2^31 elements here, which ends the process")
     kernels = gy.unsqueeze(1).expand(n, channels, *gy.shape[1:]).reshape(-1, 1, *gy.shape[2:])
     images = x.reshape(1, -1, *x.shape[2:])
     grads = F.conv2d(images, kernels, padding=layer.padding, dilation=layer.stride, groups=n * channels)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor, fx
 
 ROUNDINGS = 2250.0  # 5e-13 in float64, 2.7e-4 in float32
 COARSE = 0.05  # where a rounding may become a whole step of an attack, or numbers of 16 bits are rounded elsewhere
 OF_ALL = 0.01  # of the largest gradient: what a smaller one is measured by, as it may be a difference of larger numbers
+TF32 = 2.0**-10  # its unit of rounding
 JUMPS = frozenset(["sign", "sgn", "round", "floor", "ceil", "trunc", "frac", "heaviside"])
 
 
@@ -44,13 +48,13 @@ class Tolerance:
     @classmethod
     def of(cls, module: fx.GraphModule) -> Tolerance:
         """The tolerance for a recorded program."""
-        kinds, jumps = {torch.float64}, False
+        units, jumps = {torch.finfo(torch.float64).eps}, False
         for node in module.graph.nodes:
             found = node.meta.get("val")
             values = found if isinstance(found, list | tuple) else [found]
-            kinds |= {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+            units |= {_unit(value) for value in values if isinstance(value, Tensor) and value.is_floating_point()}
             jumps |= getattr(getattr(node.target, "overloadpacket", None), "__name__", "").rstrip("_") in JUMPS
-        return cls(max(torch.finfo(kind).eps for kind in kinds), jumps)
+        return cls(max(units), jumps)
 
     def relative(self) -> float:
         """The tolerance as a part of a tensor's largest entry."""
@@ -87,9 +91,71 @@ class Tolerance:
         return bool(((a[finite] - b[finite]).abs() <= self.relative() * scale).all())
 
 
+def _unit(tensor: Tensor) -> float:
+    """The unit of rounding of what is computed with a tensor's numbers."""
+    backends = torch.backends
+    if (
+        tensor.is_cuda
+        and tensor.dtype == torch.float32
+        and (backends.cudnn.allow_tf32 or backends.cuda.matmul.allow_tf32)
+    ):
+        return TF32
+    return torch.finfo(tensor.dtype).eps
+
+
 def _largest(tensor: Tensor) -> float:
     """The largest finite entry of a tensor by its absolute value; 0 where there is none, or of integers."""
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         return 0.0
     found = tensor[tensor.isfinite()]
     return float(found.abs().max()) if found.numel() else 0.0
+
+
+@dataclass
+class Unrepeatable:
+    """What torch said, within :func:`repeatable_kernels`, of operators that have no such kernel.
+
+    Attributes:
+        warnings: one sentence each; filled when the context ends.
+    """
+
+    warnings: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.warnings)
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[Unrepeatable]:
+    """A context in which a CUDA device runs kernels that give the same bits at every run, wherever torch has such.
+
+    A sum of a CUDA kernel may be added up in another order at every run, and what is rounded to TF32 afterwards differs
+    visibly. On the CPU nothing is switched: its kernels repeat.
+
+    Args:
+        device: where the step runs.
+    """
+    found = Unrepeatable()
+    if device.type != "cuda":
+        yield found
+        return
+    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=warn_only or not enabled)
+    cudnn.deterministic, cudnn.benchmark = True, False
+    fill.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory = before  # type: ignore[attr-defined]
+        for warning in caught:
+            text = str(warning.message)
+            if "deterministic" not in text:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            elif "CuBLAS" not in text:  # which repeats on one stream
+                found.warnings.append(text.splitlines()[0])

@@ -7,10 +7,12 @@ from device_cases import (
     LAYOUTS,
     MODES,
     assert_norms,
+    conv_terms,
     cuda_only,
     every_mode,
     every_operator,
     gpu,
+    linear_terms,
     operand,
     tf32,
 )
@@ -179,11 +181,13 @@ def test_unaligned_and_strided_views(layout, mode):
     with tf32(mode.tf32):
         for form in ("direct", "gram"):
             want = reference.linear_norm_sq(a.double(), b.double())
-            assert_norms(ops.linear_norm_sq(a, b, form), want, mode)
+            assert_norms(ops.linear_norm_sq(a, b, form), want, mode, linear_terms(a, b))
             want = reference.conv_norm_sq(x.double(), gy.double(), *GEOMETRY)
-            assert_norms(ops.conv_norm_sq(x, gy, *GEOMETRY, form), want, mode)
-        dense = ops.conv_norm_sq(x.contiguous()[:, 1:], gy.contiguous()[:, 1:], *GEOMETRY)
-    assert_norms(dense, reference.conv_norm_sq(x.double()[:, 1:], gy.double()[:, 1:], *GEOMETRY), mode)
+            assert_norms(ops.conv_norm_sq(x, gy, *GEOMETRY, form), want, mode, conv_terms(x, gy, GEOMETRY))
+        x, gy = x.contiguous()[:, 1:], gy.contiguous()[:, 1:]
+        dense = ops.conv_norm_sq(x, gy, *GEOMETRY)
+    want = reference.conv_norm_sq(x.double(), gy.double(), *GEOMETRY)
+    assert_norms(dense, want, mode, conv_terms(x, gy, GEOMETRY))
 
 
 def test_padding_of_the_operands_is_never_read():
