@@ -102,14 +102,11 @@ OptionalTensor check_clip(const at::Tensor& squared_norms, double alpha, const O
 
 bool channels_last(const at::Tensor& x) { return x.size(1) > 1 && x.stride(1) == 1 && x.stride(-1) != 1; }
 
-Form parse_form(std::string_view form, bool corrected) {
+Form parse_form(std::string_view form) {
   if (form == "direct") return Form::kDirect;
-  if (form == "gram") {
-    TORCH_CHECK(!corrected, "form=\"gram\" has no batch-norm correction. Use form=\"auto\" or \"direct\" with one.");
-    return Form::kGram;
-  }
+  if (form == "gram") return Form::kGram;
   TORCH_CHECK(form == "auto", "form must be \"auto\", \"direct\" or \"gram\", got \"", std::string(form), "\".");
-  return corrected ? Form::kDirect : Form::kAuto;
+  return Form::kAuto;
 }
 
 at::ScalarType compute_type(const at::Tensor& a, const at::Tensor& b, const char* op) {

@@ -20,8 +20,8 @@ inline at::Tensor as_type(const at::Tensor& t, at::ScalarType type) { return t.s
 // Whether the channels of a map [n, C, *S] lie side by side in memory and its pixels do not, which a form may pay for.
 bool channels_last(const at::Tensor& x);
 
-// The form that the user named; kAuto becomes kDirect where a correction is given, which the Gram form does not have.
-Form parse_form(std::string_view form, bool corrected);
+// The form that the user named.
+Form parse_form(std::string_view form);
 
 // The type that sums are formed in: float64 stays, half types become float32, and anything else is an error, as are
 // operands of two types or devices.

@@ -350,6 +350,23 @@ void try_correction(Bench& bench) {
   in_both_orders("patch_mean, strides and dilations", bench.integers({3, 8, 19, 17}), {{3, 4}, {2, 3}, {2, 1}, {2, 3}});
   mean_of("patch_mean, 3-d", bench.integers({2, 3, 5, 6, 7}), {{3, 2, 3}, {2, 1, 1}, {1, 1, 0}, {1, 1, 2}});
   mean_of("patch_mean, a line", bench.integers({3, 4, 300}), {{5}, {1}, {2}, {1}});
+  for (const bool last : {false, true}) {
+    const auto memory = last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    for (const int64_t side : {2, 5}) {
+      const at::Tensor x = bench.integers({2, 9, side, side}).contiguous(memory),
+                       gy = bench.integers({2, 40, side, side}).contiguous(memory);
+      const auto sums = [&](const Sizes& sizes) { return bench.integers(sizes, 1).to(bench.type_of_sums()); };
+      const at::Tensor shift = sums({2, 40}), mean = sums({9, 3, 3}), scale = sums({2, 40}),
+                       correlation = sums({40, 9, 3, 3});
+      const auto& [kernel, stride, padding, dilation, groups] = k3x3;
+      bench.attempt("conv_norm_sq, corrected, by Gram", 1e-5, [&] {
+        bench.compare(bench.of.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, "gram", shift, mean, scale,
+                                            correlation),
+                      aten::conv_norm_sq(in_double(x), in_double(gy), kernel, stride, padding, dilation, groups, "gram",
+                                         in_double(shift), in_double(mean), in_double(scale), in_double(correlation)));
+      });
+    }
+  }
 }
 
 void try_embedding(Bench& bench) {

@@ -100,7 +100,7 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, a.device(), {s.n, s.out_channels}, {s.channels},
                       {s.out_channels, s.channels}, "linear_norm_sq");
-  parse_form(form, correction.has_value());
+  parse_form(form);
   return norms_of(s, as_line(a), as_line(b), type, correction);
 }
 
@@ -113,7 +113,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const at::ScalarType type = compute_type(x, gy, "conv_norm_sq");
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, "conv_norm_sq");
-  parse_form(form, correction.has_value());
+  parse_form(form);
   return norms_of(s, x, gy, type, correction);
 }
 

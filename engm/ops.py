@@ -56,7 +56,8 @@ def linear_norm_sq(
         b: Backprops ``[n, T, d]``.
         form: ``"direct"`` forms tiles of the gradient in registers, 2·T·p·d FLOPs an example; ``"gram"`` contracts
             ``a aᵀ`` with ``b bᵀ``, T²(p + d) FLOPs, centred against cancellation (an example whose terms cancel all the
-            same is done again in direct form); ``"auto"`` takes the cheaper form, and direct with a correction.
+            same is done again in direct form); ``"auto"`` takes the cheaper form. With a correction
+            the CPU has the direct form alone.
         shift: ``[n, d]``, the example's shift gradient times scale/σ.
         patch_mean: ``[p]``, mean activation.
         scale: ``[n, d]``, the example's scale gradient times scale/σ.
@@ -104,7 +105,8 @@ def conv_norm_sq(
         groups: Divides ``C`` and ``d``; ``groups == C`` is depthwise.
         form: ``"direct"`` forms tiles of the gradient in registers; ``"gram"`` contracts ``gy gyᵀ`` with the sum over
             taps of the shifted pixel Gram matrix ``x xᵀ`` (inner dimension C, not C·taps), and repeats an example in
-            direct form where its terms cancel; ``"auto"`` takes the cheaper form, and direct with a correction.
+            direct form where its terms cancel; ``"auto"`` takes the cheaper form. With a correction
+            the CPU has the direct form alone.
         shift: ``[n, d]``, as for :func:`linear_norm_sq`.
         patch_mean: ``[C, *kernel_size]``, mean patch; a group of output channels uses its own ``C / groups`` rows.
         scale: ``[n, d]``, as for :func:`linear_norm_sq`.

@@ -112,6 +112,14 @@ at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
+// The form that the user named. A correction is an epilogue of the direct form.
+Form form_of(std::string_view name, bool corrected) {
+  const Form form = parse_form(name);
+  TORCH_CHECK(!corrected || form != Form::kGram,
+              "form=\"gram\" has no batch-norm correction on the CPU. Use form=\"auto\" or \"direct\" with one.");
+  return corrected ? Form::kDirect : form;
+}
+
 }  // namespace
 
 at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::string_view form,
@@ -122,7 +130,7 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   const int64_t n = a_in.size(0), T = a_in.size(1), p = a_in.size(2), d = b_in.size(2);
   const auto correction = read_correction(shift, patch_mean, scale, correlation, type, a_in.device(), {n, d}, {p},
                                           {d, p}, "linear_norm_sq");
-  Form chosen = parse_form(form, correction.has_value());
+  Form chosen = form_of(form, correction.has_value());
   const at::Tensor a = as_type(a_in, type), b = as_type(b_in, type);
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, a.options());
   if (T == 1 && !correction && chosen != Form::kDirect)
@@ -140,7 +148,7 @@ at::Tensor conv_norm_sq(const at::Tensor& x_in, const at::Tensor& gy_in, at::Int
   const at::ScalarType type = compute_type(x_in, gy_in, "conv_norm_sq");
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, x_in.device(), s, kernel_size, "conv_norm_sq");
-  Form chosen = parse_form(form, correction.has_value());
+  Form chosen = form_of(form, correction.has_value());
   const at::Tensor x = as_type(x_in, type), gy = as_type(gy_in, type);
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, x.options());
   if (chosen == Form::kAuto)

@@ -4,8 +4,11 @@
 // Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are
 // marked on the device, and the direct form's blocks leave the others alone. Where the device has shown a kernel to be
 // wrong (../trust.h), another form takes its place, or ATen's operators.
+#include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <string>
 
@@ -13,6 +16,8 @@
 #include "../precision.h"
 #include "depthwise_norm.h"
 #include "direct_norm.h"
+#include "element_type.h"
+#include "expanded_correction.h"
 #include "gram_norm.h"
 #include "stream.h"
 #include "sum_partials.h"
@@ -184,6 +189,66 @@ bool norms(const Problem& problem, const std::optional<CorrectionTensors>& corre
   return true;
 }
 
+// Whether a corrected norm is formed from an uncorrected one and the layer's response to the correction: the direct
+// form's epilogue reads the correlation anew for every example, which took 4 ns for 1,000 elements on an H200, and the
+// response costs a forward pass of the layer and some ten launches.
+bool worth_expanding(const ConvShape& s, const Problem& problem) {
+  const bool slow = problem.precision == Precision::kFloat32 || problem.precision == Precision::kFloat64;
+  const double elements = double(s.n) * double(s.out_channels) * double(s.channels) * double(s.taps());
+  return problem.precision != Precision::kFloat16 && s.groups == 1 && s.positions() <= (slow ? 128 : 256) &&
+         elements > 1.5e7;
+}
+
+// The layer's response to other weights, and gy, both dense in the same order of memory.
+struct Response {
+  at::Tensor responses, gy;
+  bool channels_last;
+};
+
+// Corrected norms in any form; `respond` makes the response to weights of the given sizes, whose first is their rows.
+// Returns false if no kernel is trusted with the problem.
+template <class Respond>
+bool expanded(const Problem& problem, const CorrectionTensors& correction, Form chosen, bool forced,
+              const at::Tensor& gy, at::IntArrayRef weight_sizes, Respond respond, const at::Tensor& out,
+              const OnDevice& on, const char* op) {
+  if (!on.trusts(Kernel::kCorrection, precision_of(gy.scalar_type()))) return false;
+  if (!norms(problem, std::nullopt, chosen, forced, out, on, op)) return false;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const int64_t n = problem.geometry.n, d = problem.geometry.rows;
+  const at::Tensor weights = at::empty(weight_sizes, gy.options().memory_format(std::nullopt));
+  const at::Tensor moments = at::empty({2 * d + 1}, out.options());
+  const CorrectionFilters filters{correction.correlation.const_data_ptr(),
+                                  correction.patch_mean.const_data_ptr(),
+                                  weights.mutable_data_ptr(),
+                                  moments.mutable_data_ptr(),
+                                  correction.correlation.numel() / d,
+                                  int(d),
+                                  int(weight_sizes[0]),
+                                  element_of(gy)};
+  check_launch(launch_correction_filters(filters, on.stream()), op);
+  const Response response = respond(weights);
+  const at::Tensor done = at::empty({n}, out.options().dtype(at::kByte));
+  const ExpandedCorrection p{response.gy.const_data_ptr(),
+                             response.responses.const_data_ptr(),
+                             moments.const_data_ptr(),
+                             correction.shift.const_data_ptr(),
+                             correction.scale.const_data_ptr(),
+                             out.mutable_data_ptr(),
+                             done.mutable_data_ptr<uint8_t>(),
+                             n,
+                             problem.geometry.positions(),
+                             int(d),
+                             int(weight_sizes[0]),
+                             response.channels_last,
+                             element_of(gy)};
+  check_launch(launch_expanded_correction(p, on.stream()), op);
+  direct(problem, correction, nullptr, done.const_data_ptr<uint8_t>(), out, on, op);
+  return true;
+}
+
+// How many rows the weights of a response have, for d rows of the layer's and one more: libraries are fast at eights.
+int64_t response_rows(int64_t d) { return (d / 8 + 1) * 8; }
+
 using Grads = std::tuple<at::Tensor, at::Tensor>;  // norm_sq [n], grads
 
 // Nothing if no kernel is trusted with the problem.
@@ -210,13 +275,22 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const OnDevice on(a);
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, a.device(), {n, d}, {p}, {d, p}, op);
-  Form chosen = parse_form(form, correction.has_value());
+  Form chosen = parse_form(form);
   const bool forced = chosen != Form::kAuto;
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, sums_of(a));
   const at::Tensor out = at::empty({n}, sums_of(a));
   const Problem problem = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), false, op);
+  const bool expand = correction && T > 0 && (forced ? chosen == Form::kGram : worth_expanding(s, problem));
+  if (correction && !expand) chosen = Form::kDirect;
   if (chosen == Form::kAuto)
     chosen = linear_cost(T, p, d, cuda_table(a.device().index(), problem.precision)).form;
+  if (expand) {
+    const auto respond = [&](const at::Tensor& weights) {
+      return Response{at::matmul(a, weights.t()).contiguous(), b.contiguous(), true};
+    };
+    if (expanded(problem, *correction, chosen, forced, b, {response_rows(d), p}, respond, out, on, op)) return out;
+    return aten::linear_norm_sq(a, b, "auto", shift, patch_mean, scale, correlation);
+  }
   if (chosen == Form::kGram && T == 1 && on.trusts(Kernel::kRankOne, problem.precision)) {
     const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
     check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
@@ -236,15 +310,31 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const OnDevice on(x);
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, op);
-  Form chosen = parse_form(form, correction.has_value());
+  Form chosen = parse_form(form);
   const bool forced = chosen != Form::kAuto;
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, sums_of(x));
   const at::Tensor out = at::empty({s.n}, sums_of(x));
   const Problem problem = problem_of(s, x, gy, true, op);
+  const bool expand = correction && (forced ? chosen == Form::kGram : worth_expanding(s, problem));
+  TORCH_CHECK(!expand || groups == 1, op, ": form=\"gram\" takes a batch-norm correction with groups=1 only, got groups=",
+              groups, ". Use form=\"direct\" or \"auto\".");
+  if (correction && !expand) chosen = Form::kDirect;
   if (chosen == Form::kAuto)
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
                        channels_last(x), cuda_table(x.device().index(), problem.precision))
                  .form;
+  if (expand) {
+    std::vector<int64_t> sizes{response_rows(s.out_channels), s.channels};
+    sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
+    const auto respond = [&](const at::Tensor& weights) {
+      const std::vector<int64_t> none(kernel_size.size(), 0);
+      const at::Tensor found = at::convolution(x, weights, {}, stride, padding, dilation, false, none, 1);
+      return Response{found, gy.contiguous(found.suggest_memory_format()), !found.is_contiguous()};
+    };
+    if (expanded(problem, *correction, chosen, forced, gy, sizes, respond, out, on, op)) return out;
+    return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, "auto", shift, patch_mean, scale,
+                              correlation);
+  }
   if (norms(problem, correction, chosen, forced, out, on, op)) return out;
   return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,
                             correlation);

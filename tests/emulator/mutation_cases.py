@@ -192,6 +192,26 @@ def affine(ops, dtype):
 
 
 @for_each_dtype
+def expanded(ops, dtype):
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape, rows, last in (((2, 9, 5, 5), 11, False), ((2, 16, 4, 4), 40, True), ((2, 3, 2, 2), 5, False)):
+        memory = torch.channels_last if last else torch.contiguous_format
+        x, gy = operand(*shape, dtype=dtype), operand(shape[0], rows, *shape[2:], dtype=dtype)
+        x, gy = x.contiguous(memory_format=memory), gy.contiguous(memory_format=memory)
+        correction = {
+            "shift": operand(2, rows, dtype=sums),
+            "patch_mean": operand(shape[1], 3, 3, dtype=sums),
+            "scale": operand(2, rows, dtype=sums),
+            "correlation": operand(rows, shape[1], 3, 3, dtype=sums),
+        }
+        geometry = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+        want = reference.conv_norm_sq(
+            x.double(), gy.double(), *geometry, **{k: t.double() for k, t in correction.items()}
+        )
+        check(ops.conv_norm_sq(x, gy, *geometry, "gram", **correction), want)
+
+
+@for_each_dtype
 def correction(ops, dtype):
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     drawn, channels, rows = operand(3, 40, 64, dtype=dtype), operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)

@@ -70,8 +70,8 @@ def test_conv_norm_sq_is_its_twin(problem, mode, x_layout, gy_layout, form, corr
     x, gy = operand(x_shape, mode.dtype, x_layout), operand(gy_shape, mode.dtype, gy_layout)
     correction = None
     if corrected:
-        form = "direct" if form == "gram" else form
         kernel, groups = geometry[0], geometry[4]
+        form = "direct" if form == "gram" and (groups > 1 or not ON_CUDA) else form
         weight = (gy_shape[1], x_shape[1] // groups, *kernel)
         correction = correction_of(*gy_shape[:2], (x_shape[1], *kernel), weight, mode.dtype)
     check_conv(x, gy, geometry, mode, form, correction)
@@ -95,7 +95,20 @@ def test_linear_norm_sq_is_its_twin(shape, mode, a_layout, b_layout, form, corre
     n, T, p, d = shape
     a, b = operand((n, T, p), mode.dtype, a_layout), operand((n, T, d), mode.dtype, b_layout)
     correction = correction_of(n, d, (p,), (d, p), mode.dtype) if corrected else None
-    check_linear(a, b, mode, "direct" if corrected and form == "gram" else form, correction)
+    check_linear(a, b, mode, "direct" if corrected and not ON_CUDA else form, correction)
+
+
+@every_mode
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "rows", "side"), [(128, 128, 16), (200, 201, 8), (512, 512, 4), (512, 64, 2)])
+def test_corrected_norms_of_small_maps(channels, rows, side, layout, mode):
+    """In the form that is chosen: the layer's response to the correction where that is cheaper than an epilogue."""
+    if not ON_CUDA:
+        channels, rows = channels // 8, rows // 8
+    x, gy = operand((24, channels, side, side), mode.dtype, layout), operand((24, rows, side, side), mode.dtype, layout)
+    correction = correction_of(24, rows, (channels, 3, 3), (rows, channels, 3, 3), mode.dtype)
+    correction["scale"] *= 0.3
+    check_conv(x, gy, ([3, 3], [1, 1], [1, 1], [1, 1], 1), mode, "auto", correction)
 
 
 def check_grads(got, want, mode, terms):
