@@ -15,7 +15,7 @@ import torch
 
 import engm
 
-from . import backends, ceilings, kernels, memory, runs, steps, tables, training
+from . import backends, ceilings, kernels, memory, recorded, runs, steps, tables, training
 from .faked import faked_cuda
 from .record import DeviceLostError, Record, Stage, machine
 from .timing import Bench
@@ -49,6 +49,7 @@ STAGES: dict[str, tuple[Callable[..., None], float]] = {  # what runs, and its s
     "kernels": (kernels.run, 150),
     "steps": (steps.run, 150),
     "pgd": (steps.run_pgd, 100),
+    "recorded": (recorded.run, 300),
     "backends": (backends.run, 400),
     "memory": (memory.run, 40),
     "profile": (memory.run_profile, 25),
@@ -62,7 +63,7 @@ RESTARTS = 6  # how often a process whose CUDA context died is replaced
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="output directory: gpu.json, gpu.md")
-    usual = "self_test,ceilings,kernels,steps,pgd,memory,profile"
+    usual = "self_test,ceilings,recorded,kernels,steps,pgd,memory,profile"
     parser.add_argument("--stages", default=usual, help=", ".join(STAGES))
     parser.add_argument("--seconds", type=float, help="seconds of all stages together, each scaled down to fit")
     parser.add_argument("--device", default="cuda", help="cuda, cpu, or fake: the CPU, taking the steps of a GPU")

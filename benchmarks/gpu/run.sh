@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu/run.sh OUT --phase check       the tests on the GPU
 #   benchmarks/gpu/run.sh OUT --phase sanitize    compute-sanitizer: memcheck, synccheck, racecheck
-#   benchmarks/gpu/run.sh OUT --phase speed       kernels, whole steps, memory, a profile, recorded steps
-#   benchmarks/gpu/run.sh OUT --phase recorded    recorded steps by every backend, compiled ones too
+#   benchmarks/gpu/run.sh OUT --phase speed       recorded steps, kernels, steps by hand, memory, a profile
+#   benchmarks/gpu/run.sh OUT --phase recorded    recorded steps, then by every backend, compiled ones too
 #   benchmarks/gpu/run.sh OUT --phase training    seconds an epoch, and how faithful weights are (needs DATA)
 #   benchmarks/gpu/run.sh OUT --phase runs        adversarial training by three methods, resumable (needs DATA)
 #   benchmarks/gpu/run.sh OUT --rehearse          all of them on the CPU, with the device faked as far as it can be
@@ -225,10 +225,13 @@ case "$PHASE" in
     done
     ;;
   speed)
-    # The backends come last: a compilation that takes longer than its grace is killed, and costs no other stage.
-    stages "ceilings:20 kernels:90 steps:80 pgd:60 memory:20 profile:15 tune:20 backends:120:120"
+    # Recorded steps come first: where a launch takes the host long, the others are the host's figures.
+    stages "ceilings:10 recorded:160 kernels:90 steps:60 pgd:60 memory:20 profile:15 tune:20"
     ;;
-  recorded) stages "backends:400:120" ;;
+  recorded)
+    # A compilation that takes longer than its grace is killed.
+    stages "recorded:160 backends:250:120"
+    ;;
   training) stages "training:400:60" --data "$DATA" ;;
   runs)
     # What is left, but for the looks at the test set and the last checkpoints.

@@ -135,6 +135,7 @@ DRAW: dict[str, Callable[[list[Case]], list[str]]] = {
     "kernels": _kernels,
     "steps": _contenders,
     "pgd": _contenders,
+    "recorded": _contenders,
     "backends": _contenders,
     "memory": _contenders,
     "training": _training,

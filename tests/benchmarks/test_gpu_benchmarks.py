@@ -71,6 +71,19 @@ def test_recorded_steps_by_their_backends(tmp_path):
     assert cases[-1]["contenders"].keys() >= {"msgd, inductor", "engm, inductor"}
 
 
+@pytest.mark.slow
+def test_recorded_steps_of_every_method(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--stages", "recorded"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    attacked, plain = json.loads((tmp_path / "gpu.json").read_text())["stages"]["recorded"]["cases"]
+    assert not [problem for case in (attacked, plain) for problem in problems(case)]
+    assert len(attacked["contenders"]) == 5
+    assert plain["contenders"]["msgd"]["ratio"] == 1
+
+
 def fails():
     raise RuntimeError("no such algorithm")
 
