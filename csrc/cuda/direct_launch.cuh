@@ -126,7 +126,7 @@ inline int64_t plan_example_step(int64_t n, int64_t tiles, double steps, int64_t
 
 template <class Tile>
 int launch_tile(DirectNorm p, void* stream) {
-  constexpr int kBlocksEach = 8;  // blocks of a multiprocessor, where most will find nothing to do
+  constexpr int kBlocksEach = 2;  // blocks of a multiprocessor, where most will find nothing to do
   const Geometry& g = p.geometry;
   const double steps = double(g.out[0]) * tiles_of(g.out[1], p.tile_h) * tiles_of(g.out[2], p.tile_w);
   const int64_t share = p.done != nullptr

@@ -187,6 +187,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) di
   const SharedLayout& at = p.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned tiles = unsigned(p.tiles()), number = blockIdx.x % tiles;
+  if (p.done != nullptr) {  // nearly always there is nothing to do: every warp looks at all of the block's examples
+    int left = 0;
+    for (int64_t e = blockIdx.x / tiles + int64_t(lane) * p.example_step; e < g.n; e += 32 * int64_t(p.example_step))
+      left += !p.done[e];
+    if (warp_sum(left) == 0) return;
+  }
   unsigned tile = number;
   const int c0 = int(tile % p.channel_tiles) * Tile::kChannels;
   tile /= p.channel_tiles;
