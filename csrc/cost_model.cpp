@@ -127,8 +127,8 @@ void cuda_gram_parts(const Layer& l, Cost& cost) {
   }
 }
 
-// The Gram form of a linear layer: whole matrix products of a library in tiles of 64, which write the two Gram matrices,
-// and a kernel that reads half of them.
+// The Gram form of a linear layer: whole matrix products of a library in tiles of 64, which write the two Gram
+// matrices, and a kernel that reads half of them.
 void product_parts(const Layer& l, Cost& cost) {
   const double t = l.positions(), edge = 64 * tiles_of(t, 64);
   cost.gram_parts = {0, 0, 0, 0, 0, 2 * edge * edge * (l.channels + l.rows), cost.elements + 3 * t * t, 1};
@@ -183,7 +183,8 @@ Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table) {
 Cost conv_cost(int64_t channels, int64_t out_channels, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, int64_t groups, const Sizes& input, const Sizes& output, bool channels_last,
                const CostTable& table) {
-  // On CUDA patches side by side are copied and then rows of a linear layer; on a CPU that was measured to be no faster.
+  // On CUDA patches side by side are copied and then rows of a linear layer; on a CPU that was measured to be no
+  // faster.
   if (table.tile > 0 && reads_patches(kernel, stride, padding, dilation, groups))
     return linear_cost(ConvShape::volume(output), channels * ConvShape::volume(kernel), out_channels, table);
   const double g = static_cast<double>(groups);

@@ -26,12 +26,12 @@ CostTable builtin_cpu() {
   return table;
 }
 
-// The constants of products are from times of an H200 at n = 128: of T = 196, 384 to 384 up to 768 to 3072, and T = 64, by
-// torch.bmm and passes of torch's over its results. Per tile of 64 positions cuBLAS makes some 260 TFLOP/s in TF32, 390
-// in 16 bits and 47 in float32; memory moves 4.3 TB/s; and an example's share of the three launches more than the direct
-// form has is 80 ns. Against them stands what the direct form's unit takes there: 80 FLOPs a picosecond in TF32 on
-// layers of these sizes, 185 in 16 bits and 32 in float32. Double, of which a large product makes 62 TFLOP/s, was not
-// measured further: half of that is supposed for the direct form.
+// The constants of products are from times of an H200 at n = 128: of T = 196, 384 to 384 up to 768 to 3072, and T = 64,
+// by torch.bmm and passes of torch's over its results. Per tile of 64 positions cuBLAS makes some 260 TFLOP/s in TF32,
+// 390 in 16 bits and 47 in float32; memory moves 4.3 TB/s; and an example's share of the three launches more than the
+// direct form has is taken for 80 ns, of 4.4 µs a launch. Against them stands what the direct form's unit takes there:
+// 80 FLOPs a picosecond in TF32 on layers of these sizes, 185 in 16 bits and 32 in float32. Double, of which a large
+// product makes 62 TFLOP/s, was not measured further: half of that is supposed for the direct form.
 void set_products(CostTable& table, Precision precision) {
   double product = 262, unit = 80, bytes = 4;  // FLOPs a picosecond, of the products and of the direct form
   if (precision == Precision::kFloat32) product = 47, unit = 32;

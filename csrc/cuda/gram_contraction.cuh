@@ -5,11 +5,11 @@
 // both [n, T, T] with rows of a pitch that 16 bytes divide. They are symmetric, and the upper triangle alone is read:
 // what lies above the diagonal is counted twice. Matrix products of any library may have formed them.
 //
-// A block owns an example. Of its kPack rows at a time, as many as elements in 16 bytes, group g has one pack of columns
-// less than the group before: the first group and the last, the second and the last but one, and so on make lines of one
-// length, over whose packs the threads go, neighbours in the warp reading neighbouring packs. Where the number of groups
-// is odd, the one in the middle makes half a line. Each thread adds in the order of its packs, and the block its threads
-// in a fixed order and in double, so that every run gives the same bits.
+// A block owns an example. Of its kPack rows at a time, as many as elements in 16 bytes, group g has one pack of
+// columns less than the group before: the first group and the last, the second and the last but one, and so on make
+// lines of one length, over whose packs the threads go, neighbours in the warp reading neighbouring packs. Where the
+// number of groups is odd, the one in the middle makes half a line. Each thread adds in the order of its packs, and the
+// block its threads in a fixed order and in double, so that every run gives the same bits.
 //
 // Bytes: n·T·(T + kPack) elements of either matrix halved, mostly from L2, where the products have just left them.
 //

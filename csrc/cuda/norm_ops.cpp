@@ -2,8 +2,9 @@
 // workspaces and launches.
 //
 // Nothing is copied but patches that a convolution reads once each: kernels take any strides. Nothing waits for the
-// device: examples whose Gram terms cancel are marked on the device, and the direct form's blocks leave the others alone.
-// Where the device has shown a kernel to be wrong (../trust.h), another form takes its place, or ATen's operators.
+// device: examples whose Gram terms cancel are marked on the device, and the direct form's blocks leave the others
+// alone. Where the device has shown a kernel to be wrong (../trust.h), another form takes its place, or ATen's
+// operators.
 #include <ATen/Context.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -96,14 +97,15 @@ Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy
 }
 
 // A linear layer, or a convolution's patches as one, whose products then follow the convolution's switch for TF32.
-Problem problem_of_rows(const ConvShape& s, const at::Tensor& a, const at::Tensor& b, bool convolution, const char* op) {
+Problem problem_of_rows(const ConvShape& s, const at::Tensor& a, const at::Tensor& b, bool convolution,
+                        const char* op) {
   Problem p = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), convolution, op);
   p.a = a, p.b = b;
   return p;
 }
 
-// The patches of images x [n, C, *S] that a convolution reads once each, [n, T, C·taps]: a copy, for the taps of a row lie
-// side by side.
+// The patches of images x [n, C, *S] that a convolution reads once each, [n, T, C·taps]: a copy, for the taps of a row
+// lie side by side.
 at::Tensor patches_of(const ConvShape& s, const at::Tensor& x) {
   const int64_t dimensions = x.dim() - 2;
   at::Tensor patches = x;  // [n, C, *out, *kernel]
@@ -177,9 +179,14 @@ int64_t span(const Operand& o, const int (&size)[3]) {
 }
 
 // The kernel of the Gram form that takes a problem.
-Kernel gram_kernel(const Problem& problem) { return problem.a.defined() ? Kernel::kGramContraction : Kernel::kGramNorm; }
+Kernel gram_kernel(const Problem& problem) {
+  return problem.a.defined() ? Kernel::kGramContraction : Kernel::kGramNorm;
+}
 
-// Forms the Gram matrix of every example's rows [n, T, width] into `out` [n, T, T], which is of the sums' type.
+// Forms the Gram matrix of every example's rows [n, T, width] into `out` [n, T, T], which is of the sums' type. A
+// product in TF32 may truncate operands that our kernels round to nearest, on average by 1.4e-3 of a squared norm; it
+// does so to both factors of a matrix alike, and so the norm is that of a gradient of operands which are off by 2^-10
+// at most.
 void gram_matrices(const at::Tensor& rows, at::Tensor out) {
   const at::Tensor columns = rows.transpose(1, 2);
   const at::ScalarType type = out.scalar_type();
@@ -191,8 +198,8 @@ void gram_matrices(const at::Tensor& rows, at::Tensor out) {
     at::bmm_out(out, rows.to(type), columns.to(type));
 }
 
-// What the Gram forms return: which examples of `out` are right [n], or undefined, if they do not take the problem. `why`
-// then says what is in the way.
+// What the Gram forms return: which examples of `out` are right [n], or undefined, if they do not take the problem.
+// `why` then says what is in the way.
 
 // Of linear layers: ATen multiplies, as many examples at once as the workspace holds.
 at::Tensor gram_of_rows(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op,
@@ -201,6 +208,11 @@ at::Tensor gram_of_rows(const Problem& problem, const at::Tensor& out, const OnD
   const int64_t n = problem.a.size(0), T = problem.a.size(1), element = out.element_size();
   if (T > kMostContracted) {
     *why = "its examples have " + std::to_string(T) + " positions, more than " + std::to_string(kMostContracted);
+    return {};
+  }
+  for (const at::Tensor& rows : {problem.a, problem.b}) {  // BLAS counts in 32 bits
+    if (std::max(rows.stride(1), rows.stride(2)) <= INT32_MAX) continue;
+    *why = "its positions lie more than 2^31 elements apart (a transposed view?)";
     return {};
   }
   const int64_t pitch = gram_pitch(T, element), most = std::max<int64_t>(kBytes / (2 * T * pitch * element), 1);
