@@ -3,6 +3,13 @@
 
 namespace engm {
 
+bool reads_patches(const Space& kernel, const Space& stride, const Space& padding, const Space& dilation,
+                   int64_t groups) {
+  for (int i = 0; i < 3; ++i)
+    if (padding[i] != 0 || (kernel[i] > 1 && (stride[i] != kernel[i] || dilation[i] != 1))) return false;
+  return groups == 1 && ConvShape::volume(kernel) > 1;
+}
+
 std::vector<int64_t> ConvShape::position_index() const {
   std::vector<int64_t> index;
   index.reserve(positions());

@@ -10,6 +10,12 @@ namespace engm {
 
 using Space = std::array<int64_t, 3>;
 
+// Whether no two output positions of a convolution read the same pixel and none reads padding: patches side by side, as
+// those that a vision transformer embeds, or with gaps along a dimension with one tap. With more than one tap and one
+// group such a convolution is a linear layer over patches.
+bool reads_patches(const Space& kernel, const Space& stride, const Space& padding, const Space& dilation,
+                   int64_t groups);
+
 struct ConvShape {
   int64_t n = 0, channels = 0, out_channels = 0, groups = 1;
   Space in{1, 1, 1}, out{1, 1, 1}, kernel{1, 1, 1}, stride{1, 1, 1}, padding{0, 0, 0}, dilation{1, 1, 1};

@@ -1,13 +1,15 @@
 // Counts what the direct and the Gram form of a norm do on one example, and weighs the counts by a device's constants.
 //
 // A count is of what the kernels of that device do: on the CPU nothing is padded, on CUDA tiles are whole, and the Gram
-// form cuts positions into bands. csrc/cuda/gram_norm.cu plans its bands itself; the plan here is a likeness of that
-// one.
+// form of convolutions cuts positions into bands. csrc/cuda/gram_norm.cu plans its bands itself; the plan here is a
+// likeness of that one.
 #include "cost_model.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "conv_shape.h"
 
 namespace engm {
 namespace {
@@ -27,7 +29,7 @@ double padded(double length) { return 16 * tiles_of(length, 16); }
 struct Layer {
   double channels, rows, groups;  // channels and rows of one group
   double added;                   // numbers that the sum over taps adds for an element of the Gram matrix
-  bool channels_last = false;
+  bool channels_last = false, linear = false;
   Sizes kernel{1, 1, 1}, stride{1, 1, 1}, dilation{1, 1, 1}, in{1, 1, 1}, out{1, 1, 1};
   double positions() const { return product(out); }
   double taps() const { return product(kernel); }
@@ -42,7 +44,7 @@ void cpu_parts(const Layer& l, Cost& cost) {
   cost.direct_parts = {cost.direct_flops, 2 * l.taps() * l.channels * l.rows * l.groups, l.first(cost.elements),
                        l.last(cost.elements)};
   const double added = l.groups * t * t * l.added / 2;  // of the upper triangle
-  cost.gram_parts = {cost.gram_flops - added, l.first(cost.elements), l.last(cost.elements), added, l.groups};
+  cost.gram_parts = {cost.gram_flops - added, l.first(cost.elements), l.last(cost.elements), added, l.groups, 0, 0, 0};
 }
 
 // On CUDA the direct form has the tiles of csrc/cuda/gemm_norm.cuh, conv_norm.cuh or depthwise_norm.cuh, supposing that
@@ -118,11 +120,18 @@ void cuda_gram_parts(const Layer& l, Cost& cost) {
           const double weight = parts[0] + 100 * parts[1] + 40 * parts[2] + 1.5e6 * parts[3];
           if (weight < least) {
             least = weight;
-            cost.gram_parts = {parts[0], l.first(parts[1]), l.last(parts[1]), parts[2], parts[3]};
+            cost.gram_parts = {parts[0], l.first(parts[1]), l.last(parts[1]), parts[2], parts[3], 0, 0, 0};
           }
           if (std::isfinite(weight)) break;  // shorter lines are no better
         }
   }
+}
+
+// The Gram form of a linear layer: whole matrix products of a library in tiles of 64, which write the two Gram
+// matrices, and a kernel that reads half of them.
+void product_parts(const Layer& l, Cost& cost) {
+  const double t = l.positions(), edge = 64 * tiles_of(t, 64);
+  cost.gram_parts = {0, 0, 0, 0, 0, 2 * edge * edge * (l.channels + l.rows), cost.elements + 3 * t * t, 1};
 }
 
 Cost layer_cost(const Layer& l, const CostTable& table) {
@@ -136,16 +145,20 @@ Cost layer_cost(const Layer& l, const CostTable& table) {
   if (t == 0) return cost;
   if (table.tile > 0) {
     cuda_direct_parts(l, table.tile, cost);
-    cuda_gram_parts(l, cost);
+    if (l.linear)
+      product_parts(l, cost);
+    else
+      cuda_gram_parts(l, cost);
   } else {
     cpu_parts(l, cost);
   }
   const auto& [steps, step, tile_elements, tile_last] = cost.direct_parts;
-  const auto& [flops, band_elements, band_last, added, blocks] = cost.gram_parts;
+  const auto& [flops, band_elements, band_last, added, blocks, products, moved, examples] = cost.gram_parts;
   cost.direct_time = steps + table.tile_steps * step + table.direct_element * tile_elements +
                      table.direct_last_element * tile_last;
   cost.gram_time = table.gram_flop * flops + table.gram_element * band_elements + table.gram_last_element * band_last +
-                   table.tap_flop * added + table.gram_block * blocks;
+                   table.tap_flop * added + table.gram_block * blocks + table.product_flop * products +
+                   table.product_element * moved + table.product_example * examples;
   cost.form = cost.gram_time < cost.direct_time ? Form::kGram : Form::kDirect;
   return cost;
 }
@@ -158,7 +171,7 @@ const char* form_name(Form form) {
 
 Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table) {
   Layer layer{static_cast<double>(p), static_cast<double>(d), 1, 0};
-  layer.in = layer.out = {1, 1, T};
+  layer.in = layer.out = {1, 1, T}, layer.linear = true;
   Cost cost = layer_cost(layer, table);
   if (T == 1) {  // two dot products, whatever the table says
     cost.gram_flops = 2 * static_cast<double>(p + d);
@@ -170,7 +183,10 @@ Cost linear_cost(int64_t T, int64_t p, int64_t d, const CostTable& table) {
 Cost conv_cost(int64_t channels, int64_t out_channels, const Sizes& kernel, const Sizes& stride, const Sizes& padding,
                const Sizes& dilation, int64_t groups, const Sizes& input, const Sizes& output, bool channels_last,
                const CostTable& table) {
-  (void)padding;
+  // On CUDA patches side by side are copied and then rows of a linear layer; on a CPU that was measured to be no
+  // faster.
+  if (table.tile > 0 && reads_patches(kernel, stride, padding, dilation, groups))
+    return linear_cost(ConvShape::volume(output), channels * ConvShape::volume(kernel), out_channels, table);
   const double g = static_cast<double>(groups);
   Layer layer{static_cast<double>(channels) / g, static_cast<double>(out_channels) / g, g, product(kernel),
               channels_last};

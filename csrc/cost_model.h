@@ -23,6 +23,10 @@ struct CostTable {
   double gram_last_element = 0;  // the same of maps, channels last
   double tap_flop = 0;        // one number added up in the sum over taps
   double gram_block = 0;      // one pair of bands of positions, whatever its size
+  // The Gram form of linear layers on CUDA, whose products are ATen's.
+  double product_flop = 0;     // a FLOP of a matrix product
+  double product_element = 0;  // an element that is read or written, of the operands or of the Gram matrices
+  double product_example = 0;  // an example, whatever its size: its share of the launches
   double tile = 0;            // edge of the direct form's tiles on CUDA, where partial ones cost as much as whole ones
 };
 
@@ -32,9 +36,9 @@ struct Cost {
   double elements = 0;  // of both operands, read once
   Form form = Form::kDirect;
   // What a table's constants multiply: FLOPs, FLOPs of one step, elements of either layout; FLOPs, elements of either
-  // layout, numbers added, blocks.
+  // layout, numbers added, blocks, and FLOPs, elements and examples of matrix products.
   std::array<double, 4> direct_parts{};
-  std::array<double, 5> gram_parts{};
+  std::array<double, 8> gram_parts{};
   double direct_time = 0;  // in the table's unit
   double gram_time = 0;
 };

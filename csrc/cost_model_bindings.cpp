@@ -24,6 +24,9 @@ constexpr std::pair<const char*, double CostTable::*> kConstants[] = {
     {"gram_last_element", &CostTable::gram_last_element},
     {"tap_flop", &CostTable::tap_flop},
     {"gram_block", &CostTable::gram_block},
+    {"product_flop", &CostTable::product_flop},
+    {"product_element", &CostTable::product_element},
+    {"product_example", &CostTable::product_example},
 };
 
 constexpr std::pair<const char*, Precision> kPrecisionNames[] = {
@@ -121,7 +124,8 @@ void bind_cost_model(py::module_& m) {
       .def_readonly("direct_parts", &Cost::direct_parts,
                     "FLOPs, FLOPs of one step, elements, elements of maps with channels last.")
       .def_readonly("gram_parts", &Cost::gram_parts,
-                    "FLOPs, elements, elements of maps with channels last, numbers added over taps, blocks.")
+                    "FLOPs, elements, elements of maps with channels last, numbers added over taps, blocks, and FLOPs, "
+                    "elements and examples of matrix products.")
       .def_readonly("direct_time", &Cost::direct_time, "In FLOPs of the direct form.")
       .def_readonly("gram_time", &Cost::gram_time, "In FLOPs of the direct form.")
       .def_property_readonly("form", [](const Cost& cost) { return form_name(cost.form); })

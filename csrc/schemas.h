@@ -68,7 +68,7 @@ inline std::vector<std::string> cuda_kernels() {
 }
 
 inline void implement_cuda(torch::Library& m) {
-#define ENGM_IMPLEMENT(name) m.impl(#name, cuda::name);
+#define ENGM_IMPLEMENT(name) m.impl(#name, BelowAutograd<cuda::name>::call);
   ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
 #undef ENGM_IMPLEMENT
 }

@@ -264,9 +264,11 @@ void try_gram(Bench& bench) {
   const auto operand = [&](const Sizes& sizes) {
     return bench.integers(sizes, bench.precision() == Precision::kFloat32 ? 4100 : 3);
   };
-  bench.linear("linear_norm_sq, T = 100, 40 to 24", operand({2, 100, 40}), operand({2, 100, 24}), "gram", limit);
-  bench.linear("linear_norm_sq, T = 20, 150 to 70, not aligned", Bench::shifted(operand({2, 20, 150})),
-               Bench::shifted(operand({2, 20, 70})), "gram", limit);
+  const Conv k1x1{{1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  bench.conv_in_both_orders("conv_norm_sq, 1×1, 40 to 24 channels of 10×10", operand({2, 40, 10, 10}),
+                            operand({2, 24, 10, 10}), k1x1, "gram", limit);
+  bench.conv("conv_norm_sq, 1×1, 150 to 70 channels of 4×5, not aligned", Bench::shifted(operand({2, 150, 4, 5})),
+             Bench::shifted(operand({2, 70, 4, 5})), k1x1, "gram", limit);
   bench.conv_in_both_orders("conv_norm_sq, 20 to 33 channels of 5×5", operand({2, 20, 5, 5}), operand({2, 33, 5, 5}),
                             k3x3, "gram", limit);
   bench.conv_in_both_orders("conv_norm_sq, 9 to 8 channels of 11×11", operand({2, 9, 11, 11}), operand({2, 8, 11, 11}),
@@ -275,10 +277,9 @@ void try_gram(Bench& bench) {
              {{12, 12}, {1, 1}, {0, 0}, {1, 1}}, "gram", limit);
   bench.conv("conv_norm_sq, 150 taps in a line", operand({1, 2, 200}), operand({1, 3, 349}),
              {{150}, {1}, {149}, {1}}, "gram", limit);
-  // Constant activations, whose terms cancel: the direct form has to take over.
-  const at::Tensor a = at::full({6, 120, 70}, 8, bench.integers({1}).options());
-  at::Tensor b = bench.integers({6, 120, 70}, 1);
-  bench.linear("linear_norm_sq, terms that cancel", a, b, "gram", limit);
+  // Large means and backprops that sum to zero, whose terms cancel: the direct form has to take over.
+  const at::Tensor x = at::add(bench.integers({6, 70, 10, 12}), 200), half = bench.integers({6, 70, 5, 12}, 1);
+  bench.conv("conv_norm_sq, terms that cancel", x, at::cat({half, at::neg(half)}, 2), k1x1, "gram", limit);
   if (bench.precision() == Precision::kTf32) return;
   // Without the direct form in its place.
   state.gram_alone = true;
@@ -288,10 +289,35 @@ void try_gram(Bench& bench) {
   bench.conv("conv_norm_sq by Gram alone, 16 to 8 channels of 11×11, channels last",
              bench.numbers({2, 16, 11, 11}).contiguous(MemoryFormat::ChannelsLast),
              bench.numbers({2, 8, 11, 11}).contiguous(MemoryFormat::ChannelsLast), k3x3, "gram", alone);
-  bench.linear("linear_norm_sq by Gram alone, T = 20, 150 to 70", bench.numbers({2, 20, 150}), bench.numbers({2, 20, 70}),
-               "gram", alone);
-  bench.linear("linear_norm_sq by Gram alone, T = 100, 40 to 24", bench.numbers({2, 100, 40}),
-               bench.numbers({2, 100, 24}), "gram", alone);
+  bench.conv("conv_norm_sq by Gram alone, 1×1, 150 to 70 channels of 4×5", bench.numbers({2, 150, 4, 5}),
+             bench.numbers({2, 70, 4, 5}), k1x1, "gram", alone);
+  bench.conv_in_both_orders("conv_norm_sq by Gram alone, 1×1, 40 to 24 channels of 10×10",
+                            bench.numbers({2, 40, 10, 10}), bench.numbers({2, 24, 10, 10}), k1x1, "gram", alone);
+  state.gram_alone = false;
+}
+
+// The products are ATen's, in the precision that the backends allow; small integers are exact in any.
+void try_contraction(Bench& bench) {
+  const double limit = bench.type() == at::kDouble ? 1e-12 : 1e-5;
+  const auto of_all_sizes = [&](const char* what) {
+    for (const int64_t positions : {2, 5, 20, 64, 65, 131, 200})
+      bench.linear(what, bench.integers({3, positions, 40}), bench.integers({3, positions, 24}), "gram", limit);
+  };
+  of_all_sizes("linear_norm_sq, T = 2 to 200");
+  bench.linear("linear_norm_sq, T = 20, 150 to 70, not aligned", Bench::shifted(bench.integers({2, 20, 150})),
+               Bench::shifted(bench.integers({2, 20, 70})), "gram", limit);
+  const Conv patches{{2, 3}, {2, 3}, {0, 0}, {1, 1}};
+  bench.conv_in_both_orders("conv_norm_sq, patches of 2×3", bench.integers({2, 9, 9, 13}), bench.integers({2, 24, 4, 4}),
+                            patches, "gram", limit);
+  bench.conv_in_both_orders("conv_norm_sq, patches of 2×3, direct", bench.operand({2, 9, 9, 13}),
+                            bench.operand({2, 24, 4, 4}), patches, "direct", bench.rounding());
+  bench.conv_grads("conv_grads, patches of 2×3", bench.operand({2, 9, 9, 13}), bench.operand({2, 24, 4, 4}), patches);
+  // Large means and backprops that sum to zero, whose terms cancel: the direct form has to take over.
+  const at::Tensor a = at::add(bench.integers({6, 120, 70}), 200), half = bench.integers({6, 60, 70}, 1);
+  bench.linear("linear_norm_sq, terms that cancel", a, at::cat({half, at::neg(half)}, 1), "gram", limit);
+  // Without the direct form in its place.
+  state.gram_alone = true;
+  of_all_sizes("linear_norm_sq by Gram alone, T = 2 to 200");
   state.gram_alone = false;
 }
 
@@ -458,6 +484,7 @@ std::vector<Trial> trials_of(Kernel kernel, Precision precision, at::Device devi
     case Kernel::kConvNorm: try_conv(bench); break;
     case Kernel::kDepthwiseNorm: try_depthwise(bench); break;
     case Kernel::kGramNorm: try_gram(bench); break;
+    case Kernel::kGramContraction: try_contraction(bench); break;
     case Kernel::kRankOne: try_rank_one(bench); break;
     case Kernel::kAffineNorm: try_affine(bench); break;
     case Kernel::kCorrection: try_correction(bench); break;

@@ -63,9 +63,9 @@ bool judge(Kernel kernel, Precision precision, at::Device device, const std::vec
 }  // namespace
 
 const char* name_of(Kernel kernel) {
-  constexpr std::array<const char*, kKernels> names{"gemm_norm",      "conv_norm",    "depthwise_norm", "gram_norm",
-                                                    "rank_one",       "affine_norm",  "correction",     "embedding_norm",
-                                                    "clip_weights",   "weighting",    "weighted_gemm"};
+  constexpr std::array<const char*, kKernels> names{
+      "gemm_norm",   "conv_norm",  "depthwise_norm", "gram_norm",    "gram_contraction", "rank_one",
+      "affine_norm", "correction", "embedding_norm", "clip_weights", "weighting",        "weighted_gemm"};
   return names[size_t(kernel)];
 }
 

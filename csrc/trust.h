@@ -23,6 +23,7 @@ enum class Kernel : uint8_t {
   kConvNorm,
   kDepthwiseNorm,
   kGramNorm,
+  kGramContraction,
   kRankOne,
   kAffineNorm,
   kCorrection,

@@ -71,7 +71,8 @@ def linear_norm_sq(
             combined with ``form="gram"``.
 
     On the CPU a thread's workspace is about 0.4 MB for either factor, or 64·T bytes where that is more, in direct form,
-    and ``2T² + 2T(p + d)`` elements in Gram form. No per-example gradient is stored.
+    and ``2T² + 2T(p + d)`` elements in Gram form. On CUDA the Gram form multiplies by cuBLAS and holds ``2T²`` elements
+    an example, of as many examples at once as take 256 MiB. No per-example gradient is stored.
     """
     return _operator("linear_norm_sq")(a, b, form, shift, patch_mean, scale, correlation)
 
@@ -121,8 +122,9 @@ def conv_norm_sq(
 
     On the CPU a thread's workspace is about 0.4 MB for either factor in direct form, or one packed block of 16 channels
     (64 bytes a padded pixel) where that is more, plus one padded image where a group has few channels; in Gram form
-    ``(pixels + C)·padded pixels + (T + d)·T`` elements and a copy of either factor. No batch is ever unfolded and no
-    per-example gradient stored.
+    ``(pixels + C)·padded pixels + (T + d)·T`` elements and a copy of either factor. No per-example gradient is stored,
+    and no batch unfolded; on CUDA patches that do not overlap are copied, which takes the size of ``x``, and are then
+    rows of a linear layer, which follow convolutions' switch for TF32.
     """
     return _operator("conv_norm_sq")(
         x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale, correlation

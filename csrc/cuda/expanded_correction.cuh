@@ -1,15 +1,15 @@
 // ‖G_i − C_i‖² = ‖G_i‖² − 2 <G_i, C_i> + ‖C_i‖²      C_i[o] = shift[i, o] M + scale[i, o] K_o
 //
-// What a batch norm takes off the gradients G_i[o] = Σ_t gy[i, o, t] patch[i, t] of the layer before it, for norms whose
-// form does not hold G_i. With the layer's response to other weights, y[i, o, t] = <K_o, patch[i, t]> and m[i, t] =
-// <M, patch[i, t]>, which a convolution gives,
+// What a batch norm takes off the gradients G_i[o] = Σ_t gy[i, o, t] patch[i, t] of the layer before it, for norms
+// whose form does not hold G_i. With the layer's response to other weights, y[i, o, t] = <K_o, patch[i, t]> and m[i, t]
+// = <M, patch[i, t]>, which a convolution gives,
 //
 //   <G_i, C_i> = Σ_{o,t} gy[i, o, t] (scale[i, o] y[i, o, t] + shift[i, o] m[i, t])
 //   ‖C_i‖² = Σ_o scale[i, o]² ‖K_o‖² + 2 scale[i, o] shift[i, o] <M, K_o> + shift[i, o]² ‖M‖²
 //
 // correction_filters_kernel writes K and M as the weights of that convolution, one row a block, and the three moments.
-// expanded_correction_kernel owns an example by a block: it reads gy and the responses once, 2·n·d·T elements. Where the
-// terms cancel, the norm is left as it is and marked, for the direct form. Every run gives the same bits.
+// expanded_correction_kernel owns an example by a block: it reads gy and the responses once, 2·n·d·T elements. Where
+// the terms cancel, the norm is left as it is and marked, for the direct form. Every run gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -73,11 +73,12 @@ __global__ void __launch_bounds__(kExpandedThreads) expanded_correction_kernel(E
     for (int k = lane; k < inner; k += lanes) {
       const int o = p.channels_last ? k : row, t = p.channels_last ? row : k;
       const T m = responses[p.channels_last ? t * pitch + p.d : p.d * pitch + t];
-      cross += to_float(gy[row * inner + k]) *
-               (scale[o] * to_float(responses[row * pitch + k]) + shift[o] * to_float(m));
+      cross +=
+          to_float(gy[row * inner + k]) * (scale[o] * to_float(responses[row * pitch + k]) + shift[o] * to_float(m));
     }
   for (int o = threadIdx.x; o < p.d; o += kExpandedThreads)
-    own += scale[o] * (scale[o] * moments[o] + 2 * shift[o] * moments[p.d + o]) + shift[o] * shift[o] * moments[2 * p.d];
+    own +=
+        scale[o] * (scale[o] * moments[o] + 2 * shift[o] * moments[p.d + o]) + shift[o] * shift[o] * moments[2 * p.d];
   cross = block_sum<kExpandedThreads>(cross, scratch);
   own = block_sum<kExpandedThreads>(own, scratch + kExpandedWarps);
   if (threadIdx.x != 0) return;

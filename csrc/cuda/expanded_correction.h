@@ -21,11 +21,11 @@ struct CorrectionFilters {
 
 // norms[i] -= 2 <G_i, shift_i M + scale_i K> - ‖shift_i M + scale_i K‖²
 struct ExpandedCorrection {
-  const void* gy;         // [n, d, T] or, with channels_last, [n, T, d], Element
-  const void* responses;  // of x to the filters: [n, rows, T] or [n, T, rows], Element
+  const void* gy;                       // [n, d, T] or, with channels_last, [n, T, d], Element
+  const void* responses;                // of x to the filters: [n, rows, T] or [n, T, rows], Element
   const void *moments, *shift, *scale;  // [2·d + 1], [n, d], [n, d] of the sums' type
-  void* norms;            // [n] of the sums' type
-  uint8_t* done;          // [n], whether the norm could be corrected so
+  void* norms;                          // [n] of the sums' type
+  uint8_t* done;                        // [n], whether the norm could be corrected so
   int64_t n, positions;
   int d, rows;
   bool channels_last;

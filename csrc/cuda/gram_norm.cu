@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "gram_cancellation.h"
 #include "gram_norm_launch.cuh"
 #include "rank_one.cuh"
 
@@ -174,6 +175,7 @@ int launch_gram_norm(const GramNorm& problem, Precision precision, void* stream)
   GramNorm p = problem;
   const Geometry& g = p.geometry;
   const int size = sizes_of(precision).element;
+  p.cancellation = gram_cancellation(precision);
   p.x_vectors = takes_vectors(p.x, g.in, g, g.channels, size);
   p.gy_vectors = takes_vectors(p.gy, g.out, g, g.rows, size);
   switch (precision) {

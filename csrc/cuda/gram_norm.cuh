@@ -4,7 +4,7 @@
 //   pixel(t, tap) = t·stride + tap·dilation - padding,
 //
 // with Q = gy gyᵀ over the T output positions (summed over the rows of one group) and P = x xᵀ over pixels (summed over
-// the channels of one group), zero outside the image; 1 to 3 spatial dimensions. A linear layer is one tap over a line.
+// the channels of one group), zero outside the image; 1 to 3 spatial dimensions.
 //
 // x [n, groups·channels, in] and gy [n, groups·rows, out] have any strides.
 //
@@ -17,19 +17,7 @@
 // Bytes: with one band, x and gy are read once; with more, once for each pair that a band is in, mostly from L2. Two
 // sums a pair are written.
 //
-// Cancellation. The Gram of rounded operands is in exact arithmetic the norm of the gradient formed from the same
-// rounded operands, so that rounding operands costs what it costs the direct form. What Σ|Q·ΣP| / ‖G‖² multiplies is
-// the rounding of sums. A tensor core truncates: half a unit of 2^-23 on average, of a running sum that is on average
-// half the final one. An inner dimension of 1024 (128 steps in TF32, 64 in 16 bits) takes 4e-6 or 2e-6 off P and off Q.
-// A ratio of 64 then costs a TF32 squared norm 5e-4, a quarter of its 2e-3 (1e-3 in the norm), and 512 a 16-bit one
-// 2e-3, a fifth of its 1e-2. In three-product TF32 every step's sums are added outside the tensor core, to nearest: 64
-// costs 1e-5, half of a float's 2e-5. Double takes 4096, as on the CPU. Beyond these the example is handed back for the
-// direct form.
-//
-// Linear layers are not centred as they are on the CPU. Where backprops are independent the ratio is at most about
-//   (1 + T/√rows)(1 + mean²/variance of the activations),
-// which passes 64 only where means are many times the deviations or T is far beyond √rows; the direct form, which does
-// not cancel, is taken there. Centring would cost every example a pass for the means and one more product.
+// Cancellation is judged as gram_cancellation.h says.
 #pragma once
 
 #include "gram_norm.h"
@@ -40,16 +28,6 @@ namespace engm::cuda {
 
 constexpr int kGramPositions = 64;  // the most positions of one band
 constexpr int kGramPixels = 128;    // the most pixels that one band touches
-
-// The largest Σ|terms| / result that is relied on.
-template <typename P>
-constexpr double kGramCancellation = 512;
-template <>
-constexpr double kGramCancellation<Tf32> = 64;
-template <>
-constexpr double kGramCancellation<Tf32x3> = 64;
-template <>
-constexpr double kGramCancellation<Float64> = 4096;
 
 // A rectangle of positions, taps or pixels.
 struct GramBox {
@@ -285,7 +263,7 @@ __global__ __launch_bounds__(kGramFinishThreads) void gram_norm_finish_kernel(Gr
   // A sum that is not finite may have overflowed on the way, in P or in Q: the direct form tells.
   const bool finite = magnitude <= 1.7976931348623157e308;
   static_cast<Sum*>(p.out)[i] = Sum(total > 0 ? total : 0);
-  p.reliable[i] = finite && !(magnitude > kGramCancellation<P> * total);
+  p.reliable[i] = finite && !(magnitude > p.cancellation * total);
 }
 
 }  // namespace engm::cuda

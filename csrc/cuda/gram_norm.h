@@ -9,9 +9,10 @@ struct GramNorm {
   Operand x;   // [n, groups·channels, in]
   Operand gy;  // [n, groups·rows, out]
   Geometry geometry;
-  void* partial;      // [n, what plan_gram_norm returned], of the sums' type: float, for kFloat64 double
-  void* out;          // [n] squared norms, of the sums' type
-  uint8_t* reliable;  // [n] 0 where the sum cancelled so far that the direct form has to be taken
+  void* partial;        // [n, what plan_gram_norm returned], of the sums' type: float, for kFloat64 double
+  void* out;            // [n] squared norms, of the sums' type
+  uint8_t* reliable;    // [n] 0 where the sum cancelled so far that the direct form has to be taken
+  double cancellation;  // the launcher sets it
 
   // The plan.
   int band[3], bands[3];     // output positions of one band, and bands along each axis

@@ -1,15 +1,19 @@
 // Binds linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on CUDA: checks operands, chooses the form, allocates
 // workspaces and launches.
 //
-// Nothing is copied: kernels take any strides. Nothing waits for the device: examples whose Gram terms cancel are
-// marked on the device, and the direct form's blocks leave the others alone. Where the device has shown a kernel to be
-// wrong (../trust.h), another form takes its place, or ATen's operators.
+// Nothing is copied but patches that a convolution reads once each: kernels take any strides. Nothing waits for the
+// device: examples whose Gram terms cancel are marked on the device, and the direct form's blocks leave the others
+// alone. Where the device has shown a kernel to be wrong (../trust.h), another form takes its place, or ATen's
+// operators.
+#include <ATen/Context.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <string>
 
 #include "../ops.h"
@@ -18,6 +22,7 @@
 #include "direct_norm.h"
 #include "element_type.h"
 #include "expanded_correction.h"
+#include "gram_contraction.h"
 #include "gram_norm.h"
 #include "stream.h"
 #include "sum_partials.h"
@@ -30,6 +35,7 @@ struct Problem {
   Operand x{}, gy{};
   Precision precision{};
   Copies x_copies{}, gy_copies{};
+  at::Tensor a, b;  // the factors [n, T, p] and [n, T, d] of a linear layer; undefined for a convolution
 };
 
 Operand operand(const at::Tensor& t) {  // [n, channels, *space]
@@ -94,13 +100,37 @@ Problem problem_of(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy
   return p;
 }
 
+// A linear layer, or a convolution's patches as one, whose products then follow the convolution's switch for TF32.
+Problem problem_of_rows(const ConvShape& s, const at::Tensor& a, const at::Tensor& b, bool convolution,
+                        const char* op) {
+  Problem p = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), convolution, op);
+  p.a = a, p.b = b;
+  return p;
+}
+
+// The patches of images x [n, C, *S] that a convolution reads once each, [n, T, C·taps]: a copy, for the taps of a row
+// lie side by side.
+at::Tensor patches_of(const ConvShape& s, const at::Tensor& x) {
+  const int64_t dimensions = x.dim() - 2;
+  at::Tensor patches = x;  // [n, C, *out, *kernel]
+  std::vector<int64_t> order{0};
+  for (int64_t i = 0; i < dimensions; ++i) {
+    const size_t axis = size_t(3 - dimensions + i);
+    patches = patches.unfold(2 + i, s.kernel[axis], s.stride[axis]);
+    order.push_back(2 + i);
+  }
+  order.push_back(1);
+  for (int64_t i = 0; i < dimensions; ++i) order.push_back(2 + dimensions + i);
+  return patches.permute(order).reshape({s.n, s.positions(), s.channels * s.taps()});
+}
+
 at::TensorOptions sums_of(const at::Tensor& x) {
   return x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).memory_format(std::nullopt);
 }
 
 void sum_partials(const at::Tensor& partial, const uint8_t* done, const at::Tensor& out, const OnDevice& on,
                   const char* op) {
-  const SumPartials p{partial.const_data_ptr(), done, out.mutable_data_ptr(), partial.size(0), partial.size(1),
+  const SumPartials p{partial.const_data_ptr(),        done, out.mutable_data_ptr(), partial.size(0), partial.size(1),
                       out.scalar_type() == at::kDouble};
   check_launch(launch_sum_partials(p, on.stream()), op);
 }
@@ -140,7 +170,8 @@ void direct(const Problem& problem, const std::optional<CorrectionTensors>& corr
     partial = at::empty({g.n, p.tiles()}, out.options());
     p.partial = partial.mutable_data_ptr();
     check_launch(gemm ? launch_gemm_norm(p, problem.precision, on.stream())
-                      : launch_conv_norm(p, problem.precision, on.stream()), op);
+                      : launch_conv_norm(p, problem.precision, on.stream()),
+                 op);
   }
   sum_partials(partial, done, out, on, op);
 }
@@ -152,26 +183,95 @@ int64_t span(const Operand& o, const int (&size)[3]) {
   return elements;
 }
 
-// Forms squared norms through Gram matrices, and by the direct form where those are not reliable. Returns false if the
-// Gram form does not take the problem; `why` then says what is in the way.
-bool gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op, std::string* why) {
+// The kernel of the Gram form that takes a problem.
+Kernel gram_kernel(const Problem& problem) {
+  return problem.a.defined() ? Kernel::kGramContraction : Kernel::kGramNorm;
+}
+
+// Forms the Gram matrix of every example's rows [n, T, width] into `out` [n, T, T], which is of the sums' type. A
+// product in TF32 may truncate operands that our kernels round to nearest, on average by 1.4e-3 of a squared norm; it
+// does so to both factors of a matrix alike, and so the norm is that of a gradient of operands which are off by 2^-10
+// at most.
+void gram_matrices(const at::Tensor& rows, at::Tensor out) {
+  const at::Tensor columns = rows.transpose(1, 2);
+  const at::ScalarType type = out.scalar_type();
+  if (rows.scalar_type() == type)
+    at::bmm_out(out, rows, columns);
+  else if (rows.is_cuda())
+    at::bmm_out(out, rows, columns, type);
+  else  // the emulator: ATen's CPU has no products of 16 bits with sums of 32
+    at::bmm_out(out, rows.to(type), columns.to(type));
+}
+
+// What the Gram forms return: which examples of `out` are right [n], or undefined, if they do not take the problem.
+// `why` then says what is in the way.
+
+// Of linear layers: ATen multiplies, as many examples at once as the workspace holds.
+at::Tensor gram_of_rows(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op,
+                        std::string* why) {
+  constexpr int64_t kBytes = 256 << 20;  // of both matrices of the examples at once
+  const int64_t n = problem.a.size(0), T = problem.a.size(1), element = out.element_size();
+  if (T > kMostContracted) {
+    *why = "its examples have " + std::to_string(T) + " positions, more than " + std::to_string(kMostContracted);
+    return {};
+  }
+  for (const at::Tensor& rows : {problem.a, problem.b}) {  // BLAS counts in 32 bits
+    if (std::max(rows.stride(1), rows.stride(2)) <= INT32_MAX) continue;
+    *why = "its positions lie more than 2^31 elements apart (a transposed view?)";
+    return {};
+  }
+  const int64_t pitch = gram_pitch(T, element), most = std::max<int64_t>(kBytes / (2 * T * pitch * element), 1);
+  const int64_t stretches = (n + most - 1) / most, step = (n + stretches - 1) / stretches;
+  const at::Tensor grams = at::empty({2, step, T, pitch}, out.options());
+  const at::Tensor reliable = at::empty({n}, out.options().dtype(at::kByte));
+  // Products are as exact as the problem's precision, whatever autocast says; where TF32 is allowed for convolutions
+  // alone, those of patches are of float32.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  std::optional<at::NoTF32Guard> no_tf32;
+  if (problem.precision != Precision::kTf32) no_tf32.emplace();
+  for (int64_t begin = 0; begin < n; begin += step) {
+    const int64_t count = std::min(step, n - begin);
+    for (const auto& [rows, which] : {std::pair(problem.a, 0), std::pair(problem.b, 1)})
+      gram_matrices(rows.narrow(0, begin, count), grams.select(0, which).narrow(0, 0, count).narrow(2, 0, T));
+    GramContraction c{};
+    c.p = grams.select(0, 0).const_data_ptr(), c.q = grams.select(0, 1).const_data_ptr();
+    c.out = out.narrow(0, begin, count).mutable_data_ptr();
+    c.reliable = reliable.mutable_data_ptr<uint8_t>() + begin;
+    c.n = count, c.positions = int(T), c.pitch = int(pitch);
+    check_launch(launch_gram_contraction(c, problem.precision, on.stream()), op);
+  }
+  return reliable;
+}
+
+// Of convolutions: over pixels, by a kernel that keeps the Gram matrices on chip.
+at::Tensor gram_of_pixels(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op,
+                          std::string* why) {
   GramNorm p{};
   p.x = problem.x, p.gy = problem.gy, p.geometry = problem.geometry;
   if (span(p.x, p.geometry.in) > INT32_MAX || span(p.gy, p.geometry.out) > INT32_MAX) {
     *why = "an example's pixels lie more than 2^31 elements apart (a transposed view?)";
-    return false;
+    return {};
   }
   const int64_t count = plan_gram_norm(p, problem.precision, on.shared_limit());
   if (count <= 0) {
     *why = "it needs more blocks than one launch may have, or more shared memory than this device's blocks have";
-    return false;
+    return {};
   }
   const at::Tensor partial = at::empty({p.geometry.n, count}, out.options());
   const at::Tensor reliable = at::empty({p.geometry.n}, out.options().dtype(at::kByte));
   p.partial = partial.mutable_data_ptr(), p.out = out.mutable_data_ptr();
   p.reliable = reliable.mutable_data_ptr<uint8_t>();
   check_launch(launch_gram_norm(p, problem.precision, on.stream()), op);
-  if (!gram_on_its_own()) direct(problem, std::nullopt, nullptr, p.reliable, out, on, op);
+  return reliable;
+}
+
+// Forms squared norms through Gram matrices, and by the direct form where those are not reliable. Returns false if the
+// Gram form does not take the problem; `why` then says what is in the way.
+bool gram(const Problem& problem, const at::Tensor& out, const OnDevice& on, const char* op, std::string* why) {
+  const at::Tensor reliable =
+      problem.a.defined() ? gram_of_rows(problem, out, on, op, why) : gram_of_pixels(problem, out, on, op, why);
+  if (!reliable.defined()) return false;
+  if (!gram_on_its_own()) direct(problem, std::nullopt, nullptr, reliable.const_data_ptr<uint8_t>(), out, on, op);
   return true;
 }
 
@@ -181,7 +281,7 @@ bool norms(const Problem& problem, const std::optional<CorrectionTensors>& corre
            const at::Tensor& out, const OnDevice& on, const char* op) {
   if (!on.trusts(direct_kernel(problem.geometry), problem.precision)) return false;
   std::string why;
-  if (chosen == Form::kGram && !on.trusts(Kernel::kGramNorm, problem.precision)) chosen = Form::kDirect;
+  if (chosen == Form::kGram && !on.trusts(gram_kernel(problem), problem.precision)) chosen = Form::kDirect;
   if (chosen == Form::kGram && gram(problem, out, on, op, &why)) return true;
   TORCH_CHECK(chosen != Form::kGram || !forced, op, ": form=\"gram\" cannot take this layer: ", why,
               ". Use form=\"direct\" or \"auto\".");
@@ -189,14 +289,32 @@ bool norms(const Problem& problem, const std::optional<CorrectionTensors>& corre
   return true;
 }
 
+// The same for a linear layer, whose form is also chosen here; a single position is two dot products.
+bool norms_of_rows(const Problem& problem, const std::optional<CorrectionTensors>& correction, Form form,
+                   const at::Tensor& out, const OnDevice& on, const char* op) {
+  const int64_t n = problem.a.size(0), T = problem.a.size(1), p = problem.a.size(2), d = problem.b.size(2);
+  Form chosen = form;
+  if (chosen == Form::kAuto)
+    chosen = linear_cost(T, p, d, cuda_table(problem.a.device().index(), problem.precision)).form;
+  if (chosen == Form::kGram && T == 1 && on.trusts(Kernel::kRankOne, problem.precision)) {
+    const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
+    check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
+    return true;
+  }
+  return norms(problem, correction, chosen, form != Form::kAuto, out, on, op);
+}
+
 // Whether a corrected norm is formed from an uncorrected one and the layer's response to the correction: the direct
 // form's epilogue reads the correlation anew for every example, which took 4 ns for 1,000 elements on an H200, and the
 // response costs a forward pass of the layer and some ten launches.
-bool worth_expanding(const ConvShape& s, const Problem& problem) {
+bool expands_in(Form form, const ConvShape& s, const Problem& problem, const OnDevice& on) {
   const bool slow = problem.precision == Precision::kFloat32 || problem.precision == Precision::kFloat64;
   const double elements = double(s.n) * double(s.out_channels) * double(s.channels) * double(s.taps());
-  return problem.precision != Precision::kFloat16 && s.groups == 1 && s.positions() <= (slow ? 128 : 256) &&
-         elements > 1.5e7;
+  const bool worth = problem.precision != Precision::kFloat16 && s.groups == 1 && s.positions() <= (slow ? 128 : 256) &&
+                     elements > 1.5e7;
+  if (form == Form::kDirect || (form == Form::kAuto && !worth)) return false;
+  return on.trusts(Kernel::kCorrection,
+                   problem.precision == Precision::kTf32 ? Precision::kFloat32 : problem.precision);
 }
 
 // The layer's response to other weights, and gy, both dense in the same order of memory.
@@ -205,14 +323,10 @@ struct Response {
   bool channels_last;
 };
 
-// Corrected norms in any form; `respond` makes the response to weights of the given sizes, whose first is their rows.
-// Returns false if no kernel is trusted with the problem.
+// Corrects the norms in `out`; `respond` makes the response to weights of the given sizes, whose first is their rows.
 template <class Respond>
-bool expanded(const Problem& problem, const CorrectionTensors& correction, Form chosen, bool forced,
-              const at::Tensor& gy, at::IntArrayRef weight_sizes, Respond respond, const at::Tensor& out,
-              const OnDevice& on, const char* op) {
-  if (!on.trusts(Kernel::kCorrection, precision_of(gy.scalar_type()))) return false;
-  if (!norms(problem, std::nullopt, chosen, forced, out, on, op)) return false;
+void expand(const Problem& problem, const CorrectionTensors& correction, const at::Tensor& gy,
+            at::IntArrayRef weight_sizes, Respond respond, const at::Tensor& out, const OnDevice& on, const char* op) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const int64_t n = problem.geometry.n, d = problem.geometry.rows;
   const at::Tensor weights = at::empty(weight_sizes, gy.options().memory_format(std::nullopt));
@@ -243,7 +357,6 @@ bool expanded(const Problem& problem, const CorrectionTensors& correction, Form 
                              element_of(gy)};
   check_launch(launch_expanded_correction(p, on.stream()), op);
   direct(problem, correction, nullptr, done.const_data_ptr<uint8_t>(), out, on, op);
-  return true;
 }
 
 // How many rows the weights of a response have, for d rows of the layer's and one more: libraries are fast at eights.
@@ -275,28 +388,19 @@ at::Tensor linear_norm_sq(const at::Tensor& a, const at::Tensor& b, std::string_
   const OnDevice on(a);
   const auto correction =
       read_correction(shift, patch_mean, scale, correlation, type, a.device(), {n, d}, {p}, {d, p}, op);
-  Form chosen = parse_form(form);
-  const bool forced = chosen != Form::kAuto;
+  const Form chosen = parse_form(form);
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, sums_of(a));
   const at::Tensor out = at::empty({n}, sums_of(a));
-  const Problem problem = problem_of(s, a.transpose(1, 2), b.transpose(1, 2), false, op);
-  const bool expand = correction && T > 0 && (forced ? chosen == Form::kGram : worth_expanding(s, problem));
-  if (correction && !expand) chosen = Form::kDirect;
-  if (chosen == Form::kAuto)
-    chosen = linear_cost(T, p, d, cuda_table(a.device().index(), problem.precision)).form;
-  if (expand) {
+  const Problem problem = problem_of_rows(s, a, b, false, op);
+  const bool expands = correction && T > 0 && expands_in(chosen, s, problem, on);
+  if (expands ? norms_of_rows(problem, std::nullopt, chosen, out, on, op)
+              : norms_of_rows(problem, correction, correction ? Form::kDirect : chosen, out, on, op)) {
     const auto respond = [&](const at::Tensor& weights) {
       return Response{at::matmul(a, weights.t()).contiguous(), b.contiguous(), true};
     };
-    if (expanded(problem, *correction, chosen, forced, b, {response_rows(d), p}, respond, out, on, op)) return out;
-    return aten::linear_norm_sq(a, b, "auto", shift, patch_mean, scale, correlation);
-  }
-  if (chosen == Form::kGram && T == 1 && on.trusts(Kernel::kRankOne, problem.precision)) {
-    const RankOne one{problem.x, problem.gy, n, narrow(p, op), narrow(d, op), out.mutable_data_ptr()};
-    check_launch(launch_rank_one(one, problem.precision, on.stream()), op);
+    if (expands) expand(problem, *correction, b, {response_rows(d), p}, respond, out, on, op);
     return out;
   }
-  if (norms(problem, correction, chosen, forced, out, on, op)) return out;
   return aten::linear_norm_sq(a, b, form, shift, patch_mean, scale, correlation);
 }
 
@@ -308,22 +412,29 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
   const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, op);
   const at::ScalarType type = compute_type(x, gy, op);
   const OnDevice on(x);
-  const auto correction =
-      read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, op);
+  const auto correction = read_correction(shift, patch_mean, scale, correlation, type, x.device(), s, kernel_size, op);
   Form chosen = parse_form(form);
   const bool forced = chosen != Form::kAuto;
   if (x.numel() == 0 || gy.numel() == 0) return at::zeros({s.n}, sums_of(x));
   const at::Tensor out = at::empty({s.n}, sums_of(x));
+  if (reads_patches(s.kernel, s.stride, s.padding, s.dilation, groups) && !correction) {
+    const at::Tensor a = patches_of(s, x), b = gy.flatten(2).transpose(1, 2);
+    const Problem rows = problem_of_rows(linear_shape(a, b, op), a, b, true, op);
+    if (norms_of_rows(rows, std::nullopt, chosen, out, on, op)) return out;
+    return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, form, {}, {}, {}, {});
+  }
   const Problem problem = problem_of(s, x, gy, true, op);
-  const bool expand = correction && (forced ? chosen == Form::kGram : worth_expanding(s, problem));
-  TORCH_CHECK(!expand || groups == 1, op, ": form=\"gram\" takes a batch-norm correction with groups=1 only, got groups=",
+  TORCH_CHECK(!correction || chosen != Form::kGram || groups == 1, op,
+              ": form=\"gram\" takes a batch-norm correction "
+              "with groups=1 only, got groups=",
               groups, ". Use form=\"direct\" or \"auto\".");
-  if (correction && !expand) chosen = Form::kDirect;
+  const bool expands = correction && expands_in(chosen, s, problem, on);
+  if (correction && !expands) chosen = Form::kDirect;
   if (chosen == Form::kAuto)
     chosen = conv_cost(s.channels, s.out_channels, s.kernel, s.stride, s.padding, s.dilation, groups, s.in, s.out,
                        channels_last(x), cuda_table(x.device().index(), problem.precision))
                  .form;
-  if (expand) {
+  if (norms(problem, expands ? std::nullopt : correction, chosen, forced, out, on, op)) {
     std::vector<int64_t> sizes{response_rows(s.out_channels), s.channels};
     sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
     const auto respond = [&](const at::Tensor& weights) {
@@ -331,11 +442,9 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
       const at::Tensor found = at::convolution(x, weights, {}, stride, padding, dilation, false, none, 1);
       return Response{found, gy.contiguous(found.suggest_memory_format()), !found.is_contiguous()};
     };
-    if (expanded(problem, *correction, chosen, forced, gy, sizes, respond, out, on, op)) return out;
-    return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, "auto", shift, patch_mean, scale,
-                              correlation);
+    if (expands) expand(problem, *correction, gy, sizes, respond, out, on, op);
+    return out;
   }
-  if (norms(problem, correction, chosen, forced, out, on, op)) return out;
   return aten::conv_norm_sq(x, gy, kernel_size, stride, padding, dilation, groups, form, shift, patch_mean, scale,
                             correlation);
 }
@@ -349,13 +458,19 @@ std::tuple<at::Tensor, at::Tensor> linear_grads(const at::Tensor& a, const at::T
 }
 
 std::tuple<at::Tensor, at::Tensor> conv_grads(const at::Tensor& x, const at::Tensor& gy, at::IntArrayRef kernel_size,
-                                              at::IntArrayRef stride, at::IntArrayRef padding,
-                                              at::IntArrayRef dilation, int64_t groups) {
+                                              at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                              int64_t groups) {
   const ConvShape s = conv_shape(x, gy, kernel_size, stride, padding, dilation, groups, "conv_grads");
   compute_type(x, gy, "conv_grads");
   std::vector<int64_t> sizes{s.n, s.out_channels, s.group_channels()};
   sizes.insert(sizes.end(), kernel_size.begin(), kernel_size.end());
-  const auto grads = grads_of(s, x, gy, sizes, true, "conv_grads");
+  const auto grads = [&] {
+    if (!reads_patches(s.kernel, s.stride, s.padding, s.dilation, groups))
+      return grads_of(s, x, gy, sizes, true, "conv_grads");
+    const at::Tensor a = patches_of(s, x), lines = gy.flatten(2);
+    return grads_of(linear_shape(a, lines.transpose(1, 2), "conv_grads"), a.transpose(1, 2), lines, sizes, true,
+                    "conv_grads");
+  }();
   return grads ? *grads : aten::conv_grads(x, gy, kernel_size, stride, padding, dilation, groups);
 }
 

@@ -20,7 +20,7 @@ import torch
 
 from .._C import cost_table, cost_table_source, cuda_precision, set_cost_table, set_cost_table_loader
 
-VERSION = 2  # with constants for maps whose channels come last
+VERSION = 3  # with constants for the matrix products of linear layers on CUDA
 ANY = "any"  # key of a CPU's only table: on a CPU the form does not depend on how products are formed
 
 Constants = dict[str, float]

@@ -30,7 +30,10 @@ FORMS: tuple[Form, Form] = ("direct", "gram")
 # A form's time is the sum of its parts, as the compiled cost model counts them, each times its constant. The first part
 # of the direct form are its FLOPs, whose cost is the unit; these are the constants of the others.
 DIRECT = ("tile_steps", "direct_element", "direct_last_element")
-GRAM = ("gram_flop", "gram_element", "gram_last_element", "tap_flop", "gram_block")
+GRAM = (
+    *("gram_flop", "gram_element", "gram_last_element", "tap_flop", "gram_block"),
+    *("product_flop", "product_element", "product_example"),  # linear layers on CUDA, which have none of the others
+)
 
 MOST_ROUNDS = 30
 BUSY_CYCLES = 300_000  # a GPU is kept busy before a timed call, so that the call's launch is not in the measured time
@@ -268,7 +271,7 @@ def fit_constants(timings: Sequence[Timing]) -> Constants | None:
 def _non_negative_least_squares(rows: Tensor, required: int) -> list[float] | None:
     """``x >= 0`` that brings ``rows @ x`` closest to 1; the first ``required`` entries must be positive.
 
-    There are at most five unknowns, so every set of those that are not 0 is tried.
+    There are at most eight unknowns, so every set of those that are not 0 is tried.
     """
     columns = rows.shape[1]
     scale = rows.abs().amax(0)

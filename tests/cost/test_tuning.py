@@ -24,7 +24,12 @@ TABLE = {
     "gram_last_element": 70.0,
     "tap_flop": 40.0,
     "gram_block": 1e4,
+    "product_flop": 0.0,
+    "product_element": 0.0,
+    "product_example": 0.0,
 }
+PRODUCTS = {"product_flop": 0.4, "product_element": 70.0, "product_example": 1e6}  # which linear layers on CUDA have
+LAYERS = tuning.LAYERS
 SMALL = (
     *(tuning.Layer(16, 16, t) for t in (2, 4, 8, 16)),
     *(
@@ -92,17 +97,27 @@ def test_the_fit_finds_true_constants(monkeypatch, times):
     assert all(timing.regret(found) == 0 for timing in timings)
 
 
+def test_the_fit_finds_the_constants_of_products(monkeypatch):
+    """On CUDA the Gram form of linear layers has constants of its own, beside those of convolutions."""
+    table = {**TABLE, **PRODUCTS}
+    monkeypatch.setattr(tuning, "LAYERS", LAYERS)
+    pretend(monkeypatch, table)
+    timings, _ = tuning.measure_layers("cuda:0", "tf32", 0.01)
+    assert tuning.fit_constants(timings) == pytest.approx(table, rel=1e-3)
+
+
 def test_the_fit_stays_above_zero():
     timings = [
         tuning.Timing(
-            {"direct": [k, 1.0, 50.0 - k, 0.0], "gram": [k, k * k, 0.0, 1.0, 2.0]}, {"direct": k, "gram": 2.0 * k}
+            {"direct": [k, 1.0, 50.0 - k, 0.0], "gram": [k, k * k, 0.0, 1.0, 2.0, 0.0, 0.0, 0.0]},
+            {"direct": k, "gram": 2.0 * k},
         )
         for k in (1.0, 2.0, 5.0, 9.0)
     ]
     found = tuning.fit_constants(timings)
     assert all(value >= 0 for value in found.values())
     assert found["gram_flop"] == pytest.approx(2)
-    no_products = tuning.Timing({"direct": [0.0, 1.0, 1.0, 0.0], "gram": [1.0] * 5}, {"direct": 1.0, "gram": 1.0})
+    no_products = tuning.Timing({"direct": [0.0, 1.0, 1.0, 0.0], "gram": [1.0] * 8}, {"direct": 1.0, "gram": 1.0})
     assert tuning.fit_constants([no_products]) is None
 
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "exported.h"
+#include "gram_contraction.h"
 #include "gram_norm.h"
 
 using namespace engm::cuda;
@@ -83,4 +84,13 @@ ENGM_EXPORT const char* run_rank_one(int precision, int64_t n, int64_t channels,
   p.b.data = b, p.b.example = strides[2], p.b.channel = strides[3];
   p.n = n, p.channels = channels, p.rows = rows, p.out = out;
   return guarded([&] { return launch_rank_one(p, Precision(precision), nullptr); });
+}
+
+// p and q: [n, T, pitch].
+ENGM_EXPORT const char* run_contraction(int precision, int64_t n, int64_t positions, int64_t pitch, const void* p,
+                                        const void* q, void* out, uint8_t* reliable) {
+  GramContraction c{};
+  c.p = p, c.q = q, c.out = out, c.reliable = reliable;
+  c.n = n, c.positions = int(positions), c.pitch = int(pitch);
+  return guarded([&] { return launch_gram_contraction(c, Precision(precision), nullptr); });
 }

@@ -107,7 +107,8 @@ class Library:
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self.loaded = loaded
         self.loaded.plan_gram.restype = ctypes.c_int64
-        self.loaded.run_gram.restype = self.loaded.run_rank_one.restype = ctypes.c_char_p
+        for function in (self.loaded.run_gram, self.loaded.run_rank_one, self.loaded.run_contraction):
+            function.restype = ctypes.c_char_p
 
     def plan(self, numbers: list[int], precision: Precision, limit: int = SM_86) -> tuple[int, dict[str, int]]:
         names = ("bands", "pairs", "steps", "chunks", "apart", "threads", "shared")
@@ -139,3 +140,36 @@ class Library:
             if not 0.99 < ratio < 1.01:
                 assert result.reliable[i] == (0 if ratio > 1 else 1)
         return result
+
+    def contract(self, p: Tensor, q: Tensor, precision: Precision) -> tuple[Tensor, list[int]]:
+        """The contraction of two Gram matrices ``[n, T, T]``, and which examples are reliable.
+
+        Rows are laid out as the bindings do, with NaN behind them and the strictly lower triangle NaN.
+        """
+        n, positions = p.shape[:2]
+        pack = 16 // precision.sums.itemsize
+        pitch = -(-positions // pack) * pack
+        laid_out = []
+        for matrix in (p, q):
+            rows = torch.full((n, positions, pitch), torch.nan, dtype=precision.sums)
+            above = torch.ones(positions, positions, dtype=torch.bool).triu()
+            rows[..., :positions] = torch.where(above, matrix.to(precision.sums), torch.nan)
+            laid_out.append(rows)
+        out, reliable = torch.full((n,), torch.nan, dtype=precision.sums), torch.full((n,), 7, dtype=torch.uint8)
+        sizes = [ctypes.c_int64(v) for v in (n, positions, pitch)]
+        tensors = map(address, (*laid_out, out, reliable))
+        error = self.loaded.run_contraction(precision.number, *sizes, *tensors)
+        assert error is None, error.decode()
+        return out, reliable.tolist()
+
+    def check_contraction(self, p: Tensor, q: Tensor, precision: Precision) -> list[int]:
+        """Runs and compares with float64."""
+        out, reliable = self.contract(p, q, precision)
+        terms = p.to(precision.sums).double() * q.to(precision.sums).double()
+        expected, magnitude = terms.sum((1, 2)), terms.abs().sum((1, 2))
+        error = (out.double() - expected.clamp_min(0)).abs()
+        assert bool((error <= (1e-14 if precision.sums == torch.float64 else 3e-7) * magnitude).all()), (out, expected)
+        for i, ratio in enumerate((magnitude / expected / precision.cancellation).tolist()):
+            if not 0.99 < ratio < 1.01:
+                assert reliable[i] == int(0 <= ratio < 1), (ratio, reliable[i])
+        return reliable

@@ -103,9 +103,32 @@ def rounded_to_tf32(ops, _):
 
 @for_each_dtype
 def gram_of_linear(ops, dtype):
-    for T, p, d in ((100, 40, 24), (20, 150, 70)):
+    for T, p, d in ((100, 40, 24), (20, 150, 70), (5, 9, 8), (65, 8, 8)):
         a, b = operand(2, T, p, dtype=dtype), operand(2, T, d, dtype=dtype)
         check(ops.linear_norm_sq(a, b, "gram"), reference.linear_norm_sq(a.double(), b.double()), 1e-5)
+
+
+@case
+def contraction_by_itself(_, library):
+    """Without its way back to the direct form, which would hide faults that make sums unreliable."""
+    gram = Library(library)
+    for name in ("float64", "float32", "bfloat16"):
+        for positions in (5, 20, 64, 66, 131):
+            rows = [torch.randn(2, positions, width, dtype=torch.float64) for width in (12, 9)]
+            p, q = (r @ r.transpose(1, 2) for r in rows)
+            assert gram.check_contraction(p, q, GRAM_PRECISIONS[name]) == [1, 1]
+            nearly_zero = rows[1] - rows[1].mean(1, keepdim=True)
+            means = torch.full_like(p, 1e6) + p
+            q = nearly_zero @ nearly_zero.transpose(1, 2)
+            assert gram.contract(means, q, GRAM_PRECISIONS[name])[1] == [0, 0]
+
+
+@for_each_dtype
+def gram_of_pointwise(ops, dtype):
+    """1×1 convolutions, whose pixels and positions are the same."""
+    for channels, rows, h, w in ((40, 24, 10, 10), (150, 70, 4, 5)):
+        x, gy = operand(2, channels, h, w, dtype=dtype), operand(2, rows, h, w, dtype=dtype)
+        conv(ops, x, gy, [1, 1], [1, 1], [0, 0], [1, 1], form="gram")
 
 
 @for_each_dtype

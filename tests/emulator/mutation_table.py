@@ -18,10 +18,11 @@ CASES = {
     "direct_norm.cuh": DIRECT,
     "direct_copy.cuh": DIRECT,
     "gram_norm.cuh": (
-        *each("gram_of_linear", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
+        *each("gram_of_pointwise", "rank_one", "gram_of_convolution", "gram_chunk_by_chunk"),
         "gram_by_itself",
     ),
-    "gram_product.cuh": (*each("gram_of_linear", "gram_of_convolution"), "gram_by_itself"),
+    "gram_product.cuh": (*each("gram_of_pointwise", "gram_of_convolution"), "gram_by_itself"),
+    "gram_contraction.cuh": (*each("gram_of_linear"), "many_unreliable", "contraction_by_itself"),
     "depthwise_norm.cuh": each("depthwise"),
     "affine_norm.cuh": each("affine"),
     "embedding_norm.cuh": each("embedding"),
@@ -37,10 +38,10 @@ CASES = {
 
 # Cases that say nothing of what the bindings answer: a kernel by itself, and an oracle that rounds to TF32, which the
 # operators of ATen in a kernel's place do not.
-NOT_OF_BINDINGS = ("gram_by_itself", "rounded_to_tf32")
+NOT_OF_BINDINGS = ("gram_by_itself", "contraction_by_itself", "rounded_to_tf32")
 # Cases that go through the bindings, for files whose cases above do not.
 OF_BINDINGS = {
-    "mma.cuh": (*each("linear", "convolution", "gram_of_linear", "gram_of_convolution", "gemm"), "gemm_in_tf32")
+    "mma.cuh": (*each("linear", "convolution", "gram_of_pointwise", "gram_of_convolution", "gemm"), "gemm_in_tf32")
 }
 
 # Barriers and waits that no test can miss, and why.
@@ -181,6 +182,21 @@ WRITTEN: dict[str, list[tuple]] = {
         ("only the last turn", "to = now == 0 ? sum : to + sum;", "to = sum;"),
         ("one row too few", "m >= rows_u || n >= rows_v", "m >= rows_u - 1 || n >= rows_v"),
         ("only the first side's rows", "offset + side * tile_rows", "offset"),
+    ],
+    "gram_contraction.cuh": [
+        ("the diagonal counted twice", "column == row ? 1 : 2", "2"),
+        ("pairs counted once", "column == row ? 1 : 2", "1"),
+        ("below the diagonal too", "column < row || column >= c.positions", "column >= c.positions"),
+        ("beyond the last column", "column < row || column >= c.positions", "column < row"),
+        ("the middle group twice", "row >= c.positions || (!in_above && above == below)", "row >= c.positions"),
+        ("the last groups left out", "(groups + 1) / 2", "groups / 2"),
+        ("one row of a group alone", "line % kPack", "0"),
+        ("columns of the first group", "at + above", "at"),
+        ("a pack left out", "at - 1", "at"),
+        ("the first example alone", "i * matrix", "0", 0),
+        ("Q of the first example", "i * matrix", "0", 1),
+        ("no magnitude", "magnitude += fabs(term);", ""),
+        ("a sum that cancels", "size > c.cancellation * sum", "false"),
     ],
     "weighted_gemm.cuh": [
         ("one stage", "(step - first_step) % 2 * Tile::kStageElements", "0", 0),

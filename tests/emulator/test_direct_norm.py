@@ -246,16 +246,35 @@ def test_factors_at_both_ends_of_the_range(emulated, form):
 
 
 def test_positions_far_apart(kernels):
-    """A view of [T, n, p] whose example spans more than 2^31 elements: Gram says no, auto takes the direct form."""
+    """A view of [T, n, p] whose example spans more than 2^31 elements: over pixels Gram says no, products take it."""
     storage = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, hardly touched
     a = storage.as_strided((1, 33, 8), (8, 2**26, 1))
     a.copy_(torch.randn(1, 33, 8))
     b = torch.randn(1, 33, 8).half()
     want = reference.linear_norm_sq(a.double(), b.double())
-    for form in ("direct", "auto"):
+    for form in ("direct", "gram", "auto"):
         torch.testing.assert_close(kernels.linear_norm_sq(a, b, form).double(), want, rtol=1e-5, atol=0)
-    with pytest.raises(RuntimeError, match=r"linear_norm_sq: form=.gram. cannot take this layer: an example's pixels"):
-        kernels.linear_norm_sq(a, b, "gram")
+    x, gy, geometry = a.transpose(1, 2)[..., None], b.transpose(1, 2)[..., None], (ONES, ONES, [0, 0], ONES, 1)
+    for form in ("direct", "auto"):
+        torch.testing.assert_close(kernels.conv_norm_sq(x, gy, *geometry, form).double(), want, rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match=r"conv_norm_sq: form=.gram. cannot take this layer: an example's pixels"):
+        kernels.conv_norm_sq(x, gy, *geometry, "gram")
+
+
+def test_what_the_gram_form_of_linear_layers_does_not_take(kernels):
+    """BLAS counts the distance between positions in 32 bits, and the contraction pairs of them; auto goes direct."""
+    storage = torch.empty(2**31 + 16, dtype=torch.float16)  # reserved, hardly touched
+    far = storage.as_strided((1, 2, 8), (8, 2**31 + 8, 1))
+    far.copy_(torch.randn(1, 2, 8))
+    with pytest.raises(RuntimeError, match=r"form=.gram. cannot take this layer: its positions lie more than 2.31"):
+        kernels.linear_norm_sq(far, far, "gram")
+    long = torch.randn(1, 1, 2).expand(1, 2**15 + 1, 2)
+    want = reference.linear_norm_sq(long.double(), long.double())
+    torch.testing.assert_close(kernels.linear_norm_sq(long, long).double(), want, rtol=1e-4, atol=0)
+    with pytest.raises(
+        RuntimeError, match=r"linear_norm_sq: form=.gram. cannot take this layer: its examples have 32769"
+    ):
+        kernels.linear_norm_sq(long, long, "gram")
 
 
 def test_a_geometry_beyond_32_bits_is_one_clear_error(kernels):

@@ -15,7 +15,7 @@ precisions = pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECI
 
 @pytest.fixture(scope="module")
 def library():
-    kernels = sorted((CSRC / "cuda").glob("gram_norm*.cu"))
+    kernels = sorted((CSRC / "cuda").glob("gram_*.cu"))
     units = [kernel_unit(path) for path in (EMULATOR / "gram_cases.cpp", *kernels)] + runtime_units()
     return Library(ctypes.CDLL(str(build_library("gram_cases", units, with_torch=False))))
 

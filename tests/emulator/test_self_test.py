@@ -34,14 +34,27 @@ def test_a_kernel_is_tried_when_it_is_first_used(kernels, on_probation):
     assert on_probation() == {("gemm_norm", "float32"): "trusted"}
     kernels.linear_norm_sq(a.double(), b.double(), "gram")
     kernels.linear_norm_sq(a[:, :1].double(), b[:, :1].double(), "gram")
-    tried = {("gemm_norm", "float64"), ("gram_norm", "float64"), ("rank_one", "float64"), ("gemm_norm", "float32")}
+    tried = {
+        ("gemm_norm", "float64"),
+        ("gram_contraction", "float64"),
+        ("rank_one", "float64"),
+        ("gemm_norm", "float32"),
+    }
     assert on_probation() == dict.fromkeys(tried, "trusted")
 
 
 def test_every_kernel_in_every_precision_is_tried_and_trusted(emulator_library, on_probation):
     emulator_library.self_test()
     found = on_probation()
-    matrices = ("gemm_norm", "conv_norm", "depthwise_norm", "gram_norm", "rank_one", "weighted_gemm")
+    matrices = (
+        "gemm_norm",
+        "conv_norm",
+        "depthwise_norm",
+        "gram_norm",
+        "gram_contraction",
+        "rank_one",
+        "weighted_gemm",
+    )
     others = ("affine_norm", "correction", "embedding_norm", "weighting")
     wide, narrow = ("float64", "float32"), ("bfloat16", "float16")
     expected = {(kernel, precision) for kernel in matrices for precision in (*wide, *narrow, "tf32")}

@@ -207,6 +207,8 @@ def every_operator(dtype: torch.dtype = torch.float32, n: int = 3) -> list[Case]
     wide_conv = (operand((n, 32, 12, 16), dtype), operand((n, 72, 12, 16), dtype))
     wide_nhwc = tuple(t.to(memory_format=torch.channels_last) for t in wide_conv)
     same = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    patches = (operand((n, 5, 13, 11), dtype), operand((n, 9, 3, 5), dtype))
+    tiling = ([4, 2], [4, 2], [0, 0], [1, 1], 1)
     line, volume = operand((n, 4, 33), dtype), operand((n, 3, 5, 6, 4), dtype)
     channels, rows = (
         torch.rand(3, 6, device=DEVICE).to(weights.dtype),
@@ -224,6 +226,8 @@ def every_operator(dtype: torch.dtype = torch.float32, n: int = 3) -> list[Case]
         Case("conv_norm_sq 3-d", "conv_norm_sq", (
             volume, operand((n, 5, 3, 4, 2), dtype), [3] * 3, [1] * 3, [0] * 3, [1] * 3)),
         Case("conv_grads", "conv_grads", (*conv, *geometry)),
+        *[Case(f"conv_norm_sq patches {f}", "conv_norm_sq", (*patches, *tiling, f)) for f in ("direct", "gram")],
+        Case("conv_grads patches", "conv_grads", (*patches, *tiling)),
         *[Case(f"linear_norm_sq aligned {f}", "linear_norm_sq", (*wide_linear, f)) for f in ("direct", "gram")],
         Case("linear_grads aligned", "linear_grads", wide_linear),
         *[Case(f"conv_norm_sq aligned {f}", "conv_norm_sq", (*wide_conv, *same, f)) for f in ("direct", "gram")],

@@ -1,5 +1,7 @@
 """Norm operators on the GPU against their float64 twins: drawn shapes, the layers of real networks, awkward layouts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from device_cases import (
@@ -60,7 +62,12 @@ def check_linear(a, b, mode, form="auto", correction=None, *, strict=False):
     with tf32(mode.tf32, False):
         got = ops.linear_norm_sq(a, b, form, **correction)
     want = reference.linear_norm_sq(a.double(), b.double(), **{name: t.double() for name, t in correction.items()})
-    assert_norms(got, want, mode, 0.0 if strict else linear_terms(a, b, correction))
+    assert_norms(got, want, as_multiplied(mode, form), 0.0 if strict else linear_terms(a, b, correction))
+
+
+def as_multiplied(mode, form):
+    """The mode, with twice its tolerance where cuBLAS may form products in TF32, which it may truncate operands to."""
+    return replace(mode, tolerance=2 * mode.tolerance) if mode.tf32 and form != "direct" else mode
 
 
 @EXAMPLES
@@ -146,6 +153,69 @@ def test_linear_grads_is_its_twin(shape, mode, layout):
     check_grads(got, reference.linear_grads(a.double(), b.double()), mode, linear_terms(a, b))
 
 
+@EXAMPLES
+@given(
+    n=st.sampled_from([1, 3, 130]),
+    T=st.one_of(st.integers(2, 70), st.integers(120, 135), st.integers(190, 260)),
+    p=st.sampled_from([1, 3, 8, 17, 64, 130]),
+    d=st.sampled_from([1, 2, 8, 31, 96]),
+    mode=modes,
+    a_layout=layouts,
+    b_layout=layouts,
+)
+def test_gram_of_many_positions_is_its_twin(n, T, p, d, mode, a_layout, b_layout):
+    """Products of ATen's in any order of memory, and both blocks of the kernel that contracts them."""
+    a, b = operand((n, T, p), mode.dtype, a_layout), operand((n, T, d), mode.dtype, b_layout)
+    check_linear(a, b, mode, "gram")
+
+
+@every_mode
+@pytest.mark.parametrize("T", [24, 64, 65, 196, 257])
+def test_gram_goes_back_to_direct_for_the_examples_that_cancel(T, mode):
+    """Every other example has backprops that nearly sum to zero, and all have large means: strict on each of them.
+
+    Means and halves of the backprops are exact in every precision, so that the operands' rounding cancels nothing.
+    """
+    a = (torch.randint(-3, 4, (9, T, 24), device=DEVICE) + 100).to(mode.dtype)
+    b = torch.randint(-3, 4, (9, T, 40), device=DEVICE).to(mode.dtype)
+    b[::2, T // 2 : T // 2 * 2] = -b[::2, : T // 2]
+    b[::2, T // 2 * 2 :] = 0
+    check_linear(a, b, mode, "gram", strict=True)
+
+
+@every_mode
+def test_a_batch_of_several_stretches_is_its_twin(mode):
+    """More examples than the workspace of the Gram matrices holds at once."""
+    a, b = operand((150, 520, 9), mode.dtype), operand((150, 520, 6), mode.dtype)
+    check_linear(a, b, mode, "gram")
+
+
+@EXAMPLES
+@given(
+    sizes=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=3
+    ),  # kernel, patches, pixels left over
+    channels=st.sampled_from([1, 3, 8, 17]),
+    rows=st.sampled_from([1, 4, 33]),
+    mode=modes,
+    x_layout=layouts,
+    gy_layout=layouts,
+    form=forms,
+)
+def test_patches_are_their_twin(sizes, channels, rows, mode, x_layout, gy_layout, form):
+    kernel, out, _ = zip(*sizes, strict=True)
+    size = [k * t + min(over, k - 1) for k, t, over in sizes]
+    geometry = (list(kernel), list(kernel), [0] * len(kernel), [1] * len(kernel), 1)
+    x = operand((3, channels, *size), mode.dtype, x_layout)
+    gy = operand((3, rows, *out), mode.dtype, gy_layout)
+    with tf32(mode.tf32):
+        got = ops.conv_norm_sq(x, gy, *geometry, form)
+        grads = ops.conv_grads(x, gy, *geometry)
+    want = reference.conv_grads(x.double(), gy.double(), *geometry)
+    assert_norms(got, want[0], as_multiplied(mode, form), conv_terms(x, gy, geometry))
+    check_grads(grads, want, mode, conv_terms(x, gy, geometry))
+
+
 ONES = [1, 1]
 REAL_CONVOLUTIONS = {  # channels, side, out channels, geometry
     "resnet18 stem": (3, 32, 64, ([3, 3], ONES, ONES, ONES, 1)),
@@ -218,22 +288,28 @@ def test_tf32_is_used_only_where_torch_allows_it():
     a, b = operand((4, 100, 64), torch.float32), operand((4, 100, 48), torch.float32)
     x, gy = operand((4, 32, 16, 16), torch.float32), operand((4, 32, 16, 16), torch.float32)
     geometry = ([3, 3], ONES, ONES, ONES, 1)
+    small, tiling = operand((4, 32, 4, 4), torch.float32), ([4, 4], [4, 4], [0, 0], ONES, 1)
     fp32 = MODES[1]
-    with tf32(False, True):
-        got = ops.linear_norm_sq(a, b, "direct")
-    assert_norms(got, reference.linear_norm_sq(a.double(), b.double()), fp32)
-    with tf32(True, False):
-        got = ops.conv_norm_sq(x, gy, *geometry, "direct")
-    assert_norms(got, reference.conv_norm_sq(x.double(), gy.double(), *geometry), fp32)
+    for form in ("direct", "gram"):
+        with tf32(False, True):
+            got = ops.linear_norm_sq(a, b, form)
+        assert_norms(got, reference.linear_norm_sq(a.double(), b.double()), fp32)
+        with tf32(True, False):
+            got = ops.conv_norm_sq(x, gy, *geometry, form)
+            patches = ops.conv_norm_sq(x, small, *tiling, form)
+        assert_norms(got, reference.conv_norm_sq(x.double(), gy.double(), *geometry), fp32)
+        assert_norms(patches, reference.conv_norm_sq(x.double(), small.double(), *tiling), fp32)
 
 
-def test_tf32_rounding_has_no_bias():
-    """Truncated operands would shrink every squared norm by 1.4e-3; rounded ones err on both sides."""
+@pytest.mark.parametrize(("form", "bias"), [("direct", 1e-4), ("gram", 2e-3)])
+def test_tf32_rounding_has_no_bias(form, bias):
+    """Truncated operands, which cuBLAS may have, shrink squared norms by 1.4e-3; rounded ones err on both sides."""
     a, b = operand((256, 64, 64), torch.float32), operand((256, 64, 64), torch.float32)
     want = reference.linear_norm_sq(a.double(), b.double())
     with tf32(True):
-        got = ops.linear_norm_sq(a, b, "direct")
-    assert abs(float((got.double() / want).mean()) - 1) < 1e-4
+        got = ops.linear_norm_sq(a, b, form)
+    found = float((got.double() / want).mean()) - 1
+    assert abs(found) < bias, f"{form}: mean error of a squared norm {found:.1e}"
 
 
 @pytest.mark.parametrize("form", ["direct", "gram", "auto"])

@@ -13,7 +13,13 @@ pytestmark = gpu
 def test_every_kernel_passes():
     report = engm.self_test(DEVICE)
     assert report.ok, str(report)
-    assert {trial.kernel for trial in report.trials} >= {"gemm_norm", "conv_norm", "gram_norm", "rank_one"}
+    assert {trial.kernel for trial in report.trials} >= {
+        "gemm_norm",
+        "conv_norm",
+        "gram_norm",
+        "gram_contraction",
+        "rank_one",
+    }
 
 
 @cuda_only
