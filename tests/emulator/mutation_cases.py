@@ -180,27 +180,32 @@ def depthwise(ops, dtype):
 
 @for_each_dtype
 def affine(ops, dtype):
+    """Whole examples in a block and in parts, rows shorter and longer than its accesses, more channels than threads."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    for positions in (63, 64, 400):
-        x, gy = operand(3, 40, positions, dtype=dtype), operand(3, 40, positions, dtype=dtype)
-        mean, rstd = operand(1, 40, 1, dtype=sums), operand(1, 40, 1, dtype=sums)
-        wants = reference.affine_norm_sq(*(t.double() for t in (x, gy, mean, rstd)), 1)
-        for dim in (1, 2):
-            inputs = [t if dim == 1 else t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)]
-            for got, want in zip(ops.affine_norm_sq(*inputs, dim), wants, strict=True):
-                check(got, want)
+    for channels, positions in ((40, 63), (40, 64), (40, 400), (12, 16), (12, 205), (1102, 3)):
+        x, gy = operand(3, channels, positions, dtype=dtype), operand(3, channels, positions, dtype=dtype)
+        for statistic in ((1, channels, 1), (1, 1, positions)):
+            mean, rstd = operand(*statistic, dtype=sums), operand(*statistic, dtype=sums)
+            wants = reference.affine_norm_sq(*(t.double() for t in (x, gy, mean, rstd)), 1)
+            for dim in (1, 2):
+                inputs = [t if dim == 1 else t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)]
+                for got, want in zip(ops.affine_norm_sq(*inputs, dim), wants, strict=True):
+                    check(got, want)
 
 
 @for_each_dtype
 def correction(ops, dtype):
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    drawn, channels, rows = operand(3, 40, 64, dtype=dtype), operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)
-    for outputs in (drawn, drawn.transpose(1, 2).contiguous().transpose(1, 2)):
-        wants = reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows)))
-        for got, want in zip(ops.correction_factors(outputs, *channels, *rows), wants, strict=True):
-            check(got, want)
+    channels, rows = operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)
+    for positions in (63, 504):
+        drawn = operand(3, 40, positions, dtype=dtype)
+        for outputs in (drawn, drawn.transpose(1, 2).contiguous().transpose(1, 2)):
+            wants = reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows)))
+            for got, want in zip(ops.correction_factors(outputs, *channels, *rows), wants, strict=True):
+                check(got, want)
     for shape, *geometry in (
         ((3, 35, 14, 9), [3, 3], [1, 1], [1, 1], [1, 1]),
+        ((2, 5, 14, 11), [3, 3], [1, 1], [1, 1], [1, 1]),
         ((5, 64, 2, 2), [3, 3], [1, 1], [1, 1], [1, 1]),
         ((3, 8, 19, 17), [3, 4], [2, 3], [2, 1], [2, 3]),
     ):
