@@ -31,8 +31,9 @@ template <typename T, int kPack, Varying kVarying>
 int launch_columns(const AffineNorm& p, void* stream) {
   const int64_t packs = ceil_div(p.channels, kPack), lanes = ceil_div(packs, ceil_div(packs, kAffineThreads));
   const int64_t sums = 2 * (kAffineThreads / lanes) * lanes * kPack * sizeof(typename SumOf<T>::Type);
+  const AffineLaunch launched{p, ceil_div(p.positions, p.parts_count), int(lanes), false};
   return launch(affine_columns_kernel<T, kPack, kVarying>, p.n * p.parts_count, kAffineThreads,
-                2 * kAffineWarps * sizeof(double) + sums, stream, AffineLaunch{p, ceil_div(p.positions, p.parts_count), int(lanes), false});
+                2 * kAffineWarps * sizeof(double) + sums, stream, launched);
 }
 
 template <typename T>

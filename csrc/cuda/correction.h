@@ -8,7 +8,8 @@
 
 namespace engm::cuda {
 
-// normalised[i, c, t] = (outputs[i, c, t] - mean[c]) rstd[c] share, gained_shift = gain shift, gained_scale = gain scale share
+// normalised[i, c, t] = (outputs[i, c, t] - mean[c]) rstd[c] share
+// gained_shift = gain shift, gained_scale = gain scale share
 struct CorrectionFactors {
   const void* outputs;     // [n, d, T] or, with channels_last, [n, T, d], Element; d T is less than kMostOfExample
   void* normalised;        // the same
@@ -20,7 +21,7 @@ struct CorrectionFactors {
   double share;  // 1 / sqrt(n T)
   Element element;
   bool channels_last;
-  bool aligned;  // accesses of 16 bytes to outputs, normalised and, with channels_last, mean and rstd, whose runs are multiples
+  bool aligned;  // runs of outputs and normalised, and with channels_last mean and rstd, allow accesses of 16 bytes
 };
 
 constexpr int64_t kMostOfExample = INT32_MAX - (1 << 13);  // numbers of elements, and of threads beyond them, are int

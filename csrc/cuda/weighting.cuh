@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kWeightingThreads) scale_examples_kernel(Weigh
 
 // `weights` is null where all are 1.
 template <typename T, typename W>
-__device__ __forceinline__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_t n, int slab, void* shared) {
+__device__ __forceinline__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_t n, int slab,
+                                               void* shared) {
   using Sum = typename SumOf<T>::Type;
   constexpr int kPack = 16 / sizeof(T), kColumns = 32 * kPack;
   static_assert(kWeightingWarps * kColumns * sizeof(Sum) <= kSumsSharedBytes);

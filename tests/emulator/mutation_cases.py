@@ -219,16 +219,17 @@ def correction(ops, dtype):
 
 @for_each_dtype
 def embedding(ops, dtype):
-    indices, gy = torch.randint(0, 5, (2, 40)), operand(2, 40, 300, dtype=dtype)
+    indices, gy = torch.randint(0, 5, (2, 41)), operand(2, 41, 300, dtype=dtype)
+    indices[:, -1] = 5  # alone, and the last of fewer positions than a warp takes at once
     for padding in (-1, 3):
         check(ops.embedding_norm_sq(indices, gy, padding), reference.embedding_norm_sq(indices, gy.double(), padding))
 
 
 @for_each_dtype
 def weighting(ops, dtype):
-    # One aligned, one not, one of several tiles.
-    tensors = [operand(11, 5, 16, dtype=dtype), operand(11, 7, dtype=dtype), operand(11, 2500, dtype=dtype)]
-    weights = operand(11, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    # One aligned, one not, one of several tiles; more examples than a block has under way.
+    tensors = [operand(75, 5, 16, dtype=dtype), operand(75, 7, dtype=dtype), operand(75, 2500, dtype=dtype)]
+    weights = operand(75, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for name in ("scale_examples", "weighted_sums"):
         wants = getattr(reference, name)([t.double() for t in tensors], weights.double())
         for got, want in zip(getattr(ops, name)(tensors, weights), wants, strict=True):

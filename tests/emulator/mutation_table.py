@@ -249,6 +249,7 @@ WRITTEN: dict[str, list[tuple]] = {
         ("the last example", "i < n ? weight_of(i) : Sum(0)", "i < n - 1 ? weight_of(i) : Sum(0)"),
         ("one example for eight", "i < n ? i : first", "first"),
         ("no weights", "Sum(weights[i])", "Sum(1)"),
+        ("one round alone", "first += kWeightingWarps * kSumAccesses", "first += n"),
     ],
 }
 
