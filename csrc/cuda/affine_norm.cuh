@@ -191,20 +191,20 @@ __global__ void __launch_bounds__(kAffineThreads, 1) affine_columns_kernel(Affin
         shared[(rows + row) * width + lane * kPack + e] = shift[e];
       }
     __syncthreads();
-#pragma unroll
-    for (int which = 0; which < 2; ++which)
-      for (int column = threadIdx.x; column < width; column += kAffineThreads) {
-        const int64_t channel = slab + column;
-        if (channel >= p.channels) continue;
-        Sum total = 0;
-#pragma unroll 4
-        for (int r = 0; r < rows; ++r) total += shared[(which * rows + r) * width + column];
-        if (kVarying == Varying::kOverChannels && which == 0) total *= statistic_at<Sum>(p.rstd, own.i, channel, 0);
-        Sum* out = p.parts ? static_cast<Sum*>(p.parts) + (own.part * 2 + which) * p.n * p.channels
-                           : static_cast<Sum*>(p.grads[which]);
-        out[own.i * p.channels + channel] = total;
-        squares[which] += double(total) * total;
-      }
+    for (int column = threadIdx.x; column < 2 * width; column += kAffineThreads) {
+      const int which = column < width ? 0 : 1;
+      const int64_t channel = slab + column - which * width;
+      if (channel >= p.channels) continue;
+      Sum total = 0;
+#pragma unroll 8
+      for (int r = 0; r < rows; ++r) total += shared[(which * rows + r) * width + column - which * width];
+      if (kVarying == Varying::kOverChannels && which == 0) total *= statistic_at<Sum>(p.rstd, own.i, channel, 0);
+      Sum* out = p.parts ? static_cast<Sum*>(p.parts) + (own.part * 2 + which) * p.n * p.channels
+                         : static_cast<Sum*>(p.grads[which]);
+      out[own.i * p.channels + channel] = total;
+      const double square = double(total) * total;
+      squares[0] += which == 0 ? square : 0, squares[1] += which == 0 ? 0 : square;
+    }
   }
   if (p.parts_count == 1) write_norm_sq<kAffineThreads, Sum>(p, own.i, squares, scratch);
 }

@@ -27,23 +27,30 @@ __host__ __device__ inline int64_t embedding_chunks(int64_t positions) {
   return (positions + kEmbeddingThreads - 1) / kEmbeddingThreads;
 }
 
-// A block owns a chunk of an example's positions.
+// A block owns a chunk of an example's positions, and takes all of the example through shared memory, as many at once.
 __global__ void __launch_bounds__(kEmbeddingThreads) embedding_link_kernel(EmbeddingNorm p) {
+  ENGM_SHARED(int64_t, tile);  // [kEmbeddingThreads]
   const int64_t chunks = embedding_chunks(p.positions), i = blockIdx.x / chunks;
-  const int32_t t = int32_t(blockIdx.x % chunks) * kEmbeddingThreads + int32_t(threadIdx.x);
-  if (t >= p.positions) return;
+  const int32_t positions = int32_t(p.positions), mine_at = int32_t(threadIdx.x);
+  const int32_t t = int32_t(blockIdx.x % chunks) * kEmbeddingThreads + mine_at;
   const int64_t* indices = p.indices + i * p.positions;
-  const int64_t mine = indices[t];
+  const int64_t mine = t < positions ? indices[t] : 0;
   bool head = p.padding_idx < 0 || mine != p.padding_idx;
   int32_t next = kLast;
-  // A warp's threads read the same address.
+  for (int32_t begin = 0; begin < positions; begin += kEmbeddingThreads) {
+    const int32_t left = positions - begin, count = left < kEmbeddingThreads ? left : kEmbeddingThreads;
+    __syncthreads();  // the tile before has been read
+    if (mine_at < count) tile[mine_at] = indices[begin + mine_at];
+    __syncthreads();
 #pragma unroll 8
-  for (int32_t s = 0; s < int32_t(p.positions); ++s) {
-    const bool same = indices[s] == mine;
-    head = head && !(same && s < t);
-    next = same && s > t && next == kLast ? s : next;
+    for (int32_t at = 0; at < count; ++at) {
+      const int32_t s = begin + at;
+      const bool same = tile[at] == mine;
+      head = head && !(same && s < t);
+      next = same && s > t && next == kLast ? s : next;
+    }
   }
-  p.next[i * p.positions + t] = next | (head ? 0 : kNotHead);
+  if (t < positions) p.next[i * p.positions + t] = next | (head ? 0 : kNotHead);
 }
 
 // A block owns (example, slab of channels), the slab going fastest.

@@ -219,10 +219,12 @@ def correction(ops, dtype):
 
 @for_each_dtype
 def embedding(ops, dtype):
-    indices, gy = torch.randint(0, 5, (2, 41)), operand(2, 41, 300, dtype=dtype)
-    indices[:, -1] = 5  # alone, and the last of fewer positions than a warp takes at once
-    for padding in (-1, 3):
-        check(ops.embedding_norm_sq(indices, gy, padding), reference.embedding_norm_sq(indices, gy.double(), padding))
+    for positions, channels in ((41, 300), (300, 5)):
+        indices, gy = torch.randint(0, 5, (2, positions)), operand(2, positions, channels, dtype=dtype)
+        indices[:, -1] = 5  # alone, and the last of fewer positions than a warp takes at once
+        for padding in (-1, 3):
+            want = reference.embedding_norm_sq(indices, gy.double(), padding)
+            check(ops.embedding_norm_sq(indices, gy, padding), want)
 
 
 @for_each_dtype

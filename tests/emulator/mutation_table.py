@@ -209,7 +209,7 @@ WRITTEN: dict[str, list[tuple]] = {
         ("beyond the last position", "k * rows < left", "true"),
         ("one access of each row", "launched.along", "false", 3),
         ("channels of the first part", "part * launched.in_part", "0"),
-        ("the first slab's channels", "slab + column", "column"),
+        ("the first slab's channels", "slab + column", "0 + column"),
         ("one part left out", "part < p.parts_count", "part < p.parts_count - 1"),
         ("no squares of the shift", "scratch + which * (kThreads / 32)", "scratch"),
     ],
