@@ -328,28 +328,35 @@ void try_rank_one(Bench& bench) {
 }
 
 void try_affine(Bench& bench) {
-  for (const int64_t positions : {63, 64, 400}) {
+  // Whole examples in a block and in parts, rows shorter and longer than its accesses, and more channels than threads.
+  for (const auto& [channels, positions] : std::vector<std::pair<int64_t, int64_t>>{
+           {40, 63}, {40, 64}, {40, 400}, {12, 16}, {12, 205}, {1102, 3}}) {
     for (const int64_t dim : {1, 2}) {
-      const auto draw = [&](int64_t n, int64_t at_each) {
-        const at::Tensor t = bench.integers({n, 40, at_each});
-        return dim == 1 ? t : t.transpose(1, 2).contiguous();
-      };
-      const at::Tensor x = draw(3, positions), gy = draw(3, positions);
-      const at::Tensor mean = draw(1, 1).to(bench.type_of_sums()), rstd = draw(1, 1).to(bench.type_of_sums());
-      bench.attempt(dim == 1 ? "affine_norm_sq, channels first" : "affine_norm_sq, channels last", bench.rounding(), [&] {
-        const auto [norm_sq, scale, shift] = bench.of.affine_norm_sq(x, gy, mean, rstd, dim);
-            const auto [want_norm_sq, want_scale, want_shift] =
-            aten::affine_norm_sq(in_double(x), in_double(gy), in_double(mean), in_double(rstd), dim);
-        bench.compare(norm_sq, want_norm_sq), bench.compare(scale, want_scale), bench.compare(shift, want_shift);
-      });
+      for (const bool over_positions : {false, true}) {
+        const auto draw = [&](int64_t n, int64_t each, int64_t at_each) {
+          const at::Tensor t = bench.integers({n, each, at_each});
+          return dim == 1 ? t : t.transpose(1, 2).contiguous();
+        };
+        const auto statistic = [&] {
+          return (over_positions ? draw(1, 1, positions) : draw(1, channels, 1)).to(bench.type_of_sums());
+        };
+        const at::Tensor x = draw(3, channels, positions), gy = draw(3, channels, positions);
+        const at::Tensor mean = statistic(), rstd = statistic();
+        bench.attempt(dim == 1 ? "affine_norm_sq, channels first" : "affine_norm_sq, channels last", bench.rounding(), [&] {
+          const auto [norm_sq, scale, shift] = bench.of.affine_norm_sq(x, gy, mean, rstd, dim);
+          const auto [want_norm_sq, want_scale, want_shift] =
+              aten::affine_norm_sq(in_double(x), in_double(gy), in_double(mean), in_double(rstd), dim);
+          bench.compare(norm_sq, want_norm_sq), bench.compare(scale, want_scale), bench.compare(shift, want_shift);
+        });
+      }
     }
   }
 }
 
 void try_correction(Bench& bench) {
   const double rounding = bench.type() == at::kBFloat16 ? 4e-3 : bench.type() == at::kHalf ? 5e-4 : bench.rounding();
-  for (const bool last : {false, true}) {
-    const at::Tensor drawn = bench.integers({3, 40, 63});
+  for (const auto& [positions, last] : {std::pair<int64_t, bool>{63, false}, {63, true}, {504, false}, {504, true}}) {
+    const at::Tensor drawn = bench.integers({3, 40, positions});
     const at::Tensor y = last ? drawn.transpose(1, 2).contiguous().transpose(1, 2) : drawn;
     std::vector<at::Tensor> rest;
     for (const Sizes& sizes : {Sizes{40}, Sizes{40}, Sizes{40}, Sizes{3, 40}, Sizes{3, 40}})
@@ -396,8 +403,9 @@ void try_correction(Bench& bench) {
 }
 
 void try_embedding(Bench& bench) {
-  for (const auto& [positions, channels] : {std::pair<int64_t, int64_t>{40, 300}, {17, 5}}) {
+  for (const auto& [positions, channels] : {std::pair<int64_t, int64_t>{41, 300}, {300, 5}}) {
     const at::Tensor indices = bench.indices({2, positions}, 5), gy = bench.integers({2, positions, channels});
+    indices.select(1, positions - 1).fill_(5);  // alone, and the last of fewer positions than a warp takes at once
     for (const int64_t padding : {-1, 3}) {
       bench.attempt(padding < 0 ? "embedding_norm_sq" : "embedding_norm_sq with a padding row", bench.rounding(), [&] {
         bench.compare(bench.of.embedding_norm_sq(indices, gy, padding),
@@ -408,9 +416,9 @@ void try_embedding(Bench& bench) {
 }
 
 void try_weighting(Bench& bench) {
-  const std::vector<at::Tensor> tensors{bench.integers({11, 5, 16}), bench.integers({11, 7}),
-                                        bench.integers({11, 2500}), Bench::shifted(bench.integers({11, 32}))};
-  const at::Tensor weights = bench.integers({11}).to(bench.type_of_sums());
+  const std::vector<at::Tensor> tensors{bench.integers({75, 5, 16}), bench.integers({75, 7}),
+                                        bench.integers({75, 2500}), Bench::shifted(bench.integers({75, 32}))};
+  const at::Tensor weights = bench.integers({75}).to(bench.type_of_sums());
   std::vector<at::Tensor> wide;
   for (const at::Tensor& t : tensors) wide.push_back(t.to(at::kDouble));
   const auto compare_all = [&](const std::vector<at::Tensor>& got, const std::vector<at::Tensor>& want) {

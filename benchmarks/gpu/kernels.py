@@ -210,7 +210,7 @@ def _affine(
 ) -> tuple[Callable[[], Any], float]:
     x, gy = bench.randn(*shape, dtype=dtype), bench.randn(*shape, dtype=dtype)
     statistics = (1, shape[1], 1)  # of a channel, or (channels last) of a position
-    mean, rstd = bench.randn(*statistics, dtype=dtype), bench.randn(*statistics, dtype=dtype)
+    mean, rstd = bench.randn(*statistics), bench.randn(*statistics)  # fp32 whatever x is, as layers keep them
     affine = ops.affine_norm_sq if who == "engm" else reference.affine_norm_sq
     return lambda: affine(x, gy, mean, rstd, channel_dim), 2 * x.numel() * x.element_size()
 

@@ -73,8 +73,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> affine_norm_sq(const at::Tensor& 
   at::Tensor scale = at::empty({n, channels}, options), shift = at::empty({n, channels}, options);
   at::Tensor norm_sq = at::empty({2, n}, options);
   if (x.numel() == 0) return {norm_sq.zero_(), scale.zero_(), shift.zero_()};
-  const int64_t parts_count = affine_parts(n, channels, positions, element_of(x), channels_last);
-  const at::Tensor parts = parts_count > 1 ? at::empty({parts_count, 2, n, channels}, options) : at::Tensor();
+  const int64_t parts_count = affine_parts(n, channels, positions, channels_last);
+  const bool adds_parts = channels_last && parts_count > 1;
+  const at::Tensor parts = adds_parts ? at::empty({parts_count, 2, n, channels}, options) : at::Tensor();
   const AffineNorm problem{operand(x),
                            operand(gy),
                            mean.defined() ? operand(mean) : AffineOperand{nullptr, {0, 0, 0}},

@@ -25,7 +25,8 @@ int64_t embedding_slabs(int64_t channels, Element element, bool aligned) {
 }
 
 int launch_embedding_norm(const EmbeddingNorm& p, void* stream) {
-  const int error = launch(embedding_link_kernel, p.n * embedding_chunks(p.positions), kEmbeddingThreads, 0, stream, p);
+  const int error = launch(embedding_link_kernel, p.n * embedding_chunks(p.positions), kEmbeddingThreads,
+                           kEmbeddingThreads * sizeof(int64_t), stream, p);
   if (error != 0) return error;
   switch (p.element) {
     case Element::kFloat64: return launch_typed<double>(p, stream);

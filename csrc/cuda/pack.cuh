@@ -16,6 +16,22 @@ __device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, kCount>*>(p);
 }
 
+// Loads a pack without a branch, or takes zeros where `there` is false; the address must be valid even then.
+template <typename T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_pack_or_zero(const T* p, bool there) {
+  Pack<T, kCount> pack = load_pack<T, kCount>(p);
+  if constexpr (sizeof pack % 4 == 0) {
+    uint32_t words[sizeof pack / 4];
+    memcpy(words, &pack, sizeof pack);
+#pragma unroll
+    for (uint32_t& word : words) word = there ? word : 0;
+    memcpy(&pack, words, sizeof pack);
+    return pack;
+  } else {
+    return there ? pack : Pack<T, kCount>{};
+  }
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
   *reinterpret_cast<Pack<T, kCount>*>(p) = pack;

@@ -3,9 +3,12 @@
 // in_k is [n, per_example] and dense, w is [n]. A tensor owns a run of blocks, which a block finds by bisection.
 //   Scaling: a block owns 16 KB of a tensor, a thread four accesses of 16 bytes. Every element is read and written
 //     once.
-//   Sums: a block owns columns, as wide as 32 accesses; warp v adds the examples v, v + 8, …, and the eight sums are
-//     then added in order, so that every run gives the same bits. Every element is read once.
+//   Sums: a block owns columns, as wide as 32 accesses; warp v adds the examples v, v + 8, …, eight of them under way at
+//     once, and the eight sums are then added in order, so that every run gives the same bits. Every element is read
+//     once. Without weights, w is 1.
 // A weight of 0 times an infinity or NaN is NaN, as in any product.
+// The bytes bound it: on an H200 scaling 570 MB ran at 93 % of a copy's speed. 40 sums of 5 MB, a microsecond's worth,
+// took 72 µs at n = 128.
 #pragma once
 
 #include "pack.cuh"
@@ -15,7 +18,7 @@ namespace engm::cuda {
 
 constexpr int kWeightingThreads = 256;
 constexpr int kWeightingWarps = kWeightingThreads / 32;
-constexpr int kScaleAccesses = 4;
+constexpr int kScaleAccesses = 4, kSumAccesses = 8;
 constexpr int kScaleTileBytes = kWeightingThreads * kScaleAccesses * 16;
 constexpr int kSumsSharedBytes = kWeightingThreads * 8 * sizeof(float);
 
@@ -86,8 +89,10 @@ __global__ void __launch_bounds__(kWeightingThreads) scale_examples_kernel(Weigh
   }
 }
 
+// `weights` is null where all are 1.
 template <typename T, typename W>
-__device__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_t n, int slab, void* shared) {
+__device__ __forceinline__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_t n, int slab,
+                                               void* shared) {
   using Sum = typename SumOf<T>::Type;
   constexpr int kPack = 16 / sizeof(T), kColumns = 32 * kPack;
   static_assert(kWeightingWarps * kColumns * sizeof(Sum) <= kSumsSharedBytes);
@@ -96,19 +101,27 @@ __device__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_
   const int columns = int(t.per_example - begin < kColumns ? t.per_example - begin : kColumns);
   const T* in = static_cast<const T*>(t.in) + begin;
   Sum sums[kPack] = {};
+  const auto weight_of = [&](int64_t i) { return weights ? Sum(weights[i]) : Sum(1); };
   if (t.aligned) {  // a lane's columns are neighbours
-    if (lane * kPack < columns) {
-#pragma unroll 4
-      for (int64_t i = warp; i < n; i += kWeightingWarps) {
-        const Pack<T, kPack> pack = load_pack<T, kPack>(in + i * t.per_example + lane * kPack);
-        const Sum w = Sum(weights[i]);
+    const T* from = in + (lane * kPack < columns ? lane * kPack : 0);  // lanes without columns read others' for nothing
+    for (int64_t first = warp; first < n; first += kWeightingWarps * kSumAccesses) {
+      Pack<T, kPack> packs[kSumAccesses];
+      Sum w[kSumAccesses];
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) sums[k] += w * to_float(pack.at[k]);
+      for (int j = 0; j < kSumAccesses; ++j) {
+        const int64_t i = first + j * kWeightingWarps;
+        packs[j] = load_pack_or_zero<T, kPack>(from + (i < n ? i : first) * t.per_example, i < n);
+        w[j] = i < n ? weight_of(i) : Sum(0);
       }
+#pragma unroll
+      for (int j = 0; j < kSumAccesses; ++j)
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) sums[k] += w[j] * to_float(packs[j].at[k]);
     }
   } else {  // a warp's accesses are neighbours
+#pragma unroll 2
     for (int64_t i = warp; i < n; i += kWeightingWarps) {
-      const Sum w = Sum(weights[i]);
+      const Sum w = weight_of(i);
 #pragma unroll
       for (int k = 0; k < kPack; ++k)
         if (lane + 32 * k < columns) sums[k] += w * to_float(in[i * t.per_example + lane + 32 * k]);
@@ -127,7 +140,7 @@ __device__ void sum_columns_of(const WeightedTensor& t, const W* weights, int64_
 }
 
 template <typename W>
-__global__ void __launch_bounds__(kWeightingThreads) weighted_sums_kernel(WeightedTensors all) {
+__global__ void __launch_bounds__(kWeightingThreads, 3) weighted_sums_kernel(WeightedTensors all) {
   ENGM_SHARED(unsigned char, shared);
   const int k = tensor_of(all, blockIdx.x), slab = int(blockIdx.x) - all.first_block[k];
   const WeightedTensor t = all.tensor[k];

@@ -20,7 +20,7 @@ constexpr int kTensorsAtOnce = 96;  // a kernel's parameters have to fit 4 KB
 struct WeightedTensors {
   WeightedTensor tensor[kTensorsAtOnce];
   int32_t first_block[kTensorsAtOnce];  // filled in by the launchers
-  const void* weights;                  // [n], double if weights_are_double, else float
+  const void* weights;                  // [n], double if weights_are_double, else float; null for sums of weight 1
   int64_t n;
   int32_t count;
   bool weights_are_double;  // needed where a tensor is kFloat64

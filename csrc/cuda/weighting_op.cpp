@@ -40,10 +40,13 @@ void launch_in_groups(const std::vector<at::Tensor>& in, std::vector<at::Tensor>
   }
 }
 
-// Whether the kernels may be used in the types of all tensors.
+// Whether the kernels may be used in the types of all tensors. A neighbour's type is not asked for again: that costs a
+// call of CUDA.
 bool trusts_all(const OnDevice& on, at::TensorList tensors) {
   bool all = true;
-  for (const at::Tensor& t : tensors) all = all && on.trusts(Kernel::kWeighting, precision_of(t.scalar_type()));
+  for (size_t k = 0; k < tensors.size(); ++k)
+    if (k == 0 || tensors[k].scalar_type() != tensors[k - 1].scalar_type())
+      all = all && on.trusts(Kernel::kWeighting, precision_of(tensors[k].scalar_type()));
   return all;
 }
 

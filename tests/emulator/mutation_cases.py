@@ -203,15 +203,17 @@ def depthwise(ops, dtype):
 
 @for_each_dtype
 def affine(ops, dtype):
+    """Whole examples in a block and in parts, rows shorter and longer than its accesses, more channels than threads."""
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    for positions in (63, 64, 400):
-        x, gy = operand(3, 40, positions, dtype=dtype), operand(3, 40, positions, dtype=dtype)
-        mean, rstd = operand(1, 40, 1, dtype=sums), operand(1, 40, 1, dtype=sums)
-        wants = reference.affine_norm_sq(*(t.double() for t in (x, gy, mean, rstd)), 1)
-        for dim in (1, 2):
-            inputs = [t if dim == 1 else t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)]
-            for got, want in zip(ops.affine_norm_sq(*inputs, dim), wants, strict=True):
-                check(got, want)
+    for channels, positions in ((40, 63), (40, 64), (40, 400), (12, 16), (12, 205), (1102, 3)):
+        x, gy = operand(3, channels, positions, dtype=dtype), operand(3, channels, positions, dtype=dtype)
+        for statistic in ((1, channels, 1), (1, 1, positions)):
+            mean, rstd = operand(*statistic, dtype=sums), operand(*statistic, dtype=sums)
+            wants = reference.affine_norm_sq(*(t.double() for t in (x, gy, mean, rstd)), 1)
+            for dim in (1, 2):
+                inputs = [t if dim == 1 else t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)]
+                for got, want in zip(ops.affine_norm_sq(*inputs, dim), wants, strict=True):
+                    check(got, want)
 
 
 @for_each_dtype
@@ -237,13 +239,16 @@ def expanded(ops, dtype):
 @for_each_dtype
 def correction(ops, dtype):
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    drawn, channels, rows = operand(3, 40, 64, dtype=dtype), operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)
-    for outputs in (drawn, drawn.transpose(1, 2).contiguous().transpose(1, 2)):
-        wants = reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows)))
-        for got, want in zip(ops.correction_factors(outputs, *channels, *rows), wants, strict=True):
-            check(got, want)
+    channels, rows = operand(3, 40, dtype=sums), operand(2, 3, 40, dtype=sums)
+    for positions in (63, 504):
+        drawn = operand(3, 40, positions, dtype=dtype)
+        for outputs in (drawn, drawn.transpose(1, 2).contiguous().transpose(1, 2)):
+            wants = reference.correction_factors(*(t.double() for t in (outputs, *channels, *rows)))
+            for got, want in zip(ops.correction_factors(outputs, *channels, *rows), wants, strict=True):
+                check(got, want)
     for shape, *geometry in (
         ((3, 35, 14, 9), [3, 3], [1, 1], [1, 1], [1, 1]),
+        ((2, 5, 14, 11), [3, 3], [1, 1], [1, 1], [1, 1]),
         ((5, 64, 2, 2), [3, 3], [1, 1], [1, 1], [1, 1]),
         ((3, 8, 19, 17), [3, 4], [2, 3], [2, 1], [2, 3]),
     ):
@@ -257,16 +262,19 @@ def correction(ops, dtype):
 
 @for_each_dtype
 def embedding(ops, dtype):
-    indices, gy = torch.randint(0, 5, (2, 40)), operand(2, 40, 300, dtype=dtype)
-    for padding in (-1, 3):
-        check(ops.embedding_norm_sq(indices, gy, padding), reference.embedding_norm_sq(indices, gy.double(), padding))
+    for positions, channels in ((41, 300), (300, 5)):
+        indices, gy = torch.randint(0, 5, (2, positions)), operand(2, positions, channels, dtype=dtype)
+        indices[:, -1] = 5  # alone, and the last of fewer positions than a warp takes at once
+        for padding in (-1, 3):
+            want = reference.embedding_norm_sq(indices, gy.double(), padding)
+            check(ops.embedding_norm_sq(indices, gy, padding), want)
 
 
 @for_each_dtype
 def weighting(ops, dtype):
-    # One aligned, one not, one of several tiles.
-    tensors = [operand(11, 5, 16, dtype=dtype), operand(11, 7, dtype=dtype), operand(11, 2500, dtype=dtype)]
-    weights = operand(11, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    # One aligned, one not, one of several tiles; more examples than a block has under way.
+    tensors = [operand(75, 5, 16, dtype=dtype), operand(75, 7, dtype=dtype), operand(75, 2500, dtype=dtype)]
+    weights = operand(75, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     for name in ("scale_examples", "weighted_sums"):
         wants = getattr(reference, name)([t.double() for t in tensors], weights.double())
         for got, want in zip(getattr(ops, name)(tensors, weights), wants, strict=True):

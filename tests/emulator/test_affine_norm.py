@@ -27,7 +27,7 @@ def check(emulated, x, gy, mean, rstd, channel_dim):
 @EXAMPLES
 @given(
     size=st.tuples(
-        st.sampled_from([1, 3]), st.sampled_from([1, 5, 16, 33, 72, 264]), st.sampled_from([1, 2, 7, 49, 64, 130])
+        st.sampled_from([1, 3]), st.sampled_from([1, 5, 16, 33, 72, 520]), st.sampled_from([1, 2, 7, 49, 64, 530])
     ),
     channel_dim=st.sampled_from([1, 2]),
     dtype=dtypes,
@@ -56,14 +56,27 @@ def test_images_as_the_rules_pass_them(emulated, dtype, statistics, x_format, gy
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_layer_norm_of_few_positions(emulated, T):
-    x, gy = torch.randn(2, T, 1000), torch.randn(2, T, 1000)
+@pytest.mark.parametrize("channels", [1000, 1101, 2056])
+def test_layer_norm_of_few_positions(emulated, T, channels):
+    x, gy = torch.randn(2, T, channels), torch.randn(2, T, channels)
     check(emulated, x, gy, torch.randn(2, T, 1), torch.rand(2, T, 1), 2)
+    check(emulated, x, gy, torch.randn(2, 1, channels), torch.rand(2, 1, channels), 2)
 
 
-def test_positions_are_cut_into_parts_where_examples_are_few(emulated):
-    x, gy = torch.randn(1, 517, 8), torch.randn(1, 517, 8)
-    check(emulated, x, gy, torch.randn(1, 1, 8), torch.rand(1, 1, 8), 2)
+@pytest.mark.parametrize("channel_dim", [1, 2])
+def test_examples_are_cut_into_parts_where_they_are_few(emulated, channel_dim):
+    for n, positions, channels in ((1, 517, 8), (1, 5, 515), (5, 100, 83)):
+        size = (n, positions, channels) if channel_dim == 2 else (n, channels, positions)
+        statistics = [s if k == channel_dim else 1 for k, s in enumerate(size)]
+        x, gy, mean, rstd = torch.randn(size), torch.randn(size), torch.randn(statistics), torch.rand(statistics)
+        check(emulated, x, gy, mean, rstd, channel_dim)
+
+
+def test_examples_are_whole_where_they_are_many(emulated):
+    for size in ((64, 3, 4), (66, 5, 7), (64, 17, 160)):
+        x, gy, mean, rstd = torch.randn(size), torch.randn(size), torch.randn(1, size[1], 1), torch.rand(1, size[1], 1)
+        check(emulated, x, gy, mean, rstd, 1)
+        check(emulated, *(t.transpose(1, 2).contiguous() for t in (x, gy, mean, rstd)), 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
