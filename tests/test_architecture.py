@@ -6,7 +6,18 @@ from pathlib import Path
 
 ENGM = Path(__file__).parents[1] / "engm"
 FLOORS = (  # from the ground up; rooms of one floor do not know each other
-    {"_C", "ops", "reference", "build", "checks", "loss_checks", "names", "distributed", "torch_internals"},
+    {
+        "_C",
+        "ops",
+        "reference",
+        "build",
+        "checks",
+        "loss_checks",
+        "names",
+        "distributed",
+        "repeatable",
+        "torch_internals",
+    },
     {"terms", "cost"},
     {"rules", "exact"},
     {"capture", "batch_norm"},

@@ -23,6 +23,7 @@ from ..capture.calls import Call
 from ..distributed import on_any
 from ..graph.opaque import watched
 from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
+from ..repeatable import repeatable_kernels
 from ..rules import WholeCallRule
 from ..rules.any_operator import masked_gradients
 from ..rules.conv import ConvRule
@@ -172,7 +173,9 @@ class TermCollector:
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         opaque = graph.plan.opaque if graph.doubtful else ()
         functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect)
-        with statistics, self._watching(passed), functions, graph.collecting(self):
+        # Where the owners of rows are told by a comparison with this very pass, it has to repeat.
+        kernels = nullcontext() if graph.plan.told is None else repeatable_kernels(losses.device)
+        with statistics, self._watching(passed), functions, graph.collecting(self), kernels:
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)

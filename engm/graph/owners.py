@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..capture.calls import Call
 from ..distributed import most
+from ..repeatable import repeatable_kernels
 from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
 from ..torch_internals import node_outputs, rows_of_nested
@@ -39,8 +40,8 @@ BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
 
 BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 times any gradient there may be
-# Of a row, as a share of its projections. On a CPU the passes agree to the last bit; on a GPU, where sums of atomic
-# additions come in any order, to rounding.
+# Of a row, as a share of its projections. The passes agree to the last bit, but where torch has no kernel that adds up
+# in the same order at every run.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
 
@@ -282,7 +283,11 @@ class Question:
         handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
         handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
         try:
-            with traced.frozen_statistics(self.couplings, self.through), traced.collecting(self):
+            with (
+                traced.frozen_statistics(self.couplings, self.through),
+                traced.collecting(self),
+                repeatable_kernels(self.losses.device),
+            ):
                 gradients: Sequence[Tensor | None] = ()
                 if targets or tokens:
                     gradients = torch.autograd.grad(

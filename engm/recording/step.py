@@ -21,8 +21,9 @@ from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.batch import add_gradient
 from ..optim.together import in_processes
+from ..repeatable import repeatable_kernels
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
-from .agreement import all_the_same, repeatable_kernels
+from .agreement import all_the_same
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
 from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch

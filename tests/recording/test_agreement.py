@@ -1,13 +1,11 @@
 """When two runs of a step count as the same."""
 
-import warnings
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from engm.recording.agreement import COARSE, Tolerance, all_the_same, repeatable_kernels, same_bits
+from engm.recording.agreement import COARSE, Tolerance, all_the_same, same_bits
 from engm.recording.program import Program
 
 
@@ -95,32 +93,3 @@ def test_numbers_of_a_gpu_may_be_rounded_to_tf32(device, allowed, monkeypatch):
         module = make_fx(lambda x: [x + 1], tracing_mode="real")(torch.ones(3, device=device))
     fine = pytest.approx(2.7e-4, rel=0.01)
     assert Tolerance.of(module).relative() == (COARSE if device == "cuda" and allowed else fine)
-
-
-def switches():
-    backends, fill = torch.backends, torch.utils.deterministic
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        backends.cudnn.deterministic,
-        backends.cudnn.benchmark,
-        fill.fill_uninitialized_memory,
-    )
-
-
-def test_repeatable_kernels_are_chosen_for_a_while_and_others_are_named():
-    before, x = switches(), torch.zeros(3)
-    with warnings.catch_warnings(record=True) as shown, repeatable_kernels(torch.device("cuda")) as found:
-        assert switches() == (True, True, True, False, False)
-        x.exp()
-        warnings.warn("of something else", stacklevel=1)
-    assert not found
-    assert [str(warning.message) for warning in shown] == ["of something else"]
-    with repeatable_kernels(torch.device("cuda")) as found:
-        x.put_(torch.tensor([1]), torch.tensor([2.0]))  # torch has no kernel of it that repeats
-    assert "put_" in found.warnings[0]
-    with pytest.raises(KeyError), repeatable_kernels(torch.device("cuda")):
-        raise KeyError
-    assert switches() == before
-    with repeatable_kernels(torch.device("cpu")):
-        assert switches() == before
