@@ -118,7 +118,7 @@ def test_more_work_never_takes_less_time(T, p, d, more, device, precision):
         _C.linear_cost(T, p + more, d, device, precision),
         _C.linear_cost(T, p, d + more, device, precision),
     ):
-        assert large.direct_time >= small.direct_time
+        assert large.direct_time >= 0.9 * small.direct_time  # a wider tile reads operands less often
         assert large.gram_time >= small.gram_time
 
 
@@ -193,7 +193,7 @@ def test_the_built_in_table_takes_the_form_that_was_faster(precision):
     for T, p, d, direct, gram in MEASURED[precision]:
         cost = _C.linear_cost(T, p, d, "cuda:0", precision)
         assert cost.form == ("gram" if gram < direct else "direct"), (T, p, d)
-        # A kernel in the place of torch's passes makes the Gram form faster than it was measured.
+        # A kernel in the place of torch's passes makes the Gram form faster than these figures.
         assert 0.4 < cost.gram_time / cost.direct_time / (gram / direct) < 1.2, (T, p, d)
 
 
