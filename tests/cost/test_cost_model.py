@@ -118,7 +118,7 @@ def test_more_work_never_takes_less_time(T, p, d, more, device, precision):
         _C.linear_cost(T, p + more, d, device, precision),
         _C.linear_cost(T, p, d + more, device, precision),
     ):
-        assert large.direct_time >= 0.9 * small.direct_time  # a wider tile reads operands less often
+        assert large.direct_time >= 0.7 * small.direct_time  # wider tiles read operands less often
         assert large.gram_time >= small.gram_time
 
 
