@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from ..torch_internals import copy_each
-from .agreement import all_the_same
 from .program import Program, Runnable, attribute_of
 from .refusals import UnrecordableError
 from .waits import is_number, obstacles
@@ -128,6 +127,7 @@ class CudaGraphs:
     """
 
     name = "cudagraph"
+    fuses = False
 
     def __init__(self, capturing: Callable[[torch.device], Capturing] = OnDevice, kind: str = "cuda") -> None:
         self._of_device: dict[torch.device, Capturing] = {}
@@ -180,8 +180,6 @@ class Graphed:
     ) -> None:
         self.length = program.length
         self.reads = program.reads
-        self._program = program
-        self._device = device
         self._read = program.tensors()
         self._addresses = self._addresses_now()
         self._capturing = capturing
@@ -212,12 +210,6 @@ class Graphed:
     def holds(self) -> bool:
         """Whether the tensors that the graph reads by their addresses have their memory there."""
         return self._addresses_now() == self._addresses
-
-    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
-        """Whether the numbers are the same; on a GPU but for rounding, as kernels may add up in changing orders."""
-        return all_the_same(got, want) or (
-            self._device.type == "cuda" and self._program.tolerance.holds(got, want, gradients)
-        )
 
     def _addresses_now(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self._read]

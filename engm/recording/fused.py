@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from ..torch_internals import compiled_by_inductor, schema_of, without_autocast
-from .agreement import Tolerance
 from .program import Program, Runnable, attribute_of, is_random, writes
 from .refusals import UnrecordableError
 
@@ -19,6 +18,7 @@ class Inductor:
     """Programs are compiled, which takes a minute for a network of twenty layers."""
 
     name = "inductor"
+    fuses = True
 
     def check(self, devices: set[torch.device]) -> None:
         """Nothing is refused."""
@@ -46,7 +46,6 @@ class Compiled:
     def __init__(self, program: Program, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
         self.length = program.length
         self.reads = program.reads
-        self._tolerance = Tolerance.of(module)
         self._draws = _draws_of(module)
         self._constants = _constants_as_inputs(module)
         try:
@@ -68,10 +67,6 @@ class Compiled:
     def holds(self) -> bool:
         """Always: tensors are handed over at every call."""
         return True
-
-    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
-        """Whether the numbers are the same but for rounding; see :class:`engm.recording.agreement.Tolerance`."""
-        return self._tolerance.holds(got, want, gradients)
 
 
 def _draws_of(module: fx.GraphModule) -> Program:

@@ -23,7 +23,7 @@ from ..torch_internals import (
     without_autocast,
     written_operands,
 )
-from .agreement import Tolerance, all_the_same
+from .agreement import Tolerance
 from .refusals import UnrecordableError
 
 Function = Callable[..., list[Tensor]]
@@ -48,18 +48,17 @@ class Runnable(Protocol):
     def holds(self) -> bool:
         """Whether the memory of those tensors is where it has to be."""
 
-    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
-        """Whether what a run left is what the program as it is has left; the first ``gradients`` are gradients."""
-
 
 class Backend(Protocol):
     """How recorded steps are run.
 
     Attributes:
         name: the name that :func:`engm.record` knows the backend by.
+        fuses: whether it runs kernels of its own, whose numbers are the program's but for rounding.
     """
 
     name: str
+    fuses: bool
 
     def check(self, devices: set[torch.device]) -> None:
         """Refuses models that it cannot run.
@@ -88,6 +87,7 @@ class Replay:
     """The program runs as it is."""
 
     name = "replay"
+    fuses = False
 
     def check(self, devices: set[torch.device]) -> None:
         """Nothing is refused."""
@@ -129,10 +129,6 @@ class Program:
     def holds(self) -> bool:
         """Always: the program reads tensors wherever their memory is."""
         return True
-
-    def agrees(self, got: Sequence[Tensor], want: Sequence[Tensor], gradients: int) -> bool:
-        """Whether the numbers are the same to the bit."""
-        return all_the_same(got, want)
 
 
 def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:

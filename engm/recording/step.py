@@ -227,25 +227,31 @@ class RecordedStep:
     def _record(self, call: _Call, key: Hashable) -> StepStats:
         """Record the step, replay it, and run it eagerly on the same data; what the last has done stays.
 
-        The program is kept if replay and step give the same bits, by kernels that repeat; where torch has none for an
-        operator, the same numbers but for rounding. What the backend makes of it has to agree with the program.
+        The program is kept if the step, its replay and what the backend makes of it give the same bits by kernels that
+        repeat; where torch has none for an operator, or the backend fuses them, the same numbers but for rounding.
         """
         before = Before(self.opt, self._generators, self._reach)
         tensors = self._reach.tensors()
         found: _Recording | UnrecordableError
         got: list[Tensor] = []
-        made_agrees = True
+        made_got: list[Tensor] = []
+        fused_agrees = True
         device = next(self.opt.model.parameters()).device
         try:
             try:
                 found, program, module = _recording_of(call, before)
                 with repeatable_kernels(device):
                     got = _tried(found, call, before)
-                made = self.backend.made(program, module, call.inputs())
-                if made is not program:
+                    if not self.backend.fuses:
+                        found = replace(found, program=self.backend.made(program, module, call.inputs()))
+                        made_got = got if found.program is program else _tried(found, call, before)
+                if self.backend.fuses:
                     plain = _tried(found, call, before)
-                    found = replace(found, program=made)
-                    made_agrees = made.agrees(_tried(found, call, before), plain, len(found.reached))
+                    found = replace(found, program=self.backend.made(program, module, call.inputs()))
+                    fused = _tried(found, call, before)
+                    fused_agrees = program.tolerance.holds(fused, plain, len(found.reached))
+                elif device.type == "cuda":  # with the kernels that are chosen otherwise
+                    found = replace(found, program=self.backend.made(program, module, call.inputs()))
             finally:
                 before.put_back()
         except UnrecordableError as error:
@@ -285,10 +291,14 @@ class RecordedStep:
         before.put_back_gradients()
         for parameter, gradient in every:
             add_gradient(parameter, gradient)
-        agrees = all_the_same(got, want) or (bool(unrepeatable) and program.tolerance.holds(got, want, len(gradients)))
-        if len(every) != len(gradients) or not agrees:
+
+        def same(got: list[Tensor]) -> bool:
+            rounded = bool(unrepeatable) and program.tolerance.holds(got, want, len(gradients))
+            return all_the_same(got, want) or rounded
+
+        if len(every) != len(gradients) or not same(got):
             self._refuse(key, "replayed, the recorded step gives other numbers than the step itself")
-        elif not made_agrees:
+        elif not fused_agrees or not (self.backend.fuses or same(made_got)):
             self._refuse(key, f"run by {self.backend.name}, the recorded step gives other numbers than the step itself")
         else:
             self._recordings[key], self._used[key] = found, self._calls
