@@ -440,7 +440,8 @@ at::Tensor conv_norm_sq(const at::Tensor& x, const at::Tensor& gy, at::IntArrayR
     const auto respond = [&](const at::Tensor& weights) {
       const std::vector<int64_t> none(kernel_size.size(), 0);
       const at::Tensor found = at::convolution(x, weights, {}, stride, padding, dilation, false, none, 1);
-      return Response{found, gy.contiguous(found.suggest_memory_format()), !found.is_contiguous()};
+      const at::MemoryFormat order = found.suggest_memory_format();
+      return Response{found.contiguous(order), gy.contiguous(order), order != at::MemoryFormat::Contiguous};
     };
     if (expands) expand(problem, *correction, gy, sizes, respond, out, on, op);
     return out;

@@ -118,6 +118,17 @@ def test_corrected_norms_of_small_maps(channels, rows, side, layout, mode):
     check_conv(x, gy, ([3, 3], [1, 1], [1, 1], [1, 1], 1), mode, "auto", correction)
 
 
+@every_mode
+def test_corrected_norms_over_sequences_whose_channels_come_last(mode):
+    """cuDNN answers a line of pixels in the order of its input's memory, which has no name for three dimensions."""
+    channels, rows = (512, 256) if ON_CUDA else (32, 16)
+    x = operand((24, 64, channels), mode.dtype).transpose(1, 2)
+    gy = operand((24, 64, rows), mode.dtype).transpose(1, 2)
+    correction = correction_of(24, rows, (channels, 3), (rows, channels, 3), mode.dtype)
+    correction["scale"] *= 0.3
+    check_conv(x, gy, ([3], [1], [1], [1], 1), mode, "auto", correction)
+
+
 def check_grads(got, want, mode, terms):
     """Norms, and gradients by their Frobenius error."""
     assert got[1].is_contiguous()
