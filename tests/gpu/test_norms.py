@@ -1,7 +1,5 @@
 """Norm operators on the GPU against their float64 twins: drawn shapes, the layers of real networks, awkward layouts."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from device_cases import (
@@ -63,11 +61,6 @@ def check_linear(a, b, mode, form="auto", correction=None, *, strict=False):
         got = ops.linear_norm_sq(a, b, form, **correction)
     want = reference.linear_norm_sq(a.double(), b.double(), **{name: t.double() for name, t in correction.items()})
     assert_norms(got, want, mode, 0.0 if strict else linear_terms(a, b, correction))
-
-
-def mode:
-    """The mode, with twice its tolerance where cuBLAS may form products in TF32, which it may truncate operands to."""
-    return replace(mode, tolerance=2 * mode.tolerance) if mode.tf32 and form != "direct" else mode
 
 
 @EXAMPLES
