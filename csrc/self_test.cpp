@@ -96,6 +96,15 @@ class Bench {
     }
   }
 
+  // The form whose norms a correction has kernels for.
+  const char* corrected_form() const {
+#if defined(ENGM_EMULATOR)
+    return "gram";
+#else
+    return device_.is_cpu() ? "auto" : "gram";
+#endif
+  }
+
   // What rounding explains where sums are exact but for their last bits.
   double rounding() const { return type() == at::kDouble ? 1e-12 : 3e-6; }
 
@@ -392,10 +401,10 @@ void try_correction(Bench& bench) {
       const at::Tensor shift = sums({2, 40}), mean = sums({9, 3, 3}), scale = sums({2, 40}),
                        correlation = sums({40, 9, 3, 3});
       const auto& [kernel, stride, padding, dilation, groups] = k3x3;
-      bench.attempt("conv_norm_sq, corrected, by Gram", 1e-5, [&] {
-        bench.compare(bench.of.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, "gram", shift, mean, scale,
-                                            correlation),
-                      aten::conv_norm_sq(in_double(x), in_double(gy), kernel, stride, padding, dilation, groups, "gram",
+      bench.attempt("conv_norm_sq, corrected", 1e-5, [&] {
+        bench.compare(bench.of.conv_norm_sq(x, gy, kernel, stride, padding, dilation, groups, bench.corrected_form(),
+                                            shift, mean, scale, correlation),
+                      aten::conv_norm_sq(in_double(x), in_double(gy), kernel, stride, padding, dilation, groups, "auto",
                                          in_double(shift), in_double(mean), in_double(scale), in_double(correlation)));
       });
     }

@@ -50,6 +50,7 @@ PURPOSE = {
     "loss_checks": "losses",
     "names": "what to choose among",
     "distributed": "sums over processes",
+    "repeatable": "kernels that give the same bits",
     "torch_internals": "torch's private names",
 }
 

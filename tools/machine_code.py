@@ -257,7 +257,7 @@ def table(kernels: list[Kernel], architecture: str) -> tuple[str, list[str]]:
             f"| {precision} | {order} | {size} | {kernel.registers} | {plan.shared / 1024:.0f} | "
             f"{count.a_product:.2f} | {count.a_copy:.1f} | 16 |"
         )
-        if count.a_product > MOST_A_PRODUCT:
+        if round(count.a_product, 2) > MOST_A_PRODUCT:  # as the table shows it
             wrong.append(f"{precision}, {order}, {size}: {count.a_product:.2f} instructions an mma")
         if count.a_copy > MOST_A_COPY:
             wrong.append(f"{precision}, {order}, {size}: {count.a_copy:.1f} instructions a copy")

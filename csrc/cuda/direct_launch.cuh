@@ -136,7 +136,7 @@ int launch_tile(DirectNorm p, void* stream) {
   if (g.n + share > std::numeric_limits<int>::max()) return kTooMany;
   p.example_step = int(share);
   const int64_t blocks = share * p.tiles();
-  const bool plain = p.shift == nullptr && p.grads == nullptr;
+  const bool plain = p.shift == nullptr && p.grads == nullptr && p.done == nullptr;
   return plain ? launch(direct_norm_kernel<Tile, true>, blocks, Tile::kThreads, p.layout.bytes, stream, p)
                : launch(direct_norm_kernel<Tile, false>, blocks, Tile::kThreads, p.layout.bytes, stream, p);
 }

@@ -174,8 +174,8 @@ struct Place {
 };
 
 // A block keeps its tile and takes every example_step-th example, one behind the other through one pipeline. Tiles are
-// innermost, so that neighbouring blocks share an example, which then stays in L2. Plain are norms without a correction
-// and without gradients.
+// innermost, so that neighbouring blocks share an example, which then stays in L2. Plain are norms of all examples,
+// without a correction and without gradients.
 template <class Tile, bool kPlain>
 __global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) direct_norm_kernel(DirectNorm p) {
   using P = typename Tile::Policy;
@@ -186,12 +186,12 @@ __global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) di
   const Geometry& g = p.geometry;
   const SharedLayout& at = p.layout;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned tiles = unsigned(p.tiles()), number = blockIdx.x % tiles;
-  if (p.done != nullptr) {  // nearly always there is nothing to do: every warp looks at all of the block's examples
-    int left = 0;
-    for (int64_t e = blockIdx.x / tiles + int64_t(lane) * p.example_step; e < g.n; e += 32 * int64_t(p.example_step))
-      left += !p.done[e];
-    if (warp_sum(left) == 0) return;
+  const unsigned tiles = unsigned(p.tiles()), number = blockIdx.x % tiles, first = blockIdx.x / tiles;
+  if (!kPlain && p.done != nullptr) {  // nearly always nothing is left: every warp looks at all of the block's examples
+    bool left = false;
+    const int n = int(g.n), step = p.example_step;  // the launcher has seen that they fit
+    for (int e = int(first) + lane * step; e < n; e += 32 * step) left |= !p.done[e];
+    if (!any_lane(left)) return;
   }
   unsigned tile = number;
   const int c0 = int(tile % p.channel_tiles) * Tile::kChannels;
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) di
   };
   const int examples = int(g.n);  // the launcher has seen that they fit
   const auto undone = [&](int example) {
-    while (p.done != nullptr && example < examples && p.done[example]) example += p.example_step;
+    while (!kPlain && p.done != nullptr && example < examples && p.done[example]) example += p.example_step;
     return example;
   };
   const auto advance = [&](Place& place) {
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kPlain ? Tile::kBlocks : 1) di
   const bool half = Tile::kD > 1 && d0 + warp_d + (Tile::kD + 1) / 2 * P::kM >= g.rows;
   Place places[kStages]{};  // the step to multiply next, those under way behind it, and the one to load next
   Place &now = places[0], &ahead = places[kStages - 1];
-  ahead = {undone(int(blockIdx.x / tiles)), {0, 0, 0}};
+  ahead = {undone(int(first)), {0, 0, 0}};
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; ++s) {
 #pragma unroll

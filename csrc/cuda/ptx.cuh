@@ -163,6 +163,9 @@ __device__ __forceinline__ T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
 
+// Whether it is so for any lane of the warp.
+__device__ __forceinline__ bool any_lane(bool so) { return __any_sync(0xffffffffu, so); }
+
 }  // namespace engm::cuda
 
 #endif

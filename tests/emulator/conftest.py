@@ -7,6 +7,12 @@ import torch
 from emulator.build import build_operators
 
 
+@pytest.fixture(autouse=True)
+def _torchs_own_precision():
+    """The switches for TF32 as torch has them at first: a training run of another test may have left its own."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+
+
 @pytest.fixture(scope="session")
 def emulator_library():
     """The library of the emulated operators, loaded; compiled on first use."""

@@ -96,4 +96,20 @@ inline T shuffle_xor(T v, int mask, Site site = Site::here()) {
   return call.received;
 }
 
+struct AnyCall {
+  bool so, any;
+};
+
+inline void any_of(void* const (&lanes)[emulator::kLanes]) {
+  bool any = false;
+  for (void* lane : lanes) any |= static_cast<AnyCall*>(lane)->so;
+  for (void* lane : lanes) static_cast<AnyCall*>(lane)->any = any;
+}
+
+inline bool any_lane(bool so, Site site = Site::here()) {
+  AnyCall call{so, so};
+  emulator::collective("any_lane", any_of, &call, site);
+  return call.any;
+}
+
 }  // namespace engm::cuda

@@ -120,7 +120,7 @@ WRITTEN: dict[str, list[tuple]] = {
         ("column of gy", "P::a_column(lane) + warp_d", "P::b_column(lane) + warp_d"),
         ("no step but the first ones loaded", "if (more) load(step + kStages - 1);", ""),
         ("the next line, not the next rectangle", "o.x = 0, o.y += p.tile_h;", "o.x = 0, ++o.y;"),
-        ("what is done counts as left", "left += !p.done[e]", "left += p.done[e]"),
+        ("what is done counts as left", "!p.done[e]", "bool(p.done[e])"),
         ("every other example", "place.example + p.example_step", "place.example + 2 * p.example_step"),
         ("all examples in the first one's place", "int64_t(example) * tiles + number", "int64_t(number)"),
         ("rows of the other half", "d0 + warp_d + (Tile::kD + 1) / 2 * P::kM >= g.rows", "true"),

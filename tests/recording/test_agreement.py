@@ -77,10 +77,16 @@ def test_tolerance_of_a_program(function, dtype, relative):
 
 @pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_numbers_of_a_gpu_may_be_rounded_to_tf32(device, allowed, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-    assert not torch.backends.cuda.matmul.allow_tf32
-    with FakeTensorMode():
-        module = make_fx(lambda x: [x + 1], tracing_mode="real")(torch.ones(3, device=device))
+def test_numbers_of_a_gpu_may_be_rounded_to_tf32(device, allowed):
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed, False
+        with FakeTensorMode():
+            module = make_fx(lambda x: [x + 1], tracing_mode="real")(torch.ones(3, device=device))
+        tolerance = Tolerance.of(module)
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
     fine = pytest.approx(2.7e-4, rel=0.01)
-    assert Tolerance.of(module).relative() == (COARSE if device == "cuda" and allowed else fine)
+    assert tolerance.relative() == (COARSE if device == "cuda" and allowed else fine)
