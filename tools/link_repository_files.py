@@ -22,6 +22,7 @@ OUTSIDE = {  # pages of the site
     "CHANGELOG.md": "changelog.md",
     "csrc/README.md": "csrc.md",
     "benchmarks/evidence/protocol.md": "results/protocol.md",
+    "benchmarks/results/h200/README.md": "results/h200.md",
 }
 CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
@@ -57,7 +58,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         elif target.startswith("docs/"):
             place = target.removeprefix("docs/")
         else:
-            place = f"{COPIES}/{target}"
+            place = f"{COPIES}/{target}" + (".txt" if target.endswith(".md") else "")  # it is no page of the site
             if files.get_file_from_path(place) is None:
                 files.append(File.generated(config, place, abs_src_path=str(ROOT / target)))
         return posixpath.relpath(place, posixpath.dirname(source) or ".")
