@@ -56,8 +56,8 @@ def linear_norm_sq(
         b: Backprops ``[n, T, d]``.
         form: ``"direct"`` forms tiles of the gradient in registers, 2·T·p·d FLOPs an example; ``"gram"`` contracts
             ``a aᵀ`` with ``b bᵀ``, T²(p + d) FLOPs, centred against cancellation (an example whose terms cancel all the
-            same is done again in direct form); ``"auto"`` takes the cheaper form. With a correction
-            the CPU has the direct form alone.
+            same is done again in direct form); ``"auto"`` takes the cheaper form. With a
+            correction the CPU has the direct form alone.
         shift: ``[n, d]``, the example's shift gradient times scale/σ.
         patch_mean: ``[p]``, mean activation.
         scale: ``[n, d]``, the example's scale gradient times scale/σ.
@@ -67,8 +67,8 @@ def linear_norm_sq(
         ``[n]`` squared norms, float64 for float64 operands, else float32.
 
     Raises:
-        RuntimeError: Shapes, dtypes or devices do not fit, ``form`` is unknown, the correction is incomplete or
-            combined with ``form="gram"``.
+        RuntimeError: Shapes, dtypes or devices do not fit, ``form`` is unknown, the correction is incomplete or, on
+            the CPU, combined with ``form="gram"``.
 
     On the CPU a thread's workspace is about 0.4 MB for either factor, or 64·T bytes where that is more, in direct form,
     and ``2T² + 2T(p + d)`` elements in Gram form. On CUDA the Gram form multiplies by cuBLAS and holds ``2T²`` elements
@@ -106,8 +106,8 @@ def conv_norm_sq(
         groups: Divides ``C`` and ``d``; ``groups == C`` is depthwise.
         form: ``"direct"`` forms tiles of the gradient in registers; ``"gram"`` contracts ``gy gyᵀ`` with the sum over
             taps of the shifted pixel Gram matrix ``x xᵀ`` (inner dimension C, not C·taps), and repeats an example in
-            direct form where its terms cancel; ``"auto"`` takes the cheaper form. With a correction
-            the CPU has the direct form alone.
+            direct form where its terms cancel; ``"auto"`` takes the cheaper form. With a
+            correction the CPU has the direct form alone.
         shift: ``[n, d]``, as for :func:`linear_norm_sq`.
         patch_mean: ``[C, *kernel_size]``, mean patch; a group of output channels uses its own ``C / groups`` rows.
         scale: ``[n, d]``, as for :func:`linear_norm_sq`.
@@ -118,7 +118,7 @@ def conv_norm_sq(
 
     Raises:
         RuntimeError: Shapes, dtypes or devices do not fit, ``gy`` has not the output size of the convolution, ``form``
-            is unknown, the correction is incomplete or combined with ``form="gram"``.
+            is unknown, the correction is incomplete or combined with ``form="gram"`` (on the CPU, or with groups).
 
     On the CPU a thread's workspace is about 0.4 MB for either factor in direct form, or one packed block of 16 channels
     (64 bytes a padded pixel) where that is more, plus one padded image where a group has few channels; in Gram form
