@@ -16,19 +16,18 @@ that every example is left out by one of them and kept by another.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .._C import GradientPrints, PrintHooks, first_alike
 from ..capture.calls import Call
 from ..distributed import most
 from ..repeatable import repeatable_kernels
-from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
 from ..torch_internals import node_outputs, rows_of_nested
 from .trace import Trace
@@ -45,40 +44,32 @@ BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
 
+# Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
+# for nothing.
+ROWS_AT_ONCE = 1 << 18
+
 Key = tuple[int, int]
 """A tensor: the position of the node that made it and the number of the node's output."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Print:
     """What is kept of a gradient.
 
     Attributes:
         shape: of the leading dimensions, by which rows are told apart.
         marks: two random projections of every row, ``[rows, 2]``; of a row of one number that number, ``[rows, 1]``.
-        largest: the larger of both, without its sign, ``[rows]``; 0 for a row of zeros.
-        tolerance: by how much, as a share of that, a row may differ.
+        dtype: of the gradient.
     """
 
     shape: tuple[int, ...]
     marks: Tensor
-    largest: Tensor
-    tolerance: float
+    dtype: torch.dtype
 
-
-def print_of(gradient: Tensor, by_element: bool) -> Print:
-    """The print of a gradient. Its last dimension is the row unless every element is to be told apart."""
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient)
-        gradient = gradient if by_element or gradient.dim() < 3 else gradient.flatten(-2)
-        leading = gradient.shape[:-1]
-    else:
-        leading = gradient.shape if by_element or gradient.dim() < 2 else gradient.shape[:-1]
-    rows = gradient.reshape(leading.numel(), -1) if gradient.numel() else gradient.new_zeros(leading.numel(), 1)
-    tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
-    rows = rows.to(accumulation_dtype(rows))
-    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
-    return Print(tuple(leading), marks, marks.abs().amax(1), tolerance)
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.marks.shape[0]
 
 
 @functools.lru_cache(256)
@@ -89,55 +80,100 @@ def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return drawn.to(device, dtype).t().contiguous().t()
 
 
+def prints_of(gradients: Iterable[Tensor]) -> list[Print]:
+    """The print of every gradient, whose rows lie along the last dimension."""
+    prints = GradientPrints(False, _directions, dense)
+    for number, gradient in enumerate(gradients):
+        prints.take(number, gradient)
+    return [Print(shape, marks, dtype) for _, shape, marks, dtype in prints.taken()]
+
+
 def _factors(digits: Tensor) -> Tensor:
     """What losses are multiplied by, in float64, for these digits of their numbers."""
     return torch.exp2(digits.double() + 1)
 
 
 class Owned:
-    """The owners of the rows of one tensor, digit by digit.
+    """The owners of the rows of some tensors, digit by digit.
 
     Args:
-        plain: the print of the tensor's plain gradient.
+        plain: by tensor, the print of its plain gradient; all of one type.
         first: the number of the first example, as it is asked about.
 
     Attributes:
-        plain: the print of the tensor's plain gradient.
-        of: ``[*leading]``, as far as the digits are known.
+        plain: the prints of the plain gradients.
+        marks: of all of them, one behind the other.
+        largest: the largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros.
+        of: ``[rows]``, as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
     """
 
-    def __init__(self, plain: Print, first: int = 0) -> None:
+    def __init__(self, plain: Mapping[Any, Print], first: int = 0) -> None:
         self.plain = plain
-        self.of = torch.full_like(plain.largest, -first, dtype=torch.long)
-        self.several = torch.zeros_like(plain.largest, dtype=torch.bool)
+        self.marks = _one_behind_the_other([seen.marks for seen in plain.values()])
+        self.largest = self.marks.abs().amax(1)
+        self.of = torch.full_like(self.largest, -first, dtype=torch.long)
+        self.several = torch.zeros_like(self.largest, dtype=torch.bool)
+        # By how much a row may differ, as a share of its marks.
+        self.tolerance = TOLERANCE.get(_real(next(iter(plain.values())).dtype), NARROW_TOLERANCE)
 
-    def add_digit(self, scaled: Print, place: int) -> None:
-        """Read a digit of the owners from the gradient of losses that were scaled by powers of two."""
-        plain, silent = self.plain, self.plain.largest == 0
-        power = (scaled.largest / plain.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
-        factor = torch.exp2(power)
-        self._compare(scaled, factor)
-        self.several |= ~silent & ((power < 1) | (power > BASE))
+    def add_digit(self, scaled: Mapping[Any, Print], place: int) -> None:
+        """Read a digit of the owners from the gradients of losses that were scaled by powers of two."""
+        marks, largest = self._seen(scaled)
+        power = (largest / self.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
+        self._compare(marks, torch.exp2(power))
+        self.several |= (self.largest != 0) & ((power < 1) | (power > BASE))
         self.of += (power.long() - 1).clamp(0, BASE - 1) * place
 
-    def add_bit(self, masked: Print, place: int) -> None:
-        """Read a bit of the owners from the gradient of some of the losses."""
-        present = masked.largest > 0.5 * self.plain.largest
-        self._compare(masked, present.to(masked.largest.dtype))
+    def add_bit(self, masked: Mapping[Any, Print], place: int) -> None:
+        """Read a bit of the owners from the gradients of some of the losses."""
+        marks, largest = self._seen(masked)
+        present = largest > 0.5 * self.largest
+        self._compare(marks, present.to(marks.dtype))
         self.of += present.long() * place
 
-    def _compare(self, other: Print, factor: Tensor) -> None:
-        plain = self.plain
-        allowed = plain.tolerance * plain.largest * factor.clamp_min(1)
-        self.several |= ((other.marks - factor.unsqueeze(1) * plain.marks).abs() > allowed.unsqueeze(1)).any(1)
+    def _seen(self, others: Mapping[Any, Print]) -> tuple[Tensor, Tensor]:
+        """The marks of other gradients of the tensors, and the largest of every row; NaN where there is none."""
+        missing = torch.full_like(self.marks[:1], torch.nan)
+        found = [
+            others[key].marks if key in others else missing.expand_as(seen.marks) for key, seen in self.plain.items()
+        ]
+        marks = _one_behind_the_other(found)
+        return marks, marks.abs().amax(1)
+
+    def _compare(self, marks: Tensor, factor: Tensor) -> None:
+        allowed = self.tolerance * self.largest * factor.clamp_min(1)
+        agrees = (marks - factor.unsqueeze(1) * self.marks).abs() <= allowed.unsqueeze(1)
+        self.several |= ~agrees.all(1)
 
     def owners(self, n: int) -> Tensor:
-        """``[*leading]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
+        """``[rows]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
         found = torch.where(self.several | (self.of < 0) | (self.of >= n), SEVERAL, self.of)
-        found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
-        found = torch.where(self.plain.largest.isfinite(), found, BLIND)
-        return found.view(self.plain.shape)
+        found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
+        return torch.where(self.largest.isfinite(), found, BLIND)
+
+
+def _one_behind_the_other(marks: list[Tensor]) -> Tensor:
+    return marks[0] if len(marks) == 1 else torch.cat(marks)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _together(prints: Mapping[Any, Print]) -> list[dict[Any, Print]]:
+    """The prints in groups of one type, none much larger than :data:`ROWS_AT_ONCE` for being a group."""
+    found: list[dict[Any, Print]] = []
+    open_groups: dict[Hashable, tuple[dict[Any, Print], int]] = {}
+    for key, seen in prints.items():
+        kind = seen.dtype, seen.marks.shape[1], seen.marks.device
+        group, rows = open_groups.get(kind, ({}, ROWS_AT_ONCE))
+        if rows + seen.rows > ROWS_AT_ONCE:
+            group, rows = {}, 0
+            found.append(group)
+        group[key] = seen
+        open_groups[kind] = group, rows + seen.rows
+    return found
 
 
 class Question:
@@ -183,7 +219,7 @@ class Question:
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
-        self._prints: dict[Any, Print] = {}
+        self._keys: list[Any] = []  # of the prints of one pass
 
     def ask(
         self,
@@ -207,34 +243,55 @@ class Question:
         # Neither a row that all masks keep nor one that none does is an example's.
         first = 1 if masked and self.most > 1 else 0
         numbers = torch.arange(self.n, device=self.losses.device) + first
-        found = {key: Owned(seen, first) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
-        self._leave_out_complete_edges(found)
+        groups = [Owned(group, first) for group in _together(self._pass(torch.ones_like(self.losses)))]
         place, base = 1, 2 if masked else BASE
         while place < self.most + 2 * first:
             digit = numbers // place % base
             seeds = digit if base == 2 else _factors(digit)
-            for key, seen in self._pass(seeds.to(self.losses)).items():
-                if key not in found:
-                    continue
+            seen = self._pass(seeds.to(self.losses))
+            for group in groups:
                 if base == 2:
-                    found[key].add_bit(seen, place)
+                    group.add_bit(seen, place)
                 else:
-                    found[key].add_digit(seen, place)
+                    group.add_digit(seen, place)
             place *= base
         calls: dict[int, list[Tensor]] = {}
-        for key, owners in _on_cpu({key: owned.owners(self.n) for key, owned in found.items()}).items():
-            blind = owners == BLIND
-            if bool(blind.any()):
-                self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)
+        for key, owners in self._on_cpu(groups).items():
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
             elif key[0] == "edge":
-                self.edges[key[1], key[2]] = owners
+                if bool((owners == NOBODY).any()):
+                    self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
                 calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
+
+    def _on_cpu(self, groups: Sequence[Owned]) -> dict[Any, Tensor]:
+        """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.
+
+        Tensors whose rows are the same have one and the same tensor.
+        """
+        if not groups:
+            return {}
+        flat = torch.cat([group.owners(self.n) for group in groups]).cpu()
+        blind = flat == BLIND
+        some_blind = bool(blind.any())
+        flat = torch.where(blind, NOBODY, flat) if some_blind else flat
+        plain = {key: seen for group in groups for key, seen in group.plain.items()}
+        lengths = [seen.rows for seen in plain.values()]
+        found: dict[Any, Tensor] = {}
+        same: dict[Hashable, Tensor] = {}
+        parts = zip(plain.items(), flat.split(lengths), first_alike(flat, lengths), strict=True)
+        for (key, seen), rows, first in parts:
+            if (first, seen.shape) not in same:
+                same[first, seen.shape] = rows.view(seen.shape)
+            found[key] = same[first, seen.shape]
+        for (key, seen), rows in zip(plain.items(), blind.split(lengths) if some_blind else (), strict=False):
+            if bool(rows.any()):
+                self.blind[key] = rows.view(seen.shape)
+        return found
 
     def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
         """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""
@@ -246,29 +303,13 @@ class Question:
             place *= BASE
         return found
 
-    def _leave_out_complete_edges(self, found: dict[Any, Owned]) -> None:
-        """Look no more at edges by which every row got a gradient."""
-        keys = [key for key in found if key[0] == "edge"]
-        if not keys:
-            return
-        gaps = torch.stack([(found[key].plain.largest == 0).any() for key in keys]).tolist()
-        for key, has_gaps in zip(keys, gaps, strict=True):
-            if not has_gaps:
-                del found[key]
-        left: dict[int, list[int]] = {}
-        for key in found:
-            if key[0] == "edge":
-                left.setdefault(key[1], []).append(key[2])
-        self._edges = left
-
     # -- one pass ----------------------------------------------------------------------------------------------
 
     def _pass(self, seeds: Tensor) -> dict[Any, Print]:
         """The prints of all gradients that arrive when the losses are backpropagated with these factors."""
-        self._prints = {}
         traced = self.traced
+        self._prints, self._keys = GradientPrints(self._by_element, _directions, dense), []
         ends = self._ends()
-        passed = self._positions - {position for position, _ in ends}
         targets = [GradientEdge(traced.order[position], number) for position, number in ends]
         targets += map(get_gradient_edge, self._tensors)
         tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
@@ -280,9 +321,9 @@ class Question:
             if (child := traced.children[position][slot]) is not None and child < 0
         }
         tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
-        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
-        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
+        hooks = PrintHooks(self._prints)
         try:
+            self._watch(hooks, self._positions - {position for position, _ in ends})
             with (
                 traced.frozen_statistics(self.couplings, self.through),
                 traced.collecting(self),
@@ -294,13 +335,27 @@ class Question:
                         self.losses, [*targets, *tokens], seeds * self.seed, retain_graph=True, allow_unused=True
                     )
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.remove()
         keys: list[Any] = [*ends, *(("tensor", number) for number in range(len(self._tensors)))]
         for key, gradient in zip(keys, gradients, strict=False):
-            self._take(key, gradient)
-        found, self._prints = self._prints, {}
-        return found
+            if gradient is not None:
+                self._prints.take(self._number_of(key), gradient)
+        return {self._keys[number]: Print(shape, marks, dtype) for number, shape, marks, dtype in self._prints.taken()}
+
+    def _watch(self, hooks: PrintHooks, passed: Iterable[int]) -> None:
+        """Look at the gradients that nodes get, and at those that they pass on by the edges that are asked about."""
+        for position in passed:
+            node = self.traced.order[position]
+            numbers = range(len(node_outputs(node)))
+            hooks.watch_outputs(node, [(number, self._number_of((position, number))) for number in numbers])
+        for position, slots in self._edges.items():
+            numbered = [(slot, self._number_of(("edge", position, slot))) for slot in slots]
+            hooks.watch_inputs(self.traced.order[position], numbered)
+
+    def _number_of(self, key: Any) -> int:
+        """A number for the print of a tensor in this pass."""
+        self._keys.append(key)
+        return len(self._keys) - 1
 
     def _ends(self) -> list[Key]:
         """The outputs of watched nodes below which no other is: where a pass may end."""
@@ -311,21 +366,6 @@ class Question:
                 found += [(position, number) for number in range(len(node_outputs(node)))]
         return found
 
-    def _arrived(self, position: int, gradients: Sequence[Tensor | None]) -> None:
-        """Node hook: look at the gradients of a node's outputs."""
-        for number, gradient in enumerate(gradients):
-            self._take((position, number), gradient)
-
-    def _passed_on(self, position: int, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-        """Node hook: look at the gradients that a node passes on."""
-        for slot in self._edges[position]:
-            self._take(("edge", position, slot), given[slot])
-
-    def _take(self, key: Any, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        self._prints[key] = print_of(dense(gradient), self._by_element)
-
     def holds(self, call: Call) -> bool:
         """No: gradients are looked at and let go."""
         return False
@@ -335,7 +375,7 @@ class Question:
         number = self._numbers.get(id(call))
         if number is not None and self.traced.seen_by_collector(number):
             for part, rows in enumerate(rows_of_call(call, backprops)):
-                self._take(("call", number, part), rows)
+                self._prints.take(self._number_of(("call", number, part)), rows)
 
 
 def rows_of_call(call: Call, backprops: Any) -> list[Tensor]:
@@ -366,21 +406,20 @@ class Answers:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        plain = print_of(dense(gradient), False)
+        (plain,) = prints_of([gradient])
         scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
         met = self._met.setdefault(plain.shape, [])
         for factors, owners in met:  # most layers work on the rows that another one worked on
             if all(torch.equal(seen.marks, plain.marks * f) for (_, seen), f in zip(scaled, factors, strict=False)):
                 return owners
-        owned = Owned(plain)
+        owned = Owned({key: plain})
         for place, seen in scaled:
-            owned.add_digit(seen, place)
-        found = owned.owners(self._n)
-        rows = found.flatten()
+            owned.add_digit({key: seen}, place)
+        rows = owned.owners(self._n)
         factors = [_factors(rows // place % BASE).to(plain.marks) for place, _ in scaled]
         # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
         factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
-        owners = found.cpu()
+        owners = rows.cpu().view(plain.shape)
         if len(factors) == len(self._scaled) and bool((owners >= NOBODY).all()):
             met.append((factors, owners))
         return owners
@@ -392,12 +431,3 @@ def dense(gradient: Tensor) -> Tensor:
     if gradient.is_nested:
         gradient = rows_of_nested(gradient)
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
-def _on_cpu(found: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """All tensors on the CPU, by one copy."""
-    if not found:
-        return {}
-    flat = torch.cat([owners.flatten() for owners in found.values()]).cpu()
-    parts = flat.split([owners.numel() for owners in found.values()])
-    return {key: part.view(owners.shape) for (key, owners), part in zip(found.items(), parts, strict=True)}
