@@ -389,9 +389,14 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
 
 
-def norms_of_each(tensors: list[Tensor]) -> list[Tensor]:
-    """The Euclidean norm of each tensor, 0-dimensional, by few kernels."""
-    return list(torch._foreach_norm(tensors))
+def norms_of_each(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The Euclidean norm of each tensor, 0-dimensional, by few kernels; formed in ``dtype``, default the tensor's."""
+    return list(torch._foreach_norm(tensors, 2, dtype))
+
+
+def differences_of_each(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """The first tensors minus the second ones, by few kernels."""
+    return list(torch._foreach_sub(first, second))
 
 
 def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:

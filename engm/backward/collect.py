@@ -404,17 +404,22 @@ class TermCollector:
         # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 
-    def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def weighted_sums(
+        self, weights: Tensor, only: set[int] | None = None, *, again: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.
 
         Args:
             weights: ``[n]``.
             only: ids of the parameters to sum for; default all.
+            again: keep the terms.
         """
         reached: list[tuple[Tensor, Term]] = []
         for parameter in self.parameters:
             if id(parameter) in self.terms and (only is None or id(parameter) in only):
-                reached.append((parameter, self.terms.pop(id(parameter))))
+                reached.append((parameter, self.terms[id(parameter)]))
+                if not again:
+                    del self.terms[id(parameter)]
         return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
 
 
