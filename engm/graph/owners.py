@@ -1,11 +1,14 @@
 """Whose row is it? Measured: every loss is scaled by a power of two, and each row comes back with its owner's power.
 
-If the loss of example ``i`` has the factor ``2^(d + 1)``, ``d`` a digit of ``i``, every row of every tensor on the way
-comes out of a backward pass multiplied by the factor of the example that it belongs to, exactly, because powers of two
-do not round: whatever sort, gather, mask, padding, graph or expert lies in between. A plain pass and one scaled pass a
-digit tell the owner of every row, and no weight gradient is computed. A row that is no one power times its plain self
-belongs to several examples. So does one that comes out as it was, as behind a function that hands on the signs of its
-gradients: no example has the factor 1. A row without a gradient belongs to nobody.
+If the loss of an example has the factor ``2^(d + 1)``, ``d`` a digit of the example's number, every row of every tensor
+on the way comes out of a backward pass multiplied by the factor of the example that it belongs to, exactly, because
+powers of two do not round: whatever sort, gather, mask, padding, graph or expert lies in between. A plain pass and one
+scaled pass a digit tell the owner of every row, and no weight gradient is computed. A row that is no one power times
+its plain self belongs to several examples. So does one that comes out as it was, as behind a function that hands on the
+signs of its gradients: no example has the factor 1. A row without a gradient belongs to nobody.
+
+Numbers are drawn, since powers that double from example to example add up to others: a row ``v`` of one example and
+``v / 2`` of the next but one comes out as ``3/2 v`` of the example in between would.
 
 Rows are told apart by two random projections of them, so that nothing of the size of a gradient is kept between the
 passes. What looks like a row of several is asked again, element by element, with masks of 0 and 1 in place of the
@@ -93,26 +96,66 @@ def _factors(digits: Tensor) -> Tensor:
     return torch.exp2(digits.double() + 1)
 
 
+class Numbers:
+    """The numbers by whose digits examples are told apart.
+
+    Args:
+        most: how many examples there are.
+        masked: whether digits are bits. Then neither a row that all masks keep nor one that none does is an example's.
+
+    Attributes:
+        base: of the digits.
+        places: of the digits that there are, from the lowest on.
+        of: ``[most]``, the number of each example.
+    """
+
+    def __init__(self, most: int, masked: bool) -> None:
+        self.base = 2 if masked else BASE
+        self.places: list[int] = []
+        while (last := self.base ** len(self.places)) < most + 2 * (masked and most > 1):
+            self.places.append(last)
+        if masked and most > 1:
+            self.of = torch.arange(1, most + 1, device="cpu")
+        else:
+            generator = torch.Generator().manual_seed(most)
+            self.of = torch.randperm(min(last, 2 * most), generator=generator, device="cpu")[:most]
+        self._examples = torch.full((last,), most, device="cpu")
+        self._examples[self.of] = torch.arange(most, device="cpu")
+
+    def digits(self, place: int, n: int, device: torch.device) -> Tensor:
+        """A digit of the numbers of the first ``n`` examples."""
+        return (self.of[:n] // place % self.base).to(device)
+
+    def examples(self, numbers: Tensor) -> Tensor:
+        """Whose the numbers are; of nobody's more than there are."""
+        return self._examples.to(numbers.device)[numbers]
+
+
+@functools.lru_cache(64)
+def numbers_of(most: int, masked: bool) -> Numbers:
+    """The numbers of so many examples, the same at every call."""
+    return Numbers(most, masked)
+
+
 class Owned:
     """The owners of the rows of some tensors, digit by digit.
 
     Args:
         plain: by tensor, the print of its plain gradient; all of one type.
-        first: the number of the first example, as it is asked about.
 
     Attributes:
         plain: the prints of the plain gradients.
         marks: of all of them, one behind the other.
         largest: the largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros.
-        of: ``[rows]``, as far as the digits are known.
+        of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
     """
 
-    def __init__(self, plain: Mapping[Any, Print], first: int = 0) -> None:
+    def __init__(self, plain: Mapping[Any, Print]) -> None:
         self.plain = plain
         self.marks = _one_behind_the_other([seen.marks for seen in plain.values()])
         self.largest = self.marks.abs().amax(1)
-        self.of = torch.full_like(self.largest, -first, dtype=torch.long)
+        self.of = torch.zeros_like(self.largest, dtype=torch.long)
         self.several = torch.zeros_like(self.largest, dtype=torch.bool)
         # By how much a row may differ, as a share of its marks.
         self.tolerance = TOLERANCE.get(_real(next(iter(plain.values())).dtype), NARROW_TOLERANCE)
@@ -146,9 +189,10 @@ class Owned:
         agrees = (marks - factor.unsqueeze(1) * self.marks).abs() <= allowed.unsqueeze(1)
         self.several |= ~agrees.all(1)
 
-    def owners(self, n: int) -> Tensor:
-        """``[rows]``, the number of an example, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
-        found = torch.where(self.several | (self.of < 0) | (self.of >= n), SEVERAL, self.of)
+    def owners(self, numbers: Numbers, n: int) -> Tensor:
+        """``[rows]``, which of ``n`` examples, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
+        of = numbers.examples(self.of)
+        found = torch.where(self.several | (of >= n), SEVERAL, of)
         found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
         return torch.where(self.largest.isfinite(), found, BLIND)
 
@@ -240,23 +284,18 @@ class Question:
         self._edges = edges or {}
         # In float16 a power of two might not fit into a gradient.
         masked = by_element or torch.float16 in self.traced.dtypes
-        # Neither a row that all masks keep nor one that none does is an example's.
-        first = 1 if masked and self.most > 1 else 0
-        numbers = torch.arange(self.n, device=self.losses.device) + first
-        groups = [Owned(group, first) for group in _together(self._pass(torch.ones_like(self.losses)))]
-        place, base = 1, 2 if masked else BASE
-        while place < self.most + 2 * first:
-            digit = numbers // place % base
-            seeds = digit if base == 2 else _factors(digit)
-            seen = self._pass(seeds.to(self.losses))
+        numbers = numbers_of(self.most, masked)
+        groups = [Owned(group) for group in _together(self._pass(torch.ones_like(self.losses)))]
+        for place in numbers.places:
+            digits = numbers.digits(place, self.n, self.losses.device)
+            seen = self._pass((digits if masked else _factors(digits)).to(self.losses))
             for group in groups:
-                if base == 2:
+                if masked:
                     group.add_bit(seen, place)
                 else:
                     group.add_digit(seen, place)
-            place *= base
         calls: dict[int, list[Tensor]] = {}
-        for key, owners in self._on_cpu(groups).items():
+        for key, owners in self._on_cpu(groups, numbers).items():
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
             elif key[0] == "edge":
@@ -268,14 +307,14 @@ class Question:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
 
-    def _on_cpu(self, groups: Sequence[Owned]) -> dict[Any, Tensor]:
+    def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
         """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.
 
         Tensors whose rows are the same have one and the same tensor.
         """
         if not groups:
             return {}
-        flat = torch.cat([group.owners(self.n) for group in groups]).cpu()
+        flat = torch.cat([group.owners(numbers, self.n) for group in groups]).cpu()
         blind = flat == BLIND
         some_blind = bool(blind.any())
         flat = torch.where(blind, NOBODY, flat) if some_blind else flat
@@ -296,12 +335,9 @@ class Question:
     def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
         """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""
         self._positions, self._by_element, self._tensors, self._edges = frozenset(positions), False, (), {}
-        numbers = torch.arange(self.n, device=self.losses.device)
-        found, place = [], 1
-        while place < self.most:
-            found.append((place, self._pass(_factors(numbers // place % BASE).to(self.losses))))
-            place *= BASE
-        return found
+        numbers = numbers_of(self.most, False)
+        digits = [(place, numbers.digits(place, self.n, self.losses.device)) for place in numbers.places]
+        return [(place, self._pass(_factors(of).to(self.losses))) for place, of in digits]
 
     # -- one pass ----------------------------------------------------------------------------------------------
 
@@ -396,6 +432,7 @@ class Answers:
 
     def __init__(self, question: Question, positions: Iterable[int]) -> None:
         self._n = question.n
+        self._numbers = numbers_of(question.most, False)
         self._scaled = question.scaled(positions)
         self._met: dict[tuple[int, ...], list[tuple[list[Tensor], Tensor]]] = {}
 
@@ -415,8 +452,8 @@ class Answers:
         owned = Owned({key: plain})
         for place, seen in scaled:
             owned.add_digit({key: seen}, place)
-        rows = owned.owners(self._n)
-        factors = [_factors(rows // place % BASE).to(plain.marks) for place, _ in scaled]
+        rows = owned.owners(self._numbers, self._n)
+        factors = [_factors(owned.of // place % BASE).to(plain.marks) for place, _ in scaled]
         # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
         factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
         owners = rows.cpu().view(plain.shape)

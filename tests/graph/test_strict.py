@@ -46,6 +46,20 @@ def test_mixing_before_a_layer(between):
         engm.measure(model, random_losses(model(X)))
 
 
+@pytest.mark.parametrize(("shift", "share"), [(2, 1 / 2), (3, 1 / 6)])
+def test_mixing_that_adds_up_to_a_power_of_two(shift, share):
+    """Linear losses give all examples one gradient. If factors doubled, ``v + 4 v / 2`` would be ``2 (3/2 v)``."""
+
+    def delayed(x: torch.Tensor) -> torch.Tensor:
+        return x + share * torch.cat([x.new_zeros(shift, x.shape[1]), x[:-shift]])
+
+    def losses(model: nn.Module) -> torch.Tensor:
+        return model(X).sum(1)
+
+    refused(Around(delayed), rf"'first' \(Linear\).*{MIXING}", losses, strict=False)
+    check(Around(delayed).double(), losses, coupled="exact")
+
+
 class Prompts(nn.Module):
     """Attends to prompts that all examples share, given as an input or held as a buffer."""
 
