@@ -70,7 +70,12 @@ def is_kind_of_region(kind: type) -> bool:
 
 def operator_name(node: Node) -> str:
     """``"Addmm"`` for ``AddmmBackward0``."""
-    return node_name(node).rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
+    return _operator_of(node_name(node))
+
+
+@functools.lru_cache(4096)
+def _operator_of(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
 
 
 def leaf_of(node: Node) -> Tensor | None:
