@@ -25,7 +25,7 @@ from ..graph.opaque import watched
 from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
 from ..repeatable import repeatable_kernels
 from ..rules import WholeCallRule
-from ..rules.any_operator import masked_gradients
+from ..rules.any_operator import term_of_any
 from ..rules.conv import ConvRule
 from ..rules.entries import entry_term
 from ..rules.linear import LinearRule
@@ -149,7 +149,7 @@ class TermCollector:
             gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
         for entry, arrived in self._deferred:
             at = graph.entry(entry)
-            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
+            self._take(entry, entry_term(at, arrived) or term_of_any(at, arrived))
         self._deferred.clear()
         for joining in self._joining.values():  # modules of which some call got no gradient
             if joining.arrived:

@@ -54,7 +54,7 @@ class PlannedEntry:
         others: where they lie in the node's further outputs; None for one without a gradient.
         transposed: the entering tensor is the input of a transposition in between.
         sources: the parameters behind it.
-        ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
+        ruled: whether its operator has a rule; if not, the operator's own backward is run again.
     """
 
     position: int

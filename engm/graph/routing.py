@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..rules.entries import names_of
 from ..torch_internals import (
     Node,
     attributes_of_function,
@@ -42,13 +43,8 @@ from .plan import Route
 from .structure import Structure
 from .trace import Trace
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # Operators that treat every element apart.
-ELEMENTWISE = _names(
+ELEMENTWISE = names_of(
     """
     Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
     BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Conj Copy Cos Cosh CudnnBatchNorm Deg2Rad
@@ -62,7 +58,7 @@ ELEMENTWISE = _names(
 )
 
 # Operators that combine elements of a row, or rows of an operand's dimension with each other, whatever else they do.
-COMBINING = _names(
+COMBINING = names_of(
     """
     AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Addmm Addmv Addr AvgPool2D AvgPool3D
     Baddbmm Bmm Convolution ConvolutionOverrideable CudnnConvolution Dot FusedRmsNorm GridSampler2D
@@ -81,7 +77,7 @@ FIXED = ELEMENTWISE | COMBINING
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
-MOVING = _names(
+MOVING = names_of(
     """
     Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd IndexCopy IndexFill
     IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp MaskedScatter MaskedSelect
@@ -123,7 +119,7 @@ PICKING = frozenset(["Embedding", "Gather", "Index", "IndexSelect", "Take", "Uns
 BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk"])
 
 # Operators whose output may have the elements of one row in several.
-SPLITTING = BY_ELEMENT | _names(
+SPLITTING = BY_ELEMENT | names_of(
     """
     Chunk Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle PixelUnshuffle
     ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView Unsqueeze View
@@ -131,7 +127,7 @@ SPLITTING = BY_ELEMENT | _names(
 )
 
 # Operators that combine what lies along the dimension that they are told.
-ALONG = _names(
+ALONG = names_of(
     """
     Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LinalgCross LogSoftmax Logcumsumexp Softmax Unfold
     """
