@@ -13,6 +13,7 @@ from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
 from ..loss_checks import check_losses
 from ..module import GradNormModule
+from ..ops import uncast
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import has_gradient_hooks, is_recorded, unrecorded
 from .identity import check_identity
@@ -88,7 +89,8 @@ def planned_losses(
     due = (watch and model.watch.due(structure, model.check_every)) or (graph.plan.coupled and traced.hooked)
     if on_any(group, due and not graph.plan.blind, losses.device):
         use_up = use_up and takes_one_pass(graph) and graph.terms_stand_alone
-        check_identity(graph, losses, model.watch.steps, scale, use_up)
+        with uncast(losses.device):  # the caller's autocast may still be on, as in Lightning
+            check_identity(graph, losses, model.watch.steps, scale, use_up)
         model.watch.passed(structure)
     return graph
 

@@ -101,3 +101,20 @@ def test_parameters_of_several_types():
     losses = random_losses(model(tensor(6, 4)))
     truth = per_example_gradients(losses, trained(net))
     assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-6
+
+
+def test_under_the_callers_autocast():
+    """The step's own pass is not cast, so the one that stands for it is not either."""
+    found = []
+    for check_every in (1, 10**9):
+        torch.manual_seed(0)
+        net = plain()
+        model = engm.GradNormModule(net, check_every=check_every)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3)
+        for seed in range(2):
+            opt.zero_grad()
+            losses = random_losses(model(tensor(6, 4, seed=seed).float()), seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                stats = opt.backward(losses)
+        found.append([stats.norms, *(p.grad.clone() for p in net.parameters())])
+    assert all(map(torch.equal, *found))
