@@ -42,6 +42,25 @@ struct Operators {
 #undef ENGM_MEMBER
 };
 
+// The steps of one layer of a recurrent network in one direction, forwards and back; engm/ops.py has the arguments. An
+// operator serves the CPU, in float32 and float64. The functions composed of ATen's operators serve every device.
+#define ENGM_RECURRENCE                                                                                                \
+  std::vector<at::Tensor> recurrence(                                                                                  \
+      std::string_view kind, const at::Tensor& inputs, const at::Tensor& ih, const at::Tensor& hh,                     \
+      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& hr, at::TensorList state,    \
+      const OptionalTensor& present, bool reverse);                                                                    \
+  std::vector<at::Tensor> recurrence_back(                                                                             \
+      std::string_view kind, at::TensorList kept, const at::Tensor& hh, const OptionalTensor& hr, at::TensorList state, \
+      const OptionalTensor& outputs, const OptionalTensor& hidden, const OptionalTensor& cell,                         \
+      const OptionalTensor& present, bool reverse);
+namespace cpu {
+ENGM_RECURRENCE
+}  // namespace cpu
+namespace aten {
+ENGM_RECURRENCE
+}  // namespace aten
+#undef ENGM_RECURRENCE
+
 // Serves every device, as the one below does: the sums over a dimension of [n, ., .] and their squared norms [n].
 std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
 

@@ -38,6 +38,12 @@ inline void define_operators(torch::Library& m) {
   m.def("scale_examples(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_sums(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_gemm(Tensor a, Tensor b, Tensor weights) -> Tensor");
+  m.def(
+      "recurrence(str kind, Tensor inputs, Tensor ih, Tensor hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? hr, "
+      "Tensor[] state, Tensor? present=None, bool reverse=False) -> Tensor[]");
+  m.def(
+      "recurrence_back(str kind, Tensor[] kept, Tensor hh, Tensor? hr, Tensor[] state, Tensor? outputs, Tensor? hidden, "
+      "Tensor? cell, Tensor? present=None, bool reverse=False) -> Tensor[]");
   m.def("position_sums(Tensor gradients, int dim) -> (Tensor norm_sq, Tensor sums)", position_sums);
   m.def("scaled_accumulate(Tensor? a, Tensor b, Tensor weights) -> Tensor", scaled_accumulate);
 }
@@ -57,6 +63,8 @@ struct BelowAutograd<function> {
 inline void implement_cpu(torch::Library& m) {
 #define ENGM_IMPLEMENT(name) m.impl(#name, BelowAutograd<cpu::name>::call);
   ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
+  ENGM_IMPLEMENT(recurrence)
+  ENGM_IMPLEMENT(recurrence_back)
 #undef ENGM_IMPLEMENT
 }
 

@@ -132,70 +132,29 @@ def same_items(held: tuple[tuple[Mapping[Any, Any], int, tuple[Any, ...], tuple[
 def facts_of(tensors: list[Tensor], versions: Sequence[bool]) -> bytes: ...
 def untracked_alias(tensor: Tensor) -> Tensor: ...
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor: ...
-def run_lstm(
-    gates: Tensor,
+def recurrence_of_aten(
+    kind: str,
+    inputs: Tensor,
+    ih: Tensor,
     hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     hr: Tensor | None,
     state: Sequence[Tensor],
     present: Tensor | None,
     reverse: bool,
-    outputs: Tensor,
-    contents: Tensor,
-    cells: Tensor,
-    squashed: Tensor,
-    unprojected: Tensor | None,
 ) -> list[Tensor]: ...
-def back_lstm(
-    of_cell: Tensor,
-    by_cell: Tensor,
-    by_hidden: Tensor,
-    forget: Tensor,
+def recurrence_back_of_aten(
+    kind: str,
+    kept: Sequence[Tensor],
     hh: Tensor,
     hr: Tensor | None,
-    found: Tensor,
-    projected: Tensor | None,
-    outputs: Tensor | None,
-    end: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-) -> None: ...
-def run_gru(
-    gates: Tensor,
-    hh: Tensor,
-    bias: Tensor | None,
     state: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-    outputs: Tensor,
-    from_hidden: Tensor,
-) -> list[Tensor]: ...
-def back_gru(
-    by_hidden: Tensor,
-    updates: Tensor,
-    hh: Tensor,
-    found: Tensor,
     outputs: Tensor | None,
-    end: Sequence[Tensor],
+    hidden: Tensor | None,
+    cell: Tensor | None,
     present: Tensor | None,
     reverse: bool,
-) -> Tensor: ...
-def run_rnn(
-    steps: Tensor,
-    hh: Tensor,
-    state: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-    outputs: Tensor,
-    relu: bool,
 ) -> list[Tensor]: ...
-def back_rnn(
-    slopes: Tensor,
-    hh: Tensor,
-    found: Tensor,
-    outputs: Tensor | None,
-    end: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-) -> None: ...
 def self_test(device: device) -> list[tuple[str, str, str, float, float, str]]: ...
 def distrusted(device: device) -> list[tuple[str, str, str]]: ...

@@ -298,6 +298,8 @@ def test_bound_operators_are_those_of_the_dispatcher():
         "weighted_gemm": (a, b, w),
         "scaled_accumulate": (None, b, w),
         "position_sums": (b, 1),
+        "recurrence": ("RNN_TANH", a, x[0, 0, :4], x[0, 1, :4, :4], None, None, None, [a[:, :, 0]], None, False),
+        "recurrence_back": ("RNN_RELU", [a], x[0, 1, :, :], None, [a[:, 0]], a, None, None, None, True),
     }
     assert set(calls) == set(ops.__all__)
     for name, arguments in calls.items():

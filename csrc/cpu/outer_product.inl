@@ -343,10 +343,14 @@ void affine_add(const AffineRow<T>& r, T* scale_sum, T* shift_sum) {
   affine_add_row<T, false, false>(r, scale_sum, shift_sum);
 }
 
+#include "cells.inl"
+
 template <typename T>
 constexpr Kernels<T> kTable = {ENGM_ISA_NAME, Vector<T>::kLanes, ENGM_ROWS,  sum_of_squares<T>, store<T>,
                                lanewise<T>,   interleave<T>,     axpy<T>,    dot<T>,            affine_sums<T>,
-                               affine_add<T>};
+                               affine_add<T>,
+                               {lstm<T>, gru<T>, rnn_tanh<T>, rnn_relu<T>},
+                               {back_lstm<T>, back_gru<T>, back_rnn_tanh<T>, back_rnn_relu<T>}};
 
 }  // namespace
 
