@@ -25,6 +25,12 @@ namespace py = pybind11;
 using Integers = std::vector<int64_t>;
 using Tensors = std::vector<at::Tensor>;
 
+// [n, *, p] as [n, T, p], T = 1 without dimensions between.
+at::Tensor by_position(const at::Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  return dims == 3 ? tensor : dims == 2 ? tensor.unsqueeze(1) : tensor.unsqueeze(1).flatten(1, -2);
+}
+
 // The operator of that name; `function` is one of those that serve it, and gives the types.
 template <class Function>
 auto operator_of(const char* name, Function* function) {
@@ -48,7 +54,12 @@ void bind_calls(py::module_& m) {
   bind(m, "embedding_norm_sq", "engm::embedding_norm_sq", cpu::embedding_norm_sq);
   bind(m, "weighted_gemm", "engm::weighted_gemm", cpu::weighted_gemm);
   bind(m, "scaled_accumulate", "engm::scaled_accumulate", scaled_accumulate);
-  bind(m, "position_sums", "engm::position_sums", position_sums);
+  // The CPU's operator where it has loops; elsewhere ATen's, which a compiler of graphs may fuse.
+  m.def("position_sums",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::position_sums", cpu::position_sums)](const at::Tensor& gradients, int64_t dim) {
+              return is_summed_in_loops(gradients, dim) ? op.call(gradients, dim) : position_sums(gradients, dim);
+            }));
   bind(m, "correction_factors", "engm::correction_factors", cpu::correction_factors);
   bind(m, "linear_norm_sq", "engm::linear_norm_sq", cpu::linear_norm_sq);
   m.def("conv_norm_sq",
@@ -82,6 +93,11 @@ void bind_calls(py::module_& m) {
                 const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); }));
   m.def("untracked_alias", torch::wrap_pybind_function_no_gil([](const at::Tensor& tensor) {
           return at::_unsafe_view_symint(tensor, tensor.sym_sizes());
+        }));
+  // The activations, in the type of the backprops, and these, both by positions.
+  m.def("by_position", torch::wrap_pybind_function_no_gil([](const at::Tensor& activations, const at::Tensor& backprops) {
+          const at::AutoDispatchBelowADInplaceOrView below_autograd;
+          return std::make_pair(by_position(as_type(activations, backprops.scalar_type())), by_position(backprops));
         }));
   // Σ_it left[i, t, :] ⊗ right[i, t, :]
   m.def("sum_of_outer_products", torch::wrap_pybind_function_no_gil([](const at::Tensor& left, const at::Tensor& right) {

@@ -61,8 +61,16 @@ ENGM_RECURRENCE
 }  // namespace aten
 #undef ENGM_RECURRENCE
 
-// Serves every device, as the one below does: the sums over a dimension of [n, ., .] and their squared norms [n].
+// The sums over a dimension of [n, ., .] and their squared norms [n], composed of ATen's operators, for every device. Those
+// of the first may be a view, those of the second, which serves as an operator, are not. The CPU has an operator of its own.
 std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
+std::tuple<at::Tensor, at::Tensor> position_sums_apart(const at::Tensor& gradients, int64_t dim);
+namespace cpu {
+std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
+}  // namespace cpu
+
+// Whether the CPU's operator has loops for these.
+bool is_summed_in_loops(const at::Tensor& gradients, int64_t dim);
 
 // Serves every device: it is composed of ATen's operators. a [n, T, p] or nothing, b [n, T, d], weights [n] -> [d, p],
 // or [d] without a.

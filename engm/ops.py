@@ -36,7 +36,7 @@ __all__ = [
 
 def _operator(name: str) -> Callable[..., Any]:
     """The operator of that name: as ``torch.compile`` knows it, or the quicker way to the same (csrc/calls.cpp)."""
-    return getattr(torch.ops.engm if torch.compiler.is_compiling() else _C, name)
+    return getattr(torch.ops.engm if torch.compiler.is_dynamo_compiling() else _C, name)
 
 
 def linear_norm_sq(
@@ -572,6 +572,12 @@ def _correction_factors_fake(outputs: Tensor, *rest: Tensor) -> tuple[Tensor, Te
 @torch.library.register_fake("engm::patch_mean")
 def _patch_mean_fake(x: Tensor, kernel_size: Sequence[int], *_: object) -> Tensor:
     return x.new_empty(x.shape[1], *kernel_size, dtype=accumulation_dtype(x))
+
+
+@torch.library.register_fake("engm::position_sums")
+def _position_sums_fake(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    sums = gradients.new_empty(gradients.shape[0], gradients.shape[3 - dim], dtype=accumulation_dtype(gradients))
+    return sums.new_empty(gradients.shape[0]), sums
 
 
 @torch.library.register_fake("engm::embedding_norm_sq")

@@ -257,6 +257,17 @@ def test_position_sums_is_its_twin(shape, dim, dtype, layout):
     torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(8, 16, 192), (8, 1, 1000), (3, 256, 5), (3, 257, 5), (2, 4, 9000)])
+def test_few_positions_are_summed_in_loops_and_many_by_aten(isa, shape):
+    gradients = torch.randn(shape)[:, :, 1:]
+    with forced(isa):
+        norm_sq, sums = ops.position_sums(gradients, 1)
+    want = reference.position_sums(gradients.double(), 1)
+    assert_norms_close(norm_sq, want[0], torch.float32)
+    torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
@@ -272,6 +283,8 @@ def test_opcheck():
         (engm.clip_weights, (torch.rand(5, 3), 1.0)),
         (engm.clip_weights, (torch.rand(5, 3).double(), 1.0, torch.rand(5))),
         (engm.position_sums, (a, 1)),
+        (engm.position_sums, (a[:, :1], 1)),
+        (engm.position_sums, (a[:, :1].bfloat16(), 1)),
         (engm.position_sums, (a.bfloat16(), 2)),
         (engm.scaled_accumulate, (a, b, torch.rand(3))),
         (engm.scaled_accumulate, (None, b, torch.rand(3))),
