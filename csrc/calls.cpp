@@ -7,11 +7,15 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "ops.h"
@@ -29,6 +33,21 @@ using Tensors = std::vector<at::Tensor>;
 at::Tensor by_position(const at::Tensor& tensor) {
   const int64_t dims = tensor.dim();
   return dims == 3 ? tensor : dims == 2 ? tensor.unsqueeze(1) : tensor.unsqueeze(1).flatten(1, -2);
+}
+
+// Whether all numbers are finite. On the CPU they are looked at where they are: an operator and the reading of what it
+// returns take longer than a small network's layer.
+bool all_finite(const at::Tensor& tensor) {
+  const bool plain = tensor.is_cpu() && tensor.has_storage() && tensor.is_contiguous() && !tensor.is_neg() &&
+                     !tensor.key_set().has(c10::DispatchKey::Python) && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
+  const auto look = [&](auto number) {
+    const auto* const from = tensor.const_data_ptr<decltype(number)>();
+    return std::all_of(from, from + tensor.numel(), [](auto one) { return std::isfinite(one); });
+  };
+  if (plain && tensor.scalar_type() == at::kFloat) return look(float());
+  if (plain && tensor.scalar_type() == at::kDouble) return look(double());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return at::isfinite(tensor).all().item<bool>();
 }
 
 // The operator of that name; `function` is one of those that serve it, and gives the types.
@@ -94,6 +113,7 @@ void bind_calls(py::module_& m) {
   m.def("untracked_alias", torch::wrap_pybind_function_no_gil([](const at::Tensor& tensor) {
           return at::_unsafe_view_symint(tensor, tensor.sym_sizes());
         }));
+  m.def("all_finite", torch::wrap_pybind_function_no_gil(all_finite));
   // The activations, in the type of the backprops, and these, both by positions.
   m.def("by_position", torch::wrap_pybind_function_no_gil([](const at::Tensor& activations, const at::Tensor& backprops) {
           const at::AutoDispatchBelowADInplaceOrView below_autograd;

@@ -268,6 +268,21 @@ def test_few_positions_are_summed_in_loops_and_many_by_aten(isa, shape):
     torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_all_finite(dtype, tracked):
+    largest, nan, inf = torch.finfo(dtype).max, float("nan"), float("inf")
+    for values, finite in (
+        ([1.0, largest, largest], True),
+        ([1.0, nan, 2.0], False),
+        ([inf, -inf, 0.0], False),
+        ([], True),
+    ):
+        column = torch.tensor([values, values], dtype=dtype).t().requires_grad_(tracked)
+        for losses in (column[:, 0], column[:, 0].clone()):
+            assert _C.all_finite(losses) is finite
+
+
 def test_opcheck():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
