@@ -26,6 +26,11 @@ std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, in
   return {at::sum(at::mul(sums, sums), at::IntArrayRef{1}), sums};
 }
 
+std::tuple<at::Tensor, at::Tensor> position_sums_apart(const at::Tensor& gradients, int64_t dim) {
+  const auto [norm_sq, sums] = position_sums(gradients, dim);
+  return {norm_sq, sums.is_alias_of(gradients) ? sums.clone() : sums};
+}
+
 at::Tensor scaled_accumulate(const OptionalTensor& a_in, const at::Tensor& b_in, const at::Tensor& weights) {
   TORCH_CHECK(b_in.dim() == 3, "scaled_accumulate: expected backprops b [n, T, d], got ", b_in.sizes(), ".");
   TORCH_CHECK(weights.dim() == 1 && weights.size(0) == b_in.size(0),

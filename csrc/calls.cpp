@@ -7,11 +7,15 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_unsafe_view.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "ops.h"
@@ -24,6 +28,27 @@ namespace py = pybind11;
 
 using Integers = std::vector<int64_t>;
 using Tensors = std::vector<at::Tensor>;
+
+// [n, *, p] as [n, T, p], T = 1 without dimensions between.
+at::Tensor by_position(const at::Tensor& tensor) {
+  const int64_t dims = tensor.dim();
+  return dims == 3 ? tensor : dims == 2 ? tensor.unsqueeze(1) : tensor.unsqueeze(1).flatten(1, -2);
+}
+
+// Whether all numbers are finite. On the CPU they are looked at where they are: an operator and the reading of what it
+// returns take longer than a small network's layer.
+bool all_finite(const at::Tensor& tensor) {
+  const bool plain = tensor.is_cpu() && tensor.has_storage() && tensor.is_contiguous() && !tensor.is_neg() &&
+                     !tensor.key_set().has(c10::DispatchKey::Python) && c10::impl::TorchDispatchModeTLS::stack_len() == 0;
+  const auto look = [&](auto number) {
+    const auto* const from = tensor.const_data_ptr<decltype(number)>();
+    return std::all_of(from, from + tensor.numel(), [](auto one) { return std::isfinite(one); });
+  };
+  if (plain && tensor.scalar_type() == at::kFloat) return look(float());
+  if (plain && tensor.scalar_type() == at::kDouble) return look(double());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return at::isfinite(tensor).all().item<bool>();
+}
 
 // The operator of that name; `function` is one of those that serve it, and gives the types.
 template <class Function>
@@ -48,7 +73,12 @@ void bind_calls(py::module_& m) {
   bind(m, "embedding_norm_sq", "engm::embedding_norm_sq", cpu::embedding_norm_sq);
   bind(m, "weighted_gemm", "engm::weighted_gemm", cpu::weighted_gemm);
   bind(m, "scaled_accumulate", "engm::scaled_accumulate", scaled_accumulate);
-  bind(m, "position_sums", "engm::position_sums", position_sums);
+  // The CPU's operator where it has loops; elsewhere ATen's, which a compiler of graphs may fuse.
+  m.def("position_sums",
+        torch::wrap_pybind_function_no_gil(
+            [op = operator_of("engm::position_sums", cpu::position_sums)](const at::Tensor& gradients, int64_t dim) {
+              return is_summed_in_loops(gradients, dim) ? op.call(gradients, dim) : position_sums(gradients, dim);
+            }));
   bind(m, "correction_factors", "engm::correction_factors", cpu::correction_factors);
   bind(m, "linear_norm_sq", "engm::linear_norm_sq", cpu::linear_norm_sq);
   m.def("conv_norm_sq",
@@ -82,6 +112,12 @@ void bind_calls(py::module_& m) {
                 const Tensors& tensors, const at::Tensor& weights) { return op.call(tensors, weights); }));
   m.def("untracked_alias", torch::wrap_pybind_function_no_gil([](const at::Tensor& tensor) {
           return at::_unsafe_view_symint(tensor, tensor.sym_sizes());
+        }));
+  m.def("all_finite", torch::wrap_pybind_function_no_gil(all_finite));
+  // The activations, in the type of the backprops, and these, both by positions.
+  m.def("by_position", torch::wrap_pybind_function_no_gil([](const at::Tensor& activations, const at::Tensor& backprops) {
+          const at::AutoDispatchBelowADInplaceOrView below_autograd;
+          return std::make_pair(by_position(as_type(activations, backprops.scalar_type())), by_position(backprops));
         }));
   // Σ_it left[i, t, :] ⊗ right[i, t, :]
   m.def("sum_of_outer_products", torch::wrap_pybind_function_no_gil([](const at::Tensor& left, const at::Tensor& right) {

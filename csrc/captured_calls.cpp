@@ -79,6 +79,11 @@ py::tuple packed(const std::vector<py::object>& objects) {
 // A number that every in-place operation changes; 0 in inference mode, which counts none.
 py::object version_of(const at::Tensor& tensor) { return py::int_(tensor.is_inference() ? 0 : tensor._version()); }
 
+// The address of a tensor's memory; 0 where there is none, as inside of a function transform.
+int64_t address_of(const at::Tensor& tensor) {
+  return tensor.has_storage() ? reinterpret_cast<int64_t>(tensor.storage().data()) : 0;
+}
+
 // The module's own parameters that require grad, by name.
 py::dict trained_of(py::handle module) {
   py::dict trained;
@@ -291,6 +296,7 @@ void bind_captured_calls(py::module_& m) {
            py::arg("output") = py::none());
   m.def("note_call", &note_call);
   m.def("note_inputs", &note_inputs);
+  m.def("address_of", &address_of);
   m.def("trained_of", &trained_of);
   m.def("reads_activations", &reads_activations);
   m.def("slot_of", &slot_of);

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include "add_gradients.h"
 #include "calls.h"
 #include "captured_calls.h"
 #include "cost_model_bindings.h"
@@ -58,6 +59,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of engm: operators in the namespace torch.ops.engm, and what is bound here.";
   engm::bind_cost_model(m);
+  engm::bind_add_gradients(m);
   engm::bind_calls(m);
   engm::bind_captured_calls(m);
   engm::bind_frozen_statistics(m);

@@ -42,8 +42,35 @@ struct Operators {
 #undef ENGM_MEMBER
 };
 
-// Serves every device, as the one below does: the sums over a dimension of [n, ., .] and their squared norms [n].
+// The steps of one layer of a recurrent network in one direction, forwards and back; engm/ops.py has the arguments. An
+// operator serves the CPU, in float32 and float64. The functions composed of ATen's operators serve every device.
+#define ENGM_RECURRENCE                                                                                                \
+  std::vector<at::Tensor> recurrence(                                                                                  \
+      std::string_view kind, const at::Tensor& inputs, const at::Tensor& ih, const at::Tensor& hh,                     \
+      const OptionalTensor& bias_ih, const OptionalTensor& bias_hh, const OptionalTensor& hr, at::TensorList state,    \
+      const OptionalTensor& present, bool reverse);                                                                    \
+  std::vector<at::Tensor> recurrence_back(                                                                             \
+      std::string_view kind, at::TensorList kept, const at::Tensor& hh, const OptionalTensor& hr, at::TensorList state, \
+      const OptionalTensor& outputs, const OptionalTensor& hidden, const OptionalTensor& cell,                         \
+      const OptionalTensor& present, bool reverse);
+namespace cpu {
+ENGM_RECURRENCE
+}  // namespace cpu
+namespace aten {
+ENGM_RECURRENCE
+}  // namespace aten
+#undef ENGM_RECURRENCE
+
+// The sums over a dimension of [n, ., .] and their squared norms [n], composed of ATen's operators, for every device. Those
+// of the first may be a view, those of the second, which serves as an operator, are not. The CPU has an operator of its own.
 std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
+std::tuple<at::Tensor, at::Tensor> position_sums_apart(const at::Tensor& gradients, int64_t dim);
+namespace cpu {
+std::tuple<at::Tensor, at::Tensor> position_sums(const at::Tensor& gradients, int64_t dim);
+}  // namespace cpu
+
+// Whether the CPU's operator has loops for these.
+bool is_summed_in_loops(const at::Tensor& gradients, int64_t dim);
 
 // Serves every device: it is composed of ATen's operators. a [n, T, p] or nothing, b [n, T, d], weights [n] -> [d, p],
 // or [d] without a.

@@ -14,6 +14,18 @@
 
 namespace engm {
 
+// A function, within which ATen's operators do not ask for gradients: none of ours is differentiable.
+template <auto function>
+struct BelowAutograd;
+
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct BelowAutograd<function> {
+  static Result call(Arguments... arguments) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return function(std::forward<Arguments>(arguments)...);
+  }
+};
+
 inline void define_operators(torch::Library& m) {
   m.def(
       "linear_norm_sq(Tensor a, Tensor b, str form='auto', Tensor? shift=None, Tensor? patch_mean=None, "
@@ -38,25 +50,23 @@ inline void define_operators(torch::Library& m) {
   m.def("scale_examples(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_sums(Tensor[] tensors, Tensor weights) -> Tensor[]");
   m.def("weighted_gemm(Tensor a, Tensor b, Tensor weights) -> Tensor");
-  m.def("position_sums(Tensor gradients, int dim) -> (Tensor norm_sq, Tensor sums)", position_sums);
+  m.def(
+      "recurrence(str kind, Tensor inputs, Tensor ih, Tensor hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? hr, "
+      "Tensor[] state, Tensor? present=None, bool reverse=False) -> Tensor[]");
+  m.def(
+      "recurrence_back(str kind, Tensor[] kept, Tensor hh, Tensor? hr, Tensor[] state, Tensor? outputs, Tensor? hidden, "
+      "Tensor? cell, Tensor? present=None, bool reverse=False) -> Tensor[]");
+  m.def("position_sums(Tensor gradients, int dim) -> (Tensor norm_sq, Tensor sums)");
+  m.impl("position_sums", c10::DispatchKey::CompositeExplicitAutograd, BelowAutograd<position_sums_apart>::call);
   m.def("scaled_accumulate(Tensor? a, Tensor b, Tensor weights) -> Tensor", scaled_accumulate);
 }
-
-// A function, within which ATen's operators do not ask for gradients: none of ours is differentiable.
-template <auto function>
-struct BelowAutograd;
-
-template <class Result, class... Arguments, Result (*function)(Arguments...)>
-struct BelowAutograd<function> {
-  static Result call(Arguments... arguments) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return function(std::forward<Arguments>(arguments)...);
-  }
-};
 
 inline void implement_cpu(torch::Library& m) {
 #define ENGM_IMPLEMENT(name) m.impl(#name, BelowAutograd<cpu::name>::call);
   ENGM_EACH_OPERATOR(ENGM_IMPLEMENT)
+  ENGM_IMPLEMENT(position_sums)
+  ENGM_IMPLEMENT(recurrence)
+  ENGM_IMPLEMENT(recurrence_back)
 #undef ENGM_IMPLEMENT
 }
 

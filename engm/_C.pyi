@@ -144,6 +144,7 @@ def note_call(
     activations: object,
     output: Tensor,
 ) -> None: ...
+def address_of(tensor: Tensor) -> int: ...
 def trained_of(module: Module) -> dict[str, Parameter]: ...
 def reads_activations(rule: object, trained: dict[str, Parameter]) -> bool: ...
 def saved_statistics(output: Tensor, name: str) -> tuple[Tensor, Tensor] | None: ...
@@ -153,71 +154,33 @@ def same_types(objects: list[Any], types: tuple[type, ...]) -> bool: ...
 def same_items(held: tuple[tuple[Mapping[Any, Any], int, tuple[Any, ...], tuple[Any, ...]], ...]) -> bool: ...
 def facts_of(tensors: list[Tensor], versions: Sequence[bool]) -> bytes: ...
 def untracked_alias(tensor: Tensor) -> Tensor: ...
+def add_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> None: ...
+def all_finite(tensor: Tensor) -> bool: ...
+def by_position(activations: Tensor, backprops: Tensor) -> tuple[Tensor, Tensor]: ...
 def sum_of_outer_products(left: Tensor, right: Tensor) -> Tensor: ...
-def run_lstm(
-    gates: Tensor,
+def recurrence_of_aten(
+    kind: str,
+    inputs: Tensor,
+    ih: Tensor,
     hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     hr: Tensor | None,
     state: Sequence[Tensor],
     present: Tensor | None,
     reverse: bool,
-    outputs: Tensor,
-    contents: Tensor,
-    cells: Tensor,
-    squashed: Tensor,
-    unprojected: Tensor | None,
 ) -> list[Tensor]: ...
-def back_lstm(
-    of_cell: Tensor,
-    by_cell: Tensor,
-    by_hidden: Tensor,
-    forget: Tensor,
+def recurrence_back_of_aten(
+    kind: str,
+    kept: Sequence[Tensor],
     hh: Tensor,
     hr: Tensor | None,
-    found: Tensor,
-    projected: Tensor | None,
-    outputs: Tensor | None,
-    end: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-) -> None: ...
-def run_gru(
-    gates: Tensor,
-    hh: Tensor,
-    bias: Tensor | None,
     state: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-    outputs: Tensor,
-    from_hidden: Tensor,
-) -> list[Tensor]: ...
-def back_gru(
-    by_hidden: Tensor,
-    updates: Tensor,
-    hh: Tensor,
-    found: Tensor,
     outputs: Tensor | None,
-    end: Sequence[Tensor],
+    hidden: Tensor | None,
+    cell: Tensor | None,
     present: Tensor | None,
     reverse: bool,
-) -> Tensor: ...
-def run_rnn(
-    steps: Tensor,
-    hh: Tensor,
-    state: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-    outputs: Tensor,
-    relu: bool,
 ) -> list[Tensor]: ...
-def back_rnn(
-    slopes: Tensor,
-    hh: Tensor,
-    found: Tensor,
-    outputs: Tensor | None,
-    end: Sequence[Tensor],
-    present: Tensor | None,
-    reverse: bool,
-) -> None: ...
 def self_test(device: device) -> list[tuple[str, str, str, float, float, str]]: ...
 def distrusted(device: device) -> list[tuple[str, str, str]]: ...

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from cmath import isfinite
-
 import torch
 from torch import Tensor
 
+from ._C import all_finite
 from .checks import NonFiniteError
 from .torch_internals import is_recorded
 
@@ -50,9 +49,7 @@ def check_finite(losses: Tensor) -> None:
     Raises:
         NonFiniteError: names them.
     """
-    if isfinite(losses.detach().sum().item()):  # a sum that is not may have overflown
-        return
-    if not bool(torch.isfinite(losses.detach()).all()):
+    if not all_finite(losses):
         bad = (~torch.isfinite(losses.detach())).nonzero().flatten().tolist()
         raise NonFiniteError(
             f"losses of examples {bad[:8]}{' and more' if len(bad) > 8 else ''} are not finite; nothing was changed. "

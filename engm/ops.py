@@ -25,6 +25,8 @@ __all__ = [
     "linear_norm_sq",
     "patch_mean",
     "position_sums",
+    "recurrence",
+    "recurrence_back",
     "scale_examples",
     "scaled_accumulate",
     "weighted_gemm",
@@ -34,7 +36,7 @@ __all__ = [
 
 def _operator(name: str) -> Callable[..., Any]:
     """The operator of that name: as ``torch.compile`` knows it, or the quicker way to the same (csrc/calls.cpp)."""
-    return getattr(torch.ops.engm if torch.compiler.is_compiling() else _C, name)
+    return getattr(torch.ops.engm if torch.compiler.is_dynamo_compiling() else _C, name)
 
 
 def linear_norm_sq(
@@ -332,6 +334,85 @@ def position_sums(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return _operator("position_sums")(gradients, dim)
 
 
+def recurrence(
+    kind: str,
+    inputs: Tensor,
+    ih: Tensor,
+    hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    hr: Tensor | None,
+    state: Sequence[Tensor],
+    present: Tensor | None = None,
+    reverse: bool = False,
+) -> list[Tensor]:
+    r"""The steps of a recurrent layer in one direction, as ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` compute them.
+
+    On the CPU one operator in float32 and float64, elsewhere a sequence of ATen's.
+
+    Args:
+        kind: ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``, with 4, 3, 1 and 1 gates.
+        inputs: ``[n, T, p]``.
+        ih: Of the inputs, ``[gates·H, p]``.
+        hh: Of the hidden state, ``[gates·H, P]``; ``P = H`` without projections.
+        bias_ih: ``[gates·H]`` or None.
+        bias_hh: ``[gates·H]`` or None.
+        hr: Projections of an LSTM, ``[P, H]``, or None.
+        state: The hidden state before the first step ``[n, P]``, and of an LSTM the cell ``[n, H]``.
+        present: Bool ``[n, T]``, which steps an example has: at others its state stays as it is. None: all.
+        reverse: Whether the last step comes first.
+
+    Returns:
+        The hidden states after each step ``[n, T, P]``; with ``hr`` the same before their projection ``[n, T, H]``; and
+        what :func:`recurrence_back` needs besides, ``[n, T, .]`` each.
+
+    Raises:
+        RuntimeError: Shapes, dtypes or devices do not fit, or the kind is unknown.
+
+    Workspace: on the CPU a copy of ``hh`` where it is small.
+    """
+    return _operator("recurrence")(kind, inputs, ih, hh, bias_ih, bias_hh, hr, state, present, reverse)
+
+
+def recurrence_back(
+    kind: str,
+    kept: Sequence[Tensor],
+    hh: Tensor,
+    hr: Tensor | None,
+    state: Sequence[Tensor],
+    outputs: Tensor | None,
+    hidden: Tensor | None,
+    cell: Tensor | None,
+    present: Tensor | None = None,
+    reverse: bool = False,
+) -> list[Tensor]:
+    r"""The steps of :func:`recurrence` back, to the gradients of ``W_hh h + b_hh`` and ``W_ih x + b_ih``.
+
+    Args:
+        kind: As given to :func:`recurrence`, as are ``hh``, ``hr``, ``state``, ``present`` and ``reverse``.
+        kept: What :func:`recurrence` returned.
+        hh: See ``kind``.
+        hr: See ``kind``.
+        state: See ``kind``.
+        outputs: Gradient of the outputs ``[n, T, P]``; None counts as zero.
+        hidden: Gradient of the last hidden state ``[n, P]``; None counts as zero.
+        cell: Gradient of an LSTM's last cell ``[n, H]``; None counts as zero.
+        present: See ``kind``.
+        reverse: See ``kind``.
+
+    Returns:
+        The gradient of ``W_hh h + b_hh``, ``[n, T, gates·H]``, which is that of ``W_ih x + b_ih`` as well but in a GRU,
+        where the latter comes second; with ``hr`` that of the new hidden states ``[n, T, P]`` comes last. Zero at steps
+        that an example has not.
+
+    Raises:
+        RuntimeError: ``kept`` is of another kind of layer, or of another dtype.
+
+    Workspace: as :func:`recurrence`.
+    """
+    return _operator("recurrence_back")(kind, kept, hh, hr, state, outputs, hidden, cell, present, reverse)
+
+
 def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
     r"""Weighted sum of per-example gradients, ``Σ_i w_i b_iᵀ a_i``, as one GEMM.
 
@@ -493,6 +574,12 @@ def _patch_mean_fake(x: Tensor, kernel_size: Sequence[int], *_: object) -> Tenso
     return x.new_empty(x.shape[1], *kernel_size, dtype=accumulation_dtype(x))
 
 
+@torch.library.register_fake("engm::position_sums")
+def _position_sums_fake(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    sums = gradients.new_empty(gradients.shape[0], gradients.shape[3 - dim], dtype=accumulation_dtype(gradients))
+    return sums.new_empty(gradients.shape[0]), sums
+
+
 @torch.library.register_fake("engm::embedding_norm_sq")
 def _embedding_fake(indices: Tensor, gy: Tensor, padding_idx: int = -1) -> Tensor:
     return gy.new_empty(gy.shape[0], dtype=accumulation_dtype(gy))
@@ -517,3 +604,22 @@ def _weighted_sums_fake(tensors: Sequence[Tensor], weights: Tensor) -> list[Tens
 @torch.library.register_fake("engm::weighted_gemm")
 def _weighted_gemm_fake(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     return a.new_empty(b.shape[2], a.shape[2], dtype=accumulation_dtype(a))
+
+
+_GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+@torch.library.register_fake("engm::recurrence")
+def _recurrence_fake(
+    kind: str, inputs: Tensor, ih: Tensor, hh: Tensor, bias_ih: object, bias_hh: object, hr: object, *_: object
+) -> list[Tensor]:
+    size = ih.shape[0] // _GATES[kind]
+    widths = [hh.shape[1], *([] if hr is None else [size])]
+    widths += {"LSTM": [4 * size, size, size], "GRU": [3 * size, size]}.get(kind, [])
+    return [inputs.new_empty(*inputs.shape[:2], width) for width in widths]
+
+
+@torch.library.register_fake("engm::recurrence_back")
+def _recurrence_back_fake(kind: str, kept: Sequence[Tensor], hh: Tensor, hr: Tensor | None, *_: object) -> list[Tensor]:
+    widths = [hh.shape[0]] * (2 if kind == "GRU" else 1) + ([] if hr is None else [hh.shape[1]])
+    return [hh.new_empty(*kept[0].shape[:2], width) for width in widths]

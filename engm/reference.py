@@ -134,6 +134,49 @@ def position_sums(gradients: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return sums.square().sum(1), sums
 
 
+def _cell(kind: str, of_inputs: Tensor, of_hidden: Tensor, state: Sequence[Tensor]) -> list[Tensor]:
+    """The state after a step, from the pre-activations ``[n, gates H]`` and the state before."""
+    if kind == "GRU":
+        (reset, update, new), (more, other, inner) = of_inputs.chunk(3, 1), of_hidden.chunk(3, 1)
+        update = torch.sigmoid(update + other)
+        return [update * state[0] + (1 - update) * torch.tanh(new + torch.sigmoid(reset + more) * inner)]
+    if kind != "LSTM":
+        return [getattr(torch, kind[4:].lower())(of_inputs + of_hidden)]
+    enter, keep, new, out = (of_inputs + of_hidden).chunk(4, 1)
+    cell = torch.sigmoid(keep) * state[1] + torch.sigmoid(enter) * torch.tanh(new)
+    return [torch.sigmoid(out) * torch.tanh(cell), cell]
+
+
+def recurrence(
+    kind: str,
+    inputs: Tensor,
+    ih: Tensor,
+    hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    hr: Tensor | None,
+    state: Sequence[Tensor],
+    present: Tensor | None = None,
+    reverse: bool = False,
+    more: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """Twin of :func:`engm.ops.recurrence`: its outputs and the last state.
+
+    ``more`` is added to ``W_hh h + b_hh``, ``W_ih x + b_ih`` and, with ``hr``, to the new hidden states.
+    """
+    outputs: dict[int, Tensor] = {}
+    for t in reversed(range(inputs.shape[1])) if reverse else range(inputs.shape[1]):
+        steps = F.linear(state[0], hh, bias_hh), F.linear(inputs[:, t], ih, bias_ih)
+        of_hidden, of_inputs = (step + m[:, t] for step, m in zip(steps, more, strict=False)) if more else steps
+        after = _cell(kind, of_inputs, of_hidden, state)
+        if hr is not None:
+            after[0] = after[0] @ hr.t() + (more[2][:, t] if more else 0)
+        here = torch.ones_like(inputs[:, t, :1], dtype=torch.bool) if present is None else present[:, t, None]
+        state = [torch.where(here, new, old) for new, old in zip(after, state, strict=True)]
+        outputs[t] = state[0]
+    return torch.stack([outputs[t] for t in range(inputs.shape[1])], 1), list(state)
+
+
 def scaled_accumulate(a: Tensor | None, b: Tensor, weights: Tensor) -> Tensor:
     """Twin of :func:`engm.ops.scaled_accumulate`."""
     if a is None:

@@ -365,10 +365,7 @@ def batch_norm_inputs(node: Node) -> tuple[Tensor | None, Tensor | None]:
 
 def address_of(tensor: Tensor) -> int:
     """The address of the tensor's memory; 0 where there is none (inside of a function transform)."""
-    try:
-        return (tensor.values() if tensor.is_nested else tensor).untyped_storage().data_ptr()
-    except NotImplementedError:
-        return 0
+    return _C.address_of(tensor.values() if tensor.is_nested else tensor)
 
 
 def version_of(tensor: Tensor) -> int:

@@ -34,6 +34,7 @@ WITHIN = {
     ("ops", "_C"),
     ("build", "_C"),
     ("torch_internals", "_C"),
+    ("loss_checks", "_C"),
     ("loss_checks", "checks"),
     ("loss_checks", "torch_internals"),
 }

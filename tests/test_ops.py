@@ -257,6 +257,32 @@ def test_position_sums_is_its_twin(shape, dim, dtype, layout):
     torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(8, 16, 192), (8, 1, 1000), (3, 256, 5), (3, 257, 5), (2, 4, 9000)])
+def test_few_positions_are_summed_in_loops_and_many_by_aten(isa, shape):
+    gradients = torch.randn(shape)[:, :, 1:]
+    with forced(isa):
+        norm_sq, sums = ops.position_sums(gradients, 1)
+    want = reference.position_sums(gradients.double(), 1)
+    assert_norms_close(norm_sq, want[0], torch.float32)
+    torch.testing.assert_close(sums.double(), want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_all_finite(dtype, tracked):
+    largest, nan, inf = torch.finfo(dtype).max, float("nan"), float("inf")
+    for values, finite in (
+        ([1.0, largest, largest], True),
+        ([1.0, nan, 2.0], False),
+        ([inf, -inf, 0.0], False),
+        ([], True),
+    ):
+        column = torch.tensor([values, values], dtype=dtype).t().requires_grad_(tracked)
+        for losses in (column[:, 0], column[:, 0].clone()):
+            assert _C.all_finite(losses) is finite
+
+
 def test_opcheck():
     a, b = torch.randn(3, 4, 5), torch.randn(3, 4, 6)
     x, gy = torch.randn(3, 4, 5, 5), torch.randn(3, 6, 5, 5)
@@ -272,6 +298,8 @@ def test_opcheck():
         (engm.clip_weights, (torch.rand(5, 3), 1.0)),
         (engm.clip_weights, (torch.rand(5, 3).double(), 1.0, torch.rand(5))),
         (engm.position_sums, (a, 1)),
+        (engm.position_sums, (a[:, :1], 1)),
+        (engm.position_sums, (a[:, :1].bfloat16(), 1)),
         (engm.position_sums, (a.bfloat16(), 2)),
         (engm.scaled_accumulate, (a, b, torch.rand(3))),
         (engm.scaled_accumulate, (None, b, torch.rand(3))),
@@ -298,6 +326,8 @@ def test_bound_operators_are_those_of_the_dispatcher():
         "weighted_gemm": (a, b, w),
         "scaled_accumulate": (None, b, w),
         "position_sums": (b, 1),
+        "recurrence": ("RNN_TANH", a, x[0, 0, :4], x[0, 1, :4, :4], None, None, None, [a[:, :, 0]], None, False),
+        "recurrence_back": ("RNN_RELU", [a], x[0, 1, :, :], None, [a[:, 0]], a, None, None, None, True),
     }
     assert set(calls) == set(ops.__all__)
     for name, arguments in calls.items():

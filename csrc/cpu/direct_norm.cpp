@@ -211,14 +211,18 @@ class GradientWriter {
     product.out_pitch = in_place ? gradient_ : taps_ * channels_;
     product.out_offset = offset_.data();
     product.out_lanes = in_place ? (columns - 1) % k_.lanes + 1 : k_.lanes;
+    if (in_place) {
+      product.out = grads, product.out_rows = rows;
+      return k_.sum_of_squares(product);
+    }
     double sum = 0;
     for (int64_t row = 0; row < rows; row += k_.rows, grads += k_.rows * gradient_) {
-      product.out = in_place ? grads : panel_.data();
+      product.out = panel_.data();
       product.out_rows = std::min(k_.rows, rows - row);
       product.row_count = round_up(product.out_rows, kRowQuantum);
       product.rows = packed + row * product.steps;
       sum += k_.sum_of_squares(product);
-      for (int64_t o = 0; o < product.out_rows && !in_place; ++o)
+      for (int64_t o = 0; o < product.out_rows; ++o)
         taps_last(panel_.data() + o * product.out_pitch, columns, grads + o * gradient_);
     }
     return sum;

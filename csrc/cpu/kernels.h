@@ -64,6 +64,36 @@ struct AffineRow {
   int64_t length;
 };
 
+// One step of a recurrent layer for one example, H elements wide: cells.inl fills in what it returns.
+template <typename T>
+struct CellStep {
+  T* gates;          // [gates, H], in: W_ih x and biases; out: the gates. An RNN's is read alone.
+  const T* product;  // [gates, H], W_hh h
+  const T* bias;     // [gates, H], GRU: b_hh, which is not in `gates`
+  const T* before;   // [H], LSTM: the cell before; GRU: the hidden state before
+  T* inner;          // [H], out, LSTM: the cell; GRU: W_hn h + b_hn
+  T* squashed;       // [H], out, LSTM: tanh of the cell
+  T* hidden;         // [H], out: the hidden state, of an LSTM before its projection
+  int64_t size;      // H
+};
+
+// The same step back.
+template <typename T>
+struct CellBack {
+  const T* gates;   // [gates, H]
+  const T* inner;   // [H], LSTM: tanh of the cell; GRU: W_hn h + b_hn; RNN: the hidden state
+  const T* before;  // [H], LSTM: the cell before; GRU: the hidden state before
+  const T* hidden;  // [H], gradient of the hidden state, of an LSTM before its projection
+  T* state;         // [H], LSTM: gradient of the cell, in: after, out: before the step; GRU: out, what passes it by
+  T* found;         // [gates, H], out: gradient of W_hh h + b_hh
+  T* inputs;        // [gates, H], out, GRU: gradient of W_ih x + b_ih
+  int64_t size;     // H
+};
+
+// The kinds of recurrent layers; torch's names of them are in recurrence.cpp.
+enum class Recurrent { kLstm, kGru, kRnnTanh, kRnnRelu };
+constexpr int kRecurrentKinds = 4;
+
 template <typename T>
 struct Kernels {
   const char* isa;
@@ -85,6 +115,9 @@ struct Kernels {
   void (*affine_sums)(const AffineRow<T>& row, double* scale_sum, double* shift_sum);
   // Adds the products of one row of channels: gy (x - mean) rstd to scale_sum[c], gy to shift_sum[c].
   void (*affine_add)(const AffineRow<T>& row, T* scale_sum, T* shift_sum);
+  // One step of each kind of recurrent layer, forwards and back, by its number.
+  void (*step[kRecurrentKinds])(const CellStep<T>& step);
+  void (*back[kRecurrentKinds])(const CellBack<T>& step);
 };
 
 // The table in use is the best that this processor runs, or the one that set_isa asked for.

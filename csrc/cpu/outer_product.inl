@@ -39,11 +39,10 @@ inline double sum_lanes(typename Vector<T>::Full value) {
   return sum;
 }
 
-// Sets, or with `add` adds to, tile[o, v] the sum Σ_{t < steps} rows[t, o] x[v][step_offset[t]].
+// Adds Σ_{t < steps} rows[t, o] x[v][step_offset[t]] to sum[o, v], which stays in registers.
 template <typename T, int O, int V>
-__attribute__((noinline)) void accumulate(const T* rows, const T* const* x, const int64_t* step_offset, int64_t steps,
-                                          bool add, typename Vector<T>::Full* tile) {
-  typename Vector<T>::Full sum[O][V] = {};
+inline __attribute__((always_inline)) void add_products(const T* rows, const T* const* x, const int64_t* step_offset,
+                                                        int64_t steps, typename Vector<T>::Full (&sum)[O][V]) {
   const T* base[V];
   for (int v = 0; v < V; ++v) base[v] = x[v];
   for (int64_t t = 0; t < steps; ++t, rows += O) {
@@ -58,8 +57,39 @@ __attribute__((noinline)) void accumulate(const T* rows, const T* const* x, cons
       for (int v = 0; v < V; ++v) sum[o][v] += xv[v] * r;
     }
   }
+}
+
+// Sets, or with `add` adds to, tile[o, v] the sum Σ_{t < steps} rows[t, o] x[v][step_offset[t]].
+template <typename T, int O, int V>
+__attribute__((noinline)) void accumulate(const T* rows, const T* const* x, const int64_t* step_offset, int64_t steps,
+                                          bool add, typename Vector<T>::Full* tile) {
+  typename Vector<T>::Full sum[O][V] = {};
+  add_products<T, O, V>(rows, x, step_offset, steps, sum);
   for (int o = 0; o < O; ++o)
     for (int v = 0; v < V; ++v) tile[o * V + v] = add ? tile[o * V + v] + sum[o][v] : sum[o][v];
+}
+
+// Writes a whole tile to out[v] + o·pitch unless `out` is null, and returns the squares, added over the tile.
+template <typename T, int O, int V>
+__attribute__((noinline)) typename Vector<T>::Full squares_of_short(const T* rows, const T* const* x,
+                                                                    const int64_t* step_offset, int64_t steps,
+                                                                    T* const* out, int64_t pitch) {
+  typename Vector<T>::Full sum[O][V] = {}, squares[V] = {};
+  add_products<T, O, V>(rows, x, step_offset, steps, sum);
+  if (out) {
+    T* to[V];
+    for (int v = 0; v < V; ++v) to[v] = out[v];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) put(to[v] + o * pitch, sum[o][v]);
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < O; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) squares[v] += sum[o][v] * sum[o][v];
+  for (int v = 1; v < V; ++v) squares[0] += squares[v];
+  return squares[0];
 }
 
 template <typename T, int O, int V>
@@ -77,6 +107,20 @@ template <typename T, int O, int V>
 struct SquareTile {
   typename Vector<T>::Doubles* total;
   void operator()(const PanelProduct<T>& p, int64_t row, int64_t vector) const {
+    const bool whole = p.out == nullptr || (row + O <= p.out_rows && (vector + V < p.vectors ||
+                                                                      p.out_lanes == Vector<T>::kLanes));
+    if (whole && p.shift == nullptr && p.steps <= kStepChunk) {  // nothing leaves the registers but what is asked for
+      const T* x[V];
+      T* out[V];
+      for (int v = 0; v < V; ++v) {
+        x[v] = p.x + p.vector_offset[vector + v];
+        out[v] = p.out ? p.out + row * p.out_pitch + p.out_offset[vector + v] : nullptr;
+      }
+      const auto squares = squares_of_short<T, O, V>(p.rows + row * p.steps, x, p.step_offset, p.steps,
+                                                     p.out ? out : nullptr, p.out_pitch);
+      *total += __builtin_convertvector(squares, typename Vector<T>::Doubles);
+      return;
+    }
     typename Vector<T>::Full tile[O * V];
     whole_tile<T, O, V>(p, row, vector, tile);
     if (p.shift) subtract(p, row, vector, tile);
@@ -95,14 +139,21 @@ struct SquareTile {
                            p.scale[row + o] * load(correlation + v * kLanes);
     }
   }
+  // What the loop reads is copied first: the stores might change whatever else it read.
   static void write(const PanelProduct<T>& p, int64_t row, int64_t vector, const typename Vector<T>::Full* tile) {
-    for (int o = 0; o < O && row + o < p.out_rows; ++o)
-      for (int v = 0; v < V; ++v) {
-        T* out = p.out + (row + o) * p.out_pitch + p.out_offset[vector + v];
-        if (vector + v + 1 < p.vectors || p.out_lanes == Vector<T>::kLanes)
-          put(out, tile[o * V + v]);
+    constexpr int64_t kLanes = Vector<T>::kLanes;
+    const int64_t rows = p.out_rows - row < O ? p.out_rows - row : O, pitch = p.out_pitch;
+    const int64_t last = vector + V < p.vectors ? kLanes : p.out_lanes;  // lanes of the last vector
+    T* out[V];
+    for (int v = 0; v < V; ++v) out[v] = p.out + row * pitch + p.out_offset[vector + v];
+    for (int o = 0; o < rows; ++o)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v, ++tile) {
+        T* const to = out[v] + o * pitch;
+        if (v + 1 < V || last == kLanes)
+          put(to, *tile);
         else
-          for (int64_t l = 0; l < p.out_lanes; ++l) out[l] = tile[o * V + v][l];
+          for (int64_t l = 0; l < last; ++l) to[l] = (*tile)[l];
       }
   }
 };
@@ -343,10 +394,14 @@ void affine_add(const AffineRow<T>& r, T* scale_sum, T* shift_sum) {
   affine_add_row<T, false, false>(r, scale_sum, shift_sum);
 }
 
+#include "cells.inl"
+
 template <typename T>
 constexpr Kernels<T> kTable = {ENGM_ISA_NAME, Vector<T>::kLanes, ENGM_ROWS,  sum_of_squares<T>, store<T>,
                                lanewise<T>,   interleave<T>,     axpy<T>,    dot<T>,            affine_sums<T>,
-                               affine_add<T>};
+                               affine_add<T>,
+                               {lstm<T>, gru<T>, rnn_tanh<T>, rnn_relu<T>},
+                               {back_lstm<T>, back_gru<T>, back_rnn_tanh<T>, back_rnn_relu<T>}};
 
 }  // namespace
 

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
@@ -100,26 +99,26 @@ class TermCollector:
     def _expect_uses(self) -> None:
         """Count how many terms each parameter will get, and note which layers feed a batch norm."""
         trace, plan = self.graph.trace, self.graph.plan
-        own = set(map(id, trace.own))
+        own, doubtful, expected = set(map(id, trace.own)), self.graph.doubtful, self._expected
         for number, (call, layout) in enumerate(zip(trace.calls, plan.layouts, strict=True)):
-            if layout is None or id(call) not in own:
+            key = id(call)
+            if layout is None or key not in own:
                 continue
-            self._layouts[id(call)] = layout
-            if self.graph.doubtful and number in plan.unknown_of_calls:
-                self._unknown[id(call)] = plan.unknown_of_calls[number]
+            self._layouts[key] = layout
+            if doubtful and number in plan.unknown_of_calls:
+                self._unknown[key] = plan.unknown_of_calls[number]
+            uses = 1
             if call.rule.joins:
-                self._joining.setdefault(id(call.module), Joining()).to_come += 1
-            if not call.rule.joins or self._joining[id(call.module)].to_come == 1:
-                for parameter in call.parameters.values():
-                    self._expect(id(parameter), 1)
+                joining = self._joining.setdefault(id(call.module), Joining())
+                joining.to_come += 1
+                uses = 1 if joining.to_come == 1 else 0
+            for parameter in call.parameters.values():
+                expected[id(parameter)] = expected.get(id(parameter), 0) + uses
             if self.correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
         for entry in plan.entries:
             for source in entry.sources:
-                self._expect(source.parameter, 1)
-
-    def _expect(self, key: int, uses: int) -> None:
-        self._expected[key] = self._expected.get(key, 0) + uses
+                expected[source.parameter] = expected.get(source.parameter, 0) + 1
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -172,10 +171,11 @@ class TermCollector:
         captured, passed = self._entries_by_node()
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         opaque = graph.plan.opaque if graph.doubtful else ()
-        functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect)
+        functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect) if opaque else nullcontext()
+        entering = self._watching(passed) if passed else nullcontext()
         # Where the owners of rows are told by a comparison with this very pass, it has to repeat.
         kernels = nullcontext() if graph.plan.told is None else repeatable_kernels(losses.device)
-        with statistics, self._watching(passed), functions, graph.collecting(self), kernels:
+        with statistics, entering, functions, graph.collecting(self), kernels:
             gradients: Sequence[Tensor | None] = ()
             if targets:
                 gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)
@@ -400,7 +400,7 @@ class TermCollector:
         if len(rows) < len(self.squared):
             zero = torch.zeros(self.n, dtype=dtype, device=like.device)
             rows = [zero if row is None else row for row in self.squared]
-        found = torch.stack([ops.in_type(row, dtype) for row in rows])
+        found = torch.stack([row if row.dtype == dtype else row.to(dtype) for row in rows])
         # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 

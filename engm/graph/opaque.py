@@ -171,9 +171,6 @@ def watched(
         seed: of the factors.
         tell: gets a truth value, 0-dimensional, for every input of a function.
     """
-    if not functions:
-        yield
-        return
     factors, handles = _Factors(n, seed), []
     try:
         for function in functions:

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from .._C import add_gradients
 from ..backward.collect import TermCollector
 from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 from ..backward.norms import Measurement, calibrated_squared_norms, is_faithful, measure_graph, own_mode
@@ -248,19 +249,12 @@ class LossBatch:
         self, collector: TermCollector, parts: list[tuple[Tensor, set[int] | None]], divisor: float
     ) -> None:
         """Add the weighted sums of the terms that were kept."""
-        sums = (
-            (parameter, _in_form_of(parameter, gradient))
-            for weights, own in parts
-            for parameter, gradient in collector.weighted_sums(weights / divisor, own)
-        )
-        every = chain(self._zeros_of_reached(collector), sums)
+        zeros = self._zeros_of_reached(collector)
+        sums = (pair for weights, own in parts for pair in collector.weighted_sums(weights / divisor, own))
         if self.ranks is None:
-            found = list(every)  # nothing is half changed, should one of the sums have failed
-            with torch.no_grad():  # gradients that were there before may have a graph, as behind create_graph=True
-                for parameter, gradient in found:
-                    add_gradient(parameter, gradient)
+            add_gradients([*zeros, *sums])  # nothing is half changed, should one of the sums fail
         else:
-            backpropagate_leaves(every)
+            backpropagate_leaves(chain(zeros, ((p, _in_form_of(p, gradient)) for p, gradient in sums)))
 
     def _zeros_of_reached(self, collector: TermCollector) -> list[tuple[Tensor, Tensor]]:
         """Parameters in the graph that no gradient arrived at, and 0, as autograd gives them.
@@ -290,13 +284,3 @@ def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
     return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)
-
-
-def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Accumulate as autograd does: a gradient stays sparse until a dense one is added."""
-    if parameter.grad is None:
-        parameter.grad = gradient
-    elif parameter.grad.is_sparse and not gradient.is_sparse:
-        parameter.grad = gradient + parameter.grad
-    else:
-        parameter.grad.add_(gradient)

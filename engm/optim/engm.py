@@ -97,7 +97,7 @@ class ENGM(ExampleOptimizer):
         """The bound of every group (of the one there is without groups)."""
         if self.quantile is not None:
             return [inf]
-        if isinstance(self.alpha, Sequence) and not isinstance(self.alpha, str):
+        if not isinstance(self.alpha, float | str | Tensor) and isinstance(self.alpha, Sequence):
             if self.groups is None or len(self.alpha) != len(self.groups):
                 wanted = "only with groups" if self.groups is None else f"one for each of the {len(self.groups)} groups"
                 raise ValueError(f"several alphas are taken {wanted}, got {self.alpha!r}.")

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .._C import add_gradients
 from ..batch_norm.calibration import DueError, FactorKey
 from ..graph.plan import PlannedGraph
 from ..loss_checks import check_finite
 from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
-from ..optim.batch import add_gradient
 from ..optim.together import in_processes
 from ..repeatable import repeatable_kernels
 from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
@@ -216,8 +216,7 @@ class RecordedStep:
         stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
             check_finite(stats.losses)
-        for parameter, gradient in gradients:
-            add_gradient(parameter, gradient)
+        add_gradients(gradients)
         self.opt.carry(carried)
         self.opt.model.watch.steps += len(recording.watched)
         self._report.replayed += 1
@@ -290,8 +289,7 @@ class RecordedStep:
         want = [*gradients, *(getattr(stats, name) for name in found.figures)]
         want += [self.opt.carried()[name] for name in found.carried] + before.tensors_now()
         before.put_back_gradients()
-        for parameter, gradient in every:
-            add_gradient(parameter, gradient)
+        add_gradients(every)
 
         def same(got: list[Tensor]) -> bool:
             rounded = bool(unrepeatable) and program.tolerance.holds(got, want, len(gradients))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._C import linear_cost
+from .._C import by_position, linear_cost
 from ..cost.table import cost_arguments
 from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term
 from .base import CPU, Cost, Rule, add_rule
@@ -26,8 +26,8 @@ class _MatrixRule(Rule):
 
     reads_for = ("weight",)
 
-    def factors(self, activations: Any, backprops: Tensor) -> Term:
-        """The weight's term, from what :meth:`terms` was given and backprops laid out as ``[n, T, d]``."""
+    def factors(self, activations: Any, backprops: Tensor) -> LinearFactors | BilinearFactors:
+        """The weight's term, from what :meth:`terms` was given."""
         raise TypeError(f"{type(self).__name__} must define factors")
 
     def terms(
@@ -38,22 +38,16 @@ class _MatrixRule(Rule):
         saved: Any,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        b = _by_position(backprops)
         terms: dict[str, Term] = {}
         if "weight" in names:
-            terms["weight"] = self.factors(activations, b)
+            terms["weight"] = factors = self.factors(activations, backprops)
+            b = factors.backprops
+        else:
+            b = by_position(backprops, backprops)[1]
         if "bias" in names:
             norm_sq, sums = ops.position_sums(b, 1)
             terms["bias"] = PerExampleGradient(sums, norm_sq)
         return terms
-
-
-def _by_position(tensor: Tensor) -> Tensor:
-    """``[n, *, p]`` as ``[n, T, p]``, ``T = 1`` without dimensions between."""
-    dims = tensor.dim()
-    if dims == 3:
-        return tensor
-    return tensor.unsqueeze(1) if dims == 2 else tensor.unsqueeze(1).flatten(1, -2)
 
 
 @add_rule(nn.Linear)
@@ -65,8 +59,8 @@ class LinearRule(_MatrixRule):
     def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
         return output.dim() == 1
 
-    def factors(self, activations: Tensor, backprops: Tensor) -> Term:
-        return LinearFactors(_by_position(ops.in_type(activations, backprops.dtype)), backprops)
+    def factors(self, activations: Tensor, backprops: Tensor) -> LinearFactors:
+        return LinearFactors(*by_position(activations, backprops))
 
     def cost(
         self,
@@ -87,9 +81,9 @@ class BilinearRule(_MatrixRule):
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return tuple(args[k] if k < len(args) else kwargs.get(f"input{k + 1}") for k in range(2))
 
-    def factors(self, activations: Any, backprops: Tensor) -> Term:
-        first, second = (_by_position(x.to(backprops.dtype)) for x in activations)
-        return BilinearFactors(first, second, backprops)
+    def factors(self, activations: Any, backprops: Tensor) -> BilinearFactors:
+        (first, _), (second, b) = (by_position(x, backprops) for x in activations)
+        return BilinearFactors(first, second, b)
 
     def cost(
         self,

@@ -1,9 +1,8 @@
 """One recurrent layer in one direction: run step by step forwards, and back to the gradients of its pre-activations.
 
-The terms of the parameters come from these. Each gate's derivative is known once the forward run is done, so it is
-computed for all steps at once, and the backward run is one matrix product and a few products by element a step. What is
-done step by step is compiled (csrc/recurrence.cpp), of the same operators. The rules of whole modules, which may have
-several layers and two directions, and of cells are in :mod:`engm.rules.recurrent`.
+The terms of the parameters come from these. Both runs are compiled (csrc/recurrence.cpp, and for the CPU
+csrc/cpu/recurrence.cpp). The rules of whole modules, which may have several layers and two directions, and of cells are
+in :mod:`engm.rules.recurrent`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._C import back_gru, back_lstm, back_rnn, run_gru, run_lstm, run_rnn
 from ..terms import LinearFactors, PerExampleGradient, Term
 from ..torch_internals import own_parameters
 
@@ -56,9 +54,14 @@ class Gradients(NamedTuple):
 
 
 class LayerRun:
-    """One layer in one direction, run forwards; subclasses say how.
+    """One layer in one direction, run forwards.
+
+    The kinds of layers: an LSTM has ``i, f, o = sigmoid, g = tanh`` of the pre-activations, ``c' = f c + i g`` and
+    ``h' = o tanh(c')``; a GRU ``r, z = sigmoid`` of them, ``new = tanh(P + r (W_hn h + b_hn))`` and
+    ``h' = new + z (h - new)``; an RNN ``h' = tanh`` or ``relu`` of them.
 
     Args:
+        kind: the ``mode`` of the module, ``"LSTM"``, ``"GRU"``, ``"RNN_TANH"`` or ``"RNN_RELU"``.
         weights: the layer's parameters.
         inputs: ``[n, T, p]``.
         state: the initial state.
@@ -66,13 +69,13 @@ class LayerRun:
         present: ``[n, T]``, which positions exist; at others an example's state stays as it is. None: all exist.
 
     Attributes:
-        outputs: the hidden states, ``[n, T, H]``.
-        end: the last state.
+        outputs: the hidden states, ``[n, T, H]`` (``[n, T, P]`` with projections).
         unprojected: of an LSTM with projections, the new hidden states before their projection, ``[n, T, H]``.
     """
 
     def __init__(
         self,
+        kind: str,
         weights: Weights,
         inputs: Tensor,
         state: State,
@@ -80,135 +83,42 @@ class LayerRun:
         reverse: bool = False,
         present: Tensor | None = None,
     ) -> None:
+        self.kind = kind
         self.weights = weights
         self.inputs = inputs
         self.first = state
         self.reverse = reverse
-        self._present = None if present is None else present.unsqueeze(2)
-        self.outputs = inputs.new_empty(*inputs.shape[:2], state[0].shape[1])
-        self.unprojected: Tensor | None = None
-        self.end = tuple(self._run())
+        self._present = present
+        matrices = (weights.ih, weights.hh, weights.bias_ih, weights.bias_hh, weights.hr)
+        self._kept = ops.recurrence(kind, inputs, *matrices, self.first, present, reverse)
+        self.outputs = self._kept[0]
+        self.unprojected = None if weights.hr is None else self._kept[1]
 
     @property
     def hidden(self) -> Tensor:
         """The hidden state before each step, ``[n, T, H]``."""
-        return self._before(self.first[0], self.outputs)
+        first = self.first[0].unsqueeze(1)
+        return torch.cat([self.outputs[:, 1:], first] if self.reverse else [first, self.outputs[:, :-1]], 1)
 
-    def _before(self, first: Tensor, states: Tensor) -> Tensor:
-        """The states before each step, from the first one and those after each step."""
-        first = first.unsqueeze(1)
-        return torch.cat([states[:, 1:], first] if self.reverse else [first, states[:, :-1]], 1)
-
-    def _from_inputs(self, *biases: Tensor | None) -> Tensor:
-        """``W_ih x_t`` of all steps and these biases, ``[n, T, gates * H]``."""
-        bias: Tensor | None = None
-        for given in biases:
-            bias = given if bias is None else bias if given is None else bias + given
-        return nn.functional.linear(self.inputs, self.weights.ih, bias)
-
-    def _run(self) -> Sequence[Tensor]:
-        """Run all steps, write :attr:`outputs`, and return the last state."""
-        raise TypeError(f"{type(self).__name__} must define _run")
-
-    def _back(self, outputs: Tensor | None, end: Sequence[Tensor]) -> Gradients:
-        """What :meth:`backpropagated` returns.
-
-        Args:
-            outputs: gradient of the outputs.
-            end: gradients of the last state.
-        """
-        raise TypeError(f"{type(self).__name__} must define _back")
+    @property
+    def end(self) -> Tensor:
+        """The last hidden state, ``[n, H]``."""
+        return self.outputs[:, 0 if self.reverse else -1]
 
     def backpropagated(self, outputs: Tensor | None, end: Sequence[Tensor | None]) -> Gradients:
-        """Gradients of everything that the parameters' terms are made from; may be called once.
+        """Gradients of everything that the parameters' terms are made from.
 
         Args:
             outputs: gradient of the outputs ``[n, T, H]``; None counts as zero.
             end: gradients of the last state, as many as an LSTM or another layer has; None counts as zero.
         """
-        given = [torch.zeros_like(s) if g is None else g for s, g in zip(self.first, end, strict=True)]
-        return self._back(outputs, given)
-
-
-class _LSTM(LayerRun):
-    """``i, f, o = sigmoid, g = tanh`` of the pre-activations; ``c' = f c + i g``; ``h' = o tanh(c')``."""
-
-    def _run(self) -> Sequence[Tensor]:
-        weights = self.weights
-        gates = self._from_inputs(weights.bias_ih, weights.bias_hh)
-        self._gates = gates.unflatten(2, (4, -1))
-        shape = self._gates[:, :, 0].shape
-        self._new, self._cells, self._tanh = (gates.new_empty(shape) for _ in range(3))
-        if weights.hr is not None:
-            self.unprojected = gates.new_empty(shape)
-        made = (self.outputs, self._new, self._cells, self._tanh, self.unprojected)
-        return run_lstm(gates, weights.hh, weights.hr, list(self.first), self._present, self.reverse, *made)
-
-    def _back(self, outputs: Tensor | None, end: Sequence[Tensor]) -> Gradients:
-        gates, new, squashed = self._gates, self._new, self._tanh
-        enter, forget, _, out = gates.unbind(2)
-        of_enter, of_forget, _, of_out = (gates * (1 - gates)).unbind(2)  # derivatives of the sigmoids
-        before = self._before(self.first[1], self._cells)
-        # Of the cell state by the hidden one; of the pre-activations by the cell state, that of o by the hidden one.
-        of_cell = out * (1 - squashed * squashed)
-        by_cell = torch.stack([new * of_enter, before * of_forget, enter * (1 - new * new)], 2)
-        by_hidden = squashed * of_out
-        found = torch.empty_like(self._gates)
-        projected = None if self.unprojected is None else torch.empty_like(self.outputs)
-        derivatives = (of_cell, by_cell, by_hidden, forget, self.weights.hh, self.weights.hr)
-        back_lstm(*derivatives, found, projected, outputs, list(end), self._present, self.reverse)
-        found = found.flatten(2)
-        return Gradients(found, found, projected)
-
-
-class _GRU(LayerRun):
-    """``r, z = sigmoid`` of the pre-activations, ``new = tanh(P + r (W_hn h + b_hn))``; ``h' = new + z (h - new)``."""
-
-    def _run(self) -> Sequence[Tensor]:
-        weights = self.weights
-        gates = self._from_inputs(weights.bias_ih)
-        self._gates = gates.unflatten(2, (3, -1))
-        self._from_hidden = torch.empty_like(self._gates[:, :, 2])
-        made = (self.outputs, self._from_hidden)
-        return run_gru(gates, weights.hh, weights.bias_hh, list(self.first), self._present, self.reverse, *made)
-
-    def _back(self, outputs: Tensor | None, end: Sequence[Tensor]) -> Gradients:
-        reset, update, new = self._gates.unbind(2)
-        of_new = (1 - update) * (1 - new * new)
-        of_reset = of_new * self._from_hidden * reset * (1 - reset)
-        of_update = (self.hidden - new) * update * (1 - update)
-        by_hidden = torch.stack([of_reset, of_update, of_new * reset], 2)
-        found = torch.empty_like(self._gates)
+        weights, (hidden, cell) = self.weights, (*end, None)[:2]
         how = (self._present, self.reverse)
-        arrived = back_gru(by_hidden, update, self.weights.hh, found, outputs, list(end), *how)
-        from_inputs = torch.cat([found[:, :, :2].flatten(2), of_new * arrived], 2)
-        return Gradients(from_inputs, found.flatten(2), None)
-
-
-class _RNN(LayerRun):
-    """``h' = tanh`` or ``relu`` of the pre-activations."""
-
-    relu = False
-
-    def _run(self) -> Sequence[Tensor]:
-        weights = self.weights
-        steps = self._from_inputs(weights.bias_ih, weights.bias_hh)
-        return run_rnn(steps, weights.hh, list(self.first), self._present, self.reverse, self.outputs, self.relu)
-
-    def _back(self, outputs: Tensor | None, end: Sequence[Tensor]) -> Gradients:
-        states = self.outputs
-        slopes = (states > 0).to(states.dtype) if self.relu else 1 - states * states
-        found = torch.empty_like(states)
-        back_rnn(slopes, self.weights.hh, found, outputs, list(end), self._present, self.reverse)
-        return Gradients(found, found, None)
-
-
-class _ReLU(_RNN):
-    relu = True
-
-
-RUNS: dict[str, type[LayerRun]] = {"LSTM": _LSTM, "GRU": _GRU, "RNN_TANH": _RNN, "RNN_RELU": _ReLU}
-"""By the module's ``mode``."""
+        found = ops.recurrence_back(
+            self.kind, self._kept, weights.hh, weights.hr, self.first, outputs, hidden, cell, *how
+        )
+        from_inputs = found[1] if self.kind == "GRU" else found[0]
+        return Gradients(from_inputs, found[0], None if weights.hr is None else found[1])
 
 
 def layer_terms(run: LayerRun, gradients: Gradients, suffix: str, names: tuple[str, ...]) -> dict[str, Term]:

@@ -24,7 +24,7 @@ from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
 from .base import CPU, Cost, WholeCallRule, add_rule
 from .linear import matrix_cost
-from .recurrence import RUNS, LayerRun, State, Weights, layer_terms
+from .recurrence import LayerRun, State, Weights, layer_terms
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,10 @@ class _Run:
                     self.masks.append(masks.draw(flowing))
                     flowing = flowing * self.masks[-1]
             weights, state = Weights(self.module, suffix, self.dtype), tuple(s[:, number] for s in self.initial)
-            run = RUNS[self.module.mode](weights, flowing, state, reverse=bool(direction), present=self.present)
-            self.runs.append(run)
+            mode, reverse = self.module.mode, bool(direction)
+            self.runs.append(LayerRun(mode, weights, flowing, state, reverse=reverse, present=self.present))
         if masks is not None:
-            masks.check(torch.stack([run.end[0] for run in self.runs], 1))
+            masks.check(torch.stack([run.end for run in self.runs], 1))
 
     def terms(self, backprops: Sequence[Tensor | None], names: tuple[str, ...]) -> dict[str, Term]:
         """Terms of the parameters in ``names``; may be asked for once.
@@ -331,7 +331,7 @@ class CellRule(WholeCallRule):
         inputs = _rows(activations.get(0, "input")).to(dtype)
         with torch.no_grad(), uncast(inputs.device):
             state = self._state(module, activations.get(1, "hx"), inputs)
-            run = RUNS[_kind(module)](Weights(module, "", dtype), inputs.unsqueeze(1), state)
+            run = LayerRun(_kind(module), Weights(module, "", dtype), inputs.unsqueeze(1), state)
             found = run.backpropagated(None, [None if g is None else g.to(dtype) for g in gradients])
         return layer_terms(run, found, "", names)
 

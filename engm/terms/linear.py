@@ -42,8 +42,8 @@ class LinearFactors(PositionFactors):
         return ops.linear_norm_sq(self.activations, self.backprops, **correction)
 
     def compact(self) -> Term:
-        positions, p, d = *self.activations.shape[1:], self.backprops.shape[2]
-        if p * d >= positions * (p + d) and not cheaper_to_keep(self.examples * p * d, positions, self.backprops):
+        (n, positions, p), d = self.activations.shape, self.backprops.shape[2]
+        if p * d >= positions * (p + d) and not cheaper_to_keep(n * p * d, positions, self.backprops):
             return self
         norm_sq, gradients = ops.linear_grads(self.activations, self.backprops)
         return PerExampleGradient(gradients, norm_sq)

@@ -30,6 +30,7 @@ SANITIZERS = ("-fsanitize=alignment,bounds", "-fno-sanitize-recover=alignment,bo
 # What binds to Python what it sees of the extension.
 OF_PYTHON = (
     "ops.cpp",
+    "add_gradients.cpp",
     "cost_model_bindings.cpp",
     "calls.cpp",
     "captured_calls.cpp",

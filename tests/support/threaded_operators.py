@@ -99,6 +99,19 @@ def _factors(*, channels_last: bool) -> Case:
     )
 
 
+def _recurrence(kind: str, gates: int) -> Case:
+    inputs, hidden, size = torch.randn(512, 8, 16), torch.randn(512, 48), 48
+    state = [hidden, hidden + 1] if kind == "LSTM" else [hidden]
+    arguments = (torch.randn(gates * size, 16), torch.randn(gates * size, size) / 7, None, None, None)
+    return Case(
+        lambda: ops.recurrence(kind, inputs, *arguments, state)[0],
+        lambda: reference.recurrence(
+            kind, inputs.double(), *(t if t is None else t.double() for t in arguments), [s.double() for s in state]
+        )[0],
+        same_on_one_thread=False,  # as ATen's products
+    )
+
+
 def _patch_mean(memory_format: torch.memory_format) -> Case:
     x = torch.randn(32, 64, 16, 16).to(memory_format=memory_format)
     return Case(lambda: ops.patch_mean(x, *GEOMETRY), lambda: reference.patch_mean(x.double(), *GEOMETRY))
@@ -125,6 +138,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "patch mean, channels first": lambda: _patch_mean(torch.contiguous_format),
     "patch mean, channels last": lambda: _patch_mean(torch.channels_last),
     "embedding": _embedding,
+    "recurrence of an LSTM": lambda: _recurrence("LSTM", 4),
+    "recurrence of a GRU": lambda: _recurrence("GRU", 3),
     "clip weights": _clip,
 }
 
