@@ -7,13 +7,14 @@ scaled pass a digit tell the owner of every row, and no weight gradient is compu
 its plain self belongs to several examples. So does one that comes out as it was, as behind a function that hands on the
 signs of its gradients: no example has the factor 1. A row without a gradient belongs to nobody.
 
-Numbers are drawn, since powers that double from example to example add up to others: a row ``v`` of one example and
-``v / 2`` of the next but one comes out as ``3/2 v`` of the example in between would.
-
 Rows are told apart by two random projections of them, so that nothing of the size of a gradient is kept between the
 passes. What looks like a row of several is asked again, element by element, with masks of 0 and 1 in place of the
-powers, which neither underflow nor rounding can fool. The masks are the bits of ``i + 1``, of which there are so many
-that every example is left out by one of them and kept by another.
+powers, which neither underflow nor rounding can fool. The masks are the bits of the examples' numbers, of which there
+are so many that every example is left out by one of them and kept by another.
+
+Numbers are drawn, since shares that are as regular as numbers could add up to what one example alone makes. With
+numbers in order a row ``v`` of one example and ``v / 2`` of the next but one comes out as ``3/2 v`` of the example in
+between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for none.
 """
 
 from __future__ import annotations
@@ -111,15 +112,13 @@ class Numbers:
     """
 
     def __init__(self, most: int, masked: bool) -> None:
-        self.base = 2 if masked else BASE
+        self.base, left_out = 2 if masked else BASE, int(masked and most > 1)
         self.places: list[int] = []
-        while (last := self.base ** len(self.places)) < most + 2 * (masked and most > 1):
+        while (last := self.base ** len(self.places)) < most + 2 * left_out:
             self.places.append(last)
-        if masked and most > 1:
-            self.of = torch.arange(1, most + 1, device="cpu")
-        else:
-            generator = torch.Generator().manual_seed(most)
-            self.of = torch.randperm(min(last, 2 * most), generator=generator, device="cpu")[:most]
+        generator = torch.Generator().manual_seed(most)
+        drawn = torch.randperm(min(last - 2 * left_out, 2 * most), generator=generator, device="cpu")
+        self.of = left_out + drawn[:most]
         self._examples = torch.full((last,), most, device="cpu")
         self._examples[self.of] = torch.arange(most, device="cpu")
 

@@ -60,6 +60,18 @@ def test_mixing_that_adds_up_to_a_power_of_two(shift, share):
     check(Around(delayed).double(), losses, coupled="exact")
 
 
+def test_mixing_that_masks_keep_in_pairs():
+    """Counted from 1, every bit keeps as many of examples 0 and 5 as of 1 and 4, whose shares are minus theirs."""
+    shares = tensor(7, 7) * 0
+    shares[[0, 5, 1, 4], 2] = torch.tensor([0.5, 0.5, -0.5, -0.5]).double()
+    x = tensor(7, 5)
+
+    def losses(model: nn.Module) -> torch.Tensor:
+        return model(x).sum(1)
+
+    refused(Around(lambda h: h + shares @ h), rf"'first' \(Linear\).*{MIXING}", losses, strict=False)
+
+
 class Prompts(nn.Module):
     """Attends to prompts that all examples share, given as an input or held as a buffer."""
 
