@@ -42,12 +42,14 @@ if TYPE_CHECKING:
 
 BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
+DROWNED = -4  # the owner of a row that may be an example's, but for what rounding left of the shares of others
 
 BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 times any gradient there may be
 # Of a row, as a share of its projections. The passes agree to the last bit, but where torch has no kernel that adds up
 # in the same order at every run.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
+ROUNDINGS = 64  # errors that may be left where shares of others cancel, in rounding errors of a tensor's largest row
 
 Key = tuple[int, int]
 """A tensor: the position of the node that made it and the number of the node's output."""
@@ -62,12 +64,14 @@ class Print:
         marks: two random projections of every row, ``[rows, 2]``; of a row of one number that number, ``[rows, 1]``.
         largest: the larger of both, without its sign, ``[rows]``; 0 for a row of zeros.
         tolerance: by how much, as a share of that, a row may differ.
+        rounding: of the gradient's type, as a share of a number.
     """
 
     shape: tuple[int, ...]
     marks: Tensor
     largest: Tensor
     tolerance: float
+    rounding: float
 
 
 def print_of(gradient: Tensor, by_element: bool) -> Print:
@@ -79,10 +83,10 @@ def print_of(gradient: Tensor, by_element: bool) -> Print:
     else:
         leading = gradient.shape if by_element or gradient.dim() < 2 else gradient.shape[:-1]
     rows = gradient.reshape(leading.numel(), -1) if gradient.numel() else gradient.new_zeros(leading.numel(), 1)
-    tolerance = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE)
+    tolerance, rounding = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE), torch.finfo(rows.dtype).eps
     rows = rows.to(accumulation_dtype(rows))
     marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
-    return Print(tuple(leading), marks, marks.abs().amax(1), tolerance)
+    return Print(tuple(leading), marks, marks.abs().amax(1), tolerance, rounding)
 
 
 @functools.lru_cache(256)
@@ -96,6 +100,11 @@ def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _factors(digits: Tensor) -> Tensor:
     """What losses are multiplied by, in float64, for these digits of their numbers."""
     return torch.exp2(digits.double() + 1)
+
+
+def _drawn_factors(n: int) -> Tensor:
+    """A small power of two for each of ``n`` examples."""
+    return torch.exp2(torch.randint(4, (n,), generator=torch.Generator().manual_seed(n), device="cpu").double())
 
 
 class Numbers:
@@ -142,15 +151,22 @@ class Owned:
 
     Args:
         plain: the print of the tensor's plain gradient.
+        cancelling: shares of others may have cancelled in the tensor, but for rounding. A row that differs by what
+            cannot be rounding, beside the largest row of all, is of several, however little that be. One that differs
+            by less is its owner's, if that is little beside the owner's largest row, or else nobody's, if the row
+            itself is little beside the largest row of every example. If it is not, some example drowns in rounding.
 
     Attributes:
         plain: the print of the tensor's plain gradient.
         of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
+        differs: ``[rows]``, by how much a row differed from its plain self, times what the owner's loss was multiplied
+            by; kept where shares may have cancelled.
     """
 
-    def __init__(self, plain: Print) -> None:
+    def __init__(self, plain: Print, cancelling: bool = False) -> None:
         self.plain = plain
+        self.differs = torch.zeros_like(plain.largest) if cancelling else None
         self.of = torch.zeros_like(plain.largest, dtype=torch.long)
         self.several = torch.zeros_like(plain.largest, dtype=torch.bool)
 
@@ -169,18 +185,51 @@ class Owned:
         self._compare(masked, present.to(masked.largest.dtype))
         self.of += present.long() * place
 
+    def confirm(self, scaled: Print, factors: Tensor, numbers: Numbers) -> None:
+        """Compare with the gradient of losses that were multiplied by these factors, given the digits."""
+        of = numbers.examples(self.of)
+        self._compare(
+            scaled, torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1).to(scaled.marks)
+        )
+
     def _compare(self, other: Print, factor: Tensor) -> None:
-        plain = self.plain
-        allowed = plain.tolerance * plain.largest * factor.clamp_min(1)
-        self.several |= ((other.marks - factor.unsqueeze(1) * plain.marks).abs() > allowed.unsqueeze(1)).any(1)
+        plain, times = self.plain, factor.clamp_min(1)
+        differs = (other.marks - factor.unsqueeze(1) * plain.marks).abs().amax(1)
+        if self.differs is not None:
+            self.differs = torch.maximum(self.differs, differs / times)
+        else:
+            self.several |= ~(differs <= plain.tolerance * plain.largest * times)
 
     def owners(self, numbers: Numbers, n: int) -> Tensor:
-        """``[*leading]``, which of ``n`` examples, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
+        """``[*leading]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
         of = numbers.examples(self.of)
-        found = torch.where(self.several | (of >= n), SEVERAL, of)
-        found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
+        if self.differs is not None and len(of):
+            found = self._cancelled(self.differs, of, n)
+        else:
+            found = torch.where(self.several | (of >= n), SEVERAL, of)
+            found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
         found = torch.where(self.plain.largest.isfinite(), found, BLIND)
         return found.view(self.plain.shape)
+
+    def _cancelled(self, differs: Tensor, of: Tensor, n: int) -> Tensor:
+        """The owners where shares of others may have cancelled, given the owners if there are any."""
+        largest, tolerance, rounding = self.plain.largest, self.plain.tolerance, self._rounding()
+        clean = differs <= torch.minimum(tolerance * largest, rounding)
+        own = torch.where(clean & (largest > 0), of, n).clamp_max(n)
+        of_examples = largest.new_zeros(n + 1).scatter_reduce(0, own, largest, "amax")[:n]
+        of_owners = torch.cat([of_examples, largest.new_zeros(1)])[of.clamp_max(n)]
+        owned = (of < n) & (clean | (differs <= tolerance * of_owners))
+        nobodys = torch.where(largest <= tolerance * of_examples.amin(), NOBODY, DROWNED)
+        return torch.where(differs <= rounding, torch.where(owned, of, nobodys), SEVERAL)
+
+    def _rounding(self) -> Tensor:
+        """How much rounding may leave of shares that cancel in a sum of all rows, 0-dimensional."""
+        largest = self.plain.largest
+        return (
+            max(ROUNDINGS, ROUNDINGS / 8 * len(largest) ** 0.5)
+            * self.plain.rounding
+            * largest.nan_to_num(0, 0, 0).amax()
+        )
 
 
 class Question:
@@ -199,6 +248,7 @@ class Question:
         tensors: by number of a further tensor that was asked about, the owners of its rows.
         blind: by tensor, which rows were not finite, so that their owners are not known: they count as nobody's here.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
+        drowned: whether rounding is too large beside some example's rows; such rows count as nobody's here.
         edges: by node (position) and input (slot), of the edges that were asked about and by which some rows got no
             gradient, the owners of the rows of the gradient that goes there.
     """
@@ -220,6 +270,7 @@ class Question:
         self.calls: dict[int, list[Tensor]] = {}
         self.tensors: dict[int, Tensor] = {}
         self.blind: dict[Any, Tensor] = {}
+        self.drowned = False
         self.edges: dict[Key, Tensor] = {}
         self._tensors: Sequence[Tensor] = ()
         self._edges: Mapping[int, Collection[int]] = {}
@@ -234,6 +285,7 @@ class Question:
         by_element: bool = False,
         tensors: Sequence[Tensor] = (),
         edges: Mapping[int, Collection[int]] | None = None,
+        cancelling: bool = False,
     ) -> None:
         """Find the owners of the outputs of these nodes, and of all calls.
 
@@ -242,13 +294,15 @@ class Question:
             by_element: tell every element apart, by masks of 0 and 1.
             tensors: others to find the owners of.
             edges: by position of a node, the inputs (slots) by which to look at the gradients that it passes on.
+            cancelling: ask by masks, which leave rounding as it is, where shares of others may cancel, and a last
+                time by factors that are drawn, since shares of many could cancel under all masks.
         """
         self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
         self._edges = edges or {}
         # In float16 a power of two might not fit into a gradient.
-        masked = by_element or torch.float16 in self.traced.dtypes
+        masked = by_element or cancelling or torch.float16 in self.traced.dtypes
         numbers = numbers_of(self.most, masked)
-        found = {key: Owned(seen) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
+        found = {key: Owned(seen, cancelling) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
         self._leave_out_complete_edges(found)
         for place in numbers.places:
             digits = numbers.digits(place, self.n, self.losses.device)
@@ -259,8 +313,15 @@ class Question:
                     found[key].add_bit(seen, place)
                 else:
                     found[key].add_digit(seen, place)
+        if cancelling:
+            factors = _drawn_factors(self.n).to(self.losses)
+            for key, seen in self._pass(factors).items():
+                if key in found:
+                    found[key].confirm(seen, factors, numbers)
         calls: dict[int, list[Tensor]] = {}
         for key, owners in _on_cpu({key: owned.owners(numbers, self.n) for key, owned in found.items()}).items():
+            if cancelling and bool((owners == DROWNED).any()):
+                self.drowned, owners = True, torch.where(owners == DROWNED, NOBODY, owners)
             blind = owners == BLIND
             if bool(blind.any()):
                 self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)

@@ -174,6 +174,7 @@ class Plan:
         couples: whether statistics of a batch norm are taken for constants.
         of_all_ranks: whether some batch norm takes its statistics from the batches of several processes.
         coupled: whether other examples influence a loss otherwise than by such statistics.
+        cancels: whether shares of other examples cancel in some rows, but for rounding.
         routes: what must have the same values for the plan to hold.
         keeps: whether the plan may hold for another graph at all.
         blind: whether some gradient was not finite when the plan was made.
@@ -196,6 +197,7 @@ class Plan:
     couples: bool = False
     of_all_ranks: bool = False
     coupled: bool = False
+    cancels: bool = False
     routes: tuple[Route, ...] = ()
     keeps: bool = True
     blind: bool = False

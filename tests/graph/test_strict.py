@@ -95,14 +95,14 @@ def test_as_many_prompts_as_examples(rows):
 
 
 def test_a_shift_that_cancels():
-    """The maximum over the batch cancels in a softmax but for rounding, which looks like an influence."""
+    """The maximum over the batch cancels in a softmax but for rounding, which looks like an influence at first."""
 
     def shifted(x: torch.Tensor, detach: bool) -> torch.Tensor:
         largest = x.detach().max() if detach else x.max()
         return (x - largest).exp() / (x - largest).exp().sum(-1, keepdim=True)
 
-    refused(Around(lambda x: shifted(5 * x, False)), rf"{MIXING}.*can be detached")
     check(Around(lambda x: shifted(5 * x, True)).double(), lambda m: random_losses(m(X)))
+    check(Around(lambda x: shifted(5 * x, False)).double(), lambda m: random_losses(m(X)))
     check(Around(lambda x: shifted(5 * x, False)).double(), lambda m: random_losses(m(X)), coupled="exact")
 
 
