@@ -51,7 +51,7 @@ class PlannedEntry:
         shape: of the entering tensor.
         layout: where the examples lie in the node's first output.
         others: where they lie in the node's further outputs; None for one without a gradient.
-        transposed: the entering tensor is the input of a transposition in between.
+        turns: how many transpositions in a row are in between; the entering tensor is the input of the last.
         sources: the parameters behind it.
         ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
     """
@@ -61,7 +61,7 @@ class PlannedEntry:
     shape: tuple[int, ...]
     layout: Ownership
     others: tuple[Ownership | None, ...]
-    transposed: bool
+    turns: int
     sources: tuple[Source, ...]
     ruled: bool = True
 
@@ -75,7 +75,7 @@ class PlannedEntry:
     def at(self, traced: Trace, n: int) -> Entry:
         """The entry in a graph of the same structure."""
         node = traced.order[self.position]
-        return Entry(node, self.slot, self.shape, self.layout, n, self.transposed, self.others)
+        return Entry(node, self.slot, self.shape, self.layout, n, self.turns, self.others)
 
 
 @dataclass(frozen=True, eq=False)

@@ -658,18 +658,17 @@ class _Planner:
         first = found[0]
         others = tuple(None if a is None else self._on_device(a.ownership) for a in found[1:])
         child, number = node.next_functions[slot]
-        behind = self._child(position, slot)
-        transposed = operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T"
-        if transposed:
+        behind, turns = self._child(position, slot), 0
+        while operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T":
             child, number = child.next_functions[0]
-            behind = self._child(behind, 0)
+            behind, turns = self._child(behind, 0), turns + 1
         entry = PlannedEntry(
             position,
             slot,
             entering_shape(child, number),
             PLAIN if first is None else self._on_device(first.ownership),
             others,
-            transposed,
+            turns,
             tuple(self.structure.sources(behind, self.shared)),
         )
         ruled = has_rule(entry.at(traced, self.n))

@@ -70,7 +70,7 @@ def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> 
 def _shape_now(traced: Trace, entry: PlannedEntry) -> tuple[int, ...]:
     """The shape of what enters, which may hang on the data."""
     child, number = traced.order[entry.position].next_functions[entry.slot]
-    if entry.transposed:
+    for _ in range(entry.turns):
         child, number = child.next_functions[0]
     return entering_shape(child, number)
 

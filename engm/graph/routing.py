@@ -61,6 +61,16 @@ ELEMENTWISE = _names(
     """
 )
 
+# So do their backward passes, which are operators where the loss is made of gradients.
+ELEMENTWISE |= _names(
+    """
+    BinaryCrossEntropyBackward EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward
+    HuberLossBackward LeakyReluBackward LogSigmoidBackward MseLossBackward PreluKernelBackward RreluWithNoiseBackward
+    SigmoidBackward SmoothL1LossBackward SoftMarginLossBackward SoftplusBackward SoftshrinkBackward TanhBackward
+    ThresholdBackward
+    """
+)
+
 # Operators that combine elements of a row, or rows of an operand's dimension with each other, whatever else they do.
 COMBINING = _names(
     """
@@ -133,7 +143,8 @@ SPLITTING = BY_ELEMENT | _names(
 # Operators that combine what lies along the dimension that they are told.
 ALONG = _names(
     """
-    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LinalgCross LogSoftmax Logcumsumexp Softmax Unfold
+    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C GluBackward LinalgCross LogSoftmax LogSoftmaxBackwardData
+    Logcumsumexp Softmax SoftmaxBackwardData Unfold
     """
 )
 
@@ -395,7 +406,7 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         rank = next(len(entering_shape(*edge)) for edge in node.next_functions if edge[0] is not None)
         return any(_dimension(d, rank) in differs for d in dims)
-    if name in ("NativeLayerNorm", "FusedRmsNorm"):
+    if name in ("NativeLayerNorm", "NativeLayerNormBackward", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
         return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
