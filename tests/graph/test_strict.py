@@ -72,6 +72,18 @@ def test_mixing_that_masks_keep_in_pairs():
     refused(Around(lambda h: h + shares @ h), rf"'first' \(Linear\).*{MIXING}", losses, strict=False)
 
 
+@pytest.mark.parametrize("given", [lambda x: x / 2, lambda x: x.flip(1), lambda x: (x + 1).T.reshape(-1, 5)])
+def test_mixing_of_what_the_network_makes_of_its_inputs(given):
+    """As many rows as examples, or as many numbers as in their rows, are the examples'."""
+
+    class Scaled(Around):
+        def forward(self, x):
+            h = self.first(given(x))
+            return self.second(torch.tanh(h - h.mean(0)).view(6, -1, 5).sum(1))
+
+    refused(Scaled(), rf"'first' \(Linear\).*{MIXING}")
+
+
 class Prompts(nn.Module):
     """Attends to prompts that all examples share, given as an input or held as a buffer."""
 
