@@ -1,8 +1,9 @@
 """Networks whose rows are moved by data, otherwise at every step: time of ENGM's step as a ratio to SGD's.
 
 Whose row it is is measured at every step there: a plain and a scaled backward pass without weight gradients come before
-the one that norms are taken from. Then the first step of a recurrence, which measures and compares with autograd's
-gradients, for more and more calls; and what that comparison costs a network whose rows stay where they are.
+the one that norms are taken from. Then networks whose graph is another one at every step, so that where its layers and
+parameters are has to be found out each time too; the first step of a recurrence, which measures and compares with
+autograd's gradients, for more and more calls; and what that comparison costs a network whose rows stay where they are.
 
     python benchmarks/routed.py
     python benchmarks/routed.py --calls 100 --rounds 5
@@ -11,6 +12,7 @@ gradients, for more and more calls; and what that comparison costs a network who
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,6 +96,53 @@ class Images(nn.Module):
         return self.out(x.mean(1))
 
 
+class Skipped(nn.Module):
+    """Twelve blocks, each left out in one step of five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(block() for _ in range(12)), nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layers in self.blocks:
+            if torch.rand(()) < 0.8:
+                x = x + layers(x)
+        return self.out(x.mean(1))
+
+
+class Looped(nn.Module):
+    """A recurrent cell, called once for every step of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        assert state is not None
+        return self.out(state[0])
+
+
+class Sparse(nn.Module):
+    """Few tokens that go to the best two of many experts; those that nobody picks are not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(WIDTH, 64), nn.ModuleList(block() for _ in range(64))
+        self.out = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        weights, picks = self.router(rows).softmax(1).topk(2, 1)
+        mixed = rows
+        for number in picks.unique().tolist():
+            row, slot = torch.where(picks == number)
+            mixed = mixed.index_add(0, row, self.experts[number](rows[row]) * weights[row, slot, None])
+        return self.out(mixed.view_as(x).mean(1))
+
+
 def loss(logits: Tensor) -> Tensor:
     """``[n]``."""
     return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1], reduction="none")
@@ -119,12 +168,31 @@ def image_losses(net: nn.Module) -> Tensor:
     return loss(net(torch.randn(N, 40, WIDTH), places, torch.randn(int(places.sum()), WIDTH)))
 
 
+def skipped_losses(net: nn.Module) -> Tensor:
+    return loss(net(torch.randn(N, 40, WIDTH)))
+
+
+def looped_losses(net: nn.Module) -> Tensor:
+    return loss(net(torch.randn(N, next(LENGTHS), WIDTH)))
+
+
+def sparse_losses(net: nn.Module) -> Tensor:
+    return loss(net(torch.randn(N, 3, WIDTH)))
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], Losses]] = {
     "sequences sorted by length": (Sorted, sorted_losses),
     "graphs of many sizes": (Graphs, graph_losses),
     "tokens routed to experts": (Routed, routed_losses),
     "a varying number of images": (Images, image_losses),
 }
+LENGTHS = itertools.count(20)
+BUILT_ANEW: dict[str, tuple[type[nn.Module], Losses]] = {
+    "blocks left out at random": (Skipped, skipped_losses),
+    "a recurrent cell in a loop": (Looped, looped_losses),
+    "experts that are called if picked": (Sparse, sparse_losses),
+}
+COMPARED_AT_FIRST = 16  # new structures, of which a few are compared with autograd's gradients later on
 
 
 def training_steps(net: nn.Module, losses: Losses) -> dict[str, Step]:
@@ -193,6 +261,14 @@ def checked_every_step() -> dict[str, Step]:
     return steps | {"ENGM, checked": checked}
 
 
+def timed(network: type[nn.Module], losses: Losses, rounds: int, before: int = 0) -> dict[str, dict[str, float]]:
+    """The time of SGD's and ENGM's steps, after some steps of ENGM."""
+    steps = training_steps(network(), losses)
+    for _ in range(before):
+        steps["ENGM"]()
+    return {name: timing.as_json() for name, timing in compare(steps, reference="SGD", rounds=rounds).items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -202,24 +278,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    steps = {}
-    for name, (network, losses) in NETWORKS.items():
-        timings = compare(training_steps(network(), losses), reference="SGD", rounds=options.rounds)
-        steps[name] = {contender: timing.as_json() for contender, timing in timings.items()}
+    moved = {name: timed(*network, options.rounds) for name, network in NETWORKS.items()}
+    anew = {name: timed(*network, options.rounds, COMPARED_AT_FIRST) for name, network in BUILT_ANEW.items()}
     first = []
     for calls in options.calls:
         plain, measured = first_step(calls)
         first.append({"calls": calls, "plain_seconds": round(plain, 4), "ratio": round(measured / plain, 1)})
     checked = compare(checked_every_step(), reference="SGD", rounds=options.rounds)
     share = (checked["ENGM, checked"].ratio - checked["ENGM"].ratio) / checked["ENGM"].ratio / 200
-    output.show(
-        "data-routed rows, otherwise at every step",
-        ["network", "SGD, ms", "ENGM / SGD"],
-        [
+    tables = {"data-routed rows, otherwise at every step": moved, "another graph at every step": anew}
+    for title, steps in tables.items():
+        rows = [
             (name, f"{row['SGD']['seconds'] * 1e3:.1f}", f"{row['ENGM']['ratio']:.2f} ± {row['ENGM']['spread']:.2f}")
             for name, row in steps.items()
-        ],
-    )
+        ]
+        output.show(title, ["network", "SGD, ms", "ENGM / SGD"], rows)
     output.show(
         "the first step of a recurrence",
         ["calls", "SGD, ms", "first step / SGD"],
@@ -227,7 +300,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"\na comparison with autograd's gradients every 200 steps takes {share:.2%} of ENGM's time")
     comparison = {name: timing.as_json() for name, timing in checked.items()} | {"share": round(share, 5)}
-    document = {"machine": output.machine(), "steps": steps, "first_step": first, "comparison": comparison}
+    document = {
+        "machine": output.machine(),
+        "steps": moved,
+        "built_anew": anew,
+        "first_step": first,
+        "comparison": comparison,
+    }
     output.save(options.out, document)
 
 

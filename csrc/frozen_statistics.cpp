@@ -5,51 +5,24 @@
 #include <ATen/ops/mul.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/python_cpp_function.h>
-#include <torch/csrc/autograd/python_function.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "held_object.h"
+#include "node_of.h"
 
 namespace engm {
 
 namespace {
 
 namespace py = pybind11;
-using torch::autograd::Edge;
-using torch::autograd::Node;
 using torch::autograd::variable_list;
-using NodePointer = std::decay_t<decltype(std::declval<Edge>().function)>;
-
-// The node that an object of Python stands for. Until torch 2.13 that of a function in Python does not own its node.
-template <class Kind>
-NodePointer held(const std::weak_ptr<Kind>& node) {
-  return node.lock();
-}
-template <class Pointer>
-NodePointer held(const Pointer& node) {
-  return node;
-}
-
-NodePointer node_of(py::handle object) {
-  NodePointer node;
-  if (torch::autograd::THPCppFunction_Check(object.ptr())) {
-    node = held(reinterpret_cast<torch::autograd::THPCppFunction*>(object.ptr())->cdata);
-  } else if (THPFunction_Check(object.ptr())) {
-    node = held(reinterpret_cast<THPFunction*>(object.ptr())->cdata);
-  }
-  TORCH_CHECK_TYPE(node != nullptr, "expected a node of an autograd graph");
-  return node;
-}
-
 // gain * gy in the type of the gradient whose place it takes. The interpreter's lock is held.
 at::Tensor with_constant_statistics(py::handle gain, const at::Tensor& gy, const at::Tensor& replaced) {
   const py::object found = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(gain.ptr()));

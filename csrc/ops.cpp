@@ -8,6 +8,7 @@
 #include "cost_model_bindings.h"
 #include "cpu/kernels.h"
 #include "frozen_statistics.h"
+#include "gradient_prints.h"
 #include "graph_records.h"
 #include "graph_walk.h"
 #include "program.h"
@@ -60,6 +61,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_calls(m);
   engm::bind_captured_calls(m);
   engm::bind_frozen_statistics(m);
+  engm::bind_gradient_prints(m);
   engm::bind_graph_records(m);
   engm::bind_program(m);
   engm::bind_recurrence(m);

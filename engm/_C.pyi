@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype
 from torch.nn import Module, Parameter
 
 class Cost:
@@ -103,6 +103,28 @@ class FrozenStatistics:
     def __init__(self) -> None: ...
     def freeze(self, node: object, gain: Callable[[], Tensor], slot: int, output: int) -> None: ...
     def thaw(self) -> None: ...
+
+class GradientPrints:
+    """What is kept of the gradients that a backward pass is looked at for (csrc/gradient_prints.cpp)."""
+
+    def __init__(
+        self,
+        by_element: bool,
+        directions: Callable[[int, dtype, device], Tensor],
+        dense: Callable[[Tensor], Tensor],
+    ) -> None: ...
+    def take(self, number: int, gradient: Tensor) -> None: ...
+    def taken(self) -> list[tuple[int, tuple[int, ...], Tensor, dtype]]: ...
+
+class PrintHooks:
+    """The hooks on some nodes that take prints (csrc/gradient_prints.cpp)."""
+
+    def __init__(self, prints: GradientPrints) -> None: ...
+    def watch_outputs(self, node: object, numbers: Sequence[tuple[int, int]]) -> None: ...
+    def watch_inputs(self, node: object, numbers: Sequence[tuple[int, int]]) -> None: ...
+    def remove(self) -> None: ...
+
+def first_alike(numbers: Tensor, lengths: Sequence[int]) -> list[int]: ...
 
 class CallRecorder:
     """The forward hook of a module that takes and returns one tensor (csrc/captured_calls.cpp)."""

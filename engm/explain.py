@@ -19,6 +19,7 @@ from .graph.planning import make_plan
 from .graph.trace import Trace, trace
 from .module import GradNormModule, layers_to_capture
 from .rules import Rule
+from .rules.any_operator import runs_once
 from .terms.owners import Owners, Ownership
 from .torch_internals import operator_name, tree_leaves
 
@@ -37,8 +38,8 @@ class LayerCost:
     Attributes:
         name: the module's or the parameter's name in the network.
         kind: the module's type; of a parameter the operator by which it enters the batch's computation.
-        rule: the rule's name, or ``"-"``; for a parameter ``"operator"``, or ``"operator, once an example"`` where the
-            operator's own backward pass is run for every example.
+        rule: the rule's name, or ``"-"``; for a parameter ``"operator"``, or ``"operator, run again"`` where the
+            operator's own backward pass is run once more, or ``"operator, once an example"`` where it is for every one.
         form: ``"direct"``, ``"gram"``, ``"sum"``, or ``"-"`` if the layer is not supported; for a parameter ``"sum"``,
             or ``"pulled back"`` if what enters is computed from the parameter, and autograd computes the parameter's
             gradient from it for every example.
@@ -251,7 +252,8 @@ def _costs_outside_of_layers(traced: Trace, plan: Plan) -> list[LayerCost]:
     ]
     for entry in plan.entries:
         kind = operator_name(traced.order[entry.position])
-        rule = "operator" if entry.ruled else "operator, once an example"
+        again = "run again" if runs_once(entry.at(traced, traced.n)) else "once an example"
+        rule = "operator" if entry.ruled else f"operator, {again}"
         for source in entry.sources:
             form = "sum" if source.rearranged else "pulled back"
             costs.append(LayerCost(names[source.parameter], kind, rule, form, rows=_described(entry.layout)))

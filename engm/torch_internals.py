@@ -70,7 +70,12 @@ def is_kind_of_region(kind: type) -> bool:
 
 def operator_name(node: Node) -> str:
     """``"Addmm"`` for ``AddmmBackward0``."""
-    return node_name(node).rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
+    return _operator_of(node_name(node))
+
+
+@functools.lru_cache(4096)
+def _operator_of(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
 
 
 def leaf_of(node: Node) -> Tensor | None:
@@ -389,9 +394,14 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
 
 
-def norms_of_each(tensors: list[Tensor]) -> list[Tensor]:
-    """The Euclidean norm of each tensor, 0-dimensional, by few kernels."""
-    return list(torch._foreach_norm(tensors))
+def norms_of_each(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """The Euclidean norm of each tensor, 0-dimensional, by few kernels; formed in ``dtype``, default the tensor's."""
+    return list(torch._foreach_norm(tensors, 2, dtype))
+
+
+def differences_of_each(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """The first tensors minus the second ones, by few kernels."""
+    return list(torch._foreach_sub(first, second))
 
 
 def copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:

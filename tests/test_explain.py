@@ -81,9 +81,11 @@ class Mixed(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.gain, self.power, self.raw = (nn.Parameter(torch.rand(4) + 1) for _ in range(3))
+        self.centres = nn.Parameter(torch.rand(4, 4))
 
     def forward(self, x):
-        return (self.layer(x) * self.gain).abs() ** self.power + torch.cumsum(self.raw, 0)
+        h = self.layer(x)
+        return (h * self.gain).abs() ** self.power + torch.cumsum(self.raw, 0) + torch.cdist(h, self.centres)
 
 
 def test_parameters_outside_of_layer_calls():
@@ -92,7 +94,8 @@ def test_parameters_outside_of_layer_calls():
     rows = {layer.name: (layer.kind, layer.rule, layer.form) for layer in plan.layers}
     assert rows["layer"][:2] == ("Linear", "LinearRule")
     assert rows["gain"] == ("Mul", "operator", "sum")
-    assert rows["power"] == ("Pow", "operator, once an example", "sum")
+    assert rows["power"] == ("Pow", "operator, run again", "sum")
+    assert rows["centres"] == ("Cdist", "operator, once an example", "sum")
     assert rows["raw"] == ("Add", "operator", "pulled back")
 
 

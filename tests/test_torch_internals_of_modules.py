@@ -97,6 +97,19 @@ def test_norms_of_each():
     torch.testing.assert_close(found, [tensor.norm() for tensor in tensors])
 
 
+def test_norms_of_each_in_a_wider_type():
+    (found,) = internals.norms_of_each([torch.full((4,), 1e30)], torch.float64)
+    assert found.dtype == torch.float64
+    assert abs(float(found) / 2e30 - 1) < 1e-6  # in float32 its square would be infinite
+
+
+def test_differences_of_each():
+    first, second = [torch.ones(2), torch.ones(3, 1)], [torch.zeros(2), torch.full((3, 1), 3.0)]
+    found = internals.differences_of_each(first, second)
+    assert torch.equal(found[0], torch.ones(2))
+    assert torch.equal(found[1], torch.full((3, 1), -2.0))
+
+
 def test_copy_each():
     targets, sources = [torch.zeros(2), torch.zeros(3, 1)], [torch.ones(2), torch.full((3, 1), 2.0)]
     addresses = [internals.address_of(target) for target in targets]

@@ -25,7 +25,7 @@ from ..graph.opaque import watched
 from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
 from ..repeatable import repeatable_kernels
 from ..rules import WholeCallRule
-from ..rules.any_operator import masked_gradients
+from ..rules.any_operator import term_of_any
 from ..rules.conv import ConvRule
 from ..rules.entries import entry_term
 from ..rules.linear import LinearRule
@@ -149,7 +149,7 @@ class TermCollector:
             gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
         for entry, arrived in self._deferred:
             at = graph.entry(entry)
-            self._take(entry, entry_term(at, arrived) or masked_gradients(at, arrived))
+            self._take(entry, entry_term(at, arrived) or term_of_any(at, arrived))
         self._deferred.clear()
         for joining in self._joining.values():  # modules of which some call got no gradient
             if joining.arrived:
@@ -404,17 +404,22 @@ class TermCollector:
         # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 
-    def weighted_sums(self, weights: Tensor, only: set[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def weighted_sums(
+        self, weights: Tensor, only: set[int] | None = None, *, again: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """``(parameter, sum_i weights_i g_i)`` for every parameter reached; terms are dropped as they are used.
 
         Args:
             weights: ``[n]``.
             only: ids of the parameters to sum for; default all.
+            again: keep the terms.
         """
         reached: list[tuple[Tensor, Term]] = []
         for parameter in self.parameters:
             if id(parameter) in self.terms and (only is None or id(parameter) in only):
-                reached.append((parameter, self.terms.pop(id(parameter))))
+                reached.append((parameter, self.terms[id(parameter)]))
+                if not again:
+                    del self.terms[id(parameter)]
         return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..checks import RefusedError
-from ..graph.plan import PlannedGraph
+from ..graph.plan import Collected, PlannedGraph
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import has_gradient_hooks, is_compiled_region
+from ..torch_internals import differences_of_each, has_gradient_hooks, is_compiled_region, norms_of_each
 from .collect import TermCollector
 
 # Of a gradient, as a share of the norms that add up to it, by the type of the parameter, or float32 where a part of the
@@ -32,14 +32,17 @@ ROUNDING = 100  # in units of the same type
 NARROW_ROUNDING = 1e-2
 
 
-def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossScale = UNSCALED) -> None:
-    """Compare sums of per-example gradients with autograd's; nothing is changed.
+def check_identity(
+    graph: PlannedGraph, losses: Tensor, seed: int, scale: LossScale = UNSCALED, use_up: bool = False
+) -> None:
+    """Compare sums of per-example gradients with autograd's; what was collected for it is noted in the graph.
 
     Args:
-        graph: behind ``losses``, which is kept.
+        graph: behind ``losses``.
         losses: ``[n]``.
         seed: of the signs.
         scale: on the losses inside the passes.
+        use_up: keep the terms and let the graph go, for a step that needs no more of it.
 
     Raises:
         RuntimeError: names the parameters that disagree, and says what to do.
@@ -59,33 +62,29 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
     signs = signs.to(losses)
     collector = TermCollector(graph, keep=True)
     collector.run(losses, scale.seeds(losses), retain_graph=True)
-    sizes = collector.squared_norms(losses).sqrt().sum(1).double()
+    squared = collector.squared_norms(losses)
+    sizes = squared.sqrt().sum(1).double()
     whole = sizes.norm()
-    sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named})}
+    sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named}, again=use_up)}
+    graph.collected = Collected(squared, collector.terms if use_up else None)
     with graph.frozen_statistics():
         wanted = torch.autograd.grad(
-            losses, [p for _, p in named], signs * scale.factor, retain_graph=True, allow_unused=True
+            losses, [p for _, p in named], signs * scale.factor, retain_graph=not use_up, allow_unused=True
         )
-    half, narrow = torch.float16 in traced.dtypes, bool(traced.dtypes & {torch.float16, torch.bfloat16})
-    single = bool(traced.dtypes & {torch.float32, torch.complex64})
-    differences = []
     reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
     if not reached:  # parameters that were cast since are others to autograd
         return
-    for (_, parameter), gradient in reached:
-        expected = gradient.to_dense()
-        total = sums.get(id(parameter))
-        found = torch.zeros_like(parameter) if total is None else total.to_dense().reshape(parameter.shape)
-        size = torch.maximum(sizes[collector.rows[id(parameter)]], expected.double().norm())
-        sums_of = torch.float32 if single else parameter.dtype
-        share = NARROW_TOLERANCE if narrow else TOLERANCE[sums_of]
-        rounding = (NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(sums_of).eps) * whole
-        if half:  # autograd's products may be too small for float16
-            rounding = rounding + torch.finfo(torch.float16).smallest_normal * parameter.numel() ** 0.5
-        differs = (found.double() - expected.double()).norm() > share * size + rounding
-        differences.append(differs & torch.isfinite(size))
-    found_wrong = torch.stack(differences).tolist()
-    wrong = [name for ((name, _), _), differs in zip(reached, found_wrong, strict=True) if differs]
+    parameters = [parameter for (_, parameter), _ in reached]
+    expected = [gradient.to_dense() for _, gradient in reached]
+    found = [_dense_like(parameter, sums.pop(id(parameter), None)) for parameter in parameters]
+    size = torch.maximum(
+        sizes[[collector.rows[id(parameter)] for parameter in parameters]],
+        torch.stack(norms_of_each(expected, torch.float64)),
+    )
+    distance = torch.stack(norms_of_each(differences_of_each(found, expected), torch.float64))
+    share, rounding, smallest = torch.tensor([_allowed(p, traced.dtypes) for p in parameters]).to(size).unbind(1)
+    differs = (distance > share * size + rounding * whole + smallest) & torch.isfinite(size)
+    wrong = [name for ((name, _), _), bad in zip(reached, differs.tolist(), strict=True) if bad]
     if not wrong:
         return
     shown = ", ".join(f"'{name}'" for name in wrong[:5])
@@ -101,3 +100,26 @@ def check_identity(graph: PlannedGraph, losses: Tensor, seed: int, scale: LossSc
         "gradients it is given, or a hook may change them; if it is none of these, please report it. Gradients and "
         "parameters are as they were. GradNormModule(net, strict=False) goes on without this check."
     )
+
+
+def _dense_like(parameter: Tensor, total: Tensor | None) -> Tensor:
+    """A gradient in the form and type of the parameter, zeros if there is none."""
+    if total is None:
+        return torch.zeros_like(parameter)
+    return total.to_dense().reshape(parameter.shape).to(parameter.dtype)
+
+
+def _allowed(parameter: Tensor, dtypes: set[torch.dtype]) -> tuple[float, float, float]:
+    """How far gradients may differ: as a share of their own size, as one of the whole gradient's, and in any case.
+
+    Args:
+        parameter: whose gradients they are.
+        dtypes: of the numbers in the graph.
+    """
+    narrow = bool(dtypes & {torch.float16, torch.bfloat16})
+    sums_of = torch.float32 if dtypes & {torch.float32, torch.complex64} else parameter.dtype
+    share = NARROW_TOLERANCE if narrow else TOLERANCE[sums_of]
+    rounding = NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(sums_of).eps
+    # Autograd's products may be too small for float16.
+    smallest = torch.finfo(torch.float16).smallest_normal if torch.float16 in dtypes else 0.0
+    return share, rounding, smallest * parameter.numel() ** 0.5

@@ -119,6 +119,8 @@ def measure_graph(
     if mode == "exact":
         stacked = exact_squared_norms(losses, graph.parameters, scale=scale)
         gradients = input_gradients(losses, leaves, scale)
+    elif mode != "corrected" and inputs is None and graph.collected is not None:
+        stacked, gradients = scale.off_squares(graph.collected.squared), ()
     else:
         # An attack that borrows must climb the loss that it would climb without: through the batch's statistics.
         through = graph.couples

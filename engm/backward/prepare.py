@@ -13,13 +13,20 @@ from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace
 from ..loss_checks import check_losses
 from ..module import GradNormModule
+from ..ops import uncast
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import is_recorded, unrecorded
+from ..torch_internals import has_gradient_hooks, is_recorded, unrecorded
 from .identity import check_identity
 
 
 def planned_losses(
-    model: GradNormModule, losses: Tensor, *, check: bool | None = None, scale: LossScale = UNSCALED, watch: bool = True
+    model: GradNormModule,
+    losses: Tensor,
+    *,
+    check: bool | None = None,
+    scale: LossScale = UNSCALED,
+    watch: bool = True,
+    use_up: bool = False,
 ) -> PlannedGraph:
     """The graph behind ``losses``, checked: it is this model's and captured, and gradients add up where that is due.
 
@@ -29,6 +36,7 @@ def planned_losses(
         check: look for non-finite losses; default on the CPU only.
         scale: on the losses inside of backward passes.
         watch: compare the gradients with autograd's if that is due (strict).
+        use_up: whether, where :func:`takes_one_pass`, the terms of one pass are all that is needed of the graph.
 
     Raises:
         TypeError, ValueError: the losses are no such vector, see :func:`engm.loss_checks.check_losses`.
@@ -81,6 +89,16 @@ def planned_losses(
     # Hooks on a node do not run where examples are backpropagated one by one from there on.
     due = (watch and model.watch.due(structure, model.check_every)) or (graph.plan.coupled and traced.hooked)
     if on_any(group, due and not graph.plan.blind, losses.device):
-        check_identity(graph, losses, model.watch.steps, scale)
+        use_up = use_up and takes_one_pass(graph) and graph.terms_stand_alone
+        with uncast(losses.device):  # the caller's autocast may still be on, as in Lightning
+            check_identity(graph, losses, model.watch.steps, scale, use_up)
         model.watch.passed(structure)
     return graph
+
+
+def takes_one_pass(graph: PlannedGraph) -> bool:
+    """Whether the gradient of reweighted losses can be made from the terms of the pass that norms are taken from.
+
+    Nothing couples the examples, and no hooks hang on parameters, which only autograd's own accumulation runs.
+    """
+    return not graph.couples and not any(has_gradient_hooks(parameter) for parameter in graph.parameters)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
+from .owners import SEVERAL
 
 # Examples that have to be seen in a column of rows before rows without a gradient count as known, and places along a
 # dimension before the owners count as the same along it.
@@ -77,6 +80,68 @@ def _with_lone_places(found: Arrangement, owners: Tensor, n: int) -> Arrangement
     if not bool(unknown.any()):
         return found
     return replace(found, unknown=unknown if found.unknown is None else unknown | found.unknown)
+
+
+class Present(NamedTuple):
+    """What occurs among the owners of a tensor's rows.
+
+    Attributes:
+        several: some row is of several examples.
+        nobody: some row got no gradient.
+        anybody: some row got one.
+        apart: some row is of another example than the first.
+    """
+
+    several: bool
+    nobody: bool
+    anybody: bool
+    apart: bool
+
+
+class Arrangements:
+    """How examples lie in tensors, worked out once for every tensor of owners, of which many nodes have the same.
+
+    Args:
+        n: number of examples.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._found: dict[tuple[str, int], Any] = {}
+        self._asked: dict[int, Tensor] = {}  # kept so that their ids stay theirs
+
+    def arranged(self, owners: Tensor, blind: Tensor | None = None) -> Arrangement:
+        """See :func:`arranged`."""
+        if blind is not None:
+            return arranged(owners, self.n, blind)
+        return self._once("arranged", owners, lambda: arranged(owners, self.n))
+
+    def regular(self, owners: Tensor) -> bool:
+        """See :func:`regular`."""
+        return self._once("regular", owners, lambda: regular(owners, self.n))
+
+    def varying(self, owners: Tensor) -> set[int]:
+        """See :func:`varying`."""
+        return self._once("varying", owners, lambda: varying(owners, self.n))
+
+    def present(self, owners: Tensor) -> Present:
+        """What occurs among the owners."""
+        return self._once("present", owners, lambda: _present(owners))
+
+    def _once(self, what: str, owners: Tensor, answer: Callable[[], Any]) -> Any:
+        key = what, id(owners)
+        if key not in self._found:
+            self._asked[id(owners)] = owners
+            self._found[key] = answer()
+        return self._found[key]
+
+
+def _present(owners: Tensor) -> Present:
+    if not owners.numel():
+        return Present(False, False, False, False)
+    several, nobody = bool((owners == SEVERAL).any()), bool((owners == NOBODY).any())
+    highest = int(owners.max())
+    return Present(several, nobody, several or highest >= 0, highest > 0)
 
 
 def without_trailing(owners: Tensor) -> Tensor:

@@ -20,19 +20,18 @@ between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .._C import GradientPrints, PrintHooks, first_alike
 from ..capture.calls import Call
 from ..distributed import most
 from ..repeatable import repeatable_kernels
-from ..terms import accumulation_dtype
 from ..terms.owners import NOBODY
 from ..torch_internals import node_outputs, rows_of_nested
 from .trace import Trace
@@ -51,42 +50,32 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
 ROUNDINGS = 64  # errors that may be left where shares of others cancel, in rounding errors of a tensor's largest row
 
+# Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
+# for nothing.
+ROWS_AT_ONCE = 1 << 18
+
 Key = tuple[int, int]
 """A tensor: the position of the node that made it and the number of the node's output."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Print:
     """What is kept of a gradient.
 
     Attributes:
         shape: of the leading dimensions, by which rows are told apart.
         marks: two random projections of every row, ``[rows, 2]``; of a row of one number that number, ``[rows, 1]``.
-        largest: the larger of both, without its sign, ``[rows]``; 0 for a row of zeros.
-        tolerance: by how much, as a share of that, a row may differ.
-        rounding: of the gradient's type, as a share of a number.
+        dtype: of the gradient.
     """
 
     shape: tuple[int, ...]
     marks: Tensor
-    largest: Tensor
-    tolerance: float
-    rounding: float
+    dtype: torch.dtype
 
-
-def print_of(gradient: Tensor, by_element: bool) -> Print:
-    """The print of a gradient. Its last dimension is the row unless every element is to be told apart."""
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient)
-        gradient = gradient if by_element or gradient.dim() < 3 else gradient.flatten(-2)
-        leading = gradient.shape[:-1]
-    else:
-        leading = gradient.shape if by_element or gradient.dim() < 2 else gradient.shape[:-1]
-    rows = gradient.reshape(leading.numel(), -1) if gradient.numel() else gradient.new_zeros(leading.numel(), 1)
-    tolerance, rounding = TOLERANCE.get(rows.dtype, NARROW_TOLERANCE), torch.finfo(rows.dtype).eps
-    rows = rows.to(accumulation_dtype(rows))
-    marks = rows if rows.shape[1] == 1 else rows @ _directions(rows.shape[1], rows.dtype, rows.device)
-    return Print(tuple(leading), marks, marks.abs().amax(1), tolerance, rounding)
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.marks.shape[0]
 
 
 @functools.lru_cache(256)
@@ -95,6 +84,14 @@ def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     drawn = torch.randn(width, 2, generator=generator, dtype=torch.float64, device="cpu")
     # As columns that lie one behind the other: oneMKL's product of rows with two columns is five times faster then.
     return drawn.to(device, dtype).t().contiguous().t()
+
+
+def prints_of(gradients: Iterable[Tensor]) -> list[Print]:
+    """The print of every gradient, whose rows lie along the last dimension."""
+    prints = GradientPrints(False, _directions, dense)
+    for number, gradient in enumerate(gradients):
+        prints.take(number, gradient)
+    return [Print(shape, marks, dtype) for _, shape, marks, dtype in prints.taken()]
 
 
 def _factors(digits: Tensor) -> Tensor:
@@ -147,73 +144,90 @@ def numbers_of(most: int, masked: bool) -> Numbers:
 
 
 class Owned:
-    """The owners of the rows of one tensor, digit by digit.
+    """The owners of the rows of some tensors, digit by digit.
 
     Args:
-        plain: the print of the tensor's plain gradient.
-        cancelling: shares of others may have cancelled in the tensor, but for rounding. A row that differs by what
-            cannot be rounding, beside the largest row of all, is of several, however little that be. One that differs
-            by less is its owner's, if that is little beside the owner's largest row, or else nobody's, if the row
-            itself is little beside the largest row of every example. If it is not, some example drowns in rounding.
+        plain: by tensor, the print of its plain gradient; all of one type.
+        cancelling: there is one tensor, in which shares of others may have cancelled, but for rounding. A row that
+            differs by what cannot be rounding, beside the largest row of all, is of several, however little that be.
+            One that differs by less is its owner's, if that is little beside the owner's largest row, or else nobody's,
+            if the row itself is little beside the largest row of every example. If it is not, some example drowns in
+            rounding.
 
     Attributes:
-        plain: the print of the tensor's plain gradient.
+        plain: the prints of the plain gradients.
+        marks: of all of them, one behind the other.
+        largest: the largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros.
         of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
         differs: ``[rows]``, by how much a row differed from its plain self, times what the owner's loss was multiplied
             by; kept where shares may have cancelled.
     """
 
-    def __init__(self, plain: Print, cancelling: bool = False) -> None:
+    def __init__(self, plain: Mapping[Any, Print], cancelling: bool = False) -> None:
         self.plain = plain
-        self.differs = torch.zeros_like(plain.largest) if cancelling else None
-        self.of = torch.zeros_like(plain.largest, dtype=torch.long)
-        self.several = torch.zeros_like(plain.largest, dtype=torch.bool)
+        self.marks = _one_behind_the_other([seen.marks for seen in plain.values()])
+        self.largest = self.marks.abs().amax(1)
+        self.of = torch.zeros_like(self.largest, dtype=torch.long)
+        self.several = torch.zeros_like(self.largest, dtype=torch.bool)
+        self.differs = torch.zeros_like(self.largest) if cancelling else None
+        dtype = _real(next(iter(plain.values())).dtype)
+        # By how much a row may differ, as a share of its marks.
+        self.tolerance = TOLERANCE.get(dtype, NARROW_TOLERANCE)
+        self._eps = torch.finfo(dtype).eps
 
-    def add_digit(self, scaled: Print, place: int) -> None:
-        """Read a digit of the owners from the gradient of losses that were scaled by powers of two."""
-        plain, silent = self.plain, self.plain.largest == 0
-        power = (scaled.largest / plain.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
-        factor = torch.exp2(power)
-        self._compare(scaled, factor)
-        self.several |= ~silent & ((power < 1) | (power > BASE))
+    def add_digit(self, scaled: Mapping[Any, Print], place: int) -> None:
+        """Read a digit of the owners from the gradients of losses that were scaled by powers of two."""
+        marks, largest = self._seen(scaled)
+        power = (largest / self.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
+        self._compare(marks, torch.exp2(power))
+        self.several |= (self.largest != 0) & ((power < 1) | (power > BASE))
         self.of += (power.long() - 1).clamp(0, BASE - 1) * place
 
-    def add_bit(self, masked: Print, place: int) -> None:
-        """Read a bit of the owners from the gradient of some of the losses."""
-        present = masked.largest > 0.5 * self.plain.largest
-        self._compare(masked, present.to(masked.largest.dtype))
+    def add_bit(self, masked: Mapping[Any, Print], place: int) -> None:
+        """Read a bit of the owners from the gradients of some of the losses."""
+        marks, largest = self._seen(masked)
+        present = largest > 0.5 * self.largest
+        self._compare(marks, present.to(marks.dtype))
         self.of += present.long() * place
 
-    def confirm(self, scaled: Print, factors: Tensor, numbers: Numbers) -> None:
-        """Compare with the gradient of losses that were multiplied by these factors, given the digits."""
-        of = numbers.examples(self.of)
-        self._compare(
-            scaled, torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1).to(scaled.marks)
-        )
+    def _seen(self, others: Mapping[Any, Print]) -> tuple[Tensor, Tensor]:
+        """The marks of other gradients of the tensors, and the largest of every row; NaN where there is none."""
+        missing = torch.full_like(self.marks[:1], torch.nan)
+        found = [
+            others[key].marks if key in others else missing.expand_as(seen.marks) for key, seen in self.plain.items()
+        ]
+        marks = _one_behind_the_other(found)
+        return marks, marks.abs().amax(1)
 
-    def _compare(self, other: Print, factor: Tensor) -> None:
-        plain, times = self.plain, factor.clamp_min(1)
-        differs = (other.marks - factor.unsqueeze(1) * plain.marks).abs().amax(1)
+    def confirm(self, scaled: Mapping[Any, Print], factors: Tensor, numbers: Numbers) -> None:
+        """Compare with the gradients of losses that were multiplied by these factors, given the digits."""
+        of = numbers.examples(self.of)
+        own = torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1)
+        marks, _ = self._seen(scaled)
+        self._compare(marks, own.to(marks))
+
+    def _compare(self, marks: Tensor, factor: Tensor) -> None:
+        times = factor.clamp_min(1)
+        differs = (marks - factor.unsqueeze(1) * self.marks).abs().amax(1)
         if self.differs is not None:
             self.differs = torch.maximum(self.differs, differs / times)
         else:
-            self.several |= ~(differs <= plain.tolerance * plain.largest * times)
+            self.several |= ~(differs <= self.tolerance * self.largest * times)
 
     def owners(self, numbers: Numbers, n: int) -> Tensor:
-        """``[*leading]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
+        """``[rows]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
         of = numbers.examples(self.of)
         if self.differs is not None and len(of):
             found = self._cancelled(self.differs, of, n)
         else:
             found = torch.where(self.several | (of >= n), SEVERAL, of)
-            found = torch.where((self.plain.largest == 0) & ~self.several, NOBODY, found)
-        found = torch.where(self.plain.largest.isfinite(), found, BLIND)
-        return found.view(self.plain.shape)
+            found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
+        return torch.where(self.largest.isfinite(), found, BLIND)
 
     def _cancelled(self, differs: Tensor, of: Tensor, n: int) -> Tensor:
         """The owners where shares of others may have cancelled, given the owners if there are any."""
-        largest, tolerance, rounding = self.plain.largest, self.plain.tolerance, self._rounding()
+        largest, tolerance, rounding = self.largest, self.tolerance, self._rounding()
         clean = differs <= torch.minimum(tolerance * largest, rounding)
         own = torch.where(clean & (largest > 0), of, n).clamp_max(n)
         of_examples = largest.new_zeros(n + 1).scatter_reduce(0, own, largest, "amax")[:n]
@@ -224,12 +238,31 @@ class Owned:
 
     def _rounding(self) -> Tensor:
         """How much rounding may leave of shares that cancel in a sum of all rows, 0-dimensional."""
-        largest = self.plain.largest
-        return (
-            max(ROUNDINGS, ROUNDINGS / 8 * len(largest) ** 0.5)
-            * self.plain.rounding
-            * largest.nan_to_num(0, 0, 0).amax()
-        )
+        errors = ROUNDINGS * max(1, len(self.largest) ** 0.5 / 8)
+        return errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
+
+
+def _one_behind_the_other(marks: list[Tensor]) -> Tensor:
+    return marks[0] if len(marks) == 1 else torch.cat(marks)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _together(prints: Mapping[Any, Print]) -> list[dict[Any, Print]]:
+    """The prints in groups of one type, none much larger than :data:`ROWS_AT_ONCE` for being a group."""
+    found: list[dict[Any, Print]] = []
+    open_groups: dict[Hashable, tuple[dict[Any, Print], int]] = {}
+    for key, seen in prints.items():
+        kind = seen.dtype, seen.marks.shape[1], seen.marks.device
+        group, rows = open_groups.get(kind, ({}, ROWS_AT_ONCE))
+        if rows + seen.rows > ROWS_AT_ONCE:
+            group, rows = {}, 0
+            found.append(group)
+        group[key] = seen
+        open_groups[kind] = group, rows + seen.rows
+    return found
 
 
 class Question:
@@ -277,7 +310,7 @@ class Question:
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
-        self._prints: dict[Any, Print] = {}
+        self._keys: list[Any] = []  # of the prints of one pass
 
     def ask(
         self,
@@ -302,38 +335,62 @@ class Question:
         # In float16 a power of two might not fit into a gradient.
         masked = by_element or cancelling or torch.float16 in self.traced.dtypes
         numbers = numbers_of(self.most, masked)
-        found = {key: Owned(seen, cancelling) for key, seen in self._pass(torch.ones_like(self.losses)).items()}
-        self._leave_out_complete_edges(found)
+        plain = self._pass(torch.ones_like(self.losses))
+        alike = [{key: seen} for key, seen in plain.items()] if cancelling else _together(plain)
+        groups = [Owned(group, cancelling) for group in alike]
         for place in numbers.places:
             digits = numbers.digits(place, self.n, self.losses.device)
-            for key, seen in self._pass((digits if masked else _factors(digits)).to(self.losses)).items():
-                if key not in found:
-                    continue
+            seen = self._pass((digits if masked else _factors(digits)).to(self.losses))
+            for group in groups:
                 if masked:
-                    found[key].add_bit(seen, place)
+                    group.add_bit(seen, place)
                 else:
-                    found[key].add_digit(seen, place)
+                    group.add_digit(seen, place)
         if cancelling:
             factors = _drawn_factors(self.n).to(self.losses)
-            for key, seen in self._pass(factors).items():
-                if key in found:
-                    found[key].confirm(seen, factors, numbers)
+            seen = self._pass(factors)
+            for group in groups:
+                group.confirm(seen, factors, numbers)
         calls: dict[int, list[Tensor]] = {}
-        for key, owners in _on_cpu({key: owned.owners(numbers, self.n) for key, owned in found.items()}).items():
-            if cancelling and bool((owners == DROWNED).any()):
-                self.drowned, owners = True, torch.where(owners == DROWNED, NOBODY, owners)
-            blind = owners == BLIND
-            if bool(blind.any()):
-                self.blind[key], owners = blind, torch.where(blind, NOBODY, owners)
+        for key, owners in self._on_cpu(groups, numbers).items():
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
             elif key[0] == "edge":
-                self.edges[key[1], key[2]] = owners
+                if bool((owners == NOBODY).any()):
+                    self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
                 calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
+
+    def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
+        """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.
+
+        Tensors whose rows are the same have one and the same tensor.
+        """
+        if not groups:
+            return {}
+        flat = torch.cat([group.owners(numbers, self.n) for group in groups]).cpu()
+        drowned = flat == DROWNED
+        self.drowned |= bool(drowned.any())
+        flat = torch.where(drowned, NOBODY, flat)
+        blind = flat == BLIND
+        some_blind = bool(blind.any())
+        flat = torch.where(blind, NOBODY, flat) if some_blind else flat
+        plain = {key: seen for group in groups for key, seen in group.plain.items()}
+        lengths = [seen.rows for seen in plain.values()]
+        found: dict[Any, Tensor] = {}
+        same: dict[Hashable, Tensor] = {}
+        parts = zip(plain.items(), flat.split(lengths), first_alike(flat, lengths), strict=True)
+        for (key, seen), rows, first in parts:
+            if (first, seen.shape) not in same:
+                same[first, seen.shape] = rows.view(seen.shape)
+            found[key] = same[first, seen.shape]
+        for (key, seen), rows in zip(plain.items(), blind.split(lengths) if some_blind else (), strict=False):
+            if bool(rows.any()):
+                self.blind[key] = rows.view(seen.shape)
+        return found
 
     def scaled(self, positions: Iterable[int]) -> list[tuple[int, dict[Any, Print]]]:
         """The place of every digit of the examples' numbers, and the prints of the gradients of losses scaled by it."""
@@ -342,29 +399,13 @@ class Question:
         digits = [(place, numbers.digits(place, self.n, self.losses.device)) for place in numbers.places]
         return [(place, self._pass(_factors(of).to(self.losses))) for place, of in digits]
 
-    def _leave_out_complete_edges(self, found: dict[Any, Owned]) -> None:
-        """Look no more at edges by which every row got a gradient."""
-        keys = [key for key in found if key[0] == "edge"]
-        if not keys:
-            return
-        gaps = torch.stack([(found[key].plain.largest == 0).any() for key in keys]).tolist()
-        for key, has_gaps in zip(keys, gaps, strict=True):
-            if not has_gaps:
-                del found[key]
-        left: dict[int, list[int]] = {}
-        for key in found:
-            if key[0] == "edge":
-                left.setdefault(key[1], []).append(key[2])
-        self._edges = left
-
     # -- one pass ----------------------------------------------------------------------------------------------
 
     def _pass(self, seeds: Tensor) -> dict[Any, Print]:
         """The prints of all gradients that arrive when the losses are backpropagated with these factors."""
-        self._prints = {}
         traced = self.traced
+        self._prints, self._keys = GradientPrints(self._by_element, _directions, dense), []
         ends = self._ends()
-        passed = self._positions - {position for position, _ in ends}
         targets = [GradientEdge(traced.order[position], number) for position, number in ends]
         targets += map(get_gradient_edge, self._tensors)
         tokens = [traced.edge(position, 0) for position in self._positions if traced.order[position] in traced.tokens]
@@ -376,9 +417,9 @@ class Question:
             if (child := traced.children[position][slot]) is not None and child < 0
         }
         tokens += [GradientEdge(node, number) for node, number in onwards if node is not None]
-        handles = [traced.order[p].register_prehook(partial(self._arrived, p)) for p in passed]
-        handles += [traced.order[p].register_hook(partial(self._passed_on, p)) for p in self._edges]
+        hooks = PrintHooks(self._prints)
         try:
+            self._watch(hooks, self._positions - {position for position, _ in ends})
             with (
                 traced.frozen_statistics(self.couplings, self.through),
                 traced.collecting(self),
@@ -390,13 +431,27 @@ class Question:
                         self.losses, [*targets, *tokens], seeds * self.seed, retain_graph=True, allow_unused=True
                     )
         finally:
-            for handle in handles:
-                handle.remove()
+            hooks.remove()
         keys: list[Any] = [*ends, *(("tensor", number) for number in range(len(self._tensors)))]
         for key, gradient in zip(keys, gradients, strict=False):
-            self._take(key, gradient)
-        found, self._prints = self._prints, {}
-        return found
+            if gradient is not None:
+                self._prints.take(self._number_of(key), gradient)
+        return {self._keys[number]: Print(shape, marks, dtype) for number, shape, marks, dtype in self._prints.taken()}
+
+    def _watch(self, hooks: PrintHooks, passed: Iterable[int]) -> None:
+        """Look at the gradients that nodes get, and at those that they pass on by the edges that are asked about."""
+        for position in passed:
+            node = self.traced.order[position]
+            numbers = range(len(node_outputs(node)))
+            hooks.watch_outputs(node, [(number, self._number_of((position, number))) for number in numbers])
+        for position, slots in self._edges.items():
+            numbered = [(slot, self._number_of(("edge", position, slot))) for slot in slots]
+            hooks.watch_inputs(self.traced.order[position], numbered)
+
+    def _number_of(self, key: Any) -> int:
+        """A number for the print of a tensor in this pass."""
+        self._keys.append(key)
+        return len(self._keys) - 1
 
     def _ends(self) -> list[Key]:
         """The outputs of watched nodes below which no other is: where a pass may end."""
@@ -407,21 +462,6 @@ class Question:
                 found += [(position, number) for number in range(len(node_outputs(node)))]
         return found
 
-    def _arrived(self, position: int, gradients: Sequence[Tensor | None]) -> None:
-        """Node hook: look at the gradients of a node's outputs."""
-        for number, gradient in enumerate(gradients):
-            self._take((position, number), gradient)
-
-    def _passed_on(self, position: int, given: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-        """Node hook: look at the gradients that a node passes on."""
-        for slot in self._edges[position]:
-            self._take(("edge", position, slot), given[slot])
-
-    def _take(self, key: Any, gradient: Tensor | None) -> None:
-        if gradient is None:
-            return
-        self._prints[key] = print_of(dense(gradient), self._by_element)
-
     def holds(self, call: Call) -> bool:
         """No: gradients are looked at and let go."""
         return False
@@ -431,7 +471,7 @@ class Question:
         number = self._numbers.get(id(call))
         if number is not None and self.traced.seen_by_collector(number):
             for part, rows in enumerate(rows_of_call(call, backprops)):
-                self._take(("call", number, part), rows)
+                self._prints.take(self._number_of(("call", number, part)), rows)
 
 
 def rows_of_call(call: Call, backprops: Any) -> list[Tensor]:
@@ -463,21 +503,20 @@ class Answers:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        plain = print_of(dense(gradient), False)
+        (plain,) = prints_of([gradient])
         scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
         met = self._met.setdefault(plain.shape, [])
         for factors, owners in met:  # most layers work on the rows that another one worked on
             if all(torch.equal(seen.marks, plain.marks * f) for (_, seen), f in zip(scaled, factors, strict=False)):
                 return owners
-        owned = Owned(plain)
+        owned = Owned({key: plain})
         for place, seen in scaled:
-            owned.add_digit(seen, place)
-        found = owned.owners(self._numbers, self._n)
-        rows = found.flatten()
+            owned.add_digit({key: seen}, place)
+        rows = owned.owners(self._numbers, self._n)
         factors = [_factors(owned.of // place % BASE).to(plain.marks) for place, _ in scaled]
         # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
         factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
-        owners = found.cpu()
+        owners = rows.cpu().view(plain.shape)
         if len(factors) == len(self._scaled) and bool((owners >= NOBODY).all()):
             met.append((factors, owners))
         return owners
@@ -489,12 +528,3 @@ def dense(gradient: Tensor) -> Tensor:
     if gradient.is_nested:
         gradient = rows_of_nested(gradient)
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
-def _on_cpu(found: dict[Any, Tensor]) -> dict[Any, Tensor]:
-    """All tensors on the CPU, by one copy."""
-    if not found:
-        return {}
-    flat = torch.cat([owners.flatten() for owners in found.values()]).cpu()
-    parts = flat.split([owners.numel() for owners in found.values()])
-    return {key: part.view(owners.shape) for (key, owners), part in zip(found.items(), parts, strict=True)}

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 
 from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
+from ..terms import Term
 from ..terms.owners import Ownership
 from ..torch_internals import is_recomputed, node_outputs, saved_tensors_of
 from .trace import Trace
@@ -53,7 +54,7 @@ class PlannedEntry:
         others: where they lie in the node's further outputs; None for one without a gradient.
         turns: how many transpositions in a row are in between; the entering tensor is the input of the last.
         sources: the parameters behind it.
-        ruled: whether its operator has a rule; if not, the operator's own backward runs once an example.
+        ruled: whether its operator has a rule; if not, the operator's own backward is run again.
     """
 
     position: int
@@ -251,6 +252,19 @@ class PlanCache(dict[Hashable, list[Plan]]):
         self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What a pass that the gradients were compared by has found, so that the step need not run it again.
+
+    Attributes:
+        squared: squared norms ``[L, n]`` of the scaled losses.
+        terms: by parameter (``id``), its terms, and the graph is used up; None if they were let go.
+    """
+
+    squared: Tensor
+    terms: dict[int, Term] | None
+
+
 @dataclass
 class PlannedGraph:
     """A graph behind losses, and the plan that holds for it.
@@ -264,6 +278,7 @@ class PlannedGraph:
         fresh: whether the plan was made from this very graph.
         step: how many graphs the wrapper has met.
         surprises: while a step is recorded, whether the plan turned out not to hold, 0-dimensional.
+        collected: by the pass that gradients were compared by, if they were, with constant statistics.
     """
 
     trace: Trace
@@ -274,6 +289,7 @@ class PlannedGraph:
     fresh: bool
     step: int = 0
     surprises: list[Tensor] = field(default_factory=list)
+    collected: Collected | None = None
 
     @property
     def couples(self) -> bool:
@@ -288,6 +304,14 @@ class PlannedGraph:
     def renew(self) -> None:
         """Take a plan that is made from this very graph."""
         self.plan, self.fresh = self.measured(), True
+
+    @property
+    def terms_stand_alone(self) -> bool:
+        """Whether terms, once they are formed, need the graph no more: what enters is the parameters themselves."""
+        return all(
+            self.trace.enters_as_leaf(entry.position, entry.slot, entry.turns) and not entry.waits(self.trace)
+            for entry in self.plan.entries
+        )
 
     @property
     def parameters(self) -> list[Tensor]:

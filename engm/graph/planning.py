@@ -41,10 +41,10 @@ from ..torch_internals import (
     own_parameters,
     saved_option,
 )
-from .arrangement import Arrangement, arranged, regular, varying
+from .arrangement import Arrangement, Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
 from .opaque import is_users, opaque_functions, refuse_hidden_passes
-from .owners import SEVERAL, Key, Question
+from .owners import Key, Question
 from .plan import Junction, OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
 from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows, routes_of
 from .structure import Structure
@@ -92,6 +92,7 @@ class _Planner:
         self.by_element = True  # whether rows that look like rows of several are asked again
         self.drowned = False  # whether rounding is too large for some example to tell its rows there
         self._on_device = OwnersOnDevice(losses.device)
+        self.about = Arrangements(self.n)
 
     def plan(self) -> Plan:
         """The plan, from the front."""
@@ -175,12 +176,12 @@ class _Planner:
             if child in self.shared or position in self.shared or position in self.silent:  # silent ones are watched
                 continue
             whole = self.nodes.get((child, self.traced.order[position].next_functions[slot][1]))
-            if whole is None or not regular(whole, self.n):
+            if whole is None or not self.about.regular(whole):
                 return True
             if self._tells(position, slot):
                 if self._hides(position, position in routed):
                     return True
-            elif not regular(owners, self.n):
+            elif not self.about.regular(owners):
                 return True
         return False
 
@@ -207,7 +208,7 @@ class _Planner:
                 if child is None or child in self.shared or not self.structure.trained_behind(child):
                     continue
                 whole = self.nodes.get((child, node.next_functions[slot][1]))
-                if whole is None or not ((position, slot) in self.edges or bool((whole == NOBODY).any())):
+                if whole is None or not ((position, slot) in self.edges or self.about.present(whole).nobody):
                     continue
                 if self._chooses_among(node, whole) if name in CHOOSING else self._disagrees(position, slot, whole):
                     return True
@@ -218,7 +219,7 @@ class _Planner:
         along: Any = saved_option(node, "dim")
         dims = along if isinstance(along, tuple) else () if along is None else (along,)
         rank = len(entering_shape(*node.next_functions[0]))
-        return bool(varying(whole, self.n) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
+        return bool(self.about.varying(whole) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
 
     def _disagrees(self, position: int, slot: int, whole: Tensor) -> bool:
         """Whether a node has a row of another example than the row that it reads, or that cannot be told.
@@ -250,7 +251,7 @@ class _Planner:
 
     def _as_arranged(self, owners: Tensor) -> Tensor:
         """Owners of rows, with those that no gradient comes to and of which their arrangement tells."""
-        arrangement = arranged(owners, self.n)
+        arrangement = self.about.arranged(owners)
         if not isinstance(arrangement.ownership, Layout):
             return owners
         of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
@@ -263,13 +264,13 @@ class _Planner:
         gaps = self._gaps(position)
         if not gaps or self._is_cut(position):
             return False
-        return by_routes or not all(regular(owners, self.n) for owners in gaps)
+        return by_routes or not all(self.about.regular(owners) for owners in gaps)
 
     def _gaps(self, position: int) -> list[Tensor]:
         """The owners of those outputs of a node of which some rows got no gradient."""
         numbers = range(len(node_outputs(self.traced.order[position])))
         found = (self.nodes.get((position, number)) for number in numbers)
-        return [owners for owners in found if owners is not None and bool((owners == NOBODY).any())]
+        return [owners for owners in found if owners is not None and self.about.present(owners).nobody]
 
     def _is_cut(self, position: int) -> bool:
         """Whether the rows of a node without a gradient are those that no other node reads, whatever the data."""
@@ -297,11 +298,11 @@ class _Planner:
 
         The examples may lie along the last dimension, or numbers may be too small to be told apart by powers of two.
         """
-        mixed = {position for (position, _), owners in nodes.items() if bool((owners == SEVERAL).any())}
+        mixed = {position for (position, _), owners in nodes.items() if self.about.present(owners).several}
         owned: list[bool] = []
         for position, children in enumerate(self.traced.children):
             own = (owners for number in range(8) if (owners := nodes.get((position, number))) is not None)
-            apart = position not in mixed and any(bool((owners > 0).any()) for owners in own)
+            apart = position not in mixed and any(self.about.present(owners).apart for owners in own)
             owned.append(apart or any(owned[child] for child in children if child is not None and child >= 0))
         # What clips every element by itself makes rows look mixed in which nothing tells of the examples' data.
         all_of_them = self.traced.hooked or any(map(is_users, self.traced.order))
@@ -339,9 +340,9 @@ class _Planner:
 
     def _mixed(self) -> set[int]:
         """Positions of nodes that made a row of several examples."""
-        mixed = {position for (position, _), owners in self.nodes.items() if bool((owners == SEVERAL).any())}
+        mixed = {position for (position, _), owners in self.nodes.items() if self.about.present(owners).several}
         for number, parts in self.calls.items():
-            if any(bool((owners == SEVERAL).any()) for owners in parts) and number not in self.aside:
+            if any(self.about.present(owners).several for owners in parts) and number not in self.aside:
                 mixed.add(self.traced.positions[self.traced.nodes[number]])
         return mixed
 
@@ -388,7 +389,7 @@ class _Planner:
             parts = self._parts(number, position)
             owners = None if not parts else agreed(parts)
             blind = self._blind_rows(number, position)
-            if owners is None or not (blind is not None or bool((owners != NOBODY).any())):
+            if owners is None or not (blind is not None or self.about.present(owners).anybody):
                 found[number] = None
                 continue
             if not call.rule.whole_call and call.rule.misses_batch(
@@ -398,7 +399,7 @@ class _Planner:
                 if not call.rule.positionwise or owners[owners != NOBODY].unique().numel() == 1:
                     found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
             else:
-                found[number] = arranged(owners, self.n, blind)
+                found[number] = self.about.arranged(owners, blind)
         return found
 
     def _blind_rows(self, number: int, position: int) -> Tensor | None:
@@ -490,12 +491,12 @@ class _Planner:
         """Positions of the nodes that no gradient comes to."""
         spoken: set[int] = set()
         for (position, _), owners in self.nodes.items():
-            if bool((owners != NOBODY).any()):
+            if self.about.present(owners).anybody:
                 spoken.add(position)
         for key in self.blind:
             spoken.add(self.traced.positions[self.traced.nodes[key[1]]] if key[0] == "call" else key[0])
         for number, parts in self.calls.items():
-            if any(bool((owners != NOBODY).any()) for owners in parts):
+            if any(self.about.present(owners).anybody for owners in parts):
                 spoken.add(self.traced.positions[self.traced.nodes[number]])
         return self.structure.looked_at - spoken
 
@@ -580,10 +581,10 @@ class _Planner:
         for (position, number), owners in self.nodes.items():
             if position in self.shared or position in self.silent or not self.structure.trains[position]:
                 continue
-            if not bool((owners == NOBODY).any()) or self._accounts_for(position):
+            if not self.about.present(owners).nobody or self._accounts_for(position):
                 continue
             if position in meeting or repeats_rows(self.traced, position, skip):
-                arrangement = arranged(owners, self.n)
+                arrangement = self.about.arranged(owners)
                 if arrangement.unknown is not None:
                     unknown = arrangement.unknown.to(self.losses.device)
                     by_index = operator_name(self.traced.order[position]) in PICKING
@@ -624,7 +625,7 @@ class _Planner:
         if self.n == 1 and self.group is None:
             return [], True
         skip = self.shared | self.silent | self.structure.no_inputs
-        return routes_of(self.traced, self.structure, self.nodes, skip, self.n)
+        return routes_of(self.traced, self.structure, self.nodes, skip, self.about)
 
     def _opaque(self) -> tuple[list[OpaqueFunction], bool]:
         """Functions of the user's on the way, and whether all of them can be watched."""
@@ -678,7 +679,7 @@ class _Planner:
         owners = self.nodes.get((position, number))
         if position == len(self.traced.order) - 1:
             return Arrangement(PLAIN)
-        return None if owners is None else arranged(owners, self.n, self.blind.get((position, number)))
+        return None if owners is None else self.about.arranged(owners, self.blind.get((position, number)))
 
     # -- refusals ----------------------------------------------------------------------------------------------
 

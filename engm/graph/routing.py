@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..rules.entries import names_of
 from ..torch_internals import (
     Node,
     attributes_of_function,
@@ -37,18 +38,13 @@ from ..torch_internals import (
     saves_data,
     unrecorded,
 )
-from .arrangement import regular, varying
+from .arrangement import Arrangements
 from .plan import Route
 from .structure import Structure
 from .trace import Trace
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # Operators that treat every element apart.
-ELEMENTWISE = _names(
+ELEMENTWISE = names_of(
     """
     Abs Acos Acosh Add Addcdiv Addcmul Alias Angle Asin Asinh Atan Atan2 Atanh BinaryCrossEntropy
     BinaryCrossEntropyWithLogits Ceil Celu Clamp ClampMax ClampMin Clone Conj Copy Cos Cosh CudnnBatchNorm Deg2Rad
@@ -62,7 +58,7 @@ ELEMENTWISE = _names(
 )
 
 # So do their backward passes, which are operators where the loss is made of gradients.
-ELEMENTWISE |= _names(
+ELEMENTWISE |= names_of(
     """
     BinaryCrossEntropyBackward EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward
     HuberLossBackward LeakyReluBackward LogSigmoidBackward MseLossBackward PreluKernelBackward RreluWithNoiseBackward
@@ -72,7 +68,7 @@ ELEMENTWISE |= _names(
 )
 
 # Operators that combine elements of a row, or rows of an operand's dimension with each other, whatever else they do.
-COMBINING = _names(
+COMBINING = names_of(
     """
     AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Addmm Addmv Addr AvgPool2D AvgPool3D
     Baddbmm Bmm Convolution ConvolutionOverrideable CudnnConvolution Dot FusedRmsNorm GridSampler2D
@@ -91,7 +87,7 @@ FIXED = ELEMENTWISE | COMBINING
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
-MOVING = _names(
+MOVING = names_of(
     """
     Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd IndexCopy IndexFill
     IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp MaskedScatter MaskedSelect
@@ -133,7 +129,7 @@ PICKING = frozenset(["Embedding", "Gather", "Index", "IndexSelect", "Take", "Uns
 BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk"])
 
 # Operators whose output may have the elements of one row in several.
-SPLITTING = BY_ELEMENT | _names(
+SPLITTING = BY_ELEMENT | names_of(
     """
     Chunk Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle PixelUnshuffle
     ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView Unsqueeze View
@@ -141,7 +137,7 @@ SPLITTING = BY_ELEMENT | _names(
 )
 
 # Operators that combine what lies along the dimension that they are told.
-ALONG = _names(
+ALONG = names_of(
     """
     Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C GluBackward LinalgCross LogSoftmax LogSoftmaxBackwardData
     Logcumsumexp Softmax SoftmaxBackwardData Unfold
@@ -296,7 +292,7 @@ def _comparable(value: Any) -> Hashable:
 
 
 def routes_of(
-    traced: Trace, structure: Structure, owners: Owners, skip: Collection[int], n: int
+    traced: Trace, structure: Structure, owners: Owners, skip: Collection[int], about: Arrangements
 ) -> tuple[list[Route], bool]:
     """The values that the rows of the examples are routed by, and whether comparing those is enough.
 
@@ -306,7 +302,7 @@ def routes_of(
         owners: of the outputs of nodes, where they were measured.
         skip: nodes (positions) and leaves (numbers) through which nothing of the examples goes: shared ones, those
             without a gradient, parameters.
-        n: number of examples.
+        about: tells how the examples lie in them.
     """
     routes: list[Route] = []
     for position, node in enumerate(traced.order):
@@ -321,7 +317,7 @@ def routes_of(
             continue
         if None in traced.shapes[position]:  # rows of lengths that are not compared
             return [], False
-        if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, n)):
+        if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, about)):
             return [], False
         if is_python_function(node):
             if not name.startswith("SyncBatchNorm"):
@@ -330,11 +326,11 @@ def routes_of(
                 routes += _routes_of_node(position, node)
         elif name not in FIXED:
             found = list(_routes_of_node(position, node))
-            routes += [route for route in found if _moves_rows(route, node, name, behind, owners, n)]
+            routes += [route for route in found if _moves_rows(route, node, name, behind, owners, about)]
         apart = name in ELEMENTWISE or name in MOVING or is_python_function(node)  # the last is watched at every step
-        if not apart and _mixes(traced, position, name, owners, skip, n):
+        if not apart and _mixes(traced, position, name, owners, skip, about):
             return [], False
-        if name in ELEMENTWISE and _spreads(traced, position, owners, skip, n):
+        if name in ELEMENTWISE and _spreads(traced, position, owners, skip, about):
             return [], False
     # The tensors are the network's, which may write into them before the next step.
     return [replace(route, values=route.values.clone()) for route in routes], True
@@ -357,7 +353,9 @@ def _routes_of_node(position: int, node: Node) -> Iterator[Route]:
                 yield Route(position, name, number, values)
 
 
-def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], owners: Owners, n: int) -> bool:
+def _moves_rows(
+    route: Route, node: Node, name: str, behind: Collection[int], owners: Owners, about: Arrangements
+) -> bool:
     """Whether indices pick among rows of several examples."""
     found = [owners.get((child, 0)) for child in behind]
     if name in INTO:
@@ -369,13 +367,13 @@ def _moves_rows(route: Route, node: Node, name: str, behind: Collection[int], ow
         along = min(1, max(ranks) - 1)
     if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
         return True
-    return any(own is None or _dimension(along, rank) in varying(own, n) for own in found for rank in ranks)
+    return any(own is None or _dimension(along, rank) in about.varying(own) for own in found for rank in ranks)
 
 
-def _stays(position: int, behind: Collection[int], owners: Owners, n: int) -> bool:
+def _stays(position: int, behind: Collection[int], owners: Owners, about: Arrangements) -> bool:
     """Whether the examples lie in the same regular order before and behind a node that shows nothing of itself."""
     found = [owners.get((other, 0)) for other in (position, *behind)]
-    lengths = {None if own is None or not regular(own, n) else own.shape[0] for own in found}
+    lengths = {None if own is None or not about.regular(own) else own.shape[0] for own in found}
     return len(lengths) == 1 and None not in lengths
 
 
@@ -384,7 +382,7 @@ def _dimension(dim: int, rank: int) -> int:
     return dim % max(rank, 1)
 
 
-def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int], n: int) -> bool:
+def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collection[int], about: Arrangements) -> bool:
     """Whether an operator may combine rows of different examples, so that zeros alone would keep them apart."""
     own = owners.get((position, 0))
     if own is None:
@@ -393,11 +391,11 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         right = traced.children[position][(RIGHT | RIGHT_OF_STACKS)[name]]
         owned = right is not None and right not in skip and (right < 0 or (right, 0) in owners)
         if name in RIGHT_OF_STACKS:  # a shared matrix on the right takes rows to rows
-            return bool(varying(own, n) - ({0} if owned else {0, 1}))
-        return owned or 1 in varying(own, n)
+            return bool(about.varying(own) - ({0} if owned else {0, 1}))
+        return owned or 1 in about.varying(own)
     if name in ("Expand", "Repeat"):
-        return _spreads(traced, position, owners, skip, n)
-    differs = varying(own, n)
+        return _spreads(traced, position, owners, skip, about)
+    differs = about.varying(own)
     if name in ANYHOW:
         return bool(differs) and not hands_on(traced.order[position])
     if name in ALONG:
@@ -458,13 +456,13 @@ def _keeps_rows(node: Node, name: str) -> bool:
     return name != "T" and all(one[-1:] == shape[-1:] for one in given)
 
 
-def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int], n: int) -> bool:
+def _spreads(traced: Trace, position: int, owners: Owners, skip: Collection[int], about: Arrangements) -> bool:
     """Whether an operand is repeated along a dimension along which the owners differ."""
     own = owners.get((position, 0))
     if own is None:
         return False
     along = _repeated(traced, position, skip)
-    return bool(along) and bool(along & varying(own, n))
+    return bool(along) and bool(along & about.varying(own))
 
 
 def _repeated(traced: Trace, position: int, skip: Collection[int]) -> set[int]:

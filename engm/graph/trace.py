@@ -82,6 +82,13 @@ class Trace:
         """The index in :attr:`order` of every node."""
         return {node: position for position, node in enumerate(self.order)}
 
+    @property
+    def n(self) -> int:
+        """How many losses there are."""
+        shape = self.shapes[-1][self.number]
+        assert shape is not None
+        return shape[0]
+
     @cached_property
     def captures(self) -> list[Capture]:
         """The captured forward passes behind the losses."""

@@ -209,7 +209,10 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 check_positive("divisor", divisor)
             scale = LossScale(check_positive("loss_scale", loss_scale))
             captured = self.uses_norms or self.uses_input_grads
-            batch = LossBatch(self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured)
+            use_up = one_pass and self.needs_norms and not self.needs_input_grads
+            batch = LossBatch(
+                self.model, losses, inputs, measurement, scale=scale, check=check, captured=captured, use_up=use_up
+            )
             self._watch.look(batch.trace, self.model, self.param_groups, one_pass=one_pass)
             batch.check_request(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads)
             return batch

@@ -10,14 +10,13 @@ from torch import Tensor
 from ..backward.collect import TermCollector
 from ..backward.inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
 from ..backward.norms import Measurement, calibrated_squared_norms, is_faithful, measure_graph, own_mode
-from ..backward.prepare import planned_losses
+from ..backward.prepare import planned_losses, takes_one_pass
 from ..distributed import Ranks, backpropagate_leaves
 from ..graph.plan import PlannedGraph
 from ..graph.trace import trace
 from ..loss_checks import check_losses
 from ..module import GradNormModule
 from ..terms.loss_scale import LossScale
-from ..torch_internals import has_gradient_hooks
 from .weights import ExampleNorms, Source, Weighting
 
 
@@ -42,6 +41,7 @@ class LossBatch:
         scale: on the losses.
         check: look for non-finite losses.
         captured: whether norms or input gradients will be asked for, so that the graph must be a captured one.
+        use_up: whether norms of the gradients alone will be asked for, of one pass that does everything.
 
     Attributes:
         source: where the norms came from that were asked for last, see :class:`engm.StepStats`.
@@ -60,6 +60,7 @@ class LossBatch:
         scale: LossScale,
         check: bool | None,
         captured: bool,
+        use_up: bool = False,
     ) -> None:
         self.model = model
         self.losses = losses
@@ -70,7 +71,7 @@ class LossBatch:
         self._collector: TermCollector | None = None
         self._graph: PlannedGraph | None = None
         if captured:
-            self._graph = planned_losses(model, losses, check=check, scale=scale)
+            self._graph = planned_losses(model, losses, check=check, scale=scale, use_up=use_up and measurement is None)
             self.trace = self._graph.trace
         else:
             check_losses(losses, finite=check)
@@ -146,7 +147,7 @@ class LossBatch:
                 if factors is not None and not is_faithful(self.model, graph, self.measurement):
                     self.source = "own"
                     squared, factors = self._calibrated(graph, self._measured(graph), borrowed=False)
-        elif one_pass and not graph.couples and not self._has_hooks():
+        elif one_pass and takes_one_pass(graph):
             squared, found = self._by_one_pass(graph, of_gradients, self._input_leaves() if of_inputs else ())
         else:
             # Input norms come first: a fault of the inputs must show before calibration takes notice of this batch.
@@ -163,9 +164,15 @@ class LossBatch:
         self, graph: PlannedGraph, of_gradients: bool, leaves: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Squared norms ``[L, n]`` and input norms ``[n]`` from the pass whose terms the gradient is made from."""
-        self._collector = TermCollector(graph, norms=of_gradients, keep=True)
-        gradients = self._collector.run(self.losses, self.scale.seeds(self.losses), leaves, retain_graph=False)
-        squared = self.scale.off_squares(self._collector.squared_norms(self.losses)) if of_gradients else None
+        self._collector = collector = TermCollector(graph, norms=of_gradients, keep=True)
+        gradients: tuple[Tensor | None, ...] = ()
+        if graph.collected is not None and graph.collected.terms is not None:
+            collector.terms, found = graph.collected.terms, graph.collected.squared
+            graph.collected = None
+        else:
+            gradients = collector.run(self.losses, self.scale.seeds(self.losses), leaves, retain_graph=False)
+            found = collector.squared_norms(self.losses)
+        squared = self.scale.off_squares(found) if of_gradients else None
         return squared, self._input_norms(leaves, gradients) if leaves else None
 
     def _measured(self, graph: PlannedGraph, inputs: Inputs = None) -> Measurement:
@@ -213,10 +220,6 @@ class LossBatch:
         return self.scale.off_norms(
             input_norms(() if packed is None else packed, self._input_rows, self.losses.shape[0])
         )
-
-    def _has_hooks(self) -> bool:
-        """Whether the user hung hooks on parameters, which only autograd's own accumulation runs."""
-        return any(has_gradient_hooks(parameter) for _, parameter in self.trace.trained)
 
     # -- gradient --------------------------------------------------------------------------------------------
 

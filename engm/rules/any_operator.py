@@ -1,7 +1,9 @@
-"""Per-example gradients for an operator without a rule: its own backward pass is run once for every example.
+"""Per-example gradients for an operator without a rule, from its own backward pass.
 
 An operator's backward pass is linear in the gradients of its outputs. So with the rows of one example kept and all
-others set to zero it gives that example's gradient, for any operator whose output's elements each belong to one.
+others set to zero it gives that example's gradient, for any operator whose output's elements each belong to one. Where
+an operator treats every element apart one run is enough: what broadcasting repeated is added up by autograd, after the
+operator's backward pass, and before that every element of the output has a contribution of its own.
 """
 
 from __future__ import annotations
@@ -13,9 +15,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..terms import CHUNK_BYTES, PerExampleGradient, accumulation_dtype
-from ..torch_internals import adds_up, is_doubled, passed_to_input, rows_of_nested
-from .entries import Entry, owners_of
+from ..terms import CHUNK_BYTES, PerExampleGradient, Term, accumulation_dtype
+from ..torch_internals import adds_up, is_doubled, node_outputs, operator_name, passed_to_input, rows_of_nested
+from .entries import Entry, names_of, owners_of
+from .operators import repeated_term
+
+# Operators that treat every element apart and take several tensors, which are broadcast.
+BROADCASTING = names_of(
+    """
+    Addcdiv Addcmul Atan2 BinaryCrossEntropy BinaryCrossEntropyWithLogits Clamp ClampMax ClampMin Complex Copysign Div
+    Fmax Fmin Fmod HuberLoss Hypot Lerp Logaddexp Logaddexp2 Maximum Minimum MseLoss Polar Pow PreluKernel Remainder
+    SmoothL1Loss SpecialXlog1Py Xlogy
+    """
+)
+
+
+def term_of_any(entry: Entry, backprops: Sequence[Tensor | None]) -> Term:
+    """The term of what enters at a node without a rule, see :func:`masked_gradients`, which is asked where need be."""
+    return by_element(entry, backprops) or masked_gradients(entry, backprops)
+
+
+def runs_once(entry: Entry) -> bool:
+    """Whether :func:`by_element` has an answer, tried on a gradient of zeros."""
+    output = node_outputs(entry.node)[0]
+    if output.is_nested_tensor:
+        return False
+    return by_element(entry, [torch.zeros(tuple(output.shape), dtype=output.dtype, device=output.device)]) is not None
+
+
+def by_element(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
+    """The term of what enters at a node that treats every element apart, from its backward pass on all examples.
+
+    None where the node does not, or hands on something else than a contribution of every element of its output: the
+    backward pass of a mean, say, or of an operator that adds up what it repeated by itself.
+
+    Args:
+        entry: where the tensor enters.
+        backprops: as those of :func:`masked_gradients`.
+    """
+    gradient = backprops[0]
+    if operator_name(entry.node) not in BROADCASTING or gradient is None or gradient.is_nested:
+        return None
+    found = passed_to_input(entry.node, entry.slot, [gradient.detach()])
+    if found is None or found.layout != torch.strided or found.shape != gradient.shape:
+        return None
+    return repeated_term(entry, found)
 
 
 def masked_gradients(entry: Entry, backprops: Sequence[Tensor | None]) -> PerExampleGradient:

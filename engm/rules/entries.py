@@ -137,6 +137,11 @@ _RULES: dict[str, OperatorRule] = {}
 _COMPLEX: set[OperatorRule] = set()  # the rules that hold for complex numbers too
 
 
+def names_of(text: str) -> frozenset[str]:
+    """The names of operators, which white space parts."""
+    return frozenset(text.split())
+
+
 def add_operator(*names: str, of_complex: bool = False) -> Callable[[OperatorRule], OperatorRule]:
     """A decorator that registers a function as the rule of the operators with these names; for rules inside engm.
 
@@ -158,7 +163,7 @@ def add_operator(*names: str, of_complex: bool = False) -> Callable[[OperatorRul
 def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
     """The term of the tensor that enters by the rule of the node's operator; None if there is no rule that holds.
 
-    Without a rule :func:`engm.rules.any_operator.masked_gradients` has an answer.
+    Without a rule :func:`engm.rules.any_operator.term_of_any` has an answer.
 
     Args:
         entry: where the tensor enters.

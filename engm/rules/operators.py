@@ -38,7 +38,7 @@ from .normalization import affine_terms, by_channel
 # -- sums and products with broadcasting --------------------------------------------------------------------------
 
 
-def _repeated(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | None = None) -> Term | None:
+def repeated_term(entry: Entry, contribution: Tensor, aligned: tuple[int, ...] | None = None) -> Term | None:
     """The term of a tensor that broadcasting repeated: ``contribution`` summed over everything it was repeated along.
 
     Args:
@@ -113,20 +113,42 @@ def _scattered(contribution: Tensor, aligned: tuple[int, ...], owners: Owners) -
 
 @add_operator("Expand", "Repeat", of_complex=True)
 def _expand(entry: Entry, gy: Tensor) -> Term | None:
-    return _repeated(entry, gy)
+    return repeated_term(entry, gy)
 
 
 @add_operator("Add", "Sub", of_complex=True)
 def _add(entry: Entry, gy: Tensor) -> Term | None:
     sign = -1 if operator_name(entry.node) == "Sub" else 1
     factor = sign * entry.saved("alpha").conjugate() if entry.slot == 1 else 1
-    return _repeated(entry, gy if factor == 1 else gy * factor)
+    return repeated_term(entry, gy if factor == 1 else gy * factor)
 
 
 @add_operator("Mul", of_complex=True)
 def _mul(entry: Entry, gy: Tensor) -> Term | None:
     other = entry.saved("self" if entry.slot == 1 else "other")
-    return _repeated(entry, gy * other.conj()) if isinstance(other, Tensor) else None
+    return repeated_term(entry, gy * other.conj()) if isinstance(other, Tensor) else None
+
+
+@add_operator("Addcmul", of_complex=True)
+def _addcmul(entry: Entry, gy: Tensor) -> Term | None:
+    if entry.slot == 0:
+        return repeated_term(entry, gy)
+    other, factor = entry.saved("tensor2" if entry.slot == 1 else "tensor1"), entry.saved("value")
+    return repeated_term(entry, gy * (other * factor).conj()) if isinstance(other, Tensor) else None
+
+
+@add_operator("Where", of_complex=True)
+def _where(entry: Entry, gy: Tensor) -> Term | None:
+    condition = entry.saved("condition")
+    taken = condition if entry.slot == 0 else ~condition
+    return repeated_term(entry, torch.where(taken, gy, 0))
+
+
+@add_operator("MaskedFill", of_complex=True)
+def _masked_fill(entry: Entry, gy: Tensor) -> Term | None:
+    """Slot 1 is the number that fills, a tensor without dimensions."""
+    mask = entry.saved("mask")
+    return repeated_term(entry, torch.where(mask if entry.slot == 1 else ~mask, gy, 0))
 
 
 @add_operator("Div", of_complex=True)
@@ -134,7 +156,7 @@ def _div(entry: Entry, gy: Tensor) -> Term | None:
     other = entry.saved("other")
     if entry.slot != 0 or not isinstance(other, Tensor) or entry.saved("rounding_mode") is not None:
         return None
-    return _repeated(entry, gy / other.conj())
+    return repeated_term(entry, gy / other.conj())
 
 
 # -- matrix products -----------------------------------------------------------------------------------------------
@@ -166,7 +188,7 @@ def _left(entry: Entry, right: Tensor | None, gy: Tensor) -> Term | None:
         return _outer(entry, columns, gy.t(), right.t().to(gy.dtype))
     if entry.transposed or entry.rows(most=1) is None:
         return None
-    return _repeated(entry, gy @ right.to(gy.dtype).t(), entry.shape)
+    return repeated_term(entry, gy @ right.to(gy.dtype).t(), entry.shape)
 
 
 @add_operator("Mm")
@@ -181,7 +203,7 @@ def _addmm(entry: Entry, gy: Tensor) -> Term | None:
     factor = entry.saved("alpha" if entry.slot else "beta")
     gy = gy if factor == 1 else gy * factor
     if entry.slot == 0:
-        return _repeated(entry, gy)
+        return repeated_term(entry, gy)
     if entry.slot == 2:
         return _right(entry, entry.saved("mat1"), gy)
     return _left(entry, entry.saved("mat2"), gy)
@@ -197,7 +219,7 @@ def _baddbmm(entry: Entry, gy: Tensor) -> Term | None:
     factor = entry.saved("alpha" if entry.slot else "beta")
     gy = gy if factor == 1 else gy * factor
     if entry.slot == 0:
-        return _repeated(entry, gy)
+        return repeated_term(entry, gy)
     return _left_of_many(entry, "batch2", gy) if entry.slot == 1 else _right_of_many(entry, "batch1", gy)
 
 
@@ -206,7 +228,7 @@ def _left_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
     right = entry.saved(name)
     if right is None or entry.rows(most=2) is None:
         return None
-    return _repeated(entry, gy @ right.to(gy.dtype).mT, entry.shape)
+    return repeated_term(entry, gy @ right.to(gy.dtype).mT, entry.shape)
 
 
 def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
@@ -218,7 +240,7 @@ def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
         return _nothing(entry, gy)
     left = left.to(gy.dtype)
     if rows.dims == 1:  # each product is one example's
-        return _repeated(entry, left.mT @ gy, entry.shape)
+        return repeated_term(entry, left.mT @ gy, entry.shape)
     where, parts = entry.layout, []
     for number, (a, b) in enumerate(zip(left, gy, strict=True)):
         own = Owners(where.of[number], where.n) if isinstance(where, Owners) else Layout(0, where.outer, where.inner)
@@ -248,7 +270,7 @@ def _grouped_mm(entry: Entry, gy: Tensor) -> Term | None:
 @add_operator("Convolution")
 def _convolution(entry: Entry, gy: Tensor) -> Term | None:
     if entry.slot == 2:
-        return _repeated(entry, gy, (1, *entry.shape, *(1 for _ in gy.shape[2:])))
+        return repeated_term(entry, gy, (1, *entry.shape, *(1 for _ in gy.shape[2:])))
     inputs = entry.saved("input")
     return None if inputs is None or entry.slot != 1 else _of_convolution(entry, inputs, gy)
 

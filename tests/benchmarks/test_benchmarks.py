@@ -129,11 +129,13 @@ def test_scaling_names_what_the_budget_leaves_out(tmp_path):
 
 
 @pytest.mark.usefixtures("threads_as_before")
-def test_routed(tmp_path, capsys):
+def test_routed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(routed, "COMPARED_AT_FIRST", 1)
     path = tmp_path / "figures.json"
     routed.main(["--rounds", "1", "--threads", "1", "--calls", "3", "5", "--out", str(path)])
     document = json.loads(path.read_text())
     assert set(document["steps"]) == set(routed.NETWORKS)
+    assert set(document["built_anew"]) == set(routed.BUILT_ANEW)
     assert [row["calls"] for row in document["first_step"]] == [3, 5]
     assert "a comparison with autograd's gradients" in capsys.readouterr().out
 

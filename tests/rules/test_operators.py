@@ -305,3 +305,40 @@ def test_common_operators_are_not_run_once_an_example():
     assert all(entry.ruled for entry in entries(model, random_losses(model(tensor(3, 5, 4)))))
     attention = engm.GradNormModule(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double())
     assert all(entry.ruled for entry in entries(attention, random_losses(attention(tensor(3, 5, 8)))))
+
+
+OF_ELEMENTS = {
+    "exponent": lambda h, x, p: h.sigmoid().pow(p),
+    "upper bound": lambda h, x, p: h.clamp(max=p),
+    "threshold": lambda h, x, p: torch.maximum(h, p),
+    "interpolation": lambda h, x, p: torch.lerp(h, x, p),
+    "slope": lambda h, x, p: F.prelu(h.movedim(-1, 1), p.expand(4).contiguous()).movedim(1, -1),
+    "mask token": lambda h, x, p: torch.where(x > 0, p, h),
+    "filled": lambda h, x, p: h.masked_fill(x > 0, p.sum()),
+    "scaled product": lambda h, x, p: torch.addcmul(h, p, x, value=2),
+    "angle": lambda h, x, p: torch.atan2(h, p),
+}
+
+
+@settings(max_examples=40)
+@given(n=sizes, steps=sizes, kept=st.booleans(), moved=st.booleans(), how=st.sampled_from(sorted(OF_ELEMENTS)))
+def test_operators_that_treat_elements_apart(n, steps, kept, moved, how):
+    """Broadcast along examples and steps, with the examples first or second, and in no regular order."""
+    inside = OF_ELEMENTS[how]
+    order = torch.randperm(n * steps, generator=torch.Generator().manual_seed(n))
+
+    def moving(h, x, p):
+        h, x = (t.flatten(0, 1)[order] for t in (h, x))
+        return inside(h, x, p)[order.argsort()].view(n, steps, 4)
+
+    net = Held(moving if moved else inside, (4,) if kept else (1,)).double()
+    x = tensor(n, steps, 4)
+    check(net, lambda m: random_losses(m(x)))
+    if not moved:
+        check(net, lambda m: random_losses(m(x.transpose(0, 1)).transpose(0, 1)))
+
+
+@pytest.mark.parametrize("how", sorted(OF_ELEMENTS))
+def test_they_are_run_once_for_all_examples(how, monkeypatch):
+    monkeypatch.setattr("engm.rules.any_operator.masked_gradients", None)
+    check(Held(OF_ELEMENTS[how], (4,)).double(), lambda m: random_losses(m(tensor(5, 3, 4))))

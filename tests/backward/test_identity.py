@@ -1,0 +1,120 @@
+"""The pass that gradients are compared with autograd's by is the step's own, where that needs no more of the graph."""
+
+import pytest
+import torch
+from oracle import per_example_gradients, random_losses, relative, tensor, trained
+from torch import nn
+
+import engm
+from engm.backward.collect import TermCollector
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def used_twice():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def of_other_parameters():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3))
+
+
+def coupled():
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def hooked():
+    net = plain()
+    net[0].weight.register_hook(lambda gradient: gradient)
+    return net
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The passes that collect terms."""
+    met, run = [], TermCollector.run
+
+    def counted(self, *args, **kwargs):
+        met.append(self)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(TermCollector, "run", counted)
+    return met
+
+
+def step(make, check_every, steps=3, **options):
+    """Gradients and statistics of the last of some steps, and its losses."""
+    torch.manual_seed(0)
+    net = make().double()
+    model = engm.GradNormModule(net, check_every=check_every, **options)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3)
+    for seed in range(steps):
+        opt.zero_grad()
+        losses = random_losses(model(tensor(6, 4, seed=seed)), seed)
+        stats = opt.backward(losses)
+    return [p.grad.clone() for p in net.parameters()], stats, losses
+
+
+@pytest.mark.parametrize(
+    ("make", "more"), [(plain, 0), (used_twice, 0), (of_other_parameters, 1), (hooked, 0), (coupled, 1)]
+)
+def test_same_step_with_and_without(make, more, passes):
+    wanted, stats, _ = step(make, 10**9)
+    passes.clear()
+    found, checked, losses = step(make, 1)
+    assert len(passes) == 3 * (1 + more)
+    assert torch.equal(stats.norms, checked.norms)
+    assert all(map(torch.equal, wanted, found))
+    with pytest.raises(RuntimeError, match="second time"):  # it has let go of the graph, as other steps do
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_norms_alone(loss_scale, passes):
+    net = plain().double()
+    model = engm.GradNormModule(net, check_every=1)
+    for seed in range(3):
+        losses = random_losses(model(tensor(6, 4, seed=seed)), seed)
+        truth = per_example_gradients(losses, trained(net))
+        norms = engm.per_example_grad_norms(model, losses, loss_scale=loss_scale)
+        assert relative(norms, truth.norms) < 1e-9
+        losses.sum().backward()  # the graph stays usable
+    assert len(passes) == 3
+
+
+def test_parameters_of_several_types():
+    net = plain().double()
+    net[0].float()
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net[2](self.net[1](self.net[0](x.float()).double()))
+
+    model = engm.GradNormModule(Mixed(), check_every=1)
+    losses = random_losses(model(tensor(6, 4)))
+    truth = per_example_gradients(losses, trained(net))
+    assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-6
+
+
+def test_under_the_callers_autocast():
+    """The step's own pass is not cast, so the one that stands for it is not either."""
+    found = []
+    for check_every in (1, 10**9):
+        torch.manual_seed(0)
+        net = plain()
+        model = engm.GradNormModule(net, check_every=check_every)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3)
+        for seed in range(2):
+            opt.zero_grad()
+            losses = random_losses(model(tensor(6, 4, seed=seed).float()), seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                stats = opt.backward(losses)
+        found.append([stats.norms, *(p.grad.clone() for p in net.parameters())])
+    assert all(map(torch.equal, *found))
