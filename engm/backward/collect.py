@@ -346,7 +346,7 @@ class TermCollector:
 
     def _take(self, entry: PlannedEntry, term: Term) -> None:
         """Add the term of a shared tensor to those of the parameters that it was computed from."""
-        if self.graph.trace.enters_as_leaf(entry.position, entry.slot, entry.transposed):
+        if self.graph.trace.enters_as_leaf(entry.position, entry.slot, entry.turns):
             for source in entry.sources:
                 self._add(source.parameter, None, term)
             return

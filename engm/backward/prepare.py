@@ -59,12 +59,13 @@ def planned_losses(
     skeleton = skeleton_of(traced, n)
     signature = signature_of(traced, skeleton)
     group = traced.group
+    known = model.skeletons.restless(skeleton)
     with unrecorded():
         old = model.plans.find(signature, traced)
 
     def measured() -> Plan:
         with unrecorded():
-            plan = make_plan(model, traced, losses, scale.factor)
+            plan = make_plan(model, traced, losses, scale.factor, known is not None and known.cancels)
         model.skeletons.measured(skeleton, plan)
         if plan.keeps:
             model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
@@ -74,7 +75,7 @@ def planned_losses(
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         model.skeletons.held(skeleton)
         graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
-    elif (known := model.skeletons.restless(skeleton)) is not None and may_be_told(known, traced, n):
+    elif known is not None and may_be_told(known, traced, n):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
         graph = PlannedGraph(traced, told, n, model.plans, measured, False, model.watch.steps)

@@ -99,6 +99,7 @@ class Call:
         input_nodes: the nodes that made its inputs.
         input_storages: addresses of the memory of its inputs that no node made.
         input_is_index: whether these hold integers.
+        input_sizes: how many numbers each of them holds; there only if there are some.
         producer: the call whose output was this call's input, if any; noted where the call couples.
         slot: which input of the node this call's input is; noted where the call couples.
         reads: whether the rule needs the activations again.
@@ -117,6 +118,7 @@ class Call:
     input_nodes: tuple[Node, ...]
     input_storages: frozenset[int]
     input_is_index: bool
+    input_sizes: frozenset[int]
     producer: Call | None
     slot: int
     reads: bool
@@ -126,8 +128,8 @@ class Call:
     # There are many calls, and they live for a step.
     __slots__ = (
         *("capture", "name", "module", "rule", "parameters", "couples", "saved", "shape", "batch", "output_nr"),
-        *("input_nodes", "input_storages", "input_is_index", "producer", "slot", "reads", "_activations", "_versions"),
-        "__weakref__",
+        *("input_nodes", "input_storages", "input_is_index", "input_sizes", "producer", "slot", "reads"),
+        *("_activations", "_versions", "__weakref__"),
     )
 
     def __init__(
@@ -162,6 +164,7 @@ class Call:
         """Note the inputs that no node made, if there are any."""
         self.input_storages = frozenset(map(address_of, given))
         self.input_is_index = not any(t.is_floating_point() or t.is_complex() for t in given)
+        self.input_sizes = frozenset([t.numel() for t in given])
 
     # -- for the backward pass --------------------------------------------------------------------------------
 
@@ -304,6 +307,7 @@ class Capture:
         input_shape: shape of the first tensor that the network was called with; empty without one, or if sequences
             were packed.
         input_storages: addresses of the memory of all tensors that it was called with.
+        input_shapes: their shapes.
     """
 
     def __init__(self, owner: Wrapper) -> None:
@@ -313,6 +317,7 @@ class Capture:
         self.ranks: Ranks | None = None
         self.input_shape: tuple[int, ...] = ()
         self.input_storages: frozenset[int] = frozenset()
+        self.input_shapes: tuple[tuple[int, ...], ...] = ()
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
@@ -323,6 +328,7 @@ class Capture:
         tensors = [part for part in parts if isinstance(part, Tensor)]
         self.input_shape = tuple(tensors[0].shape) if tensors and not packed else ()
         self.input_storages = frozenset(map(address_of, tensors))
+        self.input_shapes = tuple([tuple(tensor.shape) for tensor in tensors])
 
     def mark(self, outputs: Any) -> None:
         """Note in the graph behind ``outputs`` (any nest of tensors) that this was a captured forward pass."""

@@ -7,13 +7,14 @@ scaled pass a digit tell the owner of every row, and no weight gradient is compu
 its plain self belongs to several examples. So does one that comes out as it was, as behind a function that hands on the
 signs of its gradients: no example has the factor 1. A row without a gradient belongs to nobody.
 
-Numbers are drawn, since powers that double from example to example add up to others: a row ``v`` of one example and
-``v / 2`` of the next but one comes out as ``3/2 v`` of the example in between would.
-
 Rows are told apart by two random projections of them, so that nothing of the size of a gradient is kept between the
 passes. What looks like a row of several is asked again, element by element, with masks of 0 and 1 in place of the
-powers, which neither underflow nor rounding can fool. The masks are the bits of ``i + 1``, of which there are so many
-that every example is left out by one of them and kept by another.
+powers, which neither underflow nor rounding can fool. The masks are the bits of the examples' numbers, of which there
+are so many that every example is left out by one of them and kept by another.
+
+Numbers are drawn, since shares that are as regular as numbers could add up to what one example alone makes. With
+numbers in order a row ``v`` of one example and ``v / 2`` of the next but one comes out as ``3/2 v`` of the example in
+between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for none.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ if TYPE_CHECKING:
 
 BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
+DROWNED = -4  # the owner of a row that may be an example's, but for what rounding left of the shares of others
 
 BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 times any gradient there may be
 # Of a row, as a share of its projections. The passes agree to the last bit, but where torch has no kernel that adds up
 # in the same order at every run.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
+ROUNDINGS = 64  # errors that may be left where shares of others cancel, in rounding errors of a tensor's largest row
 
 # Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
 # for nothing.
@@ -96,6 +99,11 @@ def _factors(digits: Tensor) -> Tensor:
     return torch.exp2(digits.double() + 1)
 
 
+def _drawn_factors(n: int) -> Tensor:
+    """A small power of two for each of ``n`` examples."""
+    return torch.exp2(torch.randint(4, (n,), generator=torch.Generator().manual_seed(n), device="cpu").double())
+
+
 class Numbers:
     """The numbers by whose digits examples are told apart.
 
@@ -110,15 +118,13 @@ class Numbers:
     """
 
     def __init__(self, most: int, masked: bool) -> None:
-        self.base = 2 if masked else BASE
+        self.base, left_out = 2 if masked else BASE, int(masked and most > 1)
         self.places: list[int] = []
-        while (last := self.base ** len(self.places)) < most + 2 * (masked and most > 1):
+        while (last := self.base ** len(self.places)) < most + 2 * left_out:
             self.places.append(last)
-        if masked and most > 1:
-            self.of = torch.arange(1, most + 1, device="cpu")
-        else:
-            generator = torch.Generator().manual_seed(most)
-            self.of = torch.randperm(min(last, 2 * most), generator=generator, device="cpu")[:most]
+        generator = torch.Generator().manual_seed(most)
+        drawn = torch.randperm(min(last - 2 * left_out, 2 * most), generator=generator, device="cpu")
+        self.of = left_out + drawn[:most]
         self._examples = torch.full((last,), most, device="cpu")
         self._examples[self.of] = torch.arange(most, device="cpu")
 
@@ -142,6 +148,11 @@ class Owned:
 
     Args:
         plain: by tensor, the print of its plain gradient; all of one type.
+        cancelling: there is one tensor, in which shares of others may have cancelled, but for rounding. A row that
+            differs by what cannot be rounding, beside the largest row of all, is of several, however little that be.
+            One that differs by less is its owner's, if that is little beside the owner's largest row, or else nobody's,
+            if the row itself is little beside the largest row of every example. If it is not, some example drowns in
+            rounding.
 
     Attributes:
         plain: the prints of the plain gradients.
@@ -149,16 +160,21 @@ class Owned:
         largest: the largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros.
         of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
+        differs: ``[rows]``, by how much a row differed from its plain self, times what the owner's loss was multiplied
+            by; kept where shares may have cancelled.
     """
 
-    def __init__(self, plain: Mapping[Any, Print]) -> None:
+    def __init__(self, plain: Mapping[Any, Print], cancelling: bool = False) -> None:
         self.plain = plain
         self.marks = _one_behind_the_other([seen.marks for seen in plain.values()])
         self.largest = self.marks.abs().amax(1)
         self.of = torch.zeros_like(self.largest, dtype=torch.long)
         self.several = torch.zeros_like(self.largest, dtype=torch.bool)
+        self.differs = torch.zeros_like(self.largest) if cancelling else None
+        dtype = _real(next(iter(plain.values())).dtype)
         # By how much a row may differ, as a share of its marks.
-        self.tolerance = TOLERANCE.get(_real(next(iter(plain.values())).dtype), NARROW_TOLERANCE)
+        self.tolerance = TOLERANCE.get(dtype, NARROW_TOLERANCE)
+        self._eps = torch.finfo(dtype).eps
 
     def add_digit(self, scaled: Mapping[Any, Print], place: int) -> None:
         """Read a digit of the owners from the gradients of losses that were scaled by powers of two."""
@@ -184,17 +200,46 @@ class Owned:
         marks = _one_behind_the_other(found)
         return marks, marks.abs().amax(1)
 
+    def confirm(self, scaled: Mapping[Any, Print], factors: Tensor, numbers: Numbers) -> None:
+        """Compare with the gradients of losses that were multiplied by these factors, given the digits."""
+        of = numbers.examples(self.of)
+        own = torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1)
+        marks, _ = self._seen(scaled)
+        self._compare(marks, own.to(marks))
+
     def _compare(self, marks: Tensor, factor: Tensor) -> None:
-        allowed = self.tolerance * self.largest * factor.clamp_min(1)
-        agrees = (marks - factor.unsqueeze(1) * self.marks).abs() <= allowed.unsqueeze(1)
-        self.several |= ~agrees.all(1)
+        times = factor.clamp_min(1)
+        differs = (marks - factor.unsqueeze(1) * self.marks).abs().amax(1)
+        if self.differs is not None:
+            self.differs = torch.maximum(self.differs, differs / times)
+        else:
+            self.several |= ~(differs <= self.tolerance * self.largest * times)
 
     def owners(self, numbers: Numbers, n: int) -> Tensor:
-        """``[rows]``, which of ``n`` examples, :data:`NOBODY`, :data:`SEVERAL` or :data:`BLIND`."""
+        """``[rows]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
         of = numbers.examples(self.of)
-        found = torch.where(self.several | (of >= n), SEVERAL, of)
-        found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
+        if self.differs is not None and len(of):
+            found = self._cancelled(self.differs, of, n)
+        else:
+            found = torch.where(self.several | (of >= n), SEVERAL, of)
+            found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
         return torch.where(self.largest.isfinite(), found, BLIND)
+
+    def _cancelled(self, differs: Tensor, of: Tensor, n: int) -> Tensor:
+        """The owners where shares of others may have cancelled, given the owners if there are any."""
+        largest, tolerance, rounding = self.largest, self.tolerance, self._rounding()
+        clean = differs <= torch.minimum(tolerance * largest, rounding)
+        own = torch.where(clean & (largest > 0), of, n).clamp_max(n)
+        of_examples = largest.new_zeros(n + 1).scatter_reduce(0, own, largest, "amax")[:n]
+        of_owners = torch.cat([of_examples, largest.new_zeros(1)])[of.clamp_max(n)]
+        owned = (of < n) & (clean | (differs <= tolerance * of_owners))
+        nobodys = torch.where(largest <= tolerance * of_examples.amin(), NOBODY, DROWNED)
+        return torch.where(differs <= rounding, torch.where(owned, of, nobodys), SEVERAL)
+
+    def _rounding(self) -> Tensor:
+        """How much rounding may leave of shares that cancel in a sum of all rows, 0-dimensional."""
+        errors = ROUNDINGS * max(1, len(self.largest) ** 0.5 / 8)
+        return errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
 
 
 def _one_behind_the_other(marks: list[Tensor]) -> Tensor:
@@ -236,6 +281,7 @@ class Question:
         tensors: by number of a further tensor that was asked about, the owners of its rows.
         blind: by tensor, which rows were not finite, so that their owners are not known: they count as nobody's here.
         calls: by number of a call whose gradients a collector alone gets to see, the owners in each of its outputs.
+        drowned: whether rounding is too large beside some example's rows; such rows count as nobody's here.
         edges: by node (position) and input (slot), of the edges that were asked about and by which some rows got no
             gradient, the owners of the rows of the gradient that goes there.
     """
@@ -257,6 +303,7 @@ class Question:
         self.calls: dict[int, list[Tensor]] = {}
         self.tensors: dict[int, Tensor] = {}
         self.blind: dict[Any, Tensor] = {}
+        self.drowned = False
         self.edges: dict[Key, Tensor] = {}
         self._tensors: Sequence[Tensor] = ()
         self._edges: Mapping[int, Collection[int]] = {}
@@ -271,6 +318,7 @@ class Question:
         by_element: bool = False,
         tensors: Sequence[Tensor] = (),
         edges: Mapping[int, Collection[int]] | None = None,
+        cancelling: bool = False,
     ) -> None:
         """Find the owners of the outputs of these nodes, and of all calls.
 
@@ -279,13 +327,17 @@ class Question:
             by_element: tell every element apart, by masks of 0 and 1.
             tensors: others to find the owners of.
             edges: by position of a node, the inputs (slots) by which to look at the gradients that it passes on.
+            cancelling: ask by masks, which leave rounding as it is, where shares of others may cancel, and a last
+                time by factors that are drawn, since shares of many could cancel under all masks.
         """
         self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
         self._edges = edges or {}
         # In float16 a power of two might not fit into a gradient.
-        masked = by_element or torch.float16 in self.traced.dtypes
+        masked = by_element or cancelling or torch.float16 in self.traced.dtypes
         numbers = numbers_of(self.most, masked)
-        groups = [Owned(group) for group in _together(self._pass(torch.ones_like(self.losses)))]
+        plain = self._pass(torch.ones_like(self.losses))
+        alike = [{key: seen} for key, seen in plain.items()] if cancelling else _together(plain)
+        groups = [Owned(group, cancelling) for group in alike]
         for place in numbers.places:
             digits = numbers.digits(place, self.n, self.losses.device)
             seen = self._pass((digits if masked else _factors(digits)).to(self.losses))
@@ -294,6 +346,11 @@ class Question:
                     group.add_bit(seen, place)
                 else:
                     group.add_digit(seen, place)
+        if cancelling:
+            factors = _drawn_factors(self.n).to(self.losses)
+            seen = self._pass(factors)
+            for group in groups:
+                group.confirm(seen, factors, numbers)
         calls: dict[int, list[Tensor]] = {}
         for key, owners in self._on_cpu(groups, numbers).items():
             if key[0] == "tensor":
@@ -315,6 +372,9 @@ class Question:
         if not groups:
             return {}
         flat = torch.cat([group.owners(numbers, self.n) for group in groups]).cpu()
+        drowned = flat == DROWNED
+        self.drowned |= bool(drowned.any())
+        flat = torch.where(drowned, NOBODY, flat)
         blind = flat == BLIND
         some_blind = bool(blind.any())
         flat = torch.where(blind, NOBODY, flat) if some_blind else flat

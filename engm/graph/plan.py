@@ -52,7 +52,7 @@ class PlannedEntry:
         shape: of the entering tensor.
         layout: where the examples lie in the node's first output.
         others: where they lie in the node's further outputs; None for one without a gradient.
-        transposed: the entering tensor is the input of a transposition in between.
+        turns: how many transpositions in a row are in between; the entering tensor is the input of the last.
         sources: the parameters behind it.
         ruled: whether its operator has a rule; if not, the operator's own backward is run again.
     """
@@ -62,7 +62,7 @@ class PlannedEntry:
     shape: tuple[int, ...]
     layout: Ownership
     others: tuple[Ownership | None, ...]
-    transposed: bool
+    turns: int
     sources: tuple[Source, ...]
     ruled: bool = True
 
@@ -76,7 +76,7 @@ class PlannedEntry:
     def at(self, traced: Trace, n: int) -> Entry:
         """The entry in a graph of the same structure."""
         node = traced.order[self.position]
-        return Entry(node, self.slot, self.shape, self.layout, n, self.transposed, self.others)
+        return Entry(node, self.slot, self.shape, self.layout, n, self.turns, self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +175,7 @@ class Plan:
         couples: whether statistics of a batch norm are taken for constants.
         of_all_ranks: whether some batch norm takes its statistics from the batches of several processes.
         coupled: whether other examples influence a loss otherwise than by such statistics.
+        cancels: whether shares of other examples cancel in some rows, but for rounding.
         routes: what must have the same values for the plan to hold.
         keeps: whether the plan may hold for another graph at all.
         blind: whether some gradient was not finite when the plan was made.
@@ -197,6 +198,7 @@ class Plan:
     couples: bool = False
     of_all_ranks: bool = False
     coupled: bool = False
+    cancels: bool = False
     routes: tuple[Route, ...] = ()
     keeps: bool = True
     blind: bool = False
@@ -307,7 +309,7 @@ class PlannedGraph:
     def terms_stand_alone(self) -> bool:
         """Whether terms, once they are formed, need the graph no more: what enters is the parameters themselves."""
         return all(
-            self.trace.enters_as_leaf(entry.position, entry.slot, entry.transposed) and not entry.waits(self.trace)
+            self.trace.enters_as_leaf(entry.position, entry.slot, entry.turns) and not entry.waits(self.trace)
             for entry in self.plan.entries
         )
 

@@ -7,11 +7,17 @@ parameter, outside of what a captured call accounts for, that *enters*: there it
 pulled back to the parameters behind. Every path from the losses to a parameter crosses this border once, so the sum
 over all entries and calls is the gradient, whatever lies below. If the examples' own data lie below, they influence
 each other: the batch is *coupled* there.
+
+They do not if all that comes out below of a node that several have a share in are rows of one example each again: a row
+of padding that many read may end in a constant, and what sums have in common may cancel in their difference. So before
+a batch counts as coupled, it is looked *behind* the shared nodes for such rows. What is behind is owned again; a shared
+node is then no more than a place that gradients pass through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +51,7 @@ from .structure import Structure
 from .trace import Trace
 
 
-def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) -> Plan:
+def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, cancels: bool = False) -> Plan:
     """The plan of a graph.
 
     Args:
@@ -53,6 +59,7 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) 
         traced: the graph.
         losses: ``[n]``.
         seed: what losses are multiplied by in backward passes (a loss scale for float16).
+        cancels: shares of other examples cancelled in graphs of the same skeleton, so look there at once.
 
     Raises:
         RuntimeError: the examples influence each other and the model refuses that, or a parameter is used where its
@@ -61,7 +68,9 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0) 
     refuse_hidden_layers(traced)
     check_parameters(traced)
     refuse_hidden_passes(traced, losses, seed)
-    return _Planner(model, traced, losses, seed).plan()
+    planner = _Planner(model, traced, losses, seed)
+    found = planner.plan_behind() if cancels else None
+    return planner.plan() if found is None else found
 
 
 class _Planner:
@@ -79,10 +88,41 @@ class _Planner:
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
         self.edges: dict[Key, Tensor] = {}
+        self.behind = False  # whether rows behind shared nodes may be owned
+        self.by_element = True  # whether rows that look like rows of several are asked again
+        self.drowned = False  # whether rounding is too large for some example to tell its rows there
         self._on_device = OwnersOnDevice(losses.device)
         self.about = Arrangements(self.n)
 
     def plan(self) -> Plan:
+        """The plan, from the front."""
+        self._settle()
+        self._refuse_regions()
+        found = self.plan_behind(self) if self._may_look_behind() and self._couples() else None
+        return self._planned() if found is None else found
+
+    def plan_behind(self, front: _Planner | None = None) -> Plan | None:
+        """The plan if the examples' data lie behind shared nodes in rows of one example each, else None.
+
+        Args:
+            front: knows how it looks from the front.
+        """
+        for by_element in (False, True):  # the examples may lie along the last dimension
+            behind = _Planner(self.model, self.traced, self.losses, self.seed)
+            behind.behind, behind.by_element = True, by_element
+            with suppress(RefusedError):  # what is refused otherwise is told as it looks from the front
+                behind._settle()
+                behind._refuse_regions()
+                if behind._couples():
+                    continue
+                if not (behind.drowned or behind._meets_again()):
+                    cancels = front is None or not behind._apart().isdisjoint(front._mixed())
+                    return replace(behind._planned(), cancels=cancels)
+                return None if front is None else replace(front._planned(exact=True), keeps=False)
+        return None
+
+    def _settle(self) -> None:
+        """Measure, until every call accounts for its parameters or is set aside."""
         while True:
             self.structure = Structure(self.traced, self.aside)
             self.couplings = self._couplings()
@@ -97,8 +137,6 @@ class _Planner:
                 break
             self.aside ^= more
             self.settled |= more
-        self._refuse_regions()
-        return self._planned()
 
     # -- measuring ---------------------------------------------------------------------------------------------
 
@@ -109,12 +147,12 @@ class _Planner:
             self.nodes, self.calls = self._of_one(positions)
             return
         question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
-        question.ask(positions, edges=self._meeting(positions))
+        question.ask(positions, edges=self._meeting(positions), cancelling=self.behind)
         suspects = self._suspects(question.nodes)
-        if on_any(self.group, bool(suspects), self.losses.device):
-            question.ask(suspects, by_element=True)
+        if self.by_element and on_any(self.group, bool(suspects), self.losses.device):
+            question.ask(suspects, by_element=True, cancelling=self.behind)
         self.nodes, self.calls, self.blind = question.nodes, question.calls, question.blind
-        self.edges = question.edges
+        self.edges, self.drowned = question.edges, question.drowned
 
     def _meeting(self, positions: Collection[int]) -> dict[int, list[int]]:
         """The inputs (slots), by node, of the edges that end where others end too, where zeros may part them."""
@@ -294,14 +332,52 @@ class _Planner:
         A factor of zero, as in ``losses + 0 * unused.sum()``, lets no gradient pass: what is behind it is shared by
         nobody for now, and is watched.
         """
+        mixed = self._mixed()
+        mixed |= {position for position, pure in enumerate(self.structure.pure) if pure}
+        for position in self.through:  # what is normalised by its own statistics
+            mixed |= {c for c in self.traced.children[position] if c is not None and c >= 0}
+        return self.structure.below(mixed, self.spoken - (self._apart() - mixed))
+
+    def _mixed(self) -> set[int]:
+        """Positions of nodes that made a row of several examples."""
         mixed = {position for (position, _), owners in self.nodes.items() if self.about.present(owners).several}
         for number, parts in self.calls.items():
             if any(self.about.present(owners).several for owners in parts) and number not in self.aside:
                 mixed.add(self.traced.positions[self.traced.nodes[number]])
-        mixed |= {position for position, pure in enumerate(self.structure.pure) if pure}
-        for position in self.through:  # what is normalised by its own statistics
-            mixed |= {c for c in self.traced.children[position] if c is not None and c >= 0}
-        return self.structure.below(mixed, self.spoken)
+        return mixed
+
+    # -- what is behind it ---------------------------------------------------------------------------------------
+
+    def _may_look_behind(self) -> bool:
+        """Whether rounding is small enough to tell what cancels from what does not, and one process tells."""
+        narrow = {torch.float16, torch.bfloat16} & set(self.traced.dtypes)
+        return self.n > 1 and self.group is None and not narrow
+
+    def _couples(self) -> bool:
+        """Whether the examples' data lie behind what enters."""
+        apart, behind = self._calls_apart(), (self._child(*edge) for edge in self.border)
+        read = (self.structure.reads_data(c, self.model, self.n, apart, self.shared) for c in behind if c >= 0)
+        return any(number is not None for number in read)
+
+    def _apart(self) -> set[int]:
+        """Positions of the nodes whose rows are of one example each, so that they are owned wherever they lie."""
+        if not self.behind:
+            return set()
+        return {position for position, _ in self.nodes} & self.spoken - self._mixed()
+
+    def _meets_again(self) -> bool:
+        """Whether some parameter behind a shared tensor is behind owned rows behind it too, for which others account.
+
+        What is pulled back to the parameter would count these twice.
+        """
+        for child in {self._child(*edge) for edge in self.border}:
+            inside = self.structure.below([child] if child >= 0 else [], self.shared)
+            ends = {end for position in inside for end in self.traced.children[position] if end in self.spoken}
+            entering = {source.parameter for source in self.structure.sources(child, self.shared)}
+            again = (s for end in ends - self.shared for s in self.structure.sources(end, self.spoken))
+            if any(source.parameter in entering for source in again):
+                return True
+        return False
 
     def _arrange_calls(self) -> dict[int, Arrangement | None]:
         """Where the examples lie in the calls that account for their parameters; None where no gradient came."""
@@ -364,7 +440,7 @@ class _Planner:
                 found.add(number)
         for position, slot in self.border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
-            if self.structure.covered(position, slot, self.spoken) is None or (
+            if self.structure.covered(position, slot, self.shared) is None or (
                 around and position in self.structure.inner
             ):
                 found |= set(around)
@@ -381,7 +457,7 @@ class _Planner:
             source.parameter
             for position, slot in self.border
             if is_compiled_region(self.traced.order[position])
-            for source in self.structure.sources(self._child(position, slot), self.spoken)
+            for source in self.structure.sources(self._child(position, slot), self.shared)
         }
 
     def _is_part(self, number: int, ownership: Ownership) -> bool:
@@ -398,7 +474,7 @@ class _Planner:
     def _border(self) -> list[tuple[int, int]]:
         """``(position, slot)`` of the edges by which something enters that no call accounts for."""
         found = []
-        reached = self.structure.training(self.spoken)
+        reached = self.structure.training(self.shared)
         for position, children in enumerate(self.traced.children):
             if position in self.shared or position in self.silent:
                 continue
@@ -406,7 +482,7 @@ class _Planner:
                 if child is None or not (reached[child] if child >= 0 else self.structure.trained_behind(child)):
                     continue
                 if (child < 0 or child in self.shared) and self.structure.covered(
-                    position, slot, self.spoken
+                    position, slot, self.shared
                 ) is not True:
                     found.append((position, slot))
         return found
@@ -426,14 +502,20 @@ class _Planner:
 
     # -- the plan ----------------------------------------------------------------------------------------------
 
-    def _planned(self) -> Plan:
+    def _planned(self, exact: bool = False) -> Plan:
+        """The plan.
+
+        Args:
+            exact: take the gradients of all losses through what looks like a coupling, whatever the model says.
+        """
         entries, unknown_of_nodes = [], {}
         coupled, apart = False, self._calls_apart()
         for position, slot in self.border:
             child = self._child(position, slot)
-            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart, self.spoken)
+            reading = None if child < 0 else self.structure.reads_data(child, self.model, self.n, apart, self.shared)
             if reading is not None:
-                self._refuse_coupling(reading, position)
+                if not exact:
+                    self._refuse_coupling(reading, position)
                 coupled = True
             entry, unknown = self._entry(position, slot)
             entries.append(entry)
@@ -459,6 +541,7 @@ class _Planner:
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         keeps = (
             keeps
+            and not self.behind
             and watchable
             and not self.traced.hooked
             and not self.blind
@@ -576,19 +659,18 @@ class _Planner:
         first = found[0]
         others = tuple(None if a is None else self._on_device(a.ownership) for a in found[1:])
         child, number = node.next_functions[slot]
-        behind = self._child(position, slot)
-        transposed = operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T"
-        if transposed:
+        behind, turns = self._child(position, slot), 0
+        while operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T":
             child, number = child.next_functions[0]
-            behind = self._child(behind, 0)
+            behind, turns = self._child(behind, 0), turns + 1
         entry = PlannedEntry(
             position,
             slot,
             entering_shape(child, number),
             PLAIN if first is None else self._on_device(first.ownership),
             others,
-            transposed,
-            tuple(self.structure.sources(behind, self.spoken)),
+            turns,
+            tuple(self.structure.sources(behind, self.shared)),
         )
         ruled = has_rule(entry.at(traced, self.n))
         return replace(entry, ruled=ruled), None if first is None else first.unknown
@@ -623,9 +705,9 @@ class _Planner:
             "batch statistic outside nn.BatchNorm or over a part of the batch, losses of pairs, a gradient clipped by "
             "its norm over the batch in a hook or a torch.autograd.Function). Replace it, or wrap with "
             "GradNormModule(net, coupled='exact'), which takes the gradients of all losses through it: right, and as "
-            "slow as one backpropagation an example from there on. What cancels in the gradient, as the maximum over "
-            "the batch in a softmax does, can be detached. Rows that are no example's but shared by all, as prompts or "
-            "class names, count for the examples' if there are n, or a multiple: make them a buffer of the network."
+            "slow as one backpropagation an example from there on. Rows that are no example's but shared by all, as "
+            "prompts or class names, count for the examples' if there are n, or a multiple: make them a buffer of the "
+            "network."
         )
 
     def _refuse_regions(self) -> None:

@@ -33,7 +33,8 @@ def may_be_told(plan: Plan, traced: Trace, n: int) -> bool:
     if traced.hooked and traced.owner is not None and traced.owner.coupled == "exact":
         return False  # what hooks couple has to be known before the gradients are compared with autograd's
     unusual = any(isinstance(layout, Owners) and layout.dims == 0 for layout in plan.layouts)
-    return not (plan.couples or plan.through or plan.coupled or plan.blind or unusual)
+    # What rounding leaves where shares cancel would be multiplied by the powers of other examples.
+    return not (plan.couples or plan.through or plan.coupled or plan.cancels or plan.blind or unusual)
 
 
 def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> Plan:
@@ -69,7 +70,7 @@ def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> 
 def _shape_now(traced: Trace, entry: PlannedEntry) -> tuple[int, ...]:
     """The shape of what enters, which may hang on the data."""
     child, number = traced.order[entry.position].next_functions[entry.slot]
-    if entry.transposed:
+    for _ in range(entry.turns):
         child, number = child.next_functions[0]
     return entering_shape(child, number)
 

@@ -57,6 +57,16 @@ ELEMENTWISE = names_of(
     """
 )
 
+# So do their backward passes, which are operators where the loss is made of gradients.
+ELEMENTWISE |= names_of(
+    """
+    BinaryCrossEntropyBackward EluBackward GeluBackward HardshrinkBackward HardswishBackward HardtanhBackward
+    HuberLossBackward LeakyReluBackward LogSigmoidBackward MseLossBackward PreluKernelBackward RreluWithNoiseBackward
+    SigmoidBackward SmoothL1LossBackward SoftMarginLossBackward SoftplusBackward SoftshrinkBackward TanhBackward
+    ThresholdBackward
+    """
+)
+
 # Operators that combine elements of a row, or rows of an operand's dimension with each other, whatever else they do.
 COMBINING = names_of(
     """
@@ -129,7 +139,8 @@ SPLITTING = BY_ELEMENT | names_of(
 # Operators that combine what lies along the dimension that they are told.
 ALONG = names_of(
     """
-    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C LinalgCross LogSoftmax Logcumsumexp Softmax Unfold
+    Cummax Cummin Cumprod Cumsum FftC2C FftC2R FftR2C GluBackward LinalgCross LogSoftmax LogSoftmaxBackwardData
+    Logcumsumexp Softmax SoftmaxBackwardData Unfold
     """
 )
 
@@ -393,7 +404,7 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         dims = dim if isinstance(dim, tuple | list) else (dim,)
         rank = next(len(entering_shape(*edge)) for edge in node.next_functions if edge[0] is not None)
         return any(_dimension(d, rank) in differs for d in dims)
-    if name in ("NativeLayerNorm", "FusedRmsNorm"):
+    if name in ("NativeLayerNorm", "NativeLayerNormBackward", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
         return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cached_property
+from math import prod
 
 from torch import nn
 
-from ..capture.calls import Wrapper
+from ..capture.calls import Call, Wrapper
 from ..rules.same_tensor import REARRANGING
 from ..torch_internals import address_of, is_compiled_region, is_python_function, operator_name
 from .plan import Source
@@ -229,9 +230,9 @@ class Structure:
         """The call nearest to the losses by which what is behind an input of a node reads the examples.
 
         What is computed from parameters, buffers and indices of the network's own reads none. Nor does a call whose
-        rows cannot be the examples by their number, unless it is one of those (``apart``) of which some rows are of one
-        example alone. Only what is ``within`` some nodes counts. Returns the number of the call, -1 for an input that
-        requires a gradient, None if nothing of the kind is there.
+        rows cannot be the examples (:meth:`_may_be_examples`), unless it is one of those (``apart``) of which some rows
+        are of one example alone. Only what is ``within`` some nodes counts. Returns the number of the call, -1 for an
+        input that requires a gradient, None if nothing of the kind is there.
         """
         if child < 0:
             return None if isinstance(self._leaves[-2 - child], nn.Parameter) else -1
@@ -240,7 +241,9 @@ class Structure:
         reading = [
             k
             for k in numbers
-            if (k in apart or self.traced.calls[k].batch % n == 0) and self._call_reads_data(k, owner)
+            if self.traced.calls[k].input_storages
+            and (k in apart or self._may_be_examples(self.traced.calls[k], n))
+            and self._call_reads_data(k, owner)
         ]
         if reading:
             # The nearest call that reads them is the first on the way; it may read what others computed.
@@ -254,13 +257,23 @@ class Structure:
         below = self.below([self.traced.positions[self.traced.nodes[number]]])
         return any(self.traced.positions[self.traced.nodes[k]] in below for k in reading)
 
+    @staticmethod
+    def _may_be_examples(call: Call, n: int) -> bool:
+        """Whether the rows of a call with inputs that no gradient goes to may be those of the examples.
+
+        They may if there are as many, or a multiple. What the network made itself has to be as many rows, or as many
+        numbers, as something that it was given, since it may be the places of a grid.
+        """
+        given = call.capture
+        if call.batch % n or call.input_storages & given.input_storages or not given.input_shapes:
+            return call.batch % n == 0
+        return any(shape[:1] == (call.batch,) or prod(shape) in call.input_sizes for shape in given.input_shapes)
+
     def _call_reads_data(self, number: int, owner: Wrapper) -> bool:
-        """Whether an input of a call that no gradient goes to is about the examples."""
+        """Whether the inputs of a call that no gradient goes to, of which there are some, are about the examples."""
         call = self.traced.calls[number]
         if call.input_storages & call.capture.input_storages:
             return True
-        if not call.input_storages:
-            return False
         own = {address_of(tensor) for tensor in owner.buffers()} | {address_of(p) for _, p in self.traced.trained}
         return not (call.input_is_index or call.input_storages <= own)
 

@@ -148,11 +148,12 @@ class Trace:
         """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
         return self.calls[number].rule.whole_call or self.nodes[number] in self.tokens
 
-    def enters_as_leaf(self, position: int, slot: int, transposed: bool) -> bool:
-        """Whether an input of a node is a leaf, or with ``transposed`` the transpose of one."""
+    def enters_as_leaf(self, position: int, slot: int, turns: int) -> bool:
+        """Whether an input of a node is a leaf, or what so many transpositions in a row make of one."""
         child = self.children[position][slot]
-        if transposed and child is not None and child >= 0:
-            child = self.children[child][0]
+        for _ in range(turns):
+            if child is not None and child >= 0:
+                child = self.children[child][0]
         return child is not None and child < 0
 
     def deepest(self, positions: Collection[int]) -> list[int]:

@@ -43,7 +43,7 @@ class Entry:
         shape: of the tensor.
         layout: where the examples lie in the node's first output.
         n: number of examples.
-        transposed: whether the node's input is the transpose of the tensor (for matrix products).
+        turns: how many nodes in a row, between the tensor and the node's input, transpose it (for matrix products).
         others: where the examples lie in the node's further outputs, None for one that no gradient arrives at; without
             any, the examples lie in all outputs as they do in the first.
     """
@@ -53,14 +53,21 @@ class Entry:
     shape: tuple[int, ...]
     layout: Ownership
     n: int
-    transposed: bool = False
+    turns: int = 0
     others: tuple[Ownership | None, ...] = ()
 
     @property
     def child(self) -> tuple[Any, int]:
-        """The edge to the tensor that enters, behind the node that transposes it if there is one."""
+        """The edge to the tensor that enters, behind the nodes that transpose it if there are any."""
         edge = self.node.next_functions[self.slot]
-        return edge[0].next_functions[0] if self.transposed else edge
+        for _ in range(self.turns):
+            edge = edge[0].next_functions[0]
+        return edge
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the node's input is the transpose of the tensor."""
+        return self.turns % 2 == 1
 
     def saved(self, name: str) -> Any:
         """What the node saved under ``name`` (tensors detached), or None."""

@@ -271,10 +271,26 @@ def _grouped_mm(entry: Entry, gy: Tensor) -> Term | None:
 def _convolution(entry: Entry, gy: Tensor) -> Term | None:
     if entry.slot == 2:
         return repeated_term(entry, gy, (1, *entry.shape, *(1 for _ in gy.shape[2:])))
-    inputs, rows = entry.saved("input"), entry.rows(most=1)
-    if inputs is None or rows is None or entry.slot != 1:
+    inputs = entry.saved("input")
+    return None if inputs is None or entry.slot != 1 else _of_convolution(entry, inputs, gy)
+
+
+@add_operator("ConvolutionBackward")
+def _convolution_backward(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of a weight by which gradients of a convolution's output became those of its input, the first output.
+
+    That is linear in the weight, and made of the same products: those of ``gy``, with the size of the input, and the
+    gradients of the output.
+    """
+    outputs = entry.saved("grad_output")
+    return None if outputs is None or entry.slot != 2 else _of_convolution(entry, gy, outputs.to(gy.dtype))
+
+
+def _of_convolution(entry: Entry, inputs: Tensor, gy: Tensor) -> Term | None:
+    """The term of a convolution's weight, from tensors of the size of its inputs and of its outputs."""
+    rows, dims = entry.rows(most=1), len(entry.shape) - 2
+    if rows is None:
         return None
-    dims = len(entry.shape) - 2
     stride, padding, dilation = (_each(entry.saved(name), dims) for name in ("stride", "padding", "dilation"))
     geometry = ConvGeometry(tuple(entry.shape[2:]), stride, padding, dilation, int(entry.saved("groups")))
     inputs = inputs.to(gy.dtype)

@@ -1,12 +1,16 @@
 """Networks that move no rows by data are measured at the first step alone, in whatever order the examples lie."""
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import nn
 
 import engm
 from engm.backward import prepare
+from engm.rules import pulled_back
 
 
 class Between(nn.Module):
@@ -160,3 +164,83 @@ def test_branches_that_are_closed_by_turns(plans):
         truth = per_example_gradients(losses, trained(net))
         assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
     assert len(plans) == 2
+
+
+class Penalised(nn.Module):
+    """The penalty of a norm of the gradient of outputs with respect to inputs ``[n, 4]``."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 1)
+        self.between = between
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        found = self.last(torch.tanh(self.middle(self.between(self.first(x)))))
+        (gradient,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+        return found.squeeze(1) + (gradient.norm(dim=1) - 1) ** 2
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        *(F.elu, F.gelu, F.hardswish, F.hardtanh, F.hardshrink, F.leaky_relu, F.logsigmoid, F.mish, F.relu, F.sigmoid),
+        *(F.silu, F.softplus, F.softshrink, torch.tanh),
+        lambda h: h.softmax(1) + h.log_softmax(1),
+        lambda h: F.layer_norm(h, (6,)),
+        lambda h: F.glu(h.repeat(1, 2), 1),
+    ],
+)
+def test_gradients_of_gradients(between, plans, monkeypatch):
+    """Weights enter there as they are, or transposed twice, so that nothing is pulled back to them."""
+
+    def refuse(*args):
+        raise AssertionError("a gradient is pulled back to a parameter")
+
+    monkeypatch.setattr(pulled_back, "pull_back", refuse)
+    torch.manual_seed(0)
+    net = Penalised(between).double()
+    model = engm.GradNormModule(net)
+    for _ in range(4):
+        losses = model(2 * torch.randn(5, 4, dtype=torch.float64))
+        truth = per_example_gradients(losses, trained(net))
+        before = len(plans)
+        assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+    assert len(plans) == before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0), dilation=(1, 2), groups=2, bias=False),
+        nn.Conv1d(4, 6, 3, stride=2),
+        nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
+        nn.ConvTranspose1d(4, 6, 2),
+    ],
+)
+def test_gradients_of_gradients_of_images(layer, plans):
+    """The weight of a convolution enters its backward pass by a rule."""
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Conv2d(2, 4, 1), copy.deepcopy(layer), nn.Linear(6, 1)
+
+        def forward(self, x):
+            h = torch.tanh(self.first(x.requires_grad_()))
+            h = self.middle(h if "2d" in type(layer).__name__ else h.flatten(2))
+            found = self.last(torch.tanh(h).flatten(2).mean(2)).squeeze(1)
+            (gradient,) = torch.autograd.grad(found.sum(), x, create_graph=True)
+            return found + (gradient.flatten(1).norm(dim=1) - 1) ** 2
+
+    torch.manual_seed(0)
+    net = Critic().double()
+    model = engm.GradNormModule(net)
+    for _ in range(2):
+        losses = model(torch.randn(3, 2, 5, 6, dtype=torch.float64))
+        truth = per_example_gradients(losses, trained(net))
+        assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+    (kept,) = model.plans.values()
+    assert len(plans) == 1
+    assert all(entry.ruled for entry in kept[0].entries)

@@ -179,7 +179,7 @@ def test_experts_need_no_gradient_an_example():
     stacked = leaf(2, 5, 4)
     weight = stacked[1]
     output = tensor(6, 4) @ weight.t()
-    entry = Entry(output.grad_fn, 1, (5, 4), Owners(random_owners((6,), N), N), N, transposed=True)
+    entry = Entry(output.grad_fn, 1, (5, 4), Owners(random_owners((6,), N), N), N, turns=1)
     term = entry_term(entry, [tensor(6, 5)])
     assert term is not None
     assert not isinstance(term, PerExampleGradient)

@@ -44,7 +44,7 @@ def entry_at(output: Tensor, entering: Tensor, where: Ownership, n: int) -> Entr
     slot = next(
         k for k, (child, _) in enumerate(node.next_functions) if child is not None and "TBackward" in child.name()
     )
-    return Entry(node, slot, tuple(entering.shape), where, n, transposed=True)
+    return Entry(node, slot, tuple(entering.shape), where, n, turns=1)
 
 
 def assert_term(term: Term, truth: Tensor) -> None:
