@@ -35,6 +35,7 @@ OF_PYTHON = (
     "calls.cpp",
     "captured_calls.cpp",
     "frozen_statistics.cpp",
+    "gradient_prints.cpp",
     "graph_records.cpp",
     "program.cpp",
     "recurrence.cpp",
