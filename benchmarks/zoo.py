@@ -80,7 +80,7 @@ def check(case: Case, mode: str) -> dict[str, Any]:
     try:
         found |= _verified(copy.deepcopy(net).double(), case)
     except Exception as error:
-        found["refused"] = f"{type(error).__name__}: {error}" + (f" ({case.remark})" if case.remark else "")
+        found["refused"] = f"{type(error).__name__}: {error}"
         found["trace"] = traceback.format_exc().replace(f"{ROOT}/", "").splitlines()[-3:]
         return found
     gc.collect()

@@ -29,7 +29,6 @@ class Case:
         side: pixels along a side of the images; 0 for token sequences, whose length is 12.
         frames: how many a video has; 0 for images.
         options: the model's options as text, where they are not the library's own.
-        remark: an explanation, where the model is refused.
     """
 
     family: str
@@ -38,7 +37,6 @@ class Case:
     side: int = 64
     frames: int = 0
     options: str = ""
-    remark: str = ""
 
     def batch(self, n: int) -> Tensor:
         """``n`` inputs."""
@@ -299,10 +297,6 @@ LARGE_IMAGES = {
     "inception_resnet_v2": 299,
     "inception_v4": 299,
 }
-REMARKS = {
-    "csatv2": "it does mix them: SpatialTransformerBlock multiplies q, [n, N], by k transposed, [N, n], to an "
-    "attention of the batch over itself; timm 1.0.31, timm/models/csatv2.py",
-}
 
 
 def timm_models() -> list[Case]:
@@ -312,7 +306,7 @@ def timm_models() -> list[Case]:
         shown = ", ".join(f"{key}={value}" for key, value in options.items())
         cases.append(Case("timm", name, _timm(name, options), side, options=shown))
     for name, side in {**dict.fromkeys(FAMILIES, 64), **LARGE_IMAGES}.items():
-        cases.append(Case("timm", name, partial(_of_family, name, side), side, remark=REMARKS.get(name, "")))
+        cases.append(Case("timm", name, partial(_of_family, name, side), side))
     return cases
 
 
