@@ -1,12 +1,11 @@
 """Operators against their twins in float64 and against autograd, over drawn shapes, strides, forms and types."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import forced
 from norm_problems import convolutions, correction_for, layouts, operand
 from oracle import per_example_gradients
 
@@ -23,15 +22,6 @@ ISAS = _C.build_info()["cpu_isas"]
 def assert_norms_close(got, want, dtype):
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(got.double().sqrt(), want.sqrt(), rtol=TOLERANCE[dtype], atol=1e-30)
-
-
-@contextmanager
-def forced(isa):
-    _C.set_isa(isa)
-    try:
-        yield
-    finally:
-        _C.set_isa("auto")
 
 
 dtypes = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])

@@ -1,11 +1,10 @@
 """The steps of recurrent layers against their twin and autograd: the CPU's loops and ATen's operators."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import forced
 
 from engm import _C, ops, reference
 
@@ -16,15 +15,6 @@ FORMS = {
     "ATen": (_C.recurrence_of_aten, _C.recurrence_back_of_aten),
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-
-
-@contextmanager
-def forced(isa):
-    _C.set_isa(isa)
-    try:
-        yield
-    finally:
-        _C.set_isa("auto")
 
 
 def drawn(*shape, dtype=torch.float64):

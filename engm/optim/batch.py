@@ -167,13 +167,14 @@ class LossBatch:
         """Squared norms ``[L, n]`` and input norms ``[n]`` from the pass whose terms the gradient is made from."""
         self._collector = collector = TermCollector(graph, norms=of_gradients, keep=True)
         gradients: tuple[Tensor | None, ...] = ()
+        squared: Tensor | None = None
         if graph.collected is not None and graph.collected.terms is not None:
-            collector.terms, found = graph.collected.terms, graph.collected.squared
+            collector.terms, squared = graph.collected.terms, self.scale.off_squares(graph.collected.squared)
             graph.collected = None
         else:
             gradients = collector.run(self.losses, self.scale.seeds(self.losses), leaves, retain_graph=False)
-            found = collector.squared_norms(self.losses)
-        squared = self.scale.off_squares(found) if of_gradients else None
+            if of_gradients:
+                squared = self.scale.off_squares(collector.squared_norms(self.losses))
         return squared, self._input_norms(leaves, gradients) if leaves else None
 
     def _measured(self, graph: PlannedGraph, inputs: Inputs = None) -> Measurement:
