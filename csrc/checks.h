@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <optional>
 #include <string_view>
@@ -29,6 +30,11 @@ at::ScalarType compute_type(const at::Tensor& a, const at::Tensor& b, const char
 
 // Checks squared_norms [layers, n], and returns the factors [layers] in float64 on their device, or nothing.
 OptionalTensor check_clip(const at::Tensor& squared_norms, double alpha, const OptionalTensor& factors);
+
+// Keeps autocast from giving ATen's operators other types than they are called with.
+struct AsWritten {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 // What a batch norm in training mode takes off the gradient of the layer before it:
 // shift[i, o]·patch_mean[c, tap] + scale[i, o]·correlation[o, c, tap].

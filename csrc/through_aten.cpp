@@ -3,7 +3,6 @@
 //
 // Gradients are formed whole, of as many examples at once as may be, or of one.
 #include <ATen/Functions.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,11 +14,6 @@ namespace engm::aten {
 namespace {
 
 std::atomic<int64_t> elements_at_once{1 << 26};
-
-// Keeps autocast from giving ATen's operators other types than they are called with.
-struct AsWritten {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
-};
 
 int64_t examples_at_once(int64_t n, int64_t elements_each) {
   return std::clamp<int64_t>(elements_at_once / std::max<int64_t>(elements_each, 1), 1, std::max<int64_t>(n, 1));

@@ -49,6 +49,27 @@ def test_bad_patches_are_refused(arguments, message):
         ops.patch_mean(*arguments)
 
 
+@pytest.mark.parametrize("positions", [1, 3, 8, 9])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.float64, 1e-10)])
+def test_of_few_positions_when_nearly_all_is_taken_off(positions, dtype, tolerance):
+    """Sums of squares and products, which few positions are cheapest by, would leave nothing but rounding."""
+    a, b = torch.randn(1, positions, 12, dtype=dtype).expand(4, -1, -1), torch.randn(1, positions, 7, dtype=dtype)
+    weights = torch.tensor([0.0, 1.0, 1 + 1e-4, 2.0], dtype=dtype)  # of the last the correction is half
+    correction = {
+        "shift": torch.zeros(4, 7, dtype=dtype),
+        "patch_mean": torch.randn(12, dtype=dtype),
+        "scale": torch.ones(4, 7, dtype=dtype),
+        "correlation": (b.mT @ a[:1])[0],
+    }
+    backprops = weights.view(4, 1, 1) * b
+    found = ops.linear_norm_sq(a, backprops, **correction)
+    wanted = (weights - 1).double().square() * correction["correlation"].double().square().sum()
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=1e-11 if dtype == torch.float32 else 1e-25)
+    torch.testing.assert_close(
+        ops.linear_norm_sq(a, backprops, "direct", **correction), found, rtol=tolerance, atol=1e-11
+    )
+
+
 def test_opcheck():
     engm, channels, rows = torch.ops.engm, torch.rand(4), torch.rand(3, 4)
     image = torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
 // Serves linear_norm_sq, conv_norm_sq, linear_grads and conv_grads on the CPU: checks operands, chooses the form, and
 // goes back to the direct form for examples whose Gram terms cancel. A linear layer is a convolution with one tap over
 // T positions.
+#include <ATen/Functions.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/TensorOperators.h>
 
 #include <numeric>
 
@@ -48,15 +48,18 @@ void squared_norms(ConvShape s, Operand<T> x, const Operand<T>& gy, const Correc
 }
 
 template <typename T>
+Correction<T> correction_of(const CorrectionTensors& t) {
+  return {t.shift.template const_data_ptr<T>(), t.scale.template const_data_ptr<T>(),
+          t.patch_mean.template const_data_ptr<T>(), t.correlation.template const_data_ptr<T>()};
+}
+
+template <typename T>
 at::Tensor run(const ConvShape& s, const at::Tensor& x, const at::Tensor& gy,
                const std::optional<CorrectionTensors>& tensors, Form form) {
   at::Tensor out = at::empty({s.n}, x.options());
   std::vector<double> total(s.n, 0.0);
   if (tensors) {
-    const Correction<T> correction{tensors->shift.template const_data_ptr<T>(),
-                                   tensors->scale.template const_data_ptr<T>(),
-                                   tensors->patch_mean.template const_data_ptr<T>(),
-                                   tensors->correlation.template const_data_ptr<T>()};
+    const Correction<T> correction = correction_of<T>(*tensors);
     squared_norms<T>(s, operand<T>(x), operand<T>(gy), &correction, form, total.data());
   } else {
     squared_norms<T>(s, operand<T>(x), operand<T>(gy), nullptr, form, total.data());
@@ -112,6 +115,47 @@ at::Tensor rank_one(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
+// Up to how many positions a corrected norm is cheaper as three sums than in direct form, which reads the correction
+// anew for every example: of 256 to 256 features it takes a tenth of the time at T = 1, and two thirds at T = 8.
+constexpr int64_t kFewPositions = 8;
+
+// ‖G_i - S_i‖² = ‖G_i‖² - 2 <G_i, S_i> + ‖S_i‖², with S_i[o] = shift[i, o]·mean + scale[i, o]·correlation[o].
+struct ThreeSums {
+  at::Tensor total, magnitude;  // [n] float64: their sum, and the sum of their absolute values
+};
+
+ThreeSums three_sums(const at::Tensor& a, const at::Tensor& b, const CorrectionTensors& c) {
+  const AsWritten as_written;
+  const at::Tensor gradients = linear_norm_sq(a, b, "auto", {}, {}, {}, {}).to(at::kDouble);
+  at::Tensor along = at::matmul(a, c.correlation.t());  // [n, T, d]
+  along.mul_(c.scale.unsqueeze(1)).addcmul_(at::matmul(a, c.patch_mean).unsqueeze(2), c.shift.unsqueeze(1)).mul_(b);
+  const at::Tensor cross = along.sum({1, 2}, false, at::kDouble).mul_(2);
+  at::Tensor own = at::mv(c.scale.square(), c.correlation.square().sum(1));
+  own.addmv_(c.shift * c.scale, at::mv(c.correlation, c.patch_mean), 1, 2);
+  own.add_(c.shift.square().sum(1) * c.patch_mean.square().sum());
+  own = own.to(at::kDouble);
+  return {gradients - cross + own, gradients + cross.abs() + own};
+}
+
+template <typename T>
+at::Tensor corrected_by_sums(const ConvShape& s, const at::Tensor& a, const at::Tensor& b, const CorrectionTensors& c) {
+  const ThreeSums sums = three_sums(a, b, c);
+  std::vector<double> total(sums.total.const_data_ptr<double>(), sums.total.const_data_ptr<double>() + s.n);
+  const double* const magnitude = sums.magnitude.const_data_ptr<double>();
+  std::vector<int64_t> cancelled;
+  for (int64_t i = 0; i < s.n; ++i)
+    if (magnitude[i] > kMaxCancellation<T> * total[i]) cancelled.push_back(i);
+  if (!cancelled.empty()) {
+    const Correction<T> correction = correction_of<T>(c);
+    for (int64_t i : cancelled) total[i] = 0;
+    direct_norms<T>(s, operand<T>(a.transpose(1, 2)), operand<T>(b.transpose(1, 2)), &correction, cancelled,
+                    total.data(), nullptr);
+  }
+  at::Tensor out = at::empty({s.n}, a.options());
+  std::copy(total.begin(), total.end(), out.mutable_data_ptr<T>());
+  return out;
+}
+
 // The form that the user named. A correction is an epilogue of the direct form.
 Form form_of(std::string_view name, bool corrected) {
   const Form form = parse_form(name);
@@ -135,6 +179,9 @@ at::Tensor linear_norm_sq(const at::Tensor& a_in, const at::Tensor& b_in, std::s
   if (n == 0 || p == 0 || d == 0 || (T == 0 && !correction)) return at::zeros({n}, a.options());
   if (T == 1 && !correction && chosen != Form::kDirect)
     return type == at::kDouble ? rank_one<double>(a, b) : rank_one<float>(a, b);
+  if (correction && form == "auto" && 0 < T && T <= kFewPositions)
+    return type == at::kDouble ? corrected_by_sums<double>(s, a, b, *correction)
+                               : corrected_by_sums<float>(s, a, b, *correction);
   if (chosen == Form::kAuto) chosen = linear_cost(T, p, d).form;
   return dispatch(s, a.transpose(1, 2), b.transpose(1, 2), correction, chosen);
 }

@@ -23,10 +23,6 @@
 namespace engm::cpu {
 namespace {
 
-// Largest Σ|terms| / result that leaves fp32 norms good to about 1e-5 and fp64 to 1e-12.
-template <typename T>
-constexpr double kMaxCancellation = sizeof(T) == 4 ? 64.0 : 4096.0;
-
 constexpr double kFlopsOfACopy = 128;  // an element is copied, centred and copied again, in about the time of these
 
 // Copies a line without a call to memcpy, which costs more than the copy where a line is as short as 4 pixels.

@@ -23,6 +23,10 @@ struct Operand {
   Space space;
 };
 
+// Largest Σ|terms| / result that leaves fp32 norms good to about 1e-5 and fp64 to 1e-12.
+template <typename T>
+constexpr double kMaxCancellation = sizeof(T) == 4 ? 64.0 : 4096.0;
+
 // A batch-norm correction, all contiguous. It is taken off the gradient of example i:
 //   shift[i, o]·patch_mean[c, tap] + scale[i, o]·correlation[o, c, tap]
 template <typename T>

@@ -85,7 +85,7 @@ class TermCollector:
         self._surprise: Tensor | None = None  # whether the plan turned out not to hold
         self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
-        self._joined_uses = JoinedUses()
+        self._joined_uses = JoinedUses(hooked=self.graph.trace.hooked)
         self._expected: dict[int, int] = {}
         self._waiting: set[int] = set()  # entries (id) whose terms are formed when the pass is over
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..terms import PerExampleGradient, Term
-from ..torch_internals import computes_like, own_parameters, trained_of
+from ..torch_internals import computes_like, own_buffers, own_parameters, trained_of
 from .arguments import Arguments
 
 CPU = torch.device("cpu")
@@ -323,12 +323,19 @@ def find_rule(module: nn.Module) -> Rule | str:
             unknown = set(trained_of(module)).difference(rule.known_parameters(module))
             if unknown:
                 return f"the rule for {ancestor.__name__} does not know its parameters {sorted(unknown)}"
-            hidden = [
-                name
-                for name in rule.known_parameters(module)
-                if name not in own_parameters(module) and getattr(module, name, None) is not None
-            ]
+            hidden = [name for name in rule.known_parameters(module) if _is_computed(module, name)]
             if hidden:
                 return f"its {hidden} are computed from other tensors (a parametrization or weight_norm)"
         return rule
     return f"there is no rule for {type(module).__name__}"
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a module has something else than a parameter of its own under the name of a parameter.
+
+    A property is not asked for its value: that of a parametrization computes a weight, and a spectral norm goes on with
+    its power iteration whenever it does.
+    """
+    if name in own_parameters(module):
+        return False
+    return own_buffers(module).get(name) is not None or inspect.getattr_static(module, name, None) is not None

@@ -24,6 +24,7 @@ from ..terms import (
     EmbeddingFactors,
     LinearFactors,
     PerExampleGradient,
+    Reshaped,
     Stacked,
     Term,
     accumulation_dtype,
@@ -209,6 +210,29 @@ def _addmm(entry: Entry, gy: Tensor) -> Term | None:
     return _left(entry, entry.saved("mat2"), gy)
 
 
+@add_operator("Mv")
+def _mv(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of the vector in ``matrix [R, p] @ entering [p]``, given ``gy [R]``."""
+    matrix = entry.saved("self")
+    return _vector(entry, matrix, gy) if entry.slot == 1 else None
+
+
+@add_operator("Addmv")
+def _addmv(entry: Entry, gy: Tensor) -> Term | None:
+    factor = entry.saved("alpha" if entry.slot else "beta")
+    gy = gy if factor == 1 else gy * factor
+    if entry.slot == 0:
+        return repeated_term(entry, gy)
+    return _vector(entry, entry.saved("mat"), gy) if entry.slot == 2 else None
+
+
+def _vector(entry: Entry, matrix: Tensor | None, gy: Tensor) -> Term | None:
+    """The term of a vector ``[p]`` with the gradient ``sum_r gy_r matrix_r``."""
+    if matrix is None or entry.turns:
+        return None
+    return repeated_term(entry, gy.unsqueeze(1) * matrix.to(gy.dtype), (1, *entry.shape))
+
+
 @add_operator("Bmm")
 def _bmm(entry: Entry, gy: Tensor) -> Term | None:
     return _left_of_many(entry, "mat2", gy) if entry.slot == 0 else _right_of_many(entry, "self", gy)
@@ -313,6 +337,27 @@ def _embedding(entry: Entry, gy: Tensor) -> Term | None:
     b = gy.reshape(*a.shape, gy.shape[-1])
     padding_idx, sparse = int(entry.saved("padding_idx")), bool(entry.saved("sparse"))
     return rows.add_up(EmbeddingFactors(a, b, entry.shape[0], padding_idx, sparse))
+
+
+@add_operator("Index", "IndexSelect")
+def _index(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of a table of any number of dimensions, of which indices of the first of them pick elements."""
+    picked = entry.saved("indices") or (entry.saved("index"),)
+    rank = len(entry.shape)
+    if any(index is None or index.dtype not in (torch.int32, torch.int64) for index in picked):
+        return None
+    if operator_name(entry.node) == "IndexSelect" and entry.saved("dim") % max(rank, 1) != 0:
+        return None
+    table, each = entry.shape[: len(picked)], entry.shape[len(picked) :]
+    number = torch.zeros((), dtype=torch.int64, device=gy.device)
+    for size, index in zip(table, picked, strict=True):
+        number = number * size + index.to(gy.device) % size
+    rows = entry.rows(most=number.dim())
+    if rows is None or gy.numel() == 0 or tuple(gy.shape) != (*number.shape, *each):
+        return None
+    a = rows.of(number).unsqueeze(1).flatten(1)
+    term = rows.add_up(EmbeddingFactors(a, gy.reshape(*a.shape, prod(each)), prod(table)))
+    return term if len(table) == len(each) == 1 else Reshaped(term, entry.shape)
 
 
 def _affine(entry: Entry, rows: Rows, views: tuple[Tensor, Tensor, Tensor | None, Tensor, int]) -> Term:

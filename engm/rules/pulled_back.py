@@ -2,8 +2,9 @@
 
 Such tensors are made by ``weight_norm``, ``spectral_norm`` and other parametrizations, by autocast, by cutting a weight
 into pieces or interpolating a position table. For each of them there is a term, whose gradients autograd pulls back to
-the parameter. A weighted sum is pulled back once. Norms need the gradient of every example pulled back, unless the
-tensor only rearranges elements of the parameter, which leaves norms as they are.
+the parameter. A weighted sum is pulled back once. Norms need the gradient of every example pulled back: in factors,
+where the operators in between allow it (:mod:`engm.rules.in_factors`), else one by one. Where the tensor only
+rearranges elements of the parameter, norms are as they are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch.autograd.graph import GradientEdge
 from ..checks import RefusedError
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
+from ..terms.parts import Part, dense_of, squared_norm_of
 from ..torch_internals import decided, leaf_of, node_name, node_outputs, operator_name, saved_option
 from .any_operator import backward_of_each
+from .in_factors import FactoredPull
 from .same_tensor import same_tensors
 from .weight_norm import through_weight_norm
 
@@ -53,10 +56,12 @@ class Derived(Term):
     Attributes:
         uses: the tensors and their terms.
         parameter: the parameter.
+        pull: what pulls these terms back in factors; None where only autograd does.
     """
 
     uses: Sequence[tuple[Origin, Term]]
     parameter: Tensor
+    pull: FactoredPull | None = None
 
     @property
     def examples(self) -> int:
@@ -65,6 +70,10 @@ class Derived(Term):
     def squared_norm(self) -> Tensor:
         if len(self.uses) == 1 and self.uses[0][0].rearranged:
             return self.uses[0][1].squared_norm()
+        parts = self._parts()
+        if parts is not None:
+            self.pull = None  # so that the parts are let go of
+            return squared_norm_of(parts, tuple(self.parameter.shape))
         return squared_norm_of_dense(self, max(1, CHUNK_BYTES // max(1, self.parameter.nbytes)))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -72,9 +81,17 @@ class Derived(Term):
         return pull_back([origin.edge for origin, _ in self.uses], self.parameter, totals)[0]
 
     def compact(self) -> Term:
-        return replace(self, uses=[(origin, term.compact()) for origin, term in self.uses])
+        terms = [term.compact() for _, term in self.uses] if self.pull is None else self.pull.terms
+        return replace(self, uses=[(origin, term) for (origin, _), term in zip(self.uses, terms, strict=True)])
+
+    def _parts(self) -> list[Part] | None:
+        """What the gradients are the sum of, if that is known."""
+        return None if self.pull is None else self.pull.parts_of(self.parameter)
 
     def dense(self, rows: slice) -> Tensor:
+        parts = self._parts()
+        if parts is not None:
+            return dense_of(parts, rows)
         found, edges, gradients, held = [], [], [], 0
         for place, (origin, term) in enumerate(self.uses):
             edges.append(origin.edge)
@@ -86,10 +103,10 @@ class Derived(Term):
         return sum_of(found)
 
     def _folded(self, outer: int, n: int, inner: int) -> Term:
-        return replace(self, uses=[(origin, term.fold(outer, n, inner)) for origin, term in self.uses])
+        return replace(self, uses=[(origin, term.fold(outer, n, inner)) for origin, term in self.uses], pull=None)
 
     def _regrouped(self, owners: Owners) -> Term:
-        return replace(self, uses=[(origin, term.regrouped(owners)) for origin, term in self.uses])
+        return replace(self, uses=[(origin, term.regrouped(owners)) for origin, term in self.uses], pull=None)
 
 
 class Pieces(Derived):
@@ -104,19 +121,23 @@ class JoinedUses:
 
     Parameters that a tensor is computed from together, as the direction and the length of a weight, have their turns
     one after the other.
+
+    Args:
+        hooked: whether hooks of the user's hang in the graph, which only a backward pass of autograd's runs.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]]] = ([], [])
+    def __init__(self, *, hooked: bool = False) -> None:
+        self._hooked = hooked
+        self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]], FactoredPull | None] = ([], [], None)
 
-    def of(self, uses: list[tuple[Origin, Term]]) -> list[tuple[Origin, Term]]:
-        """One term for each of the different tensors in ``uses``."""
-        last, found = self._last
+    def of(self, uses: list[tuple[Origin, Term]]) -> tuple[list[tuple[Origin, Term]], FactoredPull | None]:
+        """One term for each of the different tensors in ``uses``, and what pulls them back in factors."""
+        last, found, pull = self._last
         places = {(origin.node, origin.number): origin for origin, _ in uses}
         if len(last) == len(uses) and all(
             (a.node, a.number) == (b.node, b.number) and s is t for (a, s), (b, t) in zip(last, uses, strict=True)
         ):
-            return [(places[origin.node, origin.number], term) for origin, term in found]
+            return [(places[origin.node, origin.number], term) for origin, term in found], pull
         by_origin: dict[Origin, list[Term]] = {}
         for origin, term in uses:
             by_origin.setdefault(origin, []).append(term)
@@ -125,8 +146,9 @@ class JoinedUses:
         for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
             terms.setdefault(origins[first], []).extend(by_origin[origin])
         found = [(origin, combine(own)) for origin, own in terms.items()]
-        self._last = uses, found
-        return found
+        pull = None if self._hooked else FactoredPull([((o.node, o.number), term) for o, term in found])
+        self._last = uses, found, pull
+        return found, pull
 
 
 def derived_term(
@@ -140,7 +162,7 @@ def derived_term(
         joined: what joins the terms, for several parameters whose terms are asked for one after the other.
     """
     own = [term for origin, term in uses if origin is None]
-    derived = (joined or JoinedUses()).of([(origin, term) for origin, term in uses if origin is not None])
+    derived, pull = (joined or JoinedUses()).of([(origin, term) for origin, term in uses if origin is not None])
     if (
         not own
         and len(derived) > 1
@@ -150,7 +172,7 @@ def derived_term(
         return Pieces(derived, parameter)
     terms = [combine(own)] if own else []
     if derived:
-        terms.append(Derived(derived, parameter))
+        terms.append(Derived(derived, parameter, pull))
     return terms[0] if len(terms) == 1 else MixedTerm(terms)
 
 

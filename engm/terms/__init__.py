@@ -13,6 +13,7 @@ term                        per-example gradient                   kept
 :class:`TiedTable`          of an embedding and a projection       the factors of both
 :class:`Scattered`          the sum over the rows it owns           a term of all rows, and their owners
 :class:`Stacked`            matrices in one parameter              a term of each
+:class:`Reshaped`           another term's, in another shape       that term
 :class:`MixedTerm`          the sum of any terms                   those terms
 ==========================  =====================================  =========================================
 
@@ -35,6 +36,7 @@ from .embedding import EmbeddingFactors, TiedTable
 from .factors import Factors, PositionFactors
 from .linear import BilinearFactors, LinearFactors
 from .owners import NOBODY, Owners
+from .reshaped import Reshaped
 from .scattered import Scattered
 from .stacked import Stacked
 from .sums import weighted_sums
@@ -53,6 +55,7 @@ __all__ = [
     "Owners",
     "PerExampleGradient",
     "PositionFactors",
+    "Reshaped",
     "Scattered",
     "Stacked",
     "Term",

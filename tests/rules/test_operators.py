@@ -100,6 +100,16 @@ def test_tables_of_positions(n, steps, wide):
         (lambda h, x, p: h + p[x.argmax(1)], (4, 4)),
         (lambda h, x, p: h + p.gather(0, x.argmax(1, keepdim=True).expand(-1, 4)), (4, 4)),
         (lambda h, x, p: h + p.index_select(0, x.argmax(1)), (4, 4)),
+        (lambda h, x, p: h * p[x.argmax(1) - 4], (4, 4)),
+        (lambda h, x, p: torch.einsum("ni,nij->nj", h, p[x.argmax(1)]) + p[h.argmax(1), x.argmax(1)], (4, 4, 4)),
+        (lambda h, x, p: h + p[x.argsort(1), h.argsort(1)[:1]], (4, 4)),
+        (
+            lambda h, x, p: h + p.index_select(0, h.argmax(1))[:, 0] + p.index_select(1, x.argmax(1))[0, :, :4],
+            (4, 4, 4),
+        ),
+        (lambda h, x, p: h * p[:, x.argmax(1)].t() + p[torch.tensor([True, False, True, True])][:1], (4, 4)),
+        (lambda h, x, p: h * (x @ p).unsqueeze(1) + F.linear(h, p).unsqueeze(1), (4,)),
+        (lambda h, x, p: h + torch.addmv(p.sum() + x[:, 0], h, p, beta=2, alpha=3).unsqueeze(1), (4,)),
         (lambda h, x, p: h + (x @ p), (4, 4)),
         (lambda h, x, p: h @ p.T + h @ p, (4, 4)),
         (lambda h, x, p: torch.einsum("ni,ijk,nj->nk", h, p, x), (4, 4, 4)),
@@ -303,6 +313,8 @@ def test_common_operators_are_not_run_once_an_example():
     net = Held(lambda h, x, p, q: F.linear(h * p + q, x[:, 0].mean() * torch.eye(4).double()), (4,), (1, 1, 4)).double()
     model = engm.GradNormModule(net)
     assert all(entry.ruled for entry in entries(model, random_losses(model(tensor(3, 5, 4)))))
+    picked = engm.GradNormModule(Held(lambda h, x, p, q: h * p[x.argmax(1)] + (x @ q)[:, None], (4, 4), (4,)).double())
+    assert all(entry.ruled for entry in entries(picked, random_losses(picked(tensor(3, 4)))))
     attention = engm.GradNormModule(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double())
     assert all(entry.ruled for entry in entries(attention, random_losses(attention(tensor(3, 5, 8)))))
 

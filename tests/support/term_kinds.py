@@ -14,6 +14,7 @@ from engm.terms import (
     LocalCorrection,
     MixedTerm,
     PerExampleGradient,
+    Reshaped,
     Stacked,
     TiedTable,
 )
@@ -69,6 +70,11 @@ def stacked(n, seed=0):
     return Stacked([first, second]), torch.stack([of_first, of_second], 1)
 
 
+def reshaped(n, seed=0):
+    term, want = embedding(n, 3, seed)
+    return Reshaped(term, (2, 2, 6)), want.unflatten(1, (2, 2))
+
+
 def convolution(n, dims=2, stride=1, seed=0, groups=1, transposed=False):
     geometry = ConvGeometry((2,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims, groups)
     options = {"stride": stride, "padding": 1, "groups": groups}
@@ -92,6 +98,7 @@ KINDS = {
     "tied, large table": lambda n, seed=0: tied(n, padding=1, seed=seed, shape=(30, 6)),
     "mixed": mixed,
     "stacked": stacked,
+    "reshaped": reshaped,
     "conv1d": lambda n, seed=0: convolution(n, 1, 2, seed),
     "conv2d": lambda n, seed=0: convolution(n, 2, 1, seed, groups=2),
     "conv3d": lambda n, seed=0: convolution(n, 3, 2, seed),

@@ -1,0 +1,275 @@
+"""Gradients that are pulled back in factors, against autograd's pull-back of one example's gradient at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import relative, tensor
+from term_kinds import convolution
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import engm
+from engm.rules.in_factors import FactoredPull
+from engm.rules.pulled_back import pull_back
+from engm.terms import LinearFactors, LocalCorrection, PerExampleGradient
+from engm.terms.parts import dense_of, squared_norm_of
+
+N = 5
+
+
+class Made:
+    """A tensor on its way from a parameter, and all parameters that it is computed from."""
+
+    def __init__(self, *shape):
+        self.leaves = []
+        self.w = self.new(*shape)
+
+    def new(self, *shape):
+        self.leaves.append(tensor(*shape, seed=len(self.leaves)).add_(0.5).requires_grad_())
+        return self.leaves[-1]
+
+    @property
+    def rest(self):
+        return tuple(range(1, self.w.dim()))
+
+    def rows(self):
+        return (len(self.w), *(1 for _ in self.rest))
+
+
+def weight_norm(m):
+    return torch._weight_norm_interface(m.w.contiguous(), m.new(*m.rows()), 0)[0]
+
+
+def spectral_norm(m):
+    flat = m.w.flatten(1)
+    u, v = F.normalize(tensor(flat.shape[0], seed=3), dim=0), F.normalize(tensor(flat.shape[1], seed=4), dim=0)
+    return m.w / torch.dot(u, torch.mv(flat, v))
+
+
+def standardised(m):
+    return (m.w - m.w.mean(m.rest, keepdim=True)) / (m.w.std(m.rest, keepdim=True) + 1e-2)
+
+
+STEPS = {
+    "number": lambda m: 2.0 * m.w / 3,
+    "mask": lambda m: m.w * (tensor(*m.w.shape, seed=7) > 0),
+    "tanh": lambda m: torch.tanh(m.w),
+    "clamp": lambda m: m.w.clamp(-1, 1),
+    "square": lambda m: m.w * m.w,
+    "negative": lambda m: 1 - m.w,
+    "quantised": lambda m: m.w + (m.w.round() - m.w).detach(),
+    "where": lambda m: torch.where(m.w > 0, m.w, 0.1 * m.w),
+    "added": lambda m: torch.add(m.w, m.new(*m.w.shape), alpha=0.5),
+    "subtracted": lambda m: torch.sub(m.new(*m.w.shape), m.w, alpha=0.5),
+    "gate": lambda m: m.w * m.new(),
+    "gate of rows": lambda m: m.new(*m.rows()) * m.w,
+    "expanded rows": lambda m: m.w + m.new(*m.rows()).expand_as(m.w),
+    "divided by rows": lambda m: m.w / m.new(*m.rows()),
+    "weight norm": weight_norm,
+    "weight norm by hand": lambda m: m.new(*m.rows()) * m.w / torch.linalg.vector_norm(m.w, dim=m.rest, keepdim=True),
+    "direction": lambda m: m.w / torch.linalg.vector_norm(m.w, dim=m.rest, keepdim=True).detach(),
+    "spectral norm": spectral_norm,
+    "whole norm": lambda m: m.w / m.w.norm(),
+    "largest": lambda m: m.w / m.w.abs().max(),
+    "centred": lambda m: m.w - m.w.mean(m.rest, keepdim=True),
+    "standardised": standardised,
+    "sum of rows": lambda m: m.w * m.w.sum(m.rest, keepdim=True),
+    "copied": lambda m: m.w.clone(),
+}
+OF_MATRICES = {
+    "low rank": lambda m: m.w + m.new(m.w.shape[0], 2) @ m.new(2, m.w.shape[1]),
+    "left": lambda m: m.new(m.w.shape[0], m.w.shape[0]) @ m.w,
+    "right": lambda m: m.w @ tensor(m.w.shape[1], m.w.shape[1], seed=8),
+    "normalised": lambda m: F.normalize(m.w, dim=1),
+    "transposed": lambda m: (m.new(*m.w.shape[::-1]) + m.w.t()).transpose(0, 1),
+    "columns": lambda m: m.w * tensor(m.w.shape[1], seed=9),
+}
+
+
+def linear(positions, shape):
+    a, b = tensor(N, positions, shape[1], seed=5), tensor(N, positions, shape[0], seed=6)
+    return LinearFactors(a, b), torch.einsum("ntd,ntp->ndp", b, a)
+
+
+def whole(shape):
+    g = tensor(N, *shape, seed=5)
+    return PerExampleGradient(g), g
+
+
+def assert_pulled(made, w, term, gradients, known=False):
+    """What is pulled back is right, and known if that is asked for."""
+    pull = FactoredPull([((w.grad_fn, w.output_nr), term)])
+    wanted = [
+        torch.stack([torch.autograd.grad(w, leaf, g, retain_graph=True)[0] for g in gradients]) for leaf in made.leaves
+    ]
+    if not all(bool(of_leaf.isfinite().all()) for of_leaf in wanted):
+        return  # rows of zeros have no direction
+    size = max(float(of_leaf.abs().max()) for of_leaf in wanted) + 100  # what rounding is measured by where all cancels
+    for leaf, of_leaf in zip(made.leaves, wanted, strict=True):
+        parts = pull.parts_of(leaf)
+        if parts is None:
+            assert not known
+            continue
+        torch.testing.assert_close(dense_of(parts, slice(0, N)), of_leaf, rtol=1e-9, atol=1e-12 * size)
+        found = squared_norm_of(parts, tuple(leaf.shape))
+        squares = of_leaf.reshape(N, -1).square().sum(1)
+        torch.testing.assert_close(found, squares, rtol=1e-9, atol=1e-12 * size**2)
+
+
+@pytest.mark.parametrize("step", [*STEPS, *OF_MATRICES])
+def test_what_is_known(step):
+    made = Made(4, 6)
+    made.w = {**STEPS, **OF_MATRICES}[step](made)
+    assert_pulled(made, made.w, *linear(2, (4, 6)), known=True)
+
+
+@given(
+    steps=st.lists(st.sampled_from([*STEPS, *OF_MATRICES]), min_size=1, max_size=4),
+    positions=st.sampled_from([0, 1, 3, 40]),
+    rows=st.integers(1, 6),
+    columns=st.integers(2, 7),  # of one number there is no standard deviation
+)
+def test_of_a_matrix(steps, positions, rows, columns):
+    """No positions: the gradients themselves are given."""
+    made = Made(rows, columns)
+    for step in steps:
+        made.w = {**STEPS, **OF_MATRICES}[step](made)
+    term, gradients = linear(positions, (rows, columns)) if positions else whole((rows, columns))
+    assert_pulled(made, made.w, term, gradients)
+
+
+@given(
+    steps=st.lists(st.sampled_from([*STEPS]), min_size=1, max_size=3),
+    dims=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+    transposed=st.booleans(),
+)
+def test_of_a_kernel(steps, dims, groups, transposed):
+    term, gradients = convolution(N, dims, groups=groups, transposed=transposed)
+    made = Made(*gradients.shape[1:])
+    for step in steps:
+        made.w = STEPS[step](made)
+    assert_pulled(made, made.w, term, gradients, known=True)
+
+
+def test_of_a_tensor_that_several_layers_read():
+    made = Made(4, 6)
+    first, second = weight_norm(made), made.w * 2
+    (a, of_first), (b, of_second) = linear(3, (4, 6)), whole((4, 6))
+    pull = FactoredPull([((first.grad_fn, 0), a), ((second.grad_fn, 0), b)])
+    for leaf in made.leaves:
+        wanted = torch.stack(
+            [
+                sum(
+                    torch.autograd.grad(t, leaf, g, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+                    for t, g in ((first, g1), (second, g2))
+                )
+                for g1, g2 in zip(of_first, of_second, strict=True)
+            ]
+        )
+        parts = pull.parts_of(leaf)
+        torch.testing.assert_close(dense_of(parts, slice(1, 4)), wanted[1:4])
+        torch.testing.assert_close(squared_norm_of(parts, tuple(leaf.shape)), wanted.flatten(1).square().sum(1))
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        return 2 * w
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+@pytest.mark.parametrize(
+    "step",
+    [torch.matrix_exp, lambda w: w.roll(1, 0), lambda w: w.unbind(0)[1] * w.cumsum(1), Doubling.apply],
+    ids=["matrix exponential", "rows moved", "two outputs", "a function of the user's"],
+)
+def test_what_is_not_known_is_left_to_autograd(step):
+    made, term = Made(4, 4), linear(2, (4, 4))[0]
+    made.w = step(made.w) + made.new(4, 4)
+    pull = FactoredPull([((made.w.grad_fn, 0), term)])
+    assert pull.parts_of(made.leaves[0]) is None
+    assert pull.parts_of(made.leaves[1]) is not None
+
+
+def test_what_is_corrected_is_left_to_autograd():
+    term = linear(2, (4, 4))[0]
+    term.correction = LocalCorrection(tensor(N, 4), tensor(4), tensor(N, 4), tensor(4, 4))
+    w = tensor(4, 4).requires_grad_()
+    assert FactoredPull([(((2 * w).grad_fn, 0), term)]).parts_of(w) is None
+
+
+class Mapped(nn.Module):
+    """A layer's weight, computed by a function."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.weight = step, nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.step(self.weight))
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["no hook", "a hook"])
+def test_norms_never_need_gradients_of_all_examples_but_for_hooks(monkeypatch, hook):
+    """A hook on the computed weight changes the gradients, and only autograd runs it."""
+
+    def halved(w):
+        w = 3 * w
+        if hook:
+            w.register_hook(lambda gradient: gradient * torch.linspace(0.1, 1, 8))
+        return w
+
+    if not hook:
+
+        def of_sums(edges, parameter, gradients):
+            assert {len(gradient) for gradient in gradients} == {1}
+            return pull_back(edges, parameter, gradients)
+
+        monkeypatch.setattr("engm.rules.pulled_back.pull_back", of_sums)
+    net = nn.Sequential(Mapped(halved), nn.Tanh(), nn.Linear(6, 3)).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    model = engm.GradNormModule(net)
+    found = engm.per_example_grad_norms(model, model(x).square().sum(1))
+    wanted = []
+    for row in x:
+        net.zero_grad()
+        net(row[None]).square().sum().backward()
+        wanted.append(torch.cat([p.grad.flatten() for p in net.parameters()]).norm())
+    torch.testing.assert_close(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "wrap", [parametrizations.weight_norm, parametrizations.spectral_norm], ids=["weight", "spectral"]
+)
+def test_narrow_types(wrap, dtype):
+    """Within rounding of the type of what float64 gives, where a factor of 16 bits would have to be scaled."""
+    net = nn.Sequential(wrap(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Flatten(), wrap(nn.Linear(8 * 16, 5))).eval()
+    x = torch.randn(6, 3, 6, 6)
+    narrow = engm.GradNormModule(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        losses = narrow(x).float().square().sum(1)
+    found = engm.per_example_grad_norms(narrow, losses)
+    model = engm.GradNormModule(narrow.unwrap().double())
+    wanted = engm.per_example_grad_norms(model, model(x.double()).square().sum(1))
+    assert relative(found.double(), wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_parametrization_runs_as_often_as_without_the_wrapper():
+    """A spectral norm goes on with its power iteration whenever its weight is computed."""
+    net = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    calls = []
+    net[0].parametrizations.weight[0].register_forward_hook(lambda *_: calls.append(1))
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(net.parameters(), 0.1), 1.0)
+    assert not calls
+    for _ in range(3):
+        opt.backward(model(torch.randn(4, 6, dtype=torch.float64)).square().sum(1))
+        opt.step()
+    assert len(calls) == 3
