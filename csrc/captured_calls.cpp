@@ -31,7 +31,7 @@ struct Names {
   py::str parameters_of_module{"_parameters"}, requires_grad{"requires_grad"};
   py::str capture{"capture"}, name{"name"}, module{"module"}, rule{"rule"}, parameters{"parameters"},
       couples{"couples"}, saved{"saved"}, shape{"shape"}, batch{"batch"}, output_nr{"output_nr"}, producer{"producer"},
-      slot{"slot"}, reads{"reads"}, activations{"_activations"}, versions{"_versions"};
+      slot{"slot"}, reads{"reads"}, options{"options"}, activations{"_activations"}, versions{"_versions"};
   py::str takes{"activations"}, picks{"picks"}, may_couple{"may_couple"}, reads_for{"reads_for"}, saves{"saves"},
       save{"_save"}, given{"_note_given"}, input_nodes{"input_nodes"}, input_storages{"input_storages"},
       input_is_index{"input_is_index"};
@@ -215,6 +215,15 @@ py::object producer_of(const at::Tensor& tensor, py::handle kind) {
 }
 
 // Fills in a call of a module with a rule (engm.capture.calls.Call); `kind` is the class of calls.
+// What a module has under the names of its rule's options.
+py::object options_of(py::handle module, py::handle rule) {
+  const py::tuple wanted = get(rule, names().options);
+  py::tuple found(wanted.size());
+  for (size_t k = 0; k < wanted.size(); ++k)
+    PyTuple_SET_ITEM(found.ptr(), k, get(module, py::reinterpret_borrow<py::str>(wanted[k])).release().ptr());
+  return found;
+}
+
 void note_call(py::handle self, py::handle kind, py::handle capture, py::handle name, py::handle module,
                py::handle rule, py::handle activations, py::handle output) {
   TORCH_CHECK_TYPE(is_tensor(output), "expected a tensor");
@@ -232,6 +241,7 @@ void note_call(py::handle self, py::handle kind, py::handle capture, py::handle 
   set(self, names().output_nr, py::int_(tensor.output_nr()));
   const bool reads = couples || reads_activations(rule, trained);
   set(self, names().reads, py::bool_(reads));
+  set(self, names().options, options_of(module, rule));
   const bool fed = couples && is_tensor(activations);
   const at::Tensor& input = fed ? THPVariable_Unpack(activations.ptr()) : tensor;
   set(self, names().producer, fed ? producer_of(input, kind) : py::none());

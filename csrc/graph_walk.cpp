@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "graph_records.h"
+#include "node_of.h"
 
 namespace engm {
 
@@ -144,6 +145,9 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
 
 }  // namespace
 
-void bind_graph_walk(py::module_& m) { m.def("walk_graph", &walk); }
+void bind_graph_walk(py::module_& m) {
+  m.def("walk_graph", &walk);
+  m.def("is_hooked", [](py::handle node) { return is_hooked(*node_of(node)); });
+}
 
 }  // namespace engm

@@ -42,8 +42,8 @@ Node = Any  # torch.autograd.graph.Node; the nodes of C++ do not subclass it
 Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal standard deviation
 
 _LEAF_NODE = torch._C._functions.AccumulateGrad
-BATCH_NORM_NODES = ("NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
-SYNC_BATCH_NORM_NODE = "SyncBatchNormBackward"
+SYNC_BATCH_NORM = "SyncBatchNorm"  # a function in Python
+BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", SYNC_BATCH_NORM)
 
 
 # -- nodes of the autograd graph --------------------------------------------------------------------------------------
@@ -69,8 +69,21 @@ def is_kind_of_region(kind: type) -> bool:
 
 
 def operator_name(node: Node) -> str:
-    """``"Addmm"`` for ``AddmmBackward0``."""
-    return _operator_of(node_name(node))
+    """``"Addmm"`` for ``AddmmBackward0``; of a function of the user's a name that no operator has."""
+    return _operator_of(node_name(node)) if not is_python_function(node) else _function_of(_kind(node))
+
+
+@functools.lru_cache(4096)
+def _function_of(kind: Any) -> str:
+    """The name of a function in Python by the type of its nodes; torch's and ours have their own, as operators do."""
+    name, function = _operator_of(kind.__name__), getattr(kind, "_forward_cls", None)
+    place = str(getattr(function, "__module__", "elsewhere"))
+    return name if place.partition(".")[0] in ("torch", "engm") else f"{name} of {place}"
+
+
+def is_sync_batch_norm(node: Node) -> bool:
+    """Whether the node is of torch's ``nn.SyncBatchNorm`` over several processes."""
+    return operator_name(node) == SYNC_BATCH_NORM
 
 
 @functools.lru_cache(4096)
@@ -340,11 +353,10 @@ def batch_norm_statistics(node: Node) -> tuple[Tensor, Tensor, bool] | None:
         Mean ``[C]`` and reciprocal standard deviation ``[C]``, detached, and whether they are the batch's (in training
         mode, or without running statistics) and thus couple the examples. None for other nodes.
     """
-    name = node_name(node)
-    if name.startswith(SYNC_BATCH_NORM_NODE):
+    if is_sync_batch_norm(node):
         _, _, mean, rstd, _ = node.saved_tensors
         return mean.detach(), rstd.detach(), True
-    if not name.startswith(BATCH_NORM_NODES):
+    if operator_name(node) not in BATCH_NORMS:
         return None
     if saved_by(node, "training"):
         return saved_by(node, "result1"), saved_by(node, "result2"), True
@@ -453,10 +465,13 @@ def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return _C.trained_of(module)
 
 
+# The methods that torch's own layers compute their output by.
+COMPUTING = ("forward", "_conv_forward", "permute_hidden")
+
+
 def computes_like(kind: type[nn.Module], ancestor: type[nn.Module]) -> bool:
     """Whether a subclass left everything alone that its ancestor computes its output by."""
-    methods = ("forward", "_conv_forward")
-    return all(getattr(kind, method, None) is getattr(ancestor, method, None) for method in methods)
+    return all(getattr(kind, method, None) is getattr(ancestor, method, None) for method in COMPUTING)
 
 
 def rank_without_batch(instance_norm: Any) -> int:

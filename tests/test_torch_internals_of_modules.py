@@ -227,6 +227,10 @@ def test_computes_like():
     torch.testing.assert_close(ours(x), 2 * plain(x))
 
 
+def test_computing():
+    assert set(internals.COMPUTING) <= {name for kind in (nn.Conv2d, nn.GRU) for name in dir(kind)}
+
+
 def test_rank_without_batch():
     layers = nn.InstanceNorm1d(3), nn.InstanceNorm2d(3), nn.InstanceNorm3d(3)
     for dims, layer in enumerate(layers, 1):

@@ -66,11 +66,13 @@ def test_is_narrow():
     assert narrow == [torch.float16, torch.bfloat16]
 
 
-def test_batch_norm_nodes():
+def test_batch_norms():
     node = F.batch_norm(leaf(5, 4), None, None, training=True).grad_fn
-    assert internals.node_name(node).startswith(internals.BATCH_NORM_NODES[0])
-    missing = [name for name in internals.BATCH_NORM_NODES if not hasattr(torch._C._functions, f"{name}0")]
+    assert internals.operator_name(node) == internals.BATCH_NORMS[0]
+    operators = set(internals.BATCH_NORMS) - {internals.SYNC_BATCH_NORM}
+    missing = [name for name in operators if not hasattr(torch._C._functions, f"{name}Backward0")]
     assert not missing, "no operator of torch makes such a node"
+    assert internals.SYNC_BATCH_NORM in internals.BATCH_NORMS
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -114,7 +116,7 @@ def sync_batch_norm(rank: int, port: int, folder: Path) -> None:
     mean, rstd, of_the_batch = internals.batch_norm_statistics(node)
     inputs, scale = internals.batch_norm_inputs(node)
     found = {"mean": mean, "rstd": rstd, "x": inputs, "weight": scale}
-    found["known"] = torch.tensor([of_the_batch, internals.node_name(node).startswith(internals.SYNC_BATCH_NORM_NODE)])
+    found["known"] = torch.tensor([of_the_batch, internals.is_sync_batch_norm(node)])
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -123,8 +125,12 @@ def of_two_processes(tmp_path_factory):
     return found_by(sync_batch_norm, 2, tmp_path_factory.mktemp("sync"))
 
 
-def test_sync_batch_norm_node(of_two_processes):
-    assert internals.SYNC_BATCH_NORM_NODE == "SyncBatchNormBackward"
+def test_is_sync_batch_norm():
+    assert not internals.is_sync_batch_norm(F.batch_norm(leaf(5, 4), None, None, training=True).grad_fn)
+
+
+def test_sync_batch_norm(of_two_processes):
+    assert internals.SYNC_BATCH_NORM == "SyncBatchNorm"
     assert all(found["known"].all() for found in of_two_processes)
 
 

@@ -255,7 +255,7 @@ class TermCollector:
             activations, backprops = (t.flatten(0, dims - 1) for t in (activations, backprops))
         feeds = id(call) in self._feeding
         names = ("weight", "bias") if feeds else tuple(call.parameters)
-        terms = call.rule.terms(call.module, activations, backprops, call.saved, names)
+        terms = call.rule.terms(call.as_called, activations, backprops, call.saved, names)
         if feeds:
             scale, shift = (terms[name].gradient for name in ("weight", "bias"))  # type: ignore[attr-defined]
             self._batch_norm_sums[id(call)] = (shift, scale)

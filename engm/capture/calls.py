@@ -9,6 +9,7 @@ they return is the one that counts.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ class Call:
         producer: the call whose output was this call's input, if any; noted where the call couples.
         slot: which input of the node this call's input is; noted where the call couples.
         reads: whether the rule needs the activations again.
+        options: what the module had under the names of the rule's options.
     """
 
     capture: Capture
@@ -122,13 +124,14 @@ class Call:
     producer: Call | None
     slot: int
     reads: bool
+    options: tuple[Any, ...]
     _activations: Any  # the activations, weak references to them once they are let go of, None when they are freed
     _versions: int | tuple[int | None, ...]
 
     # There are many calls, and they live for a step.
     __slots__ = (
         *("capture", "name", "module", "rule", "parameters", "couples", "saved", "shape", "batch", "output_nr"),
-        *("input_nodes", "input_storages", "input_is_index", "input_sizes", "producer", "slot", "reads"),
+        *("input_nodes", "input_storages", "input_is_index", "input_sizes", "producer", "slot", "reads", "options"),
         *("_activations", "_versions", "__weakref__"),
     )
 
@@ -153,6 +156,7 @@ class Call:
         self.parameters = trained_of(module)
         self.couples, self.saved, self.producer, self.slot = False, None, None, 0
         self.shape, self.batch, self.output_nr, self.reads = shape, shape[0] if shape else 0, 0, reads
+        self.options = ()
         note_inputs(self, inputs, reads)
 
     # -- what note_call asks for in Python --------------------------------------------------------------------
@@ -199,6 +203,16 @@ class Call:
     def by_example(self, backprops: Any) -> list[Tensor]:
         """The gradients of the outputs, detached, with the examples along the first dimension."""
         return [backprops.detach()]
+
+    @property
+    def as_called(self) -> nn.Module:
+        """The module with the options that it had at the call: itself, or a copy that shares its parameters."""
+        module, names = self.module, self.rule.options
+        if all(getattr(module, name) == option for name, option in zip(names, self.options, strict=True)):
+            return module
+        module = copy.copy(module)
+        vars(module).update(zip(names, self.options, strict=True))
+        return module
 
     def release(self) -> None:
         """Let go of the activations, as whoever is done with the graph may do; whoever else holds them keeps them."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..rules import registrations
-from ..torch_internals import own_children, own_parameters, trained_of
+from ..torch_internals import COMPUTING, own_children, own_parameters, trained_of
 from .held import ANY_LENGTH, Held
 
 Found = TypeVar("Found")
@@ -94,7 +94,7 @@ def _parts_of(modules: Sequence[nn.Module]) -> Held:
     """What modules consist of."""
     parts = [part for module in modules for part in (own_children(module), own_parameters(module))]
     parameters = [p for module in modules for p in own_parameters(module).values() if p is not None]
-    return Held(modules, parts, [(vars(module), ANY_LENGTH, ("forward",)) for module in modules], parameters)
+    return Held(modules, parts, [(vars(module), ANY_LENGTH, COMPUTING) for module in modules], parameters)
 
 
 @contextmanager

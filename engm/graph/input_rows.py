@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import on_any
-from ..rules.entries import BATCH_NORMS
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
-from ..torch_internals import batch_norm_statistics, operator_name
+from ..torch_internals import BATCH_NORMS, batch_norm_statistics, operator_name
 from .arrangement import arranged
 from .owners import SEVERAL, Question
 from .plan import Plan

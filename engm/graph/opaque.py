@@ -27,12 +27,12 @@ from ..rules.entries import owners_of
 from ..terms.layout import Layout
 from ..terms.owners import Ownership
 from ..torch_internals import (
-    SYNC_BATCH_NORM_NODE,
     Node,
     entering_shape,
     is_compiled_region,
     is_opaque,
     is_recomputed,
+    is_sync_batch_norm,
     node_name,
     node_outputs,
     operator_name,
@@ -92,7 +92,7 @@ def opaque_functions(
 
 def is_users(node: Node) -> bool:
     """Whether the backward of a node is the user's own."""
-    if not is_opaque(node) or is_compiled_region(node) or node_name(node).startswith(SYNC_BATCH_NORM_NODE):
+    if not is_opaque(node) or is_compiled_region(node) or is_sync_batch_norm(node):
         return False
     return operator_name(node) not in HANDING_ON and operator_name(node) != FOR_HOOKS
 

@@ -19,18 +19,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._C import is_hooked
 from ..capture.calls import Call, Wrapper
 from ..checks import RefusedError
 from ..distributed import on_any
-from ..rules.entries import BATCH_NORMS, has_rule, owners_of
+from ..rules.entries import has_rule, owners_of
 from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import (
+    BATCH_NORMS,
     batch_norm_statistics,
     entering_shape,
     is_compiled_region,
@@ -73,6 +76,13 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
     return planner.plan() if found is None else found
 
 
+class Extent(Enum):
+    """What the statistics of a batch norm are of if they are not of the whole batch."""
+
+    ONE = "one example, or one for each channel: no example influences another there"
+    PART = "several examples, but not all"
+
+
 class _Planner:
     """Measures a graph, and once more where the answer is that calls cannot account for their parameters."""
 
@@ -84,6 +94,7 @@ class _Planner:
         self.aside = account_by_operators(traced.calls)
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
+        self.own: set[int] = set()  # positions of batch norms of one example, or of one for each channel
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
         self.blind: dict[Any, Tensor] = {}
@@ -132,8 +143,9 @@ class _Planner:
             self.shared = self._shared()
             self.arranged = self._arrange_calls()
             self.border = self._border()
+            apart = self._not_of_all()
             more = self._unaccounted() - self.settled
-            if not on_any(self.group, bool(more), self.losses.device):
+            if not on_any(self.group, bool(more or apart), self.losses.device):
                 break
             self.aside ^= more
             self.settled |= more
@@ -146,7 +158,7 @@ class _Planner:
         if self.n == 1 and self.group is None:  # all there is belongs to the one example
             self.nodes, self.calls = self._of_one(positions)
             return
-        question = Question(self.traced, self.losses, self.seed, self.couplings, self.through, self.group)
+        question = Question(self.traced, self.losses, self.seed, self.couplings, self.through | self.own, self.group)
         question.ask(positions, edges=self._meeting(positions), cancelling=self.behind)
         suspects = self._suspects(question.nodes)
         if self.by_element and on_any(self.group, bool(suspects), self.losses.device):
@@ -317,6 +329,8 @@ class _Planner:
         """Positions of batch norms outside of calls that take their statistics from the batch."""
         found = []
         for position, node in enumerate(self.traced.order):
+            if position in self.through | self.own:
+                continue
             if operator_name(node) in BATCH_NORMS and not self.structure.calls_around(position):
                 called = self.structure.called_batch_norm(position)  # and is aside
                 statistics = None if called else batch_norm_statistics(node)
@@ -434,9 +448,12 @@ class _Planner:
             call = self.traced.calls[number]
             if arrangement is not None and not fits(call, arrangement.ownership):
                 found.add(number)
-            if call.couples and arrangement is not None and self._is_part(number, arrangement.ownership):
-                self._refuse_coupling(number)
-                self.through.add(self.traced.positions[self.traced.nodes[number]])
+            position = self.traced.positions[self.traced.nodes[number]]
+            extent = self._is_of(position, number) if call.couples and arrangement is not None else None
+            if extent is not None:
+                if extent is Extent.PART:
+                    self._refuse_coupling(number)
+                (self.own if extent is Extent.ONE else self.through).add(position)
                 found.add(number)
         for position, slot in self.border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
@@ -460,11 +477,32 @@ class _Planner:
             for source in self.structure.sources(self._child(position, slot), self.shared)
         }
 
-    def _is_part(self, number: int, ownership: Ownership) -> bool:
-        """Whether a call that takes statistics from the batch got a part of the examples alone."""
-        if isinstance(ownership, Layout):
-            return False
-        return int(ownership.of.unique().numel()) - int(bool((ownership.of == NOBODY).any())) < self.n
+    def _not_of_all(self) -> set[int]:
+        """Positions of batch norms outside of calls that turn out not to be of the whole batch, which is noted."""
+        found = {position: extent for position in self.couplings if (extent := self._is_of(position)) is not None}
+        for position, extent in found.items():
+            (self.own if extent is Extent.ONE else self.through).add(position)
+        return set(found)
+
+    def _is_of(self, position: int, number: int | None = None) -> Extent | None:
+        """What the statistics of a batch norm are of; None for the whole batch, and where that cannot be told.
+
+        Args:
+            position: of the node.
+            number: of the call that it is, if it is one.
+        """
+        owners = [self.nodes.get((position, 0))] if number is None else self._parts(number, position)
+        whole = None if not owners or owners[0] is None else self._as_arranged(owners[0])
+        if whole is None or (self.group is not None and self.n == 1):
+            return None
+        channels = whole.unsqueeze(0) if whole.dim() == 1 else whole.movedim(1, 0).flatten(1)
+        ordered = channels.sort(1).values
+        found = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # examples, by channel
+        if bool((channels < 0).any()):
+            return Extent.PART if number is not None and int(found.max()) < self.n else None
+        if int(found.max()) <= 1:
+            return Extent.ONE
+        return Extent.PART if int(found.min()) < self.n else None
 
     def _child(self, position: int, slot: int) -> int:
         child = self.traced.children[position][slot]
@@ -532,7 +570,8 @@ class _Planner:
         frozen = [
             number
             for number, call in enumerate(self.traced.calls)
-            if call.couples and self.traced.positions[self.traced.nodes[number]] not in self.shared | self.through
+            if call.couples
+            and self.traced.positions[self.traced.nodes[number]] not in self.shared | self.through | self.own
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
         routes, keeps = self._routes()
@@ -619,7 +658,7 @@ class _Planner:
             for call, node in zip(self.traced.calls, self.traced.nodes, strict=True)
             if call.couples and self.traced.positions[node] in self.shared
         }
-        return self.through | below
+        return self.through | self.own | below
 
     def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:
@@ -661,6 +700,8 @@ class _Planner:
         child, number = node.next_functions[slot]
         behind, turns = self._child(position, slot), 0
         while operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T":
+            if traced.hooked and is_hooked(child):
+                break  # what comes out of the hook is the transpose's
             child, number = child.next_functions[0]
             behind, turns = self._child(behind, 0), turns + 1
         entry = PlannedEntry(

@@ -175,7 +175,7 @@ def skeleton_of(traced: Trace, n: int) -> Hashable:
 
     All trained parameters count, since a function of the user's may hide some of them from the graph.
     """
-    calls = tuple([(id(c.module), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
+    calls = tuple([(id(c.module), id(c.rule), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     # Parameters are known by identity, inputs, which are new at every step, by their place.
     leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number

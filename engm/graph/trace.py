@@ -22,11 +22,10 @@ from ..capture.compiled import SEGMENT_KEY, calls_in
 from ..distributed import Ranks
 from ..terms.owners import Ownership
 from ..torch_internals import (
-    SYNC_BATCH_NORM_NODE,
     Node,
     is_kind_of_region,
+    is_sync_batch_norm,
     let_graph_be_kept,
-    node_name,
     node_outputs,
 )
 
@@ -101,9 +100,14 @@ class Trace:
 
     @cached_property
     def own(self) -> list[Call]:
-        """The calls that belong to the owner's forward passes."""
+        """The calls of the owner's forward passes, and those of other wrappers that read parameters of the owner's."""
         captures = {id(capture) for capture in self.own_captures}
-        return [call for call in self.calls if id(call.capture) in captures]
+        trained = {id(parameter) for _, parameter in self.trained}
+        return [
+            call
+            for call in self.calls
+            if id(call.capture) in captures or not trained.isdisjoint(map(id, call.parameters.values()))
+        ]
 
     @property
     def couples(self) -> bool:
@@ -137,7 +141,7 @@ class Trace:
     @cached_property
     def synchronised(self) -> bool:
         """Whether some batch norm takes its statistics from the batches of several processes."""
-        return any(node_name(node).startswith(SYNC_BATCH_NORM_NODE) for node in self.order)
+        return any(map(is_sync_batch_norm, self.order))
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:

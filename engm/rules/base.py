@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..terms import PerExampleGradient, Term
-from ..torch_internals import computes_like, own_buffers, own_parameters, trained_of
+from ..torch_internals import COMPUTING, computes_like, own_buffers, own_parameters, trained_of
 from .arguments import Arguments
 
 CPU = torch.device("cpu")
@@ -67,10 +67,12 @@ class Rule:
         may_couple: whether the rule has a say in whether a module couples examples.
         picks: whether it is not simply the first argument that the rule needs again.
         saves: whether the rule keeps tensors of the forward pass.
+        options: names of the attributes of a module that :meth:`terms` reads, and that may change between calls.
     """
 
     reads_for: tuple[str, ...] | None = None
     may_couple = picks = saves = False
+    options: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
         # Asked at every call of every layer (csrc/captured_calls.cpp), which then need not call what does nothing.
@@ -117,7 +119,7 @@ class Rule:
         """Terms of the parameters in ``names`` with every row of the call as an example.
 
         Args:
-            module: the layer.
+            module: the layer, with the options that it had when it was called.
             activations: the layer's input, ``[n, ...]``; meaningless if none of ``names`` is in :attr:`reads_for`.
                 Several inputs are a tuple and are not cut, because the rule alone knows which of them have a row for
                 every example.
@@ -317,8 +319,9 @@ def find_rule(module: nn.Module) -> Rule | str:
             return (
                 f"{type(module).__name__} overrides the forward of {ancestor.__name__}, whose rule may not hold for it"
             )
-        if "forward" in module.__dict__:
-            return "its forward was replaced on the object itself, where the rule of its type may not hold"
+        replaced = [method for method in COMPUTING if method in module.__dict__]
+        if replaced:
+            return f"its {replaced[0]} was replaced on the object itself, where the rule of its type may not hold"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
             unknown = set(trained_of(module)).difference(rule.known_parameters(module))
             if unknown:

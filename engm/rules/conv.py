@@ -57,6 +57,8 @@ def _sides(module: Any) -> list[tuple[int, int, Any]]:
 class _ConvolutionRule(Rule):
     """What the rules of convolutions and of transposed convolutions share."""
 
+    options = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
     reads_for = ("weight",)
 
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:

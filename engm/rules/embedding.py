@@ -41,6 +41,7 @@ class EmbeddingRule(Rule):
 
     parameter_names = ("weight",)
     positionwise = True
+    options = ("num_embeddings", "padding_idx", "sparse", "scale_grad_by_freq")
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Tensor | None:
         return inverse_counts(activations, module.num_embeddings) if module.scale_grad_by_freq else None
@@ -68,6 +69,7 @@ class EmbeddingBagRule(Rule):
     """
 
     parameter_names = ("weight",)
+    options = (*EmbeddingRule.options, "mode", "include_last_offset")
 
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names = ("input", "offsets", "per_sample_weights")

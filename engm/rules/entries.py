@@ -19,18 +19,12 @@ from ..terms import Term
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
 from ..torch_internals import (
-    BATCH_NORM_NODES,
-    SYNC_BATCH_NORM_NODE,
     entering_dtype,
-    is_python_function,
     node_outputs,
     operator_name,
     output_shape,
     saved_by,
 )
-
-_SYNC_BATCH_NORM = SYNC_BATCH_NORM_NODE.removesuffix("Backward")  # a function in Python
-BATCH_NORMS = (*(name.removesuffix("Backward") for name in BATCH_NORM_NODES), _SYNC_BATCH_NORM)
 
 
 @dataclass(frozen=True)
@@ -177,11 +171,8 @@ def entry_term(entry: Entry, backprops: Sequence[Tensor | None]) -> Term | None:
 
 
 def _rule_of(node: Any) -> OperatorRule | None:
-    """The rule of a node's operator. A user's own function may have the name of an operator, and is none."""
-    name = operator_name(node)
-    if is_python_function(node) and name != _SYNC_BATCH_NORM:
-        return None
-    return _RULES.get(name)
+    """The rule of a node's operator."""
+    return _RULES.get(operator_name(node))
 
 
 def has_operator_rule(node: Any) -> bool:

@@ -84,7 +84,7 @@ class FactoredPull:
         for (edge, _), term in zip(self._uses, self.terms, strict=True):
             _add(arrived, edge, _entering(edge, term))
         found: dict[int, list[Part] | None] = {}
-        for node in _in_order([node for (node, _), _ in self._uses]):
+        for node in in_order([node for (node, _), _ in self._uses]):
             parts = arrived.pop((node, 0), None)
             leaf = leaf_of(node)
             if leaf is not None:
@@ -114,7 +114,7 @@ def _entering(edge: Edge, term: Term) -> list[Part] | None:
     return None if entering_dtype(*edge).is_complex else [Product(term)]
 
 
-def _in_order(ends: Sequence[Any]) -> list[Any]:
+def in_order(ends: Sequence[Any]) -> list[Any]:
     """Nodes and all behind them, each before those that it hands gradients to."""
     found: list[Any] = []
     visited: set[Any] = set()

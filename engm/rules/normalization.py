@@ -17,12 +17,11 @@ from .. import ops
 from ..checks import RefusedError
 from ..terms import PerExampleGradient, Term, accumulation_dtype
 from ..torch_internals import (
-    SYNC_BATCH_NORM_NODE,
     Statistics,
     batch_norm_statistics,
     hooks_pack_what_is_saved,
     is_narrow,
-    node_name,
+    is_sync_batch_norm,
     rank_without_batch,
     saved_rstd,
     saved_statistics,
@@ -126,8 +125,8 @@ class SyncBatchNormRule(BatchNormRule):
     """
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
-        name = "" if output.grad_fn is None else node_name(output.grad_fn)
-        if name.startswith(SYNC_BATCH_NORM_NODE) and hooks_pack_what_is_saved():
+        node = output.grad_fn
+        if node is not None and is_sync_batch_norm(node) and hooks_pack_what_is_saved():
             raise RefusedError(
                 "engm: nn.SyncBatchNorm over several processes runs where hooks pack what autograd saves "
                 "(torch.utils.checkpoint, save_on_cpu), which hides the statistics of all processes. Leave the layer "
@@ -139,6 +138,8 @@ class SyncBatchNormRule(BatchNormRule):
 @add_rule(nn.GroupNorm)
 class GroupNormRule(Rule):
     """Statistics of each example's groups of channels; ``[n, C, *S]``."""
+
+    options = ("num_groups", "num_channels")
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         saved = saved_statistics(output, "NativeGroupNormBackward")
@@ -191,6 +192,8 @@ class InstanceNormRule(Rule):
 
 class _TrailingNormRule(Rule):
     """What the norms over trailing dimensions share; the dimensions between these and the batch are positions."""
+
+    options = ("normalized_shape",)
 
     positionwise = True
 

@@ -31,9 +31,9 @@ from ..terms import (
 )
 from ..terms.layout import Layout
 from ..terms.owners import Owners
-from ..torch_internals import batch_norm_statistics, is_python_function, operator_name
+from ..torch_internals import BATCH_NORMS, batch_norm_statistics, is_python_function, operator_name
 from .conv import transposed_factors
-from .entries import BATCH_NORMS, Entry, Rows, add_operator, owners_of
+from .entries import Entry, Rows, add_operator, owners_of
 from .normalization import affine_terms, by_channel
 
 # -- sums and products with broadcasting --------------------------------------------------------------------------

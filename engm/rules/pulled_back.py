@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .._C import is_hooked
 from ..checks import RefusedError
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
 from ..terms.combination import sum_of
 from ..terms.parts import Part, dense_of, squared_norm_of
 from ..torch_internals import decided, leaf_of, node_name, node_outputs, operator_name, saved_option
 from .any_operator import backward_of_each
-from .in_factors import FactoredPull
+from .in_factors import FactoredPull, in_order
 from .same_tensor import same_tensors
-from .weight_norm import through_weight_norm
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class JoinedUses:
     one after the other.
 
     Args:
-        hooked: whether hooks of the user's hang in the graph, which only a backward pass of autograd's runs.
+        hooked: whether hooks of the user's hang somewhere in the graph. Those on what tensors are computed by only a
+            backward pass of autograd's runs.
     """
 
     def __init__(self, *, hooked: bool = False) -> None:
@@ -146,7 +147,11 @@ class JoinedUses:
         for origin, first in zip(origins, same_tensors([(o.node, o.number) for o in origins]), strict=True):
             terms.setdefault(origins[first], []).extend(by_origin[origin])
         found = [(origin, combine(own)) for origin, own in terms.items()]
-        pull = None if self._hooked else FactoredPull([((o.node, o.number), term) for o, term in found])
+        if self._hooked and any(is_hooked(n) for n in in_order([o.node for o in origins]) if leaf_of(n) is None):
+            found = [(replace(origin, rearranged=False), term) for origin, term in found]
+            pull = None
+        else:
+            pull = FactoredPull([((o.node, o.number), term) for o, term in found])
         self._last = uses, found, pull
         return found, pull
 
@@ -213,25 +218,13 @@ def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Seque
     Raises:
         RuntimeError: what lies in between is not linear in the gradients.
     """
-    found: list[Tensor] = []
-    others: list[tuple[GradientEdge, Tensor]] = []
-    for edge, gradient in zip(edges, gradients, strict=True):
-        known = through_weight_norm(edge.node, parameter, gradient)
-        if known is None:
-            others.append((edge, gradient))
-        else:
-            found.append(known)
-    left = [edge for edge, _ in others]
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        (pulled,) = torch.autograd.grad(left, [parameter], parts, retain_graph=True, allow_unused=True)
+        (pulled,) = torch.autograd.grad(edges, [parameter], parts, retain_graph=True, allow_unused=True)
         return pulled
 
-    if left:
-        given = [gradient for _, gradient in others]
-        shape, is_complex = tuple(parameter.shape), parameter.is_complex()
-        found.append(backward_of_each(of, given, shape, is_complex=is_complex, nonlinear=partial(_nonlinear, left)))
-    return sum_of(found)
+    shape, is_complex = tuple(parameter.shape), parameter.is_complex()
+    return backward_of_each(of, gradients, shape, is_complex=is_complex, nonlinear=partial(_nonlinear, edges))
 
 
 def _nonlinear(edges: Sequence[GradientEdge]) -> RefusedError:

@@ -54,7 +54,7 @@ REARRANGING = frozenset(
 )
 
 # Operators whose nodes show all that their backward pass reads. Others are the same as no other.
-_ARRANGE = ("Expand", "Cat", "Stack", "Diagonal", "Tril", "Triu")
+_ARRANGE = ("Expand", "Stack", "Diagonal", "Tril", "Triu")
 _COUNT = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Square", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Log", "Abs")
 _BEND = ("Tanh", "Sigmoid", "Softplus", "Relu", "Softmax", "LogSoftmax", "Clamp", "ClampMin", "ToCopy")
 _SUM = ("Sum", "Mean", "Norm", "LinalgVectorNorm", "Mm", "Bmm", "Addmm", "Mv", "Dot", "WeightNormInterface")

@@ -120,31 +120,30 @@ class TiedTable(RowTerm):
         return TiedTable(embedding, self.linear.concatenated([other.linear for other in others]))
 
     def squared_norm(self) -> Tensor:
-        """The sum of both squared norms and twice the inner product of the two gradients.
+        """The squared norms of the rows that an example looked up, and of the others, which add up.
 
-        The inner product is ``sum_{t,s} B[s, idx_t] <A_s, gy_t>``, so no gradient of the table's size is formed, unless
-        the table is smaller than the ``[S, T]`` products. Where an example's two gradients nearly cancel, a sum of
-        squares and products loses their difference to rounding.
+        To a row that was looked up the projection gives a sum over its positions, which is added to the backprops of
+        the look-ups. So nothing cancels but within a row, and no gradient of the table's size is formed, unless the
+        table is smaller than the ``[S, T]`` products.
         """
-        positions, size = self.embedding.indices.shape[1] * self.linear.activations.shape[1], self._table_size()
-        if size <= positions:
+        looked_up, positions = self.embedding.indices.shape[1], self.linear.activations.shape[1]
+        width, size = self.linear.activations.shape[2], self.linear.backprops.shape[2]
+        if width * size <= looked_up * positions:
             return squared_norm_of_dense(self)
-        own = self.embedding.squared_norm() + self.linear.squared_norm()
-        chunk = max(1, CHUNK_BYTES // max(1, 2 * positions * own.element_size()))
-        cross = [self._cross(slice(start, start + chunk)) for start in range(0, self.examples, chunk)]
-        return (own + 2 * torch.cat(cross)).clamp_min(0)
+        each = max(positions * size, looked_up * (looked_up + 2 * positions + 2 * width))
+        chunk = max(1, CHUNK_BYTES // max(1, each * accumulation_dtype(self.linear.backprops).itemsize))
+        return torch.cat([self._chunk(slice(start, start + chunk)) for start in range(0, self.examples, chunk)])
 
-    def _table_size(self) -> int:
-        return self.linear.activations.shape[2] * self.linear.backprops.shape[2]
-
-    def _cross(self, rows: slice) -> Tensor:
-        """``<g_i of the embedding, g_i of the linear layer>``, ``[rows]``."""
-        embedding = self.embedding.without_padding()
+    def _chunk(self, rows: slice) -> Tensor:
+        """The squared norms of some examples, ``[rows]``."""
+        embedding, dtype = self.embedding.without_padding(), accumulation_dtype(self.embedding.backprops)
         a, b, gy = (t[rows] for t in (self.linear.activations, self.linear.backprops, embedding.backprops))
-        read = embedding.indices[rows].unsqueeze(1).expand(-1, b.shape[1], -1)
-        dtype = accumulation_dtype(gy)
-        inner = torch.bmm(a.to(dtype), gy.to(dtype).mT)
-        return (b.gather(2, read.long()) * inner).sum((1, 2))
+        indices = embedding.indices[rows].long()
+        columns = indices.unsqueeze(1).expand(-1, b.shape[1], -1)
+        times = (indices.unsqueeze(2) == indices.unsqueeze(1)).sum(2, keepdim=True)  # that its row was looked up
+        projected = b.gather(2, columns).to(dtype).mT @ a.to(dtype)
+        others = LinearFactors(a, b.scatter(2, columns, 0))
+        return others.squared_norm() + ops.embedding_norm_sq(indices, gy.to(dtype) + projected / times, -1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.linear.weighted_sum(weights) + self.embedding.weighted_sum(weights)

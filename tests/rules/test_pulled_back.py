@@ -7,7 +7,6 @@ from term_kinds import assert_term, linear
 from torch.autograd.graph import get_gradient_edge
 
 from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term, pull_back
-from engm.rules.weight_norm import through_weight_norm
 from engm.terms import LinearFactors, Owners, PerExampleGradient
 
 OWNERS = Owners(torch.tensor([2, 0, 2, -1, 0, 2]), 3)
@@ -64,20 +63,14 @@ def test_which_pieces_are_disjoint():
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 2, 3)])
 @pytest.mark.parametrize("dim", [0, -1])
 @pytest.mark.filterwarnings("error")
-def test_weight_norm_by_its_formula(shape, dim):
-    """Where torch knows no batched backward pass, which nobody is warned of."""
+def test_weight_norm(shape, dim):
+    """Of which torch knows no batched backward pass; nobody is warned of that."""
     v = tensor(*shape, seed=1).requires_grad_()
     kept = dim % len(shape)
     g = tensor(*(size if k == kept else 1 for k, size in enumerate(shape)), seed=2).requires_grad_()
-    weight = torch._weight_norm_interface(v, g, kept)[0]
+    weight, doubled = (torch._weight_norm_interface(by * v, g, kept)[0] for by in (1, 2))
     gradients = tensor(5, *shape, seed=3)
-    for parameter in (v, g):
-        wanted = [torch.autograd.grad(weight, parameter, gradient, retain_graph=True)[0] for gradient in gradients]
-        assert through_weight_norm(weight.grad_fn, parameter, gradients) is not None
-        found = pull_back([get_gradient_edge(weight)], parameter, [gradients])
+    for made, parameter in (([weight], v), ([weight], g), ([doubled, weight], v)):
+        wanted = [torch.autograd.grad(made, parameter, [one] * len(made), retain_graph=True)[0] for one in gradients]
+        found = pull_back([get_gradient_edge(w) for w in made], parameter, [gradients] * len(made))
         torch.testing.assert_close(found, torch.stack(wanted))
-    doubled = torch._weight_norm_interface(2 * v, g, kept)[0]
-    assert through_weight_norm(doubled.grad_fn, v, gradients) is None
-    found = pull_back([get_gradient_edge(doubled), get_gradient_edge(weight)], v, [gradients, gradients])
-    both = [torch.autograd.grad([doubled, weight], v, [g_i, g_i], retain_graph=True)[0] for g_i in gradients]
-    torch.testing.assert_close(found, torch.stack(both))

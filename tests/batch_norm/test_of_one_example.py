@@ -1,0 +1,85 @@
+"""Batch norms whose statistics are one example's alone, where no example influences another, and those of a part."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import per_example_gradients, tensor
+from torch import nn
+
+import engm
+
+
+class Between(nn.Module):
+    """A norm between two layers that work on rows ``[n, 4, 3]``."""
+
+    def __init__(self, norm, inner=None):
+        super().__init__()
+        self.first, self.last, self.norm, self.inner = nn.Linear(3, 5), nn.Linear(5, 1), norm, inner
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x), self.inner))).square().mean((1, 2))
+
+
+def one_by_one(h, batch_norm):
+    return torch.stack([batch_norm(one) for one in h])
+
+
+def functional(h, _):
+    return torch.stack([F.batch_norm(one, None, None, training=True) for one in h])
+
+
+def of_channels(h, batch_norm):
+    return batch_norm(h.mT).mT
+
+
+def as_channels(h, batch_norm):
+    return batch_norm(h.mT.reshape(1, -1, h.shape[1])).view_as(h.mT).mT
+
+
+NETWORKS = {
+    "a layer, one by one": (one_by_one, nn.BatchNorm1d(5), 3),
+    "a function, one by one": (functional, None, 2),
+    "an instance norm of one example": (lambda h, _: F.instance_norm(h.mT).mT, None, 1),
+    "one example": (of_channels, nn.BatchNorm1d(5), 1),
+    "as an instance norm": (as_channels, nn.BatchNorm1d(10, affine=False), 2),
+    "as an affine instance norm": (as_channels, nn.BatchNorm1d(10), 2),
+    "as a layer norm": (lambda h, b: b(h.flatten(0, 1).t()).t().view_as(h), nn.BatchNorm1d(8, affine=False), 2),
+}
+
+
+def compared(model, losses):
+    """Norms by engm and by one backpropagation an example through the same graph."""
+    parameters = dict(model.unwrap().named_parameters())
+    return engm.per_example_grad_norms(model, losses), per_example_gradients(losses, parameters).norms
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_norms_are_exact(name):
+    norm, inner, n = NETWORKS[name]
+    model = engm.GradNormModule(Between(norm, inner).double())
+    for step in range(3):
+        found, wanted = compared(model, model(tensor(n, 4, 3, seed=step)))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
+def test_of_the_whole_batch_they_are_estimates():
+    """What the tests above would be without a look at whose statistics they are."""
+    model = engm.GradNormModule(Between(of_channels, nn.BatchNorm1d(5)).double())
+    found, wanted = compared(model, model(tensor(3, 4, 3)))
+    assert not torch.allclose(found, wanted, rtol=1e-3)
+
+
+def halves(h, batch_norm):
+    norm = batch_norm or (lambda part: F.batch_norm(part, None, None, training=True))
+    return torch.cat([norm(part.flatten(0, 1)).view_as(part) for part in h.chunk(2)])
+
+
+@pytest.mark.parametrize("inner", [nn.BatchNorm1d(5), None], ids=["a layer", "a function"])
+def test_of_half_of_the_batch(inner):
+    """Rows of a half are a multiple of n, as those of the whole batch would be."""
+    net = Between(halves, inner).double()
+    with pytest.raises(RuntimeError, match="influences the losses of other examples"):
+        engm.per_example_grad_norms(model := engm.GradNormModule(net), model(tensor(4, 4, 3)))
+    model = engm.GradNormModule(net, coupled="exact")
+    found, wanted = compared(model, model(tensor(4, 4, 3)))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
