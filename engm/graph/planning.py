@@ -311,13 +311,14 @@ class _Planner:
         The examples may lie along the last dimension, or numbers may be too small to be told apart by powers of two.
         """
         mixed = {position for (position, _), owners in nodes.items() if self.about.present(owners).several}
+        apart = {position for (position, _), owners in nodes.items() if self.about.present(owners).apart}
         owned: list[bool] = []
         for position, children in enumerate(self.traced.children):
-            own = (owners for number in range(8) if (owners := nodes.get((position, number))) is not None)
-            apart = position not in mixed and any(self.about.present(owners).apart for owners in own)
-            owned.append(apart or any(owned[child] for child in children if child is not None and child >= 0))
-        # What clips every element by itself makes rows look mixed in which nothing tells of the examples' data.
-        all_of_them = self.traced.hooked or any(map(is_users, self.traced.order))
+            own = position in apart - mixed
+            owned.append(own or any(owned[child] for child in children if child is not None and child >= 0))
+        # What clips every element by itself makes rows look mixed in which nothing tells of the examples' data. And a
+        # node with rows of one example beside rows of several may have them along its last dimension.
+        all_of_them = self.traced.hooked or any(map(is_users, self.traced.order)) or not apart.isdisjoint(mixed)
         return {
             p
             for p in mixed

@@ -193,6 +193,8 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     order = traced.order
     for position, kind in enumerate(traced.kinds):
         if kind not in _READERS:
+            if len(_READERS) >= MOST_READERS:  # of functions that are defined anew at every step
+                _READERS.clear()
             _READERS[kind] = _reader(order[position])
         read = _READERS[kind]
         if read is None:
@@ -215,6 +217,7 @@ _CONSTANTS = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
 
+MOST_READERS = 4096
 _READERS: dict[type, Callable[[Node], Hashable] | None] = {}  # of the arguments by which rows may come to lie elsewhere
 
 

@@ -60,6 +60,8 @@ class LinearRule(_MatrixRule):
         return output.dim() == 1
 
     def factors(self, activations: Tensor, backprops: Tensor) -> LinearFactors:
+        if activations.layout != torch.strided:  # a bag of words, say
+            activations = activations.to_dense()
         return LinearFactors(*by_position(activations, backprops))
 
     def cost(

@@ -11,9 +11,8 @@ from torch import nn
 import engm
 
 
-def assert_exact(model, losses, strict_parameters=None):
-    parameters = strict_parameters or dict(model.unwrap().named_parameters())
-    wanted = per_example_gradients(losses, parameters).norms
+def assert_exact(model, losses):
+    wanted = per_example_gradients(losses, dict(model.unwrap().named_parameters())).norms
     torch.testing.assert_close(engm.per_example_grad_norms(model, losses), wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -219,3 +218,28 @@ def test_a_tied_table_whose_two_gradients_nearly_cancel(rest):
     losses = model(indices, h, up)
     wanted = per_example_gradients(losses, dict(model.unwrap().named_parameters())).norms
     torch.testing.assert_close(engm.per_example_grad_norms(model, losses), wanted, rtol=1e-9, atol=0)
+
+
+def test_examples_along_the_last_dimension_where_a_channel_is_left_to_one_of_them():
+    """A row of one example beside rows of several is no sign of a coupling: the examples lie within the rows."""
+
+    class Points(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 2, 1)
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x.t()[None]))).square().sum((0, 1))
+
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model = engm.GradNormModule(Points().double())
+        assert_exact(model, model(tensor(3, 3, seed=seed)))
+
+
+def test_a_linear_layer_on_a_sparse_matrix():
+    net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model = engm.GradNormModule(net)
+    x = tensor(3, 6)
+    x[x < 0] = 0
+    assert_exact(model, model(x.to_sparse()).square().sum(1))
