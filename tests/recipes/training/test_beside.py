@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {"ates": {"gap_epochs": (0, 3)}, "self-adap
 
 
 def configured(name: str, **options: Any) -> RunConfig:
-    return replace(PLAIN, objective=name, **{"step": "eager", **CHANGES.get(name, {}), **options})
+    return replace(PLAIN, objective=name, **{**CHANGES.get(name, {}), **options})
 
 
 def trained(config: RunConfig) -> Run:

@@ -15,7 +15,7 @@ from engm.adversarial import PGD
 from engm.recipes.runs.folder import RunFolder
 from engm.recipes.training.run import Run
 
-FLOAT16 = replace(PLAIN, precision="fp16", epochs=2)
+FLOAT16 = replace(PLAIN, precision="fp16", epochs=2, step="auto")
 
 
 @pytest.mark.parametrize("optimizer", ["engm", "a-engm", "n-engm", "mgnc", "msgd"])
