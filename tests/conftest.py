@@ -22,6 +22,13 @@ settings.load_profile("engm")
 BEGUN = pytest.StashKey[float]()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_of_other_modules_to_collect():
+    """What earlier modules left is out of the garbage collector's sight: it would walk through all of it every time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
