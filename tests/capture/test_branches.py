@@ -72,7 +72,7 @@ def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# Each takes seconds, because torch traces a branch anew whenever it runs: what captures a layer does not look at its kind.
+# Each takes seconds, because torch traces a branch anew whenever it runs: one layer with a rule is tried in both ways.
 @pytest.mark.parametrize(
     ("network", "compiler_in_use"),
     [
