@@ -13,13 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@pytest.fixture(autouse=True)
-def rough_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is drawn into a picture, but its file is a small PNG, or says its kind; nothing is given more room.
-
-    Modules whose tests are about pictures replace this fixture by one that does nothing. What is made in a fixture of a
-    module or a session is drawn before, and whole.
-    """
+def draw_roughly(patch: pytest.MonkeyPatch) -> None:
+    """Everything is drawn into a picture, but its file is a small PNG, or says its kind; nothing is given more room."""
     save = pictures._save
 
     def save_roughly(figure: Figure, target: Path | IO[bytes], kind: str) -> None:
@@ -30,5 +25,14 @@ def rough_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             target.write_text(kind)
 
-    monkeypatch.setattr(pictures, "_save", save_roughly)
-    monkeypatch.setattr(pictures, "_lay_out", lambda figure: figure.set_layout_engine("none"))
+    patch.setattr(pictures, "_save", save_roughly)
+    patch.setattr(pictures, "_lay_out", lambda figure: figure.set_layout_engine("none"))
+
+
+@pytest.fixture(autouse=True)
+def rough_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules whose tests are about pictures replace this fixture by one that does nothing.
+
+    What is made in a fixture of a module or a session is drawn before, and whole.
+    """
+    draw_roughly(monkeypatch)
