@@ -9,11 +9,13 @@ OLDEST := $(CURDIR)/.venv-oldest/bin/python
 NO_DEPS := torchattacks==3.5.1
 BIN := .venv/bin
 export MAX_JOBS ?= 2
+# Hundreds of processes read the same modules, and pytest takes ten seconds to rewrite those of the tests.
+unexport PYTHONDONTWRITEBYTECODE
 
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h) tests/emulator/build.py
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-all test-oldest lint docs wheel bench gpu sanitize clean
+.PHONY: demo test test-all test-both test-oldest lint docs wheel bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
@@ -31,6 +33,10 @@ test: .make/build .make/emulator
 # The rest: what 'make test' leaves out, and nothing else. Both together run every test once.
 test-all: .make/build .make/emulator
 	$(PYTEST) -m slow tests
+
+# Both in one run, which collects the tests once, as CI has it.
+test-both: .make/build .make/emulator
+	$(PYTEST) --most-seconds 30 tests
 
 # What depends on torch's insides, on the oldest torch. The tests run from a copy of their folder: beside the checkout's
 # engm they would import that one, whose compiled module is of the other torch.

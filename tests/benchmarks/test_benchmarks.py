@@ -93,7 +93,7 @@ def test_cost_constants(capsys):
 
 
 def test_group_norm_pays_for_no_calibration():
-    net, (x, y) = workloads.network("resnet18", 4, "group"), workloads.batch(2)
+    net, (x, y) = workloads.network("vgg", 8, "group"), workloads.batch(2)
     steps = table1.adversarial_steps(net, x, y, "group", 1)
     assert [name for name in steps if name.endswith(table1.RARE)] == [
         "A-ENGM (borrowed), rare step",

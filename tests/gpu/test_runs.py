@@ -14,6 +14,7 @@ from engm.recipes.training.run import Run
 
 pytestmark = gpu
 HERE = Processes(torch.device(DEVICE))
+RECORDED = replace(PLAIN, step="auto")
 
 
 def trained(config, state=None):
@@ -28,7 +29,7 @@ def trained(config, state=None):
 @pytest.mark.parametrize("optimizer", ["engm", "a-engm", "msgd"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains(objective, optimizer):
-    run = trained(replace(PLAIN, objective=objective, optimizer=optimizer, awp=objective == "mart"))
+    run = trained(replace(RECORDED, objective=objective, optimizer=optimizer, awp=objective == "mart"))
     assert {p.device.type for p in run.net.parameters()} == {HERE.device.type}
     assert run.dataset.train.labels.device.type == HERE.device.type
     assert all(torch.isfinite(torch.tensor(row["loss"])) for row in run.history)
@@ -38,14 +39,14 @@ def test_every_objective_trains(objective, optimizer):
     "flags", [{"precision": "bf16"}, {"channels_last": True}, {"compile_attack": True}, {"fast": True}]
 )
 def test_the_speed_switches_train_to_about_the_same_loss(flags):
-    config = replace(PLAIN, width=8, threat="l2", eps=0.3)
+    config = replace(RECORDED, width=8, threat="l2", eps=0.3)
     plain, fast = trained(config), trained(replace(config, **flags))
     assert fast.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.2)
 
 
 @pytest.mark.parametrize("optimizer", ["engm", "a-engm"])
 def test_a_resumed_run_ends_in_the_same_bits(optimizer):
-    config = replace(PLAIN, optimizer=optimizer, ema=0.9)
+    config = replace(RECORDED, optimizer=optimizer, ema=0.9)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         first = Run(config, HERE, tiny_dataset())

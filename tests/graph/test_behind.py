@@ -120,7 +120,7 @@ def assert_right(model: engm.GradNormModule, losses: Tensor, tolerance: float = 
 @pytest.mark.parametrize("between", APART)
 def test_each_step_is_right(between, strict):
     model = engm.GradNormModule(Ragged(between), strict=strict, check_every=1)
-    for step in range(9):
+    for step in range(6):  # three to six examples, and two numbers of them again
         assert_right(model, losses_at(step, model))
 
 

@@ -32,6 +32,11 @@ BLIND = {
 }
 
 
+@pytest.fixture(autouse=True)
+def rough_pictures() -> None:
+    """None here: pictures are what is looked at."""
+
+
 def drawn(path: Path) -> None:
     with picture(path, SIZE) as figure:
         mean_curve(figure.subplots(), [{1: 1.0, 2: 3.0}, {1: 2.0, 2: 5.0}], style_of("engm"), "ENGM")

@@ -31,12 +31,19 @@ def assert_the_same(net, data, least, **options):
     return report
 
 
-@pytest.mark.parametrize("attacked", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# ENGM in every way; of the others every network, and in turn with and without an attack. A-ENGM and N-ENGM read input
+# gradients, which the attack measures.
+CASES = [
+    (optimizer, name, attacked)
+    for i, optimizer in enumerate(OPTIMIZERS)
+    for k, name in enumerate(NETWORKS)
+    for attacked in (False, True)
+    if optimizer == "ENGM" or attacked == (optimizer in ("A-ENGM", "N-ENGM") or (i + k) % 2 == 0)
+]
+
+
+@pytest.mark.parametrize(("optimizer", "name", "attacked"), CASES)
 def test_is_the_step_by_hand(optimizer, name, attacked):
-    if optimizer in ("A-ENGM", "N-ENGM") and not attacked:
-        pytest.skip("reads input gradients, which the loss function has to measure")
     torch.manual_seed(3)
     net = NETWORKS[name]()
     least = 8 if TRACES_ALL or optimizer != "ENGM auto" else 0

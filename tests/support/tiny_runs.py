@@ -26,6 +26,7 @@ PLAIN = RunConfig(
     loggers=("csv",),
     log_every=2,
     save_every=2,
+    step="eager",  # recording takes longer than the run; test_recorded_steps.py has the bits of recorded runs equal
 )
 
 

@@ -16,7 +16,7 @@ from engm.recipes.config import RunConfig
 from engm.recipes.config_files import from_values
 
 TINY = "--width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64 --threads 1"
-DIGITS = [*TINY.split(), "--test-examples", "40", "--loggers", "none"]
+DIGITS = [*TINY.split(), "--test-examples", "40", "--loggers", "none", "--step", "eager"]
 
 
 def engm(*arguments: object) -> Result:

@@ -22,7 +22,7 @@ from engm.recipes.runs.folder import RunFolder
 from engm.recipes.storage.folder_lock import locked
 
 _TINY = "--width 2 --epochs 2 --batch-size 32 --attack-steps 2 --evaluation-steps 3 --train-examples 64 --threads 1"
-TINY = _TINY.split()
+TINY = [*_TINY.split(), "--step", "eager"]
 
 
 def tiny(*options: object) -> list[object]:
@@ -49,7 +49,8 @@ def failed(*arguments: object, status: int = 1) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "run"
-    result = engm("train", *TINY, "--out", path, "--optimizer", "a-engm", "--loggers", "csv,json,tensorboard")
+    options = tiny("--step", "auto", "--optimizer", "a-engm", "--loggers", "csv,json,tensorboard")
+    result = engm("train", *options, "--out", path)
     assert result.exit_code == 0, result.output
     return path
 

@@ -14,10 +14,16 @@ from engm.recipes.reproduce.outcome import save_picture
 from engm.recipes.reproduce.page import documents, draw_pictures, outcome_of, page
 from engm.recipes.storage.atomic_files import read_json
 
+from ..conftest import draw_roughly
 from .conftest import Carry, request
 
 FILES = {"config.toml", "results.json", "table.csv", "table.md", "picture.png", "picture.svg", "picture.pdf"}
 TIMES = ("seconds", "step_seconds", "machine")
+
+
+@pytest.fixture(autouse=True)
+def rough_pictures() -> None:
+    """None here: pictures are what is looked at."""
 
 
 def figures(path: Path) -> object:
@@ -57,7 +63,9 @@ def check_divergence(name: str, records: list[dict], picture: Path) -> None:
         some = [*records[:lost], {**told, "diverged": "at step 3"}, *records[lost + 1 :]]
         outcome = analysis(name).summarise(some)
         assert "nan" not in outcome.markdown()
-        save_picture(outcome, picture)
+        with pytest.MonkeyPatch.context() as patch:
+            draw_roughly(patch)
+            save_picture(outcome, picture)
 
 
 def test_rows_in_l2_are_attacked_in_l2(tmp_path: Path, carried: Carry) -> None:

@@ -40,6 +40,11 @@ def points(axes: Any) -> set[tuple[float, str]]:
     }
 
 
+@pytest.fixture(autouse=True)
+def rough_pictures() -> None:
+    """None here: pictures are what is looked at."""
+
+
 def test_table_2_has_the_papers_dots_beside_ours_at_one_scale() -> None:
     records = records_of("table2")
     curves, ours, paper = drawn("table2", records).axes

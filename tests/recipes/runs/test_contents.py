@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from engm.recipes.cli import app
 
 TINY = "--data digits --width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64"
-SMALL = [*TINY.split(), "--test-examples", "40", "--threads", "1", "--loggers", "none"]
+SMALL = [*TINY.split(), "--test-examples", "40", "--threads", "1", "--loggers", "none", "--step", "eager"]
 
 
 def engm(*arguments: object) -> Result:

@@ -26,7 +26,7 @@ from engm.recipes.storage.atomic_files import read_json, write_json
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     path = tmp_path_factory.mktemp("exported") / "run"
-    train(replace(PLAIN, epochs=1, step="eager"), path, Processes(torch.device("cpu")), dataset=tiny_dataset())
+    train(replace(PLAIN, epochs=1), path, Processes(torch.device("cpu")), dataset=tiny_dataset())
     return RunFolder(path)
 
 

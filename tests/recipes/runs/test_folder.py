@@ -77,15 +77,18 @@ def test_the_weights_that_are_kept_are_the_averaged_ones(whole: Path) -> None:
     assert torch.equal(last["linear.weight"], state["average"]["module.linear.weight"])
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 5, 9, 11])
-def test_a_stopped_run_goes_on_to_the_same_bits(whole: Path, tmp_path: Path, steps: int) -> None:
-    path = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("steps", "step"), [(1, "eager"), (3, "auto"), (4, "eager"), (5, "eager"), (9, "auto"), (11, "eager")]
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(whole: Path, tmp_path: Path, steps: int, step: str) -> None:
+    """Whether its steps are recorded or not."""
+    path, config = tmp_path / "run", replace(EVERYTHING, step=step)
     with pytest.raises(KeyboardInterrupt):
-        train_tiny(EVERYTHING, path, view=KilledAt(steps))
+        train_tiny(config, path, view=KilledAt(steps))
     for further in (2, 4):  # not before, if it is over sooner
         with suppress(KeyboardInterrupt):
-            train_tiny(EVERYTHING, path, view=KilledAt(further))
-    results = train_tiny(EVERYTHING, path)
+            train_tiny(config, path, view=KilledAt(further))
+    results = train_tiny(config, path)
     assert last_tensors(path) == last_tensors(whole)
     undisturbed = RunFolder(whole).results()
     assert results["test"] == undisturbed["test"]

@@ -96,7 +96,18 @@ def test_a_schedule_that_has_ended_has_to_be_planned_anew(tmp_path: Path) -> Non
 
 def test_the_command_says_what_changes(tmp_path: Path) -> None:
     tiny = "--width 2 --batch-size 32 --attack-steps 1 --evaluation-steps 1 --train-examples 32 --test-examples 20"
-    command = ["train", *tiny.split(), "--data", "digits", "--optimizer", "msgd", "--loggers", "none"]
+    command = [
+        "train",
+        *tiny.split(),
+        "--data",
+        "digits",
+        "--optimizer",
+        "msgd",
+        "--loggers",
+        "none",
+        "--step",
+        "eager",
+    ]
 
     def engm(*more: str) -> str:
         result = CliRunner().invoke(app, [*command, *more, "--out", str(tmp_path / "run")], env={"COLUMNS": "400"})

@@ -162,7 +162,7 @@ def be_refused(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    config = replace(PLAIN, model=f"{folder}/net.py:Net", width=None, step="eager")
+    config = replace(PLAIN, model=f"{folder}/net.py:Net", width=None)
     with (
         from_environment("cpu") as processes,
         pytest.raises(

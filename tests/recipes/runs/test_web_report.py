@@ -95,6 +95,11 @@ def accuracy(values: list[float]) -> str:
     return f"{mean(scaled):.1f}" + (f" ± {stdev(scaled):.1f}" if len(scaled) > 1 else "")
 
 
+@pytest.fixture(autouse=True)
+def rough_pictures() -> None:
+    """None here: pictures are what is looked at."""
+
+
 def test_a_comparison_and_every_number_of_it(tmp_path: Path) -> None:
     entry = {"examples": 20, "eps": 0.2, "epoch": 3, "accuracy": 0.123456}
     folders = [

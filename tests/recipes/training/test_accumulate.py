@@ -16,7 +16,7 @@ from engm.recipes.training.run import Run
 
 CPU = Processes(torch.device("cpu"))
 # Nothing couples the examples, and the attack starts at the example itself: parts are then attacked as the whole is.
-APART = replace(PLAIN, norm="group", alpha="2", step="eager", epochs=1, eps=0.0, lr=0.02)
+APART = replace(PLAIN, norm="group", alpha="2", epochs=1, eps=0.0, lr=0.02)
 
 
 def trained(config: RunConfig) -> Run:
@@ -57,7 +57,7 @@ def test_every_part_is_attacked_by_itself() -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_recorded_parts_have_the_bits_of_eager_ones(norm: str) -> None:
-    config = replace(PLAIN, norm=norm, accumulate=2, attack_steps=1, epochs=2)
+    config = replace(PLAIN, model=f"shallow_networks:{norm}", accumulate=2, attack_steps=1, epochs=2)
     eager, recorded = trained(replace(config, step="eager")), trained(replace(config, step="auto"))
     assert torch.equal(weights(recorded), weights(eager))
     report = recorded.trainer.step_report()

@@ -24,7 +24,7 @@ from engm.recipes.runs.view import NoView
 from engm.recipes.training.run import Run
 
 CPU = Processes(torch.device("cpu"))
-SWA = replace(PLAIN, optimizer="msgd", attack_steps=1, epochs=4, swa_start=2, step="eager")
+SWA = replace(PLAIN, optimizer="msgd", attack_steps=1, epochs=4, swa_start=2)
 
 
 def trained(config: RunConfig) -> Run:

@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {"ates": {"gap_epochs": (0, 3)}, "self-adap
 
 
 def configured(name: str, **options: Any) -> RunConfig:
-    return replace(PLAIN, objective=name, **{"step": "eager", **CHANGES.get(name, {}), **options})
+    return replace(PLAIN, objective=name, **(CHANGES.get(name, {}) | options))
 
 
 def trained(config: RunConfig) -> Run:
@@ -40,7 +40,10 @@ def trained(config: RunConfig) -> Run:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "a-engm", "awp": True, "step": "auto"}, {"norm": "group", "accumulate": 2}],
+    [
+        {"model": "shallow_networks:batch", "optimizer": "a-engm", "awp": True, "step": "auto"},
+        {"norm": "group", "accumulate": 2},
+    ],
     ids=["perturbed", "in parts"],
 )
 def test_a_run_that_was_killed_ends_with_the_same_bits(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_to_the_same_bits_and_knows_its_extra_data(tmp_path: Path) -> None:
-    config = replace(PLAIN, extra=str(write(tmp_path / "extra.npz")), extra_fraction=0.5, epochs=2, step="eager")
+    config = replace(PLAIN, extra=str(write(tmp_path / "extra.npz")), extra_fraction=0.5, epochs=2)
 
     def trained(path: Path, *stops: int) -> dict[str, torch.Tensor]:
         for steps in stops:

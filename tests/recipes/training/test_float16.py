@@ -15,15 +15,16 @@ from engm.adversarial import PGD
 from engm.recipes.runs.folder import RunFolder
 from engm.recipes.training.run import Run
 
-FLOAT16 = replace(PLAIN, precision="fp16", epochs=2)
+SHALLOW = {norm: replace(PLAIN, model=f"shallow_networks:{norm}") for norm in ("batch", "group")}
+FLOAT16 = replace(SHALLOW["batch"], precision="fp16", epochs=2, step="auto")
 
 
 @pytest.mark.parametrize("optimizer", ["engm", "a-engm", "n-engm", "mgnc", "msgd"])
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", SHALLOW)
 def test_a_step_is_nearer_to_that_of_float32_than_in_bfloat16(optimizer: str, norm: str) -> None:
     norms, weights = {}, {}
     for precision in ("fp32", "fp16", "bf16"):
-        run = Run(replace(PLAIN, precision=precision, optimizer=optimizer, norm=norm), CPU, tiny_dataset())
+        run = Run(replace(SHALLOW[norm], precision=precision, optimizer=optimizer), CPU, tiny_dataset())
         run.trainer.step(*next(iter(run.dataset.train.batches([torch.arange(32)]))))
         weights[precision] = torch.cat([p.detach().flatten() for p in run.net.parameters()])
         norms[precision] = run.trainer.finish_epoch().mean_norm

@@ -85,7 +85,7 @@ def test_norms_through_it_are_exact() -> None:
 
 
 def test_it_is_part_of_the_run_its_evaluation_and_its_exports(tmp_path: Path) -> None:
-    config = replace(PLAIN, normalize="data", epochs=1, attack_steps=1, ema=0.5, width=4, step="eager")
+    config = replace(PLAIN, normalize="data", epochs=1, attack_steps=1, ema=0.5, width=4)
     train(config, tmp_path / "run", CPU, dataset=tiny_dataset())
     folder = RunFolder(tmp_path / "run")
     kept = folder.weights("last").weights

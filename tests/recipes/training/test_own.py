@@ -60,7 +60,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def weights_after(path: Path, **settings: object) -> dict[str, torch.Tensor]:
-    train(replace(PLAIN, epochs=1, step="eager", **settings), path, CPU, dataset=tiny_dataset())  # type: ignore[arg-type]
+    train(replace(PLAIN, epochs=1, **settings), path, CPU, dataset=tiny_dataset())  # type: ignore[arg-type]
     return RunFolder(path).weights("last").weights
 
 
@@ -102,7 +102,7 @@ def test_an_optimizer_written_again_is_the_optimizer(file: Path, tmp_path: Path)
 
 def test_a_run_goes_on_from_its_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
-    config = replace(PLAIN, epochs=2, objective="own_training.py:twice", optimizer="own_training.py:half", step="eager")
+    config = replace(PLAIN, epochs=2, objective="own_training.py:twice", optimizer="own_training.py:half")
     train(config, tmp_path / "whole", CPU, dataset=tiny_dataset())
 
     class Killed(NoView):

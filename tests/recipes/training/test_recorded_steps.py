@@ -27,6 +27,7 @@ from engm.recipes.training.run import Run
 from engm.recipes.training.trainer import Trainer
 
 CPU = Processes(torch.device("cpu"))
+SHALLOW = {norm: replace(PLAIN, model=f"shallow_networks:{norm}") for norm in ("batch", "group")}
 # torch 2.11 cannot trace draws from a generator of one's own, which every random start makes.
 TRACES_ALL = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 needs_traced_draws = pytest.mark.skipif(not TRACES_ALL, reason="this torch cannot trace draws from a generator")
@@ -76,7 +77,7 @@ def assert_recorded_as_eager(config: RunConfig, least: int) -> StepReport:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective(objective: str, norm: str) -> None:
     """Twelve steps over three epochs with a validation after each; the learning rate decays twice."""
-    config = replace(PLAIN, objective=objective, norm=norm, decay_epochs=(1, 2), gap_epochs=(0, 1), sat_start=1)
+    config = replace(SHALLOW[norm], objective=objective, decay_epochs=(1, 2), gap_epochs=(0, 1), sat_start=1)
     if objective in ("fat", "ates"):  # which are recorded in training mode alone
         config = replace(config, patience=1, attack_mode="train")
     report = assert_recorded_as_eager(config, 6 if norm == "batch" else 9)
@@ -85,7 +86,7 @@ def test_every_objective(objective: str, norm: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["msgd", "mgnc", "sngm", "f-engm", "n-engm", "a-engm"])
 def test_every_optimizer(optimizer: str) -> None:
-    assert_recorded_as_eager(replace(PLAIN, optimizer=optimizer, norm="group", tau=6), 7)
+    assert_recorded_as_eager(replace(SHALLOW["group"], optimizer=optimizer, tau=6), 7)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_every_optimizer(optimizer: str) -> None:
 )
 def test_settings(change: dict[str, Any]) -> None:
     """Where a calibration judges borrowed norms otherwise than the one before, there are two kinds of steps."""
-    assert_recorded_as_eager(replace(PLAIN, **change), 3)
+    assert_recorded_as_eager(replace(SHALLOW["batch"], **change), 3)
 
 
 def resumed_at(steps: int, config: RunConfig) -> Run:
@@ -129,7 +130,7 @@ def resumed_at(steps: int, config: RunConfig) -> Run:
 @pytest.mark.parametrize("steps", [2, 5, 6, 11])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_resumed_run_records_again_and_ends_with_the_same_bits(steps: int, norm: str) -> None:
-    config = replace(PLAIN, norm=norm, step="auto")
+    config = replace(SHALLOW[norm], step="auto")
     assert_same(resumed_at(steps, config), trained(config, "eager"))
 
 
@@ -177,7 +178,7 @@ def test_losses_that_are_not_finite_stop_a_recorded_step(perturbed: bool) -> Non
 
 @needs_traced_draws
 def test_a_radius_that_grows_runs_eagerly_and_says_so() -> None:
-    config = replace(PLAIN, eps_warmup=2.0, norm="group", epochs=4)
+    config = replace(SHALLOW["group"], eps_warmup=2.0, epochs=4)
     report = assert_recorded_as_eager(config, 4)
     assert report.eager[CHANGING] == 8, "every step of two epochs, and the first with the whole radius"
     assert report.recorded == 1
@@ -192,7 +193,7 @@ def test_a_radius_that_grows_runs_eagerly_and_says_so() -> None:
     ],
 )
 def test_what_is_never_recorded_runs_eagerly_and_says_so(change: dict[str, Any], reason: str) -> None:
-    config = replace(PLAIN, epochs=1, norm="group", **change)
+    config = replace(SHALLOW["group"], epochs=1, **change)
     run = trained(config, "auto")
     report = run.trainer.step_report()
     assert (report.replayed, report.recorded, report.eager.total()) == (0, 0, 4)
@@ -210,8 +211,9 @@ def test_what_is_never_recorded_runs_eagerly_and_says_so(change: dict[str, Any],
 )
 def test_perturbed_weights(objective: str, norm: str) -> None:
     """AWP, from its warm-up on: the program perturbs the weights and puts them back."""
-    config = replace(PLAIN, objective=objective, awp=True, awp_warmup=1, norm=norm, epochs=4, calibrate_every=50)
-    config = replace(config, sat_start=1)
+    config = replace(
+        SHALLOW[norm], objective=objective, awp=True, awp_warmup=1, epochs=4, calibrate_every=50, sat_start=1
+    )
     assert assert_recorded_as_eager(config, 4).recorded == 2
 
 
@@ -238,7 +240,7 @@ def test_a_backend_that_there_is_not_is_refused_before_anything_is_written(tmp_p
 
 def test_a_run_says_how_its_steps_ran(tmp_path: Path) -> None:
     out = io.StringIO()
-    config = replace(PLAIN, norm="group")
+    config = replace(PLAIN, norm="group", step="auto")
     with warnings.catch_warnings(), RunView(Console(file=out, width=300)) as view:
         warnings.simplefilter("error")
         results = train(config, tmp_path / "run", CPU, view=view, dataset=tiny_dataset())
@@ -255,5 +257,5 @@ def test_a_run_says_how_its_steps_ran(tmp_path: Path) -> None:
 def test_eager_runs_say_nothing_of_it(tmp_path: Path) -> None:
     out = io.StringIO()
     with RunView(Console(file=out, width=300)) as view:
-        train(replace(PLAIN, step="eager", epochs=1), tmp_path / "run", CPU, view=view, dataset=tiny_dataset())
+        train(replace(PLAIN, epochs=1), tmp_path / "run", CPU, view=view, dataset=tiny_dataset())
     assert "steps: " not in out.getvalue()
