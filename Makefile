@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 EMULATOR := $(wildcard tests/emulator/*.cpp tests/emulator/*.h) tests/emulator/build.py
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-all test-both test-oldest lint docs wheel bench gpu sanitize clean
+.PHONY: demo test test-all test-oldest lint docs wheel bench gpu sanitize clean
 .DELETE_ON_ERROR:
 
 demo: .make/build
@@ -25,7 +25,7 @@ demo: .make/build
 # of neighbouring tests, so that few fixtures are made twice, and steals from the other when it has no more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# Everything that takes less than ten seconds a test: nine minutes on two cores, and a minute more where the emulator has
+# Everything that takes less than ten seconds a test: six minutes on two cores, and a minute more where the emulator has
 # to be compiled first. A test of more than 30 seconds of processor time fails here unless it is marked as slow.
 test: .make/build .make/emulator
 	$(PYTEST) -m "not slow" --most-seconds 30 tests
@@ -33,10 +33,6 @@ test: .make/build .make/emulator
 # The rest: what 'make test' leaves out, and nothing else. Both together run every test once.
 test-all: .make/build .make/emulator
 	$(PYTEST) -m slow tests
-
-# Both in one run, which collects the tests once, as CI has it.
-test-both: .make/build .make/emulator
-	$(PYTEST) --most-seconds 30 tests
 
 # What depends on torch's insides, on the oldest torch. The tests run from a copy of their folder: beside the checkout's
 # engm they would import that one, whose compiled module is of the other torch.

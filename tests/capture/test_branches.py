@@ -72,16 +72,8 @@ def nothing_compiled() -> Iterator[None]:
     torch.compiler.reset()
 
 
-# Each takes seconds, because torch traces a branch anew whenever it runs: one layer with a rule is tried in both ways.
-@pytest.mark.parametrize(
-    ("network", "compiler_in_use"),
-    [
-        *(("linear", in_use) for in_use in (True, False)),
-        *(("scan", in_use) for in_use in (True, False)),
-        ("without a rule", True),
-        ("convolution", False),
-    ],
-)
+@pytest.mark.parametrize("compiler_in_use", [True, False])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.filterwarnings("ignore")
 def test_layers_in_branches_and_steps(network, compiler_in_use, monkeypatch):
     """Until something is compiled in a process other hooks capture than from then on."""
