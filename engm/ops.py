@@ -59,7 +59,8 @@ def linear_norm_sq(
         form: ``"direct"`` forms tiles of the gradient in registers, 2·T·p·d FLOPs an example; ``"gram"`` contracts
             ``a aᵀ`` with ``b bᵀ``, T²(p + d) FLOPs, on the CPU centred against cancellation (an example whose terms
             cancel all the same is done again in direct form); ``"auto"`` takes the cheaper form. With a correction the
-            CPU has the direct form alone.
+            CPU has the direct form, and by ``"auto"`` for up to eight positions
+            ``‖G‖² - 2 <G, correction> + ‖correction‖²`` (direct again where that cancels).
         shift: ``[n, d]``, the example's shift gradient times scale/σ.
         patch_mean: ``[p]``, mean activation.
         scale: ``[n, d]``, the example's scale gradient times scale/σ.
