@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..ops import accumulation_dtype
-from ..terms import ConvFactors, LinearFactors, PerExampleGradient, Term
+from ..terms import ConvFactors, LinearFactors, PerExampleGradient, Reshaped, Term
 from ..terms.combination import sum_of
 from ..terms.parts import Part, Product, ScaledRows, is_constant
 from ..torch_internals import (
     entering_dtype,
     entering_shape,
-    is_python_function,
+    is_opaque,
     is_recomputed,
     leaf_of,
     node_outputs,
@@ -91,7 +91,7 @@ class FactoredPull:
                 found[id(leaf)] = parts
                 continue
             others = any(arrived.pop((node, number), ()) for number in range(1, len(node_outputs(node))))
-            known = parts is not None and not (others or is_python_function(node) or is_recomputed(node))
+            known = parts is not None and not (others or is_opaque(node) or is_recomputed(node))
             passed = _through(node, parts) if known and parts is not None else {}
             for edge in {edge for edge in node.next_functions if edge[0] is not None}:
                 _add(arrived, edge, passed.get(edge))
@@ -210,11 +210,12 @@ def _same(node: Any, slot: int, parts: list[Part], shape: Any, own: tuple[int, .
             if not own or own[0] != shape[0]:
                 return None
             found.append(ScaledRows(part.along, part.fixed.reshape(own)))
-        elif isinstance(part.term, PerExampleGradient):
-            gradient = part.dense(slice(0, part.examples))
-            found.append(Product(PerExampleGradient(gradient.reshape(-1, *own))))
+            continue
+        factor = None if part.factor is None else part.factor.expand(shape).reshape(own)
+        if isinstance(part.term, PerExampleGradient):
+            found.append(Product(PerExampleGradient(part.term.gradient.reshape(-1, *own)), factor))
         else:
-            return None
+            found.append(Product(Reshaped(part.term, own), factor))
     return found
 
 

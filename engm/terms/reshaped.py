@@ -22,6 +22,10 @@ class Reshaped(Term):
     term: Term
     shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if isinstance(self.term, Reshaped):
+            self.term = self.term.term
+
     @property
     def examples(self) -> int:
         return self.term.examples

@@ -77,6 +77,7 @@ STEPS = {
     "standardised": standardised,
     "sum of rows": lambda m: m.w * m.w.sum(m.rest, keepdim=True),
     "copied": lambda m: m.w.clone(),
+    "flattened": lambda m: F.normalize(m.w.flatten(1), dim=1).view_as(m.w),
 }
 OF_MATRICES = {
     "low rank": lambda m: m.w + m.new(m.w.shape[0], 2) @ m.new(2, m.w.shape[1]),
