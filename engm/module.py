@@ -308,7 +308,6 @@ def layers_to_capture(net: nn.Module) -> list[Layer]:
 
     Raises:
         TypeError: a module is wrapped by itself.
-        ValueError: a trained parameter is complex.
     """
     return _those_that_matter(_layers_with_rules(net))
 
@@ -325,11 +324,6 @@ def _layers_with_rules(net: nn.Module) -> list[tuple[Layer, bool]]:
         if isinstance(module, GradNormModule):
             raise TypeError(f"module '{name}' is wrapped in a GradNormModule already; .unwrap() that one.")
         own = trained_of(module)
-        if any(p.is_complex() for p in own.values()):
-            raise ValueError(
-                f"layer '{name}' ({type(module).__name__}) has complex parameters, whose gradients the rules do not "
-                "know. Keep real and imaginary parts as parameters, or freeze it with .requires_grad_(False)."
-            )
         rule = find_rule(module)
         if isinstance(rule, str):
             rule = GENERIC  # used where its parameters cannot be told from the graph

@@ -167,8 +167,10 @@ class TermCollector:
         unsure = graph.doubtful or graph.plan.told is not None
         self._consume = not (retain_graph or unsure)
         self._waiting = {id(entry) for entry in graph.plan.entries if entry.waits(graph.trace)}
-        keep_graph = retain_graph or unsure or bool(self._waiting) or graph.plan.behind_entries
         captured, passed = self._entries_by_node()
+        # A pass to the inputs runs through nodes of which entries are read when it is over.
+        read_later = bool(self._waiting) or bool(captured and inputs) or graph.plan.behind_entries
+        keep_graph = retain_graph or unsure or read_later
         statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
         opaque = graph.plan.opaque if graph.doubtful else ()
         functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect) if opaque else nullcontext()

@@ -322,6 +322,8 @@ def find_rule(module: nn.Module) -> Rule | str:
         replaced = [method for method in COMPUTING if method in module.__dict__]
         if replaced:
             return f"its {replaced[0]} was replaced on the object itself, where the rule of its type may not hold"
+        if any(p.is_complex() for p in trained_of(module).values()) and not isinstance(rule, FunctionRule):
+            return f"it has complex parameters, which the rule for {ancestor.__name__} does not know"
         if not (isinstance(rule, FunctionRule) and rule.any_parameters):
             unknown = set(trained_of(module)).difference(rule.known_parameters(module))
             if unknown:

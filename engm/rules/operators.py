@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..terms import (
+    CHUNK_BYTES,
     ConvFactors,
     ConvGeometry,
     EmbeddingFactors,
@@ -167,8 +168,25 @@ def _outer(entry: Entry, rows: Rows | None, a: Tensor | None, b: Tensor) -> Term
     """The term of a matrix ``[p, d]`` with the gradient ``sum_r a_r b_r^T`` over rows ``a [R, p]`` and ``b [R, d]``."""
     if a is None or rows is None:
         return None
+    if b.is_complex():
+        return None if entry.transposed else _by_products(entry, a, b)
     a, b = (t.unsqueeze(1) for t in (ops.in_type(a, b.dtype), b))
     return rows.add_up(LinearFactors(a, b) if entry.transposed else LinearFactors(b, a))
+
+
+def _by_products(entry: Entry, a: Tensor, b: Tensor) -> Term | None:
+    """The term of matrices ``[*, p, d]`` with the gradients ``sum_r conj(a_r) b_r^T``, from every product by itself.
+
+    Args:
+        entry: where the matrices enter.
+        a: complex ``[*, R, p]``.
+        b: complex ``[*, R, d]``.
+    """
+    if b.numel() * a.shape[-1] * b.element_size() > CHUNK_BYTES:
+        return None
+    products = a.to(b.dtype).conj().unsqueeze(-1) * b.unsqueeze(-2)
+    *stack, p, d = entry.shape
+    return repeated_term(entry, products, (*stack, 1, p, d))
 
 
 def _right(entry: Entry, left: Tensor | None, gy: Tensor) -> Term | None:
@@ -186,13 +204,13 @@ def _left(entry: Entry, right: Tensor | None, gy: Tensor) -> Term | None:
     where = entry.layout
     if isinstance(where, Layout) and where.dim == 1:
         columns = Rows(1, gy.shape[1], Layout(0, where.outer, where.inner))
-        return _outer(entry, columns, gy.t(), right.t().to(gy.dtype))
+        return None if gy.is_complex() else _outer(entry, columns, gy.t(), right.t().to(gy.dtype))
     if entry.transposed or entry.rows(most=1) is None:
         return None
-    return repeated_term(entry, gy @ right.to(gy.dtype).t(), entry.shape)
+    return repeated_term(entry, gy @ right.to(gy.dtype).mH, entry.shape)
 
 
-@add_operator("Mm")
+@add_operator("Mm", of_complex=True)
 def _mm(entry: Entry, gy: Tensor) -> Term | None:
     if entry.slot == 1:
         return _right(entry, entry.saved("self"), gy)
@@ -233,7 +251,7 @@ def _vector(entry: Entry, matrix: Tensor | None, gy: Tensor) -> Term | None:
     return repeated_term(entry, gy.unsqueeze(1) * matrix.to(gy.dtype), (1, *entry.shape))
 
 
-@add_operator("Bmm")
+@add_operator("Bmm", of_complex=True)
 def _bmm(entry: Entry, gy: Tensor) -> Term | None:
     return _left_of_many(entry, "mat2", gy) if entry.slot == 0 else _right_of_many(entry, "self", gy)
 
@@ -252,7 +270,7 @@ def _left_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
     right = entry.saved(name)
     if right is None or entry.rows(most=2) is None:
         return None
-    return repeated_term(entry, gy @ right.to(gy.dtype).mT, entry.shape)
+    return repeated_term(entry, gy @ right.to(gy.dtype).mH, entry.shape)
 
 
 def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
@@ -264,7 +282,9 @@ def _right_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:
         return _nothing(entry, gy)
     left = left.to(gy.dtype)
     if rows.dims == 1:  # each product is one example's
-        return repeated_term(entry, left.mT @ gy, entry.shape)
+        return repeated_term(entry, left.mH @ gy, entry.shape)
+    if gy.is_complex():
+        return _by_products(entry, left, gy)
     where, parts = entry.layout, []
     for number, (a, b) in enumerate(zip(left, gy, strict=True)):
         own = Owners(where.of[number], where.n) if isinstance(where, Owners) else Layout(0, where.outer, where.inner)

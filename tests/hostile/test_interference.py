@@ -88,12 +88,6 @@ def test_compile_in_place_is_of_the_wrapper():
     assert net._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(3, 2, dtype=torch.complex64), nn.Conv1d(3, 2, 1, dtype=torch.complex64)])
-def test_complex_parameters_are_refused_by_name(layer):
-    with pytest.raises(ValueError, match=r"layer '0' \(.*\) has complex parameters"):
-        engm.GradNormModule(nn.Sequential(layer))
-
-
 class ChangesInput(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -345,3 +345,35 @@ def test_options_out_of_range(options, name):
     model = engm.GradNormModule(network())
     with pytest.raises(ValueError, match=name):
         engm.AENGM(model, sgd(model), **{"alpha": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x, w: F.conv1d(x, w.view(3, 2, 2)).flatten(1),
+        lambda x, w: F.conv1d(x, w.view(3, 2, 2)).flatten(1) + F.conv1d(x, 2 * w.view(3, 2, 2)).flatten(1),
+        lambda x, w: (x.mT @ w.view(2, 6)).flatten(1),
+    ],
+    ids=["convolution", "two convolutions", "product"],
+)
+def test_parameters_that_enter_where_the_inputs_do(use):
+    """What the node there saved is read when the pass, which goes on to the inputs, is over."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(12))
+
+        def forward(self, x):
+            return torch.tanh(use(x, self.weight)).sum(1)
+
+    model = engm.GradNormModule(Net().double())
+    opt = engm.AENGM(model, torch.optim.SGD(model.parameters(), 0.1), alpha=0.1)
+    for _ in range(2):
+        x = torch.randn(4, 2, 5, dtype=torch.float64, requires_grad=True)
+        losses = model(x).square()
+        gradients = [torch.autograd.grad(loss, model.weight, retain_graph=True)[0] for loss in losses]
+        opt.zero_grad()
+        stats = opt.backward(losses, inputs=x)
+        wanted = sum(w * g for w, g in zip(stats.weights, gradients, strict=True)) / 4
+        torch.testing.assert_close(model.weight.grad, wanted)

@@ -25,7 +25,7 @@ class Truth:
 
     @property
     def squared_norms(self) -> dict[str, Tensor]:
-        return {name: g.square().reshape(len(g), -1).sum(1) for name, g in self.gradients.items()}
+        return {name: g.abs().square().reshape(len(g), -1).sum(1) for name, g in self.gradients.items()}
 
     @property
     def norms(self) -> Tensor:
@@ -40,7 +40,7 @@ class Truth:
     def update(self, weights: Tensor, divisor: float | None = None) -> dict[str, Tensor]:
         """``1 / divisor * sum_i w_i g_i`` by parameter name; the divisor is ``n`` unless another is given."""
         divisor = len(weights) if divisor is None else divisor
-        return {name: torch.tensordot(weights.double(), g, dims=1) / divisor for name, g in self.gradients.items()}
+        return {name: torch.tensordot(weights.to(g.dtype), g, dims=1) / divisor for name, g in self.gradients.items()}
 
     def mean(self, weights: Tensor, divisor: float | None = None) -> list[Tensor]:
         """The same as :meth:`update`, in the order of the parameters and without their names."""
@@ -58,7 +58,8 @@ def per_example_gradients(losses: Iterable[Tensor], parameters: dict[str, Tensor
         found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
             rows[name].append(torch.zeros_like(parameter) if gradient is None else gradient)
-    return Truth({name: torch.stack(gradients).double() for name, gradients in rows.items()})
+    stacked = {name: torch.stack(gradients) for name, gradients in rows.items()}
+    return Truth({name: g.to(torch.promote_types(g.dtype, torch.float64)) for name, g in stacked.items()})
 
 
 def trained(net: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""Trained complex parameters, whose norms are those of their real and imaginary parts together."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import per_example_gradients, tensor
+from torch import nn
+
+import engm
+
+OPTIMIZERS = {
+    engm.ENGM: {"alpha": 0.3},
+    engm.AENGM: {"alpha": 0.3},
+    engm.NENGM: {"alpha": 0.3},
+    engm.FENGM: {"alpha": 0.3},
+    engm.MSGD: {},
+    engm.GNC: {"max_norm": 0.1},
+    engm.SNGM: {},
+}
+
+
+class Fourier(nn.Module):
+    """A Fourier neural operator: matrices for the lowest frequencies, as they are published."""
+
+    def __init__(self, width=4, modes=3):
+        super().__init__()
+        shape, self.modes = (width, width, modes), modes
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape, dtype=torch.cdouble) / 4) for _ in range(2))
+        self.lift, self.read = nn.Linear(1, width), nn.Linear(width, 3)
+        self.skips = nn.ModuleList(nn.Conv1d(width, width, 1) for _ in range(2))
+
+    def forward(self, x):
+        h = self.lift(x[..., None]).mT
+        for weight, skip in zip(self.weights, self.skips, strict=True):
+            spectrum = torch.fft.rfft(h)
+            out = torch.zeros_like(spectrum)
+            out[..., : self.modes] = torch.einsum("bim,iom->bom", spectrum[..., : self.modes], weight)
+            h = F.gelu(torch.fft.irfft(out, n=h.shape[-1]) + skip(h))
+        return self.read(h.mean(-1))
+
+
+class Diagonal(nn.Module):
+    """A state-space model with complex rates."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates, self.read = (nn.Parameter(torch.randn(*shape, dtype=torch.cdouble)) for shape in ((6,), (6, 4)))
+        self.layer = nn.Linear(5, 6)
+
+    def forward(self, x):
+        h = self.layer(x) * torch.exp(self.rates * 1j)
+        return (h @ self.read).abs()
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return torch.view_as_real(self.layers(torch.complex(x, x.flip(0)))).flatten(1)
+
+
+NETWORKS = {
+    "Fourier": (Fourier, (12,)),
+    "diagonal": (Diagonal, (5,)),
+    "linear": (lambda: Layers(nn.Linear(5, 4, dtype=torch.cdouble)), (5,)),
+    "linear on sequences": (lambda: Layers(nn.Linear(5, 4, dtype=torch.cdouble)), (3, 5)),
+    "convolution": (lambda: Layers(nn.Conv1d(2, 3, 2, dtype=torch.cdouble)), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("n", [1, 4])
+def test_norms_and_steps(name, n):
+    make, shape = NETWORKS[name]
+    net = make().double()
+    parameters = dict(net.named_parameters())
+    for optimizer in OPTIMIZERS if n > 1 else [engm.ENGM]:
+        model = engm.GradNormModule(net)
+        opt = optimizer(model, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), **OPTIMIZERS[optimizer])
+        for step in range(2):
+            x = tensor(n, *shape, seed=step).requires_grad_(optimizer in (engm.AENGM, engm.NENGM))
+            losses = model(x).square().sum(1)
+            wanted = per_example_gradients(losses, parameters)
+            inputs = {"inputs": x} if x.requires_grad else {}
+            stats = opt.backward(losses, **inputs)
+            if optimizer is engm.ENGM:
+                torch.testing.assert_close(stats.norms, wanted.norms, rtol=1e-9, atol=0)
+            mean = wanted.mean(torch.ones(n) if stats.weights is None else stats.weights)
+            if optimizer in (engm.GNC, engm.SNGM):  # the length of the whole gradient is what they change
+                length = torch.cat([g.abs().flatten() for g in mean]).norm()
+                found = torch.cat([p.grad.abs().flatten() for p in parameters.values()]).norm()
+                mean = [g * (found / length) for g in mean]
+            for parameter, gradient in zip(parameters.values(), mean, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+            opt.step()
+            opt.zero_grad()
+
+
+@given(rows=st.integers(1, 4), n=st.integers(1, 5), moved=st.booleans(), left=st.booleans())
+def test_matrix_products(rows, n, moved, left):
+    """Rows in any order, of which the examples have several; the parameter on either side."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4).double()
+            self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.cdouble))
+
+        def forward(self, x, order):
+            h = torch.polar(self.layer(x)[order], self.layer(x)[order].tanh())
+            h = (self.weight @ h.t()).t() if left else h @ self.weight
+            return h.abs()[order.argsort()].view(n, -1).sum(1).square()
+
+    model = engm.GradNormModule(Product())
+    order = torch.randperm(n * rows) if moved else torch.arange(n * rows)
+    losses = model(tensor(n * rows, 3), order)
+    wanted = per_example_gradients(losses, dict(model.unwrap().named_parameters())).norms
+    torch.testing.assert_close(engm.per_example_grad_norms(model, losses), wanted, rtol=1e-9, atol=0)
