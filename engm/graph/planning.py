@@ -492,18 +492,22 @@ class _Planner:
             position: of the node.
             number: of the call that it is, if it is one.
         """
-        owners = [self.nodes.get((position, 0))] if number is None else self._parts(number, position)
-        whole = None if not owners or owners[0] is None else self._as_arranged(owners[0])
-        if whole is None or (self.group is not None and self.n == 1):
+        found = [self.nodes.get((position, 0))] if number is None else self._parts(number, position)
+        owners = found[0] if found else None
+        if owners is None or (self.group is not None and self.n == 1):
             return None
-        channels = whole.unsqueeze(0) if whole.dim() == 1 else whole.movedim(1, 0).flatten(1)
+        arrangement = self.about.arranged(owners)
+        if isinstance(arrangement.ownership, Layout):
+            of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
+            owners = of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        channels = owners.unsqueeze(0) if owners.dim() == 1 else owners.movedim(1, 0).flatten(1)
         ordered = channels.sort(1).values
-        found = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # examples, by channel
+        examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
         if bool((channels < 0).any()):
-            return Extent.PART if number is not None and int(found.max()) < self.n else None
-        if int(found.max()) <= 1:
+            return Extent.PART if number is not None and int(examples.max()) < self.n else None
+        if int(examples.max()) <= 1:
             return Extent.ONE
-        return Extent.PART if int(found.min()) < self.n else None
+        return Extent.PART if int(examples.min()) < self.n else None
 
     def _child(self, position: int, slot: int) -> int:
         child = self.traced.children[position][slot]

@@ -16,7 +16,7 @@ from ..checks import check_positive
 from ..distributed import Ranks, total
 from ..loss_checks import check_losses
 from ..module import as_wrapped
-from ..ops import uncast
+from ..ops import accumulation_dtype, uncast
 from ..terms.loss_scale import LossScale
 from ..torch_internals import norms_of_each
 from .batch import LossBatch
@@ -430,6 +430,6 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """``sqrt(sum ||t||^2)``, 0-dimensional, in float32 or better, without synchronisation."""
-    norms = norms_of_each([t if t.dtype == torch.float64 else t.float() for t in tensors])
+    norms = norms_of_each([t.to(accumulation_dtype(t)) for t in tensors])
     norm = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, see engm.capture.sharded
