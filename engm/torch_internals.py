@@ -13,7 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,15 @@ from torch.autograd.function import BackwardCFunction
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
-from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+    register_module_forward_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -44,6 +51,8 @@ Statistics = tuple[Tensor | None, Tensor]  # mean (None: zero) and reciprocal st
 _LEAF_NODE = torch._C._functions.AccumulateGrad
 SYNC_BATCH_NORM = "SyncBatchNorm"  # a function in Python
 BATCH_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", SYNC_BATCH_NORM)
+# What takes packed sequences, with the sizes of their batches as the second argument.
+PACKED = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch._VF._pad_packed_sequence)
 
 
 # -- nodes of the autograd graph --------------------------------------------------------------------------------------
@@ -460,6 +469,11 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_pre_hooks"], own["_backward_hooks"]
 
 
+def hooks_of_all_modules() -> tuple[Mapping[int, Any], ...]:
+    """The hooks that hang on the calls of every module."""
+    return _global_forward_pre_hooks, _global_forward_hooks, _global_backward_pre_hooks, _global_backward_hooks
+
+
 def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
     """Those of the module's own parameters that require grad, by name."""
     return _C.trained_of(module)
@@ -580,12 +594,20 @@ def unrecorded() -> AbstractContextManager[object]:
 
 
 class Operators(TorchDispatchMode):
-    """While the context is open, :meth:`before` is told of every operator."""
+    """While the context is open, :meth:`before` is told of every operator.
+
+    What an operator that is written in Python calls is a part of it: :class:`Calls` are not told of that.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.before(func, args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
-        self.after(func, result)
+        with torch._C.DisableTorchFunction():
+            self.before(func, args, kwargs or {})
+            try:
+                result = func(*args, **(kwargs or {}))
+            except Exception as error:
+                self.failed(error)
+                raise
+            self.after(func, result)
         return result
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -593,6 +615,59 @@ class Operators(TorchDispatchMode):
 
     def after(self, func: Any, result: Any) -> None:
         """An operator has run."""
+
+    def failed(self, error: Exception) -> None:
+        """An operator raised an error."""
+
+
+class Calls(TorchFunctionMode):
+    """While the context is open and operators are traced, told of every function of torch that Python calls.
+
+    Torch itself tells of no calls within another one. Here those within functions that are written in Python, and those
+    of a backward pass, are told of as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._within: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not is_recorded():
+            return func(*args, **kwargs)
+        self.before_call(func, args, kwargs)
+        others = any(kind not in (Tensor, nn.Parameter) for kind in types)  # with a way of their own to run functions
+        if others or not isinstance(func, FunctionType) or func in self._within:
+            result = func(*args, **kwargs)
+        else:
+            self._within.append(func)
+            try:
+                with self:
+                    result = _not_overridden(func)(*args, **kwargs)
+            finally:
+                self._within.remove(func)
+        self.after_call(func, args, kwargs)
+        return result
+
+    def before_call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A function is about to be called; what is called here is not told of."""
+
+    def after_call(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """A function has returned; what is called here is not told of."""
+
+
+@functools.cache
+def _not_overridden(function: FunctionType) -> FunctionType:
+    """A function of torch that does not ask whether somebody else wants to run it."""
+
+    def never(*_: Any) -> bool:
+        return False
+
+    questions = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    known = {**function.__globals__, **dict.fromkeys(questions, never)}
+    copy = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 class Memory:

@@ -367,3 +367,18 @@ def test_hooks_of():
     for handle in handles:
         handle.remove()
     assert not any(internals.hooks_of(layer))
+
+
+def test_hooks_of_all_modules():
+    hang = nn.modules.module
+    assert not any(internals.hooks_of_all_modules())
+    handles = [
+        hang.register_module_forward_pre_hook(print),
+        hang.register_module_forward_hook(print),
+        hang.register_module_full_backward_pre_hook(print),
+        hang.register_module_full_backward_hook(print),
+    ]
+    assert [list(hooks.values()) for hooks in internals.hooks_of_all_modules()] == [[print]] * 4
+    for handle in handles:
+        handle.remove()
+    assert not any(internals.hooks_of_all_modules())

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -238,6 +239,95 @@ def test_operators():
     with Noting():
         assert (torch.ones(2) + 1).tolist() == [2, 2]
     assert ("aten.add.Tensor", 2) in found
+
+
+def test_operators_that_fail():
+    class Noting(internals.Operators):
+        def failed(self, error):
+            found.append(str(error))
+
+    found = []
+    with Noting(), pytest.raises(RuntimeError):
+        torch.ones(2) + torch.ones(3)
+    assert "must match the size" in found[0]
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.add(gradient, gradient)
+
+
+def test_calls():
+    """Also of what functions in Python call, and of what a backward pass does; what an operator does is its own."""
+
+    class Noting(internals.Calls):
+        def before_call(self, func, args, kwargs):
+            before.append(func)
+            torch.zeros(1)  # not told of
+
+        def after_call(self, func, args, kwargs):
+            after.append(func)
+
+    def step(x):
+        with internals.Operators(), Noting():
+            losses = F.dropout(Doubled.apply(x), 0.5).square().sum()
+            (slope,) = torch.autograd.grad(losses, x, retain_graph=True)
+            losses.clone().backward()
+        return [slope]
+
+    before, after = [], []
+    graph = traced(step, torch.ones(2, requires_grad=True)).graph
+    assert sorted(map(str, before)) == sorted(map(str, after))
+    assert {F.dropout, torch.dropout, torch.Tensor.square, torch.autograd.grad, torch.Tensor.backward} <= set(before)
+    assert before.count(torch.add) == 2
+    assert torch.zeros not in before
+    assert [str(node.target) for node in graph.nodes].count("aten.add.Tensor") == 2
+    before.clear()
+    with Noting():
+        torch.ones(2)
+    assert not before, "only while operators are traced"
+
+
+def test_calls_of_what_runs_functions_in_its_own_way():
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            heard.append(func)
+
+    def step(x):
+        with internals.Operators(), internals.Calls():
+            F.dropout(loud, 0.5)
+        return [x + 1]
+
+    heard = []
+    loud = torch.ones(2).as_subclass(Loud)
+    traced(step, torch.ones(2))
+    assert heard == [F.dropout]
+
+
+def test_packed():
+    """What reads the sizes of packed batches on the host is called under these names."""
+
+    class Noting(internals.Calls):
+        def before_call(self, func, args, kwargs):
+            if func in internals.PACKED:
+                found.append(args[1])
+
+    def step(x):
+        with internals.Operators(), Noting():
+            return [nn.utils.rnn.pad_packed_sequence(nn.utils.rnn.PackedSequence(x, sizes), batch_first=True)[0]]
+
+    found = []
+    sizes = torch.tensor([2, 2, 1])
+    traced(step, torch.ones(5, 2))
+    assert found == [sizes]
+    recurrent = [torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu]  # as torch.nn calls them
+    assert set(recurrent) <= set(internals.PACKED)
 
 
 def test_is_operator():

@@ -6,30 +6,39 @@ its modes and options, the optimizer's options, the numbers that the loss functi
 
 from __future__ import annotations
 
-import os
-import sys
-import sysconfig
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from enum import Enum
-from functools import cache, partial
+from array import array
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from datetime import date, time, timedelta
+from functools import cache
 from itertools import count
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from numbers import Number
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..capture.held import ANY_LENGTH, Held
+from .._C import same_items
+from ..capture.held import ANY_LENGTH, MISSING, Held
 from ..capture.layers import named_modules
 from ..module import GradNormModule
-from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters
-from .refusals import OURS
+from ..torch_internals import hooks_of, hooks_of_all_modules, own_buffers, own_children, own_parameters
+from .places import (
+    PLAIN,
+    Place,
+    at,
+    gives_another_each_time,
+    is_followed,
+    members,
+    names_of_options,
+    names_read_by,
+    places_in,
+    said,
+)
 
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
-Place = tuple[Any, Any]  # a dict, list or cell, and the key, number or name there
 FIXED: tuple[Any, ...] = (None, type, frozenset)  # ways of freezing values that cannot be changed from within
 MOST_STATES = 1000  # that are remembered
-OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
 
 
 def of_leaf(leaf: Any) -> Hashable:
@@ -98,7 +107,7 @@ class OfNetwork:
         written: list[bool] = []
         for module in modules:
             attributes = vars(module)
-            names = _names_of_options(attributes)
+            names = names_of_options(attributes)
             parts.append((attributes, len(attributes), tuple(names)))
             state += (id(module), type(module), len(attributes))
             for name in names:
@@ -123,11 +132,6 @@ class OfNetwork:
         self._number = self._numbers.of((*state, self._held.facts))
 
 
-def _names_of_options(attributes: dict[str, Any]) -> list[str]:
-    """The attributes of a module that are not torch's, and the module's mode."""
-    return [name for name in attributes if name == "training" or name not in OF_A_MODULE]
-
-
 def _frozen(value: Any) -> Any:
     """What a program depends on of any value, as it is now: of tensors and other objects nothing but what they are."""
     kind: Any = type(value)
@@ -148,7 +152,7 @@ def _freezing(kind: type) -> Callable[[Any], Any] | None:
     """How values of a type are frozen; None for those that are as they are."""
     if issubclass(kind, (*PLAIN, FunctionType, BuiltinFunctionType, type)):
         return None
-    if issubclass(kind, tuple | list):
+    if issubclass(kind, tuple | list | deque):
         return lambda value: tuple([(type(part), _frozen(part)) for part in value])
     if issubclass(kind, dict):
         return lambda value: tuple([(key, type(part), _frozen(part)) for key, part in value.items()])
@@ -158,32 +162,44 @@ def _freezing(kind: type) -> Callable[[Any], Any] | None:
         return lambda value: frozenset(value)
     if kind.__module__ == "numpy" and hasattr(kind, "tobytes"):
         return lambda value: (value.dtype.str, value.shape, value.tobytes())
-    return type
+    if issubclass(kind, array | bytearray):
+        return bytes
+    return None if issubclass(kind, Number | date | time | timedelta | range) else type
 
 
 class Reach:
     """What the code of a step reads besides its arguments: variables of closures and modules, and objects' attributes.
 
-    Functions of the user are followed to whatever they name. Tensors are read anew by programs, but in the same places:
-    :meth:`tensors` tells which these are.
+    Functions of the user, hooks too, are followed to whatever they name: objects, classes, modules. Tensors are read
+    anew by programs, but in the same places: :meth:`tensors` tells which these are.
 
     Args:
         roots: the objects and functions that a step begins with.
         left_out: what is looked at elsewhere.
         network: the modules of the wrapped network, of which only what :class:`OfNetwork` does not see is looked at.
+
+    Attributes:
+        unwatched: why nobody can tell what the code will read next; None where one can.
     """
 
     def __init__(self, roots: Sequence[Any], left_out: Sequence[Any], network: OfNetwork) -> None:
-        self._roots = roots
         self._left_out = {id(thing) for thing in left_out}
+        self._roots = [thing for thing in roots if id(thing) not in self._left_out]
         self._network = network
         self._of_network: int | None = None
         self._places: list[Place] = []
         self._followed: list[Any] = []
+        self._dicts: list[dict[Any, Any]] = []  # that things in reach may be in, with places in them or not yet
+        self._lengths: list[int] = []
         self._walks = 0
         self._values: list[Any] = []
         self._state: Hashable = None
         self._numbers = Numbers()
+        self._number = 0
+        self._in_dicts: tuple[Any, ...] = ()  # what the last look found, to be compared by one look
+        self._elsewhere: list[tuple[Place, Any]] = []
+        self._inside: list[tuple[Any, Hashable]] = []
+        self.unwatched: str | None = None
 
     def number(self, of_network: int) -> int:
         """A number for all plain values that are in reach now, and for the functions and objects that they are in.
@@ -191,24 +207,59 @@ class Reach:
         Args:
             of_network: the number of the network as it is now.
         """
-        values, state = self._now()
-        replaced = len(values) != len(self._values) or any(
-            a is not b and is_followed(a) for a, b in zip(values, self._values, strict=True)
-        )
-        if state != self._state or replaced or of_network != self._of_network:
-            self._walk()
-            values, state = self._now()
-        self._values, self._state, self._of_network = values, state, of_network
-        return self._numbers.of(state)
+        if of_network != self._of_network or not self._is_as_it_was():
+            self._look(of_network)
+        return self._number
 
     def tensors(self) -> list[tuple[Place, Tensor]]:
         """The tensors in reach, with their places."""
         return [(place, value) for place, value in self.values() if isinstance(value, Tensor)]
 
     def values(self) -> list[tuple[Place, Any]]:
-        """The plain values and tensors in reach, with their places."""
+        """The plain values and tensors in reach, with their places; of places with nothing in them too."""
         found = [(place, at(place)) for place in self._places]
-        return [(place, value) for place, value in found if isinstance(value, (*PLAIN, Tensor))]
+        return [(place, value) for place, value in found if value is MISSING or isinstance(value, (*PLAIN, Tensor))]
+
+    def _is_as_it_was(self) -> bool:
+        """Whether the same objects are everywhere, with the same in them."""
+        return (
+            same_items(self._in_dicts)
+            and all(_is_same(at(place), value) for place, value in self._elsewhere)
+            and all(_frozen(value) == inside for value, inside in self._inside)
+        )
+
+    def _look(self, of_network: int) -> None:
+        """Look at everything."""
+        values, state = self._now()
+        lengths = list(map(len, self._dicts))
+        known = self._values if len(self._values) == len(values) else [None] * len(values)
+        others = [a for a, b in zip(values, known, strict=True) if a is not b and not isinstance(a, Tensor)]
+        kinds: list[Any] = list(map(type, others))
+        replaced = any(_freezing(kind) is type for kind in kinds)  # of which nothing else tells
+        if state != self._state or replaced or lengths != self._lengths or of_network != self._of_network:
+            self._walks += replaced
+            self._walk()
+            values, state = self._now()
+        self._values, self._state, self._of_network = values, state, of_network
+        self._number = self._numbers.of(state)
+        self._lengths = list(map(len, self._dicts))
+        in_dicts: dict[int, tuple[Any, int, list[Any], list[Any]]]
+        in_dicts = {id(one): (one, length, [], []) for one, length in zip(self._dicts, self._lengths, strict=True)}
+        self._elsewhere = []
+        for (holder, name), value in zip(self._places, values, strict=True):
+            if isinstance(holder, dict):
+                *_, keys, known = in_dicts.setdefault(id(holder), (holder, ANY_LENGTH, [], []))
+                keys.append(name)
+                known.append(value)
+            else:
+                self._elsewhere.append(((holder, name), value))
+        self._in_dicts = tuple([(one, n, tuple(keys), tuple(known)) for one, n, keys, known in in_dicts.values()])
+        self._inside = [(value, _frozen(value)) for value in values if not _is_fixed(value)]
+        found = zip(self._places, values, strict=True)
+        hidden = [
+            f"{said(place)} is a {type(value).__name__}" for place, value in found if gives_another_each_time(value)
+        ]
+        self.unwatched = f"{hidden[0]}, whose next value nobody knows without taking it" if hidden else None
 
     def _now(self) -> tuple[list[Any], Hashable]:
         values = [at(place) for place in self._places]
@@ -218,127 +269,42 @@ class Reach:
         """Find all places in reach."""
         modules = self._network.modules
         inside = {id(module) for module in modules}
+        of_torch = {id(module) for module in modules if type(module).__module__.startswith("torch.")}
         found: dict[int, Any] = {}
         names: set[str] = set()
         places: dict[tuple[int, Any], Place] = {}
-        reached = [*self._roots, *[module for module in modules if not type(module).__module__.startswith("torch.")]]
+        dicts: dict[int, dict[Any, Any]] = {}
+        reached = [*self._roots, *modules, *hooks_of_all_modules()]
         while reached:
             for thing in reached:
                 found[id(thing)] = thing
-                names.update(_names_in(getattr(thing, "__code__", None)))
+                names.update(names_read_by(thing))
             for thing in list(found.values()):
-                for place in _places_in(thing, names):
-                    if id(thing) not in inside or not isinstance(at(place), PLAIN):
-                        places[id(place[0]), place[1]] = place
-                reached = [*reached, *_members(thing, names)]
+                held, of_thing = places_in(thing, names)
+                if id(thing) in inside:  # what is not looked at elsewhere
+                    held = []
+                    if id(thing) in of_torch:
+                        of_thing = [
+                            (holder, name) for holder, name in of_thing if holder is vars(thing) and name in names
+                        ]
+                    of_thing = [place for place in of_thing if isinstance(place[0], type) or not _is_plain_at(place)]
+                dicts.update((id(one), one) for one in held)
+                places.update(((id(place[0]), place[1]), place) for place in of_thing)
+                reached = [*reached, *members(thing, names)]
             reached = [thing for thing in (*reached, *map(at, places.values())) if is_followed(thing)]
             new = {id(thing): thing for thing in reached}
             reached = [thing for key, thing in new.items() if key not in found and key not in self._left_out | inside]
         same = len(found) == len(self._followed) and all(id(thing) in found for thing in self._followed)
         self._walks += not same
-        self._followed, self._places = list(found.values()), list(places.values())
+        self._followed, self._places, self._dicts = list(found.values()), list(places.values()), list(dicts.values())
 
 
-def at(place: Place) -> Any:
-    """What is in a place."""
-    holder, name = place
-    if isinstance(holder, CellType):
-        return _content(holder)
-    if isinstance(holder, dict):
-        return holder.get(name)
-    return holder[name] if name < len(holder) else None
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
-def put_at(place: Place, value: Any) -> None:
-    """Put a value back where it was."""
-    holder, name = place
-    if isinstance(holder, CellType):
-        holder.cell_contents = value
-    elif isinstance(holder, dict) or (isinstance(holder, list) and name < len(holder)):
-        holder[name] = value
-
-
-def said(place: Place) -> str:
-    """The name of a place."""
-    return str(place[1])
-
-
-def is_followed(thing: Any) -> bool:
-    """Whether what a thing holds may matter to a step: not if it is a plain value, a tensor, a class or a library's.
-
-    Of libraries' objects torch's and ours are looked at, and all modules.
-    """
-    if isinstance(thing, (*PLAIN, Tensor, type, ModuleType, torch.optim.Optimizer, GradNormModule)):
-        return False
-    if isinstance(thing, FunctionType):
-        return not thing.__code__.co_filename.startswith(_libraries())
-    if isinstance(thing, nn.Module | MethodType | partial):
-        return True
-    if isinstance(thing, list | tuple | dict):
-        return not _is_plain(thing)
-    source = getattr(sys.modules.get(type(thing).__module__), "__file__", None) or ""
-    return hasattr(thing, "__dict__") and (_is_ours(thing) or not source.startswith(_libraries()))
-
-
-@cache
-def _libraries() -> tuple[str, ...]:
-    """The folders of what is installed, and of this package."""
-    folders = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return OURS, *(os.path.join(folder, "") for folder in sorted(folders))
-
-
-def _is_ours(thing: Any) -> bool:
-    return type(thing).__module__.partition(".")[0] in ("engm", "torch")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, PLAIN)
-
-
-def _names_in(code: Any) -> Iterator[str]:
-    if isinstance(code, CodeType):
-        yield from code.co_names
-        for constant in code.co_consts:
-            yield from _names_in(constant)
-
-
-def _places_in(thing: Any, names: Collection[str]) -> list[Place]:
-    """Where a thing holds what the code that has these names in it may read."""
-    if isinstance(thing, FunctionType):
-        cells: list[Place] = [
-            (cell, name) for cell, name in zip(thing.__closure__ or (), thing.__code__.co_freevars, strict=True)
-        ]
-        return cells + [(thing.__globals__, n) for n in {*_names_in(thing.__code__)} if n in thing.__globals__]
-    if isinstance(thing, list | tuple):
-        return [(thing, number) for number in range(len(thing))]
-    if isinstance(thing, dict):
-        return [(thing, key) for key in thing]
-    attributes = getattr(thing, "__dict__", {})
-    if isinstance(thing, nn.Module):
-        held = own_parameters(thing), own_buffers(thing), own_children(thing)
-        inside = [(kind, name) for kind in held for name in kind]
-        return inside + [(attributes, name) for name in _names_of_options(attributes)]
-    if not isinstance(attributes, dict):
-        return []
-    return [(attributes, name) for name in attributes if name in names or _is_ours(thing)]
-
-
-def _members(thing: Any, names: Collection[str]) -> list[Any]:
-    """What belongs to a thing as long as that lives, but for its places."""
-    if isinstance(thing, FunctionType):
-        return [*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
-    if isinstance(thing, MethodType):
-        return [thing.__self__, thing.__func__]
-    if isinstance(thing, partial):
-        return [thing.func, thing.args, thing.keywords]
-    if isinstance(thing, list | tuple | dict):
-        return []
-    kind = type(thing)
-    found = [getattr(kind, name, None) for name in {*names, "__call__", "forward"}]
-    found = [function.fget if isinstance(function, property) else function for function in found]
-    return [function for function in found if isinstance(function, FunctionType)]
+def _is_plain_at(place: Place) -> bool:
+    return isinstance(at(place), PLAIN)
 
 
 def of_object(thing: Any, left_out: Sequence[str]) -> Hashable:
@@ -370,10 +336,3 @@ def of_torch(device: torch.device) -> Hashable:
         backends.cuda.mem_efficient_sdp_enabled(),
         backends.cuda.math_sdp_enabled(),
     )
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None

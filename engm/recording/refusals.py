@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 import traceback
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 # Folders end in a separator: a script of the user named engm_train.py beside the package is none of ours.
 OURS = os.path.join(Path(__file__).parents[1], "")
 TORCHS = os.path.join(Path(torch.__file__).parent, "")
+_FOLDERS = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+LIBRARIES = (OURS, *(os.path.join(folder, "") for folder in sorted(_FOLDERS)))  # what is installed, and this package
 
 
 class UnrecordableError(Exception):
@@ -30,9 +33,10 @@ class UnrecordableError(Exception):
 
 def in_words(error: Exception) -> str:
     """What kept a step from being recorded: what torch says, the operator, and where the user's code ran it."""
-    operator = re.search(r"(?:aten|engm)[.:]+\w+", str(error))
+    operator = re.search(r"(?:aten|engm)[.:]+\w+|^[\w.]+(?= reads values)", str(error))
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not frame.filename.startswith((OURS, TORCHS, "<"))]
+    others = [frame for frame in frames if not frame.filename.startswith((OURS, TORCHS, "<"))]
+    users = [frame for frame in others if not frame.filename.startswith(LIBRARIES)] or others
     where = f", at {Path(users[-1].filename).name}:{users[-1].lineno} ({users[-1].line})" if users else ""
     what = f"'{operator.group(0)}' " if operator else ""
     said = str(error).strip().splitlines()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from ..torch_internals import (
     version_of,
     written_operands,
 )
-from .guards import Reach, at, put_at, said
+from .guards import Reach
+from .places import at, put_at, said
 from .program import Program
+from .reads import HostReads
 from .refusals import UnrecordableError
 
 
@@ -72,13 +75,18 @@ class Before:
         carried = {id(tensor) for tensor in self._carried.values()}
         self._held = [(place, value) for place, value in held if id(value) not in carried]
 
-    def noting(self) -> Operators:
+    @contextmanager
+    def noting(self) -> Iterator[None]:
         """A context in which what random numbers are drawn from, and what is written into, is noted before it is.
 
-        Operators by which the host reads data raise RuntimeError in it, and those that draw from a generator that is
-        not known UnrecordableError.
+        Operators and functions by which the host reads data raise RuntimeError in it, and operators that draw from a
+        generator that is not known UnrecordableError. An error that the code within catches is raised at the end.
         """
-        return _Noting(self)
+        noting = _Noting(self)
+        with noting, noting.reads:
+            yield
+        if noting.errors:
+            raise noting.errors[0]
 
     def put_back(self) -> None:
         """Everything as it was."""
@@ -169,12 +177,24 @@ class _Noting(Operators):
         self._made = Memory()  # by the step
         self._kept = Memory()
         self._guarded = Memory()  # as it is a part of what a program holds for, see OfNetwork
+        self.errors: list[Exception] = []
+        self.reads = HostReads(self._guarded.__contains__, self.errors.append)
         for buffer, _ in before.buffers:
             self._kept.add(buffer)
             if not buffer.is_floating_point() and buffer.dim():
                 self._guarded.add(buffer)
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        try:
+            self._look_at(func, args, kwargs)
+        except Exception as error:
+            self.failed(error)
+            raise
+
+    def failed(self, error: Exception) -> None:
+        self.errors.append(error)
+
+    def _look_at(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if torch.Tag.nondeterministic_seeded in func.tags:
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
             generator = given[0] if given else None
@@ -188,6 +208,8 @@ class _Noting(Operators):
         if not all(tensor in self._guarded for tensor in deciding_sizes(func, args)):
             raise RuntimeError(f"data decide the sizes of what {func} returns")
         reads = torch.Tag.data_dependent_output in func.tags
+        self.reads.of_operators += reads
+        self.reads.made_constant |= func is torch.ops.aten.lift_fresh.default
         if reads and not all(tensor in self._made or tensor in self._guarded for tensor in tensors_in((args, kwargs))):
             raise RuntimeError(f"{func} reads values of a tensor, which may be others at the next step")
 

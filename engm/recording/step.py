@@ -26,7 +26,8 @@ from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisio
 from .agreement import all_the_same
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
-from .guards import MOST_STATES, PLAIN, OfNetwork, Place, Reach, at, is_followed, of_leaf, of_object, of_torch
+from .guards import MOST_STATES, OfNetwork, Reach, of_leaf, of_object, of_torch
+from .places import PLAIN, Place, at, is_followed
 from .program import Backend, Program, Replay, Runnable, cleaned, hang_on_data, recorded
 from .refusals import UnrecordableError, in_words
 from .state import Before
@@ -149,7 +150,7 @@ class RecordedStep:
         of_network = self._network.number()
         state = of_network, self._reach.number(of_network)
         call = _Call(self.opt, self.loss_fn, leaves, spec, state, divisor, loss_scale)
-        reason = _reason_for_eager(self.opt) or call.reason_for_eager()
+        reason = _reason_for_eager(self.opt) or call.reason_for_eager() or self._reach.unwatched
         if reason is not None:
             return self._eager(call, reason)
         self._calls += 1

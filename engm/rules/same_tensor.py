@@ -28,6 +28,7 @@ from ..torch_internals import (
     saved_options,
     saved_tensor_names,
     saved_tensors_of,
+    unrecorded,
 )
 
 # Operators that hand on the elements of their input as they are, each at most once: gradients keep their norm.
@@ -109,7 +110,8 @@ class Numbering:
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+    with unrecorded():
+        return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
 
 
 def same_tensors(made: Sequence[tuple[Any, int]]) -> list[int]:

@@ -15,7 +15,7 @@ from recorded_training import CLASSES, NETWORKS, OPTIMIZERS, TRACES_ALL, N, Trai
 from torch import nn
 
 import engm
-from engm.recording.guards import is_followed
+from engm.recording.places import is_followed
 from engm.recording.program import hang_on_data, recorded
 
 pytestmark = pytest.mark.torch_insides
