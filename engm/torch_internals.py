@@ -722,11 +722,23 @@ def graphs_that_can_be_kept() -> AbstractContextManager[None]:
     return _switched_off(functorch_config, "donated_buffer")
 
 
-def guarding_hooks() -> AbstractContextManager[None]:
-    """Regions compiled inside hold for modules with the same hooks alone."""
+def guard_hooks() -> None:
+    """Regions compiled from now on hold for modules with the same hooks alone."""
     import torch._dynamo.config as dynamo_config
 
-    return _switched_off(dynamo_config, "skip_nnmodule_hook_guards")
+    dynamo_config.skip_nnmodule_hook_guards = False
+
+
+@contextmanager
+def whatever_hooks() -> Iterator[None]:
+    """Regions compiled inside hold for modules with any hooks, and those that are compiled afterwards do not."""
+    import torch._dynamo.config as dynamo_config
+
+    dynamo_config.skip_nnmodule_hook_guards = True
+    try:
+        yield
+    finally:
+        guard_hooks()
 
 
 def compiled_by_inductor(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:

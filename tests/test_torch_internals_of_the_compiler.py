@@ -166,10 +166,16 @@ def test_in_operator_of_graphs():
     assert not internals.in_operator_of_graphs()
 
 
-def test_guarding_hooks():
-    assert sees_a_later_hook(internals.guarding_hooks())
+def test_guard_hooks(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    assert not sees_a_later_hook(nullcontext()), "it is not needed"
     torch.compiler.reset()
-    assert not sees_a_later_hook(nullcontext()), "the context is not needed, or does not end"
+    internals.guard_hooks()
+    assert sees_a_later_hook(nullcontext())
+    torch.compiler.reset()
+    assert not sees_a_later_hook(internals.whatever_hooks())
+    torch.compiler.reset()
+    assert sees_a_later_hook(nullcontext())
 
 
 def test_skip_code():

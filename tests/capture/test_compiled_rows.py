@@ -276,3 +276,19 @@ class Sorted(nn.Module):
             .square()
             .sum((0, 2))[order.argsort() if self.sorts else slice(None)]
         )
+
+
+@pytest.mark.parametrize("called", ["unwrapped", "copy"])
+def test_calls_outside_of_captured_passes(called):
+    """What is compiled there has no taps, and is never taken in a captured pass."""
+    plain, model = made(lambda h, data: h * data[:, None], "whole")
+    other = model.unwrap()
+    if called == "copy":
+        other = copy.deepcopy(plain)
+        other.compile(backend=BACKEND)
+    for number in range(3):
+        inputs = tensor(N, 3, seed=number), torch.ones(N)
+        assert_right(plain, model, *inputs)
+        other(*inputs).sum().backward()
+        with torch.no_grad():
+            other(*inputs)
