@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -811,11 +812,23 @@ def graphs_that_can_be_kept() -> AbstractContextManager[None]:
     return _switched_off(functorch_config, "donated_buffer")
 
 
-def guarding_hooks() -> AbstractContextManager[None]:
-    """Regions compiled inside hold for modules with the same hooks alone."""
+def guard_hooks() -> None:
+    """Regions compiled from now on hold for modules with the same hooks alone."""
     import torch._dynamo.config as dynamo_config
 
-    return _switched_off(dynamo_config, "skip_nnmodule_hook_guards")
+    dynamo_config.skip_nnmodule_hook_guards = False
+
+
+@contextmanager
+def whatever_hooks() -> Iterator[None]:
+    """Regions compiled inside hold for modules with any hooks, and those that are compiled afterwards do not."""
+    import torch._dynamo.config as dynamo_config
+
+    dynamo_config.skip_nnmodule_hook_guards = True
+    try:
+        yield
+    finally:
+        guard_hooks()
 
 
 def compiled_by_inductor(module: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
@@ -856,3 +869,67 @@ def let_graph_be_kept(kind: type) -> None:
     metadata: Any = getattr(getattr(kind, "_forward_cls", None), "metadata", None)
     if getattr(metadata, "bw_donated_idxs", ()) is None:
         metadata.bw_donated_idxs = []
+
+
+@dataclass(frozen=True)
+class RegionBackward:
+    """The backward pass of a compiled region, as its compiler was given it.
+
+    Attributes:
+        graph: its operators, of which none writes into a tensor that another reads.
+        tangents: which output of the region's node every gradient that the graph begins with is of.
+        passed: by input (slot) of the region's node, what the graph hands on there; None for zeros.
+        sizes: what the symbols in shapes stand for in this very graph.
+    """
+
+    graph: torch.fx.Graph
+    tangents: Mapping[torch.fx.Node, int]
+    passed: Mapping[int, torch.fx.Node | None]
+    sizes: Mapping[Any, int]
+
+    def shape_of(self, node: torch.fx.Node) -> tuple[int, ...] | None:
+        """The shape of the tensor that a node of the graph stands for; None where it is not known, or not a tensor."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return None
+        found = [self.number(length) for length in value.shape]
+        return None if None in found else tuple(cast(list[int], found))
+
+    def number(self, value: Any) -> int | None:
+        """What a number that may have symbols in it is in this very graph; None where that is not known."""
+        if isinstance(value, torch.fx.Node):
+            value = value.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            value = value.node.expr.subs(self.sizes)
+            return int(value) if value.is_Integer else None
+        return value if isinstance(value, int) else None
+
+
+def backward_of_region(node: Node) -> RegionBackward | None:
+    """The backward pass of a compiled region; None where torch does not keep it, or in another form than this one."""
+    region = getattr(type(node), "_forward_cls", None)
+    info, metadata = getattr(region, "_lazy_backward_info", None), getattr(region, "metadata", None)
+    read = getattr(info, "bw_module_fn", None)  # where the compiled code is from torch's cache
+    module = getattr(info, "bw_module", None) if read is None else read()
+    plain = getattr(region, "maybe_subclass_metadata", None) is None
+    if metadata is None or not (isinstance(module, torch.fx.GraphModule) and plain):
+        return None
+    if metadata.num_mutated_inp_runtime_indices:
+        return None
+    given = [other for other in module.graph.nodes if other.op == "placeholder"]
+    symbols = [other.meta["val"].node.expr for other in given if isinstance(other.meta.get("val"), torch.SymInt)]
+    tangents = [other for other in given if other.name.startswith("tangents")]
+    outputs = [number for number, output in enumerate(metadata.output_info) if output.requires_grad]
+    (last,) = (other for other in module.graph.nodes if other.op == "output")
+    slots = [slot for slot, (child, _) in enumerate(node.next_functions) if child is not None]
+    needed = [passed for passed, needs in zip(last.args[0], node.needs_input_grad, strict=False) if needs]
+    alike = len(symbols) == len(node.symints) and len(last.args[0]) == len(node.needs_input_grad)
+    if not alike or len(tangents) != len(outputs) or len(slots) != len(needed):
+        return None
+    sizes = {symbol: size for symbol, size in zip(symbols, node.symints, strict=True) if symbol.is_Symbol}
+    found = RegionBackward(
+        module.graph, dict(zip(tangents, outputs, strict=True)), dict(zip(slots, needed, strict=True)), sizes
+    )
+    if any(found.shape_of(tangent) != output_shape(node, number) for tangent, number in found.tangents.items()):
+        return None
+    return found

@@ -120,6 +120,28 @@ def test_let_graph_be_kept():
     internals.let_graph_be_kept(type(torch.ones(1, requires_grad=True).square().grad_fn))  # nothing to do
 
 
+def test_backward_of_region():
+    def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = (x @ w).exp()
+        return h.detach() + 1, h.view(-1), h.sum(1)
+
+    compiled = torch.compile(function, backend="aot_eager")
+    w = torch.ones(3, 2, requires_grad=True)
+    for n in (4, 5, 6):  # from the second size on it is a symbol
+        node = compiled(torch.ones(n, 3, requires_grad=True), w)[2].grad_fn
+        backward = internals.backward_of_region(node)
+        assert backward is not None
+        given = {number: backward.shape_of(tangent) for tangent, number in backward.tangents.items()}
+        assert given == {1: (2 * n,), 2: (n,)}
+        slots = [slot for slot, (child, _) in enumerate(node.next_functions) if child is not None]
+        assert [backward.shape_of(backward.passed[slot]) for slot in slots] == [(n, 3), (3, 2)]
+        (leaf,) = (slot for slot in slots if node.next_functions[slot][0].variable is w)
+        assert backward.shape_of(backward.passed[leaf]) == (3, 2)
+        assert backward.number(3) == 3
+        assert backward.number("no number") is None
+    assert internals.backward_of_region(w.sum().grad_fn) is None
+
+
 def sees_a_later_hook(where) -> bool:
     net = nn.Sequential(nn.Linear(2, 2))
     compiled = torch.compile(net, backend="eager")
@@ -145,10 +167,16 @@ def test_in_operator_of_graphs():
     assert not internals.in_operator_of_graphs()
 
 
-def test_guarding_hooks():
-    assert sees_a_later_hook(internals.guarding_hooks())
+def test_guard_hooks(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", True)
+    assert not sees_a_later_hook(nullcontext()), "it is not needed"
     torch.compiler.reset()
-    assert not sees_a_later_hook(nullcontext()), "the context is not needed, or does not end"
+    internals.guard_hooks()
+    assert sees_a_later_hook(nullcontext())
+    torch.compiler.reset()
+    assert not sees_a_later_hook(internals.whatever_hooks())
+    torch.compiler.reset()
+    assert sees_a_later_hook(nullcontext())
 
 
 def test_skip_code():

@@ -91,6 +91,7 @@ class TermCollector:
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
         self._unknown: dict[int, Tensor] = {}  # id(call) -> rows that had no gradient when the plan was made
+        self._silent: set[int] = set()  # calls (id) inside of compiled regions that had none
         self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
         self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
         self._expect_uses()
@@ -103,6 +104,8 @@ class TermCollector:
         for number, (call, layout) in enumerate(zip(trace.calls, plan.layouts, strict=True)):
             key = id(call)
             if layout is None or key not in own:
+                if doubtful and number in plan.silent_calls:
+                    self._silent.add(key)
                 continue
             self._layouts[key] = layout
             if doubtful and number in plan.unknown_of_calls:
@@ -224,6 +227,8 @@ class TermCollector:
         """Take the gradient of one call's output, soon after it came; grad mode is off."""
         layout = self._layouts.get(id(call))
         if layout is None:
+            if id(call) in self._silent:
+                self._doubt(backprops, torch.ones((), dtype=torch.bool, device=backprops.device))
             return
         told = self.graph.plan.told
         if told is not None:

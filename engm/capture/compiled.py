@@ -31,7 +31,7 @@ from ..torch_internals import (
     Node,
     dynamo_in_use,
     graphs_that_can_be_kept,
-    guarding_hooks,
+    guard_hooks,
     in_operator_of_graphs,
     is_compiled_region,
     own_buffers,
@@ -39,6 +39,7 @@ from ..torch_internals import (
     trained_of,
     untracked_alias,
     version_of,
+    whatever_hooks,
 )
 from .calls import Call, Capture, Collector
 
@@ -206,7 +207,8 @@ def capturing(capture: Capture, layers: Sequence[tuple[str, nn.Module, Rule]]) -
     before, latest = _token[0], _latest[0]
     recording.issue_token()
     try:
-        with graphs_that_can_be_kept():
+        # Hooks are new in every captured pass, and no pass outside of them may leave a region behind that has no taps.
+        with whatever_hooks(), graphs_that_can_be_kept():
             yield
     finally:
         _token[0], _latest[0], recording.open = before, latest, False
@@ -219,7 +221,8 @@ def not_capturing() -> Iterator[None]:
         yield
         return
     # Parts that have no layers to tap are the same in both, and are kept in a captured pass.
-    with guarding_hooks(), graphs_that_can_be_kept():
+    guard_hooks()
+    with graphs_that_can_be_kept():
         yield
 
 

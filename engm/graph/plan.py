@@ -186,6 +186,7 @@ class Plan:
             whose they are.
         unknown_of_nodes: the same by entering node (position).
         junctions: by position and number of the output.
+        silent_calls: numbers of the calls inside of compiled regions that no gradient came to.
         opaque: functions of the user's, which have to treat the examples apart for the plan to hold.
         told: tells the layouts when gradients arrive; those that are there are of another graph.
     """
@@ -208,14 +209,15 @@ class Plan:
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
     junctions: Mapping[tuple[int, int], Junction] = field(default_factory=dict)
+    silent_calls: frozenset[int] = frozenset()
     opaque: tuple[OpaqueFunction, ...] = ()
     told: Told | None = None
 
     @property
     def doubtful(self) -> bool:
         """Whether a gradient where none was before, or a function that mixes examples, would make the plan void."""
-        unknown = self.silent or self.unknown_of_calls or self.unknown_of_nodes or self.junctions
-        return bool(unknown or self.opaque)
+        unknown = self.unknown_of_calls or self.unknown_of_nodes or self.junctions
+        return bool(unknown or self.silent or self.silent_calls or self.opaque)
 
 
 def sinks_of(

@@ -609,6 +609,11 @@ class _Planner:
             silent=tuple(sorted(outermost)),
             behind_entries=not outermost.isdisjoint(self._behind_entries()),
             quiet=frozenset(self.silent),
+            silent_calls=frozenset(
+                number
+                for number, arrangement in self.arranged.items()
+                if arrangement is None and self.traced.nodes[number] in self.traced.tokens
+            ),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
             junctions=self._junctions() if keeps else {},
@@ -736,7 +741,8 @@ class _Planner:
             number: of the call nearest to the losses whose output several examples have a share in; -1: an input.
             position: of the node at which the examples meet.
         """
-        if self.model.coupled == "exact":
+        region = position is not None and is_compiled_region(self.traced.order[position])
+        if self.model.coupled == "exact" and not region:
             return
         call = self.traced.calls[number] if number >= 0 else None
         what = (
@@ -744,7 +750,13 @@ class _Planner:
             if call is None
             else (f"the output of layer '{call.name}' ({type(call.module).__name__})")
         )
-        where = "" if position is None else f" They meet in {node_name(self.traced.order[position])}."
+        where = "" if position is None else f" They meet in {node_name(self.traced.order[position])}"
+        if region:  # takes no example's gradient apart
+            where += (
+                ", a region made by torch.compile: leave what mixes them uncompiled (torch.compiler.disable) to be "
+                "told which operator it is, and for coupled='exact'"
+            )
+        where += "." if where else ""
         raise RefusedError(
             f"engm: {what} for some examples influences the losses of other examples, so that a loss is not its own "
             f"example's alone.{where} Something between this layer and the losses mixes the batch (x - x.mean(0), a "
@@ -757,7 +769,17 @@ class _Planner:
         )
 
     def _refuse_regions(self) -> None:
-        """Parameters that a compiled region uses beside its layers cannot be seen."""
+        """Parameters that a compiled region uses beside its layers cannot be seen, nor how it couples examples."""
+        apart, last = self._calls_apart(), len(self.traced.order) - 1
+        for number in self.structure.calls_at.get(last, ()):
+            if any(self.about.present(owners).several for owners in self.calls.get(number, ())):
+                self._refuse_coupling(number, last)  # in front of which there is nowhere to tell the examples apart
+        for position, slot in self.border:
+            child = self._child(position, slot)
+            if child >= 0 and is_compiled_region(self.traced.order[position]):
+                reading = self.structure.reads_data(child, self.model, self.n, apart, self.shared)
+                if reading is not None:
+                    self._refuse_coupling(reading, position)
         lost = {self.names[parameter] for parameter in self._lost_in_regions()}
         if lost:
             raise RefusedError(region_message(", ".join(f"'{name}'" for name in sorted(lost)[:5])))

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..rules.entries import names_of
+from ..terms.layout import PLAIN
+from ..terms.owners import Ownership
 from ..torch_internals import (
     Node,
     attributes_of_function,
@@ -40,6 +42,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangements
 from .plan import Route
+from .regions import keeps_rows
 from .structure import Structure
 from .trace import Trace
 
@@ -311,12 +314,13 @@ def routes_of(
     for position, node in enumerate(traced.order):
         if position in skip or position in structure.inner:
             continue
+        if is_compiled_region(node):  # has layers inside, whatever is behind it
+            if not _treats_rows_alike(traced, position, owners, skip, about):
+                return [], False
+            continue
         name = operator_name(node)
         behind = [child for child in traced.children[position] if child is not None and child not in skip]
         if not behind or name in HANDING_ON:
-            continue
-        if is_compiled_region(node):  # of what goes on inside it shows no more than the indices that it needs again
-            routes += [route for route in _routes_of_node(position, node) if route.values.dtype == torch.int64]
             continue
         if None in traced.shapes[position]:  # rows of lengths that are not compared
             return [], False
@@ -337,6 +341,27 @@ def routes_of(
             return [], False
     # The tensors are the network's, which may write into them before the next step.
     return [replace(route, values=route.values.clone()) for route in routes], True
+
+
+def _treats_rows_alike(
+    traced: Trace, position: int, owners: Owners, skip: Collection[int], about: Arrangements
+) -> bool:
+    """Whether the code of a compiled region tells that rows are whose they are now in every graph like this one."""
+    read = {
+        node.next_functions[slot][1]
+        for node, children in zip(traced.order, traced.children, strict=True)
+        for slot, child in enumerate(children)
+        if child == position
+    }
+    given: dict[int, Ownership | None] = dict.fromkeys(read)
+    for number in read:
+        own = owners.get((position, number))
+        if own is not None and (about.regular(own) or not (about.present(own).nobody or about.present(own).several)):
+            given[number] = about.arranged(own).ownership
+    if position == len(traced.order) - 1:
+        given[traced.number] = PLAIN
+    wanted = [slot for slot, child in enumerate(traced.children[position]) if child is not None and child not in skip]
+    return keeps_rows(traced.order[position], given, wanted, about.n)
 
 
 def _hides_values(node: Node) -> bool:
