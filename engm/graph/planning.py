@@ -579,6 +579,7 @@ class _Planner:
             and self.traced.positions[self.traced.nodes[number]] not in self.shared | self.through | self.own
         ]
         couplings = tuple(position for position in self.couplings if position not in self.shared)
+        sinks = sinks_of(self.traced, layouts, positions)
         routes, keeps = self._routes()
         opaque, watchable = self._opaque()
         found = [*layouts, *(entry.layout for entry in entries)]
@@ -596,7 +597,7 @@ class _Planner:
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
-            sinks=sinks_of(self.traced, layouts, positions),
+            sinks=sinks,
             couplings=couplings,
             through=tuple(sorted(self._through_all())),
             couples=bool(frozen or couplings),
@@ -607,7 +608,7 @@ class _Planner:
             keeps=keeps,
             blind=bool(self.blind),
             silent=tuple(sorted(outermost)),
-            behind_entries=not outermost.isdisjoint(self._behind_entries()),
+            behind_entries=not self._behind_entries().isdisjoint(position for position, _ in sinks),
             quiet=frozenset(self.silent),
             silent_calls=frozenset(
                 number
