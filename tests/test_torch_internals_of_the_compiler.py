@@ -120,6 +120,16 @@ def test_let_graph_be_kept():
     internals.let_graph_be_kept(type(torch.ones(1, requires_grad=True).square().grad_fn))  # nothing to do
 
 
+def test_regionbackward():
+    """Of a node without an example of its value no shape is known."""
+    graph = torch.fx.Graph()
+    tangent = graph.placeholder("tangent")
+    tangent.meta["val"] = torch.ones(2, 3)
+    backward = internals.RegionBackward(graph, {tangent: 0}, {0: None}, {})
+    assert backward.shape_of(tangent) == (2, 3)
+    assert backward.shape_of(graph.call_function(torch.neg, (tangent,))) is None
+
+
 def test_backward_of_region():
     def function(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = (x @ w).exp()
@@ -130,7 +140,7 @@ def test_backward_of_region():
     for n in (4, 5, 6):  # from the second size on it is a symbol
         node = compiled(torch.ones(n, 3, requires_grad=True), w)[2].grad_fn
         backward = internals.backward_of_region(node)
-        assert backward is not None
+        assert isinstance(backward, internals.RegionBackward)
         given = {number: backward.shape_of(tangent) for tangent, number in backward.tangents.items()}
         assert given == {1: (2 * n,), 2: (n,)}
         slots = [slot for slot, (child, _) in enumerate(node.next_functions) if child is not None]
@@ -173,6 +183,10 @@ def test_guard_hooks(monkeypatch):
     torch.compiler.reset()
     internals.guard_hooks()
     assert sees_a_later_hook(nullcontext())
+
+
+def test_whatever_hooks():
+    internals.guard_hooks()
     torch.compiler.reset()
     assert not sees_a_later_hook(internals.whatever_hooks())
     torch.compiler.reset()
