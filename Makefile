@@ -25,7 +25,7 @@ demo: .make/build
 # of neighbouring tests, so that few fixtures are made twice, and steals from the other when it has no more.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# Everything that takes less than ten seconds a test: six minutes on two cores, and a minute more where the emulator has
+# Everything that takes less than ten seconds a test: nine minutes on two cores, and a minute more where the emulator has
 # to be compiled first. A test of more than 30 seconds of processor time fails here unless it is marked as slow.
 test: .make/build .make/emulator
 	$(PYTEST) -m "not slow" --most-seconds 30 tests

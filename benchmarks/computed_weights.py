@@ -4,7 +4,7 @@ A weight norm, a spectral norm, a low-rank update merged into the weight, a mask
 map. Per-example gradients of such a weight have to be pulled back to its parameters: in factors where the operators
 allow it (:mod:`engm.rules.in_factors`), else one by one, as through a matrix exponential.
 
-    python benchmarks/computed_weights.py
+    python benchmarks/computed_weights.py --rounds 7
 """
 
 from __future__ import annotations
