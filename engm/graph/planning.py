@@ -266,10 +266,14 @@ class _Planner:
         arrangement = self.about.arranged(owners)
         if not isinstance(arrangement.ownership, Layout):
             return owners
-        of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
-        whole = of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        whole = self._laid_out(arrangement.ownership, owners)
         # What is not known is watched.
         return whole if arrangement.unknown is None else torch.where(arrangement.unknown, NOBODY, whole)
+
+    def _laid_out(self, layout: Layout, owners: Tensor) -> Tensor:
+        """The owners of all rows by a layout, whether or not a gradient came to them."""
+        of = owners_of(layout, tuple(owners.shape), self.n, owners.device).of
+        return of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
 
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
@@ -498,8 +502,7 @@ class _Planner:
             return None
         arrangement = self.about.arranged(owners)
         if isinstance(arrangement.ownership, Layout):
-            of = owners_of(arrangement.ownership, tuple(owners.shape), self.n, owners.device).of
-            owners = of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+            owners = self._laid_out(arrangement.ownership, owners)
         channels = owners.unsqueeze(0) if owners.dim() == 1 else owners.movedim(1, 0).flatten(1)
         ordered = channels.sort(1).values
         examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
