@@ -214,7 +214,6 @@ py::object producer_of(const at::Tensor& tensor, py::handle kind) {
   return py::none();
 }
 
-// Fills in a call of a module with a rule (engm.capture.calls.Call); `kind` is the class of calls.
 // What a module has under the names of its rule's options.
 py::object options_of(py::handle module, py::handle rule) {
   const py::tuple wanted = get(rule, names().options);
@@ -224,6 +223,7 @@ py::object options_of(py::handle module, py::handle rule) {
   return found;
 }
 
+// Fills in a call of a module with a rule (engm.capture.calls.Call); `kind` is the class of calls.
 void note_call(py::handle self, py::handle kind, py::handle capture, py::handle name, py::handle module,
                py::handle rule, py::handle activations, py::handle output) {
   TORCH_CHECK_TYPE(is_tensor(output), "expected a tensor");

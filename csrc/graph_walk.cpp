@@ -143,10 +143,16 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
   return py::make_tuple(order, children, numbers, shapes, leaves, tokens, records, hooked);
 }
 
+// Lets go of what the operators of a graph saved, as a backward pass that does not keep the graph does.
+void release_graph(const py::list& order) {
+  for (const py::handle node : order) node_of(node)->release_variables();
+}
+
 }  // namespace
 
 void bind_graph_walk(py::module_& m) {
   m.def("walk_graph", &walk);
+  m.def("release_graph", &release_graph);
   m.def("is_hooked", [](py::handle node) { return is_hooked(*node_of(node)); });
 }
 

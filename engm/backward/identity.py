@@ -8,6 +8,10 @@ check of a matrix product is the same idea). Statistics of batch norms are const
 Signs leave every gradient as large as it was, so that a hook which clips it by its norm over the batch does the same
 on both sides. Where the plan is of an earlier graph some of the ``r`` are therefore zero; where it was measured on this
 very graph, scaled losses have told already.
+
+Where a gradient nearly cancels, as that of a layer's weight in front of a normalisation, rounding is all that two ways
+to compute it have in common, and no share of a size says how much that is. So before anything is refused, autograd is
+asked for the same gradients from seeds that are larger by a few units in the last place: what changes is its rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._C import release_graph
 from ..checks import RefusedError
 from ..graph.plan import Collected, PlannedGraph
 from ..terms.loss_scale import UNSCALED, LossScale
@@ -26,10 +31,14 @@ from .collect import TermCollector
 # much as all of it, so they are compared with nothing.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
-# Where parts cancel, as those of a bias in front of a mean that is subtracted, rounding is all that is left: as a share
-# of the whole gradient. What is smaller than that hardly counts in a norm.
-ROUNDING = 100  # in units of the same type
-NARROW_ROUNDING = 1e-2
+# As a share of the whole gradient, in units of the same type: what is smaller hardly counts in a norm.
+ROUNDING = 100
+NARROW_ROUNDING = 1e-2  # as a share
+# By how many units of the type seeds are larger where autograd's rounding is looked at: so few that a function which is
+# not linear in its gradients does not pass for rounding; and how far beyond autograd's own a difference may be. What is
+# not small beside the whole gradient is rounding only if the same seeds give the same: a function may draw numbers.
+STRETCHES = (11, 21, 37)
+TIMES_ROUNDING = 30
 
 
 def check_identity(
@@ -64,27 +73,13 @@ def check_identity(
     collector.run(losses, scale.seeds(losses), retain_graph=True)
     squared = collector.squared_norms(losses)
     sizes = squared.sqrt().sum(1).double()
-    whole = sizes.norm()
     sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named}, again=use_up)}
     graph.collected = Collected(squared, collector.terms if use_up else None)
-    with graph.frozen_statistics():
-        wanted = torch.autograd.grad(
-            losses, [p for _, p in named], signs * scale.factor, retain_graph=not use_up, allow_unused=True
-        )
-    reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
-    if not reached:  # parameters that were cast since are others to autograd
-        return
-    parameters = [parameter for (_, parameter), _ in reached]
-    expected = [gradient.to_dense() for _, gradient in reached]
-    found = [_dense_like(parameter, sums.pop(id(parameter), None)) for parameter in parameters]
-    size = torch.maximum(
-        sizes[[collector.rows[id(parameter)] for parameter in parameters]],
-        torch.stack(norms_of_each(expected, torch.float64)),
-    )
-    distance = torch.stack(norms_of_each(differences_of_each(found, expected), torch.float64))
-    share, rounding, smallest = torch.tensor([_allowed(p, traced.dtypes) for p in parameters]).to(size).unbind(1)
-    differs = (distance > share * size + rounding * whole + smallest) & torch.isfinite(size)
-    wrong = [name for ((name, _), _), bad in zip(reached, differs.tolist(), strict=True) if bad]
+    try:
+        wrong = _disagreeing(graph, losses, named, signs * scale.factor, sums, sizes, collector.rows)
+    finally:
+        if use_up:
+            release_graph(traced.order)
     if not wrong:
         return
     shown = ", ".join(f"'{name}'" for name in wrong[:5])
@@ -100,6 +95,65 @@ def check_identity(
         "gradients it is given, or a hook may change them; if it is none of these, please report it. Gradients and "
         "parameters are as they were. GradNormModule(net, strict=False) goes on without this check."
     )
+
+
+def _disagreeing(
+    graph: PlannedGraph,
+    losses: Tensor,
+    named: list[tuple[str, Tensor]],
+    seeds: Tensor,
+    sums: dict[int, Tensor],
+    sizes: Tensor,
+    rows: dict[int, int],
+) -> list[str]:
+    """Names of the parameters whose gradients autograd does not agree with.
+
+    Args:
+        graph: behind ``losses``; it is kept.
+        losses: ``[n]``.
+        named: the parameters to compare, with their names.
+        seeds: ``[n]``, the signs, scaled as the losses are.
+        sums: by parameter (``id``), the sums of its per-example gradients with the signs; they are used up.
+        sizes: of every parameter, in the order of ``rows``, the sum of the norms of its per-example gradients.
+        rows: by parameter (``id``), its place in ``sizes``.
+    """
+    dtypes = graph.trace.dtypes
+
+    def gradients(of: list[Tensor], seeds: Tensor) -> tuple[Tensor | None, ...]:
+        with graph.frozen_statistics():
+            return torch.autograd.grad(losses, of, seeds, retain_graph=True, allow_unused=True)
+
+    wanted = gradients([parameter for _, parameter in named], seeds)
+    reached = [(pair, gradient) for pair, gradient in zip(named, wanted, strict=True) if gradient is not None]
+    if not reached:  # parameters that were cast since are others to autograd
+        return []
+    parameters = [parameter for (_, parameter), _ in reached]
+    expected = [gradient.to_dense() for _, gradient in reached]
+    found = [_dense_like(parameter, sums.pop(id(parameter), None)) for parameter in parameters]
+    size = torch.maximum(
+        sizes[[rows[id(parameter)] for parameter in parameters]], torch.stack(norms_of_each(expected, torch.float64))
+    )
+    distance = torch.stack(norms_of_each(differences_of_each(found, expected), torch.float64))
+    whole = sizes.norm()
+    allowed = [_allowed(parameter, dtypes) for parameter in parameters]
+    share, rounding, smallest = torch.tensor(allowed).to(size).unbind(1)
+    suspect = (distance > share * size + rounding * whole + smallest) & torch.isfinite(size)
+    places = suspect.nonzero().flatten().tolist()
+    if not places:
+        return []
+    unit = max(torch.finfo(dtype).eps for dtype in (losses.dtype, *dtypes) if dtype.is_floating_point)
+
+    def changes(stretch: float) -> Tensor:
+        """By how much the suspects' gradients change with seeds that are longer, apart from being longer."""
+        again = gradients([parameters[place] for place in places], seeds * stretch)
+        pairs = [(expected[place], gradient) for place, gradient in zip(places, again, strict=True)]
+        differences = [one if other is None else other.to_dense() / stretch - one for one, other in pairs]
+        return torch.stack(norms_of_each(differences, torch.float64))
+
+    own = torch.stack([changes(1 + units * unit) for units in STRETCHES]).amax(0)
+    may_round = (own <= share[places] * whole) | (changes(1.0) == 0)
+    agrees = may_round & (distance[places] <= TIMES_ROUNDING * own)
+    return [reached[place][0][0] for place, is_right in zip(places, agrees.tolist(), strict=True) if not is_right]
 
 
 def _dense_like(parameter: Tensor, total: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from oracle import per_example_gradients, random_losses, relative, tensor, train
 from torch import nn
 
 import engm
+from engm.backward import identity
 from engm.backward.collect import TermCollector
 
 
@@ -118,3 +119,72 @@ def test_under_the_callers_autocast():
                 stats = opt.backward(losses)
         found.append([stats.norms, *(p.grad.clone() for p in net.parameters())])
     assert all(map(torch.equal, *found))
+
+
+class NearlyCancelling(nn.Module):
+    """A scale in front of a normalisation, whose gradient is rounding alone, and a good deal of it."""
+
+    def __init__(self, size, between=None):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, bias=False)
+        self.scale = nn.BatchNorm1d(4)
+        self.norm = nn.LayerNorm(3, eps=1e-20, bias=False)
+        nn.init.constant_(self.scale.weight, size)
+        self.between = between
+
+    def forward(self, x):
+        x = self.scale(self.layer(x))
+        return self.norm(x if self.between is None else self.between.apply(x))
+
+
+class DrawnAnew(torch.autograd.Function):
+    """Its gradient is another one at every pass, by a factor for each channel."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + 0.01 * torch.randn(gradient.shape[1:], dtype=gradient.dtype))
+
+
+class Rounded(DrawnAnew):
+    """Its gradient is not linear in the one that it is given."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + 0.01 * gradient.abs()
+
+
+def norms_of(net, seed, one_pass):
+    model = engm.GradNormModule(net, check_every=1)
+    losses = random_losses(model(tensor(2, 4, 3, seed=seed).to(net.layer.weight)), seed)
+    if one_pass:
+        return engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.1), alpha=0.3).backward(losses).norms
+    return engm.per_example_grad_norms(model, losses)
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e-4), (torch.float32, 1e-6)])
+def test_gradients_that_are_rounding_alone_may_differ(dtype, size, one_pass, monkeypatch):
+    refused = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        net = NearlyCancelling(size).to(dtype)
+        assert torch.isfinite(norms_of(net, seed, one_pass)).all()
+        with monkeypatch.context() as without:
+            without.setattr(identity, "TIMES_ROUNDING", 0)
+            try:
+                norms_of(net, seed, one_pass)
+            except RuntimeError as error:
+                refused += "'scale." in str(error)
+    assert refused > 0  # these are gradients of the kind
+
+
+@pytest.mark.parametrize("between", [DrawnAnew, Rounded])
+def test_functions_that_are_not_linear_do_not_pass_for_rounding(between):
+    model = engm.GradNormModule(NearlyCancelling(1e-4, between).double(), check_every=1)
+    losses = random_losses(model(tensor(2, 4, 3)))
+    with pytest.raises(RuntimeError):
+        engm.per_example_grad_norms(model, losses)

@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 from engm.recipes.cli import app
 
+pytestmark = pytest.mark.slow  # the folders of four commands, with their figures
+
 TINY = "--data digits --width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64"
 SMALL = [*TINY.split(), "--test-examples", "40", "--threads", "1", "--loggers", "none", "--step", "eager"]
 
