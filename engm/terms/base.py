@@ -203,8 +203,4 @@ class PerExampleGradient(Term):
         return PerExampleGradient(split.sum((0, 2), dtype=accumulation_dtype(split)))
 
     def _regrouped(self, owners: Owners) -> Term:
-        rows, of = self.gradient, owners.of.flatten()
-        shape = (owners.n + 1, *rows.shape[1:])  # the last is nobody's
-        sums = torch.zeros(shape, dtype=accumulation_dtype(rows), device=rows.device)
-        sums.index_add_(0, torch.where(of < 0, owners.n, of), rows.to(sums.dtype))
-        return PerExampleGradient(sums[: owners.n])
+        return PerExampleGradient(owners.sums(self.gradient.to(accumulation_dtype(self.gradient))))

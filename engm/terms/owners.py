@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import Layout
@@ -28,13 +29,16 @@ class SortedRows:
         order: int64 ``[rows]``, the rows of nobody first; rows of one example keep their order.
         starts: int64 ``[n]``.
         counts: int64 ``[n]``, how many rows an example has.
-        counts_on_host: the same in the memory of the host.
     """
 
     order: Tensor
     starts: Tensor
     counts: Tensor
-    counts_on_host: Tensor
+
+    @cached_property
+    def counts_on_host(self) -> Tensor:
+        """:attr:`counts` in the memory of the host, which waits for them once."""
+        return self.counts.cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +108,26 @@ class Owners:
 
     @cached_property
     def sorted_rows(self) -> SortedRows:
-        """The rows, flattened, in the order of their owners; the host waits for their number once."""
+        """The rows, flattened, in the order of their owners."""
         of = self.of.flatten()
         counts = of.new_zeros(self.n + 1).index_add_(0, of - NOBODY, torch.ones_like(of))
         starts = counts.cumsum(0)[:-1]
-        return SortedRows(of.argsort(stable=True), starts, counts[1:], counts[1:].cpu())
+        return SortedRows(of.argsort(stable=True), starts, counts[1:])
+
+    def sums(self, rows: Tensor) -> Tensor:
+        """The sum of every example's rows, ``[n, *]``.
+
+        Args:
+            rows: ``[rows, *]``, floating-point numbers; those of nobody must be finite.
+        """
+        if not rows.numel():
+            return rows.new_zeros(self.n, *rows.shape[1:])
+        owned = self.sorted_rows
+        numbers = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
+        starts = torch.cat([owned.starts.new_zeros(1), owned.starts])  # the first rows are nobody's
+        sums = F.embedding_bag(owned.order, numbers.reshape(len(rows), -1), starts, mode="sum")[1:]
+        sums = sums.view(self.n, *numbers.shape[1:])
+        return torch.view_as_complex(sums) if rows.is_complex() else sums
 
     def batches(self, first: int, end: int, most: int) -> list[Batch]:
         """The examples from ``first`` to ``end`` that own rows, in batches to be copied; worked out once.
@@ -121,7 +140,7 @@ class Owners:
             end: number behind the last.
             most: how many rows may be copied at once.
         """
-        key = (first, end, most)
+        key = (first, end, min(most, 2 * self.of.numel()))  # no batch, with its padding, has as many
         if key not in self._batches:
             self._batches[key] = list(self._batched(*key))
         return self._batches[key]
