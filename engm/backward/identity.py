@@ -16,6 +16,8 @@ asked for the same gradients from seeds that are larger by a few units in the la
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def check_identity(
 def _disagreeing(
     graph: PlannedGraph,
     losses: Tensor,
-    named: list[tuple[str, Tensor]],
+    named: Sequence[tuple[str, Tensor]],
     seeds: Tensor,
     sums: dict[int, Tensor],
     sizes: Tensor,

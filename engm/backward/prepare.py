@@ -7,7 +7,8 @@ from torch import Tensor
 from ..distributed import on_any
 from ..graph.combining import combined
 from ..graph.plan import Plan, PlannedGraph
-from ..graph.planning import check_parameters, make_plan
+from ..graph.planning import make_plan
+from ..graph.refusals import check_parameters
 from ..graph.routed import may_be_told, plan_to_be_told
 from ..graph.routing import signature_of, skeleton_of
 from ..graph.trace import trace

@@ -19,7 +19,7 @@ from ..capture.calls import Call
 from ..terms.layout import PLAIN
 from ..terms.owners import Owners, Ownership
 from ..torch_internals import entering_shape, node_outputs
-from .arrangement import arranged
+from .arrangement import Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Answers, Question, rows_of_call
 from .plan import Plan, PlannedEntry, Told, UntoldError
@@ -80,10 +80,9 @@ class _Told(Told):
 
     def __init__(self, traced: Trace, losses: Tensor, answers: Answers) -> None:
         self._traced, self._answers = traced, answers
-        self._n = losses.shape[0]
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._found: dict[Any, Ownership] = {}
-        self._arranged: dict[int, tuple[Tensor, Ownership]] = {}  # id(owners), which are kept so that it stays theirs
+        self._about = Arrangements(losses.shape[0])
         self._on_device = OwnersOnDevice(losses.device)
 
     def of_call(self, call: Call, backprops: Any) -> Ownership:
@@ -119,10 +118,6 @@ class _Told(Told):
         return self._found[key]
 
     def _ownership(self, owners: Tensor) -> Ownership:
-        if id(owners) in self._arranged:
-            return self._arranged[id(owners)][1]
         if bool((owners <= SEVERAL).any()):
             raise UntoldError
-        found = self._on_device(arranged(owners, self._n).ownership)
-        self._arranged[id(owners)] = owners, found
-        return found
+        return self._on_device(self._about.arranged(owners).ownership)

@@ -11,7 +11,7 @@ it does not hold. Then, and for operators without a rule, :mod:`engm.rules.any_o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -219,13 +219,24 @@ def _mm(entry: Entry, gy: Tensor) -> Term | None:
 
 @add_operator("Addmm")
 def _addmm(entry: Entry, gy: Tensor) -> Term | None:
-    factor = entry.saved("alpha" if entry.slot else "beta")
-    gy = gy if factor == 1 else gy * factor
-    if entry.slot == 0:
-        return repeated_term(entry, gy)
-    if entry.slot == 2:
-        return _right(entry, entry.saved("mat1"), gy)
-    return _left(entry, entry.saved("mat2"), gy)
+    def factor(gy: Tensor) -> Term | None:
+        right = entry.slot == 2
+        return _right(entry, entry.saved("mat1"), gy) if right else _left(entry, entry.saved("mat2"), gy)
+
+    return _added(entry, gy, factor)
+
+
+def _added(entry: Entry, gy: Tensor, factor: Callable[[Tensor], Term | None]) -> Term | None:
+    """The term of what enters in ``beta * added + alpha * product``.
+
+    Args:
+        entry: of the sum, whose first input is what is added.
+        gy: the gradient of the sum.
+        factor: the term of a factor, given the gradient of the product.
+    """
+    times = entry.saved("alpha" if entry.slot else "beta")
+    gy = gy if times == 1 else gy * times
+    return factor(gy) if entry.slot else repeated_term(entry, gy)
 
 
 @add_operator("Mv")
@@ -237,11 +248,7 @@ def _mv(entry: Entry, gy: Tensor) -> Term | None:
 
 @add_operator("Addmv")
 def _addmv(entry: Entry, gy: Tensor) -> Term | None:
-    factor = entry.saved("alpha" if entry.slot else "beta")
-    gy = gy if factor == 1 else gy * factor
-    if entry.slot == 0:
-        return repeated_term(entry, gy)
-    return _vector(entry, entry.saved("mat"), gy) if entry.slot == 2 else None
+    return _added(entry, gy, lambda gy: _vector(entry, entry.saved("mat"), gy) if entry.slot == 2 else None)
 
 
 def _vector(entry: Entry, matrix: Tensor | None, gy: Tensor) -> Term | None:
@@ -258,11 +265,10 @@ def _bmm(entry: Entry, gy: Tensor) -> Term | None:
 
 @add_operator("Baddbmm")
 def _baddbmm(entry: Entry, gy: Tensor) -> Term | None:
-    factor = entry.saved("alpha" if entry.slot else "beta")
-    gy = gy if factor == 1 else gy * factor
-    if entry.slot == 0:
-        return repeated_term(entry, gy)
-    return _left_of_many(entry, "batch2", gy) if entry.slot == 1 else _right_of_many(entry, "batch1", gy)
+    left = entry.slot == 1
+    return _added(
+        entry, gy, lambda gy: _left_of_many(entry, "batch2", gy) if left else _right_of_many(entry, "batch1", gy)
+    )
 
 
 def _left_of_many(entry: Entry, name: str, gy: Tensor) -> Term | None:

@@ -1,0 +1,170 @@
+"""Whether what was measured on one graph holds for others of its structure, whose rows may have other gradients.
+
+What hangs on values that route rows is compared at every step (:mod:`engm.graph.routing`). Here it is about rows that
+no gradient came to: another batch may bring one, and then nothing must turn out otherwise than it was planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..terms.layout import Layout
+from ..terms.owners import NOBODY
+from ..torch_internals import entering_shape, node_outputs, operator_name, output_shape, saved_option
+from .arrangement import Arrangement
+from .measured import Measured
+from .owners import Key
+from .plan import Junction
+from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows
+
+
+def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
+    """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient.
+
+    Args:
+        rows: what was measured.
+        routed: positions of the nodes that move rows by values which are compared.
+    """
+    for (position, slot), owners in rows.edges.items():
+        child = rows.traced.children[position][slot]
+        assert child is not None
+        # Silent ones are watched.
+        if child in rows.shared or position in rows.shared or position in rows.silent:
+            continue
+        whole = rows.nodes.get((child, rows.traced.order[position].next_functions[slot][1]))
+        if whole is None or not rows.about.regular(whole):
+            return True
+        if _tells(rows, position, slot):
+            if _hides(rows, position, position in routed):
+                return True
+        elif not rows.about.regular(owners):
+            return True
+    return False
+
+
+def closed_to_others(rows: Measured) -> bool:
+    """Whether a row that a node passes no gradient on to would get one of another example than its own.
+
+    A factor of zero or a maximum that lies elsewhere closes it for now. The rows of the node's own outputs may tell
+    whose gradient it would be.
+    """
+    for position, node in enumerate(rows.traced.order):
+        name = operator_name(node)
+        moves = (name in MOVING or name in HANDING_ON) and name not in CHOOSING
+        if moves or position in rows.shared or position in rows.silent:
+            continue
+        for slot, child in enumerate(rows.traced.children[position]):
+            if child is None or child in rows.shared or not rows.structure.trained_behind(child):
+                continue
+            whole = rows.nodes.get((child, node.next_functions[slot][1]))
+            if whole is None or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
+                continue
+            if _chooses_among(rows, node, whole) if name in CHOOSING else _disagrees(rows, position, slot, whole):
+                return True
+    return False
+
+
+def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device: torch.device) -> dict[Key, Junction]:
+    """Outputs in which rows come up more than once, or that read what others read, if some had no gradient.
+
+    Args:
+        rows: what was measured.
+        arranged: by number, the calls whose rows without a gradient are known of.
+        device: where to put what is not known.
+    """
+    found: dict[Key, Junction] = {}
+    meeting, skip = {position for position, _ in rows.edges}, rows.shared | rows.structure.no_inputs
+    for (position, number), owners in rows.nodes.items():
+        if position in rows.shared or position in rows.silent or not rows.structure.trains[position]:
+            continue
+        known = any(arranged.get(call) is not None for call in rows.structure.calls_at.get(position, ()))
+        if known or not rows.about.present(owners).nobody:
+            continue
+        if position in meeting or repeats_rows(rows.traced, position, skip):
+            arrangement = rows.about.arranged(owners)
+            if arrangement.unknown is not None:
+                by_index = operator_name(rows.traced.order[position]) in PICKING
+                found[position, number] = Junction(arrangement.ownership, arrangement.unknown.to(device), by_index)
+    return found
+
+
+def _tells(rows: Measured, position: int, slot: int) -> bool:
+    """Whether the rows of a node's own outputs tell whose the rows are that it passes no gradient on to."""
+    node = rows.traced.order[position]
+    name = operator_name(node)
+    return name in MOVING or (name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node))
+
+
+def _chooses_among(rows: Measured, node: Any, whole: Tensor) -> bool:
+    """Whether a node picks one of the elements of different examples."""
+    along: Any = saved_option(node, "dim")
+    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    rank = len(entering_shape(*node.next_functions[0]))
+    return bool(rows.about.varying(whole) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
+
+
+def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
+    """Whether a node has a row of another example than the row that it reads, or that cannot be told.
+
+    Nodes that treat every element apart, and those that repeat rows, are compared as broadcasting goes; others, by
+    which rows of different examples are not combined, along the leading dimensions that their output has too.
+    """
+    node = rows.traced.order[position]
+    own = rows.nodes.get((position, 0))
+    if own is None or None in rows.traced.shapes[position]:
+        return own is not None
+    whole = _as_arranged(rows, whole)
+    name = operator_name(node)
+    if name in ELEMENTWISE or name in ("Expand", "Repeat"):
+        rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
+        own = own.view(*own.shape, *[1] * (rank - own.dim()))
+        whole = whole.view(*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim()))
+        if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
+            return True
+    else:
+        alike = [a == b for a, b in zip(own.shape, whole.shape, strict=False)]
+        dims = alike.index(False) if False in alike else len(alike)
+        found = [owners.reshape(*owners.shape[:dims], -1) for owners in (own, whole)]
+        own, whole = (owners.amax(-1) for owners in found)
+        for owners, one in zip(found, (own, whole), strict=True):
+            if not bool(((owners == one.unsqueeze(-1)) | (owners == NOBODY)).all()):
+                return True
+    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+
+
+def _as_arranged(rows: Measured, owners: Tensor) -> Tensor:
+    """Owners of rows, with those that no gradient comes to and of which their arrangement tells."""
+    arrangement = rows.about.arranged(owners)
+    if not isinstance(arrangement.ownership, Layout):
+        return owners
+    whole = rows.laid_out(arrangement.ownership, owners)
+    # What is not known is watched.
+    return whole if arrangement.unknown is None else torch.where(arrangement.unknown, NOBODY, whole)
+
+
+def _hides(rows: Measured, position: int, by_routes: bool) -> bool:
+    """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
+    gaps = _gaps(rows, position)
+    if not gaps or _is_cut(rows, position):
+        return False
+    return by_routes or not all(rows.about.regular(owners) for owners in gaps)
+
+
+def _gaps(rows: Measured, position: int) -> list[Tensor]:
+    """The owners of those outputs of a node of which some rows got no gradient."""
+    numbers = range(len(node_outputs(rows.traced.order[position])))
+    found = (rows.nodes.get((position, number)) for number in numbers)
+    return [owners for owners in found if owners is not None and rows.about.present(owners).nobody]
+
+
+def _is_cut(rows: Measured, position: int) -> bool:
+    """Whether the rows of a node without a gradient are those that no other node reads, whatever the data."""
+    parents = rows.structure.parents[position]
+    return bool(parents) and all(
+        operator_name(rows.traced.order[parent]) in MOVING and (not _gaps(rows, parent) or _is_cut(rows, parent))
+        for parent in parents
+    )
