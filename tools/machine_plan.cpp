@@ -1,8 +1,8 @@
 // Prints the plans of direct_launch.cuh for convolutions and linear layers, one a line, for tools/machine_code.py. Compiled
 // by g++ with the emulator's words in place of CUDA's; nothing is run.
 //
-// Input, a line each:  precision (tf32 bfloat16)  channels last (0 1)  shared bytes  multiprocessors examples channels rows
-//                      height width kernel stride padding
+// Input, a line each:  precision (tf32 bfloat16)  channels last (0 1)  shared bytes  multiprocessors examples channels
+//                      rows height width kernel stride padding
 // Output:  policy; channels, rows, warps along both, taps, stages, blocks of the tile; how many tiles, bytes of shared
 //          memory, blocks that share a tile's examples, taps of a tile, steps, positions; copies (0 elements, 1 rows, 2
 //          lines), rows, entries, lanes, batches of x's staging and of gy's
@@ -43,7 +43,8 @@ bool plan(DirectNorm& p, int64_t limit, const char* policy) {
 }
 
 // Lays contiguous images out, channels first or last, and asks how they are copied.
-void lay_out(Operand& o, Staging& s, const Geometry& g, int channels, const int (&size)[3], bool last, int64_t element) {
+void lay_out(Operand& o, Staging& s, const Geometry& g, int channels, const int (&size)[3], bool last,
+             int64_t element) {
   const int64_t pixels = int64_t(size[1]) * size[2], pixel = last ? channels : 1;
   o = {nullptr, pixels * channels, last ? 1 : pixels, {pixels * pixel, size[2] * pixel, pixel}};
   s = Staging{};
@@ -56,8 +57,8 @@ int main() {
   long long limit;
   DirectNorm p{};
   Geometry& g = p.geometry;
-  while (std::cin >> precision >> last >> limit >> p.multiprocessors >> g.n >> g.channels >> g.rows >> g.in[1] >> g.in[2] >>
-         kernel >> stride >> padding) {
+  while (std::cin >> precision >> last >> limit >> p.multiprocessors >> g.n >> g.channels >> g.rows >> g.in[1] >>
+         g.in[2] >> kernel >> stride >> padding) {
     g.groups = 1;
     g.in[0] = g.out[0] = g.kernel[0] = 1;
     for (int i = 0; i < 3; ++i) g.stride[i] = g.dilation[i] = 1, g.padding[i] = 0;

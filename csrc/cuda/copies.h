@@ -7,8 +7,8 @@
 
 namespace engm::cuda {
 
-// 16 bytes at a time need neighbours in memory, and all their beginnings at multiples of 16 bytes. `size` are the lengths
-// of the operand's dimensions in space, `element` its bytes.
+// 16 bytes at a time need neighbours in memory, and all their beginnings at multiples of 16 bytes. `size` are the
+// lengths of the operand's dimensions in space, `element` its bytes.
 inline Copies copies_of(const Operand& o, const int (&size)[3], int64_t n, int channels, int groups, int64_t element) {
   const int64_t vector = 16 / element;
   const auto aligned = [&](int64_t count, int64_t stride) { return count == 1 || stride % vector == 0; };
