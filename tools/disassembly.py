@@ -1,6 +1,7 @@
-"""What is in the machine code of the direct form's kernels: which loops, nested how, and the longest way through each.
+"""What kernels take of a multiprocessor, and what is in the machine code of the direct form's.
 
-Code is read from the built extension or from objects of nvcc by cuobjdump. Blocks that no branch leads to are left out.
+That is which loops, nested how, and the longest way through each. Code is read from the built extension or from objects
+of nvcc by cuobjdump. Blocks that no branch leads to are left out.
 """
 
 import functools
@@ -214,6 +215,61 @@ def read(paths: Iterable[Path], architecture: str) -> list[Kernel]:
             elif now is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
                 now.lines.append((int(match[1], 16), match[2]))
         found += [kernel for kernel in kernels.values() if kernel.tile and kernel.lines]
+    return found
+
+
+SHARED_OF_ALL = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # bytes of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a block of one kernel takes, but for the shared memory that its launch asks for."""
+
+    architecture: str
+    name: str
+    threads: int  # at most
+    registers: int  # a thread
+    shared: int  # bytes
+    spills: int  # bytes a thread of stack and of local memory
+
+    @property
+    def family(self) -> str:
+        """``gram_norm_kernel`` of ``_ZN4engm4cuda16gram_norm_kernel...``."""
+        found = re.search(r"cuda(?:12_GLOBAL__N_1)?(\d+)(\w+)", self.name)
+        if found is None:
+            raise ValueError(f"No kernel of engm is called {self.name}.")
+        return found[2][: int(found[1])]
+
+    def resident_warps(self, shared: int = 0) -> int:
+        """How many of a multiprocessor's 64 warps its blocks fill, if each asks for so much shared memory.
+
+        There are 65536 registers, which a warp takes 256 at a time.
+        """
+        warps = -(-self.threads // 32)
+        of_registers = 65536 // (-(-32 * self.registers // 256) * 256 * warps)
+        of_shared = SHARED_OF_ALL[self.architecture] // max(self.shared + shared, 1)
+        return warps * min(of_registers, of_shared, 64 // warps, 32)
+
+
+def resources(paths: Iterable[Path], architecture: str) -> list[Resources]:
+    """What every kernel in libraries or objects takes."""
+    found: list[Resources] = []
+    for path in paths:
+        command = [cuobjdump(), "-arch", architecture, "-elf", "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        # A section of attributes a kernel, and a line of usage behind its name.
+        threads = {
+            section[1]: int(section[2], 16)
+            for section in re.finditer(
+                r"^\.nv\.info\.(\S+)\n(?:(?!\.).*\n)*?\s*Attribute:\s*EIATTR_MAX_THREADS\n.*\n\s*Value:\s*0x(\w+)",
+                text,
+                re.MULTILINE,
+            )
+        }
+        for usage in re.finditer(r"^ *Function (\S+):\n(.*REG:.*)$", text, re.MULTILINE):
+            use = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", usage[2])}
+            spills = use["STACK"] + use["LOCAL"]
+            found.append(Resources(architecture, usage[1], threads[usage[1]], use["REG"], use["SHARED"], spills))
     return found
 
 

@@ -1,6 +1,7 @@
-"""What a warp of the direct form's kernels executes for a layer, read from machine code, and what that predicts.
+"""What kernels take of a multiprocessor, and what a warp of the direct form's executes for a layer, from machine code.
 
     python tools/machine_code.py [library or objects of nvcc]     a table; of the built extension by default
+    python tools/machine_code.py --kernels                        the families of kernels in the place of layers
     python tools/machine_code.py --check                          fails where a limit is passed
 
 A kernel's loops are told apart by what is in them (matrix instructions, asynchronous copies, barriers). How often each
@@ -12,6 +13,7 @@ tools/roofline.py adds them up over networks.
 import argparse
 import functools
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,11 +21,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from disassembly import Block, Kernel, Loop, all_loops, by_kind, read, shared_cycles
+from disassembly import Block, Kernel, Loop, Resources, all_loops, by_kind, read, resources, shared_cycles
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10}  # bytes of one block, at most
-COPIES = {"elements": 0, "rows": 1, "lines": 2}
+COPIES = ("elements", "rows", "lines")  # csrc/cuda/direct_norm.h
 POLICIES = {"tf32": "Tf32InPlace", "bfloat16": "BFloat16"}
 BYTES = {"tf32": 4, "bfloat16": 2}
 
@@ -51,14 +53,16 @@ class Layer:
 
 
 LARGEST = (Layer(64, 64, 32), Layer(128, 128, 16), Layer(256, 256, 8))  # of ResNet-18
-# What --check and tests hold, on sm_90: executed instructions a matrix instruction and a copy of 16 bytes.
+# What --check and tests hold: executed instructions a matrix instruction and a copy, and bytes of a copy.
 MOST_A_PRODUCT, MOST_A_COPY = 7.0, 12.0
+WIDEST_COPY = 16
 
 
 @dataclass(frozen=True)
 class Staging:
     """The plan of an operand's copies; entries and the rest are of copies by lines."""
 
+    copies: str  # one of COPIES
     rows: int
     entries: int
     lanes: int
@@ -93,17 +97,10 @@ def planner() -> Path:
 def plan_of(
     layer: Layer, precision: str, channels_last: bool, architecture: str, n: int = 128, processors: int = 132
 ) -> Plan:
-    """What direct_launch.cuh plans, with the copies that the binding finds for contiguous operands."""
-    vector = 16 // BYTES[precision]
-
-    def copies(channels: int, size: int) -> int:
-        fits = (channels if channels_last else size) % vector == 0
-        return COPIES[("rows" if channels_last else "lines") if fits else "elements"]
-
+    """What the binding and direct_launch.cuh plan for contiguous operands."""
     words = [
         precision,
-        copies(layer.channels, layer.size),
-        copies(layer.rows, layer.outputs),
+        int(channels_last),
         SHARED[architecture],
         processors,
         n,
@@ -120,7 +117,8 @@ def plan_of(
     ).stdout
     policy, *numbers = text.split()
     m = [int(number) for number in numbers]
-    return Plan(policy, tuple(m[:7]), *m[7:13], (Staging(*m[13:17]), Staging(*m[17:21])))
+    x, gy = (Staging(COPIES[of[0]], *of[1:]) for of in (m[13:18], m[18:23]))
+    return Plan(policy, tuple(m[:7]), *m[7:13], (x, gy))
 
 
 @dataclass(frozen=True)
@@ -129,6 +127,7 @@ class Executed:
 
     products: float  # matrix instructions
     copies: float  # asynchronous copies
+    narrowest: int  # bytes of the narrowest of them
     in_copies: float  # instructions of the loops that copy
     all: float
     shared: float  # cycles of shared memory
@@ -148,6 +147,13 @@ class Executed:
     def a_copy_aimed(self) -> float:
         """The same with what prepares the tables of addresses of each step."""
         return (self.in_copies + self.parts["aim"]) / self.copies if self.copies else 0.0
+
+
+def narrowest_copy(loop: Loop) -> int:
+    """Bytes of the narrowest asynchronous copy in a loop that has some."""
+    texts = [text for block in loop.blocks for text in block.code]
+    found = [re.search(r"\bLDGSTS\b\S*?(?:\.(64|128))?(?:\s|$)", text) for text in texts if "LDGSTS" in text]
+    return min(int(match[1] or 32) // 8 for match in found if match)
 
 
 def up(a: float, b: int) -> int:
@@ -171,12 +177,17 @@ def executed(kernel: Kernel, plan: Plan, element: int, n: int = 128) -> Executed
     multiply = max(of_kind["multiply"], key=lambda loop: (loop.count("[HD]MMA"), -loop.path()))
     parts = {"multiply": plan.positions / depth * multiply.path(), "copy": 0.0, "prepare": 0.0, "aim": 0.0}
     copies, shared = 0.0, plan.positions / depth * shared_cycles(multiply)
+    narrowest: list[int] = []
     used, idle = {id(multiply)}, [list[Loop | Block]() for _ in range(warps)]
     for which, (staging, width) in enumerate(zip(plan.staging, tile[:2], strict=True)):
-        chunks, lines = width // vector, staging.entries > 0
-        mode = "lines" if lines else "rows" if "rows" in of_kind and staging.batches == 0 else "elements"
-        names = {"lines": ("lines", "transpose", "aim"), "rows": ("rows", "pairs", "row", "round", "aim")}[mode]
+        chunks, lines = width // vector, staging.copies == "lines"
+        if staging.copies == "elements":
+            raise LookupError(
+                "Copies of single elements are not counted: channels or pixels of a line fill no 16 bytes."
+            )
+        names = ("lines", "transpose", "aim") if lines else ("rows", "pairs", "row", "round", "aim")
         loops = {name: of_kind[name][which] for name in names if name in of_kind}
+        narrowest += [narrowest_copy(loops[name]) for name in ("lines", "rows", "pairs", "row") if name in loops]
         used |= {id(at[name][which]) for at in (of_kind, at_first) for name in names if which < len(at.get(name, []))}
         for warp in range(warps):
             entries = staging.entries or staging.rows
@@ -222,7 +233,7 @@ def executed(kernel: Kernel, plan: Plan, element: int, n: int = 128) -> Executed
     parts["a block"] = (around.path(idle_at_first) + sum(loop.path() for loop in tables)) / up(n, plan.share)
     total = sum(parts.values())
     products = plan.steps * plan.positions / depth * multiply.count("[HD]MMA")
-    return Executed(products, copies * plan.steps, parts["copy"], total, shared * plan.steps, parts)
+    return Executed(products, copies * plan.steps, min(narrowest), parts["copy"], total, shared * plan.steps, parts)
 
 
 def kernel_of(kernels: Iterable[Kernel], plan: Plan) -> Kernel:
@@ -244,24 +255,52 @@ def largest(kernels: list[Kernel], architecture: str) -> Iterator[tuple[str, str
                 yield precision, order, layer, kernel, plan, executed(kernel, plan, BYTES[precision])
 
 
-def table(kernels: list[Kernel], architecture: str) -> tuple[str, list[str]]:
+def table(kernels: list[Kernel], taken: list[Resources], architecture: str) -> tuple[str, list[str]]:
     """The three largest layers of ResNet-18 as Markdown, and what passes a limit."""
     lines = [
-        "| precision | memory | layer | registers | shared KiB | instructions an `mma` | a copy | bytes a copy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| precision | memory | layer | registers | shared KiB | warps of 64 | instructions an `mma` | a copy | "
+        "bytes a copy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    wrong = [f"{k.name} spills {k.spills} bytes" for k in kernels if k.spills]
+    of_name = {use.name: use for use in taken}
+    wrong = [f"{use.name} spills {use.spills} bytes" for use in taken if use.spills]
     for precision, order, layer, kernel, plan, count in largest(kernels, architecture):
         size = f"{layer.channels} × {layer.size}²"
         lines.append(
             f"| {precision} | {order} | {size} | {kernel.registers} | {plan.shared / 1024:.0f} | "
-            f"{count.a_product:.2f} | {count.a_copy:.1f} | 16 |"
+            f"{of_name[kernel.name].resident_warps(plan.shared)} | {count.a_product:.2f} | {count.a_copy:.1f} | "
+            f"{count.narrowest} |"
         )
         if round(count.a_product, 2) > MOST_A_PRODUCT:  # as the table shows it
             wrong.append(f"{precision}, {order}, {size}: {count.a_product:.2f} instructions an mma")
         if count.a_copy > MOST_A_COPY:
             wrong.append(f"{precision}, {order}, {size}: {count.a_copy:.1f} instructions a copy")
+        if count.narrowest < WIDEST_COPY:
+            wrong.append(f"{precision}, {order}, {size}: copies of {count.narrowest} bytes")
     return "\n".join(lines), wrong
+
+
+def families(taken: list[Resources]) -> str:
+    """The families of kernels as Markdown: the least and the most of their kernels."""
+
+    def span(numbers: Iterable[int]) -> str:
+        found = sorted(numbers)
+        return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+    lines = [
+        "| family | kernels | threads | registers | spilled bytes | warps of 64 by registers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in sorted({use.family for use in taken}):
+        of_family = [use for use in taken if use.family == family]
+        columns = [
+            [use.threads for use in of_family],
+            [use.registers for use in of_family],
+            [use.spills for use in of_family],
+            [use.resident_warps() for use in of_family],
+        ]
+        lines.append(f"| `{family}` | {len(of_family)} | {' | '.join(span(column) for column in columns)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -269,6 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("code", nargs="*", type=Path, help="a library or objects of nvcc")
     parser.add_argument("--architecture", default="sm_90", choices=SHARED)
+    parser.add_argument("--kernels", action="store_true", help="print what the families of kernels take")
     parser.add_argument("--check", action="store_true", help="fail where a limit is passed")
     parser.add_argument("--parts", action="store_true", help="print what the instructions of a tile are for")
     arguments = parser.parse_args()
@@ -277,8 +317,12 @@ def main() -> None:
         from engm import _C
 
         paths = [Path(_C.__file__)]
+    taken = resources(paths, arguments.architecture)
+    if arguments.kernels:
+        sys.stdout.write(families(taken) + "\n")
+        return
     kernels = read(paths, arguments.architecture)
-    text, wrong = table(kernels, arguments.architecture)
+    text, wrong = table(kernels, taken, arguments.architecture)
     sys.stdout.write(text + "\n")
     if arguments.parts:
         for precision, order, layer, _, plan, count in largest(kernels, arguments.architecture):

@@ -1,16 +1,17 @@
 // Prints the plans of direct_launch.cuh for convolutions and linear layers, one a line, for tools/machine_code.py. Compiled
 // by g++ with the emulator's words in place of CUDA's; nothing is run.
 //
-// Input, a line each:  precision (tf32 bfloat16)  copies of x  copies of gy (0 elements, 1 rows, 2 lines)  shared bytes
-//                      multiprocessors examples channels rows height width kernel stride padding
+// Input, a line each:  precision (tf32 bfloat16)  channels last (0 1)  shared bytes  multiprocessors examples channels
+//                      rows height width kernel stride padding
 // Output:  policy; channels, rows, warps along both, taps, stages, blocks of the tile; how many tiles, bytes of shared
-//          memory, blocks that share a tile's examples, taps of a tile, steps, positions; rows, entries, lanes, batches of
-//          x's staging and of gy's
+//          memory, blocks that share a tile's examples, taps of a tile, steps, positions; copies (0 elements, 1 rows, 2
+//          lines), rows, entries, lanes, batches of x's staging and of gy's
 #include <cstdio>
 #include <iostream>
 #include <string>
 
 #include "conv_norm.cuh"
+#include "copies.h"
 #include "gemm_norm.cuh"
 
 using namespace engm::cuda;
@@ -24,7 +25,8 @@ void print(const DirectNorm& p, const char* policy) {
               Tile::kWarpsD, Tile::kTaps, Tile::kStages, Tile::kBlocks, static_cast<long long>(p.tiles()),
               static_cast<long long>(p.layout.bytes), static_cast<long long>(share), p.taps_a_tile, steps, p.positions);
   for (const Staging* s : {&p.x_staging, &p.gy_staging})
-    std::printf(" %d %d %d %d", s->rows, s->copies == Copies::kLines ? s->entries : 0, s->lanes, s->batches);
+    std::printf(" %d %d %d %d %d", int(s->copies), s->rows, s->copies == Copies::kLines ? s->entries : 0, s->lanes,
+                s->batches);
   std::printf("\n");
 }
 
@@ -40,14 +42,23 @@ bool plan(DirectNorm& p, int64_t limit, const char* policy) {
   return true;
 }
 
+// Lays contiguous images out, channels first or last, and asks how they are copied.
+void lay_out(Operand& o, Staging& s, const Geometry& g, int channels, const int (&size)[3], bool last,
+             int64_t element) {
+  const int64_t pixels = int64_t(size[1]) * size[2], pixel = last ? channels : 1;
+  o = {nullptr, pixels * channels, last ? 1 : pixels, {pixels * pixel, size[2] * pixel, pixel}};
+  s = Staging{};
+  s.copies = copies_of(o, size, g.n, channels, g.groups, element);
+}
+
 int main() {
   std::string precision;
-  int x_copies, gy_copies, kernel, stride, padding;
+  int last, kernel, stride, padding;
   long long limit;
   DirectNorm p{};
   Geometry& g = p.geometry;
-  while (std::cin >> precision >> x_copies >> gy_copies >> limit >> p.multiprocessors >> g.n >> g.channels >> g.rows >> g.in[1] >> g.in[2] >> kernel >>
-         stride >> padding) {
+  while (std::cin >> precision >> last >> limit >> p.multiprocessors >> g.n >> g.channels >> g.rows >> g.in[1] >>
+         g.in[2] >> kernel >> stride >> padding) {
     g.groups = 1;
     g.in[0] = g.out[0] = g.kernel[0] = 1;
     for (int i = 0; i < 3; ++i) g.stride[i] = g.dilation[i] = 1, g.padding[i] = 0;
@@ -55,9 +66,9 @@ int main() {
       g.kernel[i] = kernel, g.stride[i] = stride, g.padding[i] = padding;
       g.out[i] = (g.in[i] + 2 * padding - kernel) / stride + 1;
     }
-    p.x.channel = p.gy.channel = 1;
-    p.x_staging = Staging{}, p.gy_staging = Staging{};
-    p.x_staging.copies = Copies(x_copies), p.gy_staging.copies = Copies(gy_copies);
+    const int64_t element = precision == "tf32" ? 4 : 2;
+    lay_out(p.x, p.x_staging, g, g.channels, g.in, last != 0, element);
+    lay_out(p.gy, p.gy_staging, g, g.rows, g.out, last != 0, element);
     const bool fits = precision == "tf32" ? plan<Tf32InPlace>(p, limit, "Tf32InPlace") : plan<BFloat16>(p, limit, "BFloat16");
     if (!fits) std::printf("none\n");
   }

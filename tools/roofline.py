@@ -1,6 +1,6 @@
 """Predicts how long a network's norms take by the direct form on an H100, from machine code and plans.
 
-Nothing is measured.
+And what that makes of a step. Nothing is measured.
 
     python tools/roofline.py [library or objects of nvcc]          of the built extension by default
 
@@ -17,6 +17,12 @@ barriers and conflicts are left out, so this is a lower bound of the time. The s
 2·T·C·d·taps FLOPs at the headline rate of 495 TFLOP/s in TF32 or 989 in bfloat16, divided by the predicted time. Left
 out are 1×1 shortcuts and layers of 4×4 pixels, which take the Gram form; a layer whose channels do not fill 16 bytes
 counts as channels first in either order.
+
+The ratio is that of a plain step of ENGM to one of SGD, of the same layers, each with a normalisation of its examples
+and a ReLU behind it. SGD's convolutions run at the ceiling: forward, backward to the weight and, but for the images',
+to the input, each as long as its products at the headline rate or its bytes once; the rest reads and writes the layer's
+output 13 times (the normalisation 3 times forward and 5 backward, the ReLU 2 and 3). ENGM adds the predicted norm, and
+4 more: the normalisation's norms read two maps, and scaled backprops are read and written.
 """
 
 import argparse
@@ -30,6 +36,8 @@ PROCESSORS, SUB_CORES, CLOCK, MEMORY = 132, 4, 1.7e9, 3.35e12
 HEADLINE = {"tf32": 495e12, "bfloat16": 989e12}
 SLOTS_A_PRODUCT = 4
 EXAMPLES = 128
+MAPS_OF_SGD, MAPS_OF_ENGM = 13, 4  # readings and writings of a layer's output; those of ENGM are on top
+IMAGE_CHANNELS = 3
 
 
 def stage(channels: int, width: int, size: int, blocks: int, stride: int) -> list[Layer]:
@@ -81,6 +89,15 @@ def times(layer: Layer, kernels: list[Kernel], precision: str, channels_last: bo
     }
 
 
+def step_times(layer: Layer, precision: str, norm: float) -> tuple[float, float]:
+    """Seconds of SGD's and of ENGM's step that a layer is in for, if its norm takes `norm`."""
+    a_map = EXAMPLES * BYTES[precision] * layer.rows * layer.outputs**2 / MEMORY
+    read = EXAMPLES * BYTES[precision] * layer.channels * layer.size**2 / MEMORY
+    products = 2 * layer.products * EXAMPLES / HEADLINE[precision]
+    sgd = (2 if layer.channels == IMAGE_CHANNELS else 3) * max(products, read + a_map) + MAPS_OF_SGD * a_map
+    return sgd, sgd + norm + MAPS_OF_ENGM * a_map
+
+
 def main() -> None:
     """Prints a row for every network, precision and order of memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,22 +111,26 @@ def main() -> None:
         paths = [Path(_C.__file__)]
     kernels = read(paths, "sm_90")
     sys.stdout.write(
-        "| network | precision | memory | bytes, ms | mma | slots | shared | predicted | share of the ceiling |\n"
+        "| network | precision | memory | bytes, ms | mma | slots | shared | predicted | share of the ceiling | "
+        "ENGM / SGD |\n"
     )
-    sys.stdout.write("|---|---|---|---|---|---|---|---|---|\n")
+    sys.stdout.write("|---|---|---|---|---|---|---|---|---|---|\n")
     for network, layers in NETWORKS.items():
         for precision in HEADLINE:
             for last in (False, True):
                 found = [times(layer, kernels, precision, last) for layer in layers]
                 total = {name: 1e3 * sum(t[name] for t in found) for name in found[0]}
-                predicted = 1e3 * sum(max(t["bytes"], t["mma"], t["slots"], t["shared"]) for t in found)
+                norms = [max(t["bytes"], t["mma"], t["slots"], t["shared"]) for t in found]
+                predicted = 1e3 * sum(norms)
+                steps = [step_times(layer, precision, norm) for layer, norm in zip(layers, norms, strict=True)]
+                ratio = sum(engm for _, engm in steps) / sum(sgd for sgd, _ in steps)
                 if arguments.layers:
                     for layer, t in zip(layers, found, strict=True):
                         sys.stdout.write(f"  {layer} { ({name: round(1e3 * v, 3) for name, v in t.items()}) }\n")
                 sys.stdout.write(
                     f"| {network} | {precision} | channels {'last' if last else 'first'} | {total['bytes']:.2f} | "
                     f"{total['mma']:.2f} | {total['slots']:.2f} | {total['shared']:.2f} | {predicted:.2f} | "
-                    f"{100 * total['useful'] / predicted:.0f} % |\n"
+                    f"{100 * total['useful'] / predicted:.0f} % | {ratio:.2f} |\n"
                 )
 
 

@@ -185,8 +185,10 @@ def gram_chunk_by_chunk(ops, dtype):
 
 @for_each_dtype
 def rank_one(ops, dtype):
-    a, b = operand(3, 1, 700, dtype=dtype), operand(3, 1, 33, dtype=dtype)
-    check(ops.linear_norm_sq(a, b, "gram"), reference.linear_norm_sq(a.double(), b.double()), 1e-5)
+    a, b = operand(3, 1, 704, dtype=dtype), operand(3, 1, 66, dtype=dtype)
+    # Whole accesses; a rest behind them, and features that are no neighbours.
+    for part, rows in ((a, b), (a[..., :701], b[..., ::2])):
+        check(ops.linear_norm_sq(part, rows, "gram"), reference.linear_norm_sq(part.double(), rows.double()), 1e-5)
 
 
 @for_each_dtype
@@ -303,9 +305,12 @@ def gemm_in_tf32(ops, _):
 @case
 def clipping(ops, _):
     for dtype in (torch.float64, torch.float32):
-        arguments = (torch.rand(5, 300, dtype=dtype), 1.0, torch.rand(5, dtype=torch.float64))
-        for got, want in zip(ops.clip_weights(*arguments), reference.clip_weights(*arguments), strict=True):
-            check(got, want)
+        squares = torch.rand(5, 300, dtype=dtype)
+        squares[:, 7], squares[:, 8], squares[2, 9], squares[4, 10] = 0.0, -1.0, torch.inf, torch.nan
+        for factors in (None, torch.rand(5, dtype=torch.float64)):
+            arguments = (squares, 1.0, factors)
+            for got, want in zip(ops.clip_weights(*arguments), reference.clip_weights(*arguments), strict=True):
+                torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @case

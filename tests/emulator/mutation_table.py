@@ -32,6 +32,7 @@ CASES = {
     "weighted_gemm.cuh": each("gemm"),
     "clip_weights.cuh": ("clipping",),
     "sum_partials.cuh": ("many_tiles",),
+    "rank_one.cuh": each("rank_one"),
     "reduce.cuh": each("depthwise", "rank_one"),
     "mma.cuh": tuple(f"policy_{name}_{rows}" for name in POLICIES for rows in ("k", "mn")),
 }
@@ -106,6 +107,21 @@ WRITTEN: dict[str, list[tuple]] = {
         ("a lane counted twice", "v += shuffle_xor(v, mask);", "v += shuffle_xor(v, mask == 16 ? 8 : mask);"),
         ("a warp left out", "total += scratch[w];", "if (w > 0) total += scratch[w];"),
         ("warps in one place", "scratch[threadIdx.x / 32] = v;", "scratch[0] = v;"),
+    ],
+    "rank_one.cuh": [
+        ("the last piece left out", "i < count / kPiece", "i < count / kPiece - 1"),
+        ("the rest behind pieces left out", "first + threadIdx.x", "vectors ? count : threadIdx.x"),
+        ("pieces counted again", "first = count / kPiece * kPiece;", "first = 0;"),
+        ("no strides", "v[i * step]", "v[i]"),
+        ("the factors' sums in one place", "scratch + kRankOneThreads / 32", "scratch"),
+    ],
+    "clip_weights.cuh": [
+        ("the last layer left out", "l < p.layers", "l < p.layers - 1"),
+        ("no factors", "(p.factors ? p.factors[l] : 1.0)", "1.0"),
+        ("no root", "sqrt(total)", "total"),
+        ("negative sums are rooted", "total < 0", "false"),
+        ("a sum that is not finite has a weight", "!finite", "false"),
+        ("weights above one", "norm <= p.alpha", "false"),
     ],
     "sum_partials.cuh": [("the last left out", "j < p.count", "j < p.count - 1")],
     "direct_norm.cuh": [
