@@ -247,8 +247,8 @@ class _Planner:
         name = operator_name(node)
         if name in ELEMENTWISE or name in ("Expand", "Repeat"):
             rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
-            own = own.view(*own.shape, *[1] * (rank - own.dim()))
-            whole = whole.view(*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim()))
+            own = own.view([*own.shape, *[1] * (rank - own.dim())])
+            whole = whole.view([*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim())])
             if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
                 return True
         else:
@@ -273,7 +273,7 @@ class _Planner:
     def _laid_out(self, layout: Layout, owners: Tensor) -> Tensor:
         """The owners of all rows by a layout, whether or not a gradient came to them."""
         of = owners_of(layout, tuple(owners.shape), self.n, owners.device).of
-        return of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        return of.view([*of.shape, *[1] * (owners.dim() - of.dim())]).expand_as(owners)
 
     def _hides(self, position: int, by_routes: bool) -> bool:
         """Whether nothing tells whose some rows of a node's outputs are, or to whom they would be routed."""
@@ -507,10 +507,17 @@ class _Planner:
         ordered = channels.sort(1).values
         examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
         if bool((channels < 0).any()):
-            return Extent.PART if number is not None and int(examples.max()) < self.n else None
+            # An example whose loss is a constant has no rows anywhere: the batch is that of the others.
+            return Extent.PART if number is not None and int(examples.max()) < self._in_calls() else None
         if int(examples.max()) <= 1:
             return Extent.ONE
         return Extent.PART if int(examples.min()) < self.n else None
+
+    def _in_calls(self) -> int:
+        """How many examples have rows in the outputs of captured calls."""
+        positions = (self.traced.positions[node] for node in self.traced.nodes)
+        found = [part.flatten() for number, position in enumerate(positions) for part in self._parts(number, position)]
+        return int((torch.cat(found).unique() >= 0).sum()) if found else 0
 
     def _child(self, position: int, slot: int) -> int:
         child = self.traced.children[position][slot]
