@@ -81,7 +81,7 @@ def planned_losses(
         told = plan_to_be_told(traced, losses, known, scale.factor)
         graph = PlannedGraph(traced, told, n, model.plans, measured, False, model.watch.steps)
     else:
-        graph = PlannedGraph(traced, measured(), n, model.plans, measured, True)
+        graph = PlannedGraph(traced, measured(), n, model.plans, measured, not is_recorded(), model.watch.steps)
     if model.observer is not None:
         model.observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise

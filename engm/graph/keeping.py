@@ -121,8 +121,8 @@ def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     name = operator_name(node)
     if name in ELEMENTWISE or name in ("Expand", "Repeat"):
         rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
-        own = own.view(*own.shape, *[1] * (rank - own.dim()))
-        whole = whole.view(*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim()))
+        own = own.view([*own.shape, *[1] * (rank - own.dim())])
+        whole = whole.view([*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim())])
         if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
             return True
     else:

@@ -138,7 +138,7 @@ class Measured:
     def laid_out(self, layout: Layout, owners: Tensor) -> Tensor:
         """The owners of all rows by a layout, whether or not a gradient came to them."""
         of = owners_of(layout, tuple(owners.shape), self.n, owners.device).of
-        return of.view(*of.shape, *[1] * (owners.dim() - of.dim())).expand_as(owners)
+        return of.view([*of.shape, *[1] * (owners.dim() - of.dim())]).expand_as(owners)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -192,10 +192,16 @@ class Measured:
         ordered = channels.sort(1).values
         examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
         if bool((channels < 0).any()):
-            return Extent.PART if number is not None and int(examples.max()) < self.n else None
+            # An example whose loss is a constant has no rows anywhere: the batch is that of the others.
+            return Extent.PART if number is not None and int(examples.max()) < self._in_calls() else None
         if int(examples.max()) <= 1:
             return Extent.ONE
         return Extent.PART if int(examples.min()) < self.n else None
+
+    def _in_calls(self) -> int:
+        """How many examples have rows in the outputs of captured calls."""
+        found = [part.flatten() for number in range(len(self.traced.calls)) for part in self.parts(number)]
+        return int((torch.cat(found).unique() >= 0).sum()) if found else 0
 
 
 def measured(

@@ -277,7 +277,8 @@ class PlannedGraph:
         n: number of examples, one loss each.
         plans: the wrapper's, where what is measured is remembered.
         measured: makes a plan from this very graph.
-        fresh: whether the plan was made from this very graph.
+        fresh: whether the plan was made from this very graph, and serves no other: a recorded step runs again on other
+            values.
         step: how many graphs the wrapper has met.
         surprises: while a step is recorded, whether the plan turned out not to hold, 0-dimensional.
         collected: by the pass that gradients were compared by, if they were, with constant statistics.
@@ -300,7 +301,7 @@ class PlannedGraph:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the plan has to be watched: it is of another graph, and may not hold for gradients like these."""
+        """Whether the plan has to be watched: it serves other graphs too, and may not hold for gradients like these."""
         return not self.fresh and self.plan.doubtful
 
     def renew(self) -> None:

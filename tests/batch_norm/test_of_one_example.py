@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import per_example_gradients, tensor
+from oracle import per_example_gradients, random_losses, tensor, truth
 from torch import nn
 
 import engm
@@ -83,3 +83,41 @@ def test_of_half_of_the_batch(inner):
     model = engm.GradNormModule(net, coupled="exact")
     found, wanted = compared(model, model(tensor(4, 4, 3)))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
+class Ragged(nn.Module):
+    """A batch norm over the rows of all examples, of which every example has another number."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+    def forward(self, x, owners):
+        h = torch.tanh(self.norm(self.first(x)))
+        return self.last(h.new_zeros(int(owners.max()) + 1, 5).index_add(0, owners, h))
+
+
+SILENT = {
+    "constant": lambda losses, kept: torch.where(kept, losses, losses.detach()),
+    "masked": lambda losses, kept: losses * kept,
+    "masked, and scaled": lambda losses, kept: 2 * (losses * kept) + 1,
+}
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (2, 3, 1, 4), (1, 5, 1, 1)], ids=str)
+@pytest.mark.parametrize("name", SILENT)
+def test_of_the_whole_batch_though_an_example_has_no_loss(name, sizes):
+    """Its rows have no gradient, and the batch norm is no less one of all examples."""
+    net = Ragged().double()
+    owners, x = torch.repeat_interleave(torch.tensor(sizes)), tensor(sum(sizes), 3)
+    model = engm.GradNormModule(net, batch_norm="frozen")
+    for silent in (1, 0, 3):
+        kept = torch.arange(len(sizes)) != silent
+
+        def losses(net, kept=kept):
+            return SILENT[name](random_losses(net(x, owners)), kept)
+
+        measured = engm.measure(model, losses(model))
+        assert measured.mode == "frozen"
+        wanted = truth(net, losses, frozen=True)
+        torch.testing.assert_close(measured.norms, wanted.norms, rtol=1e-9, atol=1e-12)

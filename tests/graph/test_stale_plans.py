@@ -431,6 +431,32 @@ def test_functions_of_the_users_called_once_an_example(of):
     check(net, losses, 2)
 
 
+CLOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda number: number.clamp_min(0),
+    "relu": torch.relu,
+    "maximum": lambda number: torch.maximum(number, -number.square()),
+    "where": lambda number: torch.where(number > 0, number, 0),
+    "a factor": lambda number: number * (number > 0),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_numbers_of_one_example_that_a_bound_holds(name):
+    """Tensors without a dimension, of which others read the same number, and the bound passes no gradient on."""
+
+    class Numbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            pairs = (self.layer(row).unbind() for row in x)
+            return torch.stack([CLOSED[name](2 * one) + one * other for one, other in pairs])
+
+    torch.manual_seed(0)
+    check(Numbers().double(), lambda model, _: model(torch.randn(4, 3, dtype=torch.float64)), 3)
+
+
 @pytest.mark.parametrize(
     "net",
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import per_example_gradients, trained
 from recorded_training import CLASSES, NETWORKS, OPTIMIZERS, TRACES_ALL, N, Training, batches, same
 from torch import nn
 
@@ -311,6 +312,50 @@ def test_gradients_that_come_later():
     assert report.recorded >= 1
 
 
+def lasting(lengths, steps=5):
+    return torch.arange(steps) < torch.tensor(lengths)[:, None]
+
+
+def kept_behind_the_end(model, x, mask):
+    state = (h := model(x))[:, 0]
+    for time in range(1, x.shape[1]):
+        state = torch.where(mask[:, time, None], torch.tanh(state * model.gain + h[:, time]), state)
+    return state.square().sum(1)
+
+
+def added_up(model, x, mask):
+    h = model(x)
+    return sum((h[:, time] * model.gain).sum(1).square() * mask[:, time] for time in range(x.shape[1]))
+
+
+@pytest.mark.parametrize("losses", [kept_behind_the_end, added_up])
+@pytest.mark.parametrize("first", [(2, 2, 3), (3, 2, 3), (3, 3, 3), (1, 1, 1)], ids=str)
+def test_sequences_that_are_longer_than_any_before(first, losses):
+    """Also where the plan was made anew at the very step that was recorded, which had gradients at fewer times."""
+
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gain = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Sequences().double())
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.01), 1.0)
+    step = engm.record(opt, lambda x, mask: losses(model, x, mask))
+    for lengths in (first, (3, 3, 3), (5, 5, 5), (4, 1, 4), (5, 3, 2), (1, 5, 5), (3, 3, 3)):
+        x = torch.randn(3, 5, 3, dtype=torch.float64)
+        wanted = per_example_gradients(losses(model, x, lasting(lengths)), trained(model.unwrap()))
+        found = step(x, lasting(lengths))
+        torch.testing.assert_close(found.norms, wanted.norms, rtol=1e-9, atol=0)
+        for parameter, gradient in zip(model.parameters(), wanted.mean(found.weights), strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+        opt.zero_grad()
+    assert step.report().recorded
+
+
 class Clip(torch.autograd.Function):
     """Hands on its input, and backwards the gradient, clipped by its norm over the batch."""
 
@@ -323,7 +368,8 @@ class Clip(torch.autograd.Function):
         return gradient * (10 / gradient.norm()).clamp(max=1)
 
 
-def test_a_function_that_begins_to_mix_the_examples():
+@pytest.mark.parametrize("forgotten", [False, True], ids=["", "whose plan was forgotten"])
+def test_a_function_that_begins_to_mix_the_examples(forgotten):
     """It is replayed, watched, and refused at the step at which it bites; that step changes nothing."""
     torch.manual_seed(0)
     first, last = nn.Linear(5, 4).double(), nn.Linear(4, 3).double()
@@ -332,6 +378,8 @@ def test_a_function_that_begins_to_mix_the_examples():
     opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.01), 1.0)
     step = engm.record(opt, lambda x: model(x).square().sum(1))
     for number in range(6):
+        if forgotten:
+            model.plans.clear()
         x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         assert torch.equal(step(x).norms, engm.per_example_grad_norms(model, model(x).square().sum(1)))
         opt.zero_grad()
