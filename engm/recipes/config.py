@@ -24,6 +24,7 @@ FALLING = ("linear", "cosine", "cyclic", "one-cycle")  # schedules that end at a
 STEPS = ("auto", "eager", "replay", "cudagraph", "inductor")
 _ALPHA_WORDS = {"scaled": ("engm", "a-engm", "n-engm"), "auto": ("engm",)}  # whose thresholds these say
 LOG_FORMATS = ("csv", "json", "tensorboard", "wandb")
+MOST_THREADS = 1024  # far more take the memory of the machine before the first step
 PAPER_EPOCHS = 120  # 200 for the comparison of methods (Table 3), with decays at 100 and 150
 PAPER_DECAYS = (75 / PAPER_EPOCHS, 90 / PAPER_EPOCHS)
 METHOD_TABLE_EPOCHS = 200
@@ -275,6 +276,8 @@ class RunConfig:
     def _check_ranges(self) -> None:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed must be at least 0 and below 2^63, got {self.seed}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise ValueError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
         for least, names in _AT_LEAST.items():
             for name in names:
                 value = getattr(self, name)

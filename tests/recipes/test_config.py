@@ -100,6 +100,7 @@ def test_defaults_are_the_papers() -> None:
         ({"alpha": "inf"}, "--alpha must be a positive number, paper, scaled or auto, got 'inf'"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"seed": 2**63}, "--seed must be at least 0 and below"),
+        ({"threads": 100_000}, "--threads must be at most 1024, got 100000"),
         ({"loggers": ["csv", "csv"]}, "--loggers names a format twice: csv,csv"),
         ({"gap_first": 0.5, "gap_last": 0.4}, "--gap-first and --gap-last must lie in .* and rise, got 0.5 and 0.4"),
         ({"gap_last": 1.5}, r"must lie in \[-1, 1\], between two probabilities"),

@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
+from ..config import MOST_THREADS
 from ..machine import set_machine
 from ..methods import LABELS
 from ..processes import from_environment
@@ -135,6 +136,7 @@ def demo(
         int,
         typer.Option(
             min=1,
+            max=MOST_THREADS,
             help="CPU threads. A second one gains a quarter on 8x8 images; beside other work it loses everything.",
         ),
     ] = 1,
