@@ -54,8 +54,8 @@ def planned_losses(
             raise RuntimeError("these losses belong to another GradNormModule: pass the model that computed them.")
         raise RuntimeError(
             "these losses were not computed by a captured forward pass of this model. Call the GradNormModule itself "
-            "(not the network inside it), with gradients enabled, outside of model.paused(). If all layers that it runs "
-            "are frozen, use the trained parameters inside of its forward pass and not in the loss alone."
+            "(not the network inside it), with gradients enabled, outside of model.paused(). If all layers that it "
+            "runs are frozen, use the trained parameters inside of its forward pass and not in the loss alone."
         )
     n = losses.shape[0]
     skeleton = skeleton_of(traced, n)
