@@ -372,7 +372,7 @@ def _index(entry: Entry, gy: Tensor) -> Term | None:
     rank = len(entry.shape)
     if any(index is None or index.dtype not in (torch.int32, torch.int64) for index in picked):
         return None
-    if operator_name(entry.node) == "IndexSelect" and entry.saved("dim") % max(rank, 1) != 0:
+    if rank < len(picked) or (operator_name(entry.node) == "IndexSelect" and entry.saved("dim") % rank != 0):
         return None
     table, each = entry.shape[: len(picked)], entry.shape[len(picked) :]
     number = torch.zeros((), dtype=torch.int64, device=gy.device)
