@@ -21,9 +21,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
-#include <string_view>
 #include <tuple>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -222,23 +220,6 @@ class PrintHooks {
   std::vector<std::pair<NodePointer, std::uintptr_t>> after_;
 };
 
-// For every part of `numbers` ([rows], int64, on the CPU), the first part that is the same.
-std::vector<int64_t> first_alike(const at::Tensor& numbers, const std::vector<int64_t>& lengths) {
-  TORCH_CHECK(numbers.is_cpu() && numbers.scalar_type() == at::kLong && numbers.is_contiguous(),
-              "expected int64 numbers on the CPU, one behind the other");
-  const auto* at = reinterpret_cast<const char*>(numbers.const_data_ptr<int64_t>());
-  const char* const end = at + numbers.numel() * sizeof(int64_t);
-  std::unordered_map<std::string_view, int64_t> met;
-  std::vector<int64_t> found;
-  for (const int64_t length : lengths) {
-    const std::string_view part(at, length * sizeof(int64_t));
-    TORCH_CHECK(length >= 0 && at + part.size() <= end, "the parts are longer than the numbers");
-    found.push_back(met.emplace(part, found.size()).first->second);
-    at += part.size();
-  }
-  return found;
-}
-
 }  // namespace
 
 void bind_gradient_prints(py::module_& m) {
@@ -252,7 +233,6 @@ void bind_gradient_prints(py::module_& m) {
       .def("watch_outputs", &PrintHooks::watch_outputs, py::arg("node"), py::arg("numbers"))
       .def("watch_inputs", &PrintHooks::watch_inputs, py::arg("node"), py::arg("numbers"))
       .def("remove", &PrintHooks::remove);
-  m.def("first_alike", &first_alike, py::arg("numbers"), py::arg("lengths"));
 }
 
 }  // namespace engm

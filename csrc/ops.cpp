@@ -14,6 +14,7 @@
 #include "graph_walk.h"
 #include "program.h"
 #include "recurrence.h"
+#include "row_owners.h"
 #include "schemas.h"
 #include "trust_bindings.h"
 #include "unchanged.h"
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
   engm::bind_captured_calls(m);
   engm::bind_frozen_statistics(m);
   engm::bind_gradient_prints(m);
+  engm::bind_row_owners(m);
   engm::bind_graph_records(m);
   engm::bind_program(m);
   engm::bind_recurrence(m);

@@ -126,6 +126,23 @@ class PrintHooks:
     def watch_inputs(self, node: object, numbers: Sequence[tuple[int, int]]) -> None: ...
     def remove(self) -> None: ...
 
+def add_digit(
+    of: Tensor, several: Tensor, plain: Tensor, scaled: Tensor, place: int, base: int, tolerance: float, /
+) -> None: ...
+def owners_of(
+    of: Tensor,
+    several: Tensor,
+    plain: Tensor,
+    examples: Tensor,
+    n: int,
+    of_several: int,
+    of_nobody: int,
+    blind: int,
+    /,
+) -> Tensor: ...
+def are_owned(
+    of: Tensor, owners: Tensor, plain: Tensor, scaled: Sequence[Tensor], places: Sequence[int], base: int, /
+) -> bool: ...
 def first_alike(numbers: Tensor, lengths: Sequence[int]) -> list[int]: ...
 
 class CallRecorder:

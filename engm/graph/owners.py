@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._C import GradientPrints, PrintHooks, first_alike
+from .._C import GradientPrints, PrintHooks, add_digit, are_owned, first_alike, owners_of
 from ..capture.calls import Call
 from ..distributed import most
 from ..repeatable import repeatable_kernels
@@ -115,6 +115,7 @@ class Numbers:
         base: of the digits.
         places: of the digits that there are, from the lowest on.
         of: ``[most]``, the number of each example.
+        all_examples: by number the example; of numbers that nobody has more than there are.
     """
 
     def __init__(self, most: int, masked: bool) -> None:
@@ -125,16 +126,16 @@ class Numbers:
         generator = torch.Generator().manual_seed(most)
         drawn = torch.randperm(min(last - 2 * left_out, 2 * most), generator=generator, device="cpu")
         self.of = left_out + drawn[:most]
-        self._examples = torch.full((last,), most, device="cpu")
-        self._examples[self.of] = torch.arange(most, device="cpu")
+        self.all_examples = torch.full((last,), most, device="cpu")
+        self.all_examples[self.of] = torch.arange(most, device="cpu")
 
     def digits(self, place: int, n: int, device: torch.device) -> Tensor:
         """A digit of the numbers of the first ``n`` examples."""
         return (self.of[:n] // place % self.base).to(device)
 
     def examples(self, numbers: Tensor) -> Tensor:
-        """Whose the numbers are; of nobody's more than there are."""
-        return self._examples.to(numbers.device)[numbers]
+        """Whose the numbers are, see :attr:`all_examples`."""
+        return self.all_examples[numbers]
 
 
 @functools.lru_cache(64)
@@ -144,7 +145,7 @@ def numbers_of(most: int, masked: bool) -> Numbers:
 
 
 class Owned:
-    """The owners of the rows of some tensors, digit by digit.
+    """The owners of the rows of some tensors, digit by digit, told on the host: there are few numbers a row.
 
     Args:
         plain: by tensor, the print of its plain gradient; all of one type.
@@ -157,7 +158,6 @@ class Owned:
     Attributes:
         plain: the prints of the plain gradients.
         marks: of all of them, one behind the other.
-        largest: the largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros.
         of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
         differs: ``[rows]``, by how much a row differed from its plain self, times what the owner's loss was multiplied
@@ -166,46 +166,46 @@ class Owned:
 
     def __init__(self, plain: Mapping[Any, Print], cancelling: bool = False) -> None:
         self.plain = plain
-        self.marks = _one_behind_the_other([seen.marks for seen in plain.values()])
-        self.largest = self.marks.abs().amax(1)
-        self.of = torch.zeros_like(self.largest, dtype=torch.long)
-        self.several = torch.zeros_like(self.largest, dtype=torch.bool)
-        self.differs = torch.zeros_like(self.largest) if cancelling else None
+        self.marks = on_host([seen.marks for seen in plain.values()])
+        rows = len(self.marks)
+        self.of = torch.zeros(rows, dtype=torch.long, device="cpu")
+        self.several = torch.zeros(rows, dtype=torch.bool, device="cpu")
+        self.differs = torch.zeros(rows, dtype=self.marks.dtype, device="cpu") if cancelling else None
         dtype = _real(next(iter(plain.values())).dtype)
         # By how much a row may differ, as a share of its marks.
         self.tolerance = TOLERANCE.get(dtype, NARROW_TOLERANCE)
         self._eps = torch.finfo(dtype).eps
 
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """The largest mark of every row, without its sign, ``[rows]``; 0 for a row of zeros."""
+        return self.marks.abs().amax(1)
+
     def add_digit(self, scaled: Mapping[Any, Print], place: int) -> None:
         """Read a digit of the owners from the gradients of losses that were scaled by powers of two."""
-        marks, largest = self._seen(scaled)
-        power = (largest / self.largest).log2().round().nan_to_num(0, 0, 0).clamp(0, BASE + 1)
-        self._compare(marks, torch.exp2(power))
-        self.several |= (self.largest != 0) & ((power < 1) | (power > BASE))
-        self.of += (power.long() - 1).clamp(0, BASE - 1) * place
+        add_digit(self.of, self.several, self.marks, self._seen(scaled), place, BASE, self.tolerance)
 
     def add_bit(self, masked: Mapping[Any, Print], place: int) -> None:
         """Read a bit of the owners from the gradients of some of the losses."""
-        marks, largest = self._seen(masked)
-        present = largest > 0.5 * self.largest
+        marks = self._seen(masked)
+        present = marks.abs().amax(1) > 0.5 * self.largest
         self._compare(marks, present.to(marks.dtype))
         self.of += present.long() * place
 
-    def _seen(self, others: Mapping[Any, Print]) -> tuple[Tensor, Tensor]:
-        """The marks of other gradients of the tensors, and the largest of every row; NaN where there is none."""
-        missing = torch.full_like(self.marks[:1], torch.nan)
-        found = [
-            others[key].marks if key in others else missing.expand_as(seen.marks) for key, seen in self.plain.items()
-        ]
-        marks = _one_behind_the_other(found)
-        return marks, marks.abs().amax(1)
+    def _seen(self, others: Mapping[Any, Print]) -> Tensor:
+        """The marks of other gradients of the tensors; NaN where there is none."""
+        return on_host(
+            [
+                others[key].marks if key in others else torch.full_like(seen.marks, torch.nan)
+                for key, seen in self.plain.items()
+            ]
+        )
 
     def confirm(self, scaled: Mapping[Any, Print], factors: Tensor, numbers: Numbers) -> None:
         """Compare with the gradients of losses that were multiplied by these factors, given the digits."""
         of = numbers.examples(self.of)
         own = torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1)
-        marks, _ = self._seen(scaled)
-        self._compare(marks, own.to(marks))
+        self._compare(self._seen(scaled), own.to(self.marks))
 
     def _compare(self, marks: Tensor, factor: Tensor) -> None:
         times = factor.clamp_min(1)
@@ -217,13 +217,10 @@ class Owned:
 
     def owners(self, numbers: Numbers, n: int) -> Tensor:
         """``[rows]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
-        of = numbers.examples(self.of)
-        if self.differs is not None and len(of):
-            found = self._cancelled(self.differs, of, n)
-        else:
-            found = torch.where(self.several | (of >= n), SEVERAL, of)
-            found = torch.where((self.largest == 0) & ~self.several, NOBODY, found)
-        return torch.where(self.largest.isfinite(), found, BLIND)
+        if self.differs is not None and len(self.of):
+            found = self._cancelled(self.differs, numbers.examples(self.of), n)
+            return torch.where(self.largest.isfinite(), found, BLIND)
+        return owners_of(self.of, self.several, self.marks, numbers.all_examples, n, SEVERAL, NOBODY, BLIND)
 
     def _cancelled(self, differs: Tensor, of: Tensor, n: int) -> Tensor:
         """The owners where shares of others may have cancelled, given the owners if there are any."""
@@ -242,8 +239,9 @@ class Owned:
         return errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
 
 
-def _one_behind_the_other(marks: list[Tensor]) -> Tensor:
-    return marks[0] if len(marks) == 1 else torch.cat(marks)
+def on_host(marks: list[Tensor]) -> Tensor:
+    """Marks one behind the other, in the memory of the host."""
+    return (marks[0] if len(marks) == 1 else torch.cat(marks)).cpu().contiguous()
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -347,8 +345,8 @@ class Question:
                 else:
                     group.add_digit(seen, place)
         if cancelling:
-            factors = _drawn_factors(self.n).to(self.losses)
-            seen = self._pass(factors)
+            factors = _drawn_factors(self.n)
+            seen = self._pass(factors.to(self.losses))
             for group in groups:
                 group.confirm(seen, factors, numbers)
         calls: dict[int, list[Tensor]] = {}
@@ -494,7 +492,9 @@ class Answers:
         self._n = question.n
         self._numbers = numbers_of(question.most, False)
         self._scaled = question.scaled(positions)
-        self._met: dict[tuple[int, ...], list[tuple[list[Tensor], Tensor]]] = {}
+        self._met: dict[
+            tuple[int, ...], list[tuple[Tensor, Tensor]]
+        ] = {}  # numbers, and the owners that they stand for
 
     def owners(self, key: Any, gradient: Tensor) -> Tensor:
         """The owners of a tensor's rows, ``[*leading]`` on the CPU; the same tensor for rows that are told alike.
@@ -504,21 +504,20 @@ class Answers:
             gradient: of the sum of the losses.
         """
         (plain,) = prints_of([gradient])
-        scaled = [(place, prints[key]) for place, prints in self._scaled if key in prints]
+        marks = on_host([plain.marks])
+        found = [(place, on_host([prints[key].marks])) for place, prints in self._scaled if key in prints]
+        complete = len(found) == len(self._scaled)
+        places, scaled = [place for place, _ in found], [seen for _, seen in found]
         met = self._met.setdefault(plain.shape, [])
-        for factors, owners in met:  # most layers work on the rows that another one worked on
-            if all(torch.equal(seen.marks, plain.marks * f) for (_, seen), f in zip(scaled, factors, strict=False)):
+        for numbers, owners in met if complete else ():  # most layers work on the rows that another one worked on
+            if are_owned(numbers, owners.flatten(), marks, scaled, places, BASE):
                 return owners
         owned = Owned({key: plain})
-        for place, seen in scaled:
-            owned.add_digit({key: seen}, place)
-        rows = owned.owners(self._numbers, self._n)
-        factors = [_factors(owned.of // place % BASE).to(plain.marks) for place, _ in scaled]
-        # Of nobody's rows nothing is known: half is the factor of no example, and of zeros half is zero.
-        factors = [torch.where(rows >= 0, factor, 0.5).unsqueeze(1) for factor in factors]
-        owners = rows.cpu().view(plain.shape)
-        if len(factors) == len(self._scaled) and bool((owners >= NOBODY).all()):
-            met.append((factors, owners))
+        for place, prints in self._scaled:
+            owned.add_digit(prints, place)
+        owners = owned.owners(self._numbers, self._n).view(plain.shape)
+        if complete and bool((owners >= NOBODY).all()):
+            met.append((owned.of, owners))
         return owners
 
 

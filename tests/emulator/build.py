@@ -36,6 +36,7 @@ OF_PYTHON = (
     "captured_calls.cpp",
     "frozen_statistics.cpp",
     "gradient_prints.cpp",
+    "row_owners.cpp",
     "graph_records.cpp",
     "program.cpp",
     "recurrence.cpp",

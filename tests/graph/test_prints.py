@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from oracle import tensor
 from torch import nn
 
-from engm._C import GradientPrints, PrintHooks, first_alike
+from engm._C import GradientPrints, PrintHooks
 from engm.graph.owners import _directions, dense, prints_of
 
 DIMENSIONS = st.lists(st.integers(0, 4), min_size=0, max_size=4)
@@ -102,14 +102,3 @@ def test_hooks_of_others_stay():
     assert met == ["before", "after"]
     with pytest.raises(TypeError, match="expected a node"):
         hooks.watch_outputs(object(), [(0, 0)])
-
-
-@given(st.lists(st.lists(st.integers(0, 1), max_size=3), max_size=8))
-def test_parts_that_are_alike(parts):
-    numbers = torch.tensor([number for part in parts for number in part], dtype=torch.long)
-    assert first_alike(numbers, [len(part) for part in parts]) == [parts.index(part) for part in parts]
-
-
-def test_parts_have_to_fit():
-    with pytest.raises(RuntimeError, match="longer than the numbers"):
-        first_alike(torch.zeros(3, dtype=torch.long), [2, 2])
