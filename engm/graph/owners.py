@@ -492,9 +492,8 @@ class Answers:
         self._n = question.n
         self._numbers = numbers_of(question.most, False)
         self._scaled = question.scaled(positions)
-        self._met: dict[
-            tuple[int, ...], list[tuple[Tensor, Tensor]]
-        ] = {}  # numbers, and the owners that they stand for
+        # By the shape of rows, the numbers that were met, and the owners that they stand for.
+        self._met: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
 
     def owners(self, key: Any, gradient: Tensor) -> Tensor:
         """The owners of a tensor's rows, ``[*leading]`` on the CPU; the same tensor for rows that are told alike.
