@@ -48,7 +48,12 @@ BASE = 64  # of the numbers whose digits tell the exponents; float32 holds 2^64 
 # in the same order at every run.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 NARROW_TOLERANCE = 1e-2  # the same for narrower types
-ROUNDINGS = 64  # errors that may be left where shares of others cancel, in rounding errors of a tensor's largest row
+# Errors that may be left where shares of others cancel, in rounding errors of a tensor's largest row. In what is
+# rounding alone, as the gradient of scores that nothing competes with, they may be larger: so many times what the
+# tensor changes by if the losses are multiplied by a factor that is so many units in the last place larger than 1.
+ROUNDINGS = 64
+STRETCH = 11
+TIMES_ITS_CHANGE = 30
 
 # Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
 # for nothing.
@@ -158,6 +163,7 @@ class Owned:
     Attributes:
         plain: the prints of the plain gradients.
         marks: of all of them, one behind the other.
+        rows: how many there are.
         of: ``[rows]``, the owners' numbers (:class:`Numbers`), as far as the digits are known.
         several: ``[rows]``, whether a row turned out to be of several.
         differs: ``[rows]``, by how much a row differed from its plain self, times what the owner's loss was multiplied
@@ -167,7 +173,7 @@ class Owned:
     def __init__(self, plain: Mapping[Any, Print], cancelling: bool = False) -> None:
         self.plain = plain
         self.marks = on_host([seen.marks for seen in plain.values()])
-        rows = len(self.marks)
+        self.rows = rows = len(self.marks)
         self.of = torch.zeros(rows, dtype=torch.long, device="cpu")
         self.several = torch.zeros(rows, dtype=torch.bool, device="cpu")
         self.differs = torch.zeros(rows, dtype=self.marks.dtype, device="cpu") if cancelling else None
@@ -175,6 +181,7 @@ class Owned:
         # By how much a row may differ, as a share of its marks.
         self.tolerance = TOLERANCE.get(dtype, NARROW_TOLERANCE)
         self._eps = torch.finfo(dtype).eps
+        self._noise = self.marks.new_zeros(())
 
     @functools.cached_property
     def largest(self) -> Tensor:
@@ -207,6 +214,18 @@ class Owned:
         own = torch.where(of < len(factors), factors[of.clamp_max(len(factors) - 1)], 1)
         self._compare(self._seen(scaled), own.to(self.marks))
 
+    def note_rounding(self, stretched: Mapping[Any, Print], stretch: float, whole: float) -> None:
+        """Note by how much the gradients change if the losses are a little larger, apart from being larger.
+
+        Args:
+            stretched: the gradients of losses that are larger.
+            stretch: by what factor.
+            whole: the largest mark of all tensors. What is not small beside it is no rounding, but drawn.
+        """
+        if self.rows:
+            changes = (self._seen(stretched) / stretch - self.marks).abs().nan_to_num(0, 0, 0).amax()
+            self._noise = torch.where(changes <= self._eps**0.5 * whole, changes, 0)
+
     def _compare(self, marks: Tensor, factor: Tensor) -> None:
         times = factor.clamp_min(1)
         differs = (marks - factor.unsqueeze(1) * self.marks).abs().amax(1)
@@ -217,7 +236,7 @@ class Owned:
 
     def owners(self, numbers: Numbers, n: int) -> Tensor:
         """``[rows]``, which of ``n`` examples, :data:`NOBODY`, or another of the numbers below 0."""
-        if self.differs is not None and len(self.of):
+        if self.differs is not None and self.rows:
             found = self._cancelled(self.differs, numbers.examples(self.of), n)
             return torch.where(self.largest.isfinite(), found, BLIND)
         return owners_of(self.of, self.several, self.marks, numbers.all_examples, n, SEVERAL, NOBODY, BLIND)
@@ -236,7 +255,8 @@ class Owned:
     def _rounding(self) -> Tensor:
         """How much rounding may leave of shares that cancel in a sum of all rows, 0-dimensional."""
         errors = ROUNDINGS * max(1, len(self.largest) ** 0.5 / 8)
-        return errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
+        estimate = errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
+        return torch.maximum(estimate, TIMES_ITS_CHANGE * self._noise)
 
 
 def on_host(marks: list[Tensor]) -> Tensor:
@@ -349,6 +369,13 @@ class Question:
             seen = self._pass(factors.to(self.losses))
             for group in groups:
                 group.confirm(seen, factors, numbers)
+            stretch = 1 + STRETCH * self._unit()
+            seen = self._pass(torch.full_like(self.losses, stretch))
+            whole = max(
+                (float(group.marks.abs().nan_to_num(0, 0, 0).amax()) for group in groups if group.rows), default=0.0
+            )
+            for group in groups:
+                group.note_rounding(seen, stretch, whole)
         calls: dict[int, list[Tensor]] = {}
         for key, owners in self._on_cpu(groups, numbers).items():
             if key[0] == "tensor":
@@ -361,6 +388,11 @@ class Question:
             else:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
+
+    def _unit(self) -> float:
+        """One unit in the last place of 1, in the coarsest type of the graph."""
+        dtypes = {self.losses.dtype, *self.traced.dtypes}
+        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
 
     def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
         """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.

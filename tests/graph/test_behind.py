@@ -189,3 +189,45 @@ def test_float32():
     for step in range(2):
         losses = model(tensor(120, 4, seed=step).float(), ends - 3, ends).square().sum(1)
         assert_right(model, losses, 2e-5)
+
+
+class Packed(nn.Module):
+    """Linear attention in sequences side by side, its sums by differences of sums over all of them."""
+
+    def __init__(self, couples: float) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(5, width) for width in (5, 5, 5, 4))
+        self.couples = couples
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = F.elu(self.q(x)) + 1, F.elu(self.k(x)) + 1, self.v(x)
+        k = k + self.couples * k.mean(0)
+        start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+        sums, scales = prefixes((k.unsqueeze(2) * v.unsqueeze(1)).flatten(1)), prefixes(k)
+        sums = (sums[1:] - sums[start]).unflatten(1, (5, 5))
+        rows = torch.einsum("td,tde->te", q, sums) / (q * (scales[1:] - scales[start])).sum(1, keepdim=True)
+        return torch.stack([self.out(part.mean(0)) for part in rows.split(lengths.tolist())])
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [1, 1, 2, 1], [3, 1, 2]])
+def test_gradients_that_are_rounding_alone(lengths):
+    """With one key to attend to the gradients of queries and keys are 0, and every number of them is rounding."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        net = Packed(0).double()
+        model, losses = measured_losses(engm.GradNormModule(net), lengths, seed)
+        norms = engm.per_example_grad_norms(model, losses)
+        assert relative(norms, per_example_gradients(losses, trained(net)).norms) < 1e-9
+
+
+def test_small_influences_beside_rounding_are_refused():
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Packed(1e-3).double())
+    with pytest.raises(RuntimeError, match="influences the losses of other examples"):
+        engm.per_example_grad_norms(*measured_losses(model, [3, 1, 2], 0))
+
+
+def measured_losses(model, lengths, seed):
+    x = tensor(sum(lengths), 5, seed=seed)
+    labels = torch.arange(len(lengths)) % 4
+    return model, F.cross_entropy(model(x, torch.tensor(lengths)), labels, reduction="none")
