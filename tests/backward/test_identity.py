@@ -166,7 +166,7 @@ def norms_of(net, seed, one_pass):
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e-4), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 3e-5), (torch.float32, 1e-6)])
 def test_gradients_that_are_rounding_alone_may_differ(dtype, size, one_pass, monkeypatch):
     refused = 0
     for seed in range(10):
