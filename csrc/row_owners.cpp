@@ -26,6 +26,12 @@ void check_numbers(const at::Tensor& numbers, int64_t rows) {
               "expected an int64 number for every row on the CPU, one behind the other");
 }
 
+void check_truths(const at::Tensor& truths, int64_t rows) {
+  TORCH_CHECK(
+      truths.is_cpu() && truths.scalar_type() == at::kBool && truths.is_contiguous() && truths.numel() == rows,
+      "expected a truth value for every row on the CPU");
+}
+
 void check_marks(const at::Tensor& marks, const at::Tensor& alike) {
   TORCH_CHECK(marks.is_cpu() && marks.dim() == 2 && marks.is_contiguous() && marks.sizes() == alike.sizes() &&
                   marks.scalar_type() == alike.scalar_type(),
@@ -53,9 +59,7 @@ void add_digit(const at::Tensor& of, const at::Tensor& several, const at::Tensor
   check_marks(scaled, plain);
   const int64_t rows = plain.size(0), width = plain.size(1);
   check_numbers(of, rows);
-  TORCH_CHECK(several.is_cpu() && several.scalar_type() == at::kBool && several.is_contiguous() &&
-                  several.numel() == rows,
-              "expected a truth value for every row on the CPU");
+  check_truths(several, rows);
   auto* const number = of.mutable_data_ptr<int64_t>();
   auto* const mixed = several.mutable_data_ptr<bool>();
   AT_DISPATCH_FLOATING_TYPES(plain.scalar_type(), "add_digit", [&] {
@@ -87,9 +91,7 @@ at::Tensor owners_of(const at::Tensor& of, const at::Tensor& several, const at::
   const int64_t rows = plain.size(0), width = plain.size(1), known = examples.numel();
   check_numbers(of, rows);
   check_numbers(examples, known);
-  TORCH_CHECK(several.is_cpu() && several.scalar_type() == at::kBool && several.is_contiguous() &&
-                  several.numel() == rows,
-              "expected a truth value for every row on the CPU");
+  check_truths(several, rows);
   at::Tensor owners = at::empty({rows}, of.options());
   const auto* const number = of.const_data_ptr<int64_t>();
   const auto* const example = examples.const_data_ptr<int64_t>();

@@ -143,7 +143,6 @@ def _disagreeing(
     places = suspect.nonzero().flatten().tolist()
     if not places:
         return []
-    unit = max(torch.finfo(dtype).eps for dtype in (losses.dtype, *dtypes) if dtype.is_floating_point)
 
     def changes(stretch: float) -> Tensor:
         """By how much the suspects' gradients change with seeds that are longer, apart from being longer."""
@@ -152,7 +151,7 @@ def _disagreeing(
         differences = [one if other is None else other.to_dense() / stretch - one for one, other in pairs]
         return torch.stack(norms_of_each(differences, torch.float64))
 
-    own = torch.stack([changes(1 + units * unit) for units in STRETCHES]).amax(0)
+    own = torch.stack([changes(1 + units * graph.trace.unit) for units in STRETCHES]).amax(0)
     may_round = (own <= share[places] * whole) | (changes(1.0) == 0)
     agrees = may_round & (distance[places] <= TIMES_ROUNDING * own)
     return [reached[place][0][0] for place, is_right in zip(places, agrees.tolist(), strict=True) if not is_right]

@@ -369,7 +369,7 @@ class Question:
             seen = self._pass(factors.to(self.losses))
             for group in groups:
                 group.confirm(seen, factors, numbers)
-            stretch = 1 + STRETCH * self._unit()
+            stretch = 1 + STRETCH * self.traced.unit
             seen = self._pass(torch.full_like(self.losses, stretch))
             whole = max(
                 (float(group.marks.abs().nan_to_num(0, 0, 0).amax()) for group in groups if group.rows), default=0.0
@@ -388,11 +388,6 @@ class Question:
             else:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
-
-    def _unit(self) -> float:
-        """One unit in the last place of 1, in the coarsest type of the graph."""
-        dtypes = {self.losses.dtype, *self.traced.dtypes}
-        return max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point or dtype.is_complex)
 
     def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
         """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.

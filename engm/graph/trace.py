@@ -148,6 +148,11 @@ class Trace:
         """The types of the numbers that the nodes made."""
         return {output.dtype for node in self.order for output in node_outputs(node)}
 
+    @property
+    def unit(self) -> float:
+        """One unit in the last place of 1, in the coarsest type of these numbers."""
+        return max(torch.finfo(dtype).eps for dtype in self.dtypes if dtype.is_floating_point or dtype.is_complex)
+
     def seen_by_collector(self, number: int) -> bool:
         """Whether only a collector sees the gradient of a call, in the order that the call's rule has."""
         return self.calls[number].rule.whole_call or self.nodes[number] in self.tokens
