@@ -2,7 +2,7 @@
 
 A weight norm, a spectral norm, a low-rank update merged into the weight, a mask, a normalised classifier, an orthogonal
 map. Per-example gradients of such a weight have to be pulled back to its parameters: in factors where the operators
-allow it (:mod:`engm.rules.in_factors`), else one by one, as through a matrix exponential.
+allow it (:mod:`engm.rules.in_factors`), else one by one, as through a product of reflections.
 
     python benchmarks/computed_weights.py --rounds 7
 """
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import output
 import torch
@@ -47,6 +49,35 @@ class Direction(nn.Module):
         return F.normalize(weight.flatten(1), dim=1).view_as(weight)
 
 
+class Rounded(torch.autograd.Function):
+    """Sixteen values; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        step = weight.abs().max() / 7.5
+        return (weight / step).round() * step
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Computed(nn.Module):
+    """A weight that a function makes of the parameter."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.function(weight)
+
+
+def computed_by(function: Callable[[Tensor], Tensor]) -> Wrap:
+    """What gives a layer a weight that a function makes."""
+    return lambda layer: parametrize.register_parametrization(layer, "weight", Computed(function))
+
+
 def low_rank(layer: nn.Module, lengths: bool = False) -> nn.Module:
     layer.weight.requires_grad_(False)
     return parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, lengths), unsafe=True)
@@ -60,8 +91,13 @@ KINDS: dict[str, Wrap] = {
     "mask": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
     "LoRA, merged": low_rank,
     "DoRA, merged": lambda layer: low_rank(layer, lengths=True),
-    "orthogonal": parametrizations.orthogonal,
+    "distribution in rows": computed_by(lambda weight: weight.softmax(1)),
+    "rounded, straight through": computed_by(Rounded.apply),
+    "rotation, by exponential": partial(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
+    "rotation, by Cayley's map": partial(parametrizations.orthogonal, orthogonal_map="cayley"),
+    "rotation, by reflections": partial(parametrizations.orthogonal, orthogonal_map="householder"),
 }
+OF_MATRICES = [kind for kind in KINDS if kind.startswith(("LoRA", "DoRA", "distribution", "rotation"))]
 
 
 def perceptron(wrap: Wrap) -> tuple[nn.Module, Tensor]:
@@ -103,12 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # A low-rank update of a kernel and an orthogonal one are rare, and take as long as the rest together.
+    # Of kernels some are rare.
     found = {
         kind: {
             name: measured(network, wrap, options.rounds)
             for name, network in NETWORKS.items()
-            if network is not convolutional or kind not in ("LoRA, merged", "DoRA, merged", "orthogonal")
+            if network is not convolutional or kind not in OF_MATRICES
         }
         for kind, wrap in KINDS.items()
     }

@@ -167,7 +167,20 @@ def saved_by(node: Node, name: str) -> Any:
     Attached, the tensor would keep the graph alive.
     """
     value = getattr(node, f"_saved_{name}", None)
-    return value.detach() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if is_recorded() and is_wrapped_number(value):
+        with unrecorded():  # a tracer is given the number itself, which has no ``detach``
+            return torch.tensor(value.item(), dtype=value.dtype, device="cpu")
+    return value.detach()
+
+
+def is_wrapped_number(value: Tensor) -> bool:
+    """Whether the tensor stands for a number of Python's, as the 2 in ``2 * x``, which changes no types."""
+    if value.dim() > 0 or value.is_complex():
+        return False
+    narrow = torch.float16 if value.is_floating_point() else torch.int8
+    return torch.result_type(value, torch.empty((), dtype=narrow, device="meta")) != value.dtype
 
 
 def _kind(node: Node) -> Any:
@@ -738,6 +751,7 @@ def moved_statistics(operator: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 _DECISIONS: list[Tensor] = []
+_SURPRISES: list[Tensor] = []
 
 
 def decided(value: Tensor) -> bool:
@@ -750,6 +764,26 @@ def decided(value: Tensor) -> bool:
     _DECISIONS.append(value)
     with unrecorded():
         return bool(value)
+
+
+def decided_for_now(value: Tensor) -> bool:
+    """As :func:`decided`, where the answer may become another with the numbers that a program is run on.
+
+    :func:`take_surprises` has what tells so.
+    """
+    if not is_recorded():
+        return bool(value)
+    with unrecorded():
+        answer = bool(value)
+    _SURPRISES.append(value != answer)
+    return answer
+
+
+def take_surprises() -> list[Tensor]:
+    """What tells, when a program is run, that an answer of :func:`decided_for_now` is another, since last asked."""
+    taken = list(_SURPRISES)
+    _SURPRISES.clear()
+    return taken
 
 
 def take_decisions() -> list[Tensor]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, save_on_cpu
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from engm import torch_internals as internals
@@ -157,6 +158,22 @@ def test_saved_by():
     square.sum().backward()
     with pytest.raises(RuntimeError, match="freed"):
         internals.saved_by(square.grad_fn, "self")
+
+
+@pytest.mark.parametrize(
+    "number", [2, 2.5, True, torch.tensor(2.0), torch.tensor(2), torch.ones((), dtype=torch.float64)]
+)
+def test_is_wrapped_number(number):
+    node = (leaf(3) * number).grad_fn
+    assert internals.is_wrapped_number(node._saved_other) == (not isinstance(number, torch.Tensor))
+    assert not internals.is_wrapped_number((leaf(3) * leaf(3)).grad_fn._saved_other)
+
+
+def test_saved_by_while_operators_are_traced():
+    def function(x):
+        return internals.saved_by((2 * x.requires_grad_()).grad_fn, "other") * x.detach()
+
+    assert make_fx(function, tracing_mode="real")(torch.ones(2))(torch.full((2,), 3.0)).tolist() == [6, 6]
 
 
 def test_passed_to_input_of_an_operator():

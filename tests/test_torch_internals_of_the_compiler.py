@@ -273,6 +273,26 @@ def test_take_decisions():
     assert internals.take_decisions() == []
 
 
+def test_decided_for_now():
+    internals.take_surprises()
+    assert not internals.decided_for_now(torch.tensor(False))
+    assert internals.take_surprises() == []
+    found = []
+
+    def function(x):
+        assert internals.decided_for_now((x > 0).all())
+        found.extend(internals.take_surprises())
+        return [x + 1, *found]
+
+    program = traced(function, torch.ones(2))
+    assert [bool(program(x)[1]) for x in (torch.ones(2), torch.tensor([1.0, -1.0]))] == [False, True]
+
+
+def test_take_surprises():
+    internals.take_surprises()
+    assert internals.take_surprises() == []
+
+
 def test_operators():
     class Noting(internals.Operators):
         def before(self, func, args, kwargs):

@@ -22,7 +22,14 @@ from ..measurement import Measurement
 from ..optim import ExampleOptimizer, StepStats
 from ..optim.together import in_processes
 from ..repeatable import repeatable_kernels
-from ..torch_internals import has_gradient_hooks, saved_tensors_of, take_decisions, tree_flatten, tree_unflatten
+from ..torch_internals import (
+    has_gradient_hooks,
+    saved_tensors_of,
+    take_decisions,
+    take_surprises,
+    tree_flatten,
+    tree_unflatten,
+)
 from .agreement import all_the_same
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
@@ -431,7 +438,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         changed = {
             name: after[name] for name, given in zip(names, inputs[data:], strict=False) if after[name] is not given
         }
-        surprises = [surprise for graph in graphs for surprise in graph.surprises]
+        surprises = [*(surprise for graph in graphs for surprise in graph.surprises), *take_surprises()]
         watches = [torch.stack(surprises).any()] if surprises else []
         described[:] = reached, tuple(figures), others, tuple(changed), bool(watches)
         routes.extend(take_decisions())
@@ -448,6 +455,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     model.calibration.asked.clear()
     model.observer = observe
     take_decisions()
+    take_surprises()
     try:
         module, outputs = recorded(function, call.inputs())
     finally:

@@ -5,7 +5,7 @@ reads a tensor ``W`` that is computed from parameters, and the gradients of its 
 ``b_i a_i^T``. To pull all of them back one by one takes ``n`` times the memory of ``W``, and dozens of times the
 layer's own time. But the few operators that such tensors are made of keep the gradients in a form that is as small as
 the factors: a product with a matrix goes into one factor, a scale of the rows into the other, and what goes through a
-norm, a mean or a trace becomes a fixed matrix whose rows are scaled by numbers of the example's.
+norm, a mean or a trace becomes a fixed matrix whose rows or columns are scaled by numbers of the example's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..ops import accumulation_dtype
-from ..terms import ConvFactors, LinearFactors, PerExampleGradient, Reshaped, Term
-from ..terms.combination import sum_of
-from ..terms.parts import Part, Product, ScaledRows, is_constant
+from ..terms import ConvFactors, LinearFactors, Term
+from ..terms.parts import Part, Product, Scaled, joined
 from ..torch_internals import (
+    decided_for_now,
     entering_dtype,
     entering_shape,
     is_opaque,
@@ -33,24 +33,23 @@ from ..torch_internals import (
     node_outputs,
     operator_name,
     output_shape,
-    saved_by,
-    saved_option,
 )
 from .entries import names_of
-
-# Operators that hand on a gradient as it is, in a shape that may have other dimensions of one element.
-SAME = names_of("Alias Clone ReshapeAlias Squeeze Tap ToCopy UnsafeView Unsqueeze View")
+from .factored_operators import RULES, kept_alone, total
 
 # Operators that treat every element apart, if they read no other trained tensor.
 BY_ELEMENT = names_of(
     """
-    Abs Clamp ClampMax ClampMin Elu Exp Expm1 Gelu Hardtanh LeakyRelu Log Log1P MaskedFill Maximum Minimum Neg Pow
-    Reciprocal Relu Rsqrt Rsub Sigmoid Silu Softplus Sqrt Square Tanh
+    Abs Atan Clamp ClampMax ClampMin Cos Elu Erf Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P
+    LogSigmoid MaskedFill Maximum Minimum Mish Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Square
+    Tan Tanh Threshold Tril Triu
     """
 )
 
 # Operators that make one number of what lies along some dimensions.
 REDUCING = names_of("Amax Amin LinalgVectorNorm Logsumexp Mean Norm Std Sum Var")
+
+ROUNDINGS = 100  # more than a few products differ from the same ones in another order
 
 Edge = tuple[Any, int]
 """A tensor: the node that made it, and which of the node's outputs it is."""
@@ -91,8 +90,9 @@ class FactoredPull:
                 found[id(leaf)] = parts
                 continue
             others = any(arrived.pop((node, number), ()) for number in range(1, len(node_outputs(node))))
-            known = parts is not None and not (others or is_opaque(node) or is_recomputed(node))
-            passed = _through(node, parts) if known and parts is not None else {}
+            passed: Arrived = {}
+            if parts is not None and not (others or is_recomputed(node)):
+                passed = _through_function(node, parts) if is_opaque(node) else _through(node, parts)
             for edge in {edge for edge in node.next_functions if edge[0] is not None}:
                 _add(arrived, edge, passed.get(edge))
         return found
@@ -101,7 +101,7 @@ class FactoredPull:
 def _add(arrived: Arrived, edge: Edge, parts: list[Part] | None) -> None:
     """Add gradients to those of a tensor, of which nothing is known any more if they are not known."""
     there = arrived.get(edge, [])
-    arrived[edge] = None if there is None or parts is None else there + parts
+    arrived[edge] = None if there is None or parts is None else joined(there + parts)
 
 
 def _entering(edge: Edge, term: Term) -> list[Part] | None:
@@ -137,7 +137,7 @@ def _through(node: Any, parts: list[Part]) -> Arrived:
     if any(entering_dtype(*edge).is_complex for _, edge in edges):
         return {}
     found: Arrived = {}
-    rule = _RULES.get(name)
+    rule = RULES.get(name)
     if rule is not None:
         for slot, edge in edges:
             _add(found, edge, rule(node, slot, parts, shape, entering_shape(*edge)))
@@ -147,219 +147,48 @@ def _through(node: Any, parts: list[Part]) -> Arrived:
     edge = edges[0][1]
     own = entering_shape(*edge)
     if prod(shape) == 1 and own:
-        of_each = _total(parts, shape).reshape(-1, 1).expand(-1, own[0])
-        found[edge] = [ScaledRows(of_each, _derivative(node, edge, shape, own))]
+        of_each = total(parts, shape).reshape(-1, 1).expand(-1, own[0])
+        found[edge] = [Scaled(of_each, _derivative(node, edge, shape, own))]
     elif name in BY_ELEMENT and own == shape:
         derivative = _derivative(node, edge, shape, own)
         found[edge] = [part.times(derivative, shape) for part in parts]
-    elif name in REDUCING and _keeps_rows_alone(node, own):
-        of_rows = _total(parts, shape).reshape(-1, own[0])
-        found[edge] = [ScaledRows(of_rows, _derivative(node, edge, shape, own))]
+    elif name in REDUCING and (dim := kept_alone(node, own)) is not None:
+        along = total(parts, shape).reshape(-1, own[dim])
+        found[edge] = [Scaled(along, _derivative(node, edge, shape, own), dim)]
+    return found
+
+
+def _through_function(node: Any, parts: list[Part]) -> Arrived:
+    """The same of an operator from outside of torch, if it treats every element apart, as what rounds weights does.
+
+    That is seen from what its backward pass makes of a gradient with elements of all sizes: where it mixes elements, or
+    changes them by how large they are, some of them are not multiplied by what it makes of ones.
+    """
+    found: Arrived = {}
+    shape = output_shape(node)
+    for edge in {edge for edge in node.next_functions if edge[0] is not None}:
+        own, dtype = entering_shape(*edge), entering_dtype(*edge)
+        if own != shape or dtype not in (torch.float32, torch.float64):
+            continue  # in 16 bits rounding hides too much
+        derivative = _derivative(node, edge, shape, own)
+        places = torch.arange(1, derivative.numel() + 1, dtype=dtype, device=derivative.device).view(shape)
+        probe = torch.exp2(20 * places.cos()) * places.sin().sign()
+        wanted = probe * derivative
+        off = (_pulled(node, edge, probe, own) - wanted).abs() > ROUNDINGS * torch.finfo(dtype).eps * wanted.abs()
+        if not decided_for_now(off.any()):
+            found[edge] = [part.times(derivative, shape) for part in parts]
     return found
 
 
 def _derivative(node: Any, edge: Edge, shape: tuple[int, ...], own: tuple[int, ...]) -> Tensor:
     """What a node makes of a gradient of ones, ``[*own]``."""
     output = node_outputs(node)[0]
-    dtype, device = output.dtype, output.device
-    ones = torch.ones(shape, dtype=dtype, device=device)
+    return _pulled(node, edge, torch.ones(shape, dtype=output.dtype, device=output.device), own)
+
+
+def _pulled(node: Any, edge: Edge, gradient: Tensor, own: tuple[int, ...]) -> Tensor:
+    """What a node makes of a gradient of its output, ``[*own]``."""
     (found,) = torch.autograd.grad(
-        [GradientEdge(node, 0)], [GradientEdge(*edge)], [ones], retain_graph=True, allow_unused=True
+        [GradientEdge(node, 0)], [GradientEdge(*edge)], [gradient], retain_graph=True, allow_unused=True
     )
-    return torch.zeros(own, dtype=dtype, device=device) if found is None else found.detach()
-
-
-def _keeps_rows_alone(node: Any, own: tuple[int, ...]) -> bool:
-    """Whether a node makes one number of every row ``[d, *rest]``."""
-    dims = saved_option(node, "dim")
-    if dims is None or not own:
-        return False
-    dims = dims if isinstance(dims, tuple) else (dims,)
-    return {dim % len(own) for dim in dims} == set(range(1, len(own)))
-
-
-def _total(parts: Sequence[Part], shape: tuple[int, ...]) -> Tensor:
-    """The gradients themselves, ``[n, *shape]``."""
-    return sum_of([part.dense(slice(0, part.examples)) for part in parts]).reshape(-1, *shape)
-
-
-def _reduced(parts: Sequence[Part], factor: Tensor, shape: tuple[int, ...], own: tuple[int, ...]) -> list[Part] | None:
-    """The gradients of a tensor ``[*own]`` that is broadcast to ``[*shape]`` and multiplied by ``factor`` there."""
-    if own == shape:
-        return [part.times(factor, shape) for part in parts]
-    aligned = (1,) * (len(shape) - len(own)) + own
-    if not shape or any(size != 1 for size in aligned[1:]) or aligned[0] not in (1, shape[0]):
-        return None
-    whole = factor.expand(shape)
-    of_rows = sum_of([part.by_row(whole) for part in parts])
-    if aligned[0] != shape[0]:
-        of_rows = of_rows.sum(1)
-    return [Product(PerExampleGradient(of_rows.reshape(-1, *own)))]
-
-
-# -- operators that are known by name: (node, slot, parts, shape of the output, shape of the input) ----------------
-
-
-def _same(node: Any, slot: int, parts: list[Part], shape: Any, own: tuple[int, ...]) -> list[Part] | None:
-    """What only has its shape changed; rows stay rows."""
-    if own == shape:
-        return parts
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, ScaledRows):
-            if not own or own[0] != shape[0]:
-                return None
-            found.append(ScaledRows(part.along, part.fixed.reshape(own)))
-            continue
-        factor = None if part.factor is None else part.factor.expand(shape).reshape(own)
-        if isinstance(part.term, PerExampleGradient):
-            found.append(Product(PerExampleGradient(part.term.gradient.reshape(-1, *own)), factor))
-        else:
-            found.append(Product(Reshaped(part.term, own), factor))
-    return found
-
-
-def _transposed(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    """The transpose of a matrix."""
-    if len(own) != 2 or own != shape[::-1]:
-        return None
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, ScaledRows) and is_constant(part.fixed, 0):
-            part = part.as_product()
-        if isinstance(part, ScaledRows):
-            if not is_constant(part.along, 1):
-                return None  # columns would be scaled
-            found.append(ScaledRows(part.along[:, :1].expand(-1, own[0]), part.fixed.t()))
-            continue
-        factor = None if part.factor is None else part.factor.expand(shape).t()
-        if isinstance(part.term, LinearFactors):
-            found.append(Product(LinearFactors(part.term.backprops, part.term.activations), factor))
-        elif isinstance(part.term, PerExampleGradient):
-            found.append(Product(PerExampleGradient(part.term.gradient.mT), factor))
-        else:
-            return None
-    return found
-
-
-def _transposed_dims(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    swapped = {saved_option(node, "dim0") % max(len(own), 1), saved_option(node, "dim1") % max(len(own), 1)}
-    return _transposed(node, slot, parts, shape, own) if swapped == {0, 1} else None
-
-
-def _added(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    sign = -1 if operator_name(node) == "Sub" else 1
-    factor = sign * saved_option(node, "alpha") if slot == 1 else 1
-    return parts if factor == 1 and own == shape else _reduced(parts, _number(node, factor), shape, own)
-
-
-def _saved(node: Any, name: str) -> Tensor | None:
-    """A tensor that a node saved, a number as well, in a type in which sums of its output are precise."""
-    found = saved_by(node, name)
-    return found.to(_number(node, 0).dtype) if isinstance(found, Tensor) else None
-
-
-def _operand(node: Any, name: str) -> Tensor | None:
-    """The same, with one element along dimensions that it was expanded to, for what broadcasts."""
-    found = _saved(node, name)
-    if found is not None:
-        for dim in range(found.dim()):
-            found = found.narrow(dim, 0, 1) if found.shape[dim] > 1 and is_constant(found, dim) else found
-    return found
-
-
-def _number(node: Any, number: float) -> Tensor:
-    """A number as a factor of gradients of a node's output."""
-    output = node_outputs(node)[0]
-    like = torch.empty((), dtype=output.dtype, device="meta")
-    return torch.full((), number, dtype=accumulation_dtype(like), device=output.device)
-
-
-def _multiplied(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    other = _operand(node, "self" if slot == 1 else "other")
-    return _reduced(parts, other, shape, own) if other is not None else None
-
-
-def _divided(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    other = _operand(node, "other")
-    if other is None or saved_option(node, "rounding_mode") is not None:
-        return None
-    if slot == 0:
-        return _reduced(parts, 1 / other, shape, own)
-    divided = _operand(node, "self")
-    return None if divided is None else _reduced(parts, -divided / other.square(), shape, own)
-
-
-def _where(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    condition = saved_by(node, "condition")
-    taken = condition if slot == 0 else ~condition
-    return _reduced(parts, taken.to(_number(node, 1).dtype), shape, own)
-
-
-def _expanded(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    return _reduced(parts, _number(node, 1), shape, own)
-
-
-def _matrix_product(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    """``left [d, k] @ right [k, p]``."""
-    other = _saved(node, "mat2" if slot == 0 else "self")
-    if other is None:
-        return None
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, ScaledRows):
-            if slot == 0:
-                found.append(ScaledRows(part.along, part.fixed @ other.t()))
-                continue
-            if own[0] > part.examples:
-                return None  # the products below would be larger than the gradients
-            each = (other.unsqueeze(2) * part.fixed.unsqueeze(1)).flatten(1)
-            found.append(Product(PerExampleGradient((part.along @ each).view(-1, *own))))
-        elif part.factor is None and isinstance(part.term, LinearFactors):
-            a, b, other = part.term.activations, part.term.backprops, other.to(part.term.backprops.dtype)
-            found.append(Product(LinearFactors(a @ other.t(), b) if slot == 0 else LinearFactors(a, b @ other)))
-        elif isinstance(part.term, PerExampleGradient):
-            gradient = part.dense(slice(0, part.examples))
-            found.append(Product(PerExampleGradient(gradient @ other.t() if slot == 0 else other.t() @ gradient)))
-        else:
-            return None
-    return found
-
-
-def _matrix_times_vector(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    """``matrix [d, p] @ vector [p]``."""
-    other = _saved(node, "vec" if slot == 0 else "self")
-    if other is None:
-        return None
-    of_rows = _total(parts, shape)
-    if slot == 0:
-        return [ScaledRows(of_rows, other.expand(own))]
-    return [Product(PerExampleGradient(of_rows @ other))]
-
-
-def _weight_norm(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
-    """``g v / ||v||``, the norms of rows."""
-    v, g, norm = (_saved(node, name) for name in ("v", "g", "result1"))
-    if v is None or g is None or norm is None or saved_option(node, "dim") % v.dim() != 0:
-        return None
-    of_rows = sum_of([part.by_row(v / norm) for part in parts])
-    if slot == 1:
-        return [Product(PerExampleGradient(of_rows.reshape(-1, *own)))]
-    scaled: list[Part] = [part.times(g / norm, shape) for part in parts]
-    return [*scaled, ScaledRows(-of_rows * (g / norm).flatten(), v / norm)]
-
-
-_RULES = {
-    **dict.fromkeys(SAME, _same),
-    "T": _transposed,
-    "Transpose": _transposed_dims,
-    "Add": _added,
-    "Sub": _added,
-    "Mul": _multiplied,
-    "Div": _divided,
-    "Expand": _expanded,
-    "Where": _where,
-    "Mm": _matrix_product,
-    "Mv": _matrix_times_vector,
-    "WeightNormInterface": _weight_norm,
-}
+    return gradient.new_zeros(own) if found is None else found.detach()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LocalCorrection, Term, squared_rows
+from .base import LocalCorrection, PerExampleGradient, Term, squared_rows
 from .combination import combine, sum_of
 from .convolution import ConvFactors
 from .linear import LinearFactors
@@ -53,15 +55,35 @@ class Product:
                 return Product(replace(term, activations=term.activations * by_column))
         return Product(term, factor if self.factor is None else self.factor * factor)
 
-    def by_row(self, matrix: Tensor) -> Tensor:
-        """The sums of every row of the gradients times the same row of ``matrix [d, *rest]``, ``[n, d]``."""
-        term, matrix = self.term, matrix if self.factor is None else matrix * self.factor
+    def sums_along(self, dim: int, fixed: Tensor) -> Tensor:
+        """The gradients times ``fixed [*shape]``, summed over all dimensions but one, ``[n, shape[dim]]``.
+
+        Args:
+            dim: 0, or 1 of matrices.
+            fixed: what they are multiplied by.
+        """
+        term, fixed = self.term, fixed if self.factor is None else fixed * self.factor
         if isinstance(term, LinearFactors):
-            return (term.backprops * (term.activations @ matrix.to(term.activations.dtype).t())).sum(1)
+            a, b, fixed = term.activations, term.backprops, fixed.to(term.activations.dtype)
+            return (b * (a @ fixed.t())).sum(1) if dim == 0 else (a * (b @ fixed)).sum(1)
         if isinstance(term, ConvFactors):
-            return (term.backprops * _convolved(term, matrix)).flatten(2).sum(2)
-        chunks = [term.dense(rows) for rows in _chunks(term.examples, matrix.numel())]
-        return torch.cat([(part * matrix).reshape(len(part), len(matrix), -1).sum(2) for part in chunks])
+            return (term.backprops * _convolved(term, fixed)).flatten(2).sum(2)
+        chunks = [term.dense(rows) * fixed for rows in _chunks(term.examples, fixed.numel())]
+        return torch.cat([_sums_but(chunk, dim + 1, kept=0) for chunk in chunks])
+
+    def transposed(self, shape: tuple[int, ...]) -> Product | None:
+        """The transposed matrices, of matrices of this shape; None where the term cannot be transposed."""
+        term, factor = self.term, None if self.factor is None else self.factor.expand(shape).t()
+        if isinstance(term, LinearFactors):
+            return Product(LinearFactors(term.backprops, term.activations), factor)
+        if isinstance(term, PerExampleGradient):
+            return Product(PerExampleGradient(term.gradient.mT), factor)
+        return None
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_i weights_i g_i``."""
+        found = self.term.weighted_sum(weights)
+        return found if self.factor is None else found * self.factor
 
     def dense(self, rows: slice) -> Tensor:
         """The gradients of some examples."""
@@ -70,41 +92,65 @@ class Product:
 
 
 @dataclass
-class ScaledRows:
-    """Per-example gradients ``[n, d, *rest]`` whose row ``o`` is ``along[i, o]`` times that of a fixed matrix.
+class Scaled:
+    """Per-example gradients ``[n, *shape]`` that are one fixed tensor, whose slices are scaled by an example's numbers.
 
     Attributes:
-        along: ``[n, d]``.
-        fixed: ``[d, *rest]``.
+        along: the numbers, ``[n, shape[dim]]``.
+        fixed: ``[*shape]``.
+        dim: 0 where rows are scaled, 1 where columns of a matrix are.
     """
 
     along: Tensor
     fixed: Tensor
+    dim: int = 0
 
     @property
     def examples(self) -> int:
         return self.along.shape[0]
 
-    def times(self, factor: Tensor, shape: tuple[int, ...]) -> ScaledRows:
+    def times(self, factor: Tensor, shape: tuple[int, ...]) -> Scaled:
         """The gradients times what is broadcast to their shape."""
-        return ScaledRows(self.along, self.fixed * factor)
+        return replace(self, fixed=self.fixed * factor)
 
-    def by_row(self, matrix: Tensor) -> Tensor:
-        """As :meth:`Product.by_row`."""
-        return self.along * (self.fixed * matrix).reshape(len(matrix), -1).sum(1)
+    def sums_along(self, dim: int, fixed: Tensor) -> Tensor:
+        """As :meth:`Product.sums_along`."""
+        product = self.fixed * fixed
+        if dim == self.dim:
+            return self.along * _sums_but(product, dim)
+        return self.along @ (product if dim == 1 else product.t())
+
+    def transposed(self, shape: tuple[int, ...]) -> Scaled:
+        """As :meth:`Product.transposed`."""
+        return Scaled(self.along, self.fixed.t(), 1 - self.dim)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_i weights_i g_i``."""
+        return self._lying(weights @ self.along) * self.fixed
 
     def dense(self, rows: slice) -> Tensor:
         """The gradients of some examples."""
-        along = self.along[rows]
-        return along.view(*along.shape, *[1] * (self.fixed.dim() - 1)) * self.fixed
+        return self._lying(self.along[rows]) * self.fixed
+
+    def _lying(self, numbers: Tensor) -> Tensor:
+        """Numbers ``[*, shape[dim]]`` beside the fixed tensor's slices."""
+        before, behind = [1] * self.dim, [1] * (self.fixed.dim() - 1 - self.dim)
+        return numbers.view(*numbers.shape[:-1], *before, numbers.shape[-1], *behind)
 
     def as_product(self) -> Product:
-        """Of a matrix whose rows are all the same: outer products."""
-        a = self.fixed[:1].expand(self.examples, -1).unsqueeze(1)
-        return Product(LinearFactors(a, self.along.unsqueeze(1)))
+        """Of a matrix whose slices are all the same: outer products."""
+        along = self.along.unsqueeze(1)
+        others = self.fixed.select(self.dim, 0).expand(self.examples, -1).unsqueeze(1)
+        return Product(LinearFactors(others, along) if self.dim == 0 else LinearFactors(along, others))
 
 
-Part = Product | ScaledRows
+Part = Product | Scaled
+
+
+def _sums_but(tensor: Tensor, dim: int, kept: int | None = None) -> Tensor:
+    """Sums over all dimensions but one, or two."""
+    over = [k for k in range(tensor.dim()) if k not in (dim, kept)]
+    return tensor.sum(over) if over else tensor
 
 
 def is_constant(tensor: Tensor, dim: int) -> bool:
@@ -140,32 +186,108 @@ def _chunks(n: int, elements: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """The same sum, in which no term has two factors: ``w * w`` hands on its gradient once a side."""
+    factors: dict[int, list[Tensor]] = {}
+    for part in parts:
+        if isinstance(part, Product) and part.factor is not None:
+            factors.setdefault(id(part.term), []).append(part.factor)
+    found: list[Part] = []
+    for part in parts:
+        if not isinstance(part, Product) or part.factor is None:
+            found.append(part)
+        elif own := factors.pop(id(part.term), None):
+            found.append(Product(part.term, sum_of(own)))
+    return found
+
+
 def squared_norm_of(parts: Sequence[Part], shape: tuple[int, ...]) -> Tensor:
     """``||g_i||^2``, ``[n]``, of the sum of some gradients ``[n, *shape]``."""
     products: list[Product] = []
-    fixed: list[ScaledRows] = []
-    for part in parts:
-        if isinstance(part, ScaledRows) and len(shape) == 2 and is_constant(part.fixed, 0):
+    fixed: list[Scaled] = []
+    for part in joined(parts):
+        if isinstance(part, Scaled) and len(shape) == 2 and is_constant(part.fixed, part.dim):
             part = part.as_product()
         if isinstance(part, Product):
             products.append(part)
         else:
             fixed.append(part)
-    plain = all(part.factor is None for part in products)
-    if plain and products:
+    if products and all(part.factor is None for part in products):
         whole = combine([part.term for part in products])
         if not fixed:
             return whole.squared_norm()
         if len(fixed) == 1 and isinstance(whole, LinearFactors | ConvFactors):
-            return replace(whole, correction=_correction(whole, fixed[0])).squared_norm()
-    if not products and len(fixed) == 1:
-        return fixed[0].along.square() @ fixed[0].fixed.reshape(shape[0], -1).square().sum(1)
-    if len(products) == 1 and not fixed and products[0].factor is not None:
-        term, factor = products[0].term, products[0].factor
-        if isinstance(term, LinearFactors) and term.activations.shape[1] == 1:
-            a, b = term.activations.squeeze(1).square(), term.backprops.squeeze(1).square()
-            return ((b @ factor.expand(shape).square()) * a).sum(1)
+            scaled = fixed[0]
+            if scaled.dim == 1 and isinstance(whole, LinearFactors):
+                whole, scaled = LinearFactors(whole.backprops, whole.activations), scaled.transposed(shape)
+            return replace(whole, correction=_correction(whole, scaled)).squared_norm()
+    outer = outer_of([*products, *fixed], shape)
+    # Of a sum of squares that cancel half of the digits are left: enough where there are twice as many. To form the
+    # gradients of a few examples takes less time.
+    if outer and (len(outer) == 1 or (outer[0].dtype != torch.float64 and parts[0].examples >= len(outer) ** 2)):
+        return squared_norm_of_outer(outer)
     return torch.cat([squared_rows(dense_of(parts, rows)) for rows in _chunks(parts[0].examples, prod(shape))])
+
+
+class Outer(NamedTuple):
+    """Per-example gradients ``left_i right_i^T``, element by element times ``fixed``.
+
+    Attributes:
+        left: ``[n, d]``; None for ones.
+        right: ``[n, p]``; None for ones.
+        fixed: ``[d, p]``; None for ones, where neither of the others is None.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    fixed: Tensor | None
+
+    @classmethod
+    def of(cls, part: Part, shape: tuple[int, ...]) -> Outer | None:
+        """A part of gradients ``[n, *shape]``, all dimensions of ``shape`` but the first as one; None if it is none."""
+        if isinstance(part, Scaled):
+            left, right = (part.along, None) if part.dim == 0 else (None, part.along)
+            return cls(left, right, part.fixed.reshape(shape[0], -1))
+        if not isinstance(part.term, LinearFactors) or part.term.activations.shape[1] != 1 or part.term.correction:
+            return None
+        left, right = part.term.backprops.squeeze(1), part.term.activations.squeeze(1)
+        return cls(left, right, None if part.factor is None else part.factor.expand(shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors."""
+        return next(t.dtype for t in self if t is not None)
+
+    def to(self, dtype: torch.dtype) -> Outer:
+        """The same in another type."""
+        return Outer(*(None if t is None else t.to(dtype) for t in self))
+
+    def times(self, other: Outer) -> Tensor:
+        """The inner products of the gradients of two parts, ``[n]``."""
+        left, right, fixed = (b if a is None else a if b is None else a * b for a, b in zip(self, other, strict=True))
+        if left is not None and right is not None:
+            return left.sum(1) * right.sum(1) if fixed is None else ((left @ fixed) * right).sum(1)
+        assert fixed is not None
+        along, dim = (left, 1) if left is not None else (right, 0)
+        assert along is not None
+        return along @ fixed.sum(dim)
+
+
+def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
+    """Parts of gradients ``[n, *shape]``, if all of them are products of two vectors an example; else none."""
+    found = [Outer.of(part, shape) for part in parts]
+    known = [outer for outer in found if outer is not None]
+    return known if len(known) == len(found) else []
+
+
+def squared_norm_of_outer(parts: Sequence[Outer]) -> Tensor:
+    """``||g_i||^2``, ``[n]``, of the sum of some parts, from products of matrices, in float64 if there are several."""
+    if len(parts) == 1:
+        return parts[0].times(parts[0])
+    wide = [part.to(torch.float64) for part in parts]
+    own = torch.stack([part.times(part) for part in wide]).sum(0)
+    crossed = torch.stack([first.times(second) for first, second in combinations(wide, 2)]).sum(0)
+    return (own + 2 * crossed).clamp(min=0).to(parts[0].dtype)
 
 
 def dense_of(parts: Sequence[Part], rows: slice) -> Tensor:
@@ -173,7 +295,7 @@ def dense_of(parts: Sequence[Part], rows: slice) -> Tensor:
     return sum_of([part.dense(rows) for part in parts])
 
 
-def _correction(term: LinearFactors | ConvFactors, part: ScaledRows) -> LocalCorrection:
+def _correction(term: LinearFactors | ConvFactors, part: Scaled) -> LocalCorrection:
     """Scaled rows as what is to be taken away from a term."""
     if isinstance(term, ConvFactors):
         patch: tuple[int, ...] = (term.inputs.shape[1], *term.geometry.kernel_size)

@@ -14,9 +14,9 @@ import engm
 from engm.rules.in_factors import FactoredPull
 from engm.rules.pulled_back import pull_back
 from engm.terms import LinearFactors, LocalCorrection, PerExampleGradient
-from engm.terms.parts import dense_of, squared_norm_of
+from engm.terms.parts import dense_of, outer_of, squared_norm_of, squared_norm_of_outer
 
-N = 5
+N = 17  # so many that products of matrices of all of them are taken for a sum of four parts
 
 
 class Made:
@@ -52,6 +52,24 @@ def standardised(m):
     return (m.w - m.w.mean(m.rest, keepdim=True)) / (m.w.std(m.rest, keepdim=True) + 1e-2)
 
 
+class Rounded(torch.autograd.Function):
+    """To the nearest of a few numbers; the gradient goes through where nothing was cut off."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.save_for_backward(w)
+        return w.clamp(-1, 1).mul(4).round() / 4
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (w,) = ctx.saved_tensors
+        return gradient * (w.abs() <= 1)
+
+
+def less_singular(w):
+    return w + (1 + w.detach().norm()) * torch.eye(len(w), dtype=w.dtype)
+
+
 STEPS = {
     "number": lambda m: 2.0 * m.w / 3,
     "mask": lambda m: m.w * (tensor(*m.w.shape, seed=7) > 0),
@@ -76,6 +94,12 @@ STEPS = {
     "centred": lambda m: m.w - m.w.mean(m.rest, keepdim=True),
     "standardised": standardised,
     "sum of rows": lambda m: m.w * m.w.sum(m.rest, keepdim=True),
+    "rounded": lambda m: Rounded.apply(m.w),
+    "cube": lambda m: m.w * m.w * m.w,
+    "sine": lambda m: m.w.sin() * m.w.cos(),
+    "rows of two": lambda m: torch.cat([m.new(len(m.w), *m.w.shape[1:]), m.w])[::2],
+    "columns of two": lambda m: torch.cat([m.new(len(m.w), 1, *m.w.shape[2:]), m.w], 1)[:, :-1],
+    "layer norm": lambda m: F.layer_norm(m.w, m.w.shape[1:]),
     "copied": lambda m: m.w.clone(),
     "flattened": lambda m: F.normalize(m.w.flatten(1), dim=1).view_as(m.w),
 }
@@ -86,6 +110,26 @@ OF_MATRICES = {
     "normalised": lambda m: F.normalize(m.w, dim=1),
     "transposed": lambda m: (m.new(*m.w.shape[::-1]) + m.w.t()).transpose(0, 1),
     "columns": lambda m: m.w * tensor(m.w.shape[1], seed=9),
+    "gate of columns": lambda m: m.w * m.new(m.w.shape[1]) + m.new(m.w.shape[1]),
+    "normalised columns": lambda m: F.normalize(m.w, dim=0),
+    "centred columns": lambda m: m.w - m.w.mean(0),
+    "distribution": lambda m: m.w.softmax(1),
+    "distribution of columns": lambda m: m.w.log_softmax(0) + m.w.softmax(0),
+    "layer norm of its own": lambda m: F.layer_norm(m.w, m.w.shape[1:], m.new(m.w.shape[1]), m.new(m.w.shape[1])),
+    "added product": lambda m: torch.addmm(m.w, m.new(len(m.w), 2), m.new(2, m.w.shape[1]), beta=0.5, alpha=2),
+    "bias": lambda m: torch.addmm(m.new(m.w.shape[1]), m.w, tensor(m.w.shape[1], m.w.shape[1], seed=8)),
+    "from one row": lambda m: F.linear(m.new(1, 3), m.new(m.w.numel(), 3), m.new(m.w.numel())).view_as(m.w) + m.w,
+    "permuted": lambda m: (m.w.permute(1, 0) * m.new(*m.w.shape[::-1])).T,
+}
+OF_SQUARES = {
+    "symmetric": lambda m: m.w + m.w.T,
+    "skew": lambda m: m.w.triu(1) - m.w.triu(1).T,
+    "positive": lambda m: m.w.tril() @ m.w.tril().mT,
+    "power": lambda m: m.w @ m.w,
+    "inverse": lambda m: torch.linalg.inv(less_singular(m.w)),
+    "solution": lambda m: torch.linalg.solve(less_singular(m.w), m.w),
+    "exponential": lambda m: torch.linalg.matrix_exp(m.w / (1 + m.w.detach().norm())),
+    "rotation": lambda m: torch.linalg.matrix_exp(m.w.tril() - m.w.tril().mT),
 }
 
 
@@ -117,13 +161,18 @@ def assert_pulled(made, w, term, gradients, known=False):
         found = squared_norm_of(parts, tuple(leaf.shape))
         squares = of_leaf.reshape(N, -1).square().sum(1)
         torch.testing.assert_close(found, squares, rtol=1e-9, atol=1e-12 * size**2)
+        outer = outer_of(parts, tuple(leaf.shape)) if leaf.dim() > 1 else []
+        if outer:
+            torch.testing.assert_close(squared_norm_of_outer(outer), squares, rtol=1e-9, atol=1e-12 * size**2)
 
 
-@pytest.mark.parametrize("step", [*STEPS, *OF_MATRICES])
-def test_what_is_known(step):
-    made = Made(4, 6)
-    made.w = {**STEPS, **OF_MATRICES}[step](made)
-    assert_pulled(made, made.w, *linear(2, (4, 6)), known=True)
+@pytest.mark.parametrize("positions", [1, 2])
+@pytest.mark.parametrize("step", [*STEPS, *OF_MATRICES, *OF_SQUARES])
+def test_what_is_known(step, positions):
+    shape = (4, 4) if step in OF_SQUARES else (4, 6)
+    made = Made(*shape)
+    made.w = {**STEPS, **OF_MATRICES, **OF_SQUARES}[step](made)
+    assert_pulled(made, made.w, *linear(positions, shape), known=True)
 
 
 @given(
@@ -138,6 +187,19 @@ def test_of_a_matrix(steps, positions, rows, columns):
     for step in steps:
         made.w = {**STEPS, **OF_MATRICES}[step](made)
     term, gradients = linear(positions, (rows, columns)) if positions else whole((rows, columns))
+    assert_pulled(made, made.w, term, gradients)
+
+
+@given(
+    steps=st.lists(st.sampled_from([*STEPS, *OF_MATRICES, *OF_SQUARES]), min_size=1, max_size=4),
+    positions=st.sampled_from([0, 1, 3]),
+    size=st.integers(2, 6),
+)
+def test_of_a_square_matrix(steps, positions, size):
+    made = Made(size, size)
+    for step in steps:
+        made.w = {**STEPS, **OF_MATRICES, **OF_SQUARES}[step](made)
+    term, gradients = linear(positions, (size, size)) if positions else whole((size, size))
     assert_pulled(made, made.w, term, gradients)
 
 
@@ -175,20 +237,32 @@ def test_of_a_tensor_that_several_layers_read():
         torch.testing.assert_close(squared_norm_of(parts, tuple(leaf.shape)), wanted.flatten(1).square().sum(1))
 
 
-class Doubling(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w):
-        return 2 * w
+def with_backward(backward):
+    """The identity, with another backward pass."""
 
-    @staticmethod
-    def backward(ctx, gradient):
-        return 2 * gradient
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return backward(gradient)
+
+    return Odd.apply
 
 
 @pytest.mark.parametrize(
     "step",
-    [torch.matrix_exp, lambda w: w.roll(1, 0), lambda w: w.unbind(0)[1] * w.cumsum(1), Doubling.apply],
-    ids=["matrix exponential", "rows moved", "two outputs", "a function of the user's"],
+    [
+        lambda w: w.roll(1, 0),
+        lambda w: w.unbind(0)[1] * w.cumsum(1),
+        with_backward(lambda g: g + 1e-6 * g.flip(0)),
+        with_backward(lambda g: g.clamp(-0.1, 0.1)),
+        with_backward(lambda g: g / g.norm()),
+        with_backward(torch.sign),
+    ],
+    ids=["rows moved", "two outputs", "mixes", "clips", "normalises", "takes signs"],
 )
 def test_what_is_not_known_is_left_to_autograd(step):
     made, term = Made(4, 4), linear(2, (4, 4))[0]
@@ -196,6 +270,45 @@ def test_what_is_not_known_is_left_to_autograd(step):
     pull = FactoredPull([((made.w.grad_fn, 0), term)])
     assert pull.parts_of(made.leaves[0]) is None
     assert pull.parts_of(made.leaves[1]) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0, 60.0])
+def test_an_exponential_is_exact_but_for_rounding_or_left_to_autograd(size, dtype):
+    """Of matrices that are large, small, and far from normal."""
+    for seed in range(3):
+        w = tensor(6, 6, seed=seed)
+        w = ((w.triu() if seed == 1 else w - w.t() if seed == 2 else w) / w.norm() * size).to(dtype).requires_grad_()
+        made = torch.linalg.matrix_exp(w)
+        b, a = tensor(N, 1, 6, seed=8).to(dtype), tensor(N, 1, 6, seed=9).to(dtype)
+        parts = FactoredPull([((made.grad_fn, 0), LinearFactors(a, b))]).parts_of(w)
+        assert parts is not None or size > 10
+        if parts is None:
+            continue
+        exact = w.detach().double().requires_grad_()
+        whole = torch.linalg.matrix_exp(exact)
+        for i, found in enumerate(dense_of(parts, slice(0, N))):
+            g = b[i].t() @ a[i]
+            (own,) = torch.autograd.grad(made, w, g, retain_graph=True)
+            (wanted,) = torch.autograd.grad(whole, exact, g.double(), retain_graph=True)
+            allowed = 10 * (own - wanted).norm() + 300 * torch.finfo(dtype).eps * wanted.norm()
+            assert (found - wanted).norm() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_of_what_cancels(dtype):
+    """A softmax of which one number takes all hardly hands anything on, a layer norm of two numbers nothing."""
+    for step in (lambda w: (30 * w).softmax(1), lambda w: F.layer_norm(w, (2,))):
+        w = tensor(5, 2, seed=1).to(dtype).requires_grad_()
+        made = step(w)
+        (term, gradients) = linear(1, (5, 2))
+        term = LinearFactors(term.activations.to(dtype), term.backprops.to(dtype))
+        found = squared_norm_of(FactoredPull([((made.grad_fn, 0), term)]).parts_of(w), (5, 2)).double()
+        exact = w.detach().double().requires_grad_()
+        made = step(exact)
+        wanted = torch.stack([torch.autograd.grad(made, exact, g, retain_graph=True)[0] for g in gradients])
+        rounding = 100 * torch.finfo(dtype).eps * gradients.flatten(1).norm(dim=1)
+        assert ((found.sqrt() - wanted.flatten(1).norm(dim=1)).abs() <= 30 * rounding).all()
 
 
 def test_what_is_corrected_is_left_to_autograd():
