@@ -21,6 +21,7 @@ from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
 from ..distributed import on_any
 from ..graph.opaque import watched
+from ..graph.owners import unnoticed
 from ..graph.plan import PlannedEntry, PlannedGraph, UntoldError
 from ..repeatable import repeatable_kernels
 from ..rules import WholeCallRule
@@ -315,7 +316,7 @@ class TermCollector:
         if gradient.numel() == 0:
             return
         largest = gradient.detach().reshape(*unknown.shape, -1).abs().amax(-1)
-        self._suspect(((largest != 0) & unknown).any())
+        self._suspect(((largest > unnoticed(gradient.dtype)) & unknown).any())
 
     def _suspect(self, found: Tensor) -> None:
         """Note whether the plan turned out not to hold, 0-dimensional."""

@@ -32,8 +32,8 @@ def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
     for (position, slot), owners in rows.edges.items():
         child = rows.traced.children[position][slot]
         assert child is not None
-        # Silent ones are watched.
-        if child in rows.shared or position in rows.shared or position in rows.silent:
+        # What no gradient comes to is watched.
+        if child in rows.shared or child in rows.silent or position in rows.shared or position in rows.idle:
             continue
         whole = rows.nodes.get((child, rows.traced.order[position].next_functions[slot][1]))
         if whole is None or not rows.about.regular(whole):
@@ -41,7 +41,7 @@ def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
         if _tells(rows, position, slot):
             if _hides(rows, position, position in routed):
                 return True
-        elif not rows.about.regular(owners):
+        elif not (rows.about.regular(owners) or _within_call_like(rows, position, whole)):
             return True
     return False
 
@@ -55,7 +55,7 @@ def closed_to_others(rows: Measured) -> bool:
     for position, node in enumerate(rows.traced.order):
         name = operator_name(node)
         moves = (name in MOVING or name in HANDING_ON) and name not in CHOOSING
-        if moves or position in rows.shared or position in rows.silent:
+        if moves or position in rows.shared or position in rows.idle:
             continue
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or child in rows.shared or not rows.structure.trained_behind(child):
@@ -90,6 +90,19 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
                 by_index = operator_name(rows.traced.order[position]) in PICKING
                 found[position, number] = Junction(arrangement.ownership, arrangement.unknown.to(device), by_index)
     return found
+
+
+def _within_call_like(rows: Measured, position: int, whole: Tensor) -> bool:
+    """Whether a node is inside of calls in whose outputs the examples lie as in ``whole``, which the node reads.
+
+    A call keeps rows apart, so that they lie so in what it passes on too.
+    """
+    calls = rows.structure.calls_around(position) if position in rows.structure.inner else []
+    outputs = [owners for number in calls for owners in rows.parts(number)]
+    own = rows.about.arranged(whole).ownership
+    return bool(outputs) and all(
+        rows.about.regular(owners) and rows.about.arranged(owners).ownership == own for owners in outputs
+    )
 
 
 def _tells(rows: Measured, position: int, slot: int) -> bool:

@@ -96,6 +96,19 @@ class Measured:
         return self.structure.looked_at - spoken
 
     @cached_property
+    def idle(self) -> set[int]:
+        """The silent nodes, and those inside of calls that no gradient comes to either."""
+        found, inner = set(self.silent), self.structure.inner
+        pending = [child for position in found for child in self.traced.children[position]]
+        while pending:
+            child = pending.pop()
+            if child not in inner or child in found or not found.issuperset(self.structure.parents[child]):
+                continue
+            found.add(child)
+            pending += self.traced.children[child]
+        return found
+
+    @cached_property
     def spoken(self) -> set[int]:
         """Positions of all other nodes."""
         return set(range(len(self.traced.order))) - self.silent

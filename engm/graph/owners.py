@@ -180,8 +180,9 @@ class Owned:
         dtype = _real(next(iter(plain.values())).dtype)
         # By how much a row may differ, as a share of its marks.
         self.tolerance = TOLERANCE.get(dtype, NARROW_TOLERANCE)
-        self._eps = torch.finfo(dtype).eps
+        self._eps, self._dtype = torch.finfo(dtype).eps, dtype
         self._noise = self.marks.new_zeros(())
+        self._others: list[Tensor] = []  # the marks of all other gradients that were read
 
     @functools.cached_property
     def largest(self) -> Tensor:
@@ -201,12 +202,12 @@ class Owned:
 
     def _seen(self, others: Mapping[Any, Print]) -> Tensor:
         """The marks of other gradients of the tensors; NaN where there is none."""
-        return on_host(
-            [
-                others[key].marks if key in others else torch.full_like(seen.marks, torch.nan)
-                for key, seen in self.plain.items()
-            ]
-        )
+        found = [
+            others[key].marks if key in others else torch.full_like(seen.marks, torch.nan)
+            for key, seen in self.plain.items()
+        ]
+        self._others.append(on_host(found))
+        return self._others[-1]
 
     def confirm(self, scaled: Mapping[Any, Print], factors: Tensor, numbers: Numbers) -> None:
         """Compare with the gradients of losses that were multiplied by these factors, given the digits."""
@@ -239,7 +240,29 @@ class Owned:
         if self.differs is not None and self.rows:
             found = self._cancelled(self.differs, numbers.examples(self.of), n)
             return torch.where(self.largest.isfinite(), found, BLIND)
-        return owners_of(self.of, self.several, self.marks, numbers.all_examples, n, SEVERAL, NOBODY, BLIND)
+        found = owners_of(self.of, self.several, self.marks, numbers.all_examples, n, SEVERAL, NOBODY, BLIND)
+        if bool(self.several.any()):
+            small = self.largest < vanishing(self._dtype)
+            for marks in self._others:  # shares of several may have cancelled in the plain gradient alone
+                small &= marks.abs().amax(1) < hardly(self._dtype)
+            found.masked_fill_(self.several & small, NOBODY)
+        return found
+
+    def without_vanished(self, owners: Tensor) -> Tensor:
+        """The owners, but nobody's where a tensor hardly has a gradient and some row of it has none.
+
+        Otherwise, on the way to where all have vanished, a single example would seem to have one.
+        """
+        if self.differs is not None or not self.rows:
+            return owners
+        lengths = torch.tensor([seen.rows for seen in self.plain.values()], device="cpu")
+        of = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+        ends = self.largest.new_zeros(len(lengths))
+        most = ends.scatter_reduce(0, of, self.largest, "amax", include_self=False)
+        least = ends.scatter_reduce(0, of, self.largest, "amin", include_self=False)
+        lowest = owners.new_zeros(len(lengths)).scatter_reduce(0, of, owners, "amin", include_self=False)
+        gone = (most < hardly(self._dtype)) & (least < vanishing(self._dtype)) & (lowest >= NOBODY)
+        return owners.masked_fill(gone[of], NOBODY)
 
     def _cancelled(self, differs: Tensor, of: Tensor, n: int) -> Tensor:
         """The owners where shares of others may have cancelled, given the owners if there are any."""
@@ -257,6 +280,24 @@ class Owned:
         errors = ROUNDINGS * max(1, len(self.largest) ** 0.5 / 8)
         estimate = errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
         return torch.maximum(estimate, TIMES_ITS_CHANGE * self._noise)
+
+
+def vanishing(dtype: torch.dtype) -> float:
+    """Below which rows of gradients count as zero: numbers that are not normal are too coarse to tell whose they are.
+
+    The gradients of a long recurrence end in such numbers. In float16, where others do too, nothing vanishes.
+    """
+    return 0.0 if dtype == torch.float16 else 2.0**10 * torch.finfo(dtype).tiny
+
+
+def unnoticed(dtype: torch.dtype) -> float:
+    """Below which gradients add nothing to any norm, since their squares are no normal numbers; 0 in float16."""
+    return 0.0 if dtype == torch.float16 else 0.5 * torch.finfo(dtype).tiny ** 0.5
+
+
+def hardly(dtype: torch.dtype) -> float:
+    """So much smaller than :func:`unnoticed` that gradients of other data are unnoticed too."""
+    return 2.0**-20 * unnoticed(dtype)
 
 
 def on_host(marks: list[Tensor]) -> Tensor:
@@ -396,7 +437,8 @@ class Question:
         """
         if not groups:
             return {}
-        flat = torch.cat([group.owners(numbers, self.n) for group in groups]).cpu()
+        owners = [group.without_vanished(group.owners(numbers, self.n)) for group in groups]
+        flat = torch.cat(owners).cpu()
         drowned = flat == DROWNED
         self.drowned |= bool(drowned.any())
         flat = torch.where(drowned, NOBODY, flat)

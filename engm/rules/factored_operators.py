@@ -207,7 +207,13 @@ def _concatenated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any)
     if len(own) != len(shape):
         return None  # an empty tensor, which torch lets pass
     dim = saved_option(node, "dim") % len(shape)
-    start = sum(entering_shape(*edge)[dim] for edge in node.next_functions[:slot])
+    before, behind = node.next_functions[:slot], node.next_functions[slot + 1 :]
+    if all(node is not None for node, _ in before):
+        start = sum(entering_shape(*edge)[dim] for edge in before)
+    elif all(node is not None for node, _ in behind):
+        start = shape[dim] - own[dim] - sum(entering_shape(*edge)[dim] for edge in behind)
+    else:
+        return None  # constants on both sides, whose sizes nothing tells
     return cut_or_padded(parts, dim, shape, lambda tensor, along: tensor.narrow(along, start, own[dim]))
 
 

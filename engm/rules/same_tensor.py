@@ -56,10 +56,11 @@ REARRANGING = frozenset(
 
 # Operators whose nodes show all that their backward pass reads. Others are the same as no other.
 _ARRANGE = ("Expand", "Stack", "Diagonal", "Tril", "Triu")
-_COUNT = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Square", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Log", "Abs")
-_BEND = ("Tanh", "Sigmoid", "Softplus", "Relu", "Softmax", "LogSoftmax", "Clamp", "ClampMin", "ToCopy")
+_COUNT = ("Add", "Sub", "Mul", "Div", "Neg", "Pow", "Square", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Log", "Abs", "Sin")
+_BEND = ("Tanh", "Sigmoid", "Softplus", "Relu", "Softmax", "LogSoftmax", "Clamp", "ClampMin", "ToCopy", "Cos", "Where")
 _SUM = ("Sum", "Mean", "Norm", "LinalgVectorNorm", "Mm", "Bmm", "Addmm", "Mv", "Dot", "WeightNormInterface")
-COMPARED = REARRANGING | frozenset((*_ARRANGE, *_COUNT, *_BEND, *_SUM))
+_SOLVE = ("LinalgMatrixExp", "LinalgSolveEx", "LinalgInvEx", "LinalgHouseholderProduct", "NativeLayerNorm")
+COMPARED = REARRANGING | frozenset((*_ARRANGE, *_COUNT, *_BEND, *_SUM, *_SOLVE))
 
 
 class Numbering:

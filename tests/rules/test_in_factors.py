@@ -99,6 +99,8 @@ STEPS = {
     "sine": lambda m: m.w.sin() * m.w.cos(),
     "rows of two": lambda m: torch.cat([m.new(len(m.w), *m.w.shape[1:]), m.w])[::2],
     "columns of two": lambda m: torch.cat([m.new(len(m.w), 1, *m.w.shape[2:]), m.w], 1)[:, :-1],
+    "rows of constants": lambda m: torch.cat([torch.ones(3, *m.w.shape[1:]), m.w, m.w])[3 : 3 + len(m.w)],
+    "rows before constants": lambda m: torch.cat([m.w, m.w, torch.ones(3, *m.w.shape[1:])])[len(m.w) : -3],
     "layer norm": lambda m: F.layer_norm(m.w, m.w.shape[1:]),
     "copied": lambda m: m.w.clone(),
     "flattened": lambda m: F.normalize(m.w.flatten(1), dim=1).view_as(m.w),

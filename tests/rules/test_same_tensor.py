@@ -31,6 +31,10 @@ def places(*tensors):
         lambda p: (p * 2 + p.sum()).view(2, 8),
         lambda p: torch._weight_norm_interface(p, p.norm(dim=1, keepdim=True), 0)[0].t(),
         lambda p: F.normalize(p).unbind()[2],
+        lambda p: F.layer_norm(p, (4,)).sin() * p.cos(),
+        lambda p: torch.where(p > 0, p, 2 * p),
+        lambda p: torch.linalg.matrix_exp(p.tril() - p.tril().mT),
+        lambda p: torch.linalg.solve(p, p.t()) @ torch.linalg.inv(p),
     ],
 )
 def test_computed_twice(compute):
@@ -63,6 +67,8 @@ def test_a_parameter_changed_in_between():
 
 def test_an_operator_that_is_not_known_to_show_all():
     p = leaf(4, 4)
+    sizes = [[torch.ones(rows, 4), p, torch.ones(3 - rows, 4)] for rows in (1, 2)]
+    assert places(*map(torch.cat, sizes)) == [0, 1]
     assert places(p.as_strided((2, 2), (1, 2)), p.as_strided((2, 2), (2, 1))) == [0, 1]
 
 
