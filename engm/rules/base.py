@@ -247,6 +247,7 @@ class FunctionRule(Rule):
 
 
 _REGISTRY: dict[type[nn.Module], Rule] = {}
+_BY_NAME: dict[str, Rule] = {}
 _registrations = [0]
 
 
@@ -309,10 +310,20 @@ def register_rule(
     return register
 
 
+def register_by_name(rule: Rule, *names: str) -> None:
+    """Registers a rule for classes of packages that need not be there; for rules inside engm.
+
+    Args:
+        rule: the rule.
+        names: of the classes, each with the module that defines it in front.
+    """
+    _BY_NAME.update(dict.fromkeys(names, rule))
+
+
 def find_rule(module: nn.Module) -> Rule | str:
     """The rule that holds for ``module``, or a sentence that says why there is none."""
     for ancestor in type(module).__mro__:
-        rule = _REGISTRY.get(ancestor)
+        rule = _REGISTRY.get(ancestor) or _BY_NAME.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
         if rule is None:
             continue
         if not computes_like(type(module), ancestor):

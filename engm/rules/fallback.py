@@ -21,7 +21,7 @@ from ..checks import RefusedError
 from ..terms import PerExampleGradient, Term
 from ..torch_internals import own_parameters, tree_leaves, tree_unflatten
 from .arguments import Arguments
-from .base import WholeCallRule
+from .base import WholeCallRule, register_by_name
 
 CHUNK_BYTES = 64 << 20  # memory that the examples which are run at once may take
 HELD = 8  # tensors of the size of its arguments that a module is assumed to hold while it runs
@@ -223,7 +223,17 @@ class _Run:
         return max(1, min(self.saved.batch, CHUNK_BYTES // max(1, example)))
 
 
+class RunAgainRule(GenericRule):
+    """The generic rule where it is the cheapest way: for layers whose operator torch cannot cut into examples.
+
+    Its backward pass takes as long for the gradient of one example as for all, unless it is run on one alone.
+    """
+
+    generic = False
+
+
 GENERIC = GenericRule()
+register_by_name(RunAgainRule(), "torchvision.ops.deform_conv.DeformConv2d")
 
 
 @contextmanager
