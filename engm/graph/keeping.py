@@ -60,6 +60,8 @@ def closed_to_others(rows: Measured) -> bool:
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or child in rows.shared or not rows.structure.trained_behind(child):
                 continue
+            if child in rows.silent:  # and so watched
+                continue
             whole = rows.nodes.get((child, node.next_functions[slot][1]))
             if whole is None or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
                 continue

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import per_example_gradients, trained
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import engm
 from engm.backward import prepare
@@ -124,3 +125,31 @@ def test_nothing_vanishes_in_float16():
     assert vanishing(torch.float16) == unnoticed(torch.float16) == 0
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert torch.full((), unnoticed(dtype), dtype=dtype).square() < torch.finfo(dtype).tiny
+
+
+class FromState(nn.Module):
+    """A recurrence with a weight that is computed anew at every step, from a state that is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.inp, self.out = spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x, h):
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.inp(x[:, t]) + self.cell(h))
+        return self.out(h)
+
+
+def test_a_weight_that_is_multiplied_by_zeros_is_watched(monkeypatch):
+    torch.manual_seed(0)
+    net = FromState().double()
+    model = engm.GradNormModule(net)
+    made = []
+    monkeypatch.setattr(prepare, "make_plan", lambda *args, make=make_plan: made.append(1) or make(*args))
+    for step in range(5):
+        x, h = torch.randn(N, 4, 3).double(), torch.randn(N, WIDTH).double() * (step == 3)
+        exact = copy.deepcopy(net)  # the norm goes on with its power iteration
+        found = engm.per_example_grad_norms(model, model(x, h).square().sum(1))
+        wanted = per_example_gradients(exact(x, h).square().sum(1), trained(exact)).norms
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+        assert len(made) == 1 + (step >= 3)
