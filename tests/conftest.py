@@ -2,12 +2,14 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ["ENGM_COST_TABLE"] = "built-in"  # a developer's own table must not change which forms the tests take
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -32,6 +34,27 @@ def _nothing_of_other_modules_to_collect():
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def machine_code_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The built extension's machine code by architecture: cuobjdump takes half a minute, once for all workers."""
+    import disassembly  # not for all tests: those of the oldest torch have no folder of tools beside them
+
+    from engm import _C
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # whose folder is in that of the whole session
+        folder = folder.parent
+
+    def read(architecture: str) -> str:
+        path = folder / f"machine_code_{architecture}"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_text(disassembly.disassembled(Path(_C.__file__), architecture))
+        return path.read_text()
+
+    return read
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,7 +4,6 @@ Nothing here needs a GPU; it needs a build with CUDA and cuobjdump (the toolkit'
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import disassembly
@@ -65,12 +64,11 @@ def test_registers_stay_under_their_ceilings(resources):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_kernel_uses_atomics(architecture):
+def test_no_kernel_uses_atomics(architecture, machine_code_of):
     """Results are the same bits on every run; sums go through memory in a fixed order."""
     if not built_for(architecture):
         pytest.skip(f"not built for {architecture}")
-    command = [disassembly.cuobjdump(), "-sass", "-arch", architecture, _C.__file__]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = machine_code_of(architecture)
     assert "HMMA" in code
     assert "LDGSTS" in code
     assert not re.findall(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG|REDS)\b.*", code)

@@ -196,26 +196,32 @@ class Kernel:
         return loops[0]
 
 
+def disassembled(path: Path, architecture: str) -> str:
+    """The machine code of a library or an object, and what its functions take, as cuobjdump writes them."""
+    command = [cuobjdump(), "-arch", architecture, "-sass", "--dump-resource-usage", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def kernels_in(text: str, architecture: str) -> list[Kernel]:
+    """The direct form's kernels in machine code as :func:`disassembled` gives it."""
+    kernels: dict[str, Kernel] = {}
+    usage, now = None, None
+    for line in text.splitlines():
+        if match := re.match(r"\s+Function : (\S+)", line):
+            now = kernels.setdefault(match[1], Kernel(architecture, match[1]))
+        elif match := re.match(r"\s*Function (\S+):", line):
+            usage = kernels.setdefault(match[1], Kernel(architecture, match[1]))
+        elif "REG:" in line and usage is not None:
+            use = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            usage.registers, usage.spills = use["REG"], use["STACK"] + use["LOCAL"]
+        elif now is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
+            now.lines.append((int(match[1], 16), match[2]))
+    return [kernel for kernel in kernels.values() if kernel.tile and kernel.lines]
+
+
 def read(paths: Iterable[Path], architecture: str) -> list[Kernel]:
     """The direct form's kernels in libraries or objects."""
-    found: list[Kernel] = []
-    for path in paths:
-        command = [cuobjdump(), "-arch", architecture, "-sass", "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        kernels: dict[str, Kernel] = {}
-        usage, now = None, None
-        for line in text.splitlines():
-            if match := re.match(r"\s+Function : (\S+)", line):
-                now = kernels.setdefault(match[1], Kernel(architecture, match[1]))
-            elif match := re.match(r"\s*Function (\S+):", line):
-                usage = kernels.setdefault(match[1], Kernel(architecture, match[1]))
-            elif "REG:" in line and usage is not None:
-                use = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-                usage.registers, usage.spills = use["REG"], use["STACK"] + use["LOCAL"]
-            elif now is not None and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", line)):
-                now.lines.append((int(match[1], 16), match[2]))
-        found += [kernel for kernel in kernels.values() if kernel.tile and kernel.lines]
-    return found
+    return [kernel for path in paths for kernel in kernels_in(disassembled(path, architecture), architecture)]
 
 
 SHARED_OF_ALL = {"sm_80": 164 << 10, "sm_90": 228 << 10}  # bytes of a multiprocessor

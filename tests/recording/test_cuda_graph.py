@@ -148,8 +148,13 @@ def test_needs_a_cuda_device():
         engm.record(t.opt, t.losses, backend="cudagraph")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+# Every optimizer on two networks, every network under four optimizers.
+HALF = [
+    (optimizer, name) for i, optimizer in enumerate(OPTIMIZERS) for k, name in enumerate(NETWORKS) if (i + k) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("optimizer", "name"), HALF)
 def test_nothing_waits_in_the_steps_of_our_own(optimizer, name, monkeypatch):
     """No operator of any optimizer, on any of the networks and with an attack, needs the host."""
     found = []

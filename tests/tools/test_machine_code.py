@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import disassembly
@@ -127,27 +129,35 @@ def test_each_operand_is_copied_as_its_own_shape_allows(
     assert of_gy.copies == ("rows" if channels_last else copies)
 
 
-def built_kernels(architecture: str) -> list[Kernel]:
-    """The direct form's kernels in the built extension."""
+@pytest.fixture(scope="module")
+def built_kernels(machine_code_of: Callable[[str], str]) -> Callable[[str], list[Kernel]]:
+    """The direct form's kernels in the built extension, by architecture."""
+    return functools.cache(lambda architecture: kernels_of(architecture, machine_code_of))
+
+
+def kernels_of(architecture: str, machine_code_of: Callable[[str], str]) -> list[Kernel]:
+    """Skips where the extension was not built for the architecture, or cannot be looked into."""
     if f"{architecture[3]}.{architecture[4]}" not in str(_C.build_info().get("cuda_architectures", "")):
         pytest.skip(f"the extension was not built for {architecture}")
     try:
         disassembly.cuobjdump()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    return disassembly.read([Path(_C.__file__)], architecture)
+    return disassembly.kernels_in(machine_code_of(architecture), architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", machine_code.SHARED)
-def test_the_built_kernels_stay_within_their_limits(architecture: str) -> None:
+def test_the_built_kernels_stay_within_their_limits(
+    architecture: str, built_kernels: Callable[[str], list[Kernel]]
+) -> None:
     kernels = built_kernels(architecture)
     text, wrong = machine_code.table(kernels, disassembly.resources([Path(_C.__file__)], architecture), architecture)
     assert not wrong, text
 
 
 @pytest.mark.slow
-def test_predicted_shares_of_the_ceiling_reach_the_goal() -> None:
+def test_predicted_shares_of_the_ceiling_reach_the_goal(built_kernels: Callable[[str], list[Kernel]]) -> None:
     kernels = built_kernels("sm_90")
     for network, layers in roofline.NETWORKS.items():
         for precision in roofline.HEADLINE:

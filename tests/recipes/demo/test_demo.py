@@ -231,8 +231,9 @@ def test_command(tmp_path: Path) -> None:
     assert content["settings"]["alpha"] == 0.5
 
 
-@pytest.mark.slow  # seven optimizers record their steps
-def test_command_with_all_methods_and_a_log(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_command_with_all_methods_and_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engm.recipes.demo.DemoSettings", EagerSettings)
     arguments = ["demo", "--all", "--epochs", "2", "--width", "2", "--batch-size", "320", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--log", "csv"])
     assert result.exit_code == 0, result.output

@@ -1,7 +1,8 @@
-"""A run in memory: every objective with every optimizer, speed switches, and what each setting does."""
+"""A run in memory: objectives with optimizers, speed switches, and what each setting does."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -32,19 +33,27 @@ def weights(run: Run) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in run.net.parameters()])
 
 
-@pytest.mark.parametrize(
-    ("objective", "optimizer", "step"),
-    [
-        (objective, optimizer, "eager" if (i + k) % 4 else "auto")
-        for i, objective in enumerate(OBJECTIVES)
-        for k, optimizer in enumerate(METHOD_NAMES)
-    ],
-)
-def test_every_pair_learns_digits(objective: str, optimizer: str, step: str) -> None:
-    """Twenty steps on real digits: the objective's own loss of fixed examples falls.
+# Three of the seven optimizers an objective, so chosen that any two objectives have another one in common, and every
+# optimizer has three objectives or more. What each of them computes is proven elsewhere.
+PAIRS = [
+    (objective, optimizer, "eager" if (k - 2 * i) % 7 else "auto")
+    for i, objective in enumerate(OBJECTIVES)
+    for k, optimizer in enumerate(METHOD_NAMES)
+    if (k - 2 * i) % 7 in (0, 1, 3)
+]
 
-    Every fourth pair records its steps, so that each objective and each optimizer is among them.
-    """
+
+def test_pairs_hold_every_objective_and_every_optimizer() -> None:
+    for place, names, least in ((0, OBJECTIVES, 3), (1, METHOD_NAMES, 3)):
+        count = Counter(pair[place] for pair in PAIRS)
+        assert count.keys() == set(names)
+        assert min(count.values()) >= least
+        assert {pair[place] for pair in PAIRS if pair[2] == "auto"} == set(names), "recorded steps are among them"
+
+
+@pytest.mark.parametrize(("objective", "optimizer", "step"), PAIRS)
+def test_pairs_learn_digits(objective: str, optimizer: str, step: str) -> None:
+    """Twenty steps on real digits: the objective's own loss of fixed examples falls."""
     lr = {"sngm": 0.02, "f-engm": 0.1}.get(optimizer, 0.05)
     config = RunConfig(
         width=4,
