@@ -236,10 +236,12 @@ def measured(
         nodes, calls = _of_one(traced, positions)
         return Measured(traced, structure, n, view, about, nodes, calls, {}, {}, False)
     question = Question(traced, losses, seed, view.couplings, view.through | view.own, traced.group)
-    question.ask(positions, edges=_meeting(structure), cancelling=view.behind)
+    edges = _meeting(structure)
+    question.ask(positions, edges=edges, cancelling=view.behind)
     suspects = _suspects(model, structure, n, about, question.nodes)
     if view.by_element and on_any(traced.group, bool(suspects), losses.device):
-        question.ask(suspects, by_element=True, cancelling=view.behind)
+        ending = {p: [s for s in slots if traced.children[p][s] in suspects] for p, slots in edges.items()}
+        question.ask(suspects, by_element=True, edges=ending, cancelling=view.behind)
     found = question.nodes, question.calls, question.blind, question.edges, question.drowned
     return Measured(traced, structure, n, view, about, *found)
 
@@ -259,7 +261,7 @@ def _of_one(traced: Trace, positions: Collection[int]) -> tuple[dict[Key, Tensor
 
 
 def _meeting(structure: Structure) -> dict[int, list[int]]:
-    """The inputs (slots), by node, of the edges that end where others end too, where zeros may part them."""
+    """The inputs (slots), by node, of the edges that end where others end too, and may bring other rows than these."""
     traced, positions = structure.traced, structure.looked_at
     ends: dict[tuple[int, int], list[Key]] = {}
     for position, node in enumerate(traced.order):

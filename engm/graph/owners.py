@@ -418,17 +418,35 @@ class Question:
             for group in groups:
                 group.note_rounding(seen, stretch, whole)
         calls: dict[int, list[Tensor]] = {}
-        for key, owners in self._on_cpu(groups, numbers).items():
+        found = self._on_cpu(groups, numbers)
+        self._part_by_edges(found)
+        for key, owners in found.items():
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
             elif key[0] == "edge":
-                if bool((owners == NOBODY).any()):
+                if not by_element and bool((owners == NOBODY).any()):
                     self.edges[key[1], key[2]] = owners
             elif key[0] == "call":
                 calls.setdefault(key[1], []).append(owners)
             else:
                 self.nodes[key] = owners
         self.calls |= calls  # what was asked again counts
+
+    def _part_by_edges(self, found: dict[Any, Tensor]) -> None:
+        """Where one edge alone brings a row gradients of another example than its own, the row is of several.
+
+        They may be so small that they are lost beside the others in the sum, and larger at the next step.
+        """
+        for key, owners in found.items():
+            if key[0] != "edge":
+                continue
+            end = self.traced.children[key[1]][key[2]], self.traced.order[key[1]].next_functions[key[2]][1]
+            whole = found.get(end)
+            if whole is None or whole is owners or whole.shape != owners.shape:
+                continue
+            others = (owners != whole) & (owners >= 0) & (whole >= 0)
+            if bool(others.any()):
+                found[end] = whole.masked_fill(others, SEVERAL)
 
     def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
         """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.
