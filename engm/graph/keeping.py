@@ -54,7 +54,8 @@ def closed_to_others(rows: Measured) -> bool:
     """
     for position, node in enumerate(rows.traced.order):
         name = operator_name(node)
-        moves = (name in MOVING or name in HANDING_ON) and name not in CHOOSING
+        chooses = _chooses(node)
+        moves = (name in MOVING or name in HANDING_ON) and not chooses
         if moves or position in rows.shared or position in rows.idle:
             continue
         for slot, child in enumerate(rows.traced.children[position]):
@@ -65,7 +66,7 @@ def closed_to_others(rows: Measured) -> bool:
             whole = rows.nodes.get((child, node.next_functions[slot][1]))
             if whole is None or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
                 continue
-            if _chooses_among(rows, node, whole) if name in CHOOSING else _disagrees(rows, position, slot, whole):
+            if _chooses_among(rows, node, slot, whole) if chooses else _disagrees(rows, position, slot, whole):
                 return True
     return False
 
@@ -114,11 +115,19 @@ def _tells(rows: Measured, position: int, slot: int) -> bool:
     return name in MOVING or (name in ELEMENTWISE and entering_shape(*node.next_functions[slot]) == output_shape(node))
 
 
-def _chooses_among(rows: Measured, node: Any, whole: Tensor) -> bool:
+def _chooses(node: Any) -> bool:
+    """Whether the data tell which of the rows that a node reads get a gradient."""
+    if operator_name(node) in CHOOSING:
+        return True
+    reduces = operator_name(node) in ("IndexReduce", "ScatterReduce", "SegmentReduce")
+    return reduces and saved_option(node, "reduce") not in ("sum", "mean")
+
+
+def _chooses_among(rows: Measured, node: Any, slot: int, whole: Tensor) -> bool:
     """Whether a node picks one of the elements of different examples."""
-    along: Any = saved_option(node, "dim")
+    along: Any = saved_option(node, "axis" if operator_name(node) == "SegmentReduce" else "dim")
     dims = along if isinstance(along, tuple) else () if along is None else (along,)
-    rank = len(entering_shape(*node.next_functions[0]))
+    rank = len(entering_shape(*node.next_functions[slot]))
     return bool(rows.about.varying(whole) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
 
 

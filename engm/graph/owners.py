@@ -32,12 +32,17 @@ from .._C import GradientPrints, PrintHooks, add_digit, are_owned, first_alike, 
 from ..capture.calls import Call
 from ..distributed import most
 from ..repeatable import repeatable_kernels
+from ..rules.entries import names_of
 from ..terms.owners import NOBODY
-from ..torch_internals import node_outputs, rows_of_nested
+from ..torch_internals import node_outputs, operator_name, output_shape, passed_to_input, rows_of_nested
 from .trace import Trace
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+# Operators whose indices may name a row more than once, and one that adds up what it picks.
+PICKING = names_of("Embedding Gather Index IndexSelect Take UnsafeIndex")
+PICKING_OR_ADDING = PICKING | {"EmbeddingBag"}
 
 BLIND = -3  # the owner of a row that is not finite, which tells nothing
 SEVERAL = -2  # the owner of a row that several examples have a share in
@@ -420,6 +425,7 @@ class Question:
         calls: dict[int, list[Tensor]] = {}
         found = self._on_cpu(groups, numbers)
         self._part_by_edges(found)
+        self._part_by_picks(found)
         for key, owners in found.items():
             if key[0] == "tensor":
                 self.tensors[key[1]] = owners
@@ -447,6 +453,38 @@ class Question:
             others = (owners != whole) & (owners >= 0) & (whole >= 0)
             if bool(others.any()):
                 found[end] = whole.masked_fill(others, SEVERAL)
+
+    def _part_by_picks(self, found: dict[Any, Tensor]) -> None:
+        """The same where one node picks a row several times, for rows of different examples.
+
+        A node's backward pass is linear. So a row comes from several examples if it gets something both from those
+        whose number has some bit and from those whose number has it not.
+        """
+        for position, node in enumerate(self.traced.order):
+            if operator_name(node) not in PICKING_OR_ADDING or None in self.traced.shapes[position]:
+                continue
+            end = self.traced.children[position][0], node.next_functions[0][1]
+            whole, own = found.get(end), found.get((position, 0), self.nodes.get((position, 0)))
+            if whole is None or own is None:
+                continue
+            present = own[own >= 0].unique()
+            shape, others = output_shape(node), torch.zeros_like(whole, dtype=torch.bool)
+            for bit in range(int(present.max()).bit_length() if present.numel() > 1 else 0):
+                with_bit = (own >> bit & 1).bool()
+                got = [self._gets(node, shape, (own >= 0) & side, whole) for side in (with_bit, ~with_bit)]
+                others |= got[0] & got[1]
+            if bool(others.any()):
+                found[end] = whole.masked_fill(others & (whole >= 0), SEVERAL)
+
+    def _gets(self, node: Any, shape: tuple[int, ...], rows: Tensor, whole: Tensor) -> Tensor:
+        """Which rows of a node's first input get something from some rows of its output, ``[*whole.shape]``."""
+        output = node_outputs(node)[0]
+        gradient = rows.view(*rows.shape, *[1] * (len(shape) - rows.dim())).expand(shape)
+        rest = [None] * (len(node_outputs(node)) - 1)
+        passed = passed_to_input(node, 0, [gradient.to(output.device, output.dtype), *rest])
+        if passed is None:
+            return torch.zeros_like(whole, dtype=torch.bool)
+        return (dense(passed) != 0).reshape(*whole.shape, -1).any(-1).cpu()
 
     def _on_cpu(self, groups: Sequence[Owned], numbers: Numbers) -> dict[Any, Tensor]:
         """The owners of every tensor's rows, ``[*leading]``, by one copy; notes which are not known.

@@ -41,6 +41,7 @@ from ..torch_internals import (
     unrecorded,
 )
 from .arrangement import Arrangements
+from .owners import PICKING
 from .plan import Route
 from .regions import keeps_rows
 from .structure import Structure
@@ -124,9 +125,6 @@ RIGHT_OF_STACKS = {"Bmm": 1, "Baddbmm": 2}
 
 # Operators whose output has a dimension at the end that their input lacks, or the other way round.
 PARTS = frozenset(["ViewAsReal", "ViewAsComplex"])
-
-# Operators whose indices may name a row more than once.
-PICKING = frozenset(["Embedding", "Gather", "Index", "IndexSelect", "Take", "UnsafeIndex"])
 
 # Operators that move elements along a dimension that they are told, each by an index of its own.
 BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sort", "Topk"])

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import per_example_gradients, trained
@@ -18,6 +19,20 @@ from engm.checks import RefusedError
 pytestmark = pytest.mark.torch_insides
 N, WIDTH = 5, 4
 ORDER = torch.tensor([2, 0, 3, 4, 1])
+INTO, FROM = torch.arange(N).repeat(2), torch.cat([torch.arange(N), ORDER])
+PAIRS = torch.stack([torch.arange(N), ORDER], 1)
+
+
+def every(rows):
+    """The same index for every element of a row."""
+    return rows[:, None].expand(-1, WIDTH)
+
+
+def weights(gate, like):
+    """One for every example's own row, and the gate for that of another."""
+    return torch.cat([torch.ones(N).to(like), gate.expand(N)])[:, None]
+
+
 PATHS = {
     "in another order": lambda net, h, z, a, b: h + a * z[ORDER] + b * z,
     "both in another order": lambda net, h, z, a, b: (a * z + h)[ORDER] + b * z[ORDER],
@@ -26,6 +41,13 @@ PATHS = {
     "product with an order": lambda net, h, z, a, b: h + a * (torch.eye(N)[ORDER].to(z) @ z) + b * z,
     "the larger one": lambda net, h, z, a, b: h + torch.maximum(a * z[ORDER] - 10 * (1 - a), b * z - 10),
     "rows of two": lambda net, h, z, a, b: h + torch.cat([a * z[ORDER][:2], b * z[2:]]),
+    "added where an index says": lambda net, h, z, a, b: h.index_add(0, INTO, weights(a, z) * z[FROM]) + b * z,
+    "of a table": lambda net, h, z, a, b: h.index_add(0, INTO, weights(a, z) * F.embedding(FROM, z)) + b * net.last(z),
+    "gathered": lambda net, h, z, a, b: h.scatter_add(0, every(INTO), weights(a, z) * z.gather(0, every(FROM))),
+    "bags": lambda net, h, z, a, b: (
+        h + F.embedding_bag(PAIRS, z, per_sample_weights=weights(a, z).view(2, N).t(), mode="sum")
+    ),
+    "the largest": lambda net, h, z, a, b: h + z + a * torch.zeros_like(z).scatter_reduce(0, every(ORDER), z, "amax"),
     "independent": lambda net, h, z, a, b: h + a * z + b * net.last(z).flip(1),
 }
 SIZES = {
@@ -52,7 +74,7 @@ class Gated(nn.Module):
     dtype=st.sampled_from(sorted(SIZES, key=str)),
     steps=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=2, max_size=6),
 )
-@settings(max_examples=60)
+@settings(max_examples=80)
 def test_right_or_refused(path, layer, dtype, steps):
     torch.manual_seed(0)
     net = Gated(PATHS[path], layer).to(dtype)
