@@ -240,7 +240,8 @@ def measured(
     question.ask(positions, edges=edges, cancelling=view.behind)
     suspects = _suspects(model, structure, n, about, question.nodes)
     if view.by_element and on_any(traced.group, bool(suspects), losses.device):
-        ending = {p: [s for s in slots if traced.children[p][s] in suspects] for p, slots in edges.items()}
+        within = {p: [s for s in slots if traced.children[p][s] in suspects] for p, slots in edges.items()}
+        ending = {p: slots for p, slots in within.items() if slots}
         question.ask(suspects, by_element=True, edges=ending, cancelling=view.behind)
     found = question.nodes, question.calls, question.blind, question.edges, question.drowned
     return Measured(traced, structure, n, view, about, *found)

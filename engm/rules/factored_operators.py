@@ -103,9 +103,9 @@ def _added(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> lis
 
 
 def _saved(node: Any, name: str) -> Tensor | None:
-    """A tensor that a node saved, a number as well, in a type in which sums of its output are precise."""
+    """A tensor or number that a node saved, beside its output, in a type in which sums of that are precise."""
     found = saved_by(node, name)
-    return found.to(_number(node, 0).dtype) if isinstance(found, Tensor) else None
+    return found.to(_number(node, 0)) if isinstance(found, Tensor) else None
 
 
 def _operand(node: Any, name: str) -> Tensor | None:
@@ -169,7 +169,7 @@ def _solved(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> li
     if matrix is None or solution is None or matrix.dim() != 2 or len(shape) != 2 or not saved_option(node, "left"):
         return None
     of_rest = of_right(parts, torch.linalg.inv(matrix), shape)
-    return of_rest if slot == 1 or of_rest is None else _negative(of_left(of_rest, solution, shape), own)
+    return of_rest if slot == 1 or of_rest is None else _negative(node, of_left(of_rest, solution, shape), own)
 
 
 def _inverted(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
@@ -177,11 +177,11 @@ def _inverted(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> 
     if inverse is None or len(shape) != 2:
         return None
     once = of_right(parts, inverse, shape)
-    return None if once is None else _negative(of_left(once, inverse, shape), own)
+    return None if once is None else _negative(node, of_left(once, inverse, shape), own)
 
 
-def _negative(parts: list[Part] | None, shape: tuple[int, ...]) -> list[Part] | None:
-    return None if parts is None else [part.times(torch.full((), -1.0), shape) for part in parts]
+def _negative(node: Any, parts: list[Part] | None, shape: tuple[int, ...]) -> list[Part] | None:
+    return None if parts is None else [part.times(_number(node, -1), shape) for part in parts]
 
 
 def _exponential(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
@@ -191,14 +191,11 @@ def _exponential(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) 
 
 def _sliced(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
     dim = saved_option(node, "dim") % len(own)
-    where = slice(*(saved_option(node, name) for name in ("start", "end", "step")))
+    where = [saved_option(node, name) for name in ("start", "end", "step")]
 
     def padded(tensor: Tensor, along: int) -> Tensor:
-        sizes = list(tensor.shape)
-        sizes[along] = own[dim]
-        whole = tensor.new_zeros(sizes)
-        whole[(*[slice(None)] * along, where)] = tensor
-        return whole
+        zeros = tensor.new_zeros([*tensor.shape[:along], own[dim], *tensor.shape[along + 1 :]])
+        return zeros.slice_scatter(tensor, along, *where)
 
     return cut_or_padded(parts, dim, shape, padded)
 

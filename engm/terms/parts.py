@@ -80,11 +80,6 @@ class Product:
             return Product(PerExampleGradient(term.gradient.mT), factor)
         return None
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``sum_i weights_i g_i``."""
-        found = self.term.weighted_sum(weights)
-        return found if self.factor is None else found * self.factor
-
     def dense(self, rows: slice) -> Tensor:
         """The gradients of some examples."""
         found = self.term.dense(rows)
@@ -124,18 +119,11 @@ class Scaled:
         """As :meth:`Product.transposed`."""
         return Scaled(self.along, self.fixed.t(), 1 - self.dim)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``sum_i weights_i g_i``."""
-        return self._lying(weights @ self.along) * self.fixed
-
     def dense(self, rows: slice) -> Tensor:
         """The gradients of some examples."""
-        return self._lying(self.along[rows]) * self.fixed
-
-    def _lying(self, numbers: Tensor) -> Tensor:
-        """Numbers ``[*, shape[dim]]`` beside the fixed tensor's slices."""
+        numbers = self.along[rows]
         before, behind = [1] * self.dim, [1] * (self.fixed.dim() - 1 - self.dim)
-        return numbers.view(*numbers.shape[:-1], *before, numbers.shape[-1], *behind)
+        return numbers.view(len(numbers), *before, numbers.shape[1], *behind) * self.fixed
 
     def as_product(self) -> Product:
         """Of a matrix whose slices are all the same: outer products."""

@@ -263,8 +263,9 @@ def with_backward(backward):
         with_backward(lambda g: g.clamp(-0.1, 0.1)),
         with_backward(lambda g: g / g.norm()),
         with_backward(torch.sign),
+        with_backward(lambda g: torch.where(g.abs() > 100, torch.nan, g)),
     ],
-    ids=["rows moved", "two outputs", "mixes", "clips", "normalises", "takes signs"],
+    ids=["rows moved", "two outputs", "mixes", "clips", "normalises", "takes signs", "breaks"],
 )
 def test_what_is_not_known_is_left_to_autograd(step):
     made, term = Made(4, 4), linear(2, (4, 4))[0]
