@@ -10,7 +10,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -44,6 +43,15 @@ py::tuple shapes_of(const Node& node) {
   return shapes;
 }
 
+// Whether an object itself has an attribute. To ask for one that is missing everywhere takes as long as ten nodes here.
+bool has_own(py::handle object, const py::str& name) {
+  const auto own = py::reinterpret_steal<py::dict>(PyObject_GenericGetDict(object.ptr(), nullptr));
+  if (!own) throw py::error_already_set();
+  const int found = PyDict_Contains(own.ptr(), name.ptr());
+  if (found < 0) throw py::error_already_set();
+  return found != 0;
+}
+
 // Walks depth first, inputs from left to right, and returns
 //   order     the nodes but those of leaves, each after those that it passes gradients to
 //   children  for each of these its inputs: the place in `order` of the node behind, None, or -2 - k for leaf number k
@@ -53,7 +61,7 @@ py::tuple shapes_of(const Node& node) {
 //   tokens    (place in `order`, leaf) where an input is a leaf that has the attribute `token`; it is not counted as one
 //   hooked    (last) whether hooks of others hang on a node or on what it made
 //   records   (place in `order`, object) for every object that was written on a node (graph_records.h), in that order
-py::tuple walk(const at::Tensor& root, const std::string& token) {
+py::tuple walk(const at::Tensor& root, const py::str& token) {
   struct Frame {
     Node* node;
     size_t next;  // the input to go to
@@ -109,7 +117,7 @@ py::tuple walk(const at::Tensor& root, const std::string& token) {
         const auto* const leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edge.function.get());
         if (leaf == nullptr || met.count(leaf) != 0 || token_of.count(leaf) != 0) continue;
         py::object variable = py::reinterpret_steal<py::object>(THPVariable_Wrap(leaf->variable));
-        if (py::hasattr(variable, token.c_str())) {
+        if (has_own(variable, token)) {
           token_of.emplace(leaf, std::move(variable));
         } else {
           met.emplace(leaf, leaves.size());

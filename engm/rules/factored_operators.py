@@ -7,6 +7,7 @@ shapes of output and input. It returns the parts of the gradients of the input, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..ops import accumulation_dtype
 from ..terms import PerExampleGradient, Reshaped
 from ..terms.combination import sum_of
-from ..terms.matrix_parts import cut_or_padded, of_exponential, of_left, of_right, transposes
+from ..terms.matrix_parts import moved_along, of_exponential, of_left, of_reflections, of_right, transposes
 from ..terms.parts import Part, Product, Scaled, is_constant
 from ..torch_internals import entering_shape, node_outputs, operator_name, saved_by, saved_option
 from .entries import names_of
@@ -189,6 +190,47 @@ def _exponential(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) 
     return of_exponential(parts, matrix) if matrix is not None and len(shape) == 2 else None
 
 
+def _reflected(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    """A product of reflections."""
+    vectors, tau = _saved(node, "input"), _saved(node, "tau")
+    if vectors is None or tau is None or len(shape) != 2:
+        return None
+    found = of_reflections(parts, vectors, tau, shape, of_tau=slot == 1)
+    return None if found is None else [Product(PerExampleGradient(found))]
+
+
+def _cumulated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    """Cumulative sums, as products with a triangular matrix of ones."""
+    if len(shape) != 2:
+        return None
+    dim = saved_option(node, "dim") % 2
+    ones = _number(node, 1).expand(shape[dim], shape[dim]).tril()
+    return of_right(parts, ones, shape) if dim == 0 else of_left(parts, ones.t(), shape)
+
+
+def _flipped(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    found: list[Part] | None = parts
+    for dim in saved_option(node, "dims"):
+        if found is not None:
+            found = moved_along(found, dim % len(shape), shape, lambda tensor, along: tensor.flip(along))
+    return found
+
+
+def _rolled(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    dims, shifts = saved_option(node, "dims"), saved_option(node, "shifts")
+    if not dims:
+        return None  # all elements, one behind the other
+    found: list[Part] | None = parts
+    for dim, shift in zip(dims, shifts, strict=True):
+        if found is not None:
+            found = moved_along(found, dim % len(shape), shape, partial(_rolled_back, shift))
+    return found
+
+
+def _rolled_back(shift: int, tensor: Tensor, along: int) -> Tensor:
+    return tensor.roll(-shift, along)
+
+
 def _sliced(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
     dim = saved_option(node, "dim") % len(own)
     where = [saved_option(node, name) for name in ("start", "end", "step")]
@@ -197,7 +239,7 @@ def _sliced(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> li
         zeros = tensor.new_zeros([*tensor.shape[:along], own[dim], *tensor.shape[along + 1 :]])
         return zeros.slice_scatter(tensor, along, *where)
 
-    return cut_or_padded(parts, dim, shape, padded)
+    return moved_along(parts, dim, shape, padded)
 
 
 def _concatenated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
@@ -211,7 +253,7 @@ def _concatenated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any)
         start = shape[dim] - own[dim] - sum(entering_shape(*edge)[dim] for edge in behind)
     else:
         return None  # constants on both sides, whose sizes nothing tells
-    return cut_or_padded(parts, dim, shape, lambda tensor, along: tensor.narrow(along, start, own[dim]))
+    return moved_along(parts, dim, shape, lambda tensor, along: tensor.narrow(along, start, own[dim]))
 
 
 def _matrix_times_vector(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
@@ -273,6 +315,8 @@ RULES: dict[str, FactoredRule] = {
     "T": _transposed,
     "Transpose": _transposed_dims,
     "Permute": _permuted,
+    "Flip": _flipped,
+    "Roll": _rolled,
     "Slice": _sliced,
     "Cat": _concatenated,
     "Add": _added,
@@ -283,9 +327,11 @@ RULES: dict[str, FactoredRule] = {
     "Where": _where,
     "Addmm": _product_added,
     "Mm": _matrix_product,
+    "Cumsum": _cumulated,
     "LinalgSolveEx": _solved,
     "LinalgInvEx": _inverted,
     "LinalgMatrixExp": _exponential,
+    "LinalgHouseholderProduct": _reflected,
     "Mv": _matrix_times_vector,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,

@@ -11,10 +11,12 @@ from functools import lru_cache
 from math import ceil, factorial, lgamma, log, log2
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..torch_internals import decided_for_now
 from .base import CHUNK_BYTES, PerExampleGradient
+from .combination import sum_of
 from .convolution import ConvFactors
 from .linear import LinearFactors
 from .parts import Part, Product, Scaled
@@ -117,16 +119,71 @@ def of_exponential(parts: Sequence[Part], matrix: Tensor) -> list[Part] | None:
     return found
 
 
-def cut_or_padded(
+def of_reflections(
+    parts: Sequence[Part], vectors: Tensor, tau: Tensor, shape: tuple[int, ...], *, of_tau: bool
+) -> Tensor | None:
+    """Gradients of ``vectors``, or of ``tau``, from those of the product of their reflections.
+
+    The product is ``H_1 ... H_k`` with ``H_i = I - tau_i v_i v_i^T``, of which the first ``p`` columns are taken. An
+    outer product ``b a^T`` comes to ``H_i`` as ``b_i a_i^T`` with ``b_i = H_{i-1} ... H_1 b`` and
+    ``a_i = H_{i+1} ... H_k a``. What is needed of those, ``b_i . v_i`` and ``a_i . v_i``, solves triangular systems
+    in the inner products of the ``v``.
+
+    Args:
+        parts: of the product's gradients ``[n, m, p]``.
+        vectors: ``[m, p]``, whose columns below the diagonal are those of the ``v_i`` below a one.
+        tau: ``[k]``, ``k <= p``.
+        shape: of the product, ``[m, p]``.
+        of_tau: whose gradients are wanted.
+
+    Returns:
+        ``[n, m, p]``, or ``[n, k]``.
+    """
+    (m, p), k = shape, len(tau)
+    v = vectors[:, :k].tril(-1)
+    v.diagonal().fill_(1)
+    inner = (v.t() @ v) * tau
+    one = torch.eye(k, dtype=v.dtype, device=v.device)
+    found = []
+    for part in parts:
+        if isinstance(part, Product) and part.factor is None and isinstance(part.term, LinearFactors):
+            a, b = part.term.activations, part.term.backprops
+        else:
+            formed = _formed(part)
+            if formed is None:
+                return None
+            a, b = torch.eye(p, dtype=formed.dtype, device=formed.device).expand(part.examples, p, p), formed.mT
+        if part.examples * vectors.nbytes > CHUNK_BYTES and not of_tau:
+            return None
+        a, b = F.pad(a, (0, m - p)).to(v.dtype), b.to(v.dtype)  # [n, T, m]
+        b_v = _solved_rows(one + inner.tril(-1), b @ v, upper=False)
+        a_v = _solved_rows(one + inner.triu(1), a @ v, upper=True)
+        if of_tau:
+            found.append(-(b_v * a_v).sum(1))
+            continue
+        b_tau, a_tau = b_v * tau, a_v * tau
+        between = (b_tau.mT @ a_tau).triu(1) + (a_tau.mT @ b_tau).tril(-1)
+        gradient = (v @ between - b.mT @ a_tau - a.mT @ b_tau).tril(-1)
+        found.append(F.pad(gradient, (0, p - k)))
+    return sum_of(found)
+
+
+def _solved_rows(matrix: Tensor, rows: Tensor, *, upper: bool) -> Tensor:
+    """``x`` with ``matrix x = row`` for every row of ``rows [n, T, k]``, by a triangular matrix."""
+    found = torch.linalg.solve_triangular(matrix, rows.flatten(0, 1).t(), upper=upper)
+    return found.t().view_as(rows)
+
+
+def moved_along(
     parts: Sequence[Part], dim: int, shape: tuple[int, ...], change: Callable[[Tensor, int], Tensor]
 ) -> list[Part] | None:
-    """What cutting or padding with zeros along a dimension makes of gradients ``[n, *shape]``.
+    """What moving, cutting or padding with zeros along a dimension makes of gradients ``[n, *shape]``.
 
     Args:
         parts: of the gradients.
         dim: the dimension of ``shape``.
         shape: of the gradients.
-        change: from a tensor and one of its dimensions to the tensor cut or padded along it.
+        change: from a tensor and one of its dimensions to the tensor whose elements are moved along it.
     """
     found: list[Part] = []
     for part in parts:

@@ -70,6 +70,22 @@ def less_singular(w):
     return w + (1 + w.detach().norm()) * torch.eye(len(w), dtype=w.dtype)
 
 
+def reflections(m):
+    """A matrix with orthonormal columns (rows, where there are fewer of them), as torch's parametrization makes it."""
+    wide = m.w.shape[0] < m.w.shape[1]
+    vectors = (m.w.mT if wide else m.w).tril(-1)
+    found = torch.linalg.householder_product(vectors, 2 / (1 + (vectors * vectors).sum(0)))
+    return found.mT if wide else found
+
+
+def fewer_reflections(m):
+    """Than columns, each with a factor of its own."""
+    wide = m.w.shape[0] < m.w.shape[1]
+    vectors = m.w.mT if wide else m.w
+    found = torch.linalg.householder_product(vectors, m.new(max(1, vectors.shape[1] - 2)))
+    return found.mT if wide else found
+
+
 STEPS = {
     "number": lambda m: 2.0 * m.w / 3,
     "mask": lambda m: m.w * (tensor(*m.w.shape, seed=7) > 0),
@@ -103,6 +119,8 @@ STEPS = {
     "rows before constants": lambda m: torch.cat([m.w, m.w, torch.ones(3, *m.w.shape[1:])])[len(m.w) : -3],
     "layer norm": lambda m: F.layer_norm(m.w, m.w.shape[1:]),
     "copied": lambda m: m.w.clone(),
+    "rows moved": lambda m: m.w.roll((1, -2), (0, 1)),
+    "turned round": lambda m: m.w.flip(1, 0),
     "flattened": lambda m: F.normalize(m.w.flatten(1), dim=1).view_as(m.w),
 }
 OF_MATRICES = {
@@ -121,6 +139,9 @@ OF_MATRICES = {
     "added product": lambda m: torch.addmm(m.w, m.new(len(m.w), 2), m.new(2, m.w.shape[1]), beta=0.5, alpha=2),
     "bias": lambda m: torch.addmm(m.new(m.w.shape[1]), m.w, tensor(m.w.shape[1], m.w.shape[1], seed=8)),
     "from one row": lambda m: F.linear(m.new(1, 3), m.new(m.w.numel(), 3), m.new(m.w.numel())).view_as(m.w) + m.w,
+    "sums so far": lambda m: m.w.cumsum(0) + m.new(*m.w.shape).cumsum(-1),
+    "reflections": reflections,
+    "fewer reflections": fewer_reflections,
     "permuted": lambda m: (m.w.permute(1, 0) * m.new(*m.w.shape[::-1])).T,
 }
 OF_SQUARES = {
@@ -257,7 +278,7 @@ def with_backward(backward):
 @pytest.mark.parametrize(
     "step",
     [
-        lambda w: w.roll(1, 0),
+        lambda w: w.roll(1),
         lambda w: w.unbind(0)[1] * w.cumsum(1),
         with_backward(lambda g: g + 1e-6 * g.flip(0)),
         with_backward(lambda g: g.clamp(-0.1, 0.1)),
@@ -265,7 +286,7 @@ def with_backward(backward):
         with_backward(torch.sign),
         with_backward(lambda g: torch.where(g.abs() > 100, torch.nan, g)),
     ],
-    ids=["rows moved", "two outputs", "mixes", "clips", "normalises", "takes signs", "breaks"],
+    ids=["elements moved", "two outputs", "mixes", "clips", "normalises", "takes signs", "breaks"],
 )
 def test_what_is_not_known_is_left_to_autograd(step):
     made, term = Made(4, 4), linear(2, (4, 4))[0]
