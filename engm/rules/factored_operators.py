@@ -19,7 +19,14 @@ from ..terms import PerExampleGradient, Reshaped
 from ..terms.combination import sum_of
 from ..terms.matrix_parts import moved_along, of_exponential, of_left, of_reflections, of_right, transposes
 from ..terms.parts import Part, Product, Scaled, is_constant
-from ..torch_internals import entering_shape, node_outputs, operator_name, saved_by, saved_option
+from ..torch_internals import (
+    entering_shape,
+    node_outputs,
+    operator_name,
+    saved_by,
+    saved_option,
+    saved_tensors_of,
+)
 from .entries import names_of
 
 # Operators that hand on a gradient as it is, in a shape that may have other dimensions of one element.
@@ -208,6 +215,51 @@ def _cumulated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) ->
     return of_right(parts, ones, shape) if dim == 0 else of_left(parts, ones.t(), shape)
 
 
+def _selected(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    """Rows or columns, some of them perhaps several times."""
+    if operator_name(node) == "IndexSelect":
+        dim, index = saved_option(node, "dim") % max(len(own), 1), saved_by(node, "index")
+    else:
+        given = [(dim, index) for dim, index in enumerate(saved_tensors_of(node, "indices")) if index is not None]
+        dim, index = given[0] if len(given) == 1 else (0, None)
+    if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+        return None
+    places = index % max(own[dim], 1)
+
+    def added(tensor: Tensor, along: int) -> Tensor:
+        zeros = tensor.new_zeros([*tensor.shape[:along], own[dim], *tensor.shape[along + 1 :]])
+        return zeros.index_add(along, places, tensor)
+
+    return moved_along(parts, dim, shape, added, adds=True)
+
+
+def _repeated(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    if len(own) != len(shape):
+        return None
+    found: list[Part] | None = parts
+    before = list(shape)
+    for dim, times in enumerate(saved_option(node, "repeats")):
+        if times != 1 and found is not None:
+            found = moved_along(found, dim, tuple(before), partial(_added_up, times), adds=True)
+        before[dim] = own[dim]
+    return found
+
+
+def _added_up(times: int, tensor: Tensor, along: int) -> Tensor:
+    return tensor.unflatten(along, (times, -1)).sum(along)
+
+
+def _on_diagonal(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
+    """A square matrix with a vector on its diagonal, or that vector."""
+    square = shape if operator_name(node) == "DiagEmbed" else own
+    if len(square) != 2 or square[0] != square[1] or saved_option(node, "offset") != 0:
+        return None
+    one = torch.diag(_number(node, 1).expand(square[0]))
+    if square is own:
+        return [Scaled(total(parts, shape), one)]
+    return [Product(PerExampleGradient(sum_of([part.sums_along(0, one) for part in parts])))]
+
+
 def _flipped(node: Any, slot: int, parts: list[Part], shape: Any, own: Any) -> list[Part] | None:
     found: list[Part] | None = parts
     for dim in saved_option(node, "dims"):
@@ -315,7 +367,12 @@ RULES: dict[str, FactoredRule] = {
     "T": _transposed,
     "Transpose": _transposed_dims,
     "Permute": _permuted,
+    "DiagEmbed": _on_diagonal,
+    "Diagonal": _on_diagonal,
     "Flip": _flipped,
+    "Index": _selected,
+    "IndexSelect": _selected,
+    "Repeat": _repeated,
     "Roll": _rolled,
     "Slice": _sliced,
     "Cat": _concatenated,

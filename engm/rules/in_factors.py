@@ -40,9 +40,10 @@ from .factored_operators import RULES, kept_alone, total
 # Operators that treat every element apart, if they read no other trained tensor.
 BY_ELEMENT = names_of(
     """
-    Abs Atan Clamp ClampMax ClampMin Cos Elu Erf Exp Expm1 Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P
-    LogSigmoid MaskedFill Maximum Minimum Mish Neg Pow Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Square
-    Tan Tanh Threshold Tril Triu
+    Abs Atan Clamp ClampMax ClampMin Cos Elu Erf Exp Expm1 FakeQuantizePerChannelAffineCachemask
+    FakeQuantizePerTensorAffineCachemask FakeQuantizePerTensorAffineCachemaskTensorQparams FusedMovingAvgObsFqHelper
+    Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid MaskedFill Maximum Minimum Mish Neg Pow
+    Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Square Tan Tanh Threshold Tril Triu
     """
 )
 

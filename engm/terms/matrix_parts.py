@@ -53,6 +53,11 @@ def of_left(parts: Sequence[Part], right: Tensor, shape: tuple[int, ...]) -> lis
         elif part.factor is None and isinstance(part.term, LinearFactors):
             a, b = part.term.activations, part.term.backprops
             found.append(Product(LinearFactors(a @ right.t().to(a.dtype), b)))
+        elif (outer := _masked_outer(part)) is not None and k < min(d, p):
+            a, b, factor = outer
+            columns = (a.t().unsqueeze(2) * right.t().unsqueeze(1).to(a.dtype)).flatten(1)  # [p, n k]
+            product = factor.expand(shape).to(a.dtype) @ columns
+            found.append(Product(PerExampleGradient(b.unsqueeze(2) * product.view(d, -1, k).transpose(0, 1))))
         else:
             formed = _formed(part)
             if formed is None:
@@ -174,8 +179,21 @@ def _solved_rows(matrix: Tensor, rows: Tensor, *, upper: bool) -> Tensor:
     return found.t().view_as(rows)
 
 
+def _masked_outer(part: Part) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``a [n, p]``, ``b [n, d]`` and what gradients ``b_i a_i^T`` are multiplied by, element by element."""
+    if not isinstance(part, Product) or part.factor is None or not isinstance(part.term, LinearFactors):
+        return None
+    a, b = part.term.activations, part.term.backprops
+    return (a.squeeze(1), b.squeeze(1), part.factor) if a.shape[1] == 1 else None
+
+
 def moved_along(
-    parts: Sequence[Part], dim: int, shape: tuple[int, ...], change: Callable[[Tensor, int], Tensor]
+    parts: Sequence[Part],
+    dim: int,
+    shape: tuple[int, ...],
+    change: Callable[[Tensor, int], Tensor],
+    *,
+    adds: bool = False,
 ) -> list[Part] | None:
     """What moving, cutting or padding with zeros along a dimension makes of gradients ``[n, *shape]``.
 
@@ -184,24 +202,28 @@ def moved_along(
         dim: the dimension of ``shape``.
         shape: of the gradients.
         change: from a tensor and one of its dimensions to the tensor whose elements are moved along it.
+        adds: whether it adds elements up.
     """
     found: list[Part] = []
     for part in parts:
         if isinstance(part, Scaled):
-            numbers = change(part.along, 1) if part.dim == dim else part.along
-            found.append(Scaled(numbers, change(part.fixed, dim), part.dim))
-            continue
-        term, factor = part.term, None if part.factor is None else change(part.factor.expand(shape), dim)
-        name = "backprops" if dim == 0 else "activations" if isinstance(term, LinearFactors) else "inputs"
-        if isinstance(term, LinearFactors):
-            found.append(Product(term.of({name: change(getattr(term, name), 2)}), factor))
-        elif isinstance(term, ConvFactors) and dim < 2 and term.geometry.groups == 1:
-            found.append(Product(term.of({name: change(getattr(term, name), 1)}), factor))
-        else:
-            formed = _formed(part)
-            if formed is None:
-                return None
-            found.append(Product(PerExampleGradient(change(formed, dim + 1))))
+            if not (adds and part.dim == dim):
+                numbers = change(part.along, 1) if part.dim == dim else part.along
+                found.append(Scaled(numbers, change(part.fixed, dim), part.dim))
+                continue
+        elif part.factor is None or not adds:
+            term, factor = part.term, None if part.factor is None else change(part.factor.expand(shape), dim)
+            name = "backprops" if dim == 0 else "activations" if isinstance(term, LinearFactors) else "inputs"
+            if isinstance(term, LinearFactors):
+                found.append(Product(term.of({name: change(getattr(term, name), 2)}), factor))
+                continue
+            if isinstance(term, ConvFactors) and dim < 2 and term.geometry.groups == 1:
+                found.append(Product(term.of({name: change(getattr(term, name), 1)}), factor))
+                continue
+        formed = _formed(part)
+        if formed is None:
+            return None
+        found.append(Product(PerExampleGradient(change(formed, dim + 1))))
     return found
 
 

@@ -86,6 +86,18 @@ def fewer_reflections(m):
     return found.mT if wide else found
 
 
+def rows_some_twice(m):
+    rows = len(m.w)
+    picked = m.w[torch.tensor([0, -1, 0, *range(rows)])]
+    return (m.new(*m.rows()) * picked[:rows]).repeat(2, *(1 for _ in m.rest))[1 : rows + 1] + picked[3:]
+
+
+def columns_some_twice(m):
+    columns = m.w.shape[1]
+    picked = m.w.index_select(1, torch.tensor([0, 0, *range(columns)]))
+    return picked.repeat(1, 2, *(1 for _ in m.rest[1:]))[:, 1 : columns + 1]
+
+
 STEPS = {
     "number": lambda m: 2.0 * m.w / 3,
     "mask": lambda m: m.w * (tensor(*m.w.shape, seed=7) > 0),
@@ -121,6 +133,8 @@ STEPS = {
     "copied": lambda m: m.w.clone(),
     "rows moved": lambda m: m.w.roll((1, -2), (0, 1)),
     "turned round": lambda m: m.w.flip(1, 0),
+    "rows, some twice": rows_some_twice,
+    "columns, some twice": columns_some_twice,
     "flattened": lambda m: F.normalize(m.w.flatten(1), dim=1).view_as(m.w),
 }
 OF_MATRICES = {
@@ -142,11 +156,20 @@ OF_MATRICES = {
     "sums so far": lambda m: m.w.cumsum(0) + m.new(*m.w.shape).cumsum(-1),
     "reflections": reflections,
     "fewer reflections": fewer_reflections,
+    "product of low ranks": lambda m: (
+        (m.new(len(m.w), 1) @ m.new(1, m.w.shape[1])) * (m.w @ tensor(m.w.shape[1], m.w.shape[1], seed=8))
+    ),
+    "scaled by a diagonal": lambda m: torch.diag(m.new(len(m.w))) @ m.w @ torch.diag_embed(m.new(m.w.shape[1])),
+    "rounded for later": lambda m: torch.fake_quantize_per_tensor_affine(m.w, 0.01, 0, -100, 100),
+    "rounded rows": lambda m: torch.fake_quantize_per_channel_affine(
+        m.w, torch.full((len(m.w),), 0.01), torch.zeros(len(m.w), dtype=torch.int32), 0, -100, 100
+    ),
     "permuted": lambda m: (m.w.permute(1, 0) * m.new(*m.w.shape[::-1])).T,
 }
 OF_SQUARES = {
     "symmetric": lambda m: m.w + m.w.T,
     "skew": lambda m: m.w.triu(1) - m.w.triu(1).T,
+    "a diagonal": lambda m: torch.diag(m.w.diagonal()) + m.w.diagonal().diag_embed() @ m.w,
     "positive": lambda m: m.w.tril() @ m.w.tril().mT,
     "power": lambda m: m.w @ m.w,
     "inverse": lambda m: torch.linalg.inv(less_singular(m.w)),
