@@ -48,7 +48,9 @@ def exact_squared_norms(
         chunk, gradients = _next_gradients(losses, parameters, indices[done:])
         for row, gradient in enumerate(gradients):
             if gradient is not None:
-                result[row, done : done + len(chunk)] = squared_rows(gradient.to(dtype))
+                result[row, done : done + len(chunk)] = squared_rows(
+                    gradient.to(torch.promote_types(gradient.dtype, dtype))
+                )
         done += len(chunk)
     return scale.off_squares(result)
 

@@ -82,7 +82,7 @@ class GradNormModule(nn.Module):
 
     Raises:
         TypeError: ``net`` is not a module, or is wrapped already.
-        ValueError: an option is out of range, or a trained parameter is complex; names the layer and says what to do.
+        ValueError: an option is out of range.
     """
 
     def __init__(

@@ -81,6 +81,14 @@ def test_graphs_that_cannot_be_batched_are_looped(monkeypatch):
     assert relative(engm.naive_grad_norms(net, losses), expected) <= 1e-12
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_complex_gradients_have_imaginary_parts(batched, monkeypatch):
+    monkeypatch.setattr(exact, "BATCHED_BELOW", 1 << 40 if batched else 0)
+    net = nn.Linear(4, 3, dtype=torch.cdouble)
+    losses = random_losses(net(tensor(5, 4).cdouble()).abs())
+    assert relative(engm.naive_grad_norms(net, losses), per_example_gradients(losses, trained(net)).norms) <= 1e-12
+
+
 def test_a_graph_that_is_gone_is_torchs_own_error():
     net = network()
     losses = random_losses(net(X))

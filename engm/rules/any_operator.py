@@ -194,7 +194,7 @@ def backward_of_each(
                 return batched
     each = torch.stack([one(*(g[i] for g in given)).detach() for i in range(batch)])
     if nonlinear is not None and batch > 1 and not adds_up(each, total := whole()):  # or nothing but rounding is left
-        sizes = torch.stack([g.detach().flatten(1).abs().amax(1) for g in given if g.numel()]).sum(0)
+        sizes = torch.stack([g.detach().reshape(batch, -1).abs().amax(1) for g in given if g.numel()]).sum(0)
         largest = int(sizes.argmax())
         for gradients_of, found in (([g[largest] for g in given], each[largest]), ([g.sum(0) for g in given], total)):
             if not is_doubled(one(*(2 * g for g in gradients_of)), found, gradients_of):
