@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/input_metadata.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -156,10 +157,35 @@ void release_graph(const py::list& order) {
   for (const py::handle node : order) node_of(node)->release_variables();
 }
 
+// What an operator wrote into a view: the name of its own node, and sizes, strides and offset of the tensor and of the
+// view. None where the view is none of strides, or not of plain numbers.
+py::object written_slice(py::handle object) {
+  const auto node = node_of(object);
+  const auto* const slices = dynamic_cast<const torch::autograd::CopySlices*>(node.get());
+  if (slices == nullptr || slices->view_fn != nullptr || slices->fn == nullptr) return py::none();
+  bool plain = true;
+  const auto number = [&plain](const c10::SymInt& value) {
+    const auto found = value.maybe_as_int();
+    plain = plain && found.has_value();
+    return py::int_(found.value_or(0));
+  };
+  const auto numbers = [&number](c10::SymIntArrayRef values) {
+    py::tuple found(values.size());
+    for (size_t k = 0; k < values.size(); ++k) found[k] = number(values[k]);
+    return found;
+  };
+  const auto geometry = [&](const at::TensorGeometry& of) {
+    return py::make_tuple(numbers(of.sym_sizes()), numbers(of.sym_strides()), number(of.sym_storage_offset()));
+  };
+  py::object found = py::make_tuple(slices->fn->name(), geometry(slices->base), geometry(slices->view));
+  return plain ? found : py::none();
+}
+
 }  // namespace
 
 void bind_graph_walk(py::module_& m) {
   m.def("walk_graph", &walk);
+  m.def("written_slice", &written_slice);
   m.def("release_graph", &release_graph);
   m.def("is_hooked", [](py::handle node) { return is_hooked(*node_of(node)); });
 }

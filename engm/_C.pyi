@@ -72,6 +72,9 @@ class StraightLine:
 
 def is_hooked(node: Any) -> bool: ...
 def release_graph(order: list[Any]) -> None: ...
+def written_slice(
+    node: Any,
+) -> tuple[str, tuple[tuple[int, ...], tuple[int, ...], int], tuple[tuple[int, ...], tuple[int, ...], int]] | None: ...
 def walk_graph(
     root: Tensor, token: str
 ) -> tuple[

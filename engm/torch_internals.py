@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,34 @@ def is_sync_batch_norm(node: Node) -> bool:
 @functools.lru_cache(4096)
 def _operator_of(name: str) -> str:
     return name.rstrip("0123456789").removesuffix("Backward").rpartition("::")[2]
+
+
+class Geometry(NamedTuple):
+    """How a tensor lies in its memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+class WrittenSlice(NamedTuple):
+    """What a node knows of a view that was written into.
+
+    Attributes:
+        operator: the operator that wrote, as :func:`operator_name` has it.
+        base: how the tensor lies that was written into.
+        view: how the part lies that was.
+    """
+
+    operator: str
+    base: Geometry
+    view: Geometry
+
+
+def written_slice(node: Node) -> WrittenSlice | None:
+    """Where the operator of a ``CopySlices`` node wrote to; None for other nodes, and where that cannot be told."""
+    found = _C.written_slice(node)
+    return None if found is None else WrittenSlice(_operator_of(found[0]), Geometry(*found[1]), Geometry(*found[2]))
 
 
 def leaf_of(node: Node) -> Tensor | None:

@@ -254,9 +254,10 @@ class Owned:
         return found
 
     def without_vanished(self, owners: Tensor) -> Tensor:
-        """The owners, but nobody's where a tensor hardly has a gradient and some row of it has none.
+        """The owners, but nobody's where a tensor hardly has a gradient and that of some row of it has vanished.
 
-        Otherwise, on the way to where all have vanished, a single example would seem to have one.
+        Otherwise, on the way to where all have vanished, a single example would seem to have one. Rows of zeros, as
+        those that a slice leaves out, have not vanished.
         """
         if self.differs is not None or not self.rows:
             return owners
@@ -264,7 +265,8 @@ class Owned:
         of = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
         ends = self.largest.new_zeros(len(lengths))
         most = ends.scatter_reduce(0, of, self.largest, "amax", include_self=False)
-        least = ends.scatter_reduce(0, of, self.largest, "amin", include_self=False)
+        smallest = self.largest.masked_fill(self.largest == 0, torch.inf)
+        least = ends.scatter_reduce(0, of, smallest, "amin", include_self=False)
         lowest = owners.new_zeros(len(lengths)).scatter_reduce(0, of, owners, "amin", include_self=False)
         gone = (most < hardly(self._dtype)) & (least < vanishing(self._dtype)) & (lowest >= NOBODY)
         return owners.masked_fill(gone[of], NOBODY)

@@ -33,12 +33,14 @@ from ..torch_internals import (
     options_reader,
     output_shape,
     passed_to_input,
+    saved_by,
     saved_option,
     saved_options,
     saved_tensor_names,
     saved_tensors_of,
     saves_data,
     unrecorded,
+    written_slice,
 )
 from .arrangement import Arrangements
 from .owners import PICKING
@@ -93,12 +95,12 @@ FIXED = ELEMENTWISE | COMBINING
 # round, by their arguments alone: they mix nothing.
 MOVING = names_of(
     """
-    Amax Amin Cat Chunk ConstantPadNd DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd IndexCopy IndexFill
-    IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp MaskedScatter MaskedSelect
-    Max Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd Norm PackPaddedSequence
-    Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter ScatterAdd ScatterReduce
-    SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T Take Tap Topk Transpose
-    Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
+    Amax Amin Cat Chunk ConstantPadNd CopySlices DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd
+    IndexCopy IndexFill IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp
+    MaskedScatter MaskedSelect Max Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd
+    Norm PackPaddedSequence Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter ScatterAdd
+    ScatterReduce SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T Take Tap Topk
+    Transpose Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
     """
 )
 
@@ -108,20 +110,28 @@ CHOOSING = frozenset(["Amax", "Amin", "LinalgVectorNorm", "Max", "Median", "Min"
 # Functions in Python, ours and those of fully_shard, that hand on what they are given.
 HANDING_ON = frozenset(["Tap", "RegisterPostBackwardFunction"])
 
+LARGEST = 2  # the mode of a bag that takes the largest elements
+
 # Operators that treat what lies along the first dimension of their output apart, unless that is all there is to it.
 BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
 
 # Operators whose indices tell rows of their output.
 INTO = frozenset(["IndexAdd", "IndexCopy", "IndexPut", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"])
 
-# Operators that move rows by what they tell nobody: a place to write to, the lengths of sequences.
-HIDING = frozenset(["CopySlices", "NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
+# Operators that move rows by what they tell nobody: the lengths of sequences.
+HIDING = frozenset(["NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
+
+# Operators that may write into a part of a tensor: they treat every element apart.
+WRITING = ELEMENTWISE | {"CopyBackwards", "Fill", "Zero"}
 
 # Operators that multiply matrices: which input has its rows added up, whatever the other one is.
 RIGHT = {"Mm": 1, "Addmm": 2, "Mv": 1, "Addmv": 2, "Cdist": 1, "EuclideanDist": 1}
 
 # The same for stacks of matrices.
 RIGHT_OF_STACKS = {"Bmm": 1, "Baddbmm": 2}
+
+# Those of them whose columns are the other operand's times a matrix.
+PRODUCTS = frozenset(["Mm", "Addmm", "Bmm", "Baddbmm"])
 
 # Operators whose output has a dimension at the end that their input lacks, or the other way round.
 PARTS = frozenset(["ViewAsReal", "ViewAsComplex"])
@@ -132,8 +142,9 @@ BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sor
 # Operators whose output may have the elements of one row in several.
 SPLITTING = BY_ELEMENT | names_of(
     """
-    Chunk Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle PixelUnshuffle
-    ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView Unsqueeze View
+    Chunk CopySlices Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle
+    PixelUnshuffle ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView
+    Unsqueeze View
     """
 )
 
@@ -232,6 +243,8 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return None
     if name == "Cat":
         return _options_of_cat
+    if name == "CopySlices":
+        return written_slice
     if name in ("View", "UnsafeView", "ReshapeAlias", "Expand"):
         return _options_of_view
     options = options_reader(node)
@@ -324,6 +337,8 @@ def routes_of(
             return [], False
         if name in HIDING or (is_opaque(node) and not _stays(position, behind, owners, about)):
             return [], False
+        if name == "CopySlices" and not _writes_rows(traced, position, skip):
+            return [], False
         if is_python_function(node):
             if not name.startswith("SyncBatchNorm"):
                 if _hides_values(node) or saves_data(node):
@@ -414,11 +429,17 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     if own is None:
         return False
     if name in RIGHT or name in RIGHT_OF_STACKS:
-        right = traced.children[position][(RIGHT | RIGHT_OF_STACKS)[name]]
-        owned = right is not None and right not in skip and (right < 0 or (right, 0) in owners)
-        if name in RIGHT_OF_STACKS:  # a shared matrix on the right takes rows to rows
-            return bool(about.varying(own) - ({0} if owned else {0, 1}))
-        return owned or 1 in about.varying(own)
+        slot = (RIGHT | RIGHT_OF_STACKS)[name]
+        left, right = (_owned_operand(traced, position, k, owners, skip) for k in (slot - 1, slot))
+        rows = len(output_shape(traced.order[position])) - 2  # the dimension of rows, behind which that of columns is
+        stacked = set(range(rows))
+        if not right:  # a shared matrix on the right takes rows to rows
+            return bool(about.varying(own) - {*stacked, rows}) if name in RIGHT_OF_STACKS else 1 in about.varying(own)
+        child = traced.children[position][slot]
+        if left or name not in PRODUCTS or child is None:
+            return name in RIGHT or bool(about.varying(own) - stacked)
+        given = owners.get((child, 0))  # one on the left takes columns to columns
+        return given is None or not (about.varying(own) | about.varying(given)) <= {*stacked, rows + 1}
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, about)
     differs = about.varying(own)
@@ -433,8 +454,28 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     if name in ("NativeLayerNorm", "NativeLayerNormBackward", "FusedRmsNorm"):
         rank = len(output_shape(traced.order[position]))
         return any(dim >= rank - len(saved_option(traced.order[position], "normalized_shape")) for dim in differs)
+    if name == "EmbeddingBag" and _owned_operand(traced, position, 0, owners, skip):
+        node = traced.order[position]
+        if saved_by(node, "per_sample_weights") is not None or saved_option(node, "mode") == LARGEST:
+            return True  # rows that count nothing now may count at the next step
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
     return bool(differs - first)
+
+
+def _owned_operand(traced: Trace, position: int, slot: int, owners: Owners, skip: Collection[int]) -> bool:
+    """Whether what a node reads there is of the examples."""
+    child = traced.children[position][slot]
+    return child is not None and child not in skip and (child < 0 or (child, 0) in owners)
+
+
+def _writes_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
+    """Whether a node that wrote into a part of a tensor tells where to, and repeats nothing of the examples there."""
+    node = traced.order[position]
+    written = written_slice(node)
+    if written is None or written.operator not in WRITING:
+        return False
+    read = zip(traced.children[position][1:], node.next_functions[1:], strict=True)  # the first is the tensor itself
+    return all(child is None or child in skip or entering_shape(*edge) == written.view.shape for child, edge in read)
 
 
 def hands_on(node: Node) -> bool:
@@ -479,6 +520,12 @@ def _keeps_rows(node: Node, name: str) -> bool:
         return not dims or _dimension(dims[-1], last + 1) == last
     if name == "Transpose":
         return all(_dimension(cast(int, saved_option(node, dim)), last + 1) != last for dim in ("dim0", "dim1"))
+    if name == "CopySlices":
+        written = written_slice(node)
+        if written is None:
+            return False
+        base, view = written.base, written.view
+        return base.shape[-1:] == view.shape[-1:] and base.strides[-1:] == view.strides[-1:]
     return name != "T" and all(one[-1:] == shape[-1:] for one in given)
 
 
