@@ -153,6 +153,7 @@ def backward_of_each(
     shape: tuple[int, ...],
     *,
     is_complex: bool = False,
+    sizes: Sequence[int] | None = None,
     nonlinear: Callable[[], Exception] | None = None,
 ) -> Tensor:
     """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
@@ -164,6 +165,7 @@ def backward_of_each(
         gradients: ``[batch, ...]`` for every output; None where there is none.
         shape: of the input.
         is_complex: whether the input has complex numbers.
+        sizes: of the parts of the input, one behind the other, if there are several; each has to add up.
         nonlinear: the error to raise where not even the loop adds up; None: the loop's result is what is wanted.
 
     Returns:
@@ -190,13 +192,20 @@ def backward_of_each(
         except (RuntimeError, ValueError):
             pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:
-            if adds_up(batched, whole()):
+            if _all_add_up(batched, whole(), sizes):
                 return batched
     each = torch.stack([one(*(g[i] for g in given)).detach() for i in range(batch)])
-    if nonlinear is not None and batch > 1 and not adds_up(each, total := whole()):  # or nothing but rounding is left
-        sizes = torch.stack([g.detach().reshape(batch, -1).abs().amax(1) for g in given if g.numel()]).sum(0)
-        largest = int(sizes.argmax())
+    if nonlinear is not None and batch > 1 and not _all_add_up(each, total := whole(), sizes):
+        # Or nothing but rounding is left.
+        of_each = torch.stack([g.detach().reshape(batch, -1).abs().amax(1) for g in given if g.numel()]).sum(0)
+        largest = int(of_each.argmax())
         for gradients_of, found in (([g[largest] for g in given], each[largest]), ([g.sum(0) for g in given], total)):
             if not is_doubled(one(*(2 * g for g in gradients_of)), found, gradients_of):
                 raise nonlinear()
     return each
+
+
+def _all_add_up(each: Tensor, whole: Tensor, sizes: Sequence[int] | None) -> bool:
+    if sizes is None:
+        return adds_up(each, whole)
+    return all(map(adds_up, each.split(list(sizes), -1), whole.split(list(sizes), -1)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from .._C import is_hooked
 from ..checks import RefusedError
-from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense
+from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense, squared_rows
 from ..terms.combination import sum_of
 from ..terms.parts import Part, dense_of, squared_norm_of
 from ..torch_internals import decided, leaf_of, node_name, node_outputs, operator_name, saved_option
@@ -57,11 +57,13 @@ class Derived(Term):
         uses: the tensors and their terms.
         parameter: the parameter.
         pull: what pulls these terms back in factors; None where only autograd does.
+        together: what pulls them back to all parameters by autograd; None where each has terms of its own.
     """
 
     uses: Sequence[tuple[Origin, Term]]
     parameter: Tensor
     pull: FactoredPull | None = None
+    together: PulledTogether | None = None
 
     @property
     def examples(self) -> int:
@@ -74,9 +76,13 @@ class Derived(Term):
         if parts is not None:
             self.pull = None  # so that the parts are let go of
             return squared_norm_of(parts, tuple(self.parameter.shape))
+        if self.together is not None:
+            return self.together.squared_norm(self.parameter)
         return squared_norm_of_dense(self, max(1, CHUNK_BYTES // max(1, self.parameter.nbytes)))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
+        if self.together is not None:
+            return self.together.weighted_sum(self.parameter, weights)
         totals = [term.weighted_sum(weights).unsqueeze(0) for _, term in self.uses]
         return pull_back([origin.edge for origin, _ in self.uses], self.parameter, totals)[0]
 
@@ -92,21 +98,17 @@ class Derived(Term):
         parts = self._parts()
         if parts is not None:
             return dense_of(parts, rows)
-        found, edges, gradients, held = [], [], [], 0
-        for place, (origin, term) in enumerate(self.uses):
-            edges.append(origin.edge)
-            gradients.append(term.dense(rows))
-            held += gradients[-1].nbytes
-            if held >= CHUNK_BYTES or place == len(self.uses) - 1:
-                found.append(pull_back(edges, self.parameter, gradients))
-                edges, gradients, held = [], [], 0
-        return sum_of(found)
+        return _dense(self.uses, [self.parameter], rows)[0]
 
     def _folded(self, outer: int, n: int, inner: int) -> Term:
-        return replace(self, uses=[(origin, term.fold(outer, n, inner)) for origin, term in self.uses], pull=None)
+        return self._of([(origin, term.fold(outer, n, inner)) for origin, term in self.uses])
 
     def _regrouped(self, owners: Owners) -> Term:
-        return replace(self, uses=[(origin, term.regrouped(owners)) for origin, term in self.uses], pull=None)
+        return self._of([(origin, term.regrouped(owners)) for origin, term in self.uses])
+
+    def _of(self, uses: Sequence[tuple[Origin, Term]]) -> Term:
+        """The same with other terms."""
+        return replace(self, uses=uses, pull=None, together=None)
 
 
 class Pieces(Derived):
@@ -114,6 +116,71 @@ class Pieces(Derived):
 
     def squared_norm(self) -> Tensor:
         return torch.stack([term.squared_norm() for _, term in self.uses]).sum(0)
+
+
+class PulledTogether:
+    """Pulls terms back by autograd, to all parameters that the tensors were computed from by one pass.
+
+    Args:
+        uses: the tensors, and their terms.
+        pull: tells which parameters need no such pass for their norms.
+    """
+
+    def __init__(self, uses: Sequence[tuple[Origin, Term]], pull: FactoredPull) -> None:
+        self._origins, self._pull = [origin for origin, _ in uses], pull
+        self._squared: dict[int, Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._weights: Tensor | None = None  # those of the sums
+
+    @cached_property
+    def _parameters(self) -> list[Tensor]:
+        found = [leaf_of(node) for node in in_order([origin.node for origin in self._origins])]
+        return [leaf for leaf in found if leaf is not None and leaf.requires_grad]
+
+    @property
+    def _uses(self) -> list[tuple[Origin, Term]]:
+        return list(zip(self._origins, self._pull.terms, strict=True))
+
+    def squared_norm(self, parameter: Tensor) -> Tensor:
+        """``||g_i||^2``, ``[n]``, of a parameter."""
+        if id(parameter) not in self._squared:
+            wanted = [p for p in self._with(parameter) if p is parameter or self._pull.parts_of(p) is None]
+            uses = self._uses
+            n, chunk = uses[0][1].examples, max(1, CHUNK_BYTES // max(1, sum(p.nbytes for p in wanted)))
+            squares: list[list[Tensor]] = [[] for _ in wanted]
+            for start in range(0, n, chunk):
+                gradients = _dense(uses, wanted, slice(start, min(start + chunk, n)))
+                for own, gradient in zip(squares, gradients, strict=True):
+                    own.append(squared_rows(gradient))
+            self._squared |= {id(p): torch.cat(own) for p, own in zip(wanted, squares, strict=True)}
+        return self._squared[id(parameter)]
+
+    def weighted_sum(self, parameter: Tensor, weights: Tensor) -> Tensor:
+        """``sum_i weights_i g_i`` of a parameter; each is asked for once."""
+        if self._weights is not weights or id(parameter) not in self._sums:
+            wanted, uses = self._with(parameter), self._uses
+            totals = [term.weighted_sum(weights).unsqueeze(0) for _, term in uses]
+            sums = pull_back_to_all([origin.edge for origin, _ in uses], wanted, totals)
+            self._weights, self._sums = weights, {id(p): found[0] for p, found in zip(wanted, sums, strict=True)}
+        return self._sums.pop(id(parameter))
+
+    def _with(self, parameter: Tensor) -> list[Tensor]:
+        """The parameters of the same type."""
+        return [p for p in self._parameters if p.dtype == parameter.dtype] or [parameter]
+
+
+def _dense(uses: Sequence[tuple[Origin, Term]], parameters: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    """The gradients of some examples, of all parameters, ``[rows, *shape]`` each."""
+    found: list[list[Tensor]] = []
+    edges, gradients, held = [], [], 0
+    for place, (origin, term) in enumerate(uses):
+        edges.append(origin.edge)
+        gradients.append(term.dense(rows))
+        held += gradients[-1].nbytes
+        if held >= CHUNK_BYTES or place == len(uses) - 1:
+            found.append(pull_back_to_all(edges, parameters, gradients))
+            edges, gradients, held = [], [], 0
+    return [sum_of(list(parts)) for parts in zip(*found, strict=True)]
 
 
 class JoinedUses:
@@ -129,16 +196,16 @@ class JoinedUses:
 
     def __init__(self, *, hooked: bool = False) -> None:
         self._hooked = hooked
-        self._last: tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]], FactoredPull | None] = ([], [], None)
+        self._last: _Joined = ([], [], None, None)
 
-    def of(self, uses: list[tuple[Origin, Term]]) -> tuple[list[tuple[Origin, Term]], FactoredPull | None]:
-        """One term for each of the different tensors in ``uses``, and what pulls them back in factors."""
-        last, found, pull = self._last
+    def of(self, uses: list[tuple[Origin, Term]]) -> _Joined:
+        """``uses``, one term for each of the different tensors in them, and what pulls these back."""
+        last, found, pull, together = self._last
         places = {(origin.node, origin.number): origin for origin, _ in uses}
         if len(last) == len(uses) and all(
             (a.node, a.number) == (b.node, b.number) and s is t for (a, s), (b, t) in zip(last, uses, strict=True)
         ):
-            return [(places[origin.node, origin.number], term) for origin, term in found], pull
+            return uses, [(places[origin.node, origin.number], term) for origin, term in found], pull, together
         by_origin: dict[Origin, list[Term]] = {}
         for origin, term in uses:
             by_origin.setdefault(origin, []).append(term)
@@ -149,11 +216,15 @@ class JoinedUses:
         found = [(origin, combine(own)) for origin, own in terms.items()]
         if self._hooked and any(is_hooked(n) for n in in_order([o.node for o in origins]) if leaf_of(n) is None):
             found = [(replace(origin, rearranged=False), term) for origin, term in found]
-            pull = None
+            pull = together = None
         else:
             pull = FactoredPull([((o.node, o.number), term) for o, term in found])
-        self._last = uses, found, pull
-        return found, pull
+            together = PulledTogether(found, pull)
+        self._last = uses, found, pull, together
+        return self._last
+
+
+_Joined = tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]], FactoredPull | None, PulledTogether | None]
 
 
 def derived_term(
@@ -167,7 +238,8 @@ def derived_term(
         joined: what joins the terms, for several parameters whose terms are asked for one after the other.
     """
     own = [term for origin, term in uses if origin is None]
-    derived, pull = (joined or JoinedUses()).of([(origin, term) for origin, term in uses if origin is not None])
+    known = joined or JoinedUses()
+    _, derived, pull, together = known.of([(origin, term) for origin, term in uses if origin is not None])
     if (
         not own
         and len(derived) > 1
@@ -177,7 +249,7 @@ def derived_term(
         return Pieces(derived, parameter)
     terms = [combine(own)] if own else []
     if derived:
-        terms.append(Derived(derived, parameter, pull))
+        terms.append(Derived(derived, parameter, pull, together))
     return terms[0] if len(terms) == 1 else MixedTerm(terms)
 
 
@@ -205,26 +277,51 @@ def selected_row(node: Any, parameter: Tensor) -> tuple[int, int] | None:
 
 
 def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Gradients of a parameter, from gradients of tensors that were computed from it.
+    """As :func:`pull_back_to_all`, of one parameter."""
+    return pull_back_to_all(edges, [parameter], gradients)[0]
+
+
+def pull_back_to_all(
+    edges: Sequence[GradientEdge], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Gradients of parameters, from gradients of tensors that were computed from them.
 
     Args:
         edges: the tensors, each of a shape ``[*shape]``.
-        parameter: the parameter.
+        parameters: the parameters, of one type.
         gradients: of the tensors, ``[k, *shape]`` each.
 
     Returns:
-        ``[k, *parameter.shape]``, the sums over the tensors.
+        ``[k, *parameter.shape]`` each, the sums over the tensors.
 
     Raises:
         RuntimeError: what lies in between is not linear in the gradients.
     """
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        (pulled,) = torch.autograd.grad(edges, [parameter], parts, retain_graph=True, allow_unused=True)
-        return pulled
+        pulled = torch.autograd.grad(edges, parameters, parts, retain_graph=True, allow_unused=True)
+        if len(pulled) == 1:
+            return pulled[0]
+        like = next((g for g in pulled if g is not None), None)
+        if like is None:
+            return None
+        known = zip(pulled, parameters, strict=True)
+        return torch.cat([like.new_zeros(p.numel()) if g is None else g.flatten() for g, p in known])
 
-    shape, is_complex = tuple(parameter.shape), parameter.is_complex()
-    return backward_of_each(of, gradients, shape, is_complex=is_complex, nonlinear=partial(_nonlinear, edges))
+    first = parameters[0]
+    alone, sizes = len(parameters) == 1, [p.numel() for p in parameters]
+    found = backward_of_each(
+        of,
+        gradients,
+        tuple(first.shape) if alone else (sum(sizes),),
+        is_complex=first.is_complex(),
+        sizes=None if alone else sizes,
+        nonlinear=partial(_nonlinear, edges),
+    )
+    if alone:
+        return [found]
+    parts = zip(found.split(sizes, 1), parameters, strict=True)
+    return [part.reshape(len(part), *p.shape) for part, p in parts]
 
 
 def _nonlinear(edges: Sequence[GradientEdge]) -> RefusedError:

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 
 import engm
 from engm.rules.in_factors import FactoredPull
-from engm.rules.pulled_back import pull_back
+from engm.rules.pulled_back import pull_back_to_all
 from engm.terms import LinearFactors, LocalCorrection, PerExampleGradient
 from engm.terms.parts import dense_of, outer_of, squared_norm_of, squared_norm_of_outer
 
@@ -388,11 +388,11 @@ def test_norms_never_need_gradients_of_all_examples_but_for_hooks(monkeypatch, h
 
     if not hook:
 
-        def of_sums(edges, parameter, gradients):
+        def of_sums(edges, parameters, gradients):
             assert {len(gradient) for gradient in gradients} == {1}
-            return pull_back(edges, parameter, gradients)
+            return pull_back_to_all(edges, parameters, gradients)
 
-        monkeypatch.setattr("engm.rules.pulled_back.pull_back", of_sums)
+        monkeypatch.setattr("engm.rules.pulled_back.pull_back_to_all", of_sums)
     net = nn.Sequential(Mapped(halved), nn.Tanh(), nn.Linear(6, 3)).double()
     x = torch.randn(5, 8, dtype=torch.float64)
     model = engm.GradNormModule(net)
