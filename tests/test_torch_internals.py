@@ -380,3 +380,32 @@ def test_rows_of_nested():
         assert torch.equal(internals.rows_of_nested(nested), torch.cat(nested_parts()))
     uneven = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 4)])
     assert internals.rows_of_nested(uneven).shape == (10,)
+
+
+def written(change) -> torch.Tensor:
+    base = torch.zeros(3, 4)
+    change(base)
+    return base
+
+
+def test_written_slice():
+    x = leaf(3)
+    found = internals.written_slice(written(lambda base: base[:, 1].copy_(x)).grad_fn)
+    assert isinstance(found, internals.WrittenSlice)
+    assert found.operator == "CopyBackwards"
+    found = internals.written_slice(written(lambda base: base.t()[1:3].add_(x)).grad_fn)
+    assert found is not None
+    assert found.operator == "Add"
+    assert internals.written_slice((x * 2).grad_fn) is None
+
+
+def test_writtenslice_and_geometry():
+    found = internals.written_slice(written(lambda base: base.t()[1:3].add_(leaf(3))).grad_fn)
+    base, view = internals.Geometry((3, 4), (4, 1), 0), internals.Geometry((2, 3), (1, 4), 1)
+    assert found == internals.WrittenSlice("Add", base, view)
+
+
+def test_geometry():
+    found = internals.written_slice(written(lambda base: base[1].copy_(leaf(4))).grad_fn)
+    assert found is not None
+    assert found.view == internals.Geometry((4,), (1,), 4)

@@ -73,14 +73,19 @@ def planned_losses(
             model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
         return plan
 
+    def measured_after_all() -> Plan:
+        model.skeletons.untold(skeleton)
+        return measured()
+
     if not on_any(group, old is None, losses.device) and old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         model.skeletons.held(skeleton)
         graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
-    elif known is not None and may_be_told(known, traced, n):
+    elif known is not None and may_be_told(known, traced, n) and model.skeletons.may_tell(skeleton):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
-        graph = PlannedGraph(traced, told, n, model.plans, measured, False, model.watch.steps)
+        model.skeletons.told(skeleton)
+        graph = PlannedGraph(traced, told, n, model.plans, measured_after_all, False, model.watch.steps)
     else:
         graph = PlannedGraph(traced, measured(), n, model.plans, measured, not is_recorded(), model.watch.steps)
     if model.observer is not None:

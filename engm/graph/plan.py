@@ -354,6 +354,8 @@ class Skeletons:
         self._plans: dict[Hashable, Plan] = {}
         self._missed: dict[Hashable, int] = {}
         self._unkept: dict[Hashable, int] = {}  # how many plans in a row may hold for no other graph
+        self._told: dict[Hashable, int] = {}  # how many graphs' rows were to be told
+        self._untold: dict[Hashable, int] = {}  # how many of them had to be measured after all
 
     def held(self, skeleton: Hashable) -> None:
         """A plan that is kept held for a graph of this skeleton."""
@@ -366,9 +368,24 @@ class Skeletons:
             del self._plans[oldest]
             self._missed.pop(oldest, None)
             self._unkept.pop(oldest, None)
+            self._told.pop(oldest, None)
+            self._untold.pop(oldest, None)
         self._plans[skeleton] = plan
         self._missed[skeleton] = self._missed.get(skeleton, 0) + 1
         self._unkept[skeleton] = 0 if plan.keeps else self._unkept.get(skeleton, 0) + 1
+
+    def told(self, skeleton: Hashable) -> None:
+        """The rows of a graph of this skeleton are to be told by the plan of another."""
+        self._told[skeleton] = self._told.get(skeleton, 0) + 1
+
+    def untold(self, skeleton: Hashable) -> None:
+        """They could not be."""
+        self._untold[skeleton] = self._untold.get(skeleton, 0) + 1
+
+    def may_tell(self, skeleton: Hashable) -> bool:
+        """Whether it is worth another try: mostly they could be told."""
+        failed = self._untold.get(skeleton, 0)
+        return failed < RESTLESS or 2 * failed < self._told[skeleton]
 
     def restless(self, skeleton: Hashable) -> Plan | None:
         """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one.

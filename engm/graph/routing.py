@@ -96,11 +96,11 @@ FIXED = ELEMENTWISE | COMBINING
 MOVING = names_of(
     """
     Amax Amin Cat Chunk ConstantPadNd CopySlices DiagEmbed Diagonal Embedding Flip Gather Glu Index IndexAdd
-    IndexCopy IndexFill IndexPut IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy Logsumexp
-    MaskedScatter MaskedSelect Max Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D NllLossNd
-    Norm PackPaddedSequence Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter ScatterAdd
-    ScatterReduce SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T Take Tap Topk
-    Transpose Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
+    IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce IndexSelect Kthvalue LinalgVectorNorm LinearCrossEntropy
+    Logsumexp MaskedScatter MaskedSelect Max Mean Median Min Mode Movedim Nanmedian Nansum Narrow NllLoss NllLoss2D
+    NllLossNd Norm PackPaddedSequence Permute PixelShuffle PixelUnshuffle Prod ReshapeAlias Roll Rot90 Scatter
+    ScatterAdd ScatterReduce SegmentReduce Select Slice Sort Split SplitWithSizes Squeeze Stack Std StdMean Sum T
+    Take Tap Topk Transpose Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze Var VarMean View WeightNormInterface
     """
 )
 
@@ -116,7 +116,9 @@ LARGEST = 2  # the mode of a bag that takes the largest elements
 BY_FIRST = frozenset(["NativeGroupNorm", "MkldnnLinear", "EmbeddingBag"])
 
 # Operators whose indices tell rows of their output.
-INTO = frozenset(["IndexAdd", "IndexCopy", "IndexPut", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"])
+INTO = frozenset(
+    ["IndexAdd", "IndexCopy", "IndexPut", "IndexPutImpl", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"]
+)
 
 # Operators that move rows by what they tell nobody: the lengths of sequences.
 HIDING = frozenset(["NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
@@ -142,9 +144,9 @@ BY_ELEMENT = frozenset(["Gather", "Scatter", "ScatterAdd", "ScatterReduce", "Sor
 # Operators whose output may have the elements of one row in several.
 SPLITTING = BY_ELEMENT | names_of(
     """
-    Chunk CopySlices Diagonal Index IndexPut IndexSelect MaskedScatter MaskedSelect Movedim Permute PixelShuffle
-    PixelUnshuffle ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex UnsafeView
-    Unsqueeze View
+    Chunk CopySlices Diagonal Index IndexPut IndexPutImpl IndexSelect MaskedScatter MaskedSelect Movedim Permute
+    PixelShuffle PixelUnshuffle ReshapeAlias Split SplitWithSizes Squeeze T Take Transpose Unbind UnsafeIndex
+    UnsafeView Unsqueeze View
     """
 )
 
@@ -403,7 +405,9 @@ def _moves_rows(
         found.append(owners.get((route.position, 0)))
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
-    along: Any = route.number if name in ("Index", "IndexPut", "UnsafeIndex") else saved_option(node, "dim")
+    along: Any = (
+        route.number if name in ("Index", "IndexPut", "IndexPutImpl", "UnsafeIndex") else saved_option(node, "dim")
+    )
     if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
         along = min(1, max(ranks) - 1)
     if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
@@ -436,10 +440,13 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
         if not right:  # a shared matrix on the right takes rows to rows
             return bool(about.varying(own) - {*stacked, rows}) if name in RIGHT_OF_STACKS else 1 in about.varying(own)
         child = traced.children[position][slot]
-        if left or name not in PRODUCTS or child is None:
+        if left or child is None or name in ("Mv", "Addmv"):
             return name in RIGHT or bool(about.varying(own) - stacked)
-        given = owners.get((child, 0))  # one on the left takes columns to columns
-        return given is None or not (about.varying(own) | about.varying(given)) <= {*stacked, rows + 1}
+        # One on the left takes columns to columns; a distance's columns are the other operand's rows.
+        given, across = owners.get((child, 0)), rows + (name in PRODUCTS)
+        return given is None or not (
+            about.varying(own) <= {*stacked, rows + 1} and about.varying(given) <= {*stacked, across}
+        )
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, about)
     differs = about.varying(own)
