@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -194,13 +195,61 @@ def saved_by(node: Node, name: str) -> Any:
 
     Attached, the tensor would keep the graph alive.
     """
-    value = getattr(node, f"_saved_{name}", None)
+    value = _unpacked(node, f"_saved_{name}")
     if not isinstance(value, Tensor):
         return value
     if is_recorded() and is_wrapped_number(value):
         with unrecorded():  # a tracer is given the number itself, which has no ``detach``
             return torch.tensor(value.item(), dtype=value.dtype, device="cpu")
     return value.detach()
+
+
+class _Unpacked(threading.local):
+    """What was unpacked while :func:`reading_once` runs in this thread, by node and name; None at any other time."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[Node, str], Any] | None = None
+
+
+_UNPACKED = _Unpacked()
+
+
+def _unpacked(node: Node, name: str) -> Any:
+    """What a node has under a name; None if there is no such thing. To ask may run a checkpointed region again."""
+    known = _UNPACKED.values
+    if known is None:
+        return getattr(node, name, None)
+    if (node, name) not in known:
+        known[node, name] = getattr(node, name, None)
+    return known[node, name]
+
+
+class _Reading(torch.autograd.Function):
+    """Reads in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, read: Callable[[], None]) -> Tensor:
+        ctx.read = read
+        return start.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            ctx.read()
+        return gradient, None
+
+
+def reading_once(read: Callable[[], None]) -> None:
+    """Call ``read`` such that what it reads of checkpointed regions is computed anew once a region.
+
+    Outside of a backward pass torch does so at every look at a saved tensor, and holds on to all of it. Within one it
+    does so once, and hands every tensor out once; what was handed out is remembered here until ``read`` is through.
+    """
+    _UNPACKED.values = {}
+    try:
+        _Reading.apply(torch.zeros((), requires_grad=True, device="cpu"), read).backward()
+    finally:
+        _UNPACKED.values = None
 
 
 def is_wrapped_number(value: Tensor) -> bool:
@@ -255,7 +304,7 @@ def saved_tensor_names(node: Node) -> tuple[str, ...]:
 
 def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
     """The tensors that a node saved under a name, detached. Asking unpacks them."""
-    value = node.saved_tensors if name == "" else getattr(node, f"_saved_{name}")
+    value = _unpacked(node, f"_saved_{name}" if name else "saved_tensors")
     found = value if isinstance(value, list | tuple) else (value,)
     return [tensor.detach() if isinstance(tensor, Tensor) else None for tensor in found]
 

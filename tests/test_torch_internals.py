@@ -409,3 +409,32 @@ def test_geometry():
     found = internals.written_slice(written(lambda base: base[1].copy_(leaf(4))).grad_fn)
     assert found is not None
     assert found.view == internals.Geometry((4,), (1,), 4)
+
+
+def test_reading_once():
+    """Whatever is read of a checkpointed region, and however often, it runs again once."""
+    runs, nodes, weight, found = [], [], leaf(3), []
+
+    def region(x):
+        runs.append(1)
+        y = x * weight
+        z = y * weight.exp()
+        if len(runs) == 1:
+            nodes.extend([y.grad_fn, z.grad_fn])
+        return z.sin()
+
+    checkpoint(region, leaf(3), use_reentrant=False)
+
+    def read():
+        assert torch.is_grad_enabled()
+        found.extend(internals.saved_by(node, name) for node in nodes for name in ("self", "other", "self"))
+        found.extend(internals.saved_tensors_of(nodes[0], "self"))
+
+    internals.reading_once(read)
+    assert len(runs) == 2
+    assert all(isinstance(one, torch.Tensor) for one in found)
+    torch.testing.assert_close(found[4], weight.detach().exp())
+    with pytest.raises(ZeroDivisionError):
+        internals.reading_once(lambda: 1 / 0)
+    internals.saved_by(nodes[0], "self")
+    assert len(runs) == 3, "it reads as always afterwards"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from engine_checks import TOLERANCE, assert_measured, assert_step, check
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import random_losses, relative, tensor, truth
+from oracle import per_example_gradients, random_losses, relative, tensor, trained, truth
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -304,3 +304,36 @@ def test_reentrant_around_what_is_frozen():
     net.a.requires_grad_(False)
     x = tensor(4, 6)
     check(net, lambda net: random_losses(net(x)))
+
+
+class Gains(nn.Module):
+    """Parameters of its own in five operators, in a checkpoint; counts how often it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.gains, self.mixed = nn.Parameter(torch.rand(4, 6)), nn.Parameter(torch.rand(6, 6))
+        self.runs = 0
+
+    def inside(self, x):
+        self.runs += 1
+        for gain in self.gains:
+            x = torch.tanh(x * gain)
+        return x @ self.mixed
+
+    def forward(self, x):
+        return checkpoint(self.inside, x, use_reentrant=False).sin()
+
+
+def test_what_operators_read_is_computed_anew_once():
+    torch.manual_seed(0)
+    block = Gains()
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(3, 6), block, nn.Linear(6, 2)).double())
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), alpha=1.0)
+    for step in range(3):
+        losses = model(tensor(5, 3, seed=step)).square().sum(1)
+        wanted = per_example_gradients(losses, trained(model.unwrap())).norms
+        block.runs = 0
+        assert relative(opt.backward(losses).norms, wanted) <= 1e-12
+        opt.step()
+        opt.zero_grad()
+    assert block.runs == 2, "by the pass, and for all that is read"
