@@ -2,7 +2,7 @@
 
 A weight norm, a spectral norm, a low-rank update merged into the weight, a mask, a normalised classifier, an orthogonal
 map. Per-example gradients of such a weight have to be pulled back to its parameters: in factors where the operators
-allow it (:mod:`engm.rules.in_factors`), else one by one, as through a product of reflections.
+allow it (:mod:`engm.rules.in_factors`), else by autograd, all examples at once where that can be.
 
     python benchmarks/computed_weights.py --rounds 7
 """
