@@ -385,7 +385,7 @@ class Skeletons:
     def may_tell(self, skeleton: Hashable) -> bool:
         """Whether it is worth another try: mostly they could be told."""
         failed = self._untold.get(skeleton, 0)
-        return failed < RESTLESS or 2 * failed < self._told[skeleton]
+        return failed < RESTLESS or 2 * failed < self._told.get(skeleton, 0)
 
     def restless(self, skeleton: Hashable) -> Plan | None:
         """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one.

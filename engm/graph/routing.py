@@ -123,8 +123,8 @@ INTO = frozenset(
 # Operators that move rows by what they tell nobody: the lengths of sequences.
 HIDING = frozenset(["NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
 
-# Operators that may write into a part of a tensor: they treat every element apart.
-WRITING = ELEMENTWISE | {"CopyBackwards", "Fill", "Zero"}
+# Operators that may write into a part of a tensor: each element goes where it goes, whatever the numbers are.
+WRITING = frozenset(["Add", "CopyBackwards", "Fill", "Sub", "Zero"])
 
 # Operators that multiply matrices: which input has its rows added up, whatever the other one is.
 RIGHT = {"Mm": 1, "Addmm": 2, "Mv": 1, "Addmv": 2, "Cdist": 1, "EuclideanDist": 1}

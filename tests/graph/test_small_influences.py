@@ -56,7 +56,15 @@ def shifted(h, values):
     return h
 
 
+def multiplied(h, values):
+    """The rows behind theirs multiplied by values, in place."""
+    h = torch.cat([h, h[:1]])
+    h[1:].mul_(values)
+    return h[:-1]
+
+
 PATHS = {
+    "multiplied in place": lambda net, h, z, a, b: z + b * h + multiplied(a * h, z),
     "shifted": lambda net, h, z, a, b: h + torch.cat([torch.zeros(1, WIDTH).to(z), a * z[:-1]]) + b * z,
     "padded": lambda net, h, z, a, b: h + F.pad(a * z[:2], (0, 0, 1, N - 3)) + b * z,
     "pieces": lambda net, h, z, a, b: h + torch.cat([a * piece for piece in z.split([2, 3])][::-1]) + b * z,
