@@ -88,6 +88,7 @@ class TermCollector:
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._joined_uses = JoinedUses(hooked=self.graph.trace.hooked)
         self._expected: dict[int, int] = {}
+        self._alike: dict[int, list[Tensor]] = {}  # by parameter (id), those that enter by the same entries
         self._waiting: set[int] = set()  # entries (id) whose terms are formed when the pass is over
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
@@ -120,9 +121,16 @@ class TermCollector:
                 expected[id(parameter)] = expected.get(id(parameter), 0) + uses
             if self.correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
-        for entry in plan.entries:
+        entered: dict[int, list[int]] = {}
+        for number, entry in enumerate(plan.entries):
             for source in entry.sources:
                 expected[source.parameter] = expected.get(source.parameter, 0) + 1
+                entered.setdefault(source.parameter, []).append(number)
+        by_entries: dict[tuple[int, ...], list[Tensor]] = {}
+        for key, numbers in entered.items():
+            if key in self.rows:
+                self._alike[key] = by_entries.setdefault(tuple(numbers), [])
+                self._alike[key].append(self.parameters[self.rows[key]])
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -395,7 +403,8 @@ class TermCollector:
             self._finish(key)
 
     def _finish(self, key: int) -> None:
-        self._hold(key, derived_term(self._pending.pop(key), self.parameters[self.rows[key]], self._joined_uses))
+        parameter, alike = self.parameters[self.rows[key]], self._alike.get(key, ())
+        self._hold(key, derived_term(self._pending.pop(key), parameter, self._joined_uses, alike))
 
     def _hold(self, key: int, term: Term) -> None:
         """Take the norms of the one term of a parameter, and keep it if it is wanted."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,23 +119,20 @@ class Pieces(Derived):
 
 
 class PulledTogether:
-    """Pulls terms back by autograd, to all parameters that the tensors were computed from by one pass.
+    """Pulls terms back by autograd, to several parameters that the tensors were computed from, by one pass.
 
     Args:
         uses: the tensors, and their terms.
         pull: tells which parameters need no such pass for their norms.
+        parameters: all that are accounted for by these uses. On the way to others there may be layers that account for
+            them, and take what comes by.
     """
 
-    def __init__(self, uses: Sequence[tuple[Origin, Term]], pull: FactoredPull) -> None:
-        self._origins, self._pull = [origin for origin, _ in uses], pull
+    def __init__(self, uses: Sequence[tuple[Origin, Term]], pull: FactoredPull, parameters: Sequence[Tensor]) -> None:
+        self._origins, self._pull, self._parameters = [origin for origin, _ in uses], pull, parameters
         self._squared: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._weights: Tensor | None = None  # those of the sums
-
-    @cached_property
-    def _parameters(self) -> list[Tensor]:
-        found = [leaf_of(node) for node in in_order([origin.node for origin in self._origins])]
-        return [leaf for leaf in found if leaf is not None and leaf.requires_grad]
 
     @property
     def _uses(self) -> list[tuple[Origin, Term]]:
@@ -198,8 +195,8 @@ class JoinedUses:
         self._hooked = hooked
         self._last: _Joined = ([], [], None, None)
 
-    def of(self, uses: list[tuple[Origin, Term]]) -> _Joined:
-        """``uses``, one term for each of the different tensors in them, and what pulls these back."""
+    def of(self, uses: list[tuple[Origin, Term]], parameters: Sequence[Tensor]) -> _Joined:
+        """``uses``, one term for each of the different tensors in them, and what pulls these back to parameters."""
         last, found, pull, together = self._last
         places = {(origin.node, origin.number): origin for origin, _ in uses}
         if len(last) == len(uses) and all(
@@ -219,7 +216,7 @@ class JoinedUses:
             pull = together = None
         else:
             pull = FactoredPull([((o.node, o.number), term) for o, term in found])
-            together = PulledTogether(found, pull)
+            together = PulledTogether(found, pull, parameters)
         self._last = uses, found, pull, together
         return self._last
 
@@ -228,7 +225,10 @@ _Joined = tuple[list[tuple[Origin, Term]], list[tuple[Origin, Term]], FactoredPu
 
 
 def derived_term(
-    uses: Sequence[tuple[Origin | None, Term]], parameter: Tensor, joined: JoinedUses | None = None
+    uses: Sequence[tuple[Origin | None, Term]],
+    parameter: Tensor,
+    joined: JoinedUses | None = None,
+    alike: Sequence[Tensor] = (),
 ) -> Term:
     """One term for all uses of a parameter.
 
@@ -236,10 +236,12 @@ def derived_term(
         uses: for each use the tensor that was used (None: the parameter itself) and that tensor's term.
         parameter: the parameter.
         joined: what joins the terms, for several parameters whose terms are asked for one after the other.
+        alike: the parameters that were used through the same tensors, this one too.
     """
     own = [term for origin, term in uses if origin is None]
     known = joined or JoinedUses()
-    _, derived, pull, together = known.of([(origin, term) for origin, term in uses if origin is not None])
+    through = [(origin, term) for origin, term in uses if origin is not None]
+    _, derived, pull, together = known.of(through, alike or [parameter])
     if (
         not own
         and len(derived) > 1
