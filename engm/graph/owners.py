@@ -376,6 +376,7 @@ class Question:
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._positions: frozenset[int] = frozenset()
         self._by_element = False
+        self._rows_of_edges: dict[Any, Tensor] = {}  # whose the rows were, when they were not asked by element
         self._keys: list[Any] = []  # of the prints of one pass
 
     def ask(
@@ -452,6 +453,12 @@ class Question:
             whole = found.get(end)
             if whole is None or whole is owners or whole.shape != owners.shape:
                 continue
+            if not self._by_element:
+                self._rows_of_edges[key] = owners
+            elif (rows := self._rows_of_edges.get(key)) is not None and rows.shape == owners.shape[:-1]:
+                # Elements may be too small to tell whose they are where the row was not.
+                unknown = (owners == NOBODY).all(-1)
+                owners = torch.where(unknown.unsqueeze(-1), rows.unsqueeze(-1), owners)
             others = (owners != whole) & (owners >= 0) & (whole >= 0)
             if bool(others.any()):
                 found[end] = whole.masked_fill(others, SEVERAL)

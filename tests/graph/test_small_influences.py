@@ -4,6 +4,7 @@ Rows of other examples come by a gate that is open, nearly closed or closed, one
 """
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -153,3 +154,14 @@ def test_a_plan_is_not_kept_from_before():
                 engm.per_example_grad_norms(model, losses)
         else:
             engm.per_example_grad_norms(model, losses)
+
+
+def test_elements_too_small_to_tell_of_a_row_that_is_not():
+    """Two branches are equal but for rounding; the one with the other example's row has a factor of 1e-36."""
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Gated(PATHS["the larger one"], True))
+    x = torch.randn(N, 3)
+    with suppress(RefusedError):
+        engm.per_example_grad_norms(model, model(x, torch.tensor(1e-36), torch.tensor(1e-8)).square().sum(1))
+    with pytest.raises(RefusedError, match="influences the losses of other examples"):
+        engm.per_example_grad_norms(model, model(x, torch.tensor(1.0), torch.tensor(1e-30)).square().sum(1))
