@@ -78,6 +78,19 @@ class FactoredPull:
         """What the gradients of a parameter are the sum of; None if some operator in between is not known here."""
         return self._parts.get(id(parameter))
 
+    def knows(self, parameter: Tensor) -> bool:
+        """Whether there are such parts, let go of or not."""
+        return id(parameter) in self._known
+
+    def let_go(self, parameter: Tensor) -> None:
+        """Forget the parts of a parameter, which may be as large as the gradients of all examples."""
+        if self.knows(parameter):
+            self._parts[id(parameter)] = None
+
+    @cached_property
+    def _known(self) -> frozenset[int]:
+        return frozenset(key for key, parts in self._parts.items() if parts is not None)
+
     @cached_property
     def _parts(self) -> dict[int, list[Part] | None]:
         arrived: Arrived = {}

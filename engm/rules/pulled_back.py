@@ -73,8 +73,9 @@ class Derived(Term):
         if len(self.uses) == 1 and self.uses[0][0].rearranged:
             return self.uses[0][1].squared_norm()
         parts = self._parts()
-        if parts is not None:
-            self.pull = None  # so that the parts are let go of
+        if parts is not None and self.pull is not None:
+            self.pull.let_go(self.parameter)
+            self.pull = None
             return squared_norm_of(parts, tuple(self.parameter.shape))
         if self.together is not None:
             return self.together.squared_norm(self.parameter)
@@ -141,7 +142,7 @@ class PulledTogether:
     def squared_norm(self, parameter: Tensor) -> Tensor:
         """``||g_i||^2``, ``[n]``, of a parameter."""
         if id(parameter) not in self._squared:
-            wanted = [p for p in self._with(parameter) if p is parameter or self._pull.parts_of(p) is None]
+            wanted = [p for p in self._with(parameter) if p is parameter or not self._pull.knows(p)]
             uses = self._uses
             n, chunk = uses[0][1].examples, max(1, CHUNK_BYTES // max(1, sum(p.nbytes for p in wanted)))
             squares: list[list[Tensor]] = [[] for _ in wanted]

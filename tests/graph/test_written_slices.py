@@ -63,6 +63,12 @@ def losses_of(model, x):
     return model(x).square().sum(1)
 
 
+def assert_right(model, step):
+    losses = losses_of(model, tensor(N, WIDTH, seed=step))
+    wanted = per_example_gradients(losses, trained(model.unwrap())).norms
+    assert relative(engm.per_example_grad_norms(model, losses), wanted) < 1e-10
+
+
 @pytest.mark.parametrize("network", [Stored, Modes, Columns])
 def test_plans_are_kept(network, monkeypatch):
     made = []
@@ -71,9 +77,7 @@ def test_plans_are_kept(network, monkeypatch):
     torch.manual_seed(0)
     model = engm.GradNormModule(network().double())
     for step in range(4):
-        losses = losses_of(model, tensor(N, WIDTH, seed=step))
-        wanted = per_example_gradients(losses, trained(model.unwrap())).norms
-        assert relative(engm.per_example_grad_norms(model, losses), wanted) < 1e-10
+        assert_right(model, step)
     assert len(made) == 1
 
 
@@ -119,7 +123,5 @@ def test_what_cannot_be_told_is_tried_three_times(monkeypatch):
     monkeypatch.setattr(prepare, "plan_to_be_told", lambda *args: tried.append(1) or plan_to_be_told(*args))
     model = engm.GradNormModule(Packed().double())
     for step in range(12):
-        losses = losses_of(model, tensor(N, WIDTH, seed=step))
-        wanted = per_example_gradients(losses, trained(model.unwrap())).norms
-        assert relative(engm.per_example_grad_norms(model, losses), wanted) < 1e-10
+        assert_right(model, step)
     assert len(tried) == 3

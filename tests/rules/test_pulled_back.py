@@ -84,3 +84,15 @@ def test_nothing_but_rounding_comes_to_a_parameter_by_way_of_one_number():
         found = pull_back([get_gradient_edge(spread)], shift, [tensor(5, seed=seed + 2)])
         assert found.shape == (5, 1)
         assert float(found.abs().max()) < 1e-14
+
+
+def test_parts_are_let_go_of_once_norms_are_taken():
+    """They may be formed gradients of all examples, while the terms wait for their weights."""
+    parameter = tensor(4, 6, seed=9).requires_grad_()
+    computed, (of_tensor, _) = parameter.tanh(), linear(6)
+    term = derived_term([(Origin(computed.grad_fn, 0, False), of_tensor)], parameter)
+    pull = term.pull
+    assert pull.parts_of(parameter) is not None
+    term.squared_norm()
+    assert pull.parts_of(parameter) is None
+    assert pull.knows(parameter)
