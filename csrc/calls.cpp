@@ -17,6 +17,9 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "ops.h"
 
@@ -56,6 +59,41 @@ auto operator_of(const char* name, Function* function) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Function>();
 }
 
+// Sums over positions and their squared norms: by the CPU's operator where it has loops; elsewhere by ATen's operators,
+// which a compiler of graphs may fuse.
+std::tuple<at::Tensor, at::Tensor> summed(const at::Tensor& gradients, int64_t dim) {
+  static const auto op = operator_of("engm::position_sums", cpu::position_sums);
+  return is_summed_in_loops(gradients, dim) ? op.call(gradients, dim) : position_sums(gradients, dim);
+}
+
+// A call of a linear layer: activations [n, p] (none if the weight is not trained), backprops [n, d], and whether the
+// bias is trained.
+using RowCall = std::tuple<OptionalTensor, at::Tensor, bool>;
+// Activations [n, 1, p] in the type of the backprops, backprops [n, 1, d], the squared norms of the weight's gradients,
+// the bias's gradients and their squared norms; none of what is not asked for.
+using RowTerms = std::tuple<OptionalTensor, at::Tensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+
+std::vector<RowTerms> row_terms(const std::vector<RowCall>& calls, bool norms) {
+  static const auto norm_sq = operator_of("engm::linear_norm_sq", cpu::linear_norm_sq);
+  std::vector<RowTerms> all;
+  all.reserve(calls.size());
+  for (const auto& [activations, backprops, bias] : calls) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto& [a, b, norm_of_weight, sums, norm_of_bias] = all.emplace_back();
+    b = backprops.unsqueeze(1);
+    if (activations) {
+      a = as_type(*activations, backprops.scalar_type()).unsqueeze(1);
+      if (norms) norm_of_weight = norm_sq.call(*a, b, "auto", std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+    }
+    if (bias) {
+      auto [found, gradients] = summed(b, 1);
+      sums = std::move(gradients);
+      norm_of_bias = std::move(found);
+    }
+  }
+  return all;
+}
+
 // Binds an operator whose arguments Python's values turn into by themselves.
 template <class Result, class... Arguments>
 void bind(py::module_& m, const char* name, const char* full_name, Result (*function)(Arguments...)) {
@@ -73,12 +111,7 @@ void bind_calls(py::module_& m) {
   bind(m, "embedding_norm_sq", "engm::embedding_norm_sq", cpu::embedding_norm_sq);
   bind(m, "weighted_gemm", "engm::weighted_gemm", cpu::weighted_gemm);
   bind(m, "scaled_accumulate", "engm::scaled_accumulate", scaled_accumulate);
-  // The CPU's operator where it has loops; elsewhere ATen's, which a compiler of graphs may fuse.
-  m.def("position_sums",
-        torch::wrap_pybind_function_no_gil(
-            [op = operator_of("engm::position_sums", cpu::position_sums)](const at::Tensor& gradients, int64_t dim) {
-              return is_summed_in_loops(gradients, dim) ? op.call(gradients, dim) : position_sums(gradients, dim);
-            }));
+  m.def("position_sums", torch::wrap_pybind_function_no_gil(summed));
   bind(m, "correction_factors", "engm::correction_factors", cpu::correction_factors);
   bind(m, "linear_norm_sq", "engm::linear_norm_sq", cpu::linear_norm_sq);
   m.def("conv_norm_sq",
@@ -119,10 +152,16 @@ void bind_calls(py::module_& m) {
           const at::AutoDispatchBelowADInplaceOrView below_autograd;
           return std::make_pair(by_position(as_type(activations, backprops.scalar_type())), by_position(backprops));
         }));
-  // Σ_it left[i, t, :] ⊗ right[i, t, :]
-  m.def("sum_of_outer_products", torch::wrap_pybind_function_no_gil([](const at::Tensor& left, const at::Tensor& right) {
+  // What the terms of linear layers are made of that were called on a row an example: see engm/rules/linear.py.
+  m.def("row_terms", torch::wrap_pybind_function_no_gil(row_terms));
+  // Of every pair: Σ_it left[i, t, :] ⊗ right[i, t, :]
+  m.def("sums_of_outer_products", torch::wrap_pybind_function_no_gil([](const Tensors& left, const Tensors& right) {
           const at::AutoDispatchBelowADInplaceOrView below_autograd;
-          return at::mm(left.flatten(0, 1).t(), right.flatten(0, 1));
+          Tensors sums;
+          sums.reserve(left.size());
+          for (size_t k = 0; k < left.size(); ++k)
+            sums.push_back(at::mm(left[k].flatten(0, 1).t(), right.at(k).flatten(0, 1)));
+          return sums;
         }));
 }
 

@@ -38,7 +38,7 @@ def check_losses(losses: Tensor, *, finite: bool | None = False) -> None:
             "whose parameters require grad)."
         )
     if finite is None:
-        finite = losses.device.type == "cpu" and not is_recorded()
+        finite = losses.is_cpu and not is_recorded()
     if finite:
         check_finite(losses)
 

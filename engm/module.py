@@ -6,8 +6,8 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -55,6 +55,26 @@ class _Quiet(threading.local):
 
 
 _QUIET = _Quiet()
+_NOTHING = nullcontext()
+
+
+class _Paused:
+    """See :meth:`GradNormModule.paused`; a generator would take longer than a small layer."""
+
+    __slots__ = ("_model",)
+
+    def __init__(self, model: GradNormModule) -> None:
+        self._model = model
+
+    def __enter__(self) -> GradNormModule:
+        _QUIET.depth[id(self._model)] += 1
+        return self._model
+
+    def __exit__(self, *error: object) -> None:
+        depth, key = _QUIET.depth, id(self._model)
+        depth[key] -= 1
+        if not depth[key]:
+            del depth[key]
 
 
 class GradNormModule(nn.Module):
@@ -150,7 +170,7 @@ class GradNormModule(nn.Module):
         A call from within the forward pass of this very wrapper is captured with that. Calls under the transforms of
         ``torch.func`` (which have graphs of their own), and those that are traced or exported, are plain ones.
         """
-        quiet = _QUIET.depth[id(self)] or not torch.is_grad_enabled() or is_exported()
+        quiet = id(self) in _QUIET.depth or not torch.is_grad_enabled() or is_exported()
         if torch.compiler.is_compiling():
             return self._net(*args, **kwargs) if quiet else self._captured_uncompiled(args, kwargs)
         if quiet or is_transformed():
@@ -176,24 +196,18 @@ class GradNormModule(nn.Module):
             args = tuple(_with_leaf(value, capture) for value in args)
             kwargs = {name: _with_leaf(value, capture) for name, value in kwargs.items()}
         sharded, with_rules = self._walks.found_by_both(sharded_parts, _layers_with_rules)
-        noting, layers = noting_leaves(sharded, self.shard_group, self._leaves), _those_that_matter(with_rules)
-        hooks = hooked(capture, layers, traceable if dynamo_in_use() else None)
-        with capturing(capture, layers), hooks, self.paused(), noting:
+        layers = _those_that_matter(with_rules)
+        compiled = dynamo_in_use()
+        regions = capturing(capture, layers) if compiled else _NOTHING
+        noting = noting_leaves(sharded, self.shard_group, self._leaves) if sharded else _NOTHING
+        with regions, hooked(capture, layers, traceable if compiled else None), self.paused(), noting:
             outputs = self._network()(*args, **kwargs)
         capture.mark(outputs)
         return outputs
 
-    @contextmanager
-    def paused(self) -> Iterator[GradNormModule]:
+    def paused(self) -> AbstractContextManager[GradNormModule]:
         """While this context is open, calls of the wrapper in this thread are plain calls of the network."""
-        depth, key = _QUIET.depth, id(self)
-        depth[key] += 1
-        try:
-            yield self
-        finally:
-            depth[key] -= 1
-            if not depth[key]:
-                del depth[key]
+        return _Paused(self)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Run the network compiled from now on. Its layers stay captured, and the network itself stays as it is.

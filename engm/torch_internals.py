@@ -407,6 +407,18 @@ def _hook_number() -> int:
     return number
 
 
+def gradients_of(losses: Tensor, targets: Sequence[Any], seeds: Tensor, keep_graph: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of ``sum_i seeds_i losses_i`` at tensors or edges, None at those that are not reached.
+
+    What ``torch.autograd.grad`` computes, which looks at its arguments for as long as a small layer takes.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    found = engine.run_backward(
+        (losses,), (seeds,), keep_graph, False, tuple(targets), allow_unreachable=True, accumulate_grad=False
+    )
+    return cast(tuple[Tensor | None, ...], found)
+
+
 # -- what normalisation layers save -----------------------------------------------------------------------------------
 
 
@@ -606,24 +618,36 @@ def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     return handle
 
 
-@contextmanager
-def first_forward_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+class FirstForwardHooks:
     """While this context is open, a forward hook ``(module, args, kwargs, output)`` runs first on each of the modules.
 
     They are hung as ``module.register_forward_hook`` does, which takes as long as a small layer.
+
+    Args:
+        hooks: one a module.
     """
-    number = _hook_number()  # the same everywhere
-    try:
-        for module, hook in hooks.items():
-            own: Any = module._forward_hooks
-            own[number] = hook
-            own.move_to_end(number, last=False)
-            module._forward_hooks_with_kwargs[number] = True
-        yield
-    finally:
-        for module in hooks:
-            module._forward_hooks.pop(number, None)
-            module._forward_hooks_with_kwargs.pop(number, None)
+
+    def __init__(self, hooks: Mapping[nn.Module, Callable[..., Any]]) -> None:
+        self._hooks = hooks
+        self._number = _hook_number()  # the same everywhere
+
+    def __enter__(self) -> None:
+        number = self._number
+        try:
+            for module, hook in self._hooks.items():
+                own: Any = module._forward_hooks
+                own[number] = hook
+                if len(own) > 1:
+                    own.move_to_end(number, last=False)
+                module._forward_hooks_with_kwargs[number] = True
+        except BaseException:  # an interrupt, say
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._hooks:
+            module._forward_hooks.pop(self._number, None)
+            module._forward_hooks_with_kwargs.pop(self._number, None)
 
 
 def running_data_parallel() -> DistributedDataParallel | None:

@@ -438,3 +438,17 @@ def test_reading_once():
         internals.reading_once(lambda: 1 / 0)
     internals.saved_by(nodes[0], "self")
     assert len(runs) == 3, "it reads as always afterwards"
+
+
+def test_gradients_of():
+    x, unused = torch.arange(3.0, dtype=torch.float64).requires_grad_(), torch.ones(2).requires_grad_()
+    hidden = x.exp()
+    losses, seeds = hidden.square(), torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    for keep in (True, False):
+        found = internals.gradients_of(losses, [x, torch.autograd.graph.get_gradient_edge(hidden), unused], seeds, keep)
+        torch.testing.assert_close(found[0], seeds * 2 * (2 * x.detach()).exp())
+        torch.testing.assert_close(found[1], seeds * 2 * hidden.detach())
+        assert found[2] is None
+        assert x.grad is None
+    with pytest.raises(RuntimeError, match="second time"):
+        internals.gradients_of(losses, [x], seeds, False)

@@ -261,7 +261,7 @@ def test_some_global_forward_hook():
     assert not internals.some_global_forward_hook()
 
 
-def test_first_forward_hooks():
+def test_firstforwardhooks():
     """As ``register_forward_hook(prepend=True, with_kwargs=True)`` on each, and gone afterwards."""
     first, second, order = nn.Identity(), nn.Identity(), []
 
@@ -270,7 +270,7 @@ def test_first_forward_hooks():
         return output + 1
 
     theirs = first.register_forward_hook(lambda module, args, output: order.append(output))
-    with internals.first_forward_hooks({first: ours, second: ours}):
+    with internals.FirstForwardHooks({first: ours, second: ours}):
         assert first(7) == 8
         assert second(1) == 2
         theirs.remove()

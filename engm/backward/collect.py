@@ -19,6 +19,7 @@ from torch import Tensor
 from ..batch_norm.correction import BatchNormCall, correct_terms
 from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
+from ..checks import RefusedError
 from ..distributed import on_any
 from ..graph.opaque import watched
 from ..graph.owners import unnoticed
@@ -28,17 +29,19 @@ from ..rules import WholeCallRule
 from ..rules.any_operator import term_of_any
 from ..rules.conv import ConvRule
 from ..rules.entries import entry_term
-from ..rules.linear import LinearRule
+from ..rules.linear import LinearRule, RowCall, are_small_rows
 from ..rules.normalization import BatchNormRule
 from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import is_recorded, reading_once, rows_of_nested
+from ..torch_internals import gradients_of, is_recorded, reading_once, rows_of_nested, version_of
 
 # Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
 # 40 µs; the CPU needs little more memory than the largest of them.
 SCALED_AT_ONCE = {"cuda": 64 << 20, "cpu": 1 << 20}
+
+_NOTHING = nullcontext()
 
 
 @dataclass
@@ -83,6 +86,7 @@ class TermCollector:
         """Nothing is collected yet, and the plan says what is to come."""
         self.squared: list[Tensor | None] = [None] * len(self.parameters)
         self.terms: dict[int, Term] = {}
+        self._pulling = False  # gradients of what enters are pulled back to parameters, within the pass
         self._surprise: Tensor | None = None  # whether the plan turned out not to hold
         self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
@@ -93,6 +97,8 @@ class TermCollector:
         self._deferred: list[tuple[PlannedEntry, list[Tensor | None]]] = []
         self._layouts: dict[int, Ownership] = {}  # id(call) -> of its output; none for one that accounts for nothing
         self._unknown: dict[int, Tensor] = {}  # id(call) -> rows that had no gradient when the plan was made
+        self._on_rows: set[int] = set()  # calls (id) on a row an example, whose terms are formed when all are in
+        self._set_aside: list[tuple[RowCall, int]] = []  # those that are in, and how often backprops were written into
         self._silent: set[int] = set()  # calls (id) inside of compiled regions that had none
         self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
         self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
@@ -103,6 +109,7 @@ class TermCollector:
         """Count how many terms each parameter will get, and note which layers feed a batch norm."""
         trace, plan = self.graph.trace, self.graph.plan
         own, doubtful, expected = set(map(id, trace.own)), self.graph.doubtful, self._expected
+        by_rows = not (doubtful or self.correct) and plan.told is None
         for number, (call, layout) in enumerate(zip(trace.calls, plan.layouts, strict=True)):
             key = id(call)
             if layout is None or key not in own:
@@ -121,6 +128,8 @@ class TermCollector:
                 expected[id(parameter)] = expected.get(id(parameter), 0) + uses
             if self.correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
+            if by_rows and call.rule.of_rows and call.parameters and layout.plain and are_small_rows(call.shape):
+                self._on_rows.add(key)
         entered: dict[int, list[int]] = {}
         for number, entry in enumerate(plan.entries):
             for source in entry.sources:
@@ -203,16 +212,16 @@ class TermCollector:
         # A pass to the inputs runs through nodes of which entries are read when it is over.
         read_later = bool(self._waiting) or bool(captured and inputs) or graph.plan.behind_entries
         keep_graph = retain_graph or unsure or read_later
-        statistics = graph.frozen_statistics() if frozen and graph.couples else nullcontext()
+        statistics = graph.frozen_statistics() if frozen and graph.couples else _NOTHING
         opaque = graph.plan.opaque if graph.doubtful else ()
-        functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect) if opaque else nullcontext()
-        entering = self._watching(passed) if passed else nullcontext()
+        functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect) if opaque else _NOTHING
+        entering = self._watching(passed) if passed else _NOTHING
         # Where the owners of rows are told by a comparison with this very pass, it has to repeat.
-        kernels = nullcontext() if graph.plan.told is None else repeatable_kernels(losses.device)
+        kernels = _NOTHING if graph.plan.told is None else repeatable_kernels(losses.device)
         with statistics, entering, functions, graph.collecting(self), kernels:
-            gradients: Sequence[Tensor | None] = ()
-            if targets:
-                gradients = torch.autograd.grad(losses, targets, seeds, retain_graph=keep_graph, allow_unused=True)
+            gradients = gradients_of(losses, targets, seeds, keep_graph) if targets else ()
+        if self._set_aside:
+            self._form_rows()
         outputs: dict[int, list[Tensor | None]] = {}
         for (position, _), gradient in zip(graph.plan.sinks, gradients, strict=False):
             outputs.setdefault(position, []).append(gradient)
@@ -250,10 +259,18 @@ class TermCollector:
 
     def holds(self, call: Call) -> bool:
         """Whether the operands of a call are needed beyond :meth:`receive`."""
-        return self.keep or any(self._expected.get(id(p), 0) > 1 for p in call.parameters.values())
+        if self.keep or id(call) in self._on_rows:
+            return True
+        return any(self._expected.get(id(p), 0) > 1 for p in call.parameters.values())
 
     def receive(self, call: Call, backprops: Any) -> None:
         """Take the gradient of one call's output, soon after it came; grad mode is off."""
+        if id(call) in self._on_rows:
+            read = call.activations() if call.reads else None
+            self._set_aside.append(((call.parameters, read, backprops), version_of(backprops)))
+            if self._consume:
+                call.release()
+            return
         layout = self._layouts.get(id(call))
         if layout is None:
             if id(call) in self._silent:
@@ -280,6 +297,24 @@ class TermCollector:
         if id(call) in self._unknown:
             self._doubt(backprops, self._unknown[id(call)])
         self._form(call, layout, activations, backprops)
+
+    def _form_rows(self) -> None:
+        """Form the terms of the calls on a row an example."""
+        if any(version_of(backprops) != version for (_, _, backprops), version in self._set_aside):
+            raise RefusedError(
+                "engm: a gradient was modified in place by the backward function or hook that it was handed to, so "
+                "norms would be wrong. Return a new tensor there."
+            )
+        calls = [call for call, _ in self._set_aside]
+        self._set_aside.clear()
+        with torch.no_grad():
+            for (parameters, _, _), terms in zip(calls, LinearRule.terms_of_rows(calls, self.norms), strict=True):
+                for name, (term, norm) in terms.items():
+                    key = id(parameters[name])
+                    if self._expected[key] == 1 and key in self.rows:
+                        self._hold(key, term, norm)
+                    else:
+                        self._add(key, None, term)
 
     def _form(self, call: Call, layout: Ownership, activations: Any, backprops: Tensor) -> None:
         """Form the terms of a call with every row as an example, and add up those of an example."""
@@ -352,8 +387,8 @@ class TermCollector:
 
     def _enter(self, position: int, entries: list[PlannedEntry], gradients: Sequence[Tensor | None]) -> None:
         """Take the gradients of the outputs of a node by which shared tensors enter, or that had none so far."""
-        if all(gradient is None for gradient in gradients):
-            return
+        if self._pulling or all(gradient is None for gradient in gradients):
+            return  # what is pulled back to parameters may come by here too
         if self.graph.doubtful:
             plan = self.graph.plan
             if position in plan.silent:
@@ -373,12 +408,16 @@ class TermCollector:
             except UntoldError:
                 self._surprise = torch.ones((), dtype=torch.bool)
                 return
-        for entry, waits in zip(entries, waiting, strict=True):
-            term = None if waits else entry_term(self.graph.entry(entry), gradients)
-            if term is None:
-                self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
-            else:
-                self._take(entry, term)
+        self._pulling = True
+        try:
+            for entry, waits in zip(entries, waiting, strict=True):
+                term = None if waits else entry_term(self.graph.entry(entry), gradients)
+                if term is None:
+                    self._deferred.append((entry, [None if g is None else g.detach() for g in gradients]))
+                else:
+                    self._take(entry, term)
+        finally:
+            self._pulling = False
 
     def _take(self, entry: PlannedEntry, term: Term) -> None:
         """Add the term of a shared tensor to those of the parameters that it was computed from."""
@@ -406,12 +445,12 @@ class TermCollector:
         parameter, alike = self.parameters[self.rows[key]], self._alike.get(key, ())
         self._hold(key, derived_term(self._pending.pop(key), parameter, self._joined_uses, alike))
 
-    def _hold(self, key: int, term: Term) -> None:
-        """Take the norms of the one term of a parameter, and keep it if it is wanted."""
+    def _hold(self, key: int, term: Term, squared: Tensor | None = None) -> None:
+        """Take the norms of the one term of a parameter, if they are not known yet, and keep it if it is wanted."""
         if self.keep:
             self.terms[key] = term = term.compact()
         if self.norms:
-            self.squared[self.rows[key]] = term.squared_norm()
+            self.squared[self.rows[key]] = term.squared_norm() if squared is None else squared
 
     def _correct(self, terms: dict[str, Term], call: Call, batch_norm: Call) -> None:
         """Attach the local correction where it is exact: to the parameters that this call alone uses."""
@@ -451,12 +490,11 @@ class TermCollector:
             only: ids of the parameters to sum for; default all.
             again: keep the terms.
         """
-        reached: list[tuple[Tensor, Term]] = []
-        for parameter in self.parameters:
-            if id(parameter) in self.terms and (only is None or id(parameter) in only):
-                reached.append((parameter, self.terms[id(parameter)]))
-                if not again:
-                    del self.terms[id(parameter)]
+        terms = self.terms
+        wanted = [(key, parameter) for parameter in self.parameters if (key := id(parameter)) in terms]
+        if only is not None:
+            wanted = [(key, parameter) for key, parameter in wanted if key in only]
+        reached = [(parameter, terms[key] if again else terms.pop(key)) for key, parameter in wanted]
         return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..checks import RefusedError
 from ..rules import FunctionRule, Rule, WholeCallRule
 from ..rules.arguments import Arguments
 from ..torch_internals import (
-    first_forward_hooks,
+    FirstForwardHooks,
     first_global_forward_hook,
     in_operator_of_graphs,
     is_view,
@@ -37,10 +37,9 @@ Record = Callable[..., Any]
 Adapter = Callable[..., tuple[Before | None, Record]]
 
 
-@contextmanager
 def hooked(
     capture: Capture, layers: Sequence[tuple[str, nn.Module, Rule]], adapt: Adapter | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Record the calls of ``layers`` in this thread, first among their forward hooks, while the context is open.
 
     Args:
@@ -49,28 +48,41 @@ def hooked(
         adapt: gives hooks to use instead, where the network may be compiled.
     """
     thread = threading.get_ident()
-    handles = []
+    befores: list[tuple[nn.Module, Before]] = []
     records: dict[nn.Module, Record] = {}
+    for name, module, rule in layers:
+        before: Before | None = None
+        if rule.generic and adapt is None:
+            record = _note_hook(capture, name, rule, thread)
+        elif isinstance(rule, WholeCallRule):
+            before, record = _whole_call_hooks(capture, name, rule, thread)
+        else:
+            record = _call_hook(CallRecorder(capture, name, rule, Call, _refuse, isinstance(rule, FunctionRule)))
+        if adapt is not None:
+            before, record = adapt(before, record, name, module, rule)
+        if before is not None:
+            befores.append((module, before))
+        records[module] = record
+    hooks = FirstForwardHooks(records)
+    everywhere = some_global_forward_hook()
+    return _with_others(befores, records if everywhere else None, hooks) if befores or everywhere else hooks
+
+
+@contextmanager
+def _with_others(
+    befores: Sequence[tuple[nn.Module, Before]], records: dict[nn.Module, Record] | None, hooks: FirstForwardHooks
+) -> Iterator[None]:
+    """Forward pre-hooks of modules; and a hook for all modules in place of ``hooks``, if ``records`` are given."""
+    handles: list[RemovableHandle] = []
     try:
-        for name, module, rule in layers:
-            before: Before | None = None
-            if rule.generic and adapt is None:
-                record = _note_hook(capture, name, rule, thread)
-            elif isinstance(rule, WholeCallRule):
-                before, record = _whole_call_hooks(capture, name, rule, thread)
-            else:
-                record = _call_hook(CallRecorder(capture, name, rule, Call, _refuse, isinstance(rule, FunctionRule)))
-            if adapt is not None:
-                before, record = adapt(before, record, name, module, rule)
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(before))
-            records[module] = record
-        if some_global_forward_hook():
+        for module, before in befores:
+            handles.append(module.register_forward_pre_hook(before))
+        if records is None:
+            with hooks:
+                yield
+        else:
             handles.append(_before_all_hooks(records))
             yield
-        else:
-            with first_forward_hooks(records):
-                yield
     finally:
         for handle in handles:
             handle.remove()

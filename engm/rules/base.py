@@ -88,6 +88,11 @@ class Rule:
     joins = False
     generic = False
 
+    @property
+    def of_rows(self) -> bool:
+        """Whether :meth:`LinearRule.terms_of_rows` forms the terms of calls on a row an example."""
+        return False
+
     def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of ``module`` that the rule accounts for."""
         return self.parameter_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._C import by_position, linear_cost
+from .._C import by_position, linear_cost, row_terms
 from ..cost.table import cost_arguments
 from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term
 from .base import CPU, Cost, Rule, add_rule
@@ -50,19 +50,56 @@ class _MatrixRule(Rule):
         return terms
 
 
+# Trained parameters by name, the activations [n, p] (None if no term needs them), the backprops [n, d].
+RowCall = tuple[Mapping[str, nn.Parameter], Tensor | None, Tensor]
+
+FEW_ELEMENTS = 1 << 16  # of backprops: about as many as take as long as a call from Python
+
+
+def are_small_rows(shape: Sequence[int]) -> bool:
+    """Whether an output of this shape is a row an example, and small enough to be set aside for others like it."""
+    return len(shape) == 2 and 0 < shape[0] * shape[1] <= FEW_ELEMENTS
+
+
 @add_rule(nn.Linear)
 class LinearRule(_MatrixRule):
     """``[n, *, p] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
 
     positionwise = True
 
+    @property
+    def of_rows(self) -> bool:
+        return type(self).terms is _MatrixRule.terms and type(self).factors is LinearRule.factors
+
+    @staticmethod
+    def terms_of_rows(calls: Sequence[RowCall], norms: bool) -> list[dict[str, tuple[Term, Tensor | None]]]:
+        """The terms of many calls on a row an example, with the squared norms of their gradients.
+
+        Between small layers Python takes longer than the arithmetic, which is all done by one call here.
+
+        Args:
+            calls: of linear layers.
+            norms: whether norms of weights are wanted.
+        """
+        wanted = [
+            (_dense(activations) if "weight" in parameters else None, backprops, "bias" in parameters)
+            for parameters, activations, backprops in calls
+        ]
+        found: list[dict[str, tuple[Term, Tensor | None]]] = []
+        for activations, backprops, norm_of_weight, sums, norm_of_bias in row_terms(wanted, norms):
+            terms: dict[str, tuple[Term, Tensor | None]] = {}
+            if activations is not None:
+                terms["weight"] = LinearFactors(activations, backprops), norm_of_weight
+            if sums is not None:
+                terms["bias"] = PerExampleGradient(sums, norm_of_bias), norm_of_bias
+            found.append(terms)
+        return found
+
     def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
         return output.dim() == 1
 
     def factors(self, activations: Tensor, backprops: Tensor) -> LinearFactors:
-        if activations.layout != torch.strided:  # a bag of words, say
-            activations = activations.to_dense()
-        return LinearFactors(*by_position(activations, backprops))
+        return LinearFactors(*by_position(_dense(activations), backprops))
 
     def cost(
         self,
@@ -74,6 +111,11 @@ class LinearRule(_MatrixRule):
         channels_last: bool = False,
     ) -> Cost:
         return matrix_cost(prod(output_shape[1:-1]), input_shape[-1], output_shape[-1], device, dtype)
+
+
+def _dense(activations: Any) -> Tensor:
+    """Activations that may be sparse: a bag of words, say."""
+    return activations if activations.layout == torch.strided else activations.to_dense()
 
 
 @add_rule(nn.Bilinear)

@@ -56,6 +56,11 @@ class Factors(RowTerm):
         """The sum over examples, given :meth:`to_scale` times the examples' weights."""
         raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
 
+    @classmethod
+    def sums_of_scaled(cls, terms: Sequence[Self], scaled: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`sum_of_scaled` of several terms of this kind."""
+        return [term.sum_of_scaled(factor) for term, factor in zip(terms, scaled, strict=True)]
+
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return self.sum_of_scaled(ops.scale_examples([self.to_scale()], weights)[0])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._C import sum_of_outer_products
+from .._C import sums_of_outer_products
 from ..ops import accumulation_dtype
 from .base import CHUNK_BYTES, LocalCorrection, PerExampleGradient, Term
 from .factors import PositionFactors, cheaper_to_keep, cheaper_to_scale, refuse_correction
@@ -52,9 +52,16 @@ class LinearFactors(PositionFactors):
         return cheaper_to_scale(self.backprops, self.activations)
 
     def sum_of_scaled(self, scaled: Tensor) -> Tensor:
-        left, right = self.backprops, self.activations
-        left, right = (scaled, right) if self.to_scale() is left else (left, scaled)
-        return sum_of_outer_products(left, right)
+        return self.sums_of_scaled([self], [scaled])[0]
+
+    @classmethod
+    def sums_of_scaled(cls, terms: Sequence[Self], scaled: Sequence[Tensor]) -> list[Tensor]:
+        left, right = [], []
+        for term, weighted in zip(terms, scaled, strict=True):
+            of_backprops = term.to_scale() is term.backprops
+            left.append(weighted if of_backprops else term.backprops)
+            right.append(term.activations if of_backprops else weighted)
+        return sums_of_outer_products(left, right)
 
     def dense(self, rows: slice) -> Tensor:
         gradients = ops.linear_grads(self.activations[rows], self.backprops[rows])[1]

@@ -48,10 +48,13 @@ def weighted_sums(
 
 
 def _sums_of_group(group: list[tuple[Tensor, Factors, Tensor]], weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weighted sums of factors, given with those that are scaled; a term is let go as soon as its sum is formed."""
+    """The weighted sums of factors, given with those that are scaled; terms of one kind side by side are let go of."""
     scaled = ops.scale_examples([to_scale for _, _, to_scale in group], weights)
-    scaled.reverse()
-    group.reverse()
     while group:
-        parameter, term, _ = group.pop()
-        yield parameter, term.sum_of_scaled(scaled.pop())
+        kind, count = type(group[0][1]), 1
+        while count < len(group) and type(group[count][1]) is kind:
+            count += 1
+        parameters, terms = [parameter for parameter, _, _ in group[:count]], [term for _, term, _ in group[:count]]
+        sums = kind.sums_of_scaled(terms, scaled[:count])
+        del group[:count], scaled[:count], terms
+        yield from zip(parameters, sums, strict=True)

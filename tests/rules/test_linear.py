@@ -1,5 +1,8 @@
 """Linear layers against the oracle: any leading dimensions, sharing, and what users do around them."""
 
+from itertools import pairwise
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,8 @@ from oracle import dtype_of, random_losses, relative, tensor
 from torch import nn
 
 import engm
+from engm.capture import calls
+from engm.rules import linear
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 
@@ -259,3 +264,68 @@ def test_bilinear_of_two_views_of_an_example():
         return random_losses(first) + (first * second).flatten(1).sum(1)
 
     check(Pairing(3, 4, 2).double(), losses, views=2)
+
+
+# Many calls on a row an example are taken together; one that is not small, and one with dimensions between, is not.
+@given(
+    n=st.integers(1, 5),
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    trained=st.lists(st.sampled_from(["both", "weight", "bias"]), min_size=6, max_size=6),
+    few=st.sampled_from([0, 12, 1 << 16]),
+    twice=st.booleans(),
+    sparse=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_rows_together(n, widths, trained, few, twice, sparse, seed):
+    torch.manual_seed(seed)
+    layers = [nn.Linear(p, d).double() for p, d in pairwise(widths)]
+    for layer, kind in zip(layers, trained, strict=False):
+        layer.weight.requires_grad_(kind != "bias")
+        layer.bias.requires_grad_(kind != "weight")
+    shared = nn.Linear(widths[-1], widths[-1]).double()
+    net = nn.Sequential(*layers, nn.Tanh(), shared, *([nn.Tanh(), shared] if twice else []))
+    x = tensor(n, widths[0], seed=seed)
+    with patch.object(linear, "FEW_ELEMENTS", few):
+        check(net, losses_of(x.to_sparse() if sparse else x, seed))
+
+
+def test_rows_under_autocast():
+    """The activations of a layer in float32 with backprops in bfloat16, and no norm twice."""
+    torch.manual_seed(0)
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 5)))
+    x = tensor(4, 6, dtype=torch.float32)
+
+    def norms(few):
+        with patch.object(linear, "FEW_ELEMENTS", few), torch.autocast("cpu", torch.bfloat16):
+            return engm.per_example_grad_norms(model, random_losses(model(x).float(), 0))
+
+    assert torch.equal(norms(1 << 16), norms(0))
+
+
+def test_rows_written_into_afterwards():
+    """A function that changes the gradient in place after it was set aside would change norms; none are given out."""
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient.mul_(2)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(3, 4).double()
+
+        def forward(self, x):
+            doubled = Doubled.apply(self.first(x))
+            return doubled + self.last(x)  # the same gradient goes to both, to the later one first
+
+    model = engm.GradNormModule(Net())
+    x = tensor(5, 3)
+    with patch.object(calls, "QUEUED_BYTES", 0):
+        losses = random_losses(model(x), 0)
+        with pytest.raises(RuntimeError, match="modified in place"):
+            engm.per_example_grad_norms(model, losses)

@@ -13,6 +13,7 @@ from oracle import per_example_gradients, trained
 from torch import Tensor, nn
 
 import engm
+from engm.backward import collect
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
@@ -140,6 +141,7 @@ def backward_passes() -> Iterator[list[str]]:
 
     with (
         mock.patch.object(torch.autograd, "grad", counted("grad", torch.autograd.grad)),
+        mock.patch.object(collect, "gradients_of", counted("grad", collect.gradients_of)),
         mock.patch.object(torch.autograd, "backward", counted("backward", torch.autograd.backward)),
     ):
         yield passes
