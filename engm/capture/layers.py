@@ -59,6 +59,8 @@ class Walks:
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._held: Held | None = None
+        self._kinds: list[type] = []  # of the modules
+        self._computing: list[Any] = []  # what these compute their output by
         self._rules = 0
         self._found: dict[Callable[[nn.Module], Any], Any] = {}
 
@@ -80,14 +82,22 @@ class Walks:
         return first, second
 
     def _by_each(self, walks: Sequence[Callable[[nn.Module], Any]]) -> list[Any]:
-        if self._held is None or self._rules != registrations() or not self._held.same():
+        known = self._held is not None and self._rules == registrations() and self._held.same()
+        if not (known and _computing(self._kinds) == self._computing):
             self._rules = registrations()
-            self._held = _parts_of([module for _, module in named_modules(self._net)])
+            modules = [module for _, module in named_modules(self._net)]
+            self._held, self._kinds = _parts_of(modules), list(dict.fromkeys(map(type, modules)))
+            self._computing = _computing(self._kinds)
             self._found.clear()
         for walk in walks:
             if walk not in self._found:
                 self._found[walk] = walk(self._net)
         return [self._found[walk] for walk in walks]
+
+
+def _computing(kinds: Sequence[type]) -> list[Any]:
+    """The methods by which modules of some types compute their output, which anybody may replace on the type."""
+    return [getattr(kind, method, None) for kind in kinds for method in COMPUTING]
 
 
 def _parts_of(modules: Sequence[nn.Module]) -> Held:

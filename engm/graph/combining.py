@@ -7,6 +7,7 @@ measurement adds to what is known until nothing is in doubt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from .arrangement import without_witnesses
-from .plan import Junction, Plan, PlannedEntry, sinks_of
+from .plan import Junction, Plan, PlannedEntry, Source, sinks_of
 from .trace import Trace
 
 Known = tuple[Ownership | None, Tensor | None]
@@ -42,6 +43,8 @@ def combined(old: Plan, new: Plan, traced: Trace) -> Plan:
 
 def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
     quiet = old.quiet & new.quiet
+    if _meet_unseen(old, new, traced):
+        raise _ContradictionError
     layouts, unknown_of_calls = [], {}
     for number, node in enumerate(traced.nodes):
         position = traced.positions[node]
@@ -101,11 +104,35 @@ def _entries_of_both(old: Plan, new: Plan) -> tuple[tuple[PlannedEntry, ...], di
                 for a, b in zip(first.others, second.others, strict=True)
             ]
             assert layout is not None
-            entry = replace(second, layout=layout, others=tuple(others))
+            sources = _sources_of_both(first.sources, second.sources)
+            entry = replace(second, layout=layout, others=tuple(others), sources=sources)
         entries.append(entry)
         if unknown is not None:
             unknown_of_nodes[position] = unknown
     return tuple(entries), unknown_of_nodes
+
+
+def _sources_of_both(before: Sequence[Source], now: Sequence[Source]) -> tuple[Source, ...]:
+    """The parameters that a tensor is computed from: a branch without a gradient hid those behind it.
+
+    A tensor that several branches lead to consists of elements of none of them.
+    """
+    found = dict.fromkeys(source.parameter for source in (*before, *now))
+    alike = len(found) == len(before) == len(now) and all(source.rearranged for source in (*before, *now))
+    return tuple([Source(parameter, alike) for parameter in found])
+
+
+def _meet_unseen(old: Plan, new: Plan, traced: Trace) -> bool:
+    """Whether an edge was seen by neither plan, though one has seen where it begins, and the other where it ends.
+
+    There the gradient is another one's than that by which the end is known, and may be of other examples.
+    """
+    once, other = old.quiet - new.quiet, new.quiet - old.quiet
+    for position in once | other:
+        unseen = other if position in once else once
+        if any(child in unseen for child in traced.children[position]):
+            return True
+    return False
 
 
 def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
@@ -120,6 +147,10 @@ def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
             there, other = (new, old) if before is None else (old, new)
             if key[0] in other.quiet:  # else the other one has seen all rows
                 found[key] = there.junctions[key]
+            continue
+        if before.moved or now.moved:
+            if bool((missed := before.unknown & now.unknown).any()):
+                found[key] = replace(now, unknown=missed, moved=True)
             continue
         layout, unknown = _agreed((before.layout, before.unknown), (now.layout, now.unknown))
         if now.by_index or not isinstance(layout, Layout):

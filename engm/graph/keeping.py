@@ -6,20 +6,41 @@ no gradient came to: another batch may bring one, and then nothing must turn out
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rules.entries import names_of
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY
-from ..torch_internals import entering_shape, node_outputs, operator_name, output_shape, saved_option
+from ..torch_internals import (
+    entering_shape,
+    is_recomputed,
+    node_outputs,
+    operator_name,
+    output_shape,
+    passed_to_inputs,
+    saved_option,
+)
 from .arrangement import Arrangement
 from .measured import Measured
 from .owners import Key
 from .plan import Junction
 from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows
+
+# Operators that put elements elsewhere and leave them as they are, so that numbers of examples can be moved by them.
+REPLACING = names_of(
+    """
+    Cat Chunk ConstantPadNd CopySlices DiagEmbed Diagonal Embedding Flip Gather Index IndexAdd IndexCopy IndexFill
+    IndexPut IndexPutImpl IndexSelect MaskedScatter MaskedSelect Movedim Narrow PackPaddedSequence Permute PixelShuffle
+    PixelUnshuffle ReshapeAlias Roll Rot90 Scatter ScatterAdd Select Slice SliceScatter Sort Split SplitWithSizes
+    Squeeze Stack T Take Topk Transpose Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze View
+    """
+)
+
+DIGIT = 15  # so small that digits are exact in every type, and so are their squares
 
 
 def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
@@ -93,6 +114,108 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
                 by_index = operator_name(rows.traced.order[position]) in PICKING
                 found[position, number] = Junction(arrangement.ownership, arrangement.unknown.to(device), by_index)
     return found
+
+
+def moved_unseen(rows: Measured, device: torch.device) -> dict[Key, Junction]:
+    """Outputs of nodes that move rows which no gradient came to, perhaps to where another example's seem to lie.
+
+    That such rows lie as the others do is an inference, and so it is for those that they are moved to. What the node's
+    backward pass makes of the first has to be the second; else the former are not known.
+
+    Args:
+        rows: what was measured.
+        device: where to put what is not known.
+    """
+    found: dict[Key, Junction] = {}
+    skip = rows.shared | rows.silent | rows.idle | rows.structure.inner
+    for position, node in enumerate(rows.traced.order):
+        if position in skip or operator_name(node) not in REPLACING or not rows.structure.trains[position]:
+            continue
+        if not _gaps(rows, position) or _moves_as_inferred(rows, position):
+            continue
+        for number in range(len(node_outputs(node))):
+            owners = rows.nodes.get((position, number))
+            if owners is not None and rows.about.present(owners).nobody:
+                ownership = rows.about.arranged(owners).ownership
+                found[position, number] = Junction(ownership, (owners == NOBODY).to(device), by_index=False, moved=True)
+    return found
+
+
+def _moves_as_inferred(rows: Measured, position: int) -> bool:
+    """Whether rows without a gradient, by where their own seem to lie, go to where rows of the same example seem to."""
+    node = rows.traced.order[position]
+    outputs = node_outputs(node)
+    if any(output.is_nested_tensor for output in outputs) or is_recomputed(node):
+        return False
+    shapes = [tuple(output.shape) for output in outputs]
+    given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
+    unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
+
+    def moved(parts: Sequence[Tensor]) -> list[Tensor]:
+        filled = [part.to(out.device, out.dtype, copy=True) for part, out in zip(parts, outputs, strict=True)]
+        passed = passed_to_inputs(node, filled)
+        return [torch.zeros(0) if part is None else part.to("cpu", torch.float64) for part in passed]
+
+    try:
+        counts, fed = moved([torch.ones_like(of) for of in given]), moved(unseen)
+        asked: list[tuple[int, Tensor, Tensor]] = []  # which input, which elements of it, whose these seem to be
+        for slot, child in enumerate(rows.traced.children[position]):
+            if child is None or not fed[slot].numel() or not rows.structure.trained_behind(child):
+                continue
+            if child < 0 and rows.structure.is_input(child):
+                return False
+            if child < 0 or child in rows.shared | rows.silent | rows.structure.inner:  # calls keep rows apart
+                continue
+            behind = _inferred(rows, (child, node.next_functions[slot][1]), tuple(fed[slot].shape))
+            places = (fed[slot] != 0) & (behind != NOBODY)
+            if bool(places.any()):
+                asked.append((slot, places, behind[places]))
+        several = any(bool((counts[slot][places] != 1).any()) for slot, places, _ in asked)
+        for power in range(_digits(rows.n) if asked else 0):
+            code = [torch.where(of == NOBODY, 0, _digit(of, power)) for of in given]
+            for exponent in (1, 2) if several else (1,):  # a sum of numbers and of their squares: of equal ones, or not
+                arrived = moved([of**exponent for of in code])
+                for slot, places, owners in asked:
+                    expected = counts[slot][places] * _digit(owners, power) ** exponent
+                    if not bool((arrived[slot][places] == expected).all()):
+                        return False
+    except RuntimeError:  # an operator that is particular about its gradients
+        return False
+    return True
+
+
+def _digit(owners: Tensor, power: int) -> Tensor:
+    """A digit of the numbers of examples, and 1."""
+    return owners // DIGIT**power % DIGIT + 1
+
+
+def _digits(n: int) -> int:
+    """How many digits to the base :data:`DIGIT` the numbers of ``n`` examples have."""
+    return 1 if n <= DIGIT else 1 + _digits(-(-n // DIGIT))
+
+
+def _inferred(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
+    """Whose each element of an output is as far as its arrangement tells, on the CPU; else ``NOBODY``."""
+    owners = rows.nodes.get(key)
+    if owners is None:
+        return torch.full(shape, NOBODY)
+    arrangement = rows.about.arranged(owners)
+    if isinstance(arrangement.ownership, Layout):
+        owners = rows.laid_out(arrangement.ownership, owners)
+        if arrangement.unknown is not None:
+            owners = torch.where(arrangement.unknown, NOBODY, owners)
+    return _of_elements(owners, shape)
+
+
+def _unseen(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
+    """Which elements of an output are in rows that no gradient came to, as numbers."""
+    owners = rows.nodes.get(key)
+    return torch.ones(shape) if owners is None else _of_elements((owners == NOBODY).to(torch.float32), shape)
+
+
+def _of_elements(of_rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What is said of rows ``[*leading]``, of every element of a tensor of ``shape``."""
+    return of_rows.view([*of_rows.shape, *[1] * (len(shape) - of_rows.dim())]).expand(shape)
 
 
 def _within_call_like(rows: Measured, position: int, whole: Tensor) -> bool:

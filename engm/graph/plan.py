@@ -81,7 +81,7 @@ class PlannedEntry:
 
 @dataclass(frozen=True, eq=False)
 class Junction:
-    """An output of a node in which rows that it reads come up more than once, some of them without a gradient.
+    """An output of a node in which rows that it reads come up more than once, or are moved, some without a gradient.
 
     Whose the latter are hangs on nothing that was seen: another place in which the same row comes up may be another's.
 
@@ -89,11 +89,13 @@ class Junction:
         layout: where the examples lie in it.
         unknown: rows ``[*leading]`` that no gradient came to where nothing else tells whose they are.
         by_index: whether indices tell which rows come up more than once, not dimensions.
+        moved: whether it is about where the rows without a gradient are moved to, and not how often they come up.
     """
 
     layout: Ownership
     unknown: Tensor
     by_index: bool
+    moved: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,10 +41,11 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
-from .keeping import closed_to_others, junctions, parted_by_zeros
+from .keeping import closed_to_others, junctions, moved_unseen, parted_by_zeros
 from .measured import Extent, View, measured
 from .opaque import opaque_functions, refuse_hidden_passes
-from .plan import OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
+from .owners import Key
+from .plan import Junction, OpaqueFunction, Plan, PlannedEntry, Route, sinks_of
 from .refusals import check_parameters, refuse_coupling, refuse_hidden_layers, refuse_lost_in_regions
 from .routing import routes_of
 from .structure import Structure
@@ -368,8 +369,13 @@ class _Planner:
             ),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
-            junctions=junctions(self.rows, self.arranged, self.losses.device) if keeps else {},
+            junctions=self._junctions() if keeps else {},
         )
+
+    def _junctions(self) -> dict[Key, Junction]:
+        """The outputs of which some rows without a gradient are watched."""
+        device = self.losses.device
+        return junctions(self.rows, self.arranged, device) | moved_unseen(self.rows, device)
 
     def _behind_entries(self) -> set[int]:
         """The nodes behind the edges by which something enters."""

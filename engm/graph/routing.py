@@ -120,6 +120,9 @@ INTO = frozenset(
     ["IndexAdd", "IndexCopy", "IndexPut", "IndexPutImpl", "IndexReduce", "Scatter", "ScatterAdd", "ScatterReduce"]
 )
 
+# Operators that take an index, or a mask, for each of some dimensions.
+BY_INDICES = frozenset(["Index", "IndexPut", "IndexPutImpl", "UnsafeIndex"])
+
 # Operators that move rows by what they tell nobody: the lengths of sequences.
 HIDING = frozenset(["NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
 
@@ -405,14 +408,18 @@ def _moves_rows(
         found.append(owners.get((route.position, 0)))
     shapes = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     ranks = {len(shape) for shape in shapes}
-    along: Any = (
-        route.number if name in ("Index", "IndexPut", "IndexPutImpl", "UnsafeIndex") else saved_option(node, "dim")
-    )
+    along: Any = _indexed_by(route, node) if name in BY_INDICES else saved_option(node, "dim")
     if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
         along = min(1, max(ranks) - 1)
-    if not isinstance(along, int) or route.values.dtype == torch.bool:  # a mask is of several dimensions
+    if not isinstance(along, int) or route.values.dtype in (torch.bool, torch.uint8):  # a mask is of several dimensions
         return True
     return any(own is None or _dimension(along, rank) in about.varying(own) for own in found for rank in ranks)
+
+
+def _indexed_by(route: Route, node: Node) -> int:
+    """The dimension that one of several indices is for; a mask in front of it is for as many as it has itself."""
+    before = saved_tensors_of(node, route.name)[: route.number]
+    return sum(index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1 for index in before)
 
 
 def _stays(position: int, behind: Collection[int], owners: Owners, about: Arrangements) -> bool:

@@ -164,7 +164,7 @@ class PulledTogether:
 
     def _with(self, parameter: Tensor) -> list[Tensor]:
         """The parameters of the same type."""
-        return [p for p in self._parameters if p.dtype == parameter.dtype] or [parameter]
+        return [p for p in self._parameters if p.dtype == parameter.dtype]
 
 
 def _dense(uses: Sequence[tuple[Origin, Term]], parameters: Sequence[Tensor], rows: slice) -> list[Tensor]:
@@ -195,14 +195,19 @@ class JoinedUses:
     def __init__(self, *, hooked: bool = False) -> None:
         self._hooked = hooked
         self._last: _Joined = ([], [], None, None)
+        self._of: list[int] = []  # the parameters (id) that what was joined last is pulled back to
 
     def of(self, uses: list[tuple[Origin, Term]], parameters: Sequence[Tensor]) -> _Joined:
         """``uses``, one term for each of the different tensors in them, and what pulls these back to parameters."""
         last, found, pull, together = self._last
         places = {(origin.node, origin.number): origin for origin, _ in uses}
+        before, self._of = self._of, [id(parameter) for parameter in parameters]
         if len(last) == len(uses) and all(
             (a.node, a.number) == (b.node, b.number) and s is t for (a, s), (b, t) in zip(last, uses, strict=True)
         ):
+            if pull is not None and before != self._of:  # one of them is used otherwise too, another is not
+                together = PulledTogether(found, pull, parameters)
+                self._last = last, found, pull, together
             return uses, [(places[origin.node, origin.number], term) for origin, term in found], pull, together
         by_origin: dict[Origin, list[Term]] = {}
         for origin, term in uses:

@@ -677,3 +677,21 @@ def test_another_output_of_a_node_that_has_several(read):
         return model(torch.randn(6, 4, dtype=torch.float64), step % 2)
 
     check(Halves().double(), losses, 4)
+
+
+def test_a_forward_that_is_put_on_the_class_of_a_layer():
+    """What a layer of torch's computes otherwise from then on, it is no longer taken for that layer; and back again."""
+
+    class Mine(nn.Linear):
+        pass
+
+    torch.manual_seed(0)
+    model = engm.GradNormModule(nn.Sequential(Mine(4, 8), nn.Tanh(), nn.Linear(8, 3)).double())
+    for step in range(6):
+        if step == 2:
+            Mine.forward = lambda self, x: F.linear(2 * x, self.weight, self.bias)
+        elif step == 4:
+            del Mine.forward
+        losses = model(torch.randn(5, 4).double()).square().sum(1)
+        expected = per_example_gradients(losses, trained(model)).norms
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=0)

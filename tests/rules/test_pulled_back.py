@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from engine_checks import check
 from oracle import tensor
 from term_kinds import assert_term, linear
+from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from engm.rules.pulled_back import Derived, Origin, Pieces, derived_term, pull_back
@@ -96,3 +98,22 @@ def test_parts_are_let_go_of_once_norms_are_taken():
     term.squared_norm()
     assert pull.parts_of(parameter) is None
     assert pull.knows(parameter)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_parameter_that_enters_alone_and_by_a_product(n):
+    """The other factor of the product enters by that alone."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 5)
+            self.one, self.other = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5, 5))
+
+        def forward(self, x):
+            hidden = torch.tanh(torch.tanh(self.first(x)) @ (self.one * self.other))
+            return hidden * (1 + (self.one * torch.ones((), dtype=x.dtype))[1])
+
+    torch.manual_seed(0)
+    x = torch.randn(n, 4).double()
+    check(Net().double(), lambda net: net(x).square().sum(1))
