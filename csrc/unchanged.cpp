@@ -4,7 +4,6 @@
 // What was there is kept in tuples of Python's, not in objects of C++, so that the garbage collector sees it.
 #include "unchanged.h"
 
-#include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -49,19 +48,18 @@ bool same_items(const py::tuple& held) {
 }
 
 // What tensors are besides their numbers, as bytes that are equal where they are the same: type, device, whether they
-// require grad, for those of `versions` how often they were written into, and of ordinary ones shape, strides and memory.
-py::bytes facts_of(const py::list& tensors, const std::vector<bool>& versions) {
+// require grad, and of ordinary ones shape, strides and memory.
+py::bytes facts_of(const py::list& tensors) {
   std::string facts;
   const auto add = [&](int64_t value) { facts.append(reinterpret_cast<const char*>(&value), sizeof value); };
-  for (size_t k = 0; k < tensors.size(); ++k) {
-    TORCH_CHECK_TYPE(THPVariable_Check(tensors[k].ptr()), "expected tensors");
-    const at::Tensor& tensor = THPVariable_Unpack(tensors[k].ptr());
+  for (const py::handle one : tensors) {
+    TORCH_CHECK_TYPE(THPVariable_Check(one.ptr()), "expected tensors");
+    const at::Tensor& tensor = THPVariable_Unpack(one.ptr());
     add(static_cast<int64_t>(tensor.scalar_type()));
     add(static_cast<int64_t>(tensor.device().type()));
     add(tensor.device().index());
     add(static_cast<int64_t>(tensor.layout()));
     add(tensor.requires_grad());
-    add(versions[k] ? static_cast<int64_t>(tensor._version()) : 0);
     const bool plain = tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_meta() &&
                        !tensor.key_set().has(c10::DispatchKey::Python);
     add(plain);

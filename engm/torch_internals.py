@@ -618,6 +618,9 @@ def first_global_forward_hook(hook: Callable[..., Any]) -> RemovableHandle:
     return handle
 
 
+_NUMBERS: list[int] = []  # of hooks, which no hook has at the moment
+
+
 class FirstForwardHooks:
     """While this context is open, a forward hook ``(module, args, kwargs, output)`` runs first on each of the modules.
 
@@ -629,10 +632,11 @@ class FirstForwardHooks:
 
     def __init__(self, hooks: Mapping[nn.Module, Callable[..., Any]]) -> None:
         self._hooks = hooks
-        self._number = _hook_number()  # the same everywhere
+        self._number: int | None = None  # the same everywhere
 
     def __enter__(self) -> None:
-        number = self._number
+        # A number is taken again and again: to count on in a class, as torch does, takes as long as a small layer.
+        number = self._number = _NUMBERS.pop() if _NUMBERS else _hook_number()
         try:
             for module, hook in self._hooks.items():
                 own: Any = module._forward_hooks
@@ -645,9 +649,13 @@ class FirstForwardHooks:
             raise
 
     def __exit__(self, *error: object) -> None:
+        number, self._number = self._number, None
+        if number is None:
+            return
         for module in self._hooks:
-            module._forward_hooks.pop(self._number, None)
-            module._forward_hooks_with_kwargs.pop(self._number, None)
+            module._forward_hooks.pop(number, None)
+            module._forward_hooks_with_kwargs.pop(number, None)
+        _NUMBERS.append(number)
 
 
 def running_data_parallel() -> DistributedDataParallel | None:

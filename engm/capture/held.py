@@ -25,7 +25,6 @@ class Held:
         parts: dictionaries of which some values count, the length that they have (:data:`ANY_LENGTH`: which does not
             count) and the keys.
         tensors: whose shapes, strides, types, devices and memory count, and whether they require grad.
-        written: those of the tensors (by place) that must not have been written into either.
 
     Attributes:
         facts: all that counts of the tensors; equal where they are alike in that.
@@ -37,7 +36,6 @@ class Held:
         whole: Iterable[Mapping[Any, Any]],
         parts: Iterable[tuple[Mapping[Any, Any], int, tuple[Any, ...]]],
         tensors: Sequence[Tensor],
-        written: Sequence[bool] | None = None,
     ) -> None:
         self._objects = list(objects)
         self._types = tuple([type(thing) for thing in objects])
@@ -49,13 +47,10 @@ class Held:
             ]
         )
         self._tensors = list(tensors)
-        self._written = [False] * len(self._tensors) if written is None else list(written)
-        self.facts = facts_of(self._tensors, self._written)
+        self.facts = facts_of(self._tensors)
 
     def same(self) -> bool:
         """Whether everything is as it was."""
         return (
-            same_types(self._objects, self._types)
-            and same_items(self._items)
-            and facts_of(self._tensors, self._written) == self.facts
+            same_types(self._objects, self._types) and same_items(self._items) and facts_of(self._tensors) == self.facts
         )

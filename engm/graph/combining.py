@@ -43,8 +43,7 @@ def combined(old: Plan, new: Plan, traced: Trace) -> Plan:
 
 def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
     quiet = old.quiet & new.quiet
-    if _meet_unseen(old, new, traced):
-        raise _ContradictionError
+    _check_edges(old, new, traced)
     layouts, unknown_of_calls = [], {}
     for number, node in enumerate(traced.nodes):
         position = traced.positions[node]
@@ -76,6 +75,7 @@ def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
         silent=silent,
         behind_entries=old.behind_entries or new.behind_entries,
         quiet=quiet,
+        seen={**old.seen, **new.seen},
         unknown_of_calls=unknown_of_calls,
         unknown_of_nodes=unknown_of_nodes,
         junctions=_junctions_of_both(old, new),
@@ -113,7 +113,7 @@ def _entries_of_both(old: Plan, new: Plan) -> tuple[tuple[PlannedEntry, ...], di
 
 
 def _sources_of_both(before: Sequence[Source], now: Sequence[Source]) -> tuple[Source, ...]:
-    """The parameters that a tensor is computed from: a branch without a gradient hid those behind it.
+    """The parameters that a tensor is computed from; a layer without a gradient may have hidden some of them.
 
     A tensor that several branches lead to consists of elements of none of them.
     """
@@ -122,17 +122,26 @@ def _sources_of_both(before: Sequence[Source], now: Sequence[Source]) -> tuple[S
     return tuple([Source(parameter, alike) for parameter in found])
 
 
-def _meet_unseen(old: Plan, new: Plan, traced: Trace) -> bool:
-    """Whether an edge was seen by neither plan, though one has seen where it begins, and the other where it ends.
+def _check_edges(old: Plan, new: Plan, traced: Trace) -> None:
+    """Refuse to put together what two plans know where gradients come to a node that one of them alone has seen.
 
-    There the gradient is another one's than that by which the end is known, and may be of other examples.
+    It is known by the gradient that came by an edge at one step. At the other step the edge has to begin where the
+    same examples lie, or what comes by it next is of others.
     """
     once, other = old.quiet - new.quiet, new.quiet - old.quiet
-    for position in once | other:
-        unseen = other if position in once else once
-        if any(child in unseen for child in traced.children[position]):
-            return True
-    return False
+    for position, children in enumerate(traced.children):
+        ends = {child for child in children if child is not None}
+        if once.isdisjoint(ends) and other.isdisjoint(ends):
+            continue
+        unseen = other if position in once else once if position in other else frozenset()
+        if not unseen.isdisjoint(ends):  # neither plan has seen the edge
+            raise _ContradictionError
+        for key in [key for key in old.seen if key[0] == position and key in new.seen]:
+            before, now = old.seen[key], new.seen[key]
+            if before is not None and now is not None:
+                _agreed((before, None), (now, None))
+            elif before is not now:
+                raise _ContradictionError
 
 
 def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:

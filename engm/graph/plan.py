@@ -184,6 +184,8 @@ class Plan:
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
         behind_entries: whether some of them lie behind what enters, so that a pass runs through that too.
         quiet: positions of all nodes that no gradient came to.
+        seen: where some had none, by position and number of an output where the examples lie in all others; None where
+            several examples have a share.
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
         unknown_of_nodes: the same by entering node (position).
@@ -208,6 +210,7 @@ class Plan:
     silent: tuple[int, ...] = ()
     behind_entries: bool = False
     quiet: frozenset[int] = frozenset()
+    seen: Mapping[tuple[int, int], Ownership | None] = field(default_factory=dict)
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
     junctions: Mapping[tuple[int, int], Junction] = field(default_factory=dict)

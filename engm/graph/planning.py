@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -362,6 +363,7 @@ class _Planner:
             silent=tuple(sorted(outermost)),
             behind_entries=not self._behind_entries().isdisjoint(position for position, _ in sinks),
             quiet=frozenset(self.rows.silent),
+            seen=self._seen() if keeps and self.rows.silent else {},
             silent_calls=frozenset(
                 number
                 for number, arrangement in self.arranged.items()
@@ -371,6 +373,14 @@ class _Planner:
             unknown_of_nodes=unknown_of_nodes,
             junctions=self._junctions() if keeps else {},
         )
+
+    def _seen(self) -> dict[Key, Ownership | None]:
+        """Where the examples lie in the outputs that a gradient came to; None where several have a share."""
+        return {
+            key: None if key[0] in self.rows.shared else self.about.arranged(owners).ownership
+            for key, owners in self.rows.nodes.items()
+            if key[0] not in self.rows.silent
+        }
 
     def _junctions(self) -> dict[Key, Junction]:
         """The outputs of which some rows without a gradient are watched."""
@@ -441,10 +451,15 @@ class _Planner:
             PLAIN if first is None else self._on_device(first.ownership),
             others,
             turns,
-            tuple(self.structure.sources(behind, self.rows.shared)),
+            tuple(self.structure.sources(behind, self.rows.shared | self._closed_branches)),
         )
         ruled = has_rule(entry.at(traced, self.n))
         return replace(entry, ruled=ruled), None if first is None else first.unknown
+
+    @cached_property
+    def _closed_branches(self) -> set[int]:
+        """The nodes outside of calls that no gradient comes to; one may by way of every tensor that they lead to."""
+        return {p for p in self.rows.silent - self.structure.inner if p not in self.structure.calls_at}
 
     def _refuse_regions(self) -> None:
         """Parameters that a compiled region uses beside its layers cannot be seen, nor how it couples examples."""

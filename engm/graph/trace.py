@@ -102,6 +102,8 @@ class Trace:
     def own(self) -> list[Call]:
         """The calls of the owner's forward passes, and those of other wrappers that read parameters of the owner's."""
         captures = {id(capture) for capture in self.own_captures}
+        if len(captures) == len(self.captures):
+            return self.calls
         trained = {id(parameter) for _, parameter in self.trained}
         return [
             call

@@ -251,7 +251,7 @@ class LossBatch:
     ) -> None:
         """Add the weighted sums of the terms that were kept."""
         zeros = self._zeros_of_reached(collector)
-        sums = (pair for weights, own in parts for pair in collector.weighted_sums(weights / divisor, own))
+        sums = chain.from_iterable(collector.weighted_sums(weights / divisor, own) for weights, own in parts)
         if self.ranks is None:
             add_gradients([*zeros, *sums])  # nothing is half changed, should one of the sums fail
         else:

@@ -94,17 +94,14 @@ class OfNetwork:
 
     def _look(self) -> None:
         """Look at everything."""
-        model = self._model
-        modules = [module for _, module in named_modules(model.unwrap())]
+        modules = [module for _, module in named_modules(self._model.unwrap())]
         if modules != self._modules:
             self._modules = modules
-        state: list[Any] = [model.batch_norm, model.strict, model.coupled]
+        state: list[Any] = []
         self._inside = []
         whole: list[Any] = []
-        parts: list[tuple[dict[str, Any], int, tuple[str, ...]]]
-        parts = [(vars(model), ANY_LENGTH, ("batch_norm", "strict", "coupled"))]
+        parts: list[tuple[dict[str, Any], int, tuple[str, ...]]] = []
         tensors: list[Tensor] = []
-        written: list[bool] = []
         for module in modules:
             attributes = vars(module)
             names = names_of_options(attributes)
@@ -123,12 +120,8 @@ class OfNetwork:
                 state.append(len(found))
                 state += [(name, id(value)) for name, value in found.items()]
             tensors += [p for p in own_parameters(module).values() if p is not None]
-            written += [False] * (len(tensors) - len(written))
-            # Indices are baked in wherever the engine has looked at them; counters change at every step.
-            buffers = [buffer for buffer in own_buffers(module).values() if buffer is not None]
-            tensors += buffers
-            written += [not buffer.is_floating_point() and buffer.dim() > 0 for buffer in buffers]
-        self._held = Held(modules, whole, parts, tensors, written)
+            tensors += [buffer for buffer in own_buffers(module).values() if buffer is not None]
+        self._held = Held(modules, whole, parts, tensors)
         self._number = self._numbers.of((*state, self._held.facts))
 
 

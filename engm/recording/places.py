@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from enum import Enum
 from functools import cache, cached_property, partial, partialmethod
+from operator import attrgetter
 from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
@@ -32,6 +33,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.d
 Place = tuple[Any, Any]  # what is read from, and the key, number or name there
 OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
 MAKING = frozenset(["__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__", "__class_getitem__"])
+OF_A_WRAPPER = ("batch_norm", "strict", "coupled", "forward")  # what counts of it, where it has that itself
 # Methods that torch calls by itself, of modules and of functions of autograd.
 CALLED_BY_TORCH = frozenset(["forward", "backward", "setup_context", "jvp", "vmap"])
 
@@ -93,7 +95,9 @@ def is_followed(thing: Any) -> bool:
         return _is_users_class(thing)
     if isinstance(thing, list | tuple | dict | deque):
         return not _is_plain(thing)
-    if isinstance(thing, MethodType | partial | ContextVar | Mapping | weakref.ref):
+    if isinstance(thing, MethodType | partial | ContextVar | Mapping | weakref.ref | attrgetter):
+        return True
+    if _is_array_of_objects(thing):
         return True
     kind: Any = type(thing)
     return has_attributes(kind)
@@ -150,6 +154,10 @@ def _is_ours(thing: Any) -> bool:
     return type(thing).__module__.partition(".")[0] in ("engm", "torch")
 
 
+def _is_array_of_objects(thing: Any) -> bool:
+    return type(thing).__module__ == "numpy" and getattr(getattr(thing, "dtype", None), "hasobject", False)
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple | deque):
         return all(map(_is_plain, value))
@@ -160,6 +168,9 @@ def names_read_by(thing: Any) -> Iterator[str]:
     """The names of variables and attributes that a function of the user reads, and words in it that may be such."""
     if isinstance(thing, FunctionType) and _is_users(thing):
         yield from _names_in(thing.__code__)
+    elif isinstance(thing, attrgetter):
+        paths: Any = thing.__reduce__()[1]
+        yield from ".".join(paths).split(".")
 
 
 @cache
@@ -182,8 +193,6 @@ def places_in(thing: Any, names: Collection[str]) -> tuple[list[dict[Any, Any]],
     """Where a thing holds what code with these names in it may read, behind dictionaries that may come to hold it."""
     if isinstance(thing, FunctionType):
         return _places_in_function(thing, names)
-    if isinstance(thing, GradNormModule):
-        return [], []
     if isinstance(thing, partial):
         return [thing.keywords], [*_elements(thing.args), *[(thing.keywords, key) for key in thing.keywords]]
     if isinstance(thing, ContextVar):
@@ -229,10 +238,12 @@ def _attributes(thing: Any, names: Collection[str]) -> tuple[list[dict[Any, Any]
         return [], found
     dicts = [attributes]
     if isinstance(thing, nn.Module):
-        held: list[Any] = [own_parameters(thing), own_buffers(thing), own_children(thing)]
+        held: list[Any] = [own_parameters(thing), own_buffers(thing), own_children(thing), *hooks_of(thing)]
         found += [(kind_of, name) for kind_of in held for name in kind_of]
         dicts += [kind_of for kind_of in held if isinstance(kind_of, dict)]
-        read = names_of_options(attributes)
+        # What else a wrapper holds are counters and the like; its mode is its network's.
+        options = OF_A_WRAPPER if isinstance(thing, GradNormModule) else names_of_options(attributes)
+        read = [name for name in options if name in attributes]
     else:
         # Code of libraries is not followed, so that nobody knows what an object's answers are made of.
         whole = (_is_ours(thing) and not isinstance(thing, torch.optim.Optimizer)) or hasattr(kind, "__getattr__")
@@ -268,14 +279,16 @@ def members(thing: Any, names: Collection[str]) -> list[Any]:
         return _modules_of(thing) if _is_users(thing) else []
     if isinstance(thing, MethodType):
         return [thing.__self__, thing.__func__]
-    if isinstance(thing, GradNormModule):
-        return [thing.unwrap()]
     if isinstance(thing, partial):
         return [thing.func]
     if isinstance(thing, weakref.ref):
         return [thing()]
+    if _is_array_of_objects(thing):
+        return list(thing.flat)
     kind = thing if isinstance(thing, type) else type(thing)
     found = [hook for hooks in hooks_of(thing) for hook in hooks.values()] if isinstance(thing, nn.Module) else []
+    if isinstance(thing, GradNormModule):
+        found.append(thing.unwrap())
     if not isinstance(thing, list | tuple | dict | deque | ModuleType):
         found.append(getattr(thing, "__dict__", {}).get("__wrapped__"))  # by a decorator
     if isinstance(thing, type):

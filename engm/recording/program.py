@@ -108,15 +108,14 @@ class Program:
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._line, self.length = _straight_line(module)
+        # Handed over at every call: what C++ held could not be given other numbers by torch.utils.swap_tensors.
+        self._line, self._read, self.length = _straight_line(module)
         self.tolerance = Tolerance.of(module)
-        self._read = [value for value in vars(module).values() if isinstance(value, Tensor)]
-        self._read += [*module.parameters(), *module.buffers()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs for these inputs, which are as many and as large as those that were recorded."""
         with without_autocast():  # the program has its casts in it
-            return self._line.run(inputs)
+            return self._line.run([*self._read, *inputs])
 
     def reads(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of those from before the recording that the program reads."""
@@ -131,8 +130,10 @@ class Program:
         return True
 
 
-def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
-    """The operators of a recording as a program that runs without Python, and how many there are.
+def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, list[Tensor], int]:
+    """The operators of a recording as a program that runs without Python, its first inputs, and how many there are.
+
+    The first inputs are the tensors from before the recording.
 
     Raises:
         UnrecordableError: something in it is no operator of tensors.
@@ -140,7 +141,8 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
     nodes: list[Any] = list(module.graph.nodes)
     place: dict[fx.Node, int] = {}
     owned: dict[fx.Node, list[int]] = {}  # by the node that reads them last, the places that are free afterwards
-    constants, inputs, calls = [], [], []
+    inputs, calls = [], []
+    read: dict[int, tuple[int, Tensor]] = {}  # by identity, tensors from before the recording, with their places
     objects: dict[fx.Node, Any] = {}  # generators of random numbers
     outputs: list[int] = []
     count = 0
@@ -151,7 +153,9 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
         elif node.op == "get_attr":
             found = attribute_of(module, str(node.target))
             if isinstance(found, Tensor):
-                constants.append((count, found))
+                first, _ = read.setdefault(id(found), (count, found))
+                width = int(first == count)
+                place[node] = first
             else:
                 objects[node], width = found, 0
         elif node.op == "output":
@@ -174,11 +178,12 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, int]:
             ends[place[name]] = max([ends[place[name]], *readers], key=when.__getitem__)
         for free, end in ends.items():
             owned.setdefault(end, []).append(free)
-    line = StraightLine(count, constants, inputs, outputs)
+    tensors = [tensor for _, tensor in read.values()]
+    line = StraightLine(count, [], [*(known for known, _ in read.values()), *inputs], outputs)
     for node, first, width in calls:
         schema = schema_of(node.target)
         line.add(schema.name, schema.overload_name, _arguments(node, place, objects), first, width, owned.get(node, []))
-    return line, len(calls)
+    return line, tensors, len(calls)
 
 
 def attribute_of(module: fx.GraphModule, name: str) -> Any:
@@ -249,6 +254,28 @@ def cleaned(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def watch_any(module: fx.GraphModule, first: int, flags: Sequence[int]) -> bool:
+    """Leave nothing of the outputs from number ``first`` on but one, that tells whether any of the flags is true.
+
+    Args:
+        module: the recorded operators.
+        first: the number of the first output that is not left.
+        flags: the numbers of outputs that are true or false, 0-dimensional.
+
+    Returns:
+        Whether there is such an output.
+    """
+    output = output_of(module)
+    results: Any = output.args[0]
+    watched = [results[number] for number in flags]
+    with module.graph.inserting_before(output):
+        if watched:
+            stacked = module.graph.call_function(torch.ops.aten.stack.default, (watched,))
+            watched = [module.graph.call_function(torch.ops.aten.any.default, (stacked,))]
+    output.args = ([*results[:first], *watched],)
+    return bool(watched)
+
+
 def is_kept(node: fx.Node) -> bool:
     """Whether a node matters even if nobody reads what it returns: it writes into a tensor, or draws at random."""
     kept = node.op in ("placeholder", "output") or is_random(node) or writes(node)
@@ -274,26 +301,60 @@ def writes(node: fx.Node) -> bool:
 def hang_on_data(module: fx.GraphModule, first: int, data: int) -> bool:
     """Whether any of the outputs from number ``first`` on comes of the first ``data`` inputs, or of random numbers.
 
-    The other inputs, and what was there before, are no data. What is written into a view is in all views of the memory.
+    The other inputs, and what was there before, are no data.
     """
-    nodes = list(module.graph.nodes)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    random = [node for node in module.graph.nodes if is_random(node)]
+    return any(_come_of([*inputs[:data], *random], module)[first:])
+
+
+def hang_on_what_was_there(module: fx.GraphModule, data: int) -> list[bool]:
+    """By output, whether it comes of inputs after the first ``data`` ones or of tensors from before the recording.
+
+    Numbers that the code makes tensors of (``torch.tensor``) are the same at every step.
+    """
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    there = [node for node in module.graph.nodes if node.op == "get_attr" and not _is_of_code(node)]
+    return _come_of([*inputs[data:], *there], module)
+
+
+def _is_of_code(node: fx.Node) -> bool:
+    """Whether a node gets numbers that the code has made a tensor of: all that is ever read is a copy."""
+    copies = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default)
+    return all(user.target in copies for user in node.users)
+
+
+def _come_of(sources: Sequence[fx.Node], module: fx.GraphModule) -> list[bool]:
+    """By output, whether it comes of any of these nodes; what is written into a view is in all views of the memory."""
     memory = memory_of(module)
-    moved = set([node for node in nodes if node.op == "placeholder"][:data])
-    for node in nodes:
-        if is_random(node) or any(memory[source] in moved for source in node.all_input_nodes):
+    known, moved = set(sources), set()
+    for node in module.graph.nodes:
+        if node in known or any(memory[source] in moved for source in node.all_input_nodes):
             moved.add(memory[node])
             moved.update(memory[into] for into in written_by(node))
-    (output,) = (node for node in nodes if node.op == "output")
-    results: Any = output.args[0]
-    return any(memory[result] in moved for result in results[first:] if isinstance(result, fx.Node))
+    results: Any = output_of(module).args[0]
+    return [isinstance(result, fx.Node) and memory[result] in moved for result in results]
+
+
+def output_of(module: fx.GraphModule) -> fx.Node:
+    """The node that returns what a recording returns."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    return output
 
 
 def memory_of(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
-    """By every node the node that the memory of its result is of: itself, unless it returns what it was given."""
+    """By every node the node that the memory of its result is of: itself, unless it returns what it was given.
+
+    Of tensors from before the recording it is the first node that gets one with that memory.
+    """
     memory: dict[fx.Node, fx.Node] = {}
+    first: dict[int, fx.Node] = {}
     for node in module.graph.nodes:
         given = [*written_by(node), *node.all_input_nodes] if _returns_memory(node) else []
         memory[node] = memory[given[0]] if given else node
+        found = attribute_of(module, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(found, Tensor) and found.layout == torch.strided:
+            memory[node] = first.setdefault(found.untyped_storage()._cdata, node)
     return memory
 
 

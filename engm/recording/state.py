@@ -22,7 +22,6 @@ from ..torch_internals import (
     schema_of,
     tensors_in,
     unrecorded,
-    version_of,
     written_operands,
 )
 from .guards import Reach
@@ -30,6 +29,7 @@ from .places import at, put_at, said
 from .program import Program
 from .reads import HostReads
 from .refusals import UnrecordableError
+from .waits import overlaps
 
 
 class Before:
@@ -39,13 +39,15 @@ class Before:
         opt: the optimizer.
         generators: those that steps draw from.
         reach: where the step's code finds what else it reads.
-        memory: what else the step is known to write into.
 
     Attributes:
         buffers: of the network, with copies.
+        names: of these.
         written: other memory from before the step that operators wrote into while it was noted, with copies.
         drawn_from: generators (None: torch's own), with their states before the first draw.
         known_generators: those that may be drawn from, which are put back.
+        written_buffers: those of the network's that operators wrote into while it was noted.
+        given: buffers of integers whose numbers Python was given while the step was noted, by name, with copies.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class Before:
         opt: ExampleOptimizer,
         generators: Iterable[torch.Generator] = (),
         reach: Reach | None = None,
-        memory: Iterable[Tensor] = (),
     ) -> None:
         model: GradNormModule = opt.model
         self._opt = opt
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._versions = [version_of(buffer) for buffer, _ in self.buffers]
+        self.names = [name for name, _ in model.named_buffers()]
+        self.written_buffers: list[Tensor] = []
+        self.given: dict[str, tuple[Tensor, Tensor]] = {}
         self.gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
         devices = {p.device for p in model.parameters() if p.is_cuda}
         self._random: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
@@ -70,7 +73,7 @@ class Before:
         self._generators = [(generator, generator.get_state()) for generator in generators]
         self.known_generators = [None, *(generator for generator, _ in self._generators)]
         self.drawn_from: list[tuple[torch.Generator | None, Tensor]] = []
-        self.written = [(each, each.clone()) for each in memory]
+        self.written: list[tuple[Tensor, Tensor]] = []
         held = [] if reach is None else reach.values()
         carried = {id(tensor) for tensor in self._carried.values()}
         self._held = [(place, value) for place, value in held if id(value) not in carried]
@@ -85,6 +88,7 @@ class Before:
         noting = _Noting(self)
         with noting, noting.reads:
             yield
+        self.written_buffers = [buffer for buffer, _ in self.buffers if noting.may_have_written_into(buffer)]
         if noting.errors:
             raise noting.errors[0]
 
@@ -96,10 +100,8 @@ class Before:
             if generator is not None:
                 generator.set_state(state)
         with torch.no_grad():
-            for (buffer, value), version in zip(self.buffers, self._versions, strict=True):
-                # Indices that were not written to are left alone, so that they count as unchanged; batch norms do not
-                # tell that they write into their running statistics.
-                if buffer.is_floating_point() or version_of(buffer) != version:
+            for buffer, value in self.buffers:
+                if not overlaps(buffer):  # nothing can write into one that does
                     buffer.copy_(value)
             for memory, value in self.written:
                 memory.copy_(value)
@@ -166,6 +168,42 @@ class Before:
         ]
 
 
+class BeforeReplay:
+    """What a program may change by itself, as it is before the program runs.
+
+    Args:
+        memory: that it writes into.
+        generators: that it draws from; None: torch's own.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, memory: Iterable[Tensor], generators: Iterable[torch.Generator | None], device: torch.device
+    ) -> None:
+        self._memory = [(each, each.clone()) for each in memory]
+        self._device = device
+        self._states = [(generator, self._states_of(generator)) for generator in generators]
+
+    def _states_of(self, generator: torch.Generator | None) -> list[Tensor]:
+        if generator is not None:
+            return [generator.get_state()]
+        on_device = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *on_device]
+
+    def put_back(self) -> None:
+        """Everything as it was."""
+        with torch.no_grad():
+            for memory, value in self._memory:
+                memory.copy_(value)
+        for generator, (state, *on_device) in self._states:
+            if generator is None:
+                torch.set_rng_state(state)
+            else:
+                generator.set_state(state)
+            for each in on_device:
+                torch.cuda.set_rng_state(each, self._device)
+
+
 class _Noting(Operators):
     """Notes what operators draw from, and what they write into that was there before; refuses what the host reads."""
 
@@ -176,13 +214,17 @@ class _Noting(Operators):
         self._written = before.written
         self._made = Memory()  # by the step
         self._kept = Memory()
-        self._guarded = Memory()  # as it is a part of what a program holds for, see OfNetwork
+        self._changed = Memory()
+        self._given = before.given
+        self._integers: list[tuple[Memory, str, tuple[Tensor, Tensor]]] = []
         self.errors: list[Exception] = []
-        self.reads = HostReads(self._guarded.__contains__, self.errors.append)
-        for buffer, _ in before.buffers:
+        self.reads = HostReads(self._may_be_read, self.errors.append)
+        for name, (buffer, value) in zip(before.names, before.buffers, strict=True):
             self._kept.add(buffer)
-            if not buffer.is_floating_point() and buffer.dim():
-                self._guarded.add(buffer)
+            if not buffer.is_floating_point():
+                memory = Memory()
+                memory.add(buffer)
+                self._integers.append((memory, name, (buffer, value)))
 
     def before(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         try:
@@ -205,12 +247,12 @@ class _Noting(Operators):
         if schema_of(func).is_mutable:
             self._keep(written_operands(func, args, kwargs))
         self._keep(moved_statistics(func, args, kwargs))
-        if not all(tensor in self._guarded for tensor in deciding_sizes(func, args)):
+        if not all(map(self._may_be_read, deciding_sizes(func, args))):
             raise RuntimeError(f"data decide the sizes of what {func} returns")
         reads = torch.Tag.data_dependent_output in func.tags
         self.reads.of_operators += reads
         self.reads.made_constant |= func is torch.ops.aten.lift_fresh.default
-        if reads and not all(tensor in self._made or tensor in self._guarded for tensor in tensors_in((args, kwargs))):
+        if reads and not all(t in self._made or self._may_be_read(t) for t in tensors_in((args, kwargs))):
             raise RuntimeError(f"{func} reads values of a tensor, which may be others at the next step")
 
     def after(self, func: Any, result: Any) -> None:
@@ -218,8 +260,24 @@ class _Noting(Operators):
             for tensor in tensors_in(result):
                 self._made.add(tensor)
 
+    def may_have_written_into(self, tensor: Tensor) -> bool:
+        """Whether a tensor may hold other numbers now."""
+        return (tensor in self._changed or tensor.layout != torch.strided) and not overlaps(tensor)
+
+    def _may_be_read(self, tensor: Tensor) -> bool:
+        """Whether Python may be given a tensor's numbers, because a program holds for them alone.
+
+        They are those of a buffer of integers of the network into which the step has not written yet.
+        """
+        found = {name: numbers for memory, name, numbers in self._integers if tensor in memory}
+        if tensor in self._changed:
+            return False
+        self._given.update(found)
+        return bool(found)
+
     def _keep(self, tensors: Sequence[Any]) -> None:
         for tensor in tensors_in(tensors):
+            self._changed.add(tensor)
             if tensor.layout == torch.strided and tensor not in self._made and tensor not in self._kept:
                 self._kept.add(tensor)
                 with unrecorded(), torch.no_grad():

@@ -29,24 +29,38 @@ from ..torch_internals import (
     take_surprises,
     tree_flatten,
     tree_unflatten,
+    unrecorded,
 )
-from .agreement import all_the_same
+from .agreement import all_the_same, same_bits
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
 from .guards import MOST_STATES, OfNetwork, Reach, of_leaf, of_object, of_torch
 from .places import PLAIN, Place, at, is_followed
-from .program import Backend, Program, Replay, Runnable, cleaned, hang_on_data, recorded
+from .program import (
+    Backend,
+    Program,
+    Replay,
+    Runnable,
+    cleaned,
+    hang_on_data,
+    hang_on_what_was_there,
+    recorded,
+    watch_any,
+)
 from .refusals import UnrecordableError, in_words
-from .state import Before
+from .state import Before, BeforeReplay
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"replay": Replay, "inductor": Inductor, "cudagraph": CudaGraphs}
 MOST_PROGRAMS = 8  # kept at once
 MOST_GENERATORS = 4  # that steps draw from, besides torch's own
 OUT_OF_USE = 100  # steps after which a program makes room for another
-MOST_REPLACED = 3  # times that a program is made anew because tensors were replaced
+MOST_GIVEN_UP = 8  # programs of a kind in a row that did not last: what they hold for changes too often
+LASTING = 100  # steps that a program is to do before it is given up
 COMPARED = "recorded, and compared with its replay"  # why the step at which a program is made runs as it is
 # Why a program that was made, or was to be, is not used at a step.
-NO_LONGER_HOLDS = "gradients came where there were none before, or a function of yours mixed the examples"
+NO_LONGER_HOLDS = (
+    "gradients came where there were none before, indices became others, or a function of yours mixed the examples"
+)
 LossFunction = Callable[..., Any]
 
 
@@ -87,10 +101,13 @@ class _Recording:
         other_figures: the step's other figures by name.
         carried: the names of the optimizer's tensors that are replaced, the last outputs.
         factors: of the calibration, those that the step asked for.
-        watches: whether a last output tells of gradients where there were none before, so that nothing is known.
+        watches: whether a last output tells that the program does not hold: that gradients came where there were none
+            before, or that indices which are no constants of the code are not what they were.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
         held: tensors besides those of the network that the program reads, and where the step's code finds them.
-        written: memory besides the network's that the program writes into.
+        written: memory that the program writes into.
+        draws: the generators that it draws from; None: torch's own.
+        given: buffers whose numbers Python was given, by name, with these numbers.
     """
 
     program: Runnable
@@ -103,10 +120,19 @@ class _Recording:
     watched: list[Hashable] = field(default_factory=list)
     held: list[tuple[Place, Tensor]] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
+    draws: list[torch.Generator | None] = field(default_factory=list)
+    given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def reads_the_same_tensors(self) -> bool:
-        """Whether the tensors that the program reads are where they were."""
-        return self.program.holds() and all(at(place) is tensor for place, tensor in self.held)
+    def before(self, opt: ExampleOptimizer) -> BeforeReplay:
+        """What the program may change by itself, as it is now."""
+        return BeforeReplay(self.written, self.draws, next(opt.model.parameters()).device)
+
+    def why_not(self) -> str | None:
+        """Why the program does not hold for the tensors that are there now; None where it may."""
+        if not (self.program.holds() and all(at(place) is tensor for place, tensor in self.held)):
+            return "tensors that the step reads were replaced by others: write into the old"
+        changed = [name for name, (buffer, numbers) in self.given.items() if not same_bits(buffer, numbers)]
+        return f"Python is given numbers of {changed[0]}, and they became others" if changed else None
 
 
 class RecordedStep:
@@ -128,13 +154,15 @@ class RecordedStep:
         self.backend = backend
         self._network = OfNetwork(opt.model)
         own = [value for name, value in vars(opt).items() if name not in (*opt.not_for_programs, "optimizer", "model")]
-        self._reach = Reach([loss_fn, *[value for value in own if is_followed(value)]], (opt, opt.model), self._network)
+        roots = [loss_fn, opt.model, *[value for value in own if is_followed(value)]]
+        self._reach = Reach(roots, (opt,), self._network)
         self._recordings: dict[Hashable, _Recording] = {}
         self._refused: dict[Hashable, str] = {}
         self._used: dict[Hashable, int] = {}  # the number of the call that last used a recording
         self._calls = 0
         self._met: set[Hashable] = set()
-        self._replaced: Counter[Hashable] = Counter()
+        self._made: dict[Hashable, int] = {}  # the number of the call at which a program was made
+        self._given_up: Counter[Hashable] = Counter()
         self._generators: list[torch.Generator] = []
         self._report = Report()
 
@@ -167,8 +195,9 @@ class RecordedStep:
         known = self._recordings.get(key)
         if known is not None:
             self._used[key] = self._calls
-            if not known.reads_the_same_tensors():
-                return self._forget(call, key)
+            reason = known.why_not()
+            if reason is not None:
+                return self._give_up(call, key, reason)
             if self.opt.model.calibration.due(known.factors):
                 return self._eager(call, "a calibration is due")
             if _comparison_is_due(self.opt, known.watched):
@@ -190,15 +219,15 @@ class RecordedStep:
         oldest = min(self._recordings, key=self._used.__getitem__)
         if self._calls - self._used[oldest] < OUT_OF_USE:
             return False
-        del self._recordings[oldest], self._used[oldest]
+        del self._recordings[oldest], self._used[oldest], self._made[oldest]
         return True
 
-    def _forget(self, call: _Call, key: Hashable) -> StepStats:
-        """Give up a program that reads tensors in whose place there are others now; the next step is recorded anew."""
-        del self._recordings[key], self._used[key]
-        self._replaced[key] += 1
-        reason = "tensors that the step reads were replaced by others: write into the old"
-        if self._replaced[key] >= MOST_REPLACED:
+    def _give_up(self, call: _Call, key: Hashable, reason: str) -> StepStats:
+        """Give up a program that does not hold; the next step of its kind is recorded anew, unless none ever lasts."""
+        lasted = self._calls - self._made[key] >= LASTING
+        self._given_up[key] = 1 if lasted else self._given_up[key] + 1
+        del self._recordings[key], self._used[key], self._made[key]
+        if self._given_up[key] >= MOST_GIVEN_UP:
             self._refuse(key, reason)
         return self._eager(call, reason)
 
@@ -214,12 +243,11 @@ class RecordedStep:
         return call.run()
 
     def _replay(self, call: _Call, key: Hashable, recording: _Recording) -> StepStats:
-        before = Before(self.opt, memory=recording.written) if recording.watches else None
+        before = recording.before(self.opt) if recording.watches else None
         outputs = recording.program(call.inputs())
         if before is not None and bool(outputs.pop()):
             before.put_back()
-            del self._recordings[key], self._used[key]
-            return self._eager(call, NO_LONGER_HOLDS)
+            return self._give_up(call, key, NO_LONGER_HOLDS)
         gradients, figures, carried = _split(recording, outputs)
         stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
@@ -280,7 +308,9 @@ class RecordedStep:
                 self._refuse(key, found.reason)
             return stats
         found.held.extend((place, tensor) for place, tensor in tensors if found.program.reads(tensor))
-        found.written.extend(memory for memory, _ in before.written)
+        found.written.extend([*before.written_buffers, *(memory for memory, _ in before.written)])
+        found.draws.extend(generator for generator, _ in before.drawn_from)
+        found.given.update(before.given)
         call.clear_gradients()
         model = self.opt.model
         model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
@@ -308,7 +338,8 @@ class RecordedStep:
         elif not fused_agrees or (made_got and not same(made_got)):
             self._refuse(key, f"run by {self.backend.name}, the recorded step gives other numbers than the step itself")
         else:
-            self._recordings[key], self._used[key] = found, self._calls
+            self._recordings[key] = found
+            self._used[key] = self._made[key] = self._calls
             self._report.recorded += 1
         self._report.eager[COMPARED] += 1
         return stats
@@ -414,16 +445,20 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     opt, model = call.opt, call.opt.model
     names, keys, data = list(opt.carried()), list(model.calibration.carried()), len(call.tensors)
     numbers, last = list(opt.numbers()), data + len(names) + len(keys)
-    routes: list[Tensor] = []
+    baked: list[tuple[Tensor, Tensor]] = []  # what the program depends on, and whether that is not what it was
     graphs: list[PlannedGraph] = []
     described: list[Any] = []
+    ends: list[int] = []  # of the outputs: of what the step leaves, of the surprises
 
     def observe(graph: PlannedGraph, _: Hashable) -> None:
         _refuse_unsettled(graph)
         graphs.append(graph)
+        known: list[Tensor] = []
         for route in graph.plan.routes:
-            saved = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
-            routes.append(saved)  # type: ignore[arg-type]
+            now: Any = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
+            if all(now is not other for other in known):
+                known.append(now)
+                baked.append((now, (now != route.values).any()))
 
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))
@@ -438,17 +473,12 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         changed = {
             name: after[name] for name, given in zip(names, inputs[data:], strict=False) if after[name] is not given
         }
+        baked.extend((value, _became_another(value)) for value in take_decisions())
         surprises = [*(surprise for graph in graphs for surprise in graph.surprises), *take_surprises()]
-        watches = [torch.stack(surprises).any()] if surprises else []
-        described[:] = reached, tuple(figures), others, tuple(changed), bool(watches)
-        routes.extend(take_decisions())
-        return [
-            *(p.grad for p in reached if p.grad is not None),
-            *figures.values(),
-            *changed.values(),
-            *watches,
-            *routes,
-        ]
+        described[:] = reached, tuple(figures), others, tuple(changed)
+        left = [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values()]
+        ends[:] = len(left), len(left) + len(surprises)
+        return [*left, *surprises, *(flag for _, flag in baked), *(value for value, _ in baked)]
 
     call.clear_gradients()
     torch.clear_autocast_cache()
@@ -460,29 +490,31 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         module, outputs = recorded(function, call.inputs())
     finally:
         model.observer = None
-    watches = described[-1]
-    if watches and bool(outputs[len(outputs) - len(routes) - 1]):
+    first, last_surprise = ends
+    if any(map(bool, outputs[first:last_surprise])):
         raise UnrecordableError(NO_LONGER_HOLDS)
-    first = len(outputs) - len(routes)
-    if hang_on_data(module, first, data):
+    if hang_on_data(module, last_surprise + len(baked), data):
         raise UnrecordableError(
             "rows are moved by the batch's data, so that whose they are is looked at", for_good=True
         )
-    module = _without(module, first)
+    there = hang_on_what_was_there(module, data)[last_surprise + len(baked) :]
+    flags = [number for number, hangs in enumerate(there, last_surprise) if hangs]
+    watches = watch_any(module, first, [*range(first, last_surprise), *flags])
+    module = cleaned(module)
     program = Program(module)
     factors = tuple(key for key in keys if key in model.calibration.asked)
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)
-    reached, figures, others, carried, watches = described
+    reached, figures, others, carried = described
     return _Recording(program, reached, figures, others, carried, factors, watches), program, module
 
 
-def _without(module: GraphModule, first: int) -> GraphModule:
-    """The operators of a recording, cleaned, without its outputs from number ``first`` on."""
-    (output,) = (node for node in module.graph.nodes if node.op == "output")
-    output.args = (list(output.args[0][:first]),)
-    return cleaned(module)
+def _became_another(value: Tensor) -> Tensor:
+    """What tells, when the program is run, whether the truth of a 0-dimensional tensor is another than now."""
+    with unrecorded():
+        answer = bool(value)
+    return value != answer
 
 
 def _refuse_unsettled(graph: PlannedGraph) -> None:

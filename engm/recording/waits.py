@@ -29,7 +29,7 @@ def obstacles(module: fx.GraphModule, device: torch.device) -> list[str]:
         if node.op == "placeholder":
             if node.users and any(tensor.device != device and not is_number(tensor) for tensor in _results(node)):
                 found.append("the step is given a tensor of another device: move the batch before")
-            if any(_overlaps(tensor) for tensor in _results(node)):
+            if any(overlaps(tensor) for tensor in _results(node)):
                 found.append("the step is given an expanded tensor: make it contiguous")
             if node in written:
                 found.append("the step writes into its inputs, of which a CUDA graph has copies: clone them first")
@@ -99,5 +99,8 @@ def _name(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").removesuffix(".default")
 
 
-def _overlaps(tensor: Tensor) -> bool:
+def overlaps(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor share memory, because it is expanded."""
+    if tensor.layout != torch.strided:
+        return False
     return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

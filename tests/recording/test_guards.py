@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import fractions
 import functools
+import operator
 import os
 import random
 import sys
@@ -188,6 +189,8 @@ def within(thing, key="factor"):
     return lambda net, value: thing.__setitem__(key, value)
 
 
+ATTRIBUTE, OBJECTS = operator.attrgetter("inner.factor"), np.array([types.SimpleNamespace(factor=1.0), None])
+
 READ = {  # what changes the number that code reads, and the code
     "a namespace of argparse": (at(NAMESPACE), lambda: NAMESPACE.factor),
     "a simple namespace": (at(SIMPLE), lambda: SIMPLE.factor),
@@ -225,6 +228,8 @@ READ = {  # what changes the number that code reads, and the code
     "a default": (within(with_defaults.__defaults__[0], 0), lambda: with_defaults()),
     "a default by name": (within(with_defaults.__kwdefaults__["kept"]), lambda: with_defaults()),
     "an attribute of a function": (at(with_an_attribute), lambda: with_an_attribute()),
+    "operator.attrgetter": (at(OPTIONS.inner), lambda: ATTRIBUTE(OPTIONS)),
+    "an array of objects": (at(OBJECTS[0]), lambda: OBJECTS[0].factor),
     "another optimizer": (within(OPTIMIZER.param_groups[0], "lr"), lambda: OPTIMIZER.param_groups[0]["lr"]),
 }
 
@@ -326,6 +331,74 @@ def test_hooks(change, hang):
 
     compare(change, make=make)
     change(None, 1.0)
+
+
+HANG = {
+    "forward": lambda module: module.register_forward_hook(lambda module, given, found: 3 * found),
+    "forward, before": lambda module: module.register_forward_pre_hook(lambda module, given: (3 * given[0],)),
+    "backward": lambda module: module.register_full_backward_pre_hook(lambda module, outer: (3 * outer[0],)),
+}
+
+
+@pytest.mark.parametrize("where", ["a module elsewhere", "a layer of a network elsewhere", "the wrapper"])
+@pytest.mark.parametrize("hang", HANG)
+def test_hooks_that_come_and_go_outside_of_the_network(hang, where):
+    elsewhere = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).requires_grad_(False)
+    handles, wrapper = [], []
+
+    def losses(model, x):
+        wrapper[:] = [model]
+        return model(elsewhere(model(x)[:, None] * x))
+
+    def change(net, value):
+        if value == 1.0 and handles:
+            handles.pop().remove()
+        elif value != 1.0 and not handles:
+            (model,) = wrapper
+            module = {"a module elsewhere": elsewhere, "a layer of a network elsewhere": elsewhere[0]}.get(where, model)
+            handles.append(HANG[hang](module))
+
+    # With a hook on gradients, whose rows are whose is measured at every step.
+    compare(change, losses, replayed=1 if hang == "backward" else 2, values=(1.0, *VALUES))
+
+
+def test_what_a_hook_on_the_wrapper_reads():
+    """Hooks are followed to what they read, wherever they hang."""
+    hung = []
+
+    def losses(model, x):
+        if not hung:
+            hung.append(model.register_forward_hook(lambda module, given, found: found * KEPT["factor"]))
+        return model(x)
+
+    def change(net, value):
+        KEPT["factor"] = value
+
+    def make():
+        hung.clear()
+        return Net()
+
+    try:
+        compare(change, losses, make)
+    finally:
+        KEPT["factor"] = 1.0
+
+
+def test_a_forward_of_the_wrappers_own():
+    wrapper = []
+
+    def losses(model, x):
+        wrapper[:] = [model]
+        return model(x)
+
+    def change(net, value):
+        if value != 1.0 and "forward" not in vars(wrapper[0]):
+            plain = wrapper[0].forward
+            wrapper[0].forward = types.MethodType(lambda self, x: value * plain(x), wrapper[0])
+        elif value == 1.0 and wrapper:
+            vars(wrapper[0]).pop("forward", None)
+
+    compare(change, losses, values=(1.0, *VALUES))
 
 
 def test_a_hook_on_all_modules():

@@ -76,6 +76,16 @@ def test_over_many_steps(name, attacked):
     assert report.eager["a comparison with autograd's gradients is due"] >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "name", "attacked"), [case for case in CASES if case[0] != "ENGM"])
+def test_every_other_optimizer_over_many_steps(optimizer, name, attacked):
+    """Across calibrations, a comparison, a decay of the learning rate and two changes of the batch's size."""
+    torch.manual_seed(3)
+    options = {"calibrate_every": 30, "check_every": 50, "optimizer": OPTIMIZERS[optimizer]}
+    least = 60 if TRACES_ALL or optimizer != "ENGM auto" else 0
+    assert_the_same(NETWORKS[name](), batches(120, (N, N + 2, N)), least, attacked=attacked, **options)
+
+
 def training(**options):
     torch.manual_seed(3)
     return Training(NETWORKS["group norm"](), **options)
@@ -659,3 +669,19 @@ def test_what_data_are_written_into_hangs_on_them():
     for first, hangs in ((0, True), (1, True), (2, False)):
         module, _ = recorded(lambda x, y, first=first: step(x, y)[first : first + 1], [torch.ones(3), torch.ones(3)])
         assert hang_on_data(module, 0, 1) == hangs, first
+
+
+def test_parameters_can_be_swapped_once_a_step_was_recorded(monkeypatch):
+    """A program holds tensors in Python alone, so that torch may swap what is in them."""
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    results = []
+    for way in ("recorded", "by_hand"):
+        torch.manual_seed(3)
+        t = Training(NETWORKS["group norm"]())
+        data = batches(4)
+        t.go(getattr(t, way), data)
+        t.model.unwrap().double()
+        results.append(t.go(getattr(t, way), [(x.double(), y) for x, y in data]))
+        if way == "recorded":
+            assert t.recorded.report().replayed == 4, t.recorded.report()
+    assert same(*results)
