@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
 from ..torch_internals import (
+    address_of,
     is_operator,
     moved_statistics,
     quick_descriptions,
@@ -353,8 +354,9 @@ def memory_of(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
         given = [*written_by(node), *node.all_input_nodes] if _returns_memory(node) else []
         memory[node] = memory[given[0]] if given else node
         found = attribute_of(module, str(node.target)) if node.op == "get_attr" else None
-        if isinstance(found, Tensor) and found.layout == torch.strided:
-            memory[node] = first.setdefault(found.untyped_storage()._cdata, node)
+        address = address_of(found) if isinstance(found, Tensor) and found.layout == torch.strided else 0
+        if address:
+            memory[node] = first.setdefault(address, node)
     return memory
 
 
