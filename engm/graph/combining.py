@@ -154,8 +154,10 @@ def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
         before, now = old.junctions.get(key), new.junctions.get(key)
         if before is None or now is None:
             there, other = (new, old) if before is None else (old, new)
-            if key[0] in other.quiet:  # else the other one has seen all rows
-                found[key] = there.junctions[key]
+            junction = there.junctions[key]
+            # Else the other one has seen all rows; of where they are moved to it knows if nothing there is in doubt.
+            if key[0] in other.quiet or (junction.moved and other.doubtful):
+                found[key] = junction
             continue
         if before.moved or now.moved:
             if bool((missed := before.unknown & now.unknown).any()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -184,8 +184,8 @@ class Plan:
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
         behind_entries: whether some of them lie behind what enters, so that a pass runs through that too.
         quiet: positions of all nodes that no gradient came to.
-        seen: where some had none, by position and number of an output where the examples lie in all others; None where
-            several examples have a share.
+        seen: where the examples lie in the outputs of all others, by position and number; None where several examples
+            have a share. It is kept as long as some node is quiet.
         unknown_of_calls: by call (number) the rows ``[*leading]`` that no gradient came to where nothing else tells
             whose they are.
         unknown_of_nodes: the same by entering node (position).
@@ -255,6 +255,7 @@ class PlanCache(dict[Hashable, list[Plan]]):
         """Remember a plan, ``instead`` of an older one that turned out not to hold."""
         if signature not in self and len(self) >= MOST_PLANS:
             del self[next(iter(self))]
+        plan = plan if plan.quiet else replace(plan, seen={})
         others = [other for other in self.get(signature, ()) if other is not instead]
         self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
 

@@ -363,7 +363,7 @@ class _Planner:
             silent=tuple(sorted(outermost)),
             behind_entries=not self._behind_entries().isdisjoint(position for position, _ in sinks),
             quiet=frozenset(self.rows.silent),
-            seen=self._seen() if keeps and self.rows.silent else {},
+            seen=self._seen() if keeps else {},
             silent_calls=frozenset(
                 number
                 for number, arrangement in self.arranged.items()

@@ -165,6 +165,46 @@ def test_two_readers_of_which_one_is_closed_at_a_time(steps):
             assert_right(model, lambda x=x, gates=given_gates: model(x, gates).square().sum(1))
 
 
+class RowGates(nn.Module):
+    """The same where gates are of rows, and a move that never changes leaves some of them where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor, order: Tensor, by_index: bool, gates: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        moved = h * gates[0]
+        moved = moved[order] if by_index else torch.zeros_like(h).index_add(0, order, moved)
+        return self.last(h * gates[1] + moved * gates[2])
+
+
+@given(
+    swap=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    by_index=st.booleans(),
+    steps=st.lists(st.tuples(*[st.integers(0, 15)] * 3), min_size=2, max_size=5),
+)
+def test_two_readers_whose_rows_are_closed_one_by_one(swap, by_index, steps):
+    """Right, or refused where some row comes to two losses."""
+    torch.manual_seed(0)
+    order = torch.arange(4)
+    order[list(swap)] = order[list(reversed(swap))]
+    model = engm.GradNormModule(RowGates())
+    for bits in [(0, 0, 15), (8, 15, 12), *steps]:  # the first two hide the move from each other
+        gates = torch.tensor([[(of >> row) & 1 for row in range(4)] for of in bits]).double().unsqueeze(2)
+        x = torch.randn(4, 4).double().requires_grad_()
+
+        def losses(x: Tensor = x, gates: Tensor = gates) -> Tensor:
+            return model(x, order, by_index, gates).square().sum(1)
+
+        reached = [torch.autograd.grad(loss, x, retain_graph=True)[0].abs().sum(1) > 0 for loss in losses()]
+        try:
+            assert_right(model, losses)
+        except RefusedError:
+            assert bool((torch.stack(reached).sum(0) > 1).any())
+
+
 # -- masks in front of indices ----------------------------------------------------------------------------------------
 
 
