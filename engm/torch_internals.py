@@ -12,7 +12,7 @@ import functools
 import operator
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -509,10 +509,12 @@ def untracked_alias(tensor: Tensor) -> Tensor:
     return _C.untracked_alias(tensor)
 
 
-def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether hooks hang on the parameter that only autograd's own accumulation runs."""
-    hooks: Any = parameter
-    return bool(hooks._backward_hooks or hooks._post_accumulate_grad_hooks)
+def has_gradient_hooks(parameters: Iterable[Any]) -> bool:
+    """Whether hooks hang on some of the parameters that only autograd's own accumulation runs."""
+    for parameter in parameters:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            return True
+    return False
 
 
 def norms_of_each(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

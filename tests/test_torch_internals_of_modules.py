@@ -85,10 +85,10 @@ def test_has_gradient_hooks():
     plain, hooked, after = (nn.Parameter(torch.ones(2)) for _ in range(3))
     hooked.register_hook(lambda g: g)
     handle = after.register_post_accumulate_grad_hook(lambda p: None)
-    found = [internals.has_gradient_hooks(parameter) for parameter in (plain, hooked, after)]
+    found = [internals.has_gradient_hooks([parameter]) for parameter in (plain, hooked, after)]
     assert found == [False, True, True]
     handle.remove()
-    assert not internals.has_gradient_hooks(after)
+    assert not internals.has_gradient_hooks([plain, after])
 
 
 def test_norms_of_each():

@@ -62,7 +62,7 @@ def check_identity(
     named = [
         (name, p)
         for name, p in traced.trained
-        if id(p) in traced.leaves and p.dtype in TOLERANCE and not has_gradient_hooks(p)
+        if id(p) in traced.leaves and p.dtype in TOLERANCE and not has_gradient_hooks([p])
     ]
     if not named:
         return

@@ -108,4 +108,4 @@ def takes_one_pass(graph: PlannedGraph) -> bool:
 
     Nothing couples the examples, and no hooks hang on parameters, which only autograd's own accumulation runs.
     """
-    return not graph.couples and not any(has_gradient_hooks(parameter) for parameter in graph.parameters)
+    return not graph.couples and not has_gradient_hooks(graph.parameters)

@@ -59,8 +59,8 @@ class Walks:
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._held: Held | None = None
-        self._kinds: list[type] = []  # of the modules
-        self._computing: list[Any] = []  # what these compute their output by
+        self._methods: list[tuple[type, str]] = []  # by which the types of the modules compute their output
+        self._computing: list[Any] = []  # what these were
         self._rules = 0
         self._found: dict[Callable[[nn.Module], Any], Any] = {}
 
@@ -83,21 +83,19 @@ class Walks:
 
     def _by_each(self, walks: Sequence[Callable[[nn.Module], Any]]) -> list[Any]:
         known = self._held is not None and self._rules == registrations() and self._held.same()
-        if not (known and _computing(self._kinds) == self._computing):
+        # Anybody may replace a method on a type.
+        if not (known and self._computing == [getattr(kind, method, None) for kind, method in self._methods]):
             self._rules = registrations()
             modules = [module for _, module in named_modules(self._net)]
-            self._held, self._kinds = _parts_of(modules), list(dict.fromkeys(map(type, modules)))
-            self._computing = _computing(self._kinds)
+            kinds = list(dict.fromkeys(map(type, modules)))
+            self._held = _parts_of(modules)
+            self._methods = [(kind, method) for kind in kinds for method in COMPUTING if hasattr(kind, method)]
+            self._computing = [getattr(kind, method) for kind, method in self._methods]
             self._found.clear()
         for walk in walks:
             if walk not in self._found:
                 self._found[walk] = walk(self._net)
         return [self._found[walk] for walk in walks]
-
-
-def _computing(kinds: Sequence[type]) -> list[Any]:
-    """The methods by which modules of some types compute their output, which anybody may replace on the type."""
-    return [getattr(kind, method, None) for kind in kinds for method in COMPUTING]
 
 
 def _parts_of(modules: Sequence[nn.Module]) -> Held:

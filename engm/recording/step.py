@@ -539,7 +539,7 @@ def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
     """Why this very step runs eagerly, whatever is recorded."""
     if opt.model.shard_group is not None or (in_processes() and dist.get_world_size() > 1):
         return "several processes work together"
-    if any(has_gradient_hooks(parameter) for _, parameter in opt.model.trainable_parameters()):
+    if has_gradient_hooks(parameter for _, parameter in opt.model.trainable_parameters()):
         return "hooks hang on parameters, which autograd alone runs"
     return opt.eager_reason()
 
