@@ -511,10 +511,7 @@ def untracked_alias(tensor: Tensor) -> Tensor:
 
 def has_gradient_hooks(parameters: Iterable[Any]) -> bool:
     """Whether hooks hang on some of the parameters that only autograd's own accumulation runs."""
-    for parameter in parameters:
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return True
-    return False
+    return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def norms_of_each(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:

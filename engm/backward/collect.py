@@ -108,11 +108,12 @@ class TermCollector:
     def _expect_uses(self) -> None:
         """Count how many terms each parameter will get, and note which layers feed a batch norm."""
         trace, plan = self.graph.trace, self.graph.plan
-        own, doubtful, expected = set(map(id, trace.own)), self.graph.doubtful, self._expected
+        own = None if trace.own is trace.calls else set(map(id, trace.own))
+        doubtful, expected = self.graph.doubtful, self._expected
         by_rows = not (doubtful or self.correct) and plan.told is None
         for number, (call, layout) in enumerate(zip(trace.calls, plan.layouts, strict=True)):
             key = id(call)
-            if layout is None or key not in own:
+            if layout is None or (own is not None and key not in own):
                 if doubtful and number in plan.silent_calls:
                     self._silent.add(key)
                 continue
@@ -128,7 +129,7 @@ class TermCollector:
                 expected[id(parameter)] = expected.get(id(parameter), 0) + uses
             if self.correct and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
-            if by_rows and call.rule.of_rows and call.parameters and layout.plain and are_small_rows(call.shape):
+            if by_rows and layout.plain and call.parameters and are_small_rows(call.shape) and call.rule.of_rows:
                 self._on_rows.add(key)
         entered: dict[int, list[int]] = {}
         for number, entry in enumerate(plan.entries):
@@ -300,18 +301,19 @@ class TermCollector:
 
     def _form_rows(self) -> None:
         """Form the terms of the calls on a row an example."""
-        if any(version_of(backprops) != version for (_, _, backprops), version in self._set_aside):
+        calls = [call for call, _ in self._set_aside]
+        if [version_of(call[2]) for call in calls] != [version for _, version in self._set_aside]:
             raise RefusedError(
                 "engm: a gradient was modified in place by the backward function or hook that it was handed to, so "
                 "norms would be wrong. Return a new tensor there."
             )
-        calls = [call for call, _ in self._set_aside]
         self._set_aside.clear()
+        expected, rows = self._expected, self.rows
         with torch.no_grad():
             for (parameters, _, _), terms in zip(calls, LinearRule.terms_of_rows(calls, self.norms), strict=True):
                 for name, (term, norm) in terms.items():
                     key = id(parameters[name])
-                    if self._expected[key] == 1 and key in self.rows:
+                    if expected[key] == 1 and key in rows:
                         self._hold(key, term, norm)
                     else:
                         self._add(key, None, term)

@@ -335,18 +335,21 @@ class Capture:
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""
-        bare = not kwargs and all(type(value) is Tensor for value in args)
-        leaves = args if bare else tree_leaves((args, kwargs), is_leaf=_is_packed)
-        packed = any(map(_is_packed, leaves))
-        parts = [part for leaf in leaves for part in (leaf if _is_packed(leaf) else (leaf,))]
-        tensors = [part for part in parts if isinstance(part, Tensor)]
+        packed = False
+        if not kwargs and {*map(type, args)} == {Tensor}:  # as almost always
+            tensors = list(args)
+        else:
+            leaves = tree_leaves((args, kwargs), is_leaf=_is_packed)
+            packed = any(map(_is_packed, leaves))
+            parts = [part for leaf in leaves for part in (leaf if _is_packed(leaf) else (leaf,))]
+            tensors = [part for part in parts if isinstance(part, Tensor)]
         self.input_shape = tuple(tensors[0].shape) if tensors and not packed else ()
         self.input_storages = frozenset(map(address_of, tensors))
         self.input_shapes = tuple([tuple(tensor.shape) for tensor in tensors])
 
     def mark(self, outputs: Any) -> None:
         """Note in the graph behind ``outputs`` (any nest of tensors) that this was a captured forward pass."""
-        for output in tree_leaves(outputs):
+        for output in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 write_record(output, self, NO_GRADIENTS)
 

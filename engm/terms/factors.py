@@ -57,8 +57,8 @@ class Factors(RowTerm):
         raise TypeError(f"{type(self).__name__} must define sum_of_scaled")
 
     @classmethod
-    def sums_of_scaled(cls, terms: Sequence[Self], scaled: Sequence[Tensor]) -> list[Tensor]:
-        """:meth:`sum_of_scaled` of several terms of this kind."""
+    def sums_of_scaled(cls, terms: Sequence[Self], factors: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`sum_of_scaled` of several terms of this kind, given what their :meth:`to_scale` returned too."""
         return [term.sum_of_scaled(factor) for term, factor in zip(terms, scaled, strict=True)]
 
     def weighted_sum(self, weights: Tensor) -> Tensor:

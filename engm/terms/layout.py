@@ -7,7 +7,7 @@ patches, time-major sequences ``[T, n, ...]``, or such a thing flattened for a m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,16 +20,16 @@ class Layout:
         dim: the dimension along which the examples lie, 0 or 1.
         outer: how often the whole batch is repeated (views, time steps).
         inner: how many rows of one example lie side by side (windows, patches, tokens).
+        plain: whether the tensor is ``[n, ...]``.
     """
 
     dim: int = 0
     outer: int = 1
     inner: int = 1
+    plain: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def plain(self) -> bool:
-        """Whether the tensor is ``[n, ...]``."""
-        return self.dim == 0 and self.outer == 1 and self.inner == 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plain", self.dim == 0 and self.outer == 1 and self.inner == 1)
 
     @property
     def rows(self) -> int:

@@ -52,13 +52,13 @@ class LinearFactors(PositionFactors):
         return cheaper_to_scale(self.backprops, self.activations)
 
     def sum_of_scaled(self, scaled: Tensor) -> Tensor:
-        return self.sums_of_scaled([self], [scaled])[0]
+        return self.sums_of_scaled([self], [self.to_scale()], [scaled])[0]
 
     @classmethod
-    def sums_of_scaled(cls, terms: Sequence[Self], scaled: Sequence[Tensor]) -> list[Tensor]:
+    def sums_of_scaled(cls, terms: Sequence[Self], factors: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
         left, right = [], []
-        for term, weighted in zip(terms, scaled, strict=True):
-            of_backprops = term.to_scale() is term.backprops
+        for term, factor, weighted in zip(terms, factors, scaled, strict=True):
+            of_backprops = factor is term.backprops
             left.append(weighted if of_backprops else term.backprops)
             right.append(term.activations if of_backprops else weighted)
         return sums_of_outer_products(left, right)

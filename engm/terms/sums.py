@@ -54,7 +54,7 @@ def _sums_of_group(group: list[tuple[Tensor, Factors, Tensor]], weights: Tensor)
         kind, count = type(group[0][1]), 1
         while count < len(group) and type(group[count][1]) is kind:
             count += 1
-        parameters, terms = [parameter for parameter, _, _ in group[:count]], [term for _, term, _ in group[:count]]
-        sums = kind.sums_of_scaled(terms, scaled[:count])
-        del group[:count], scaled[:count], terms
+        parameters, terms, factors = map(list, zip(*group[:count], strict=True))
+        sums = kind.sums_of_scaled(terms, factors, scaled[:count])
+        del group[:count], scaled[:count], terms, factors
         yield from zip(parameters, sums, strict=True)
