@@ -90,7 +90,7 @@ class Rule:
 
     @property
     def of_rows(self) -> bool:
-        """Whether :meth:`LinearRule.terms_of_rows` forms the terms of calls on a row an example."""
+        """Whether ``LinearRule.terms_of_rows`` forms the terms of calls on a row an example."""
         return False
 
     def known_parameters(self, module: nn.Module) -> tuple[str, ...]:
