@@ -1,8 +1,8 @@
 // A straight-line program of operators, run one after another without Python: engm/recording/program.py builds it.
 //
-// Every value has a place. Tensors that were there before the program (parameters, buffers) are in theirs from the
-// beginning, inputs come next, and each operator puts its results into places of its own, which are emptied as soon as
-// nothing reads them any more. Operators are called through the dispatcher below autograd: the program has its own
+// Every value has a place. Inputs come first, tensors that were there before the program (parameters, buffers) among them,
+// and each operator puts its results into places of its own, which are emptied as soon as nothing reads them any more.
+// Operators are called through the dispatcher below autograd: the program has its own
 // backward pass in it.
 #include "program.h"
 
@@ -39,9 +39,8 @@ struct Call {
 
 class StraightLine {
  public:
-  StraightLine(int64_t places, std::vector<std::pair<int64_t, at::Tensor>> constants, std::vector<int64_t> inputs,
-               std::vector<int64_t> outputs)
-      : places_(places), constants_(std::move(constants)), inputs_(std::move(inputs)), outputs_(std::move(outputs)) {}
+  StraightLine(int64_t places, std::vector<int64_t> inputs, std::vector<int64_t> outputs)
+      : places_(places), inputs_(std::move(inputs)), outputs_(std::move(outputs)) {}
 
   // `arguments` has a value for each argument of the schema, or fewer where the rest have their defaults: a tuple
   // (place,) stands for the value at a place, a list of places and Nones in a tuple for a list of tensors, and
@@ -80,7 +79,6 @@ class StraightLine {
     at::AutoDispatchBelowAutograd below;
     c10::AutoGradMode training(true);  // oneDNN's recurrent layers keep what their backward pass needs only then
     std::vector<c10::IValue> values(places_);
-    for (const auto& [place, tensor] : constants_) values[place] = tensor;
     for (size_t k = 0; k < inputs.size(); ++k) values[inputs_[k]] = inputs[k];
     torch::jit::Stack stack;
     for (const Call& call : calls_) {
@@ -128,7 +126,6 @@ class StraightLine {
   }
 
   int64_t places_;
-  std::vector<std::pair<int64_t, at::Tensor>> constants_;
   std::vector<int64_t> inputs_, outputs_;
   std::vector<Call> calls_;
 };
@@ -137,7 +134,7 @@ class StraightLine {
 
 void bind_program(py::module_& m) {
   py::class_<StraightLine>(m, "StraightLine", "Operators that are run one after another; see csrc/program.cpp.")
-      .def(py::init<int64_t, std::vector<std::pair<int64_t, at::Tensor>>, std::vector<int64_t>, std::vector<int64_t>>())
+      .def(py::init<int64_t, std::vector<int64_t>, std::vector<int64_t>>())
       .def("add", &StraightLine::add)
       .def("run", &StraightLine::run, py::call_guard<py::gil_scoped_release>());
 }

@@ -56,9 +56,7 @@ def set_isa(name: str) -> None: ...
 class StraightLine:
     """Operators that are run one after another (csrc/program.cpp)."""
 
-    def __init__(
-        self, places: int, constants: Sequence[tuple[int, Tensor]], inputs: Sequence[int], outputs: Sequence[int]
-    ) -> None: ...
+    def __init__(self, places: int, inputs: Sequence[int], outputs: Sequence[int]) -> None: ...
     def add(
         self,
         name: str,

@@ -150,6 +150,7 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
     shapes = [tuple(output.shape) for output in outputs]
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
+    apart = rows.shared | rows.silent | rows.structure.inner  # shared, watched, or within calls, which keep rows apart
 
     def moved(parts: Sequence[Tensor]) -> list[Tensor]:
         filled = [part.to(out.device, out.dtype, copy=True) for part, out in zip(parts, outputs, strict=True)]
@@ -164,7 +165,7 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
                 continue
             if child < 0 and rows.structure.is_input(child):
                 return False
-            if child < 0 or child in rows.shared | rows.silent | rows.structure.inner:  # calls keep rows apart
+            if child < 0 or child in apart:
                 continue
             behind = _inferred(rows, (child, node.next_functions[slot][1]), tuple(fed[slot].shape))
             places = (fed[slot] != 0) & (behind != NOBODY)
@@ -197,14 +198,7 @@ def _digits(n: int) -> int:
 def _inferred(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
     """Whose each element of an output is as far as its arrangement tells, on the CPU; else ``NOBODY``."""
     owners = rows.nodes.get(key)
-    if owners is None:
-        return torch.full(shape, NOBODY)
-    arrangement = rows.about.arranged(owners)
-    if isinstance(arrangement.ownership, Layout):
-        owners = rows.laid_out(arrangement.ownership, owners)
-        if arrangement.unknown is not None:
-            owners = torch.where(arrangement.unknown, NOBODY, owners)
-    return _of_elements(owners, shape)
+    return torch.full(shape, NOBODY) if owners is None else _of_elements(_as_arranged(rows, owners), shape)
 
 
 def _unseen(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:

@@ -123,6 +123,8 @@ INTO = frozenset(
 # Operators that take an index, or a mask, for each of some dimensions.
 BY_INDICES = frozenset(["Index", "IndexPut", "IndexPutImpl", "UnsafeIndex"])
 
+MASKS = (torch.bool, torch.uint8)  # the types of indices that are masks
+
 # Operators that move rows by what they tell nobody: the lengths of sequences.
 HIDING = frozenset(["NestedViewFromJagged", "NestedFromPadded", "ToPaddedTensor"])
 
@@ -411,7 +413,7 @@ def _moves_rows(
     along: Any = _indexed_by(route, node) if name in BY_INDICES else saved_option(node, "dim")
     if name.startswith("NllLoss"):  # classes are along the last dimension, or the one after that of the examples
         along = min(1, max(ranks) - 1)
-    if not isinstance(along, int) or route.values.dtype in (torch.bool, torch.uint8):  # a mask is of several dimensions
+    if not isinstance(along, int) or route.values.dtype in MASKS:  # a mask is of several dimensions
         return True
     return any(own is None or _dimension(along, rank) in about.varying(own) for own in found for rank in ranks)
 
@@ -419,7 +421,7 @@ def _moves_rows(
 def _indexed_by(route: Route, node: Node) -> int:
     """The dimension that one of several indices is for; a mask in front of it is for as many as it has itself."""
     before = saved_tensors_of(node, route.name)[: route.number]
-    return sum(index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1 for index in before)
+    return sum(index.dim() if index is not None and index.dtype in MASKS else 1 for index in before)
 
 
 def _stays(position: int, behind: Collection[int], owners: Owners, about: Arrangements) -> bool:

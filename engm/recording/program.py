@@ -180,7 +180,7 @@ def _straight_line(module: fx.GraphModule) -> tuple[StraightLine, list[Tensor], 
         for free, end in ends.items():
             owned.setdefault(end, []).append(free)
     tensors = [tensor for _, tensor in read.values()]
-    line = StraightLine(count, [], [*(known for known, _ in read.values()), *inputs], outputs)
+    line = StraightLine(count, [*(known for known, _ in read.values()), *inputs], outputs)
     for node, first, width in calls:
         schema = schema_of(node.target)
         line.add(schema.name, schema.overload_name, _arguments(node, place, objects), first, width, owned.get(node, []))
