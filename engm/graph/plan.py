@@ -349,6 +349,25 @@ class PlannedGraph:
         return self.trace.collecting(collector)
 
 
+@dataclass
+class _History:
+    """What came of the graphs of one skeleton.
+
+    Attributes:
+        plan: the latest.
+        missed: how many graphs in a row none of the plans that are kept held for.
+        unkept: how many plans in a row may hold for no other graph.
+        told: how many graphs' rows were to be told.
+        untold: how many of them had to be measured after all.
+    """
+
+    plan: Plan
+    missed: int = 0
+    unkept: int = 0
+    told: int = 0
+    untold: int = 0
+
+
 class Skeletons:
     """The latest plan of every skeleton of a graph, and whether graphs of it have to be measured again and again.
 
@@ -357,49 +376,42 @@ class Skeletons:
     """
 
     def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
-        self._missed: dict[Hashable, int] = {}
-        self._unkept: dict[Hashable, int] = {}  # how many plans in a row may hold for no other graph
-        self._told: dict[Hashable, int] = {}  # how many graphs' rows were to be told
-        self._untold: dict[Hashable, int] = {}  # how many of them had to be measured after all
+        self._histories: dict[Hashable, _History] = {}
 
     def held(self, skeleton: Hashable) -> None:
         """A plan that is kept held for a graph of this skeleton."""
-        self._missed.pop(skeleton, None)
+        if skeleton in self._histories:
+            self._histories[skeleton].missed = 0
 
     def measured(self, skeleton: Hashable, plan: Plan) -> None:
         """A graph of this skeleton was measured."""
-        if skeleton not in self._plans and len(self._plans) >= MOST_PLANS:
-            oldest = next(iter(self._plans))
-            del self._plans[oldest]
-            self._missed.pop(oldest, None)
-            self._unkept.pop(oldest, None)
-            self._told.pop(oldest, None)
-            self._untold.pop(oldest, None)
-        self._plans[skeleton] = plan
-        self._missed[skeleton] = self._missed.get(skeleton, 0) + 1
-        self._unkept[skeleton] = 0 if plan.keeps else self._unkept.get(skeleton, 0) + 1
+        if skeleton not in self._histories and len(self._histories) >= MOST_PLANS:
+            del self._histories[next(iter(self._histories))]
+        history = self._histories.setdefault(skeleton, _History(plan))
+        history.plan = plan
+        history.missed += 1
+        history.unkept = 0 if plan.keeps else history.unkept + 1
 
     def told(self, skeleton: Hashable) -> None:
         """The rows of a graph of this skeleton are to be told by the plan of another."""
-        self._told[skeleton] = self._told.get(skeleton, 0) + 1
+        self._histories[skeleton].told += 1
 
     def untold(self, skeleton: Hashable) -> None:
         """They could not be."""
-        self._untold[skeleton] = self._untold.get(skeleton, 0) + 1
+        self._histories[skeleton].untold += 1
 
     def may_tell(self, skeleton: Hashable) -> bool:
         """Whether it is worth another try: mostly they could be told."""
-        failed = self._untold.get(skeleton, 0)
-        return failed < RESTLESS or 2 * failed < self._told.get(skeleton, 0)
+        history = self._histories[skeleton]
+        return history.untold < RESTLESS or 2 * history.untold < history.told
 
     def restless(self, skeleton: Hashable) -> Plan | None:
         """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one.
 
         Graphs for which a plan that is kept does hold may lie in between.
         """
-        most = max(self._missed.get(skeleton, 0), self._unkept.get(skeleton, 0))
-        return self._plans[skeleton] if most >= RESTLESS else None
+        history = self._histories.get(skeleton)
+        return history.plan if history and max(history.missed, history.unkept) >= RESTLESS else None
 
 
 class Watch:
