@@ -12,6 +12,10 @@ passes. What looks like a row of several is asked again, element by element, wit
 powers, which neither underflow nor rounding can fool. The masks are the bits of the examples' numbers, of which there
 are so many that every example is left out by one of them and kept by another.
 
+What rounding takes of the shares of others in a row is not seen, and where the loss of one example is so much larger
+than all others it takes them whole: of what is computed from parameters alone it would seem to be the only owner. So
+where examples turn out to be that uneven, it is asked again with seeds that make them even.
+
 Numbers are drawn, since shares that are as regular as numbers could add up to what one example alone makes. With
 numbers in order a row ``v`` of one example and ``v / 2`` of the next but one comes out as ``3/2 v`` of the example in
 between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for none.
@@ -20,6 +24,7 @@ between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,7 +35,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .._C import GradientPrints, PrintHooks, add_digit, are_owned, first_alike, owners_of
 from ..capture.calls import Call
-from ..distributed import most
+from ..distributed import most, on_any
 from ..repeatable import repeatable_kernels
 from ..rules.entries import names_of
 from ..terms.owners import NOBODY
@@ -59,6 +64,12 @@ NARROW_TOLERANCE = 1e-2  # the same for narrower types
 ROUNDINGS = 64
 STRETCH = 11
 TIMES_ITS_CHANGE = 30
+
+# Examples are uneven if, by so many times less than rounding takes, the rows of one are smaller than those of another
+# in most tensors. So many are looked at; and they are made even up to so many powers of two, which fit into a gradient.
+MARGIN = 10
+LOOKED_AT = 32
+MOST_POWERS = {torch.float64: 300, torch.float32: 40, torch.bfloat16: 40, torch.float16: 10}
 
 # Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
 # for nothing.
@@ -289,6 +300,20 @@ class Owned:
         return torch.maximum(estimate, TIMES_ITS_CHANGE * self._noise)
 
 
+def _part_where_otherwise(found: dict[Any, Tensor], again: Mapping[Any, Tensor]) -> None:
+    """Note that rows are of several which seem to be so, or another's, in what was found ``again``."""
+    parted: dict[tuple[int, int], Tensor] = {}
+    for key, owners in found.items():
+        other = again.get(key)
+        if other is None or other.shape != owners.shape:
+            continue
+        pair = id(owners), id(other)  # tensors whose rows are the same have one and the same tensor
+        if pair not in parted:
+            several = (other == SEVERAL) | ((owners != other) & (owners >= 0) & (other >= 0))
+            parted[pair] = owners.masked_fill(several, SEVERAL) if bool(several.any()) else owners
+        found[key] = parted[pair]
+
+
 def vanishing(dtype: torch.dtype) -> float:
     """Below which rows of gradients count as zero: numbers that are not normal are too coarse to tell whose they are.
 
@@ -363,7 +388,7 @@ class Question:
     ) -> None:
         self.traced, self.losses, self.seed = traced, losses, seed
         self.couplings, self.through = couplings, frozenset(through)
-        self.n = losses.shape[0]
+        self.n, self.group = losses.shape[0], group
         self.most = self.n if group is None else most(group, self.n, losses.device)
         self.nodes: dict[Key, Tensor] = {}
         self.calls: dict[int, list[Tensor]] = {}
@@ -399,15 +424,44 @@ class Question:
         """
         self._positions, self._by_element, self._tensors = frozenset(positions), by_element, tensors
         self._edges = edges or {}
+        found, groups = self._answered(cancelling)
+        if not cancelling:
+            powers = self._powers(groups, found)
+            if on_any(self.group, bool(powers.any()), self.losses.device):
+                seeds = torch.exp2(powers).to(self.losses)
+                _part_where_otherwise(found, self._answered(cancelling, seeds)[0])
+        calls: dict[int, list[Tensor]] = {}
+        self._part_by_edges(found)
+        self._part_by_picks(found)
+        for key, owners in found.items():
+            if key[0] == "tensor":
+                self.tensors[key[1]] = owners
+            elif key[0] == "edge":
+                if not by_element and bool((owners == NOBODY).any()):
+                    self.edges[key[1], key[2]] = owners
+            elif key[0] == "call":
+                calls.setdefault(key[1], []).append(owners)
+            else:
+                self.nodes[key] = owners
+        self.calls |= calls  # what was asked again counts
+
+    def _answered(self, cancelling: bool, even: Tensor | None = None) -> tuple[dict[Any, Tensor], list[Owned]]:
+        """The owners of every tensor's rows, and what they were told by.
+
+        Args:
+            cancelling: see :meth:`ask`.
+            even: what every loss is multiplied by, ``[n]``.
+        """
         # In float16 a power of two might not fit into a gradient.
-        masked = by_element or cancelling or torch.float16 in self.traced.dtypes
+        masked = self._by_element or cancelling or torch.float16 in self.traced.dtypes
         numbers = numbers_of(self.most, masked)
-        plain = self._pass(torch.ones_like(self.losses))
+        even = torch.ones_like(self.losses) if even is None else even
+        plain = self._pass(even)
         alike = [{key: seen} for key, seen in plain.items()] if cancelling else _together(plain)
         groups = [Owned(group, cancelling) for group in alike]
         for place in numbers.places:
             digits = numbers.digits(place, self.n, self.losses.device)
-            seen = self._pass((digits if masked else _factors(digits)).to(self.losses))
+            seen = self._pass(even * (digits if masked else _factors(digits)).to(self.losses))
             for group in groups:
                 if masked:
                     group.add_bit(seen, place)
@@ -425,21 +479,30 @@ class Question:
             )
             for group in groups:
                 group.note_rounding(seen, stretch, whole)
-        calls: dict[int, list[Tensor]] = {}
-        found = self._on_cpu(groups, numbers)
-        self._part_by_edges(found)
-        self._part_by_picks(found)
-        for key, owners in found.items():
-            if key[0] == "tensor":
-                self.tensors[key[1]] = owners
-            elif key[0] == "edge":
-                if not by_element and bool((owners == NOBODY).any()):
-                    self.edges[key[1], key[2]] = owners
-            elif key[0] == "call":
-                calls.setdefault(key[1], []).append(owners)
-            else:
-                self.nodes[key] = owners
-        self.calls |= calls  # what was asked again counts
+        return self._on_cpu(groups, numbers), groups
+
+    def _powers(self, groups: Sequence[Owned], found: Mapping[Any, Tensor]) -> Tensor:
+        """The powers of two ``[n]`` that make the losses of the examples even; zeros where they are even enough."""
+        sizes = []
+        for group in groups:
+            keys = list(group.plain)[:: -(-len(group.plain) * len(groups) // LOOKED_AT)]
+            largest = dict(
+                zip(group.plain, group.largest.split([seen.rows for seen in group.plain.values()]), strict=True)
+            )
+            for key in keys:
+                owners, rows = found[key].flatten(), largest[key].double()
+                own = owners >= 0
+                of_examples = rows.new_zeros(self.n).scatter_reduce(0, owners[own], rows[own], "amax")
+                sizes.append((of_examples / of_examples.amax()).log2())
+        if not sizes:
+            return torch.zeros(self.n, device="cpu")
+        shares = torch.stack(sizes)
+        powers = -shares.masked_fill(~shares.isfinite(), torch.nan).nanmedian(0).values.nan_to_num(0).round()
+        powers -= powers.amin()
+        types = [_real(dtype) for dtype in self.traced.dtypes if dtype in TOLERANCE or dtype in MOST_POWERS]
+        tolerance = max(TOLERANCE.get(dtype, NARROW_TOLERANCE) for dtype in types)
+        uneven = powers.amax() > math.log2(1 / (MARGIN * tolerance))
+        return powers.clamp(max=min(MOST_POWERS[dtype] for dtype in types)) * uneven
 
     def _part_by_edges(self, found: dict[Any, Tensor]) -> None:
         """Where one edge alone brings a row gradients of another example than its own, the row is of several.

@@ -14,7 +14,7 @@ from math import prod
 from torch import nn
 
 from ..capture.calls import Call, Wrapper
-from ..rules.same_tensor import REARRANGING
+from ..rules.same_tensor import rearranges
 from ..torch_internals import address_of, is_compiled_region, is_python_function, operator_name
 from .plan import Source
 from .trace import Trace
@@ -173,8 +173,7 @@ class Structure:
             elif current not in visited and current in within:
                 visited.add(current)
                 inner = [c for c in self.traced.children[current] if c is not None]
-                alike = operator_name(self.traced.order[current]) in REARRANGING
-                rearranged = rearranged and len(inner) == 1 and alike
+                rearranged = rearranged and len(inner) == 1 and rearranges(self.traced.order[current])
                 pending += inner
         return list(found.values())
 

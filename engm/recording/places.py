@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..capture.held import MISSING
 from ..module import GradNormModule
 from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters
-from .refusals import LIBRARIES
+from .refusals import of_a_library
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, Enum)
 Place = tuple[Any, Any]  # what is read from, and the key, number or name there
@@ -126,19 +126,19 @@ def _slots(kind: type) -> dict[str, Any]:
 
 
 def _is_users(function: FunctionType) -> bool:
-    return not function.__code__.co_filename.startswith(LIBRARIES)
+    return not of_a_library(function.__code__.co_filename)
 
 
 def _is_users_module(module: ModuleType) -> bool:
     name = getattr(module, "__name__", "")
-    return name == "__main__" or (not _is_standard(name) and not _file_of(module).startswith(LIBRARIES))
+    return name == "__main__" or (not _is_standard(name) and not of_a_library(_file_of(module)))
 
 
 @cache
 def _is_users_class(kind: type) -> bool:
     if issubclass(kind, Enum) or _is_standard(kind.__module__):
         return False
-    return not _file_of(sys.modules.get(kind.__module__)).startswith(LIBRARIES)
+    return not of_a_library(_file_of(sys.modules.get(kind.__module__)))
 
 
 def _is_standard(name: str) -> bool:

@@ -14,7 +14,14 @@ import torch
 OURS = os.path.join(Path(__file__).parents[1], "")
 TORCHS = os.path.join(Path(torch.__file__).parent, "")
 _FOLDERS = {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-LIBRARIES = (OURS, *(os.path.join(folder, "") for folder in sorted(_FOLDERS)))  # what is installed, and this package
+_LIBRARIES = (OURS, TORCHS, *(os.path.join(folder, "") for folder in sorted(_FOLDERS)))
+# Of every environment and user, also of one whose packages a .pth file or PYTHONPATH adds.
+_INSTALLED = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+
+
+def of_a_library(filename: str) -> bool:
+    """Whether a file of Python code is of what is installed, or of this package, and not of the user's."""
+    return filename.startswith(_LIBRARIES) or any(name in filename for name in _INSTALLED)
 
 
 class UnrecordableError(Exception):
@@ -36,7 +43,7 @@ def in_words(error: Exception) -> str:
     operator = re.search(r"(?:aten|engm)[.:]+\w+|^[\w.]+(?= reads values)", str(error))
     frames = traceback.extract_tb(error.__traceback__)
     others = [frame for frame in frames if not frame.filename.startswith((OURS, TORCHS, "<"))]
-    users = [frame for frame in others if not frame.filename.startswith(LIBRARIES)] or others
+    users = [frame for frame in others if not of_a_library(frame.filename)] or others
     where = f", at {Path(users[-1].filename).name}:{users[-1].lineno} ({users[-1].line})" if users else ""
     what = f"'{operator.group(0)}' " if operator else ""
     said = str(error).strip().splitlines()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..torch_internals import (
     decided,
+    entering_dtype,
     is_python_function,
     is_recorded,
     leaf_of,
@@ -61,6 +62,17 @@ _BEND = ("Tanh", "Sigmoid", "Softplus", "Relu", "Softmax", "LogSoftmax", "Clamp"
 _SUM = ("Sum", "Mean", "Norm", "LinalgVectorNorm", "Mm", "Bmm", "Addmm", "Mv", "Dot", "WeightNormInterface")
 _SOLVE = ("LinalgMatrixExp", "LinalgSolveEx", "LinalgInvEx", "LinalgHouseholderProduct", "NativeLayerNorm")
 COMPARED = REARRANGING | frozenset((*_ARRANGE, *_COUNT, *_BEND, *_SUM, *_SOLVE))
+
+
+def rearranges(node: Any) -> bool:
+    """Whether a node hands on elements of its input as they are, each at most once, so that gradients keep their norm.
+
+    They do not where a real tensor is taken for a complex one: the imaginary parts of gradients end there.
+    """
+    if operator_name(node) not in REARRANGING:
+        return False
+    (edge,) = [edge for edge in node.next_functions if edge[0] is not None]
+    return entering_dtype(*edge).is_complex == node_outputs(node)[0].dtype.is_complex
 
 
 class Numbering:
@@ -134,6 +146,8 @@ def same_tensors(made: Sequence[tuple[Any, int]]) -> list[int]:
 
 def _all_equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the tensors of every pair are equal; a device is waited for once."""
+    if not pairs:
+        return True
     if not any(a.is_cuda for a, _ in pairs) and not is_recorded():
         return all(torch.equal(a, b) for a, b in pairs)
     return decided(torch.stack([torch.eq(a, b).all() for a, b in pairs]).all())

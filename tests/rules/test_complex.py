@@ -118,3 +118,57 @@ def test_matrix_products(rows, n, moved, left):
     losses = model(tensor(n * rows, 3), order)
     wanted = per_example_gradients(losses, dict(model.unwrap().named_parameters())).norms
     torch.testing.assert_close(engm.per_example_grad_norms(model, losses), wanted, rtol=1e-9, atol=0)
+
+
+MADE_COMPLEX = {
+    "cast": lambda w: w.to(torch.cdouble),
+    "cast, cut and transposed": lambda w: w.to(torch.cdouble)[:, :3].mT,
+    "transposed and cast": lambda w: w.T.to(torch.cdouble),
+    "of two parts": lambda w: torch.complex(w, w.sin()),
+    "viewed as pairs": lambda w: torch.view_as_complex(w.reshape(4, 2, 2)),
+    "plus an imaginary number": lambda w: w + 0.5j,
+    "times an imaginary number": lambda w: w * (1 + 2j),
+    "on a circle": lambda w: torch.polar(w.exp(), w),
+    "of a spectrum": lambda w: torch.fft.fft(w),
+    "conjugate": lambda w: torch.complex(w, w).conj(),
+    "real": lambda w: w,
+}
+
+USED = {
+    "a product": lambda z, w: z[..., : w.shape[0]] @ w,
+    "a product from the left": lambda z, w: (w @ z[..., : w.shape[1]].mT).mT,
+    "an einsum": lambda z, w: torch.einsum("nti,io->nto", z[..., : w.shape[0]], w),
+    "a linear layer": lambda z, w: F.linear(z[..., : w.shape[1]], w),
+    "elements": lambda z, w: z[..., : w.shape[-1]] * w[0],
+    "a sum": lambda z, w: z[..., : w.shape[-1]] + w[1],
+    "by a quotient": lambda z, w: z[..., : w.shape[-1]] / (2 + w[0]),
+    "rows": lambda z, w: z[:, :2, :1] * w[torch.tensor([1, 0])].sum(-1)[:, None],
+}
+
+
+class MadeComplex(nn.Module):
+    def __init__(self, make, use):
+        super().__init__()
+        self.make, self.use, self.weight = make, use, nn.Parameter(torch.randn(4, 4, dtype=torch.double))
+        self.layer = nn.Linear(4, 8).double()
+
+    def forward(self, x):
+        z = torch.view_as_complex(self.layer(x).view(*x.shape[:-1], 4, 2))
+        return self.use(z, self.make(self.weight))
+
+
+@pytest.mark.parametrize("use", USED)
+@pytest.mark.parametrize("make", MADE_COMPLEX)
+@pytest.mark.parametrize("read", ["real", "imaginary", "absolute"])
+def test_real_parameters_of_complex_tensors(make, use, read):
+    torch.manual_seed(0)
+    net = MadeComplex(MADE_COMPLEX[make], USED[use])
+    model = engm.GradNormModule(net)
+    for n in (1, 3):
+        y = model(tensor(n, 3, 4))
+        part = {"real": y.real, "imaginary": y.imag, "absolute": y.abs()}[read]
+        losses = part.square().flatten(1).sum(1)
+        expected = per_example_gradients(losses, dict(net.named_parameters()))
+        measured = engm.measure(model, losses).squared_norms
+        for name, squared in expected.squared_norms.items():
+            torch.testing.assert_close(measured[name], squared, rtol=1e-9, atol=1e-12)
