@@ -28,7 +28,7 @@ from .arrangement import Arrangement
 from .measured import Measured
 from .owners import Key
 from .plan import Junction
-from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PICKING, repeats_rows
+from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
 
 # Operators that put elements elsewhere and leave them as they are, so that numbers of examples can be moved by them.
 REPLACING = names_of(
@@ -260,7 +260,7 @@ def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
         return own is not None
     whole = _as_arranged(rows, whole)
     name = operator_name(node)
-    if name in ELEMENTWISE or name in ("Expand", "Repeat"):
+    if (name in ELEMENTWISE and name not in PARTS) or name in ("Expand", "Repeat"):
         rank, given = len(output_shape(node)), len(entering_shape(*node.next_functions[slot]))
         own = own.view([*own.shape, *[1] * (rank - own.dim())])
         whole = whole.view([*[1] * (rank - given), *whole.shape, *[1] * (given - whole.dim())])

@@ -29,6 +29,7 @@ class Extent(Enum):
 
     ONE = "one example, or one for each channel: no example influences another there"
     PART = "several examples, but not all"
+    ONE_SEEN = "one example, or one for each channel, as far as rows have a gradient"
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +206,10 @@ class Measured:
         ordered = channels.sort(1).values
         examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
         if bool((channels < 0).any()):
+            if number is None:
+                return Extent.ONE_SEEN if int(examples.max()) == 1 else None
             # An example whose loss is a constant has no rows anywhere: the batch is that of the others.
-            return Extent.PART if number is not None and int(examples.max()) < self._in_calls() else None
+            return Extent.PART if int(examples.max()) < self._in_calls() else None
         if int(examples.max()) <= 1:
             return Extent.ONE
         return Extent.PART if int(examples.min()) < self.n else None

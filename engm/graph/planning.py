@@ -133,6 +133,8 @@ class _Planner:
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.own: set[int] = set()  # positions of batch norms of one example, or of one for each channel
+        self.seemed: set[int] = set()  # those of them that seem so, as far as rows have a gradient
+        self.of_all: set[int] = set()  # those that seemed so and are not
         self._on_device = OwnersOnDevice(losses.device)
         self.about = Arrangements(self.n)
         self._settle()
@@ -147,9 +149,9 @@ class _Planner:
             self.rows = measured(self.model, self.structure, self.losses, self.seed, view, self.about)
             self.arranged = self._arrange_calls()
             self.border = self._border()
-            apart = self._not_of_all()
+            changed = self._take_back() or bool(self._not_of_all())
             more = self._unaccounted() - self.settled
-            if not on_any(self.group, bool(more or apart), self.losses.device):
+            if not on_any(self.group, bool(more) or changed, self.losses.device):
                 break
             self.aside ^= more
             self.settled |= more
@@ -244,7 +246,7 @@ class _Planner:
             if extent is not None:
                 if extent is Extent.PART:
                     refuse_coupling(self.model, self.traced, number)
-                (self.own if extent is Extent.ONE else self.through).add(position)
+                self._note_extent(position, extent)
                 found.add(number)
         for position, slot in self.border:
             around = [k for k in self.structure.calls_around(position) if k not in found]
@@ -270,11 +272,26 @@ class _Planner:
 
     def _not_of_all(self) -> set[int]:
         """Positions of batch norms outside of calls that turn out not to be of the whole batch, which is noted."""
-        extents = {position: self.rows.extent_of(position) for position in self.couplings}
+        extents = {
+            position: self.rows.extent_of(position) for position in self.couplings if position not in self.of_all
+        }
         for position, extent in extents.items():
             if extent is not None:
-                (self.own if extent is Extent.ONE else self.through).add(position)
+                self._note_extent(position, extent)
         return {position for position, extent in extents.items() if extent is not None}
+
+    def _note_extent(self, position: int, extent: Extent) -> None:
+        (self.through if extent is Extent.PART else self.own).add(position)
+        if extent is Extent.ONE_SEEN:
+            self.seemed.add(position)
+
+    def _take_back(self) -> bool:
+        """Whether batch norms that seemed to be of one example turn out to mix examples below, which is noted."""
+        mixing = {p for p in self.seemed if not self.rows.mixed.isdisjoint(self.traced.children[p])}
+        self.seemed -= mixing
+        self.own -= mixing
+        self.of_all |= mixing
+        return bool(mixing)
 
     def _child(self, position: int, slot: int) -> int:
         child = self.traced.children[position][slot]
@@ -331,7 +348,7 @@ class _Planner:
             for number, call in enumerate(self.traced.calls)
             if call.couples and self.rows.place_of(number) not in self.rows.shared | self.through | self.own
         ]
-        couplings = tuple(position for position in self.couplings if position not in self.rows.shared)
+        couplings = tuple(p for p in self.couplings if p not in self.rows.shared | self.rows.silent)
         sinks = sinks_of(self.traced, layouts, positions)
         routes, keeps = self._routes()
         opaque, watchable = self._opaque()
@@ -339,7 +356,7 @@ class _Planner:
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         keeps = (
             keeps
-            and not self.behind
+            and not (self.behind or self.seemed)
             and watchable
             and not self.traced.hooked
             and not self.rows.blind

@@ -227,7 +227,9 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    return HashedOnce((skeleton, tuple(options), calls, leaves, inputs))
+    # Nothing routes the rows of a single example, and how many there are is compared nowhere else.
+    rows = tuple(shapes) if traced.n == 1 else ()
+    return HashedOnce((skeleton, tuple(options), calls, leaves, inputs, rows))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.

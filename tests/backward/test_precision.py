@@ -342,6 +342,28 @@ def test_scaler_in_float16(way):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [2.0**power for power in range(9, 16)])
+def test_a_scale_that_overflows_on_the_way_to_a_parameter(scale):
+    """No hook is suspected where it is numbers that are too large."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.randn(6, 6) / 2), nn.Parameter(torch.randn(6, 6) / 2)
+
+        def forward(self, x):
+            return (x @ torch.fft.irfft(torch.fft.rfft(self.weight), n=6)).tanh() @ self.last
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = engm.GradNormModule(Network())
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), lr=0.0), alpha=1.0)
+        with torch.autocast("cpu", torch.float16):
+            losses = model(torch.randn(4, 5, 6)).float().square().flatten(1).sum(1)
+        largest = opt.backward(losses, loss_scale=scale).norms.max()
+        assert largest > 0 or largest.isnan()
+
+
 def test_a_scale_that_overflows_skips_the_step():
     """Weights are NaN, parameters stay, and the scaler halves the scale until it fits."""
     torch.manual_seed(0)

@@ -121,3 +121,60 @@ def test_of_the_whole_batch_though_an_example_has_no_loss(name, sizes):
         assert measured.mode == "frozen"
         wanted = truth(net, losses, frozen=True)
         torch.testing.assert_close(measured.norms, wanted.norms, rtol=1e-9, atol=1e-12)
+
+
+class OwnChannels(nn.Module):
+    """A batch norm in which every example has channels of its own, behind a gate an example."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.gain = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x, gates):
+        h = self.layer(x)
+        n, rows, width = h.shape
+        channels = h.transpose(0, 1).reshape(rows, -1)
+        y = F.batch_norm(channels, None, None, self.gain.repeat(n), training=True)
+        return 0.3 * h + y.view(rows, n, width).transpose(0, 1) * gates.view(-1, 1, 1)
+
+
+GATES = [(1, 1, 1, 1), (1, 1, 1, 0), (1, 0, 1, 1), (0, 0, 1, 0), (0, 0, 0, 0), (1, 1, 0, 0), (0, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (2, 3, 0, 1)], ids=str)
+def test_of_channels_of_which_some_have_no_gradient(order):
+    model = engm.GradNormModule(OwnChannels().double())
+    for seed, gates in enumerate(GATES):
+        losses = random_losses(model(tensor(4, 5, 6, seed=seed), torch.tensor(gates)).flatten(1))[list(order)]
+        found, wanted = compared(model, losses)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
+def test_of_one_example_a_pass_of_which_some_have_no_gradient():
+    """Step by step another one of the passes is silent, and every graph is looked at twice."""
+    model = engm.GradNormModule(OwnChannels().double())
+    for seed, gates in enumerate([(1, 0), (0, 1), (1, 1), (0, 1)]):
+        x = tensor(2, 4, 6, seed=seed)
+        y = [model(x[i : i + 1], torch.tensor([float(gate)])) for i, gate in enumerate(gates)]
+        losses = random_losses(torch.cat(y).flatten(1))
+        for _ in range(2):
+            found, wanted = compared(model, losses)
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+
+
+def test_of_the_whole_batch_though_every_channel_has_a_gradient_of_one_example_alone():
+    """It seems to be of one example a channel; what lies below it tells otherwise."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x, mask):
+            h = F.batch_norm(self.layer(x), None, None, training=True)
+            return (h * mask).square().sum(1)[[1, 0, 2]] + self.layer(x).sum(1)[[1, 0, 2]]
+
+    model = engm.GradNormModule(Network().double(), batch_norm="frozen")
+    mask = torch.zeros(3, 6, dtype=torch.float64)
+    mask[0, :3], mask[2, 3:] = 1, 1
+    assert engm.measure(model, model(tensor(3, 6), mask)).mode == "frozen"

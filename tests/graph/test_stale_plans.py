@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import per_example_gradients, random_losses, trained
+from oracle import per_example_gradients, random_losses, tensor, trained
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -396,6 +396,35 @@ def test_a_maximum_that_comes_to_be_another_example_s(name):
         else:
             truth = per_example_gradients(losses, trained(net)).norms
             torch.testing.assert_close(engm.per_example_grad_norms(model, losses), truth)
+
+
+ROWS_OF_ONE = {
+    "experts": lambda s, h, of: sum(
+        torch.zeros_like(h).index_put((r := (of == e).nonzero()[:, 0],), h[r] @ s.stack[e]) for e in range(2)
+    ),
+    "segments": lambda s, h, of: h.new_zeros(4, 6).index_add(0, of[: len(of) - 1], h[: len(of) - 1] @ s.stack[0]),
+    "a slice": lambda s, h, of: h + (h[: len(of)] @ s.stack[0]).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_ONE)
+def test_another_number_of_rows_of_a_single_example(name):
+    """Nothing is measured for one example, and the graph is the same."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = nn.Parameter(torch.randn(2, 6, 6, dtype=torch.float64))
+
+        def forward(self, x, of):
+            return ROWS_OF_ONE[name](self, x[0], of).unsqueeze(0)
+
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Network())
+    for seed, of in enumerate([(0, 1, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1), (0, 1, 0, 1), (1, 0), (1, 0, 0)]):
+        losses = model(tensor(1, 4, 6, seed=seed), torch.tensor(of)).square().flatten(1).sum(1)
+        expected = per_example_gradients(losses, trained(model)).norms
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=0)
 
 
 def test_layers_called_on_single_vectors():

@@ -1,4 +1,4 @@
-"""One example whose loss is many times those of all others: in the sums of their shares nothing of the others is left."""
+"""One example whose loss is many times those of all others: of their shares nothing is left in sums."""
 
 import pytest
 import torch

@@ -24,6 +24,7 @@ from recorded_training import TRACES_ALL, same
 from torch import nn
 
 import engm
+from engm.recording.refusals import of_a_library
 
 pytestmark = pytest.mark.torch_insides
 
@@ -518,3 +519,18 @@ def test_nothing_is_looked_at_anew_while_all_is_as_it_was(monkeypatch):
         step(x)
     assert not looks
     assert step.report().replayed == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "installed"),
+    [
+        (torch.__file__, True),
+        ("/home/user/.local/lib/python3.11/site-packages/numpy/core.py", True),
+        ("/opt/other/lib/python3/dist-packages/scipy/stats.py", True),
+        ("/home/user/experiments/train.py", False),
+        ("/home/user/site-packages.py", False),
+    ],
+)
+def test_what_is_installed_anywhere_is_not_the_users(path, installed):
+    """Of another environment too, whose packages a .pth file or PYTHONPATH adds to this one's."""
+    assert of_a_library(path) == installed
