@@ -18,7 +18,7 @@ from torch import Tensor
 from ..capture.calls import Call
 from ..terms.layout import PLAIN
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import entering_shape, node_outputs
+from ..torch_internals import entering_shape, node_outputs, output_shape
 from .arrangement import Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
 from .owners import SEVERAL, Answers, Question, rows_of_call
@@ -33,6 +33,11 @@ def may_be_told(plan: Plan, traced: Trace, n: int) -> bool:
     if traced.hooked and traced.owner is not None and traced.owner.coupled == "exact":
         return False  # what hooks couple has to be known before the gradients are compared with autograd's
     unusual = any(isinstance(layout, Owners) and layout.dims == 0 for layout in plan.layouts)
+    # Rows are told here. Where their elements are of several examples, the largest may hide all others.
+    unusual = unusual or any(
+        isinstance(entry.layout, Owners) and entry.layout.dims == len(output_shape(traced.order[entry.position]))
+        for entry in plan.entries
+    )
     # What rounding leaves where shares cancel would be multiplied by the powers of other examples.
     return not (plan.couples or plan.through or plan.coupled or plan.cancels or plan.blind or unusual)
 
