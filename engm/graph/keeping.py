@@ -40,8 +40,6 @@ REPLACING = names_of(
     """
 )
 
-DIGIT = 15  # so small that digits are exact in every type, and so are their squares
-
 
 def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
     """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient.
@@ -151,11 +149,15 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     apart = rows.shared | rows.silent | rows.structure.inner  # shared, watched, or within calls, which keep rows apart
+    base = _base([output.dtype for output in outputs])
 
     def moved(parts: Sequence[Tensor]) -> list[Tensor]:
-        filled = [part.to(out.device, out.dtype, copy=True) for part, out in zip(parts, outputs, strict=True)]
+        filled = [
+            part.to(out.device, out.dtype).expand(out.shape).contiguous()
+            for part, out in zip(parts, outputs, strict=True)
+        ]
         passed = passed_to_inputs(node, filled)
-        return [torch.zeros(0) if part is None else part.to("cpu", torch.float64) for part in passed]
+        return [torch.zeros(0) if part is None else part.cpu() for part in passed]
 
     try:
         counts, fed = moved([torch.ones_like(of) for of in given]), moved(unseen)
@@ -168,48 +170,59 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
             if child < 0 or child in apart:
                 continue
             behind = _inferred(rows, (child, node.next_functions[slot][1]), tuple(fed[slot].shape))
-            places = (fed[slot] != 0) & (behind != NOBODY)
-            if bool(places.any()):
-                asked.append((slot, places, behind[places]))
-        several = any(bool((counts[slot][places] != 1).any()) for slot, places, _ in asked)
-        for power in range(_digits(rows.n) if asked else 0):
-            code = [torch.where(of == NOBODY, 0, _digit(of, power)) for of in given]
+            places = ((fed[slot] != 0) & (behind != NOBODY)).flatten().nonzero().squeeze(1)
+            if len(places):
+                asked.append((slot, places, behind.expand(fed[slot].shape).take(places)))
+        times = [counts[slot].take(places) for slot, places, _ in asked]
+        several = any(bool((many != 1).any()) for many in times)
+        for power in range(_digits(rows.n, base) if asked else 0):
+            code = [torch.where(of == NOBODY, 0, _digit(of, power, base, rows.n)) for of in given]
             for exponent in (1, 2) if several else (1,):  # a sum of numbers and of their squares: of equal ones, or not
                 arrived = moved([of**exponent for of in code])
-                for slot, places, owners in asked:
-                    expected = counts[slot][places] * _digit(owners, power) ** exponent
-                    if not bool((arrived[slot][places] == expected).all()):
+                for (slot, places, owners), many in zip(asked, times, strict=True):
+                    expected = many * _digit(owners, power, base, rows.n) ** exponent
+                    if not bool((arrived[slot].take(places) == expected).all()):
                         return False
     except RuntimeError:  # an operator that is particular about its gradients
         return False
     return True
 
 
-def _digit(owners: Tensor, power: int) -> Tensor:
-    """A digit of the numbers of examples, and 1."""
-    return owners // DIGIT**power % DIGIT + 1
+def _base(types: Sequence[torch.dtype]) -> int:
+    """The largest base whose digits' squares, and sums of some of these, are exact in all of these types."""
+    narrow = any(torch.finfo(dtype).eps > torch.finfo(torch.float32).eps for dtype in types)
+    return 15 if narrow else 1 << 10
 
 
-def _digits(n: int) -> int:
-    """How many digits to the base :data:`DIGIT` the numbers of ``n`` examples have."""
-    return 1 if n <= DIGIT else 1 + _digits(-(-n // DIGIT))
+def _digit(owners: Tensor, power: int, base: int, n: int) -> Tensor:
+    """A digit of the numbers of ``n`` examples, and 1."""
+    return owners + 1 if n <= base else owners // base**power % base + 1
+
+
+def _digits(n: int, base: int) -> int:
+    """How many digits the numbers of ``n`` examples have."""
+    return 1 if n <= base else 1 + _digits(-(-n // base), base)
 
 
 def _inferred(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
-    """Whose each element of an output is as far as its arrangement tells, on the CPU; else ``NOBODY``."""
+    """Whose each element of an output is as far as its arrangement tells, on the CPU; else ``NOBODY``.
+
+    Returns:
+        What broadcasts against ``shape``.
+    """
     owners = rows.nodes.get(key)
-    return torch.full(shape, NOBODY) if owners is None else _of_elements(_as_arranged(rows, owners), shape)
+    return torch.full((1,) * len(shape), NOBODY) if owners is None else _of_elements(_as_arranged(rows, owners), shape)
 
 
 def _unseen(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
-    """Which elements of an output are in rows that no gradient came to, as numbers."""
+    """Which elements of an output are in rows that no gradient came to, as numbers that broadcast likewise."""
     owners = rows.nodes.get(key)
-    return torch.ones(shape) if owners is None else _of_elements((owners == NOBODY).to(torch.float32), shape)
+    return torch.ones((1,) * len(shape)) if owners is None else _of_elements((owners == NOBODY).float(), shape)
 
 
 def _of_elements(of_rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What is said of rows ``[*leading]``, of every element of a tensor of ``shape``."""
-    return of_rows.view([*of_rows.shape, *[1] * (len(shape) - of_rows.dim())]).expand(shape)
+    """What is said of rows ``[*leading]``, such that it broadcasts against a tensor of ``shape``."""
+    return of_rows.view([*of_rows.shape, *[1] * (len(shape) - of_rows.dim())])
 
 
 def _within_call_like(rows: Measured, position: int, whole: Tensor) -> bool:

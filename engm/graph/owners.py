@@ -66,9 +66,10 @@ STRETCH = 11
 TIMES_ITS_CHANGE = 30
 
 # Examples are uneven if, by so many times less than rounding takes, the rows of one are smaller than those of another
-# in most tensors. So many are looked at; and they are made even up to so many powers of two, which fit into a gradient.
+# in most tensors. So many tensors are looked at, of so many rows at most. They are made even up to so many powers of
+# two, which fit into a gradient.
 MARGIN = 10
-LOOKED_AT = 32
+LOOKED_AT, ROWS_LOOKED_AT = 32, 4096
 MOST_POWERS = {torch.float64: 300, torch.float32: 40, torch.bfloat16: 40, torch.float16: 10}
 
 # Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
@@ -270,7 +271,8 @@ class Owned:
         Otherwise, on the way to where all have vanished, a single example would seem to have one. Rows of zeros, as
         those that a slice leaves out, have not vanished.
         """
-        if self.differs is not None or not self.rows:
+        vanished = (self.largest > 0) & (self.largest < vanishing(self._dtype))
+        if self.differs is not None or not bool(vanished.any()):
             return owners
         lengths = torch.tensor([seen.rows for seen in self.plain.values()], device="cpu")
         of = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
@@ -485,7 +487,8 @@ class Question:
         """The powers of two ``[n]`` that make the losses of the examples even; zeros where they are even enough."""
         sizes = []
         for group in groups:
-            keys = list(group.plain)[:: -(-len(group.plain) * len(groups) // LOOKED_AT)]
+            small = [key for key, seen in group.plain.items() if seen.rows <= max(ROWS_LOOKED_AT, self.n)]
+            keys = small[:: -(-len(small) * len(groups) // LOOKED_AT) or 1]
             largest = dict(
                 zip(group.plain, group.largest.split([seen.rows for seen in group.plain.values()]), strict=True)
             )
