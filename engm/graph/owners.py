@@ -502,7 +502,7 @@ class Question:
         shares = torch.stack(sizes)
         powers = -shares.masked_fill(~shares.isfinite(), torch.nan).nanmedian(0).values.nan_to_num(0).round()
         powers -= powers.amin()
-        types = [_real(dtype) for dtype in self.traced.dtypes if dtype in TOLERANCE or dtype in MOST_POWERS]
+        types = MOST_POWERS.keys() & {_real(dtype) for dtype in self.traced.dtypes}
         tolerance = max(TOLERANCE.get(dtype, NARROW_TOLERANCE) for dtype in types)
         uneven = powers.amax() > math.log2(1 / (MARGIN * tolerance))
         return powers.clamp(max=min(MOST_POWERS[dtype] for dtype in types)) * uneven
