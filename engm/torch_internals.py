@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import _CachingTorchDispatchMode
+from torch.utils.checkpoint import GraphExecGroup, _CachingTorchDispatchMode, _Handle
 from torch.utils.hooks import RemovableHandle
 
 from . import _C
@@ -186,7 +186,7 @@ def saves_data(node: Node) -> bool:
     """Whether a ``torch.autograd.Function`` saved numbers that no gradient goes to, by which it may move rows."""
     return any(
         isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad and t.numel() > 1
-        for t in node.saved_tensors
+        for t in _unpacked(node, "")
     )
 
 
@@ -195,7 +195,7 @@ def saved_by(node: Node, name: str) -> Any:
 
     Attached, the tensor would keep the graph alive.
     """
-    value = _unpacked(node, f"_saved_{name}")
+    value = _unpacked(node, name)
     if not isinstance(value, Tensor):
         return value
     if is_recorded() and is_wrapped_number(value):
@@ -204,52 +204,16 @@ def saved_by(node: Node, name: str) -> Any:
     return value.detach()
 
 
-class _Unpacked(threading.local):
-    """What was unpacked while :func:`reading_once` runs in this thread, by node and name; None at any other time."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[Node, str], Any] | None = None
-
-
-_UNPACKED = _Unpacked()
-
-
 def _unpacked(node: Node, name: str) -> Any:
-    """What a node has under a name; None if there is no such thing. To ask may run a checkpointed region again."""
-    known = _UNPACKED.values
-    if known is None:
-        return getattr(node, name, None)
-    if (node, name) not in known:
-        known[node, name] = getattr(node, name, None)
-    return known[node, name]
+    """What a node saved under a name (``""``: a function in Python its tensors); None if there is no such thing.
 
-
-class _Reading(torch.autograd.Function):
-    """Reads in its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, start: Tensor, read: Callable[[], None]) -> Tensor:
-        ctx.read = read
-        return start.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        with torch.enable_grad():
-            ctx.read()
-        return gradient, None
-
-
-def reading_once(read: Callable[[], None]) -> None:
-    """Call ``read`` such that what it reads of checkpointed regions is computed anew once a region.
-
-    Outside of a backward pass torch does so at every look at a saved tensor, and holds on to all of it. Within one it
-    does so once, and hands every tensor out once; what was handed out is remembered here until ``read`` is through.
+    What lies in a checkpoint is computed anew; a backward pass that runs has its own of it nonetheless.
     """
-    _UNPACKED.values = {}
-    try:
-        _Reading.apply(torch.zeros((), requires_grad=True, device="cpu"), read).backward()
-    finally:
-        _UNPACKED.values = None
+    attribute, saved = f"_saved_{name}" if name else "saved_tensors", _in_checkpoints(node, name)
+    if not saved:
+        return getattr(node, attribute, None)
+    with _given_anew(saved):
+        return getattr(node, attribute, None)
 
 
 def is_wrapped_number(value: Tensor) -> bool:
@@ -304,7 +268,7 @@ def saved_tensor_names(node: Node) -> tuple[str, ...]:
 
 def saved_tensors_of(node: Node, name: str) -> list[Tensor | None]:
     """The tensors that a node saved under a name, detached. Asking unpacks them."""
-    value = _unpacked(node, f"_saved_{name}" if name else "saved_tensors")
+    value = _unpacked(node, name)
     found = value if isinstance(value, list | tuple) else (value,)
     return [tensor.detach() if isinstance(tensor, Tensor) else None for tensor in found]
 
@@ -314,12 +278,16 @@ def is_recomputed(node: Node) -> bool:
 
     Within a backward pass such a thing may be asked for once, which is by the node itself. Nothing is unpacked here.
     """
-    for name in saved_tensor_names(node):
-        saved = getattr(node, f"_raw_saved_{name or 'tensors'}")
-        for one in saved if isinstance(saved, list | tuple) else (saved,):
-            if one.unpack_hook is not None:
-                return True
-    return False
+    return any(one.unpack_hook is not None for name in saved_tensor_names(node) for one in _packed(node, name))
+
+
+def _packed(node: Node, name: str) -> Sequence[Any]:
+    """What a node keeps in the place of the tensors that it saved under a name; nothing where there is none."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name or 'tensors'}", ())
+    except RuntimeError:  # of a function in Python whose graph was used up
+        return ()
+    return saved if isinstance(saved, list | tuple) else (saved,)
 
 
 def attributes_of_function(node: Node) -> dict[str, Any]:
@@ -342,7 +310,8 @@ def passed_to_inputs(node: Node, gradients: Sequence[Tensor | None]) -> list[Ten
         if python:
             outputs = zip(gradients, node_outputs(node), strict=True)
             gradients = [_zeros_of(output) if gradient is None else gradient for gradient, output in outputs]
-        passed = node.apply(*gradients) if python else node(*gradients)
+        with computed_anew([node]):
+            passed = node.apply(*gradients) if python else node(*gradients)
     passed = passed if isinstance(passed, tuple) else (passed,)
     if not python:
         return list(passed)
@@ -419,6 +388,166 @@ def gradients_of(losses: Tensor, targets: Sequence[Any], seeds: Tensor, keep_gra
     return cast(tuple[Tensor | None, ...], found)
 
 
+# -- activation checkpoints -------------------------------------------------------------------------------------------
+
+# A checkpoint runs again when a backward pass first asks for a tensor that was saved in it. Torch gives every backward
+# pass a number. Under one number a checkpoint runs again once, and hands every tensor out once. Without one it runs
+# again for every tensor that is asked for, and holds on to all others for as long as the graph lives.
+
+
+class _Saved(NamedTuple):
+    """A tensor that a node saved in a checkpoint with ``use_reentrant=False``.
+
+    Attributes:
+        checkpoint: torch's record of the checkpoint.
+        holder: what the node keeps in the place of the tensor; knows by number what hands the tensor out.
+        unpack: gives the tensor for the holder.
+    """
+
+    checkpoint: Any
+    holder: Any
+    unpack: Callable[[Any], Tensor]
+
+    def unpacked_and_put_back(self, number: Any) -> None:
+        """Have the checkpoint run again under a number, and hand this tensor out once more."""
+        tensor, handle = self.unpack(self.holder), _Handle()
+        self.checkpoint.recomputed[number][handle] = tensor
+        self.holder.handles[number] = handle
+
+
+def _saved_in_checkpoint(packed: Any) -> _Saved | None:
+    """A tensor that was saved in a checkpoint; None for what is packed otherwise, or not at all."""
+    unpack = getattr(packed, "unpack_hook", None)
+    if unpack is None or not getattr(unpack, "__qualname__", "").startswith("_checkpoint_hook."):
+        return None
+    inside = dict(zip(unpack.__code__.co_freevars, unpack.__closure__, strict=True))
+    return _Saved(inside["frame"].cell_contents, packed.data, unpack)
+
+
+def _in_checkpoints(node: Node, name: str) -> list[_Saved]:
+    """Those of the tensors that a node saved under a name that lie in checkpoints."""
+    return [saved for one in _packed(node, name) if (saved := _saved_in_checkpoint(one)) is not None]
+
+
+def _given_to(checkpoint: Any) -> list[_Saved]:
+    """Those of the tensors that a checkpoint starts from that lie in the checkpoints around it."""
+    saver = getattr(checkpoint, "input_saver", None)  # of torch 2.11
+    packed = checkpoint.saved_args if saver is None else _packed(saver.grad_fn, "")
+    return [saved for one in packed if (saved := _saved_in_checkpoint(one)) is not None]
+
+
+_MOST_KEPT = 4  # checkpoints; a backward pass has one, and those around it
+
+
+class _Recomputed:
+    """What checkpoints computed anew, which is handed out as often as it is asked for.
+
+    That of the latest checkpoints is kept, as many as are asked for at once, or :data:`_MOST_KEPT`.
+    """
+
+    def __init__(self) -> None:
+        self._number = GraphExecGroup()  # torch takes it for the number of a backward pass
+        self._kept: dict[Any, dict[Any, Any]] = {}  # by checkpoint, what hands out which holder's tensor; latest last
+        self._asked: set[Any] = set()  # the checkpoints that are asked, and those around them
+
+    @contextmanager
+    def given(self, saved: Sequence[_Saved]) -> Iterator[None]:
+        """While the context is open, whoever asks for these tensors gets them; each is handed out once."""
+        before = torch._C._get_graph_exec_group()
+        cast(Any, torch._C)._set_graph_exec_group(self._number)
+        asked, self._asked = self._asked, set(self._asked)  # by whoever runs what asks now, a function in Python, say
+        try:
+            self._hand_out(saved)
+            yield
+        finally:
+            cast(Any, torch._C)._set_graph_exec_group(before)
+            self._let_go(max(_MOST_KEPT, len(self._asked)))
+            self._asked = asked
+
+    def _hand_out(self, saved: Sequence[_Saved]) -> None:
+        for checkpoint, one in {one.checkpoint: one for one in saved}.items():
+            self._compute(checkpoint, one)
+        for one in saved:
+            one.holder.handles[self._number] = self._kept[one.checkpoint][one.holder]
+
+    def _compute(self, checkpoint: Any, saved: _Saved) -> None:
+        """Run a checkpoint again, if that was not kept, by asking for a tensor of it."""
+        self._asked.add(checkpoint)
+        kept = self._kept.pop(checkpoint, None)
+        if kept is None:
+            self._hand_out(_given_to(checkpoint))
+            try:
+                saved.unpacked_and_put_back(self._number)
+            except BaseException:
+                self._forget(checkpoint)
+                raise
+            holders = [holder for reference in checkpoint.weak_holders if (holder := reference()) is not None]
+            kept = {holder: holder.handles[self._number] for holder in holders if self._number in holder.handles}
+        self._kept[checkpoint] = kept
+
+    def _let_go(self, most: int) -> None:
+        """Let go of all but the latest checkpoints."""
+        for checkpoint in list(self._kept)[: max(0, len(self._kept) - most)]:
+            del self._kept[checkpoint]
+            self._forget(checkpoint)
+
+    def _forget(self, checkpoint: Any) -> None:
+        """Leave nothing with a checkpoint of what was computed, so that it can run again under this number."""
+        for reference in checkpoint.weak_holders:
+            holder = reference()
+            if holder is not None:
+                holder.handles.pop(self._number, None)
+        for record in (checkpoint.recomputed, checkpoint.is_recomputed, checkpoint.recomp_counter):
+            record.pop(self._number, None)
+
+    def end(self) -> None:
+        """Let go of all."""
+        self._let_go(0)
+
+
+class _Phase(threading.local):
+    """What is kept while :func:`recomputed_once` is open in this thread; None at any other time."""
+
+    def __init__(self) -> None:
+        self.kept: _Recomputed | None = None
+
+
+_PHASE = _Phase()
+
+
+@contextmanager
+def recomputed_once() -> Iterator[None]:
+    """While the context is open, a checkpoint runs again once for all that is read of it in a row.
+
+    This holds for the functions here that read what nodes saved, and for :func:`computed_anew`; backward passes besides
+    go as ever. What was computed is let go of when the outermost such context is closed.
+    """
+    if _PHASE.kept is not None:
+        yield
+        return
+    kept = _PHASE.kept = _Recomputed()
+    try:
+        yield
+    finally:
+        _PHASE.kept = None
+        kept.end()
+
+
+@contextmanager
+def computed_anew(nodes: Iterable[Node]) -> Iterator[None]:
+    """While the context is open, one pass through these nodes finds what they saved in checkpoints."""
+    saved = [one for node in nodes for name in saved_tensor_names(node) for one in _in_checkpoints(node, name)]
+    with _given_anew(saved) if saved else nullcontext():
+        yield
+
+
+@contextmanager
+def _given_anew(saved: Sequence[_Saved]) -> Iterator[None]:
+    """While the context is open, whoever asks for these tensors gets them, each once."""
+    with recomputed_once(), cast(_Recomputed, _PHASE.kept).given(saved):
+        yield
+
+
 # -- what normalisation layers save -----------------------------------------------------------------------------------
 
 
@@ -466,7 +595,7 @@ def batch_norm_statistics(node: Node) -> tuple[Tensor, Tensor, bool] | None:
         mode, or without running statistics) and thus couple the examples. None for other nodes.
     """
     if is_sync_batch_norm(node):
-        _, _, mean, rstd, _ = node.saved_tensors
+        _, _, mean, rstd, _ = _unpacked(node, "")
         return mean.detach(), rstd.detach(), True
     if operator_name(node) not in BATCH_NORMS:
         return None
@@ -479,7 +608,7 @@ def batch_norm_statistics(node: Node) -> tuple[Tensor, Tensor, bool] | None:
 def batch_norm_inputs(node: Node) -> tuple[Tensor | None, Tensor | None]:
     """The input ``[n, C, *S]`` and the scale ``[C]`` that the batch norm behind a node saved, detached."""
     if is_python_function(node):
-        inputs, weight = node.saved_tensors[:2]
+        inputs, weight = _unpacked(node, "")[:2]
         return inputs.detach(), None if weight is None else weight.detach()
     return saved_by(node, "input"), saved_by(node, "weight")
 

@@ -5,6 +5,7 @@ beside this one that end with of_normalization, of_modules and of_the_compiler.
 """
 
 import ast
+import gc
 import re
 from functools import partial
 from pathlib import Path
@@ -411,33 +412,129 @@ def test_geometry():
     assert found.view == internals.Geometry((4,), (1,), 4)
 
 
-def test_reading_once():
-    """Whatever is read of a checkpointed region, and however often, it runs again once."""
-    runs, nodes, weight, found = [], [], leaf(3), []
+class Region:
+    """Two products and a sine in checkpoints within each other; counts its runs, and knows the first run's nodes."""
 
-    def region(x):
-        runs.append(1)
-        y = x * weight
-        z = y * weight.exp()
-        if len(runs) == 1:
-            nodes.extend([y.grad_fn, z.grad_fn])
-        return z.sin()
+    def __init__(self, depth: int = 1) -> None:
+        self.runs, self.nodes, self.weight, self.depth = 0, [], leaf(3), depth
 
-    checkpoint(region, leaf(3), use_reentrant=False)
+    def __call__(self, x: Tensor, depth: int | None = None) -> Tensor:
+        depth = self.depth if depth is None else depth
+        return checkpoint(self._inside, x, depth, use_reentrant=False) if depth else x.cos()
 
-    def read():
-        assert torch.is_grad_enabled()
-        found.extend(internals.saved_by(node, name) for node in nodes for name in ("self", "other", "self"))
-        found.extend(internals.saved_tensors_of(nodes[0], "self"))
+    def _inside(self, x: Tensor, depth: int) -> Tensor:
+        self.runs += 1
+        y = x * self.weight
+        z = y * self.weight.exp()
+        if len(self.nodes) < 2 * self.depth:
+            self.nodes += [y.grad_fn, z.grad_fn]
+        return self(z.sin(), depth - 1)
 
-    internals.reading_once(read)
-    assert len(runs) == 2
-    assert all(isinstance(one, torch.Tensor) for one in found)
-    torch.testing.assert_close(found[4], weight.detach().exp())
-    with pytest.raises(ZeroDivisionError):
-        internals.reading_once(lambda: 1 / 0)
-    internals.saved_by(nodes[0], "self")
-    assert len(runs) == 3, "it reads as always afterwards"
+
+def read_twice(nodes: list) -> list[Tensor]:
+    """What the nodes saved, by names, each of which is asked for more than once."""
+    found = [internals.saved_by(node, name) for node in nodes for name in ("self", "other", "self")]
+    return found + [one for node in nodes for one in internals.saved_tensors_of(node, "self")]
+
+
+def used_twice(nodes: list) -> list[Tensor]:
+    """The same, and what the nodes themselves make of it."""
+    ones = torch.ones(3, dtype=torch.float64)
+    return read_twice(nodes) + [g for node in [*nodes, *nodes] for g in internals.passed_to_inputs(node, [ones])]
+
+
+def test_recomputed_once():
+    """Whatever is read of a checkpoint in a row, and however often, it runs again once, within a pass or outside."""
+    region = Region()
+    output = region(leaf(3))
+    with internals.recomputed_once():
+        found = used_twice(region.nodes)
+        with internals.recomputed_once():
+            used_twice(region.nodes)
+    assert region.runs == 2
+    torch.testing.assert_close(found[4], region.weight.detach().exp())
+    within = []
+
+    def hook(gradients):
+        with internals.recomputed_once():
+            within.extend(read_twice(region.nodes))
+
+    handles = [node.register_prehook(hook) for node in region.nodes]  # the first of them when the second is used up
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(output.sum(), [region.weight], retain_graph=True)
+    for handle in handles:
+        handle.remove()
+    assert region.runs == 8, "a pass has its own"
+    for one, other in zip(within, 4 * read_twice(region.nodes), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), [region.weight])[0], gradient)
+
+
+def test_recomputed_once_in_any_order():
+    """What is around a checkpoint, and what was let go of meanwhile, runs again as often as need be."""
+    region = Region(depth=7)  # more than are kept
+    region(leaf(3))
+    found = [used_twice([node]) for node in region.nodes]
+    region.runs = 0
+    with internals.recomputed_once():
+        kept = [used_twice([node]) for node in region.nodes]
+        assert region.runs == region.depth
+        kept += [used_twice([node]) for node in reversed(region.nodes)]
+    for one, other in zip(kept, found + found[::-1], strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_computed_anew():
+    """All that one pass asks for is kept until the next one, which may run under vmap; without a phase it is not."""
+    region = Region(depth=7)
+    output, runs = region(leaf(3)), []
+    between, pending = set(), [output.grad_fn]
+    while pending:
+        node = pending.pop()
+        between.add(node)
+        pending += [child for child, _ in node.next_functions if child is not None and child not in between]
+
+    def pull(gradient: Tensor) -> Tensor:
+        with internals.computed_anew(between):
+            return torch.autograd.grad(output, [region.weight], gradient, retain_graph=True)[0]
+
+    with internals.recomputed_once():
+        one = pull(torch.ones(3, dtype=torch.float64))
+        each = torch.func.vmap(pull)(torch.eye(3, dtype=torch.float64))
+        runs.append(region.runs)
+    torch.testing.assert_close(each.sum(0), one)
+    for _ in range(2):
+        torch.testing.assert_close(pull(torch.ones(3, dtype=torch.float64)), one)
+        runs.append(region.runs)
+    assert runs == [14, 21, 28]
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(isinstance(one, Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_was_recomputed_is_let_go_of():
+    region = Region(depth=2)
+    output = region(leaf(3))
+    before = tensors()
+    with internals.recomputed_once():
+        used_twice(region.nodes)
+        assert tensors() > before
+    assert tensors() == before
+    used_twice(region.nodes)
+    assert tensors() == before
+    region.weight.data = region.weight.data.new_ones(4)  # no region runs with that
+    with internals.recomputed_once():
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="size"):
+                used_twice(region.nodes)
+        region.weight.data = region.weight.data.new_ones(3)
+        used_twice(region.nodes)
+    assert tensors() == before
+    output.sum().backward()
 
 
 def test_gradients_of():

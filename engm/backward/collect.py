@@ -35,7 +35,7 @@ from ..rules.pulled_back import JoinedUses, Origin, derived_term
 from ..terms import Term, accumulation_dtype, weighted_sums
 from ..terms.layout import Layout
 from ..terms.owners import Owners, Ownership
-from ..torch_internals import gradients_of, is_recorded, reading_once, rows_of_nested, version_of
+from ..torch_internals import gradients_of, is_recorded, recomputed_once, rows_of_nested, version_of
 
 # Bytes of factors that are scaled by one call, which for every layer would cost more than its work: on CUDA 64 MB take
 # 40 µs; the CPU needs little more memory than the largest of them.
@@ -168,36 +168,21 @@ class TermCollector:
             graph.renew()
             self._start()
             gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
-        self._take_deferred()
-        for joining in self._joining.values():  # modules of which some call got no gradient
-            if joining.arrived:
-                self._join(joining)
-        for key in list(self._pending):  # parameters of which some use got no gradient
-            self._finish(key)
+        with recomputed_once():
+            self._take_deferred()
+            for joining in self._joining.values():  # modules of which some call got no gradient
+                if joining.arrived:
+                    self._join(joining)
+            for key in list(self._pending):  # parameters of which some use got no gradient
+                self._finish(key)
         return gradients
 
     def _take_deferred(self) -> None:
         """Take the terms that could not be formed while the pass ran."""
-        if not self._deferred:
-            return
-        without_rule: list[tuple[PlannedEntry, list[Tensor | None]]] = []
-
-        def by_rules() -> None:
-            for entry, arrived in self._deferred:
-                term = entry_term(self.graph.entry(entry), arrived)
-                if term is None:
-                    without_rule.append((entry, arrived))
-                else:
-                    self._take(entry, term)
-
-        recomputed = any(entry.ruled for entry, _ in self._deferred)  # else they would not have had to wait
-        if recomputed and not is_recorded():
-            reading_once(by_rules)
-        else:
-            by_rules()
+        for entry, arrived in self._deferred:
+            planned = self.graph.entry(entry)
+            self._take(entry, entry_term(planned, arrived) or term_of_any(planned, arrived))
         self._deferred.clear()
-        for entry, arrived in without_rule:  # their nodes read for themselves, and more than once
-            self._take(entry, term_of_any(self.graph.entry(entry), arrived))
 
     def _passed(
         self, losses: Tensor, seeds: Tensor, inputs: Sequence[Tensor], retain_graph: bool, frozen: bool
@@ -445,7 +430,8 @@ class TermCollector:
 
     def _finish(self, key: int) -> None:
         parameter, alike = self.parameters[self.rows[key]], self._alike.get(key, ())
-        self._hold(key, derived_term(self._pending.pop(key), parameter, self._joined_uses, alike))
+        with recomputed_once():
+            self._hold(key, derived_term(self._pending.pop(key), parameter, self._joined_uses, alike))
 
     def _hold(self, key: int, term: Term, squared: Tensor | None = None) -> None:
         """Take the norms of the one term of a parameter, if they are not known yet, and keep it if it is wanted."""

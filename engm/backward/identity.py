@@ -25,7 +25,13 @@ from .._C import release_graph
 from ..checks import RefusedError
 from ..graph.plan import Collected, PlannedGraph
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import differences_of_each, has_gradient_hooks, is_compiled_region, norms_of_each
+from ..torch_internals import (
+    differences_of_each,
+    has_gradient_hooks,
+    is_compiled_region,
+    norms_of_each,
+    recomputed_once,
+)
 from .collect import TermCollector
 
 # Of a gradient, as a share of the norms that add up to it, by the type of the parameter, or float32 where a part of the
@@ -75,7 +81,8 @@ def check_identity(
     collector.run(losses, scale.seeds(losses), retain_graph=True)
     squared = collector.squared_norms(losses)
     sizes = squared.sqrt().sum(1).double()
-    sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named}, again=use_up)}
+    with recomputed_once():
+        sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named}, again=use_up)}
     graph.collected = Collected(squared, collector.terms if use_up else None)
     try:
         wrong = _disagreeing(graph, losses, named, signs * scale.factor, sums, sizes, collector.rows)

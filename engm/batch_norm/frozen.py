@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from .._C import FrozenStatistics
 from ..checks import RefusedError
-from ..torch_internals import Node, batch_norm_inputs, batch_norm_statistics, node_name, own_parameters
+from ..torch_internals import (
+    Node,
+    batch_norm_inputs,
+    batch_norm_statistics,
+    node_name,
+    own_parameters,
+    recomputed_once,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ def frozen_statistics(batch_norms: Iterable[BatchNormNode]) -> Iterator[None]:
     try:
         for batch_norm in batch_norms:
             frozen.freeze(batch_norm.node, batch_norm.gain, batch_norm.slot, batch_norm.output_nr)
-        yield
+        with recomputed_once():  # the nodes have run, and used up their statistics, when the gains are asked for
+            yield
     finally:
         frozen.thaw()
 
@@ -57,11 +65,12 @@ def gain_of_node(node: Node) -> Tensor:
     Raises:
         RuntimeError: the node has let go of its statistics.
     """
-    statistics = batch_norm_statistics(node)
-    if statistics is None:
-        raise RefusedError(
-            f"engm: {node_name(node)} has let go of its statistics, so they cannot be taken for constants."
-        )
-    _, rstd, _ = statistics
-    _, weight = batch_norm_inputs(node)
+    with recomputed_once():
+        statistics = batch_norm_statistics(node)
+        if statistics is None:
+            raise RefusedError(
+                f"engm: {node_name(node)} has let go of its statistics, so they cannot be taken for constants."
+            )
+        _, rstd, _ = statistics
+        _, weight = batch_norm_inputs(node)
     return rstd if weight is None else rstd * weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..distributed import on_any
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
-from ..torch_internals import BATCH_NORMS, batch_norm_statistics, operator_name
+from ..torch_internals import BATCH_NORMS, batch_norm_statistics, operator_name, recomputed_once
 from .arrangement import arranged
 from .owners import SEVERAL, Question
 from .plan import Plan
@@ -44,12 +44,13 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
     if n == 1 and traced.group is None:
         return Plan(tuple(_required(layout, tensor, n) for layout, tensor in zip(usual, tensors, strict=True)))
     structure = Structure(traced, ())
-    couplings = [
-        position
-        for position, node in enumerate(traced.order)
-        if operator_name(node) in BATCH_NORMS and not structure.called_batch_norm(position)
-        if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
-    ]
+    with recomputed_once():
+        couplings = [
+            position
+            for position, node in enumerate(traced.order)
+            if operator_name(node) in BATCH_NORMS and not structure.called_batch_norm(position)
+            if (statistics := batch_norm_statistics(node)) is not None and statistics[2]
+        ]
     question = Question(traced, losses, seed, couplings, group=traced.group)
     question.ask(structure.looked_at, tensors=tensors)
     found: list[Ownership] = []

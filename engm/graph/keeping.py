@@ -17,7 +17,6 @@ from ..terms.layout import Layout
 from ..terms.owners import NOBODY
 from ..torch_internals import (
     entering_shape,
-    is_recomputed,
     node_outputs,
     operator_name,
     output_shape,
@@ -143,7 +142,7 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
     """Whether rows without a gradient, by where their own seem to lie, go to where rows of the same example seem to."""
     node = rows.traced.order[position]
     outputs = node_outputs(node)
-    if any(output.is_nested_tensor for output in outputs) or is_recomputed(node):
+    if any(output.is_nested_tensor for output in outputs):
         return False
     shapes = [tuple(output.shape) for output in outputs]
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]

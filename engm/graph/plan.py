@@ -19,7 +19,7 @@ from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
 from ..terms import Term
 from ..terms.owners import Ownership
-from ..torch_internals import is_recomputed, node_outputs, saved_tensors_of
+from ..torch_internals import is_recomputed, node_outputs, recomputed_once, saved_tensors_of
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
@@ -246,9 +246,10 @@ class PlanCache(dict[Hashable, list[Plan]]):
         """The plan that holds for a graph, if there is one; whose hooks are unknown holds nothing from before."""
         if traced.hooked:
             return None
-        for plan in self.get(signature, ()):
-            if all(route.holds(traced) for route in plan.routes):
-                return plan
+        with recomputed_once():
+            for plan in self.get(signature, ()):
+                if all(route.holds(traced) for route in plan.routes):
+                    return plan
         return None
 
     def keep(self, signature: Hashable, plan: Plan, instead: Plan | None = None) -> None:

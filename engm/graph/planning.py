@@ -39,6 +39,7 @@ from ..torch_internals import (
     node_outputs,
     operator_name,
     output_shape,
+    recomputed_once,
 )
 from .arrangement import Arrangement, Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
@@ -70,6 +71,12 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
     refuse_hidden_layers(traced)
     check_parameters(traced)
     refuse_hidden_passes(traced, losses, seed)
+    with recomputed_once():
+        return _made_plan(model, traced, losses, seed, cancels)
+
+
+def _made_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float, cancels: bool) -> Plan:
+    """The plan of a graph, see :func:`make_plan`, which nothing hidden was found in."""
     found = _plan_behind(model, traced, losses, seed) if cancels else None
     if found is None:
         front = _Planner(model, traced, losses, seed)

@@ -18,6 +18,7 @@ from ..graph.trace import trace
 from ..loss_checks import check_losses
 from ..module import GradNormModule
 from ..terms.loss_scale import LossScale
+from ..torch_internals import recomputed_once
 from .weights import ExampleNorms, Source, Weighting
 
 
@@ -231,7 +232,8 @@ class LossBatch:
         if self._collector is None:
             self._backpropagate(parts, divisor)
         else:  # its terms carry the loss scale already
-            self._add_weighted_sums(self._collector, parts, divisor)
+            with recomputed_once():
+                self._add_weighted_sums(self._collector, parts, divisor)
         self.release()
 
     def _backpropagate(self, parts: list[tuple[Tensor, set[int] | None]], divisor: float) -> None:

@@ -24,6 +24,7 @@ from ..optim.together import in_processes
 from ..repeatable import repeatable_kernels
 from ..torch_internals import (
     has_gradient_hooks,
+    recomputed_once,
     saved_tensors_of,
     take_decisions,
     take_surprises,
@@ -454,11 +455,12 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         _refuse_unsettled(graph)
         graphs.append(graph)
         known: list[Tensor] = []
-        for route in graph.plan.routes:
-            now: Any = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
-            if all(now is not other for other in known):
-                known.append(now)
-                baked.append((now, (now != route.values).any()))
+        with recomputed_once():
+            for route in graph.plan.routes:
+                now: Any = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
+                if all(now is not other for other in known):
+                    known.append(now)
+                    baked.append((now, (now != route.values).any()))
 
     def function(*inputs: Tensor) -> list[Tensor]:
         opt.carry(dict(zip(names, inputs[data:], strict=False)))

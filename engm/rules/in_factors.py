@@ -24,11 +24,11 @@ from ..ops import accumulation_dtype
 from ..terms import ConvFactors, LinearFactors, Term
 from ..terms.parts import Part, Product, Scaled, joined
 from ..torch_internals import (
+    computed_anew,
     decided_for_now,
     entering_dtype,
     entering_shape,
     is_opaque,
-    is_recomputed,
     leaf_of,
     node_outputs,
     operator_name,
@@ -105,7 +105,7 @@ class FactoredPull:
                 continue
             others = any(arrived.pop((node, number), ()) for number in range(1, len(node_outputs(node))))
             passed: Arrived = {}
-            if parts is not None and not (others or is_recomputed(node)):
+            if parts is not None and not others:
                 passed = _through_function(node, parts) if is_opaque(node) else _through(node, parts)
             for edge in {edge for edge in node.next_functions if edge[0] is not None}:
                 _add(arrived, edge, passed.get(edge))
@@ -202,7 +202,9 @@ def _derivative(node: Any, edge: Edge, shape: tuple[int, ...], own: tuple[int, .
 
 def _pulled(node: Any, edge: Edge, gradient: Tensor, own: tuple[int, ...]) -> Tensor:
     """What a node makes of a gradient of its output, ``[*own]``."""
-    (found,) = torch.autograd.grad(
-        [GradientEdge(node, 0)], [GradientEdge(*edge)], [gradient], retain_graph=True, allow_unused=True
-    )
+    alone = len({child for child, _ in node.next_functions if child is not None}) == 1
+    with computed_anew([node] if alone else in_order([node])):  # a leaf may lie behind other inputs too
+        (found,) = torch.autograd.grad(
+            [GradientEdge(node, 0)], [GradientEdge(*edge)], [gradient], retain_graph=True, allow_unused=True
+        )
     return gradient.new_zeros(own) if found is None else found.detach()

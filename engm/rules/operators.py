@@ -32,7 +32,13 @@ from ..terms import (
 )
 from ..terms.layout import Layout
 from ..terms.owners import Owners
-from ..torch_internals import BATCH_NORMS, batch_norm_statistics, is_python_function, operator_name
+from ..torch_internals import (
+    BATCH_NORMS,
+    batch_norm_statistics,
+    is_python_function,
+    operator_name,
+    saved_tensors_of,
+)
 from .conv import transposed_factors
 from .entries import Entry, Rows, add_operator, owners_of
 from .normalization import affine_terms, by_channel
@@ -427,7 +433,7 @@ def _group_norm(entry: Entry, gy: Tensor) -> Term | None:
 @add_operator(*BATCH_NORMS)
 def _batch_norm(entry: Entry, gy: Tensor) -> Term | None:
     python = is_python_function(entry.node)
-    x = entry.node.saved_tensors[0].detach() if python else entry.saved("input")
+    x = saved_tensors_of(entry.node, "")[0] if python else entry.saved("input")
     statistics, rows = batch_norm_statistics(entry.node), entry.rows(most=1)
     if x is None or statistics is None or rows is None or entry.slot not in (1, 2):
         return None

@@ -23,7 +23,16 @@ from ..checks import RefusedError
 from ..terms import CHUNK_BYTES, MixedTerm, Owners, Term, combine, squared_norm_of_dense, squared_rows
 from ..terms.combination import sum_of
 from ..terms.parts import Part, dense_of, squared_norm_of
-from ..torch_internals import decided, leaf_of, node_name, node_outputs, operator_name, saved_option
+from ..torch_internals import (
+    computed_anew,
+    decided,
+    leaf_of,
+    node_name,
+    node_outputs,
+    operator_name,
+    recomputed_once,
+    saved_option,
+)
 from .any_operator import backward_of_each
 from .in_factors import FactoredPull, in_order
 from .same_tensor import same_tensors
@@ -305,9 +314,11 @@ def pull_back_to_all(
     Raises:
         RuntimeError: what lies in between is not linear in the gradients.
     """
+    between = _between([edge.node for edge in edges], parameters)
 
     def of(parts: Sequence[Tensor | None]) -> Tensor | None:
-        pulled = torch.autograd.grad(edges, parameters, parts, retain_graph=True, allow_unused=True)
+        with computed_anew(between):
+            pulled = torch.autograd.grad(edges, parameters, parts, retain_graph=True, allow_unused=True)
         if len(pulled) == 1:
             return pulled[0]
         like = next((g for g in pulled if g is not None), None)
@@ -318,18 +329,33 @@ def pull_back_to_all(
 
     first = parameters[0]
     alone, sizes = len(parameters) == 1, [p.numel() for p in parameters]
-    found = backward_of_each(
-        of,
-        gradients,
-        tuple(first.shape) if alone else (sum(sizes),),
-        is_complex=first.is_complex(),
-        sizes=None if alone else sizes,
-        nonlinear=partial(_nonlinear, edges),
-    )
+    with recomputed_once():
+        with computed_anew(between):
+            pass  # here, because vmap runs no checkpoint again
+        found = backward_of_each(
+            of,
+            gradients,
+            tuple(first.shape) if alone else (sum(sizes),),
+            is_complex=first.is_complex(),
+            sizes=None if alone else sizes,
+            nonlinear=partial(_nonlinear, edges),
+        )
     if alone:
         return [found]
     parts = zip(found.split(sizes, 1), parameters, strict=True)
     return [part.reshape(len(part), *p.shape) for part, p in parts]
+
+
+def _between(ends: Sequence[Any], parameters: Sequence[Tensor]) -> list[Any]:
+    """The nodes that a pass from some nodes to parameters runs, and others behind them where these are no leaves."""
+    nodes, wanted = in_order(ends), set(map(id, parameters))
+    if not all(parameter.is_leaf for parameter in parameters):
+        return nodes
+    leading: dict[Any, None] = {}
+    for node in reversed(nodes):
+        if id(leaf_of(node)) in wanted or any(child in leading for child, _ in node.next_functions):
+            leading[node] = None
+    return list(leading)
 
 
 def _nonlinear(edges: Sequence[GradientEdge]) -> RefusedError:

@@ -337,3 +337,156 @@ def test_what_operators_read_is_computed_anew_once():
         opt.step()
         opt.zero_grad()
     assert block.runs == 2, "by the pass, and for all that is read"
+
+
+# -- how often a checkpoint runs --------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Every row goes to two of four experts, as its own numbers tell; in a checkpoint; counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 4), nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.runs = 0
+
+    def inside(self, x):
+        self.runs += 1
+        rows = x.flatten(0, 1)
+        shares, chosen = self.router(rows).softmax(1).topk(2, 1)
+        found = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, slot = torch.where(chosen == number)
+            found = found.index_add(0, row, expert(rows[row]).tanh() * shares[row, slot, None])
+        return x + found.view_as(x)
+
+    def forward(self, x):
+        return keep(self.inside, x)
+
+
+def test_routes_are_read_in_one_run():
+    torch.manual_seed(0)
+    blocks = [Experts() for _ in range(6)]
+    net = nn.Sequential(nn.Linear(3, 6), *blocks, nn.Linear(6, 2)).double()
+    x = tensor(5, 7, 3)
+    expected, runs = truth(net, lambda net: random_losses(net(x))), []
+    model = engm.GradNormModule(net)
+    for _ in range(3):
+        losses = random_losses(model(x))
+        for block in blocks:
+            block.runs = 0
+        found = engm.per_example_grad_norms(model, losses)
+        assert relative(found, expected.norms) <= 1e-12
+        runs.append([block.runs for block in blocks])
+    assert max(runs[0]) <= 6, "four passes, the nodes that the plan is made from, perhaps some of them once more"
+    assert runs[1:] == [[2] * 6] * 2, "by the pass, and for the routes that are compared"
+
+
+class Biased(nn.Module):
+    """Attention with a bias from a table of its own, in a checkpoint; counts how often it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.table = nn.Linear(6, 18), nn.Embedding(9, 2)
+        self.runs = 0
+
+    def inside(self, x):
+        self.runs += 1
+        q, k, v = self.mixed(x).view(len(x), 5, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        places = torch.arange(5)[:, None] - torch.arange(5) + 4
+        scores = q @ k.mT + self.table(places).permute(2, 0, 1)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def forward(self, x):
+        return keep(self.inside, x)
+
+
+def weight_normed() -> nn.Module:
+    """Layers whose weights are computed from parameters, in one checkpoint."""
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)) for _ in range(3)]
+    return nn.Sequential(*layers)
+
+
+class WeightNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.runs = weight_normed(), 0
+
+    def inside(self, x):
+        self.runs += 1
+        return self.layers(x).tanh()
+
+    def forward(self, x):
+        return keep(self.inside, x)
+
+
+@pytest.mark.parametrize("kind", [Biased, WeightNormed])
+def test_runs_hang_not_on_how_many_examples_there_are(kind):
+    """What is pulled back to parameters goes through the checkpoint again, for all examples at once."""
+    runs = []
+    for n in (3, 11):
+        torch.manual_seed(0)
+        block = kind()
+        net = nn.Sequential(nn.Linear(3, 6), block, nn.Linear(6, 2)).double()
+        x = tensor(n, 5, 3)
+        expected = truth(net, lambda net: random_losses(net(x)))  # noqa: B023
+        model = engm.GradNormModule(net)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.0), alpha=1.0)
+        for _ in range(3):
+            losses = random_losses(model(x))
+            block.runs = 0
+            assert relative(opt.backward(losses).norms, expected.norms) <= 1e-12
+        runs.append(block.runs)
+    assert runs == [3, 3], "by the pass, for what is read and pulled back for norms, and for the gradient"
+
+
+class Normed(nn.Module):
+    """Instance norms in a checkpoint, which are batch norms outside of calls; counts how often it runs."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.norms = nn.Sequential(*(nn.InstanceNorm1d(6, affine=True) for _ in range(count)))
+        self.runs = 0
+
+    def inside(self, x):
+        self.runs += 1
+        return self.norms(x).tanh()
+
+    def forward(self, x):
+        return keep(self.inside, x)
+
+
+def test_statistics_are_asked_for_when_nodes_have_used_them_up():
+    """In a pass to the inputs, which runs through the nodes."""
+    runs, x = [], tensor(3, 6, 5).requires_grad_()
+    for count in (1, 4):
+        net = Normed(count).double()
+        model = engm.GradNormModule(net)
+        for _ in range(2):
+            losses = random_losses(model(x))
+            net.runs = 0
+            found = engm.measure(model, losses, inputs=x)
+        runs.append(net.runs)
+        assert_measured(found, truth(net, lambda net: random_losses(net(x))))
+        wanted = torch.stack([torch.autograd.grad(loss, x, retain_graph=True)[0].norm() for loss in losses])
+        torch.testing.assert_close(found.input_norms, wanted)
+    assert runs[0] == runs[1], "however many norms there are"
+
+
+def test_graph_is_whole_after_it_was_measured():
+    """A second backward pass, and one through the gradients, go through what ran again."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), Experts(), Biased(), nn.Linear(6, 2)).double()
+    x, parameters = tensor(4, 5, 3), list(net.parameters())
+    model = engm.GradNormModule(net)
+
+    def twice(losses):
+        torch.autograd.grad(losses.sum(), parameters, retain_graph=True)
+        gradients = torch.autograd.grad(losses.sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters, allow_unused=True)
+
+    losses = random_losses(model(x))
+    for _ in range(2):
+        engm.per_example_grad_norms(model, losses)
+    for found, wanted in zip(twice(losses), twice(random_losses(net(x))), strict=True):
+        torch.testing.assert_close(found, wanted)
