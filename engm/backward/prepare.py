@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ..distributed import on_any
@@ -68,6 +70,12 @@ def planned_losses(
     def measured() -> Plan:
         with unrecorded():
             plan = make_plan(model, traced, losses, scale.factor, known is not None and known.cancels)
+        if old is not None:
+            model.skeletons.surprised(skeleton)
+        if plan.alone and model.skeletons.brief(skeleton):
+            plan = replace(plan, keeps=False)
+            if old is not None:
+                model.plans.forget(signature, old)
         model.skeletons.measured(skeleton, plan)
         if plan.keeps:
             model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)

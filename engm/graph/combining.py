@@ -28,13 +28,15 @@ class _ContradictionError(Exception):
 
 
 def combined(old: Plan, new: Plan, traced: Trace) -> Plan:
-    """The plan that knows what either plan does, or ``new`` where they contradict each other.
+    """The plan that knows what either plan does, or ``new`` where they contradict each other or one stands alone.
 
     Args:
         old: a plan that was kept.
         new: made from a graph with the structure and the routes of ``old``.
         traced: this graph.
     """
+    if old.alone or new.alone:
+        return new
     try:
         return _combined(old, new, traced)
     except _ContradictionError:

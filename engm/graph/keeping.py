@@ -6,7 +6,7 @@ no gradient came to: another batch may bring one, and then nothing must turn out
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..rules.entries import names_of
 from ..terms.layout import Layout
-from ..terms.owners import NOBODY
+from ..terms.owners import NOBODY, Owners
 from ..torch_internals import (
     entering_shape,
     node_outputs,
@@ -27,7 +27,7 @@ from .arrangement import Arrangement
 from .measured import Measured
 from .owners import Key
 from .plan import Junction
-from .routing import CHOOSING, ELEMENTWISE, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
+from .routing import ALONG, CHOOSING, ELEMENTWISE, FIXED, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
 
 # Operators that put elements elsewhere and leave them as they are, so that numbers of examples can be moved by them.
 REPLACING = names_of(
@@ -39,6 +39,20 @@ REPLACING = names_of(
     """
 )
 
+# Operators that pass on what comes to a row of their output to the same row of their input, if to any: to one that has
+# the same place along the leading dimensions that both have.
+ROW_BY_ROW = (
+    FIXED
+    | ALONG
+    | CHOOSING
+    | names_of(
+        """
+    Expand FusedRmsNorm Glu Kthvalue LinearCrossEntropy Logsumexp Mean Mode NativeLayerNormBackward NllLoss NllLoss2D
+    NllLossNd Repeat Std StdMean Sum Var VarMean
+    """
+    )
+)
+
 
 def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
     """Whether examples may come to lie otherwise, in what several nodes read, if other rows have a gradient.
@@ -47,21 +61,76 @@ def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
         rows: what was measured.
         routed: positions of the nodes that move rows by values which are compared.
     """
-    for (position, slot), owners in rows.edges.items():
-        child = rows.traced.children[position][slot]
-        assert child is not None
-        # What no gradient comes to is watched.
-        if child in rows.shared or child in rows.silent or position in rows.shared or position in rows.idle:
-            continue
-        whole = rows.nodes.get((child, rows.traced.order[position].next_functions[slot][1]))
-        if whole is None or not rows.about.regular(whole):
+    for (position, slot), whole in _meetings(rows):
+        if whole is None:
             return True
-        if _tells(rows, position, slot):
+        if not rows.about.regular(whole):
+            if not _apart_in_any_order(rows, position, slot, whole):
+                return True
+        elif operator_name(rows.traced.order[position]) in REPLACING:
+            continue  # rows without a gradient are moved as it seems they are, or watched
+        elif _tells(rows, position, slot):
             if _hides(rows, position, position in routed):
                 return True
-        elif not (rows.about.regular(owners) or _within_call_like(rows, position, whole)):
+        elif not (rows.about.regular(rows.edges[position, slot]) or _within_call_like(rows, position, whole)):
             return True
     return False
+
+
+def stands_alone(rows: Measured, routed: Collection[int]) -> bool:
+    """Whether what another graph has shown is not to be added to what is known of this one.
+
+    Two graphs may show that a row gets a gradient by one way and by another, and neither that it does by both. Where
+    several nodes read rows in no regular order, or move them by values, the ways may be those of different examples.
+
+    Args:
+        rows: what was measured.
+        routed: positions of the nodes that move rows by values which are compared.
+    """
+    return any(
+        (whole is not None and not rows.about.regular(whole))
+        or (position in routed and _hides(rows, position, by_routes=True))
+        for (position, _), whole in _meetings(rows)
+    )
+
+
+def _meetings(rows: Measured) -> Iterator[tuple[Key, Tensor | None]]:
+    """The edges by which some rows got no gradient, of what several nodes read, and the owners of all that they read.
+
+    What no gradient comes to at all is left out: it is watched.
+    """
+    for position, slot in rows.edges:
+        child = rows.traced.children[position][slot]
+        assert child is not None
+        if child in rows.shared or child in rows.silent or position in rows.shared or position in rows.idle:
+            continue
+        yield (position, slot), rows.nodes.get((child, rows.traced.order[position].next_functions[slot][1]))
+
+
+def _apart_in_any_order(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
+    """Whether what a node passes on later, to rows in no regular order, is of their owners, or is noticed.
+
+    A row of the node's own outputs either is known, and then has to be of the same example as the row that it is
+    passed on to, or is watched (:func:`junctions`, :func:`moved_unseen`, and what is not known of calls).
+
+    Args:
+        rows: what was measured.
+        position: of the node.
+        slot: which of its inputs it is about.
+        whole: the owners of the rows that the node reads there, and others too.
+    """
+    if not isinstance(rows.about.arranged(whole).ownership, Owners):
+        return False  # a layout that is not sure would tell of rows that nobody watches
+    if position in rows.structure.inner:
+        return _within_call_of_same_rows(rows, position, whole)
+    node = rows.traced.order[position]
+    name = operator_name(node)
+    if name in REPLACING:
+        return True  # no data close the way of a row, and where those without a gradient are moved to is watched
+    own = rows.nodes.get((position, slot if name in HANDING_ON else 0))
+    if own is None or not (name in ROW_BY_ROW or name in HANDING_ON):
+        return False
+    return not _disagrees(rows, position, slot, whole, _as_arranged(rows, own))
 
 
 def closed_to_others(rows: Measured) -> bool:
@@ -84,7 +153,8 @@ def closed_to_others(rows: Measured) -> bool:
             whole = rows.nodes.get((child, node.next_functions[slot][1]))
             if whole is None or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
                 continue
-            if _chooses_among(rows, node, slot, whole) if chooses else _disagrees(rows, position, slot, whole):
+            own = rows.nodes.get((position, 0))
+            if _chooses_among(rows, node, slot, whole) if chooses else _disagrees(rows, position, slot, whole, own):
                 return True
     return False
 
@@ -237,6 +307,21 @@ def _within_call_like(rows: Measured, position: int, whole: Tensor) -> bool:
     )
 
 
+def _within_call_of_same_rows(rows: Measured, position: int, whole: Tensor) -> bool:
+    """Whether a node is inside of calls that treat rows apart, whose rows are of the same examples as those it reads.
+
+    Rows of a call of which nothing is known are watched.
+    """
+    for number in rows.structure.calls_around(position):
+        parts = rows.parts(number)
+        if not rows.traced.calls[number].rule.positionwise or len(parts) != 1 or parts[0].shape != whole.shape:
+            return False
+        own = _as_arranged(rows, parts[0])
+        if bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any()):
+            return False
+    return True
+
+
 def _tells(rows: Measured, position: int, slot: int) -> bool:
     """Whether the rows of a node's own outputs tell whose the rows are that it passes no gradient on to."""
     node = rows.traced.order[position]
@@ -260,14 +345,20 @@ def _chooses_among(rows: Measured, node: Any, slot: int, whole: Tensor) -> bool:
     return bool(rows.about.varying(whole) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
 
 
-def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
+def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor, own: Tensor | None) -> bool:
     """Whether a node has a row of another example than the row that it reads, or that cannot be told.
 
     Nodes that treat every element apart, and those that repeat rows, are compared as broadcasting goes; others, by
     which rows of different examples are not combined, along the leading dimensions that their output has too.
+
+    Args:
+        rows: what was measured.
+        position: of the node.
+        slot: which of its inputs it is about.
+        whole: the owners of the rows that the node reads there.
+        own: those of its first output, None if it was not looked at.
     """
     node = rows.traced.order[position]
-    own = rows.nodes.get((position, 0))
     if own is None or None in rows.traced.shapes[position]:
         return own is not None
     whole = _as_arranged(rows, whole)

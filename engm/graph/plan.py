@@ -27,6 +27,7 @@ RESTLESS = 3  # graphs in a row that had to be measured, before their rows are t
 NEW_CHECKS = 16  # structures that are checked when they are met, however many come
 APART = 20  # graphs between the checks of further ones
 MOST_ROUTINGS = 8  # kept of one structure
+STEADY = 8  # graphs that a plan has to hold for, so that it was worth while to keep it and to measure anew
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,7 @@ class Plan:
         cancels: whether shares of other examples cancel in some rows, but for rounding.
         routes: what must have the same values for the plan to hold.
         keeps: whether the plan may hold for another graph at all.
+        alone: whether what other graphs have shown is not to be added to it.
         blind: whether some gradient was not finite when the plan was made.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
         behind_entries: whether some of them lie behind what enters, so that a pass runs through that too.
@@ -206,6 +208,7 @@ class Plan:
     cancels: bool = False
     routes: tuple[Route, ...] = ()
     keeps: bool = True
+    alone: bool = False
     blind: bool = False
     silent: tuple[int, ...] = ()
     behind_entries: bool = False
@@ -259,6 +262,10 @@ class PlanCache(dict[Hashable, list[Plan]]):
         plan = plan if plan.quiet else replace(plan, seen={})
         others = [other for other in self.get(signature, ()) if other is not instead]
         self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
+
+    def forget(self, signature: Hashable, plan: Plan) -> None:
+        """Forget a plan that turned out not to hold."""
+        self[signature] = [other for other in self.get(signature, ()) if other is not plan]
 
 
 @dataclass(frozen=True)
@@ -360,6 +367,8 @@ class _History:
         unkept: how many plans in a row may hold for no other graph.
         told: how many graphs' rows were to be told.
         untold: how many of them had to be measured after all.
+        met: how many graphs in a row the plan that is kept was taken for.
+        brief: how many plans in a row held for a few graphs alone, and then turned out not to.
     """
 
     plan: Plan
@@ -367,6 +376,8 @@ class _History:
     unkept: int = 0
     told: int = 0
     untold: int = 0
+    met: int = 0
+    brief: int = 0
 
 
 class Skeletons:
@@ -383,6 +394,19 @@ class Skeletons:
         """A plan that is kept held for a graph of this skeleton."""
         if skeleton in self._histories:
             self._histories[skeleton].missed = 0
+            self._histories[skeleton].met += 1
+
+    def surprised(self, skeleton: Hashable) -> None:
+        """A plan that was taken for a graph of this skeleton turned out not to hold."""
+        history = self._histories.get(skeleton)
+        if history is not None:
+            history.brief = 0 if history.met > STEADY else history.brief + 1
+            history.met = 0
+
+    def brief(self, skeleton: Hashable) -> bool:
+        """Whether plans that stand alone are not worth keeping: they hold for a few graphs, and nothing adds up."""
+        history = self._histories.get(skeleton)
+        return history is not None and history.brief >= RESTLESS
 
     def measured(self, skeleton: Hashable, plan: Plan) -> None:
         """A graph of this skeleton was measured."""

@@ -43,7 +43,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
-from .keeping import closed_to_others, junctions, moved_unseen, parted_by_zeros
+from .keeping import closed_to_others, junctions, moved_unseen, parted_by_zeros, stands_alone
 from .measured import Extent, View, measured
 from .opaque import opaque_functions, refuse_hidden_passes
 from .owners import Key
@@ -361,6 +361,7 @@ class _Planner:
         opaque, watchable = self._opaque()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
+        routed = {route.position for route in routes}
         keeps = (
             keeps
             and not (self.behind or self.seemed)
@@ -368,7 +369,7 @@ class _Planner:
             and not self.traced.hooked
             and not self.rows.blind
             and not (irregular and self.rows.some_unseen())
-            and not parted_by_zeros(self.rows, {route.position for route in routes})
+            and not parted_by_zeros(self.rows, routed)
             and not closed_to_others(self.rows)
         )
         return Plan(
@@ -383,6 +384,7 @@ class _Planner:
             opaque=tuple(opaque),
             routes=tuple(routes),
             keeps=keeps,
+            alone=keeps and stands_alone(self.rows, routed),
             blind=bool(self.rows.blind),
             silent=tuple(sorted(outermost)),
             behind_entries=not self._behind_entries().isdisjoint(position for position, _ in sinks),

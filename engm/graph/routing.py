@@ -195,10 +195,11 @@ def skeleton_of(traced: Trace, n: int) -> Hashable:
     All trained parameters count, since a function of the user's may hide some of them from the graph.
     """
     calls = tuple([(id(c.module), id(c.rule), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
-    # Parameters are known by identity, inputs, which are new at every step, by their place.
-    leaves = tuple([key if isinstance(leaf, nn.Parameter) else 0 for key, leaf in traced.leaves.items()])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
     trained = tuple([id(parameter) for _, parameter in traced.trained])
+    # Trained parameters are known by identity, all else, which may be new at every step, by its place.
+    own = set(trained)
+    leaves = tuple([k if k in own else isinstance(leaf, nn.Parameter) for k, leaf in traced.leaves.items()])
     return HashedOnce((n, traced.kinds, edges, calls, leaves, trained))
 
 

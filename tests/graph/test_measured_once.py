@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import per_example_gradients, random_losses, relative, tensor, trained
-from torch import nn
+from torch import Tensor, nn
 
 import engm
 from engm.backward import prepare
@@ -244,3 +244,71 @@ def test_gradients_of_gradients_of_images(layer, plans):
     (kept,) = model.plans.values()
     assert len(plans) == 1
     assert all(entry.ruled for entry in kept[0].entries)
+
+
+class Neighbours(nn.Module):
+    """Sums over neighbours beside the nodes themselves, in graphs of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.last = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor, edges: Tensor, graph: Tensor, gates: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))) * gates
+        return x.new_zeros(3, 3).index_add(0, graph, self.last(x))
+
+
+GRAPH = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+EDGES = torch.tensor([[0, 1, 1, 4, 3, 5, 6, 7], [1, 0, 2, 3, 4, 6, 5, 8]])  # none starts from the nodes 2 and 8
+
+
+def right_of_graphs(model: engm.GradNormModule, gates: Tensor) -> None:
+    losses = model(torch.randn(9, 4, dtype=torch.float64), EDGES, GRAPH, gates).square().sum(1)
+    truth = per_example_gradients(losses, trained(model))
+    assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+
+
+def test_a_graph_in_which_no_edge_starts_from_some_nodes(plans):
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Neighbours())
+    for _ in range(4):
+        right_of_graphs(model, torch.ones(9, 1).double())
+    assert len(plans) == 1
+
+
+def test_rows_whose_gates_change_at_every_step_are_told_in_the_end(plans):
+    """What is kept for no more than a step is not kept again and again."""
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Neighbours())
+    for _ in range(30):
+        right_of_graphs(model, (torch.rand(9, 1) < 0.5).double())
+    assert len(plans) <= 12
+
+
+class TwoReadersOfTokens(nn.Module):
+    """A layer whose weight is a new parameter at every step, as in DoRA, and which reads what another one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.low, self.high = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(2, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.register_buffer("weight", torch.randn(6, 5))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        plain = nn.functional.linear(nn.functional.dropout(h, 0.1), nn.Parameter(self.weight.T))
+        return self.scale * plain + self.high(self.low(nn.functional.dropout(h, 0.1)))
+
+
+def test_tokens_without_a_loss_behind_a_weight_that_is_made_anew(plans):
+    torch.manual_seed(0)
+    model = engm.GradNormModule(TwoReadersOfTokens())
+    for _ in range(4):
+        losses = model(torch.randn(3, 5, 4, dtype=torch.float64))[:, :-1].square().sum((1, 2))
+        truth = per_example_gradients(losses, trained(model))
+        assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
+    assert len(plans) == 1

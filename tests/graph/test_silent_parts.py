@@ -205,6 +205,64 @@ def test_two_readers_whose_rows_are_closed_one_by_one(swap, by_index, steps):
             assert bool((torch.stack(reached).sum(0) > 1).any())
 
 
+class TwoWays(nn.Module):
+    """Rows in no regular order, each of which goes two ways: where it lies, and by pieces or an index elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x: Tensor, order: Tensor, how: str, owners: Tensor, gates: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        moved = MOVES[how](h, order)
+        rows = self.last(h * gates[0] + moved * gates[1]) * gates[2]
+        return rows.new_zeros(int(owners.max()) + 1, 3).index_add(0, owners, rows)
+
+
+@given(
+    how=st.sampled_from(["slices", "index", "split", "index put", "scatter", "beside itself"]),
+    swap=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    steps=st.lists(st.tuples(*[st.integers(0, 63)] * 3), min_size=1, max_size=5),
+)
+def test_two_ways_of_rows_in_no_regular_order(how, swap, steps):
+    """Right, or refused where some row comes to two losses."""
+    torch.manual_seed(0)
+    owners, order = torch.tensor([0, 1, 1, 2, 0, 1]), torch.arange(6)
+    order[list(swap)] = order[list(reversed(swap))]
+    model = engm.GradNormModule(TwoWays())
+    here = sum(1 << row for row in range(6) if order[row] == row)
+    one, other = here | 1 << swap[0], here | 1 << swap[1]
+    for bits in [(63, here, 63), (here, 63, 63), (one, other, 63), (other, one, 63), *steps]:
+        gates = torch.tensor([[(of >> row) & 1 for row in range(6)] for of in bits]).double().unsqueeze(2)
+        x = torch.randn(6, 4).double().requires_grad_()
+
+        def losses(x: Tensor = x, gates: Tensor = gates) -> Tensor:
+            return model(x, order, how, owners, gates).square().sum(1)
+
+        reached = [torch.autograd.grad(loss, x, retain_graph=True)[0].abs().sum(1) > 0 for loss in losses()]
+        try:
+            assert_right(model, losses)
+        except RefusedError:
+            assert bool((torch.stack(reached).sum(0) > 1).any())
+
+
+def test_two_ways_that_two_graphs_have_shown_one_by_one():
+    """That a row is one example's by one way and another's by the other is not to be forgotten when both are open."""
+    torch.manual_seed(0)
+    owners, order = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 6, 3, 4, 5, 2])
+    model = engm.GradNormModule(TwoWays())
+    for bits in [
+        ("1101100", "1111111", "1110110"),
+        ("0011110", "1101111", "1110110"),
+        ("0011110", "1101110", "1111111"),
+        ("1101111", "1101110", "1111111"),
+    ]:
+        gates = torch.tensor([[float(bit) for bit in of] for of in bits]).double().unsqueeze(2)
+        x = torch.randn(7, 4).double()
+        assert_right(model, lambda x=x, gates=gates: model(x, order, "slices", owners, gates).square().sum(1))
+
+
 # -- masks in front of indices ----------------------------------------------------------------------------------------
 
 
