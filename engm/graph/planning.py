@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -308,7 +307,8 @@ class _Planner:
     def _border(self) -> list[tuple[int, int]]:
         """``(position, slot)`` of the edges by which something enters that no call accounts for."""
         found = []
-        reached = self.structure.training(self.rows.shared)
+        # What is closed behind a shared node may open at a step that shows nothing else for the first time.
+        reached = self.structure.training(self.rows.shared | self._closed_branches())
         for position, children in enumerate(self.traced.children):
             if position in self.rows.shared or position in self.rows.silent:
                 continue
@@ -477,12 +477,11 @@ class _Planner:
             PLAIN if first is None else self._on_device(first.ownership),
             others,
             turns,
-            tuple(self.structure.sources(behind, self.rows.shared | self._closed_branches)),
+            tuple(self.structure.sources(behind, self.rows.shared | self._closed_branches())),
         )
         ruled = has_rule(entry.at(traced, self.n))
         return replace(entry, ruled=ruled), None if first is None else first.unknown
 
-    @cached_property
     def _closed_branches(self) -> set[int]:
         """The nodes outside of calls that no gradient comes to; one may by way of every tensor that they lead to."""
         return {p for p in self.rows.silent - self.structure.inner if p not in self.structure.calls_at}

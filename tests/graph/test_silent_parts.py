@@ -5,6 +5,7 @@ Every step is held against one backpropagation an example: the losses are indepe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import per_example_gradients, relative, trained
+from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import Tensor, nn
 
 import engm
@@ -314,3 +315,27 @@ def test_rows_that_are_watched_where_all_losses_are_pulled_back(seed):
     for _ in range(3):
         x, masks = torch.randn(4, 4).double(), (torch.rand(3, 4, 1) < 0.5).double()
         assert_right(model, lambda x=x, masks=masks: model(x, *masks).square().sum(1).view(2, 2).sum(1))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_a_weight_closed_behind_the_one_reader_that_is_open(order):
+    """Each of two readers was seen open, but the second while the weight itself was closed to the parameter."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.weight, self.mask = nn.Parameter(torch.randn(5, 5)), torch.rand(5, 5, dtype=torch.float64)
+
+        def forward(self, x, first, second, inner):
+            h = torch.tanh(self.layer(x))
+            weight = torch.softmax(torch.tanh(self.weight * self.mask) * inner, 1)
+            return self.last(torch.tanh(h @ weight) * first + torch.sin(h @ weight.t()) * second + h)
+
+    torch.manual_seed(0)
+    model = engm.GradNormModule(Network().double())
+    gates = [(0.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 0.0)]
+    for seed, open_ones in enumerate([*(gates[place] for place in order), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0)]):
+        losses = random_losses(model(tensor(2, 3, 4, seed=seed), *open_ones).flatten(1))
+        expected = per_example_gradients(losses, trained(model)).norms
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=0)
