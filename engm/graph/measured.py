@@ -206,10 +206,12 @@ class Measured:
         ordered = channels.sort(1).values
         examples = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + (ordered[:, 0] != NOBODY)  # by channel
         if bool((channels < 0).any()):
-            if number is None:
-                return Extent.ONE_SEEN if int(examples.max()) == 1 else None
+            most = int(examples.max())
             # An example whose loss is a constant has no rows anywhere: the batch is that of the others.
-            return Extent.PART if int(examples.max()) < self._in_calls() else None
+            part = number is not None and most < self._in_calls()
+            if most == 1 and (part or number is None):
+                return Extent.ONE_SEEN
+            return Extent.PART if part else None
         if int(examples.max()) <= 1:
             return Extent.ONE
         return Extent.PART if int(examples.min()) < self.n else None

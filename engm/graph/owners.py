@@ -24,8 +24,9 @@ between would, and shares of ``v, -v, -v, v`` that all bits keep two of pass for
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,10 @@ STRETCH = 11
 TIMES_ITS_CHANGE = 30
 
 # Examples are uneven if, by so many times less than rounding takes, the rows of one are smaller than those of another
-# in most tensors. So many tensors are looked at, of so many rows at most. They are made even up to so many powers of
-# two, which fit into a gradient.
+# in most tensors that have rows of several. So many of these are looked at, of so many rows at most. They are made even
+# up to so many powers of two, which fit into a gradient.
 MARGIN = 10
-LOOKED_AT, ROWS_LOOKED_AT = 32, 4096
+LOOKED_AT, LARGE = 32, 4096
 MOST_POWERS = {torch.float64: 300, torch.float32: 40, torch.bfloat16: 40, torch.float16: 10}
 
 # Rows whose owners are told together: of many small tensors that saves the host's time, and larger ones would be copied
@@ -485,18 +486,8 @@ class Question:
 
     def _powers(self, groups: Sequence[Owned], found: Mapping[Any, Tensor]) -> Tensor:
         """The powers of two ``[n]`` that make the losses of the examples even; zeros where they are even enough."""
-        sizes = []
-        for group in groups:
-            small = [key for key, seen in group.plain.items() if seen.rows <= max(ROWS_LOOKED_AT, self.n)]
-            keys = small[:: -(-len(small) * len(groups) // LOOKED_AT) or 1]
-            largest = dict(
-                zip(group.plain, group.largest.split([seen.rows for seen in group.plain.values()]), strict=True)
-            )
-            for key in keys:
-                owners, rows = found[key].flatten(), largest[key].double()
-                own = owners >= 0
-                of_examples = rows.new_zeros(self.n).scatter_reduce(0, owners[own], rows[own], "amax")
-                sizes.append((of_examples / of_examples.amax()).log2())
+        most = LOOKED_AT // max(1, len(groups)) + 1
+        sizes = [size for group in groups for size in itertools.islice(self._sizes(group, found), most)]
         if not sizes:
             return torch.zeros(self.n, device="cpu")
         shares = torch.stack(sizes)
@@ -506,6 +497,18 @@ class Question:
         tolerance = max(TOLERANCE.get(dtype, NARROW_TOLERANCE) for dtype in types)
         uneven = powers.amax() > math.log2(1 / (MARGIN * tolerance))
         return powers.clamp(max=min(MOST_POWERS[dtype] for dtype in types)) * uneven
+
+    def _sizes(self, group: Owned, found: Mapping[Any, Tensor]) -> Iterator[Tensor]:
+        """How large the rows of the examples are in tensors that have rows of several, as logarithms ``[n]``."""
+        keyed = list(zip(group.plain, group.largest.split([seen.rows for seen in group.plain.values()]), strict=True))
+        keyed = [(key, rows) for key, rows in keyed if len(rows) <= max(LARGE, self.n)]
+        step = len(keyed) // LOOKED_AT + 1  # the first that are asked for are of all parts of the graph
+        for key, rows in itertools.chain.from_iterable(keyed[start::step] for start in range(step)):
+            owners = found[key].flatten()
+            own = owners >= 0
+            of_examples = rows.new_zeros(self.n).scatter_reduce(0, owners[own], rows[own], "amax").double()
+            if int((of_examples > 0).sum()) > 1:
+                yield (of_examples / of_examples.amax()).log2()
 
     def _part_by_edges(self, found: dict[Any, Tensor]) -> None:
         """Where one edge alone brings a row gradients of another example than its own, the row is of several.

@@ -209,28 +209,19 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     These are the things themselves and not their hashes, which are the same for -1 and -2.
     """
     options: list[Hashable] = []
-    shapes = traced.shapes
-    order = traced.order
+    shapes, order = traced.shapes, traced.order
     for position, kind in enumerate(traced.kinds):
         if kind not in _READERS:
             if len(_READERS) >= MOST_READERS:  # of functions that are defined anew at every step
                 _READERS.clear()
             _READERS[kind] = _reader(order[position])
         read = _READERS[kind]
-        if read is None:
-            continue
-        if read is _options_of_view and None not in shapes[position]:
-            child = traced.children[position][0]
-            # That of a leaf, which has no place, is among those below.
-            options.append((shapes[position], shapes[child] if child is not None and child >= 0 else child))
-        else:
+        if not (read is None or (read is _options_of_view and None not in shapes[position])):
             options.append(read(order[position]))
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    # Nothing routes the rows of a single example, and how many there are is compared nowhere else.
-    rows = tuple(shapes) if traced.n == 1 else ()
-    return HashedOnce((skeleton, tuple(options), calls, leaves, inputs, rows))
+    return HashedOnce((skeleton, tuple(shapes), tuple(options), calls, leaves, inputs))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.

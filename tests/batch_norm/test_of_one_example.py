@@ -178,3 +178,23 @@ def test_of_the_whole_batch_though_every_channel_has_a_gradient_of_one_example_a
     mask = torch.zeros(3, 6, dtype=torch.float64)
     mask[0, :3], mask[2, 3:] = 1, 1
     assert engm.measure(model, model(tensor(3, 6), mask)).mode == "frozen"
+
+
+def test_a_layer_one_by_one_of_which_some_have_no_gradient():
+    """Which rows of an example have one hangs on the data."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x, gates):
+            h = self.layer(x).view(len(x), -1, 6)
+            rows = torch.stack([self.norm(one) for one in h]).amax(2) * gates[:, None]
+            return h.sum((1, 2)) + rows.relu().sum(1)
+
+    model = engm.GradNormModule(Network().double())
+    for seed, gates in enumerate([(1, 0, 1, 1), (1, 1, 1, 1), (0, 0, 1, 1), (0, 1, 0, 0)]):
+        losses = model(tensor(4, 5, 6, seed=seed), torch.tensor(gates, dtype=torch.float64))[[0, 1, 3, 2]]
+        found, wanted = compared(model, losses)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)

@@ -407,9 +407,10 @@ ROWS_OF_ONE = {
 }
 
 
+@pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("name", ROWS_OF_ONE)
-def test_another_number_of_rows_of_a_single_example(name):
-    """Nothing is measured for one example, and the graph is the same."""
+def test_another_number_of_rows_of_a_single_example(name, passes):
+    """Nothing routes the rows of an example that is alone in a forward pass, and the graph is the same."""
 
     class Network(nn.Module):
         def __init__(self):
@@ -422,7 +423,8 @@ def test_another_number_of_rows_of_a_single_example(name):
     torch.manual_seed(0)
     model = engm.GradNormModule(Network())
     for seed, of in enumerate([(0, 1, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1), (0, 1, 0, 1), (1, 0), (1, 0, 0)]):
-        losses = model(tensor(1, 4, 6, seed=seed), torch.tensor(of)).square().flatten(1).sum(1)
+        y = [model(tensor(1, 4, 6, seed=10 * seed + one), torch.tensor(of)) for one in range(passes)]
+        losses = torch.cat(y).square().flatten(1).sum(1)
         expected = per_example_gradients(losses, trained(model)).norms
         torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=0)
 

@@ -25,6 +25,12 @@ class Network(nn.Module):
 NETWORKS = {
     "a sum of views": lambda s, h: h @ (s.weight.expand(6, 6) + s.gain[:, None]),
     "a gain beside a constant": lambda s, h: h * (s.gain.exp() * torch.ones(6, dtype=h.dtype)),
+    "a gain beside a constant, row by row": lambda s, h: torch.stack(
+        [
+            torch.stack([s.layer(row) for row in example])
+            for example in h * (s.gain.exp() * torch.ones(6, dtype=h.dtype))
+        ]
+    ),
     "a position table": lambda s, h: s.layer(h + (s.weight * torch.linspace(0, 1, 3, dtype=h.dtype)[:, None]).sin()),
 }
 TYPES = [(torch.float64, None, 1e18), (torch.float32, None, 1e9), (torch.float32, torch.bfloat16, 1e6)]
