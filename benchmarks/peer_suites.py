@@ -125,8 +125,6 @@ def _opacus_case(
     if not isinstance(x, PackedSequence) and is_batch_empty(x):
         outcome.leave_out("a batch without elements: there is nothing to compare")
         return
-    module = module.double()
-    x = _doubled(x)
     examples = unpack_packedsequences(x) if isinstance(x, PackedSequence) else x
     reference = compute_microbatch_grad_sample(examples, module, batch_first, "sum", chunk_method)
     n = len(next(iter(reference.values())))
@@ -140,14 +138,6 @@ def _opacus_case(
     squared = squared_norms(module, losses)
     expected = torch.stack([reference[name].reshape(n, -1).square().sum(1) for name in reference])
     outcome.compare(case, list(reference), squared, expected)
-
-
-def _doubled(x: Any) -> Any:
-    if isinstance(x, PackedSequence):
-        return x.double()
-    if isinstance(x, tuple | list):
-        return type(x)(_doubled(part) for part in x)
-    return x.double() if x.is_floating_point() else x
 
 
 FIRST_ORDER = {
@@ -222,15 +212,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=output.RESULTS / "peer_suites.json")
     parser.add_argument("--only", choices=sorted(SUITES), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    checkouts = {name: folder for name in SUITES if (folder := getattr(args, name)) is not None}
+    if not checkouts or not all(folder.is_dir() for folder in checkouts.values()):
+        parser.error("name the folder of a checkout by --opacus, by --backpack, or of each by both")
     if args.only:
         torch.set_default_dtype(torch.float64)
-        print(json.dumps(asdict(SUITES[args.only](getattr(args, args.only)))))
+        print(json.dumps(asdict(SUITES[args.only](checkouts[args.only]))))
         return
     outcomes = {}
-    for name in SUITES:
-        folder = getattr(args, name)
-        if folder is None:
-            continue
+    for name, folder in checkouts.items():
         # One process a suite: both have modules of common names, and the default type of numbers is set for all.
         command = [sys.executable, __file__, "--only", name, f"--{name}", str(folder)]
         said = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout

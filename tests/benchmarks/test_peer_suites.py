@@ -30,3 +30,11 @@ def test_norms_are_taken_of_what_trains():
     x = torch.randn(4, 3, dtype=torch.float64)
     squared = peer_suites.squared_norms(network, lambda module: module(x).sum(1))
     torch.testing.assert_close(squared, 2 * x.square().sum(1)[None])
+
+
+@pytest.mark.parametrize("argv", [[], ["--opacus", "no such folder"]])
+def test_without_a_checkout_nothing_is_written(argv, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        peer_suites.main([*argv, "--out", str(tmp_path / "figures.json")])
+    assert "name the folder of a checkout" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
