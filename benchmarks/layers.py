@@ -81,6 +81,10 @@ def elementwise(n: int) -> Calls:
     }
 
 
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
 def measure(calls: Calls, threads: int, rounds: int) -> dict[str, dict[str, Any]]:
     """The least milliseconds of each call on one and on several threads, and their ratio."""
     counts = (1, threads)
@@ -94,9 +98,9 @@ def measure(calls: Calls, threads: int, rounds: int) -> dict[str, dict[str, Any]
                 least[name][count] = min(least[name][count], 1e3 * (time.perf_counter() - start))
     return {
         name: {
-            "milliseconds on one thread": round(times[1], 3),
-            "milliseconds": round(times[threads], 3),
-            "speed-up": round(times[1] / times[threads], 2),
+            "milliseconds on one thread": _three_digits(times[1]),
+            "milliseconds": _three_digits(times[threads]),
+            "speed-up": _three_digits(times[1] / times[threads]),
         }
         for name, times in least.items()
     }

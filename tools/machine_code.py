@@ -11,9 +11,11 @@ tools/roofline.py adds them up over networks.
 """
 
 import argparse
+import atexit
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,7 +89,9 @@ class Plan:
 @functools.cache
 def planner() -> Path:
     """The compiled tools/machine_plan.cpp."""
-    out = Path(tempfile.mkdtemp(prefix="engm_plan_")) / "plan"
+    folder = tempfile.mkdtemp(prefix="engm_plan_")
+    atexit.register(shutil.rmtree, folder)
+    out = Path(folder) / "plan"
     include = [f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}"]
     flags = ["-std=c++17", "-O1", "-DENGM_EMULATOR", "-Wno-unknown-pragmas", *include, "-o", str(out)]
     subprocess.run([os.environ.get("CXX", "g++"), *flags, str(ROOT / "tools/machine_plan.cpp")], check=True)
