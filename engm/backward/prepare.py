@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..distributed import on_any
 from ..graph.combining import combined
-from ..graph.plan import Plan, PlannedGraph
+from ..graph.plan import RESTLESS, STEADY, Plan, PlannedGraph
 from ..graph.planning import make_plan
 from ..graph.refusals import check_parameters
 from ..graph.routed import may_be_told, plan_to_be_told
@@ -61,7 +61,7 @@ def planned_losses(
         )
     n = losses.shape[0]
     skeleton = skeleton_of(traced, n)
-    signature = signature_of(traced, skeleton)
+    signature = signature_of(traced, skeleton, n)
     group = traced.group
     known = model.skeletons.restless(skeleton)
     with unrecorded():
@@ -72,14 +72,18 @@ def planned_losses(
             plan = make_plan(model, traced, losses, scale.factor, known is not None and known.cancels)
         if old is not None:
             model.skeletons.surprised(skeleton)
-        if plan.alone and model.skeletons.brief(skeleton):
+        # Plans that stand alone do not add up; others mostly do before long.
+        if model.skeletons.brief(skeleton, RESTLESS if plan.alone else STEADY) and (plan.alone or tells(plan)):
             plan = replace(plan, keeps=False)
             if old is not None:
                 model.plans.forget(signature, old)
-        model.skeletons.measured(skeleton, plan)
+        model.skeletons.measured(skeleton, signature, plan)
         if plan.keeps:
             model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
         return plan
+
+    def tells(plan: Plan) -> bool:
+        return may_be_told(plan, traced, n) and model.skeletons.may_tell(skeleton)
 
     def measured_after_all() -> Plan:
         model.skeletons.untold(skeleton)
@@ -89,10 +93,10 @@ def planned_losses(
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         model.skeletons.held(skeleton)
         graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
-    elif known is not None and may_be_told(known, traced, n) and model.skeletons.may_tell(skeleton):
+    elif known is not None and tells(known) and not model.skeletons.often(signature):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
-        model.skeletons.told(skeleton)
+        model.skeletons.told(skeleton, signature)
         graph = PlannedGraph(traced, told, n, model.plans, measured_after_all, False, model.watch.steps)
     else:
         graph = PlannedGraph(traced, measured(), n, model.plans, measured, not is_recorded(), model.watch.steps)

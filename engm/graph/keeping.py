@@ -7,14 +7,13 @@ no gradient came to: another batch may bring one, and then nothing must turn out
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..rules.entries import names_of
-from ..terms.layout import Layout
-from ..terms.owners import NOBODY, Owners
+from ..terms.owners import NOBODY
 from ..torch_internals import (
     entering_shape,
     node_outputs,
@@ -119,7 +118,7 @@ def _apart_in_any_order(rows: Measured, position: int, slot: int, whole: Tensor)
         slot: which of its inputs it is about.
         whole: the owners of the rows that the node reads there, and others too.
     """
-    if not isinstance(rows.about.arranged(whole).ownership, Owners):
+    if bool(((whole == NOBODY) & (_as_arranged(rows, whole) != NOBODY)).any()):
         return False  # a layout that is not sure would tell of rows that nobody watches
     if position in rows.structure.inner:
         return _within_call_of_same_rows(rows, position, whole)
@@ -183,7 +182,7 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
     return found
 
 
-def moved_unseen(rows: Measured, device: torch.device) -> dict[Key, Junction]:
+def moved_unseen(rows: Measured, device: torch.device) -> tuple[dict[Key, Junction], frozenset[int]]:
     """Outputs of nodes that move rows which no gradient came to, perhaps to where another example's seem to lie.
 
     That such rows lie as the others do is an inference, and so it is for those that they are moved to. What the node's
@@ -192,28 +191,57 @@ def moved_unseen(rows: Measured, device: torch.device) -> dict[Key, Junction]:
     Args:
         rows: what was measured.
         device: where to put what is not known.
+
+    Returns:
+        The outputs; and the positions of all nodes that move rows and of which nothing is left to be known.
     """
     found: dict[Key, Junction] = {}
+    settled: set[int] = set()
     skip = rows.shared | rows.silent | rows.idle | rows.structure.inner
     for position, node in enumerate(rows.traced.order):
         if position in skip or operator_name(node) not in REPLACING or not rows.structure.trains[position]:
             continue
-        if not _gaps(rows, position) or _moves_as_inferred(rows, position):
-            continue
+        moves = _moves_unseen(rows, position) if _gaps(rows, position) else _Moves()
+        if moves.settled:
+            settled.add(position)
         for number in range(len(node_outputs(node))):
             owners = rows.nodes.get((position, number))
-            if owners is not None and rows.about.present(owners).nobody:
+            if owners is None or not rows.about.present(owners).nobody:
+                continue
+            silent = owners == NOBODY
+            unknown = silent if moves.otherwise else silent & (_as_arranged(rows, owners) == NOBODY)
+            if moves.otherwise or (moves.from_unknown and bool(unknown.any())):
                 ownership = rows.about.arranged(owners).ownership
-                found[position, number] = Junction(ownership, (owners == NOBODY).to(device), by_index=False, moved=True)
-    return found
+                found[position, number] = Junction(ownership, unknown.to(device), by_index=False, moved=True)
+    return found, frozenset(settled)
 
 
-def _moves_as_inferred(rows: Measured, position: int) -> bool:
+class _Moves(NamedTuple):
+    """What a node does with rows without a gradient.
+
+    Attributes:
+        otherwise: some whose owner is inferred go elsewhere than to a row that seems to be of the same example, or that
+            cannot be told.
+        from_unknown: some whose owner is not known go to a row that seems to be of an example.
+        to_unknown: some go to a row whose owner is not known.
+    """
+
+    otherwise: bool = False
+    from_unknown: bool = False
+    to_unknown: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether all is known."""
+        return not any(self)
+
+
+def _moves_unseen(rows: Measured, position: int) -> _Moves:
     """Whether rows without a gradient, by where their own seem to lie, go to where rows of the same example seem to."""
     node = rows.traced.order[position]
     outputs = node_outputs(node)
     if any(output.is_nested_tensor for output in outputs):
-        return False
+        return _Moves(otherwise=True)
     shapes = [tuple(output.shape) for output in outputs]
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
@@ -229,17 +257,23 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
         return [torch.zeros(0) if part is None else part.cpu() for part in passed]
 
     try:
-        counts, fed = moved([torch.ones_like(of) for of in given]), moved(unseen)
+        inferred = [places & (of != NOBODY) for of, places in zip(given, unseen, strict=True)]
+        unknown = [places & (of == NOBODY) for of, places in zip(given, unseen, strict=True)]
+        counts, fed, doubted = moved([torch.ones_like(of) for of in given]), moved(inferred), moved(unknown)
         asked: list[tuple[int, Tensor, Tensor]] = []  # which input, which elements of it, whose these seem to be
+        from_unknown = to_unknown = False
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or not fed[slot].numel() or not rows.structure.trained_behind(child):
                 continue
             if child < 0 and rows.structure.is_input(child):
-                return False
+                return _Moves(otherwise=True)
             if child < 0 or child in apart:
                 continue
             behind = _inferred(rows, (child, node.next_functions[slot][1]), tuple(fed[slot].shape))
-            places = ((fed[slot] != 0) & (behind != NOBODY)).flatten().nonzero().squeeze(1)
+            known = behind != NOBODY
+            from_unknown |= bool(((doubted[slot] != 0) & known).any())
+            to_unknown |= bool((((doubted[slot] != 0) | (fed[slot] != 0)) & ~known).any())
+            places = ((fed[slot] != 0) & known).flatten().nonzero().squeeze(1)
             if len(places):
                 asked.append((slot, places, behind.expand(fed[slot].shape).take(places)))
         times = [counts[slot].take(places) for slot, places, _ in asked]
@@ -251,10 +285,10 @@ def _moves_as_inferred(rows: Measured, position: int) -> bool:
                 for (slot, places, owners), many in zip(asked, times, strict=True):
                     expected = many * _digit(owners, power, base, rows.n) ** exponent
                     if not bool((arrived[slot].take(places) == expected).all()):
-                        return False
+                        return _Moves(otherwise=True)
     except RuntimeError:  # an operator that is particular about its gradients
-        return False
-    return True
+        return _Moves(otherwise=True)
+    return _Moves(False, from_unknown, to_unknown)
 
 
 def _base(types: Sequence[torch.dtype]) -> int:
@@ -284,9 +318,10 @@ def _inferred(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unseen(rows: Measured, key: Key, shape: tuple[int, ...]) -> Tensor:
-    """Which elements of an output are in rows that no gradient came to, as numbers that broadcast likewise."""
+    """Which elements of an output are in rows that no gradient came to, such that it broadcasts likewise."""
     owners = rows.nodes.get(key)
-    return torch.ones((1,) * len(shape)) if owners is None else _of_elements((owners == NOBODY).float(), shape)
+    silent = torch.ones((), dtype=torch.bool) if owners is None else owners == NOBODY
+    return _of_elements(silent, shape)
 
 
 def _of_elements(of_rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -383,8 +418,6 @@ def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor, own: Ten
 def _as_arranged(rows: Measured, owners: Tensor) -> Tensor:
     """Owners of rows, with those that no gradient comes to and of which their arrangement tells."""
     arrangement = rows.about.arranged(owners)
-    if not isinstance(arrangement.ownership, Layout):
-        return owners
     whole = rows.laid_out(arrangement.ownership, owners)
     # What is not known is watched.
     return whole if arrangement.unknown is None else torch.where(arrangement.unknown, NOBODY, whole)

@@ -15,7 +15,7 @@ from ..capture.calls import Wrapper
 from ..distributed import on_any
 from ..rules.entries import owners_of
 from ..terms.layout import PLAIN, Layout
-from ..terms.owners import NOBODY
+from ..terms.owners import NOBODY, Ownership
 from ..torch_internals import node_outputs
 from .arrangement import Arrangement, Arrangements
 from .opaque import is_users
@@ -149,9 +149,9 @@ class Measured:
             return Arrangement(PLAIN)
         return None if owners is None else self.about.arranged(owners, self.blind.get((position, number)))
 
-    def laid_out(self, layout: Layout, owners: Tensor) -> Tensor:
-        """The owners of all rows by a layout, whether or not a gradient came to them."""
-        of = owners_of(layout, tuple(owners.shape), self.n, owners.device).of
+    def laid_out(self, ownership: Ownership, owners: Tensor) -> Tensor:
+        """The owners of all rows by their arrangement, whether or not a gradient came to them."""
+        of = owners_of(ownership, tuple(owners.shape), self.n, owners.device).of
         return of.view([*of.shape, *[1] * (owners.dim() - of.dim())]).expand_as(owners)
 
     # -- calls ---------------------------------------------------------------------------------------------------

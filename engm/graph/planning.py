@@ -372,6 +372,7 @@ class _Planner:
             and not parted_by_zeros(self.rows, routed)
             and not closed_to_others(self.rows)
         )
+        watched, settled = self._junctions() if keeps else ({}, frozenset())
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
@@ -397,7 +398,8 @@ class _Planner:
             ),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
-            junctions=self._junctions() if keeps else {},
+            junctions=watched,
+            settled=settled,
         )
 
     def _seen(self) -> dict[Key, Ownership | None]:
@@ -408,10 +410,11 @@ class _Planner:
             if key[0] not in self.rows.silent
         }
 
-    def _junctions(self) -> dict[Key, Junction]:
-        """The outputs of which some rows without a gradient are watched."""
+    def _junctions(self) -> tuple[dict[Key, Junction], frozenset[int]]:
+        """The outputs of which some rows without a gradient are watched; the nodes that move rows as all others lie."""
         device = self.losses.device
-        return junctions(self.rows, self.arranged, device) | moved_unseen(self.rows, device)
+        moved, settled = moved_unseen(self.rows, device)
+        return junctions(self.rows, self.arranged, device) | moved, settled
 
     def _behind_entries(self) -> set[int]:
         """The nodes behind the edges by which something enters."""

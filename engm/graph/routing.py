@@ -192,7 +192,8 @@ class HashedOnce:
 def skeleton_of(traced: Trace, n: int) -> Hashable:
     """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes.
 
-    All trained parameters count, since a function of the user's may hide some of them from the graph.
+    All trained parameters count, since a function of the user's may hide some of them from the graph. How many examples
+    there are does not, but for a single one, which shares nothing with others.
     """
     calls = tuple([(id(c.module), id(c.rule), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
@@ -200,11 +201,11 @@ def skeleton_of(traced: Trace, n: int) -> Hashable:
     # Trained parameters are known by identity, all else, which may be new at every step, by its place.
     own = set(trained)
     leaves = tuple([k if k in own else isinstance(leaf, nn.Parameter) for k, leaf in traced.leaves.items()])
-    return HashedOnce((n, traced.kinds, edges, calls, leaves, trained))
+    return HashedOnce((n == 1, traced.kinds, edges, calls, leaves, trained))
 
 
-def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
-    """What a plan depends on besides the values of routes: the graph's skeleton, options, and shapes.
+def signature_of(traced: Trace, skeleton: Hashable, n: int) -> Hashable:
+    """What a plan depends on besides the values of routes: the graph's skeleton, options, shapes, number of examples.
 
     These are the things themselves and not their hashes, which are the same for -1 and -2.
     """
@@ -221,7 +222,7 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
     calls = tuple([call.shape for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    return HashedOnce((skeleton, tuple(shapes), tuple(options), calls, leaves, inputs))
+    return HashedOnce((skeleton, n, tuple(shapes), tuple(options), calls, leaves, inputs))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.
