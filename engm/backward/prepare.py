@@ -93,7 +93,7 @@ def planned_losses(
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
         model.skeletons.held(skeleton)
         graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
-    elif known is not None and tells(known) and not model.skeletons.often(signature):
+    elif known is not None and not (is_recorded() or model.skeletons.often(signature)) and tells(known):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
         model.skeletons.told(skeleton, signature)

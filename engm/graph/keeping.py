@@ -7,7 +7,8 @@ no gradient came to: another batch may bring one, and then nothing must turn out
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from math import gcd, prod
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ REPLACING = names_of(
     Squeeze Stack T Take Topk Transpose Tril Triu Unbind UnsafeIndex UnsafeView Unsqueeze View
     """
 )
+
+# Those of them that may put elements of the last dimension elsewhere although it is as long as before.
+TURNING = names_of("Gather Index IndexPut IndexPutImpl Movedim Permute Rot90 Scatter ScatterAdd T Take Transpose")
+
+# Those of them that leave elements in their order.
+IN_ORDER = frozenset(["ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"])
+
+# Operators that reduce dimensions, by numbers that may let no gradient pass to some elements.
+CLOSING = CHOOSING | names_of("Aminmax Kthvalue Logsumexp Mode Std StdMean Var VarMean")
 
 # Operators that pass on what comes to a row of their output to the same row of their input, if to any: to one that has
 # the same place along the leading dimensions that both have.
@@ -142,7 +152,7 @@ def closed_to_others(rows: Measured) -> bool:
         name = operator_name(node)
         chooses = _chooses(node)
         moves = (name in MOVING or name in HANDING_ON) and not chooses
-        if moves or position in rows.shared or position in rows.idle:
+        if position in rows.shared or position in rows.idle:
             continue
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or child in rows.shared or not rows.structure.trained_behind(child):
@@ -150,12 +160,131 @@ def closed_to_others(rows: Measured) -> bool:
             if child in rows.silent:  # and so watched
                 continue
             whole = rows.nodes.get((child, node.next_functions[slot][1]))
-            if whole is None or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
+            if whole is None:
                 continue
             own = rows.nodes.get((position, 0))
+            if any(_closes_elements(rows, position, slot, whole, part) for part in _parts(rows, position)):
+                return True
+            if _turns(node, slot) and _turned(rows, position, slot, whole):
+                return True
+            if moves or not ((position, slot) in rows.edges or rows.about.present(whole).nobody):
+                continue
             if _chooses_among(rows, node, slot, whole) if chooses else _disagrees(rows, position, slot, whole, own):
                 return True
     return False
+
+
+def _turns(node: Any, slot: int) -> bool:
+    """Whether a node may put elsewhere what lies along the last dimension of an input."""
+    name = operator_name(node)
+    if name not in REPLACING:
+        return False
+    return name in TURNING or output_shape(node)[-1:] != entering_shape(*node.next_functions[slot])[-1:]
+
+
+def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
+    """Whether a node puts elements of a row where, as its other elements tell, a row of another example lies.
+
+    They got no gradient, or they would tell.
+
+    Args:
+        rows: what was measured.
+        position: of the node.
+        slot: which of its inputs it is about.
+        whole: the owners of the rows that the node reads there.
+    """
+    given = rows.nodes.get((position, 0))
+    if given is None or not given.numel() or not whole.numel():
+        return False
+    matched = _matched(rows.traced.order[position], slot, [_as_arranged(rows, given)], _as_arranged(rows, whole))
+    if matched is None:
+        return _moves_unseen(rows, position).elements
+    (own,), whole = matched
+    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+
+
+def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:
+    """What is said of rows of a node's output and of one of its inputs, such that they broadcast against each other.
+
+    Args:
+        node: may put rows and elements elsewhere, each to one place.
+        slot: which of its inputs.
+        own: what is said of the rows of the output, each ``[*leading]``, all of one shape.
+        whole: what is said of the rows of the input.
+
+    Returns:
+        The same by element, or by as many elements that stay together; None where the node would have to be asked.
+    """
+    name = operator_name(node)
+    out, shape = output_shape(node), entering_shape(*node.next_functions[slot])
+    if name in IN_ORDER and prod(out) == prod(shape):
+        sizes = [prod(out) // max(owners.numel(), 1) for owners in (own[0], whole)]
+        unit = gcd(*sizes)
+        found = [part.flatten().repeat_interleave(sizes[0] // unit) for part in own]
+        return found, whole.flatten().repeat_interleave(sizes[1] // unit)
+    if name in ("Permute", "T", "Transpose"):
+        dims = list(range(len(out)))
+        if name == "Permute":
+            dims = [dim % len(out) for dim in cast(Sequence[int], saved_option(node, "dims"))]
+        else:
+            pair = (-2, -1) if name == "T" else (saved_option(node, "dim0"), saved_option(node, "dim1"))
+            first, second = (cast(int, dim) % len(out) for dim in pair)
+            dims[first], dims[second] = dims[second], dims[first]
+        back = [dims.index(dim) for dim in range(len(out))]
+        return [_of_elements(part, out).permute(back) for part in own], _of_elements(whole, shape)
+    return None
+
+
+def _parts(rows: Measured, position: int) -> list[Tensor]:
+    """The owners of those outputs of a node that have the shape of the first."""
+    shape = output_shape(rows.traced.order[position])
+    outputs = enumerate(node_outputs(rows.traced.order[position]))
+    found = [rows.nodes.get((position, number)) for number, output in outputs if tuple(output.shape) == shape]
+    return [owners for owners in found if owners is not None]
+
+
+def _closes_elements(rows: Measured, position: int, slot: int, whole: Tensor, own: Tensor) -> bool:
+    """Whether an element of a row that a node reads would get a gradient of another example than the row's.
+
+    A row of which one example alone had a gradient seems to be this example's as a whole. Where the examples lie along
+    its elements, as in a product with features in front, the others are only closed for now.
+
+    Args:
+        rows: what was measured.
+        position: of the node.
+        slot: which of its inputs it is about.
+        whole: the owners of the rows that the node reads there.
+        own: those of one of its outputs.
+    """
+    node = rows.traced.order[position]
+    name = operator_name(node)
+    out, given = output_shape(node), entering_shape(*node.next_functions[slot])
+    if own.dim() < len(out) or whole.dim() == len(given) or None in rows.traced.shapes[position]:
+        return False
+    by_element = (name in ELEMENTWISE and name not in PARTS) or out == given
+    if not by_element:
+        dims = _reduced(node, len(given))
+        if dims is None or len(out) != len(given) - len(dims) * (len(out) != len(given)):
+            return False
+        for dim in sorted(dims) if len(out) < len(given) else ():
+            own = own.unsqueeze(dim)
+    rank = max(len(out), len(given))
+    own = _as_arranged(rows, own) if by_element else own
+    own = own.view([*[1] * (rank - own.dim()), *own.shape])
+    whole = _as_arranged(rows, whole)
+    whole = whole.view([*[1] * (rank - len(given)), *whole.shape, *[1] * (len(given) - whole.dim())])
+    if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
+        return False
+    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+
+
+def _reduced(node: Any, rank: int) -> set[int] | None:
+    """The dimensions of its input that a node reduces, if it does that by numbers which may let no gradient pass."""
+    if operator_name(node) not in CLOSING:
+        return None
+    along: Any = saved_option(node, "dim")
+    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    return {dim % rank for dim in dims} or set(range(rank))
 
 
 def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device: torch.device) -> dict[Key, Junction]:
@@ -171,10 +300,11 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
     for (position, number), owners in rows.nodes.items():
         if position in rows.shared or position in rows.silent or not rows.structure.trains[position]:
             continue
-        known = any(arranged.get(call) is not None for call in rows.structure.calls_at.get(position, ()))
-        if known or not rows.about.present(owners).nobody:
+        calls = [call for call in rows.structure.calls_at.get(position, ()) if arranged.get(call) is not None]
+        coarse = any(rows.traced.calls[call].rule.whole_call for call in calls)  # known by their batch alone
+        if (calls and not coarse) or not rows.about.present(owners).nobody:
             continue
-        if position in meeting or repeats_rows(rows.traced, position, skip):
+        if coarse or position in meeting or repeats_rows(rows.traced, position, skip):
             arrangement = rows.about.arranged(owners)
             if arrangement.unknown is not None:
                 by_index = operator_name(rows.traced.order[position]) in PICKING
@@ -224,11 +354,13 @@ class _Moves(NamedTuple):
             cannot be told.
         from_unknown: some whose owner is not known go to a row that seems to be of an example.
         to_unknown: some go to a row whose owner is not known.
+        elements: of rows with a gradient, some elements go to a row that seems to be of another example.
     """
 
     otherwise: bool = False
     from_unknown: bool = False
     to_unknown: bool = False
+    elements: bool = False
 
     @property
     def settled(self) -> bool:
@@ -242,6 +374,36 @@ def _moves_unseen(rows: Measured, position: int) -> _Moves:
     outputs = node_outputs(node)
     if any(output.is_nested_tensor for output in outputs):
         return _Moves(otherwise=True)
+    found = _moves_by_shape(rows, position)
+    return _moves_as_asked(rows, position) if found is None else found
+
+
+def _moves_by_shape(rows: Measured, position: int) -> _Moves | None:
+    """The same for a node whose arguments tell where every element goes; None for any other."""
+    node = rows.traced.order[position]
+    (child,), owners = rows.traced.children[position][:1], rows.nodes.get((position, 0))
+    if owners is None or child is None or child < 0 or not owners.numel():
+        return None
+    whole = rows.nodes.get((child, node.next_functions[0][1]))
+    if whole is None or not whole.numel() or child in rows.shared | rows.silent | rows.structure.inner:
+        return None
+    matched = _matched(node, 0, [_as_arranged(rows, owners), owners == NOBODY], _as_arranged(rows, whole))
+    if matched is None:
+        return None
+    (own, silent), whole = matched
+    known, apart = own != NOBODY, (own != whole) & (whole != NOBODY)
+    return _Moves(
+        bool((silent & known & apart).any()),
+        bool((silent & ~known & (whole != NOBODY)).any()),
+        bool((silent & (whole == NOBODY)).any()),
+        bool((~silent & apart).any()),
+    )
+
+
+def _moves_as_asked(rows: Measured, position: int) -> _Moves:
+    """The same for any node: its backward pass says where every element goes."""
+    node = rows.traced.order[position]
+    outputs = node_outputs(node)
     shapes = [tuple(output.shape) for output in outputs]
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
@@ -259,9 +421,9 @@ def _moves_unseen(rows: Measured, position: int) -> _Moves:
     try:
         inferred = [places & (of != NOBODY) for of, places in zip(given, unseen, strict=True)]
         unknown = [places & (of == NOBODY) for of, places in zip(given, unseen, strict=True)]
-        counts, fed, doubted = moved([torch.ones_like(of) for of in given]), moved(inferred), moved(unknown)
-        asked: list[tuple[int, Tensor, Tensor]] = []  # which input, which elements of it, whose these seem to be
-        from_unknown = to_unknown = False
+        counts, fed, doubted = moved([of != NOBODY for of in given]), moved(inferred), moved(unknown)
+        asked: list[tuple[int, Tensor, Tensor]] = []  # which input, whose its elements seem to be, which of them tell
+        from_unknown = to_unknown = elements = False
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or not fed[slot].numel() or not rows.structure.trained_behind(child):
                 continue
@@ -273,22 +435,23 @@ def _moves_unseen(rows: Measured, position: int) -> _Moves:
             known = behind != NOBODY
             from_unknown |= bool(((doubted[slot] != 0) & known).any())
             to_unknown |= bool((((doubted[slot] != 0) | (fed[slot] != 0)) & ~known).any())
-            places = ((fed[slot] != 0) & known).flatten().nonzero().squeeze(1)
-            if len(places):
-                asked.append((slot, places, behind.expand(fed[slot].shape).take(places)))
-        times = [counts[slot].take(places) for slot, places, _ in asked]
-        several = any(bool((many != 1).any()) for many in times)
+            telling = (counts[slot] != 0) & known
+            if bool(telling.any()):
+                asked.append((slot, behind, telling))
+        several = any(bool((counts[slot] > 1).any()) for slot, _, _ in asked)
         for power in range(_digits(rows.n, base) if asked else 0):
             code = [torch.where(of == NOBODY, 0, _digit(of, power, base, rows.n)) for of in given]
             for exponent in (1, 2) if several else (1,):  # a sum of numbers and of their squares: of equal ones, or not
                 arrived = moved([of**exponent for of in code])
-                for (slot, places, owners), many in zip(asked, times, strict=True):
-                    expected = many * _digit(owners, power, base, rows.n) ** exponent
-                    if not bool((arrived[slot].take(places) == expected).all()):
+                for slot, owners, telling in asked:
+                    expected = counts[slot] * _digit(owners, power, base, rows.n) ** exponent
+                    wrong = (arrived[slot] != expected) & telling
+                    if bool((wrong & (fed[slot] != 0)).any()):
                         return _Moves(otherwise=True)
+                    elements |= bool(wrong.any())
     except RuntimeError:  # an operator that is particular about its gradients
         return _Moves(otherwise=True)
-    return _Moves(False, from_unknown, to_unknown)
+    return _Moves(False, from_unknown, to_unknown, elements)
 
 
 def _base(types: Sequence[torch.dtype]) -> int:

@@ -385,8 +385,8 @@ class _History:
 class Skeletons:
     """The latest plan of every skeleton of a graph, and whether graphs of it have to be measured again and again.
 
-    They have where the plans that are kept hold for few graphs, and where several plans in a row were such that they are
-    not kept.
+    They have where the plans that are kept hold for few graphs, and where several plans in a row were such that they
+    are not kept.
     """
 
     def __init__(self) -> None:

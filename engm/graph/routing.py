@@ -507,7 +507,7 @@ def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
     """Whether a row that a node reads may come up in several rows of its output, as a whole or in parts."""
     node = traced.order[position]
     name = operator_name(node)
-    if name in SPLITTING and not _keeps_rows(node, name):
+    if _spreads_last(node) or (name in SPLITTING and not _keeps_rows(node, name)):
         return True
     if name in PICKING:
         ones = torch.ones(output_shape(node), dtype=node_outputs(node)[0].dtype, device=node_outputs(node)[0].device)
@@ -517,6 +517,17 @@ def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
     if name in ELEMENTWISE or name in ("Expand", "Repeat"):
         return bool(_repeated(traced, position, skip))
     return name not in MOVING and name not in HANDING_ON and not hands_on(node)
+
+
+def _spreads_last(node: Node) -> bool:
+    """Whether the last dimension of what a node reads is the only one of its output, of which each element is a row."""
+    shape = output_shape(node)
+    given = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
+    if len(shape) != 1 or not any(len(one) > 1 and one[-1] == shape[0] for one in given):
+        return False
+    along: Any = saved_option(node, "dim")  # along which it reduces, or picks
+    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    return not any(isinstance(dim, int) and _dimension(dim, len(one)) == len(one) - 1 for one in given for dim in dims)
 
 
 def _keeps_rows(node: Node, name: str) -> bool:
