@@ -69,7 +69,8 @@ def planned_losses(
 
     def measured() -> Plan:
         with unrecorded():
-            plan = make_plan(model, traced, losses, scale.factor, known is not None and known.cancels)
+            cancels, once = known is not None and known.cancels, not model.skeletons.come_again(skeleton)
+            plan = make_plan(model, traced, losses, scale.factor, cancels, once)
         if old is not None:
             model.skeletons.surprised(skeleton)
         # Plans that stand alone do not add up; others mostly do before long.

@@ -27,7 +27,7 @@ from .arrangement import Arrangement
 from .measured import Measured
 from .owners import Key
 from .plan import Junction
-from .routing import ALONG, CHOOSING, ELEMENTWISE, FIXED, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
+from .routing import ALONG, BY_INDICES, CHOOSING, ELEMENTWISE, FIXED, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
 
 # Operators that put elements elsewhere and leave them as they are, so that numbers of examples can be moved by them.
 REPLACING = names_of(
@@ -40,7 +40,7 @@ REPLACING = names_of(
 )
 
 # Those of them that may put elements of the last dimension elsewhere although it is as long as before.
-TURNING = names_of("Gather Index IndexPut IndexPutImpl Movedim Permute Rot90 Scatter ScatterAdd T Take Transpose")
+TURNING = names_of("Gather Movedim Permute Rot90 Scatter ScatterAdd T Take Transpose")
 
 # Those of them that leave elements in their order.
 IN_ORDER = frozenset(["ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"])
@@ -179,7 +179,8 @@ def _turns(node: Any, slot: int) -> bool:
     name = operator_name(node)
     if name not in REPLACING:
         return False
-    return name in TURNING or output_shape(node)[-1:] != entering_shape(*node.next_functions[slot])[-1:]
+    out, given = output_shape(node), entering_shape(*node.next_functions[slot])
+    return name in TURNING or out[-1:] != given[-1:] or (name in BY_INDICES and len(out) != len(given))
 
 
 def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
@@ -193,10 +194,14 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
         slot: which of its inputs it is about.
         whole: the owners of the rows that the node reads there.
     """
-    given = rows.nodes.get((position, 0))
-    if given is None or not given.numel() or not whole.numel():
+    node, given = rows.traced.order[position], rows.nodes.get((position, 0))
+    shape = entering_shape(*node.next_functions[slot])
+    if given is None or not given.numel() or not whole.numel() or shape[-1:] == (1,) or whole.dim() == len(shape):
         return False
-    matched = _matched(rows.traced.order[position], slot, [_as_arranged(rows, given)], _as_arranged(rows, whole))
+    along = saved_option(node, "dim")
+    if isinstance(along, int) and along % len(shape) == len(shape) - 1 and output_shape(node)[:-1] == shape[:-1]:
+        return False  # elements stay in their row
+    matched = _matched(node, slot, [_as_arranged(rows, given)], _as_arranged(rows, whole))
     if matched is None:
         return _moves_unseen(rows, position).elements
     (own,), whole = matched

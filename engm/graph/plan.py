@@ -27,6 +27,7 @@ RESTLESS = 3  # plans that were made and have not paid off, before the rows of g
 NEW_CHECKS = 16  # structures that are checked when they are met, however many come
 APART = 20  # graphs between the checks of further ones
 MOST_ROUTINGS = 8  # kept of one structure
+CHANGING = 16  # plans of any skeletons that have not paid off, before one is kept of a skeleton met twice alone
 STEADY = 8  # graphs that a plan has to hold for, so that it has paid off to measure one
 
 
@@ -391,10 +392,12 @@ class Skeletons:
 
     def __init__(self) -> None:
         self._histories: dict[Hashable, _History] = {}
+        self._unpaid = 0.0  # plans of all skeletons, as in their histories
         self._without: dict[Hashable, int] = {}  # by signature, graphs without a plan; more than STEADY: one was made
 
     def held(self, skeleton: Hashable) -> None:
         """A plan that is kept held for a graph of this skeleton."""
+        self._unpaid = max(0, self._unpaid - 1 / STEADY)
         if skeleton in self._histories:
             history = self._histories[skeleton]
             history.unpaid = max(0, history.unpaid - 1 / STEADY)
@@ -412,12 +415,17 @@ class Skeletons:
         history = self._histories.get(skeleton)
         return history is not None and history.brief >= most
 
+    def come_again(self, skeleton: Hashable) -> bool:
+        """Whether graphs of this skeleton are likely to be met again: it is not one of many that were met once."""
+        return self._unpaid < CHANGING or skeleton in self._histories
+
     def often(self, signature: Hashable) -> bool:
         """Whether graphs with this signature are met often enough that it pays off to try and make a plan for them."""
         return self._without.get(signature) == STEADY
 
     def measured(self, skeleton: Hashable, signature: Hashable, plan: Plan) -> None:
         """A graph of this skeleton and signature was measured."""
+        self._unpaid += 1
         self._note_without(signature, STEADY + 1)
         if skeleton not in self._histories and len(self._histories) >= MOST_PLANS:
             del self._histories[next(iter(self._histories))]

@@ -53,7 +53,9 @@ from .structure import Structure
 from .trace import Trace
 
 
-def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, cancels: bool = False) -> Plan:
+def make_plan(
+    model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, cancels: bool = False, once: bool = False
+) -> Plan:
     """The plan of a graph.
 
     Args:
@@ -62,6 +64,7 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
         losses: ``[n]``.
         seed: what losses are multiplied by in backward passes (a loss scale for float16).
         cancels: shares of other examples cancelled in graphs of the same skeleton, so look there at once.
+        once: the plan is for this graph alone, so that it is of no interest for which others it would hold.
 
     Raises:
         RuntimeError: the examples influence each other and the model refuses that, or a parameter is used where its
@@ -71,17 +74,17 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
     check_parameters(traced)
     refuse_hidden_passes(traced, losses, seed)
     with recomputed_once():
-        return _made_plan(model, traced, losses, seed, cancels)
+        return _made_plan(model, traced, losses, seed, cancels, once)
 
 
-def _made_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float, cancels: bool) -> Plan:
+def _made_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float, cancels: bool, once: bool) -> Plan:
     """The plan of a graph, see :func:`make_plan`, which nothing hidden was found in."""
     found = _plan_behind(model, traced, losses, seed) if cancels else None
     if found is None:
         front = _Planner(model, traced, losses, seed)
         looks = front.may_look_behind() and front.couples()
         found = _plan_behind(model, traced, losses, seed, front) if looks else None
-        found = front.planned() if found is None else found
+        found = front.planned(once=once) if found is None else found
     return found
 
 
@@ -323,11 +326,12 @@ class _Planner:
 
     # -- the plan ----------------------------------------------------------------------------------------------
 
-    def planned(self, exact: bool = False) -> Plan:
+    def planned(self, exact: bool = False, once: bool = False) -> Plan:
         """The plan.
 
         Args:
             exact: take the gradients of all losses through what looks like a coupling, whatever the model says.
+            once: as in :func:`make_plan`.
         """
         entries, unknown_of_nodes = [], {}
         coupled = False
@@ -357,8 +361,8 @@ class _Planner:
         ]
         couplings = tuple(p for p in self.couplings if p not in self.rows.shared | self.rows.silent)
         sinks = sinks_of(self.traced, layouts, positions)
-        routes, keeps = self._routes()
-        opaque, watchable = self._opaque()
+        routes, keeps = ([], False) if once else self._routes()
+        opaque, watchable = ([], False) if once else self._opaque()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         routed = {route.position for route in routes}
