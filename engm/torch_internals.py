@@ -241,12 +241,18 @@ def saved_options(node: Node) -> tuple[Any, ...]:
     return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
 
 
-def options_reader(node: Node) -> Callable[[Node], Hashable]:
-    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone."""
-    names = [f"_saved_{name}" for name in _saved_names(_kind(node))[0]]
-    if not names or any(isinstance(getattr(node, name), list) for name in names):
-        return saved_options
-    return operator.attrgetter(*names)
+def options_reader(node: Node, names: Sequence[str] | None = None) -> Callable[[Node], Hashable]:
+    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone.
+
+    Args:
+        node: any of its kind.
+        names: of the options to read; all if not given.
+    """
+    read = _saved_names(_kind(node))[0] if names is None else names
+    attributes = [f"_saved_{name}" for name in read]
+    if not attributes or any(isinstance(getattr(node, name), list) for name in attributes):
+        return saved_options if names is None else lambda node: tuple([saved_option(node, name) for name in names])
+    return operator.attrgetter(*attributes)
 
 
 def _plain(value: Any) -> Any:

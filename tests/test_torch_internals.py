@@ -314,6 +314,12 @@ def test_options_reader():
     assert first == same
     assert first not in others
     assert internals.options_reader((leaf(2) * leaf(2)).grad_fn)(nodes[0]) == internals.saved_options(nodes[0])
+    by_dim = internals.options_reader(nodes[0], ["dim"])
+    assert by_dim(nodes[0]) == by_dim(nodes[3]) != by_dim(nodes[2])
+    shapes = [torch.nn.functional.layer_norm(leaf(3, 4), shape).grad_fn for shape in ((4,), (4,), (3, 4))]
+    one, alike, other = map(internals.options_reader(shapes[0], ["normalized_shape"]), shapes)
+    assert hash(one) == hash(alike)
+    assert one == alike != other
 
 
 def test_saved_options():

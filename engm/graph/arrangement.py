@@ -139,6 +139,10 @@ class Arrangements:
         """See :func:`varying`."""
         return self._once("varying", owners, lambda: varying(owners, self.n))
 
+    def examples(self, owners: Tensor) -> Tensor:
+        """Which examples have rows, ``[n]``."""
+        return self._once("examples", owners, lambda: _examples(owners, self.n))
+
     def present(self, owners: Tensor) -> Present:
         """What occurs among the owners."""
         return self._once("present", owners, lambda: _present(owners))
@@ -157,6 +161,12 @@ def _present(owners: Tensor) -> Present:
     several, nobody = bool((owners == SEVERAL).any()), bool((owners == NOBODY).any())
     highest = int(owners.max())
     return Present(several, nobody, several or highest >= 0, highest > 0)
+
+
+def _examples(owners: Tensor, n: int) -> Tensor:
+    found = torch.zeros(n, dtype=torch.bool, device=owners.device)
+    found[owners[owners >= 0]] = True
+    return found
 
 
 def without_trailing(owners: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from ..rules.entries import names_of
 from ..terms.owners import NOBODY
 from ..torch_internals import (
     entering_shape,
+    is_compiled_region,
+    is_opaque,
     node_outputs,
     operator_name,
     output_shape,
@@ -25,7 +27,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement
 from .measured import Measured
-from .owners import Key
+from .owners import Key, dense
 from .plan import Junction
 from .routing import ALONG, BY_INDICES, CHOOSING, ELEMENTWISE, FIXED, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
 
@@ -61,6 +63,12 @@ ROW_BY_ROW = (
     """
     )
 )
+
+# How many operators are looked through, one behind the other, for the owners of elements that one of them closes.
+FURTHER = 8
+
+# Errors of rounding by which what a node passes on may differ from the same share of one number.
+ROUNDINGS_OF_A_MOVE = 8
 
 
 def parted_by_zeros(rows: Measured, routed: Collection[int]) -> bool:
@@ -305,11 +313,19 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
     for (position, number), owners in rows.nodes.items():
         if position in rows.shared or position in rows.silent or not rows.structure.trains[position]:
             continue
+        if not rows.about.present(owners).nobody:
+            continue
         calls = [call for call in rows.structure.calls_at.get(position, ()) if arranged.get(call) is not None]
         coarse = any(rows.traced.calls[call].rule.whole_call for call in calls)  # known by their batch alone
-        if (calls and not coarse) or not rows.about.present(owners).nobody:
+        if calls and not coarse:
             continue
-        if coarse or position in meeting or repeats_rows(rows.traced, position, skip):
+        if coarse and len(rows.traced.shapes[position][number] or ()) == 1:  # one row, which hides whose elements are
+            told = _by_readers(rows, (position, number), owners, FURTHER)
+            unknown = (owners == NOBODY) & (told != owners.amax())
+            if bool(unknown.any()):
+                ownership = rows.about.arranged(owners).ownership
+                found[position, number] = Junction(ownership, unknown.to(device), by_index=False)
+        elif coarse or position in meeting or repeats_rows(rows.traced, position, skip):
             arrangement = rows.about.arranged(owners)
             if arrangement.unknown is not None:
                 by_index = operator_name(rows.traced.order[position]) in PICKING
@@ -317,11 +333,43 @@ def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device
     return found
 
 
+def owners_by_readers(rows: Measured, number: int, owners: Tensor) -> Tensor:
+    """The owners ``[*leading]`` of a call's output by the rows of the operators that read it, element by element.
+
+    An operator may pass no gradient on to an element, as a ReLU does below zero, although one comes to its own.
+
+    Args:
+        rows: what was measured.
+        number: of the call.
+        owners: of the rows of its output.
+    """
+    if rows.traced.seen_by_collector(number):
+        return torch.full_like(owners, NOBODY)
+    return _by_readers(rows, (rows.place_of(number), rows.traced.calls[number].output_nr), owners, FURTHER)
+
+
+def _by_readers(rows: Measured, key: Key, owners: Tensor, further: int) -> Tensor:
+    """See :func:`owners_by_readers`; by so many operators one behind the other at most."""
+    found, nobody = None, torch.full_like(owners, NOBODY)
+    for reader in set(rows.structure.parents[key[0]]):
+        node, own = rows.traced.order[reader], rows.nodes.get((reader, 0))
+        edges = zip(rows.traced.children[reader], node.next_functions, strict=True)
+        if not any(child == key[0] and edge[1] == key[1] for child, edge in edges):
+            continue
+        alike = rows.traced.shapes[reader][0] == rows.traced.shapes[key[0]][key[1]]
+        if operator_name(node) not in ELEMENTWISE or not alike or own is None or own.shape != owners.shape:
+            return nobody
+        told = torch.where(own == NOBODY, _by_readers(rows, (reader, 0), own, further - 1), own) if further else own
+        found = told if found is None else torch.where(found == told, told, NOBODY)
+    return nobody if found is None else found
+
+
 def moved_unseen(rows: Measured, device: torch.device) -> tuple[dict[Key, Junction], frozenset[int]]:
     """Outputs of nodes that move rows which no gradient came to, perhaps to where another example's seem to lie.
 
     That such rows lie as the others do is an inference, and so it is for those that they are moved to. What the node's
-    backward pass makes of the first has to be the second; else the former are not known.
+    backward pass makes of the first has to be the second; else the former are not known. Every node is asked but those
+    of which it is known that they leave rows where they are, and those that are watched at every step.
 
     Args:
         rows: what was measured.
@@ -334,7 +382,7 @@ def moved_unseen(rows: Measured, device: torch.device) -> tuple[dict[Key, Juncti
     settled: set[int] = set()
     skip = rows.shared | rows.silent | rows.idle | rows.structure.inner
     for position, node in enumerate(rows.traced.order):
-        if position in skip or operator_name(node) not in REPLACING or not rows.structure.trains[position]:
+        if position in skip or not _may_move(rows, position) or not rows.structure.trains[position]:
             continue
         moves = _moves_unseen(rows, position) if _gaps(rows, position) else _Moves()
         if moves.settled:
@@ -349,6 +397,19 @@ def moved_unseen(rows: Measured, device: torch.device) -> tuple[dict[Key, Juncti
                 ownership = rows.about.arranged(owners).ownership
                 found[position, number] = Junction(ownership, unknown.to(device), by_index=False, moved=True)
     return found, frozenset(settled)
+
+
+def _may_move(rows: Measured, position: int) -> bool:
+    """Whether a node may put rows elsewhere, and nobody watches that.
+
+    Calls keep rows apart, and whose those of functions of the user's and of compiled regions are is seen to otherwise.
+    """
+    node = rows.traced.order[position]
+    name = operator_name(node)
+    if name in REPLACING:
+        return True
+    leaves = name in ROW_BY_ROW or name in HANDING_ON or is_opaque(node) or is_compiled_region(node)
+    return not (leaves or rows.structure.calls_around(position))
 
 
 class _Moves(NamedTuple):
@@ -413,15 +474,16 @@ def _moves_as_asked(rows: Measured, position: int) -> _Moves:
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     apart = rows.shared | rows.silent | rows.structure.inner  # shared, watched, or within calls, which keep rows apart
-    base = _base([output.dtype for output in outputs])
+    types = [output.dtype for output in outputs if output.dtype.is_floating_point or output.dtype.is_complex]
+    base, rounding = _base(types), ROUNDINGS_OF_A_MOVE * max(torch.finfo(dtype).eps for dtype in types)
 
     def moved(parts: Sequence[Tensor]) -> list[Tensor]:
         filled = [
-            part.to(out.device, out.dtype).expand(out.shape).contiguous()
+            part.to(out.device, out.dtype).expand(out.shape).contiguous() if out.dtype in types else None
             for part, out in zip(parts, outputs, strict=True)
         ]
         passed = passed_to_inputs(node, filled)
-        return [torch.zeros(0) if part is None else part.cpu() for part in passed]
+        return [torch.zeros(0) if part is None else dense(part).cpu() for part in passed]
 
     try:
         inferred = [places & (of != NOBODY) for of, places in zip(given, unseen, strict=True)]
@@ -443,18 +505,20 @@ def _moves_as_asked(rows: Measured, position: int) -> _Moves:
             telling = (counts[slot] != 0) & known
             if bool(telling.any()):
                 asked.append((slot, behind, telling))
-        several = any(bool((counts[slot] > 1).any()) for slot, _, _ in asked)
+        several = any(bool((counts[slot].real != 1).any()) for slot, _, _ in asked)
         for power in range(_digits(rows.n, base) if asked else 0):
             code = [torch.where(of == NOBODY, 0, _digit(of, power, base, rows.n)) for of in given]
             for exponent in (1, 2) if several else (1,):  # a sum of numbers and of their squares: of equal ones, or not
                 arrived = moved([of**exponent for of in code])
                 for slot, owners, telling in asked:
                     expected = counts[slot] * _digit(owners, power, base, rows.n) ** exponent
-                    wrong = (arrived[slot] != expected) & telling
+                    # Shares of one that are no whole numbers, as where a mean is taken, are not exact.
+                    allowed = torch.where(counts[slot] == counts[slot].real.round(), 0, rounding * expected.abs())
+                    wrong = ((arrived[slot] - expected).abs() > allowed) & telling
                     if bool((wrong & (fed[slot] != 0)).any()):
                         return _Moves(otherwise=True)
                     elements |= bool(wrong.any())
-    except RuntimeError:  # an operator that is particular about its gradients
+    except (RuntimeError, TypeError, ValueError, IndexError):  # an operator that is particular about its gradients
         return _Moves(otherwise=True)
     return _Moves(False, from_unknown, to_unknown, elements)
 

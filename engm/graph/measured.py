@@ -18,6 +18,7 @@ from ..terms.layout import PLAIN, Layout
 from ..terms.owners import NOBODY, Ownership
 from ..torch_internals import node_outputs
 from .arrangement import Arrangement, Arrangements
+from .dwarfed import may_be_dwarfed
 from .opaque import is_users
 from .owners import Key, Question
 from .structure import Structure
@@ -248,6 +249,9 @@ def measured(
         within = {p: [s for s in slots if traced.children[p][s] in suspects] for p, slots in edges.items()}
         ending = {p: slots for p, slots in within.items() if slots}
         question.ask(suspects, by_element=True, edges=ending, cancelling=view.behind)
+    dwarfed = may_be_dwarfed(structure, about, question.nodes)
+    if on_any(traced.group, bool(dwarfed), losses.device):
+        question.part_dwarfed(dwarfed)
     found = question.nodes, question.calls, question.blind, question.edges, question.drowned
     return Measured(traced, structure, n, view, about, *found)
 

@@ -42,7 +42,7 @@ from ..torch_internals import (
 )
 from .arrangement import Arrangement, Arrangements
 from .fitting import OwnersOnDevice, agreed, fits
-from .keeping import closed_to_others, junctions, moved_unseen, parted_by_zeros, stands_alone
+from .keeping import closed_to_others, junctions, moved_unseen, owners_by_readers, parted_by_zeros, stands_alone
 from .measured import Extent, View, measured
 from .opaque import opaque_functions, refuse_hidden_passes
 from .owners import Key
@@ -223,32 +223,41 @@ class _Planner:
             if owners is None or not (blind is not None or self.about.present(owners).anybody):
                 found[number] = None
                 continue
-            if not call.rule.whole_call and call.rule.misses_batch(
-                call.module, torch.empty((1,) * len(call.shape), device="meta")
-            ):
-                found[number] = Arrangement(Owners(owners, self.n))
-                if not call.rule.positionwise or owners[owners != NOBODY].unique().numel() == 1:
-                    found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
-            else:
-                found[number] = self.about.arranged(owners, blind)
+            without_batch = self._misses_batch(call)
+            found[number] = self._of_one(number, owners) if without_batch else self.about.arranged(owners, blind)
         return found
 
-    def _only_owner(self, call: Call, owners: Tensor) -> Tensor:
-        """The example that a layer without a dimension of examples was called on, 0-dimensional."""
+    @staticmethod
+    def _misses_batch(call: Call) -> bool:
+        """Whether a layer was called on what has no dimension of examples."""
+        shape = torch.empty((1,) * len(call.shape), device="meta")
+        return not call.rule.whole_call and call.rule.misses_batch(call.module, shape)
+
+    def _of_one(self, number: int, owners: Tensor) -> Arrangement:
+        """Where the examples lie in the output of a layer that has no dimension of examples: it is of one alone.
+
+        Whose the elements are that no gradient came to is not known, unless those tell that read them. Where there are
+        several owners all the same, the arrangement says so, and the layer does not account for its parameters.
+        """
         present = owners[owners != NOBODY].unique()
         if present.numel() > 1:
-            raise RefusedError(
-                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
-                f"output has shape {tuple(call.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
-            )
-        return present[0]
+            return Arrangement(Owners(owners, self.n))
+        owner = present[0] if present.numel() else owners.new_zeros(())  # nothing is finite: a bad step anyway
+        unknown = (owners == NOBODY) & (owners_by_readers(self.rows, number, owners) != owner)
+        return Arrangement(Owners(owner, self.n), unknown if bool(unknown.any()) else None)
+
+    def _fits(self, call: Call, ownership: Ownership) -> bool:
+        """Whether a call's rule can be told that its examples lie like this."""
+        if self._misses_batch(call):
+            return isinstance(ownership, Owners) and ownership.dims == 0
+        return fits(call, ownership)
 
     def _unaccounted(self) -> set[int]:
         """Calls that are to be set aside, or that are to come back, before the border is what it has to be."""
         found: set[int] = set()
         for number, arrangement in self.arranged.items():
             call = self.traced.calls[number]
-            if arrangement is not None and not fits(call, arrangement.ownership):
+            if arrangement is not None and not self._fits(call, arrangement.ownership):
                 found.add(number)
             position = self.rows.place_of(number)
             extent = self.rows.extent_of(position, number) if call.couples and arrangement is not None else None

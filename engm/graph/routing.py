@@ -87,9 +87,19 @@ COMBINING = names_of(
     """
 )
 
-# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
+# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere,
+# and the options in :data:`DECIDING`.
 FIXED = ELEMENTWISE | COMBINING
 
+# The options of such operators that decide which rows they combine. No other one does: some are numbers that a gradient
+# is multiplied by, and others say how elements are combined within rows, or within what a plan that is kept takes for
+# rows of one example, see :func:`_mixes`.
+DECIDING = {
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"], ("training",)),
+    **dict.fromkeys(["NativeLayerNorm", "FusedRmsNorm"], ("normalized_shape",)),
+    "NativeGroupNorm": ("N", "C", "group"),
+    "WeightNormInterface": ("dim",),
+}
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
@@ -242,7 +252,7 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return None if operator_name(node) in HANDING_ON else _options_of_function
     name = operator_name(node)
     if name in FIXED:
-        return None
+        return options_reader(node, DECIDING[name]) if name in DECIDING else None
     if name == "Cat":
         return _options_of_cat
     if name == "CopySlices":
@@ -454,6 +464,9 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, about)
     differs = about.varying(own)
+    if name == "LinalgSolveEx" and _solves_columns(traced, position, owners, skip):
+        rank = len(output_shape(traced.order[position]))
+        return rank - 2 in differs
     if name in ANYHOW:
         return bool(differs) and not hands_on(traced.order[position])
     if name in ALONG:
@@ -471,6 +484,15 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
             return True  # rows that count nothing now may count at the next step
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
     return bool(differs - first)
+
+
+def _solves_columns(traced: Trace, position: int, owners: Owners, skip: Collection[int]) -> bool:
+    """Whether a node solves equations for each column by itself, by matrices that are not the examples'."""
+    node = traced.order[position]
+    matrix, solution = saved_by(node, "A"), output_shape(node)
+    if matrix is None or matrix.dim() != len(solution) or not saved_option(node, "left"):
+        return False
+    return not _owned_operand(traced, position, 0, owners, skip)
 
 
 def _owned_operand(traced: Trace, position: int, slot: int, owners: Owners, skip: Collection[int]) -> bool:

@@ -234,7 +234,7 @@ class Structure:
         input that requires a gradient, None if nothing of the kind is there.
         """
         if child < 0:
-            return None if isinstance(self._leaves[-2 - child], nn.Parameter) else -1
+            return -1 if self._is_data(child) else None
         below = self.below([child], within)
         numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
         reading = [
@@ -247,10 +247,24 @@ class Structure:
         if reading:
             # The nearest call that reads them is the first on the way; it may read what others computed.
             return next(k for k in numbers if k in reading or self._leads_to(k, reading))
-        leaves = (self._leaves[-2 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
-        if all(isinstance(leaf, nn.Parameter) for leaf in leaves):
+        leaves = (c for p in below for c in self.traced.children[p] if c is not None and c < 0)
+        if not any(map(self._is_data, leaves)):
             return None
         return numbers[0] if numbers else -1
+
+    def _is_data(self, child: int) -> bool:
+        """Whether a leaf holds the examples: the network was given it, or norms of its gradients are wanted.
+
+        One of the user's own that is no parameter may be what perturbs a weight, or a rate that is learned. No gradient
+        of a parameter goes through it, so that whatever it holds no example influences another by it.
+        """
+        leaf = self._leaves[-2 - child]
+        return not isinstance(leaf, nn.Parameter) and (self.is_input(child) or address_of(leaf) in self._given)
+
+    @cached_property
+    def _given(self) -> frozenset[int]:
+        """The addresses of the memory of all tensors that the network was called with."""
+        return frozenset().union(*[capture.input_storages for capture in self.traced.own_captures])
 
     def _leads_to(self, number: int, reading: Collection[int]) -> bool:
         below = self.below([self.traced.positions[self.traced.nodes[number]]])

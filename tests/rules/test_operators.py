@@ -115,6 +115,14 @@ def test_tables_of_positions(n, steps, wide):
         (lambda h, x, p: torch.einsum("ni,ijk,nj->nk", h, p, x), (4, 4, 4)),
         (lambda h, x, p: F.bilinear(h, x, p), (4, 4, 4)),
         (lambda h, x, p: torch.cdist(h, p), (4, 4)),
+        (lambda h, x, p: torch.cdist(h, torch.cat([p, x[:0]]))[:, 3:7], (30, 4)),
+        (lambda h, x, p: torch.cdist(h, p, p=1), (4, 4)),
+        (lambda h, x, p: torch.cdist(h, p, p=3), (4, 4)),
+        (lambda h, x, p: torch.cdist(p, h).t(), (4, 4)),
+        (lambda h, x, p: torch.cdist(h.detach(), h.detach()[:1] + 0 * p).repeat(1, 4) + h, (1, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h.t()).t(), (4, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h, left=False), (4, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h.unsqueeze(2))[..., 0], (4, 4)),
         (lambda h, x, p: F.layer_norm(h, (4,), p), (4,)),
         (lambda h, x, p: F.rms_norm(h, (4,), p), (4,)),
         (lambda h, x, p: F.group_norm(h, 2, p), (4,)),
@@ -315,6 +323,10 @@ def test_common_operators_are_not_run_once_an_example():
     assert all(entry.ruled for entry in entries(model, random_losses(model(tensor(3, 5, 4)))))
     picked = engm.GradNormModule(Held(lambda h, x, p, q: h * p[x.argmax(1)] + (x @ q)[:, None], (4, 4), (4,)).double())
     assert all(entry.ruled for entry in entries(picked, random_losses(picked(tensor(3, 4)))))
+    shift = 3 * torch.eye(4).double()
+    solved = Held(lambda h, x, p, q: torch.cdist(h, p) + torch.linalg.solve(q + shift, h.t()).t(), (4, 4), (4, 4))
+    prototypes = engm.GradNormModule(solved.double())
+    assert all(entry.ruled for entry in entries(prototypes, random_losses(prototypes(tensor(3, 4)))))
     attention = engm.GradNormModule(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double())
     assert all(entry.ruled for entry in entries(attention, random_losses(attention(tensor(3, 5, 8)))))
 
