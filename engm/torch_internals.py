@@ -346,17 +346,17 @@ def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 
-def is_doubled(doubled: Tensor, found: Tensor, given: Sequence[Tensor]) -> bool:
-    """Whether a backward pass made twice what it made before of twice the gradients ``given``, but for rounding.
+def is_multiplied(multiplied: Tensor, found: Tensor, given: Sequence[Tensor], times: int = 2) -> bool:
+    """Whether a backward pass made ``times`` what it made before of as many times the gradients ``given``.
 
-    That is none on a CPU. Where all that comes out is what rounding left, sums in another order are as far off.
+    But for rounding, which is none on a CPU if that is a power of two. Where all that comes out is what rounding left,
+    sums in another order are as far off.
     """
     with unrecorded():
         eps = torch.finfo(found.dtype).eps
         rounding = 1e3 * eps * torch.stack([g.norm().to(found.real.dtype) for g in given]).sum()
-        return bool((doubled - 2 * found).norm() <= eps**0.5 * found.norm() + rounding) or not bool(
-            torch.isfinite(found).all()
-        )
+        most = (eps**0.5 * found.norm() + rounding) * (times / 2)
+        return bool((multiplied - times * found).norm() <= most) or not bool(torch.isfinite(found).all())
 
 
 def hooks_pack_what_is_saved() -> bool:

@@ -43,6 +43,7 @@ class View:
         own: positions of batch norms of one example, or of one for each channel.
         behind: whether rows behind shared nodes may be owned.
         by_element: whether rows that look like rows of several are asked again, element by element.
+        called: positions of the outputs of calls of batch norms that are known of by their nodes alone.
     """
 
     couplings: tuple[int, ...]
@@ -50,6 +51,7 @@ class View:
     own: frozenset[int]
     behind: bool
     by_element: bool
+    called: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +243,8 @@ def measured(
     if n == 1 and traced.group is None:  # all there is belongs to the one example
         nodes, calls = _of_one(traced, positions)
         return Measured(traced, structure, n, view, about, nodes, calls, {}, {}, False)
-    question = Question(traced, losses, seed, view.couplings, view.through | view.own, traced.group)
+    through = view.through | view.own | view.called
+    question = Question(traced, losses, seed, view.couplings, through, traced.group)
     edges = _meeting(structure)
     question.ask(positions, edges=edges, cancelling=view.behind)
     suspects = _suspects(model, structure, n, about, question.nodes)

@@ -41,6 +41,7 @@ from ..torch_internals import (
     recomputed_once,
 )
 from .arrangement import Arrangement, Arrangements
+from .believed import run_otherwise
 from .fitting import OwnersOnDevice, agreed, fits
 from .keeping import closed_to_others, junctions, moved_unseen, owners_by_readers, parted_by_zeros, stands_alone
 from .measured import Extent, View, measured
@@ -138,7 +139,8 @@ class _Planner:
         self.n = losses.shape[0]
         self.group = traced.group
         self.behind, self.by_element = behind, by_element
-        self.aside = account_by_operators(traced.calls)
+        self.disbelieved = run_otherwise(traced)
+        self.aside = account_by_operators(traced.calls) | self.disbelieved
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.own: set[int] = set()  # positions of batch norms of one example, or of one for each channel
@@ -152,9 +154,10 @@ class _Planner:
     def _settle(self) -> None:
         """Measure, until every call accounts for its parameters or is set aside."""
         while True:
-            self.structure = Structure(self.traced, frozenset(self.aside))
+            self.structure = Structure(self.traced, frozenset(self.aside), frozenset(self.disbelieved))
             self.couplings = self._couplings()
-            view = View(self.couplings, frozenset(self.through), frozenset(self.own), self.behind, self.by_element)
+            through, own, called = frozenset(self.through), frozenset(self.own), frozenset(self._called_otherwise())
+            view = View(self.couplings, through, own, self.behind, self.by_element, called)
             self.rows = measured(self.model, self.structure, self.losses, self.seed, view, self.about)
             self.arranged = self._arrange_calls()
             self.border = self._border()
@@ -366,7 +369,9 @@ class _Planner:
         frozen = [
             number
             for number, call in enumerate(self.traced.calls)
-            if call.couples and self.rows.place_of(number) not in self.rows.shared | self.through | self.own
+            if call.couples
+            and number not in self.disbelieved
+            and self.rows.place_of(number) not in self.rows.shared | self.through | self.own
         ]
         couplings = tuple(p for p in self.couplings if p not in self.rows.shared | self.rows.silent)
         sinks = sinks_of(self.traced, layouts, positions)
@@ -440,7 +445,12 @@ class _Planner:
             for call, node in zip(self.traced.calls, self.traced.nodes, strict=True)
             if call.couples and self.traced.positions[node] in self.rows.shared
         }
-        return self.through | self.own | below
+        return self.through | self.own | below | self._called_otherwise()
+
+    def _called_otherwise(self) -> set[int]:
+        """Positions of the outputs of calls of batch norms that are known of by the nodes of these alone."""
+        calls = self.traced.calls
+        return {self.traced.positions[self.traced.nodes[k]] for k in self.disbelieved if calls[k].couples}
 
     def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:

@@ -229,10 +229,13 @@ def signature_of(traced: Trace, skeleton: Hashable, n: int) -> Hashable:
         read = _READERS[kind]
         if not (read is None or (read is _options_of_view and None not in shapes[position])):
             options.append(read(order[position]))
-    calls = tuple([call.shape for call in traced.calls])
+    calls = tuple([(call.shape, call.options) for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    return HashedOnce((skeleton, n, tuple(shapes), tuple(options), calls, leaves, inputs))
+    try:
+        return HashedOnce((skeleton, n, tuple(shapes), tuple(options), calls, leaves, inputs))
+    except TypeError:  # somebody set an option of a layer to a list
+        return HashedOnce((skeleton, n, tuple(shapes), tuple(options), _comparable(calls), leaves, inputs))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.

@@ -67,7 +67,7 @@ class Before:
         self._random: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
         self._random += [(device, torch.cuda.get_rng_state(device)) for device in sorted(devices, key=str)]
         self._carried = opt.carried()
-        self._counted = [(thing, dict(vars(thing))) for thing in (opt, model.calibration, model.watch)]
+        self._counted = [(thing, dict(vars(thing))) for thing in (opt, model.calibration, model.engm_watch)]
         self._draws = [(sample, sample.draws) for sample in (model.calibration.sample, model.calibration.shared_sample)]
         self._of_python = _random_of_python()
         self._generators = [(generator, generator.get_state()) for generator in generators]

@@ -255,7 +255,7 @@ class RecordedStep:
             check_finite(stats.losses)
         add_gradients(gradients)
         self.opt.carry(carried)
-        self.opt.model.watch.steps += len(recording.watched)
+        self.opt.model.engm_watch.steps += len(recording.watched)
         self._report.replayed += 1
         self._report.length = recording.program.length
         return self.opt.after_program(stats)
@@ -314,7 +314,7 @@ class RecordedStep:
         found.given.update(before.given)
         call.clear_gradients()
         model = self.opt.model
-        model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
+        model.engm_observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
         try:
             with repeatable_kernels(device) as unrepeatable:
                 stats = call.run()
@@ -322,7 +322,7 @@ class RecordedStep:
             before.put_back_gradients()
             raise
         finally:
-            model.observer = None
+            model.engm_observer = None
         gradients = [parameter.grad for parameter in found.reached if parameter.grad is not None]
         every = [(p, p.grad) for p, _ in before.gradients if p.grad is not None]
         want = [*gradients, *(getattr(stats, name) for name in found.figures)]
@@ -485,13 +485,13 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     call.clear_gradients()
     torch.clear_autocast_cache()
     model.calibration.asked.clear()
-    model.observer = observe
+    model.engm_observer = observe
     take_decisions()
     take_surprises()
     try:
         module, outputs = recorded(function, call.inputs())
     finally:
-        model.observer = None
+        model.engm_observer = None
     first, last_surprise = ends
     if any(map(bool, outputs[first:last_surprise])):
         raise UnrecordableError(NO_LONGER_HOLDS)
@@ -548,7 +548,7 @@ def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
 
 def _comparison_is_due(opt: ExampleOptimizer, watched: Sequence[Hashable]) -> bool:
     model = opt.model
-    return any(model.watch.would_be_due(s, model.check_every, k) for k, s in enumerate(watched, 1))
+    return any(model.engm_watch.would_be_due(s, model.check_every, k) for k, s in enumerate(watched, 1))
 
 
 def _split(

@@ -389,7 +389,7 @@ def test_a_function_that_begins_to_mix_the_examples(forgotten):
     step = engm.record(opt, lambda x: model(x).square().sum(1))
     for number in range(6):
         if forgotten:
-            model.plans.clear()
+            model.engm_plans.clear()
         x = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
         assert torch.equal(step(x).norms, engm.per_example_grad_norms(model, model(x).square().sum(1)))
         opt.zero_grad()

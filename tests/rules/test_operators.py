@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from engine_checks import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import random_losses, relative, tensor
+from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import nn
 
 import engm
@@ -147,6 +147,19 @@ def test_tables_of_positions(n, steps, wide):
 )
 def test_operators(how, shape, n):
     check(Held(how, shape).double(), lambda m: random_losses(m(tensor(n, 4))))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("coupled", ["refuse", "exact"])
+def test_products_with_sparse_matrices(layout, coupled):
+    """An adjacency of the nodes of all examples, which meet in it or not."""
+    adjacency = torch.eye(4) if coupled == "refuse" else torch.ones(4, 4)
+    adjacency = adjacency.double().to_sparse(layout=layout)
+    net = Held(lambda h, x: (adjacency @ h).tanh()).double()
+    model = engm.GradNormModule(net, coupled=coupled)
+    x = tensor(4, 4)
+    expected = per_example_gradients(random_losses(net(x)), trained(net))
+    assert relative(engm.measure(model, random_losses(model(x))).norms, expected.norms) < 1e-9
 
 
 def test_a_users_own_function():
