@@ -34,6 +34,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -200,7 +201,8 @@ def saved_by(node: Node, name: str) -> Any:
         return value
     if is_recorded() and is_wrapped_number(value):
         with unrecorded():  # a tracer is given the number itself, which has no ``detach``
-            return torch.tensor(value.item(), dtype=value.dtype, device="cpu")
+            number = torch.tensor(value.item(), dtype=value.dtype, device="cpu")
+        return constant(number)
     return value.detach()
 
 
@@ -823,6 +825,15 @@ def is_exported() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def modes_on() -> tuple[torch.device | None, ...]:
+    """The modes that take part in functions and operators now: a default device, or None for any other."""
+    functions, operators = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    if not functions and not operators:
+        return ()
+    found = [torch._C._get_function_stack_at(number) for number in range(functions)]
+    return *[mode.device if isinstance(mode, DeviceContext) else None for mode in found], *[None] * operators
+
+
 def without_autocast() -> AbstractContextManager[object]:
     """While this context is open, operators take their operands as they are, whatever the caller's autocast."""
     return cast(AbstractContextManager[object], torch._C._DisableAutocast())
@@ -943,6 +954,11 @@ class Memory:
         return tensor.layout == torch.strided and StorageWeakRef(tensor.untyped_storage()).cdata in self._held
 
 
+def is_of_others(tensor: Tensor) -> bool:
+    """Whether a tensor's memory was not allocated by torch, but handed to it: by NumPy, say."""
+    return tensor.layout == torch.strided and not tensor.untyped_storage().resizable()
+
+
 def all_memory_of(tensor: Tensor) -> Tensor:
     """The memory that a tensor is a view of, as a vector; what is written there leaves no trace in versions."""
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
@@ -995,6 +1011,21 @@ def moved_statistics(operator: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 _DECISIONS: list[Tensor] = []
 _SURPRISES: list[Tensor] = []
+_CONSTANTS: list[Tensor] = []
+
+
+def constant(value: Tensor) -> Tensor:
+    """The tensor, which is the same at every step: programs may hold it, though no tracer has seen it being made."""
+    if is_recorded():
+        _CONSTANTS.append(value)
+    return value
+
+
+def take_constants() -> list[Tensor]:
+    """The tensors that are :func:`constant`, since this was last asked."""
+    taken = list(_CONSTANTS)
+    _CONSTANTS.clear()
+    return taken
 
 
 def decided(value: Tensor) -> bool:

@@ -69,7 +69,7 @@ def planned_losses(
 
     def measured() -> Plan:
         with unrecorded():
-            cancels, once = known is not None and known.cancels, not model.skeletons.come_again(skeleton)
+            cancels, once = known is not None and known.cancels, not model.engm_skeletons.come_again(skeleton)
             plan = make_plan(model, traced, losses, scale.factor, cancels, once)
         if old is not None:
             model.engm_skeletons.surprised(skeleton)
