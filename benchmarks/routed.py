@@ -1,4 +1,4 @@
-"""Networks whose rows are moved by data, otherwise at every step: time of ENGM's step as a ratio to SGD's.
+"""Networks whose rows are moved or masked by data, otherwise at every step: time of ENGM's step as a ratio to SGD's.
 
 Whose row it is is measured at every step there: a plain and a scaled backward pass without weight gradients come before
 the one that norms are taken from. Then networks whose graph is another one at every step, so that where its layers and
@@ -180,12 +180,42 @@ def sparse_losses(net: nn.Module) -> Tensor:
     return loss(net(torch.randn(N, 3, WIDTH)))
 
 
+class Padded(nn.Module):
+    """A transformer on sequences with padding, which the mean leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.out = nn.Linear(WIDTH, 10)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1]) >= lengths[:, None]
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        return self.out((x * ~padding[:, :, None]).sum(1) / lengths[:, None])
+
+
+def padded_losses(net: nn.Module) -> Tensor:
+    return loss(net(torch.randn(N, 40, WIDTH), torch.randint(10, 41, (N,))))
+
+
+def batched_losses(net: nn.Module) -> Tensor:
+    n, length = next(SIZES)
+    return loss(net(torch.randn(n, length, WIDTH), torch.randint(length // 2, length + 1, (n,))))
+
+
 NETWORKS: dict[str, tuple[type[nn.Module], Losses]] = {
     "sequences sorted by length": (Sorted, sorted_losses),
     "graphs of many sizes": (Graphs, graph_losses),
     "tokens routed to experts": (Routed, routed_losses),
     "a varying number of images": (Images, image_losses),
+    "another padding mask": (Padded, padded_losses),
+    "another length and number of sequences": (Padded, batched_losses),
 }
+# No two alike within a run; one after the other about as much work.
+SIZES = ((640 // length + extra, length) for extra in itertools.count() for length in range(30, 50))
 LENGTHS = itertools.count(20)
 BUILT_ANEW: dict[str, tuple[type[nn.Module], Losses]] = {
     "blocks left out at random": (Skipped, skipped_losses),

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from inspect import getattr_static
 from types import MethodType
 from typing import Any
 
@@ -34,17 +35,34 @@ from .torch_internals import (
     is_transformed,
     never_compiled,
     original_of_compiled,
+    own_buffers,
+    own_children,
+    own_parameters,
     trained_of,
     untracked_alias,
 )
 
 _OWN = frozenset(
     [
-        *("batch_norm", "strict", "coupled", "check_every", "views", "calibration", "plans", "_net"),
-        *("observer", "skeletons", "watch", "input_grads_wanted", "shard_group", "_leaves", "_compiled_net"),
+        *("batch_norm", "strict", "coupled", "check_every", "calibration", "engm_plans", "_net"),
+        *(
+            "engm_observer",
+            "engm_skeletons",
+            "engm_watch",
+            "input_grads_wanted",
+            "shard_group",
+            "_leaves",
+            "_compiled_net",
+        ),
         *CALL_OF_A_MODULE,
     ]
 )
+
+OPTIONS = ("batch_norm", "strict", "coupled", "check_every", "calibration")
+"""Options by which the wrapper can be read and set after it was made; ``views`` is one if the network has none."""
+
+METHODS = ("paused", "unwrap", "trainable_parameters")
+"""Methods of the wrapper that modules do not have."""
 
 
 class _Quiet(threading.local):
@@ -83,6 +101,8 @@ class GradNormModule(nn.Module):
     The wrapper is transparent: parameters, buffers, submodules, attributes, mode and ``state_dict`` are the
     network's own, under the network's own names. Only calls of the wrapper capture; calling the network directly,
     or the wrapper under :meth:`paused` or ``torch.no_grad()``, does not. Nothing is left on the network between calls.
+    The options below can be read and set as attributes of the wrapper. Where the network has an attribute of the same
+    name, a warning says so, and the network's is ``model.unwrap().name``.
 
     Args:
         net: the network. Parameters of layers without a rule are found in the graph (see :func:`engm.explain`).
@@ -142,6 +162,14 @@ class GradNormModule(nn.Module):
                 "do so equally often. Leave it at 'calibrated'."
             )
         layers_to_capture(net)
+        hidden = [name for name in (*OPTIONS, *METHODS) if _has(net, name)]
+        if hidden:
+            warnings.warn(
+                f"{type(net).__name__} has attributes with names of the wrapper's own: {', '.join(hidden)}. As "
+                "attributes of the GradNormModule they are the wrapper's; write "
+                f"model.unwrap().{hidden[0]} for the network's.",
+                stacklevel=2,
+            )
         super().__init__()
         object.__setattr__(self, "_net", net)
         object.__setattr__(self, "_walks", Walks(net))
@@ -151,12 +179,13 @@ class GradNormModule(nn.Module):
         self.strict = strict
         self.coupled = coupled
         self.check_every = check_every
-        self.views = views
+        if not _has(net, "views"):  # which nothing of ours reads
+            object.__setattr__(self, "views", views)
         self.calibration = Calibration(calibrate_every, calibrate_examples)
-        self.plans = PlanCache()
-        self.skeletons = Skeletons()
-        self.watch = Watch()
-        self.observer: Callable[[PlannedGraph, Hashable], None] | None = None
+        self.engm_plans = PlanCache()
+        self.engm_skeletons = Skeletons()
+        self.engm_watch = Watch()
+        self.engm_observer: Callable[[PlannedGraph, Hashable], None] | None = None
         self.input_grads_wanted = False
         self.shard_group = shard_group
         self._leaves: dict[str, nn.Parameter] = {}
@@ -244,7 +273,7 @@ class GradNormModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":  # how fully_shard and parametrizations take hold of a module
             raise TypeError(f"a GradNormModule keeps its class. With fully_shard, {ORDER}")
-        ours = name in _OWN and not isinstance(value, nn.Module)
+        ours = (name in _OWN or (name == "views" and name in self.__dict__)) and not isinstance(value, nn.Module)
         bound = isinstance(value, MethodType) and value.__self__ is self  # Accelerate gives the wrapper a new forward
         if "_net" not in self.__dict__ or ours or bound:
             object.__setattr__(self, name, value)
@@ -297,16 +326,23 @@ class GradNormModule(nn.Module):
         # Plans know modules and parameters by id; and as everywhere in torch a copy is not compiled.
         return {
             **super().__getstate__(),
-            "plans": PlanCache(),
-            "skeletons": Skeletons(),
-            "watch": Watch(),
-            "observer": None,
+            "engm_plans": PlanCache(),
+            "engm_skeletons": Skeletons(),
+            "engm_watch": Watch(),
+            "engm_observer": None,
             "_compiled_net": None,
             "_walks": Walks(self._net),
         }
 
     def __repr__(self) -> str:
         return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    """Whether a network has an attribute of this name; a property is not asked for its value."""
+    if name in vars(net) or getattr_static(type(net), name, None) is not None:
+        return True
+    return any(name in held for held in (own_parameters(net), own_buffers(net), own_children(net)))
 
 
 def couples(model: GradNormModule) -> bool:

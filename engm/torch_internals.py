@@ -34,6 +34,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -200,7 +201,8 @@ def saved_by(node: Node, name: str) -> Any:
         return value
     if is_recorded() and is_wrapped_number(value):
         with unrecorded():  # a tracer is given the number itself, which has no ``detach``
-            return torch.tensor(value.item(), dtype=value.dtype, device="cpu")
+            number = torch.tensor(value.item(), dtype=value.dtype, device="cpu")
+        return constant(number)
     return value.detach()
 
 
@@ -241,12 +243,18 @@ def saved_options(node: Node) -> tuple[Any, ...]:
     return tuple(_plain(getattr(node, f"_saved_{name}")) for name in _saved_names(_kind(node))[0])
 
 
-def options_reader(node: Node) -> Callable[[Node], Hashable]:
-    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone."""
-    names = [f"_saved_{name}" for name in _saved_names(_kind(node))[0]]
-    if not names or any(isinstance(getattr(node, name), list) for name in names):
-        return saved_options
-    return operator.attrgetter(*names)
+def options_reader(node: Node, names: Sequence[str] | None = None) -> Callable[[Node], Hashable]:
+    """Reads :func:`saved_options` of nodes of this one's kind, in a form that is good for comparing alone.
+
+    Args:
+        node: any of its kind.
+        names: of the options to read; all if not given.
+    """
+    read = _saved_names(_kind(node))[0] if names is None else names
+    attributes = [f"_saved_{name}" for name in read]
+    if not attributes or any(isinstance(getattr(node, name), list) for name in attributes):
+        return saved_options if names is None else lambda node: tuple([saved_option(node, name) for name in names])
+    return operator.attrgetter(*attributes)
 
 
 def _plain(value: Any) -> Any:
@@ -340,17 +348,17 @@ def _adds_up(batched: Tensor, whole: Tensor, precision: float) -> bool:
     return bool((batched.sum(0) - whole).norm() <= precision * scale) or not bool(torch.isfinite(scale))
 
 
-def is_doubled(doubled: Tensor, found: Tensor, given: Sequence[Tensor]) -> bool:
-    """Whether a backward pass made twice what it made before of twice the gradients ``given``, but for rounding.
+def is_multiplied(multiplied: Tensor, found: Tensor, given: Sequence[Tensor], times: int = 2) -> bool:
+    """Whether a backward pass made ``times`` what it made before of as many times the gradients ``given``.
 
-    That is none on a CPU. Where all that comes out is what rounding left, sums in another order are as far off.
+    But for rounding, which is none on a CPU if that is a power of two. Where all that comes out is what rounding left,
+    sums in another order are as far off.
     """
     with unrecorded():
         eps = torch.finfo(found.dtype).eps
         rounding = 1e3 * eps * torch.stack([g.norm().to(found.real.dtype) for g in given]).sum()
-        return bool((doubled - 2 * found).norm() <= eps**0.5 * found.norm() + rounding) or not bool(
-            torch.isfinite(found).all()
-        )
+        most = (eps**0.5 * found.norm() + rounding) * (times / 2)
+        return bool((multiplied - times * found).norm() <= most) or not bool(torch.isfinite(found).all())
 
 
 def hooks_pack_what_is_saved() -> bool:
@@ -817,6 +825,15 @@ def is_exported() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def modes_on() -> tuple[torch.device | None, ...]:
+    """The modes that take part in functions and operators now: a default device, or None for any other."""
+    functions, operators = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+    if not functions and not operators:
+        return ()
+    found = [torch._C._get_function_stack_at(number) for number in range(functions)]
+    return *[mode.device if isinstance(mode, DeviceContext) else None for mode in found], *[None] * operators
+
+
 def without_autocast() -> AbstractContextManager[object]:
     """While this context is open, operators take their operands as they are, whatever the caller's autocast."""
     return cast(AbstractContextManager[object], torch._C._DisableAutocast())
@@ -937,6 +954,11 @@ class Memory:
         return tensor.layout == torch.strided and StorageWeakRef(tensor.untyped_storage()).cdata in self._held
 
 
+def is_of_others(tensor: Tensor) -> bool:
+    """Whether a tensor's memory was not allocated by torch, but handed to it: by NumPy, say."""
+    return tensor.layout == torch.strided and not tensor.untyped_storage().resizable()
+
+
 def all_memory_of(tensor: Tensor) -> Tensor:
     """The memory that a tensor is a view of, as a vector; what is written there leaves no trace in versions."""
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
@@ -989,6 +1011,21 @@ def moved_statistics(operator: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 _DECISIONS: list[Tensor] = []
 _SURPRISES: list[Tensor] = []
+_CONSTANTS: list[Tensor] = []
+
+
+def constant(value: Tensor) -> Tensor:
+    """The tensor, which is the same at every step: programs may hold it, though no tracer has seen it being made."""
+    if is_recorded():
+        _CONSTANTS.append(value)
+    return value
+
+
+def take_constants() -> list[Tensor]:
+    """The tensors that are :func:`constant`, since this was last asked."""
+    taken = list(_CONSTANTS)
+    _CONSTANTS.clear()
+    return taken
 
 
 def decided(value: Tensor) -> bool:

@@ -107,14 +107,14 @@ def verify(
     """
     wrapped = as_wrapped(model)
     calibration = wrapped.calibration.state_dict()
-    plans = PlanCache(wrapped.plans)
+    plans = PlanCache(wrapped.engm_plans)
     try:
         with untouched(wrapped.unwrap()), torch.enable_grad():
             losses = _losses(wrapped, loss_fn, batch)
             report = _compare(wrapped, planned_losses(wrapped, losses, check=True, watch=False), losses)
     finally:
         wrapped.calibration.load_state_dict(calibration)
-        wrapped.plans = plans
+        wrapped.engm_plans = plans
     if raise_on_error and not report.passed:
         raise RuntimeError(f"engm.verify: the engine does not agree with the oracle.\n{report}")
     return report

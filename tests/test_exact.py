@@ -1,13 +1,15 @@
-"""The definition itself: one backpropagation an example, batched or looped, against plain torch."""
+"""The definition itself: one backpropagation an example, against plain torch."""
+
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from oracle import per_example_gradients, random_losses, relative, tensor, trained, truth
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engm
-from engm import exact
 from engm.exact import exact_squared_norms
 
 pytestmark = pytest.mark.torch_insides
@@ -21,13 +23,6 @@ def network(norm=nn.BatchNorm2d, width=4):
     ).double()
 
 
-@pytest.fixture(params=["batched", "looped"])
-def path(request, monkeypatch):
-    monkeypatch.setattr(exact, "BATCHED_BELOW", 1 << 40 if request.param == "batched" else 0)
-    return request.param
-
-
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_naive_norms_are_through_the_statistics(wrapped, training):
@@ -39,10 +34,8 @@ def test_naive_norms_are_through_the_statistics(wrapped, training):
     losses.sum().backward()
 
 
-@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("examples", [None, [3], [4, 0, 2], []])
-def test_rows_and_examples(examples, monkeypatch):
-    monkeypatch.setattr(exact, "CHUNK", 2)
+def test_rows_and_examples(examples):
     net = network()
     parameters = trained(net)
     losses = random_losses(net(X))
@@ -52,7 +45,6 @@ def test_rows_and_examples(examples, monkeypatch):
     torch.testing.assert_close(found, expected if examples is None else expected[:, examples])
 
 
-@pytest.mark.usefixtures("path")
 def test_parameters_that_are_not_reached_have_norm_zero():
     net = network()
     stranger = nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -63,9 +55,32 @@ def test_parameters_that_are_not_reached_have_norm_zero():
     assert exact_squared_norms(losses, []).shape == (0, 5)
 
 
-def test_graphs_that_cannot_be_batched_are_looped(monkeypatch):
-    monkeypatch.setattr(exact, "BATCHED_BELOW", 1 << 40)
+class Counts(TorchDispatchMode):
+    """Counts calls of operators by name."""
 
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_example_costs_one_backpropagation():
+    """Batch norm's backward pass in particular is torch's own, which vmap would take apart."""
+    losses, parameters = random_losses((net := network())(X)), list(net.parameters())
+    with Counts() as once:
+        torch.autograd.grad(losses[0], parameters, retain_graph=True)
+    with Counts() as all_of_them:
+        exact_squared_norms(losses, parameters)
+    assert any("norm_backward" in str(operator) for operator in once.calls)
+    for operator, calls in once.calls.items():
+        if "backward" in str(operator):
+            assert all_of_them.calls[operator] == 5 * calls
+
+
+def test_backward_functions_that_look_at_values():
     class Looks(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -81,9 +96,7 @@ def test_graphs_that_cannot_be_batched_are_looped(monkeypatch):
     assert relative(engm.naive_grad_norms(net, losses), expected) <= 1e-12
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_complex_gradients_have_imaginary_parts(batched, monkeypatch):
-    monkeypatch.setattr(exact, "BATCHED_BELOW", 1 << 40 if batched else 0)
+def test_complex_gradients_have_imaginary_parts():
     net = nn.Linear(4, 3, dtype=torch.cdouble)
     losses = random_losses(net(tensor(5, 4).cdouble()).abs())
     assert relative(engm.naive_grad_norms(net, losses), per_example_gradients(losses, trained(net)).norms) <= 1e-12

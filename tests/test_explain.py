@@ -85,7 +85,7 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         h = self.layer(x)
-        return (h * self.gain).abs() ** self.power + torch.cumsum(self.raw, 0) + torch.cdist(h, self.centres)
+        return (h * self.gain).abs() ** self.power + torch.cumsum(self.raw, 0) + torch.cdist(h, self.centres, p=3.0)
 
 
 def test_parameters_outside_of_layer_calls():

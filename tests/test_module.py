@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -420,3 +421,41 @@ class TestWalks:
 
         model.strict = False
         assert not torch.equal(engm.per_example_grad_norms(model, losses_of(model, x, y)), first)
+
+
+class TestNames:
+    """What the wrapper and the network have under one name."""
+
+    def test_names_of_the_network_are_the_networks(self, net):
+        """Whatever the engine keeps for itself; and an option that nothing reads."""
+        for name in ("views", "observer", "watch", "plans", "skeletons"):
+            setattr(net, name, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = engm.GradNormModule(net, batch_norm="exact")
+        for name in ("views", "observer", "watch", "plans", "skeletons"):
+            assert getattr(model, name) == 3
+            setattr(model, name, 5)
+            assert getattr(net, name) == 5
+        losses = losses_of(model, *batch(4))
+        assert_close(engm.per_example_grad_norms(model, losses), per_example_gradients(losses, trained(model)).norms)
+
+    @pytest.mark.parametrize("name", ["batch_norm", "strict", "coupled", "check_every", "calibration", "paused"])
+    def test_an_option_that_the_network_has_an_attribute_of_is_told(self, net, name):
+        setattr(net, name, 3)
+        with pytest.warns(UserWarning, match=rf"model\.unwrap\(\)\.{name} for the network's"):
+            model = engm.GradNormModule(net)
+        assert getattr(model, name) != 3
+        assert getattr(model.unwrap(), name) == 3
+
+    def test_a_layer_of_the_name_of_an_option_is_told(self, net):
+        net.batch_norm = nn.Identity()
+        with pytest.warns(UserWarning, match="batch_norm"):
+            assert engm.GradNormModule(net).batch_norm == "calibrated"
+
+    def test_views_can_be_read_and_set(self, net):
+        model = engm.GradNormModule(net, views=2)
+        assert model.views == 2
+        model.views = 3
+        assert model.views == 3
+        assert not hasattr(net, "views")

@@ -215,14 +215,16 @@ def test_passed_to_inputs():
     assert given[1] is None
 
 
-def test_is_doubled():
+def test_is_multiplied():
     given, found = [leaf(3, 4).detach()], leaf(5).detach()
-    assert internals.is_doubled(2 * found, found, given)
-    assert not internals.is_doubled(found, found, given), "as what is clipped comes out"
-    assert internals.is_doubled(
+    assert internals.is_multiplied(2 * found, found, given)
+    assert not internals.is_multiplied(found, found, given), "as what is clipped comes out"
+    assert internals.is_multiplied(
         torch.full((5,), 1e-15, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), given
     )
-    assert internals.is_doubled(found, found * float("nan"), given), "nothing can be told"
+    assert internals.is_multiplied(found, found * float("nan"), given), "nothing can be told"
+    assert internals.is_multiplied(8 * found, found, given, 8)
+    assert not internals.is_multiplied(2 * found, found, given, 8)
 
 
 def test_adds_up():
@@ -314,6 +316,12 @@ def test_options_reader():
     assert first == same
     assert first not in others
     assert internals.options_reader((leaf(2) * leaf(2)).grad_fn)(nodes[0]) == internals.saved_options(nodes[0])
+    by_dim = internals.options_reader(nodes[0], ["dim"])
+    assert by_dim(nodes[0]) == by_dim(nodes[3]) != by_dim(nodes[2])
+    shapes = [torch.nn.functional.layer_norm(leaf(3, 4), shape).grad_fn for shape in ((4,), (4,), (3, 4))]
+    one, alike, other = map(internals.options_reader(shapes[0], ["normalized_shape"]), shapes)
+    assert hash(one) == hash(alike)
+    assert one == alike != other
 
 
 def test_saved_options():

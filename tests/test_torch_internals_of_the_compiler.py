@@ -4,6 +4,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -293,6 +294,34 @@ def test_take_surprises():
     assert internals.take_surprises() == []
 
 
+def test_constant():
+    internals.take_constants()
+    value = torch.ones(2)
+    assert internals.constant(value) is value
+    assert internals.take_constants() == []
+
+    def function(x):
+        return [x + internals.constant(value)]
+
+    traced(function, torch.ones(2))
+    (found,) = internals.take_constants()
+    assert found is value
+
+
+def test_take_constants():
+    internals.take_constants()
+    assert internals.take_constants() == []
+
+
+def test_modes_on():
+    assert internals.modes_on() == ()
+    with torch.device("cpu"):
+        assert internals.modes_on() == (torch.device("cpu"),)
+        with internals.Calls(), internals.Operators():
+            assert internals.modes_on() == (torch.device("cpu"), None, None)
+    assert internals.modes_on() == ()
+
+
 def test_operators():
     class Noting(internals.Operators):
         def before(self, func, args, kwargs):
@@ -450,6 +479,14 @@ def test_memory():
     assert sparse not in memory
     del x
     assert not any(torch.ones(4) in memory for _ in range(5))  # the address is not given to others
+
+
+def test_is_of_others():
+    numbers = np.ones(3)
+    assert internals.is_of_others(torch.from_numpy(numbers)[1:])
+    assert not internals.is_of_others(torch.ones(3))
+    assert not internals.is_of_others(torch.tensor(numbers))
+    assert not internals.is_of_others(torch.eye(2).to_sparse())
 
 
 def test_all_memory_of():

@@ -209,7 +209,7 @@ def test_everything_is_left_as_it_was(fails):
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    calibration, checked = model.calibration.state_dict(), set(model.plans)
+    calibration, checked = model.calibration.state_dict(), set(model.engm_plans)
     rng, training = torch.get_rng_state(), [module.training for module in net.modules()]
 
     def loss(outputs, targets):
@@ -228,7 +228,7 @@ def test_everything_is_left_as_it_was(fails):
     for entry, expected in zip(after["factors"], calibration["factors"], strict=True):
         assert {**entry, "values": None} == {**expected, "values": None}
         assert torch.equal(entry["values"], expected["values"])
-    assert set(model.plans) == checked
+    assert set(model.engm_plans) == checked
     assert torch.equal(torch.get_rng_state(), rng)
     assert [module.training for module in net.modules()] == training
 

@@ -88,7 +88,7 @@ class TermCollector:
         self.terms: dict[int, Term] = {}
         self._pulling = False  # gradients of what enters are pulled back to parameters, within the pass
         self._surprise: Tensor | None = None  # whether the plan turned out not to hold
-        self._joining: dict[int, Joining] = {}  # id(module) -> its calls, which are taken together
+        self._joining: dict[tuple[int, Any], Joining] = {}  # by module (id) and what was saved, calls taken together
         self._pending: dict[int, list[tuple[Origin | None, Term]]] = {}
         self._joined_uses = JoinedUses(hooked=self.graph.trace.hooked)
         self._expected: dict[int, int] = {}
@@ -122,7 +122,7 @@ class TermCollector:
                 self._unknown[key] = plan.unknown_of_calls[number]
             uses = 1
             if call.rule.joins:
-                joining = self._joining.setdefault(id(call.module), Joining())
+                joining = self._joining.setdefault((id(call.module), call.saved), Joining())
                 joining.to_come += 1
                 uses = 1 if joining.to_come == 1 else 0
             for parameter in call.parameters.values():
@@ -279,7 +279,9 @@ class TermCollector:
         activations = call.activations() if call.reads else backprops  # a stand-in that nobody reads
         if isinstance(layout, Owners) and layout.dims == 0:  # one example, without a dimension of examples
             layout = Owners(layout.of.unsqueeze(0), layout.n)
-            activations, backprops = activations.unsqueeze(0), backprops.unsqueeze(0)
+            several = isinstance(activations, tuple)
+            activations = tuple(t.unsqueeze(0) for t in activations) if several else activations.unsqueeze(0)
+            backprops = backprops.unsqueeze(0)
         if id(call) in self._unknown:
             self._doubt(backprops, self._unknown[id(call)])
         self._form(call, layout, activations, backprops)
@@ -328,7 +330,7 @@ class TermCollector:
             for rows in call.by_example(given):
                 self._doubt(rows, self._unknown[id(call)])
         if call.rule.joins:
-            joining = self._joining[id(call.module)]
+            joining = self._joining[id(call.module), call.saved]
             joining.arrived.append((call, layout, given))
             if len(joining.arrived) == joining.to_come:
                 self._join(joining)

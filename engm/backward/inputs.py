@@ -43,12 +43,12 @@ def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], trace
     """
     if not leaves:
         return ()
-    asked = tuple(map(id, leaves))
+    n, asked = losses.shape[0], tuple(map(id, leaves))
     if asked in traced.rows_of_inputs:
         return traced.rows_of_inputs[asked]
     numbers = {key: number for number, key in enumerate(traced.leaves)}
     which = tuple(numbers.get(id(leaf), tuple(leaf.shape)) for leaf in leaves)
-    signature = ("inputs", which, signature_of(traced, skeleton_of(traced, losses.shape[0])))
+    signature = ("inputs", which, signature_of(traced, skeleton_of(traced, n), n))
     plan = plans.find(signature, traced)
     if on_any(traced.group, plan is None, losses.device) or plan is None:
         plan = plan_of_inputs(traced, losses, leaves)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..distributed import on_any
 from ..graph.combining import combined
-from ..graph.plan import Plan, PlannedGraph
+from ..graph.plan import RESTLESS, STEADY, Plan, PlannedGraph
 from ..graph.planning import make_plan
 from ..graph.refusals import check_parameters
 from ..graph.routed import may_be_told, plan_to_be_told
@@ -61,53 +61,60 @@ def planned_losses(
         )
     n = losses.shape[0]
     skeleton = skeleton_of(traced, n)
-    signature = signature_of(traced, skeleton)
+    signature = signature_of(traced, skeleton, n)
     group = traced.group
-    known = model.skeletons.restless(skeleton)
+    known = model.engm_skeletons.restless(skeleton)
     with unrecorded():
-        old = model.plans.find(signature, traced)
+        old = model.engm_plans.find(signature, traced)
 
     def measured() -> Plan:
         with unrecorded():
-            plan = make_plan(model, traced, losses, scale.factor, known is not None and known.cancels)
+            cancels, once = known is not None and known.cancels, not model.engm_skeletons.come_again(skeleton)
+            plan = make_plan(model, traced, losses, scale.factor, cancels, once)
         if old is not None:
-            model.skeletons.surprised(skeleton)
-        if plan.alone and model.skeletons.brief(skeleton):
+            model.engm_skeletons.surprised(skeleton)
+        # Plans that stand alone do not add up; others mostly do before long.
+        if model.engm_skeletons.brief(skeleton, RESTLESS if plan.alone else STEADY) and (plan.alone or tells(plan)):
             plan = replace(plan, keeps=False)
             if old is not None:
-                model.plans.forget(signature, old)
-        model.skeletons.measured(skeleton, plan)
+                model.engm_plans.forget(signature, old)
+        model.engm_skeletons.measured(skeleton, signature, plan)
         if plan.keeps:
-            model.plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
+            model.engm_plans.keep(signature, plan if old is None else combined(old, plan, traced), old)
         return plan
 
+    def tells(plan: Plan) -> bool:
+        return may_be_told(plan, traced, n) and model.engm_skeletons.may_tell(skeleton)
+
     def measured_after_all() -> Plan:
-        model.skeletons.untold(skeleton)
+        model.engm_skeletons.untold(skeleton)
         return measured()
 
     if not on_any(group, old is None, losses.device) and old is not None:
         check_parameters(traced)  # the plan is of another step, and parameters may have been replaced since
-        model.skeletons.held(skeleton)
-        graph = PlannedGraph(traced, old, n, model.plans, measured, False, model.watch.steps)
-    elif known is not None and may_be_told(known, traced, n) and model.skeletons.may_tell(skeleton):
+        model.engm_skeletons.held(skeleton)
+        graph = PlannedGraph(traced, old, n, model.engm_plans, measured, False, model.engm_watch.steps)
+    elif known is not None and not (is_recorded() or model.engm_skeletons.often(signature)) and tells(known):
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
-        model.skeletons.told(skeleton)
-        graph = PlannedGraph(traced, told, n, model.plans, measured_after_all, False, model.watch.steps)
+        model.engm_skeletons.told(skeleton, signature)
+        graph = PlannedGraph(traced, told, n, model.engm_plans, measured_after_all, False, model.engm_watch.steps)
     else:
-        graph = PlannedGraph(traced, measured(), n, model.plans, measured, not is_recorded(), model.watch.steps)
-    if model.observer is not None:
-        model.observer(graph, skeleton)
+        graph = PlannedGraph(
+            traced, measured(), n, model.engm_plans, measured, not is_recorded(), model.engm_watch.steps
+        )
+    if model.engm_observer is not None:
+        model.engm_observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise
     watch = watch and strict and not is_recorded()  # a recorded step is held against one that was not
     structure = (skeleton, "hooked") if traced.hooked else skeleton
     # Hooks on a node do not run where examples are backpropagated one by one from there on.
-    due = (watch and model.watch.due(structure, model.check_every)) or (graph.plan.coupled and traced.hooked)
+    due = (watch and model.engm_watch.due(structure, model.check_every)) or (graph.plan.coupled and traced.hooked)
     if on_any(group, due and not graph.plan.blind, losses.device):
         use_up = use_up and takes_one_pass(graph) and graph.terms_stand_alone
         with uncast(losses.device):  # the caller's autocast may still be on, as in Lightning
-            check_identity(graph, losses, model.watch.steps, scale, use_up)
-        model.watch.passed(structure)
+            check_identity(graph, losses, model.engm_watch.steps, scale, use_up)
+        model.engm_watch.passed(structure)
     return graph
 
 

@@ -75,6 +75,10 @@ def _each(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else version_of(tensor)
+
+
 def _weakly(held: Tensor | weakref.ref[Tensor]) -> weakref.ref[Tensor]:
     return held if isinstance(held, weakref.ref) else weakref.ref(held)
 
@@ -182,6 +186,12 @@ class Call:
         if isinstance(kept, Tensor) and version_of(kept) == self._versions:  # as almost always
             return kept.detach()
         return _each(Tensor.detach, self._checked())
+
+    def kept(self) -> Any:
+        """The module's input; None where the rule does not need it, and where it was freed or changed."""
+        kept = _each(_alive, self._activations)
+        known = tuple(map(_version, kept)) if isinstance(kept, tuple) else _version(kept)
+        return kept if known == self._versions else None
 
     def _checked(self) -> Activations:
         kept = _each(_alive, self._activations)

@@ -38,12 +38,15 @@ def named_modules(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def trained_parameters(net: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and tensors of the parameters of ``net`` that require grad, every tensor once, in torch's order."""
+    """Names and tensors of the parameters of ``net`` that require grad, every tensor once, in torch's order.
+
+    What somebody computed from other tensors and put among the parameters is none.
+    """
     seen: set[nn.Parameter] = set()
     found = []
     for name, module in named_modules(net):
         for key, parameter in trained_of(module).items():
-            if parameter not in seen:
+            if parameter not in seen and parameter.is_leaf:
                 seen.add(parameter)
                 found.append((f"{name}.{key}" if name else key, parameter))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,14 +41,29 @@ def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement
         blind: which rows are not finite. Where no layout tells whose they are they count for the first example, so
             that the step is visibly bad.
     """
+    found = _arranged(owners, n, blind)
+    layout = found.ownership
+    if isinstance(layout, Layout) and layout.dim > 1:
+        return replace(found, ownership=_written_out(layout, owners.shape, n))
+    return found
+
+
+def _written_out(layout: Layout, shape: Sequence[int], n: int) -> Owners:
+    """The owners of rows that lie along a dimension of a tensor of ``shape`` which a layout cannot name."""
+    along = Owners.regular(replace(layout, dim=0), n, torch.device("cpu")).of
+    return Owners(along.expand(*shape[: layout.dim], -1), n)
+
+
+def _arranged(owners: Tensor, n: int, blind: Tensor | None) -> Arrangement:
+    """See :func:`arranged`; a layout may lie along any dimension."""
     rows = without_trailing(owners)
     found, dim = None, rows.dim() - 1
     if rows.dim() == 1:
         found = _fitted(rows, n, dim)
-    elif rows.dim() == 2 and rows.numel():
-        second = rows.amax(0)
-        if bool(((rows == second) | (rows == NOBODY)).all()):
-            found = _fitted(second, n, dim)
+    elif rows.dim() > 1 and rows.numel():
+        last = rows.amax(tuple(range(dim)))
+        if bool(((rows == last) | (rows == NOBODY)).all()):
+            found = _fitted(last, n, dim)
     if found is not None and found.unknown is not None:  # of all that was left out above, too
         along = [-1 if other == dim else 1 for other in range(owners.dim())]
         found = replace(found, unknown=found.unknown.view(along).expand_as(owners))
@@ -124,6 +139,10 @@ class Arrangements:
         """See :func:`varying`."""
         return self._once("varying", owners, lambda: varying(owners, self.n))
 
+    def examples(self, owners: Tensor) -> Tensor:
+        """Which examples have rows, ``[n]``."""
+        return self._once("examples", owners, lambda: _examples(owners, self.n))
+
     def present(self, owners: Tensor) -> Present:
         """What occurs among the owners."""
         return self._once("present", owners, lambda: _present(owners))
@@ -142,6 +161,12 @@ def _present(owners: Tensor) -> Present:
     several, nobody = bool((owners == SEVERAL).any()), bool((owners == NOBODY).any())
     highest = int(owners.max())
     return Present(several, nobody, several or highest >= 0, highest > 0)
+
+
+def _examples(owners: Tensor, n: int) -> Tensor:
+    found = torch.zeros(n, dtype=torch.bool, device=owners.device)
+    found[owners[owners >= 0]] = True
+    return found
 
 
 def without_trailing(owners: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
         unknown_of_calls=unknown_of_calls,
         unknown_of_nodes=unknown_of_nodes,
         junctions=_junctions_of_both(old, new),
+        settled=old.settled | new.settled,
     )
 
 
@@ -157,8 +158,8 @@ def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
         if before is None or now is None:
             there, other = (new, old) if before is None else (old, new)
             junction = there.junctions[key]
-            # Else the other one has seen all rows; of where they are moved to it knows if nothing there is in doubt.
-            if key[0] in other.quiet or (junction.moved and other.doubtful):
+            # Else the other one has seen all rows, or knows where they lie and are moved to.
+            if key[0] in other.quiet or (junction.moved and key[0] not in other.settled):
                 found[key] = junction
             continue
         if before.moved or now.moved:

@@ -15,9 +15,10 @@ from ..capture.calls import Wrapper
 from ..distributed import on_any
 from ..rules.entries import owners_of
 from ..terms.layout import PLAIN, Layout
-from ..terms.owners import NOBODY
+from ..terms.owners import NOBODY, Ownership
 from ..torch_internals import node_outputs
 from .arrangement import Arrangement, Arrangements
+from .dwarfed import may_be_dwarfed
 from .opaque import is_users
 from .owners import Key, Question
 from .structure import Structure
@@ -42,6 +43,7 @@ class View:
         own: positions of batch norms of one example, or of one for each channel.
         behind: whether rows behind shared nodes may be owned.
         by_element: whether rows that look like rows of several are asked again, element by element.
+        called: positions of the outputs of calls of batch norms that are known of by their nodes alone.
     """
 
     couplings: tuple[int, ...]
@@ -49,6 +51,7 @@ class View:
     own: frozenset[int]
     behind: bool
     by_element: bool
+    called: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +152,9 @@ class Measured:
             return Arrangement(PLAIN)
         return None if owners is None else self.about.arranged(owners, self.blind.get((position, number)))
 
-    def laid_out(self, layout: Layout, owners: Tensor) -> Tensor:
-        """The owners of all rows by a layout, whether or not a gradient came to them."""
-        of = owners_of(layout, tuple(owners.shape), self.n, owners.device).of
+    def laid_out(self, ownership: Ownership, owners: Tensor) -> Tensor:
+        """The owners of all rows by their arrangement, whether or not a gradient came to them."""
+        of = owners_of(ownership, tuple(owners.shape), self.n, owners.device).of
         return of.view([*of.shape, *[1] * (owners.dim() - of.dim())]).expand_as(owners)
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -240,7 +243,8 @@ def measured(
     if n == 1 and traced.group is None:  # all there is belongs to the one example
         nodes, calls = _of_one(traced, positions)
         return Measured(traced, structure, n, view, about, nodes, calls, {}, {}, False)
-    question = Question(traced, losses, seed, view.couplings, view.through | view.own, traced.group)
+    through = view.through | view.own | view.called
+    question = Question(traced, losses, seed, view.couplings, through, traced.group)
     edges = _meeting(structure)
     question.ask(positions, edges=edges, cancelling=view.behind)
     suspects = _suspects(model, structure, n, about, question.nodes)
@@ -248,6 +252,9 @@ def measured(
         within = {p: [s for s in slots if traced.children[p][s] in suspects] for p, slots in edges.items()}
         ending = {p: slots for p, slots in within.items() if slots}
         question.ask(suspects, by_element=True, edges=ending, cancelling=view.behind)
+    dwarfed = may_be_dwarfed(structure, about, question.nodes)
+    if on_any(traced.group, bool(dwarfed), losses.device):
+        question.part_dwarfed(dwarfed)
     found = question.nodes, question.calls, question.blind, question.edges, question.drowned
     return Measured(traced, structure, n, view, about, *found)
 

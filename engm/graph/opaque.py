@@ -28,6 +28,7 @@ from ..terms.layout import Layout
 from ..terms.owners import Ownership
 from ..torch_internals import (
     Node,
+    constant,
     entering_shape,
     is_compiled_region,
     is_opaque,
@@ -199,7 +200,8 @@ class _Factors:
         self._n = n
         with unrecorded():
             drawn = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
-            self._of_each = torch.exp2(-drawn)
+            of_each = torch.exp2(-drawn)
+        self._of_each = constant(of_each)
         self._rows: dict[Hashable, Tensor] = {}
 
     def times(self, gradient: Tensor, where: Ownership) -> Tensor:

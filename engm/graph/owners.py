@@ -66,6 +66,11 @@ ROUNDINGS = 64
 STRETCH = 11
 TIMES_ITS_CHANGE = 30
 
+# What is rounding alone, such as what a difference of equal sums leaves, does not become so many times as large as the
+# losses: it differs from that by more than such a share of itself, or so many errors of rounding in narrow types.
+TIMES_AS_LARGE = (1.3717, 1.7351)
+OF_ITSELF, OF_NARROW = 1e-2, 16
+
 # Examples are uneven if, by so many times less than rounding takes, the rows of one are smaller than those of another
 # in most tensors that have rows of several. So many of these are looked at, of so many rows at most. They are made even
 # up to so many powers of two, which fit into a gradient.
@@ -317,6 +322,17 @@ def _part_where_otherwise(found: dict[Any, Tensor], again: Mapping[Any, Tensor])
         found[key] = parted[pair]
 
 
+def _as_small_as_rounding(part: Print, whole: Print) -> Tensor:
+    """Which rows ``[*leading]`` of a part of a sum are not larger than errors of rounding of its largest row."""
+    errors = ROUNDINGS * max(1, whole.rows**0.5 / 8) * torch.finfo(_real(whole.dtype)).eps
+    return (part.marks.abs().amax(1) <= errors * whole.marks.abs().amax()).cpu().view(part.shape)
+
+
+def _others(owners: Tensor, whole: Tensor) -> Tensor:
+    """Which rows are of other examples in one answer than in another, of those that have an owner in both."""
+    return (owners != whole) & (owners >= 0) & (whole >= 0)
+
+
 def vanishing(dtype: torch.dtype) -> float:
     """Below which rows of gradients count as zero: numbers that are not normal are too coarse to tell whose they are.
 
@@ -434,7 +450,7 @@ class Question:
                 seeds = torch.exp2(powers).to(self.losses)
                 _part_where_otherwise(found, self._answered(cancelling, seeds)[0])
         calls: dict[int, list[Tensor]] = {}
-        self._part_by_edges(found)
+        self._part_by_edges(found, groups)
         self._part_by_picks(found)
         for key, owners in found.items():
             if key[0] == "tensor":
@@ -510,11 +526,13 @@ class Question:
             if int((of_examples > 0).sum()) > 1:
                 yield (of_examples / of_examples.amax()).log2()
 
-    def _part_by_edges(self, found: dict[Any, Tensor]) -> None:
+    def _part_by_edges(self, found: dict[Any, Tensor], groups: Sequence[Owned]) -> None:
         """Where one edge alone brings a row gradients of another example than its own, the row is of several.
 
-        They may be so small that they are lost beside the others in the sum, and larger at the next step.
+        They may be so small that they are lost beside the others in the sum, and larger at the next step. What is as
+        small as rounding, and does not grow as the losses do, is rounding and no gradient.
         """
+        parting: dict[Any, tuple[Any, Tensor]] = {}
         for key, owners in found.items():
             if key[0] != "edge":
                 continue
@@ -528,9 +546,81 @@ class Question:
                 # Elements may be too small to tell whose they are where the row was not.
                 unknown = (owners == NOBODY).all(-1)
                 owners = torch.where(unknown.unsqueeze(-1), rows.unsqueeze(-1), owners)
-            others = (owners != whole) & (owners >= 0) & (whole >= 0)
+            if bool(_others(owners, whole).any()):
+                parting[key] = end, owners
+        if not on_any(self.group, bool(parting), self.losses.device):
+            return
+        plain = {key: seen for group in groups for key, seen in group.plain.items()}
+        small = {key: _as_small_as_rounding(plain[key], plain[end]) for key, (end, _) in parting.items()}
+        rounding = self._rounding_alone({key: plain[key] for key in parting}, torch.ones_like(self.losses))
+        for key, (end, owners) in parting.items():
+            rounding[key] &= small[key]
+            if bool(rounding[key].any()):
+                owners = found[key] = owners.masked_fill(rounding[key], NOBODY)
+                if not self._by_element:
+                    self._rows_of_edges[key] = owners
+            others = _others(owners, found[end])
             if bool(others.any()):
-                found[end] = whole.masked_fill(others, SEVERAL)
+                found[end] = found[end].masked_fill(others, SEVERAL)
+
+    def _rounding_alone(self, plain: Mapping[Any, Print], seeds: Tensor) -> dict[Any, Tensor]:
+        """Which rows ``[*leading]`` of some tensors are rounding and nothing else, on the CPU.
+
+        Args:
+            plain: the prints of the tensors for losses multiplied by ``seeds``.
+            seeds: ``[n]``.
+        """
+        found = {key: torch.zeros(seen.shape, dtype=torch.bool, device="cpu") for key, seen in plain.items()}
+        for times in TIMES_AS_LARGE:
+            factor = seeds.new_full((), times)
+            again = self._pass(seeds * factor)
+            for key, seen in plain.items():
+                if key in again:
+                    allowed = max(OF_ITSELF, OF_NARROW * torch.finfo(_real(seen.dtype)).eps)
+                    differs = (again[key].marks - float(factor) * seen.marks).abs().amax(1)
+                    found[key] |= (differs > allowed * seen.marks.abs().amax(1)).cpu().view(seen.shape)
+        return found
+
+    def part_dwarfed(self, positions: Iterable[int]) -> None:
+        """Find shares of others in what seems to be of one example alone, whose share may dwarf them.
+
+        All examples but some are left out, by every bit of their numbers: what comes when a row's owner is left out is
+        not the owner's.
+
+        Args:
+            positions: of nodes whose owners were found.
+        """
+        self._positions, self._tensors, self._edges = frozenset(positions), (), {}
+        self._by_element = any(
+            owners.dim() == len(self.traced.shapes[position][number] or ()) > 1
+            for (position, number), owners in self.nodes.items()
+            if position in self._positions
+        )
+        numbers = torch.arange(self.n, device=self.losses.device)
+        for bit in range((self.most - 1).bit_length()):
+            for kept in (0, 1):
+                seeds = ((numbers >> bit & 1) == kept).to(self.losses)
+                left: dict[Any, Print] = {}
+                for key, seen in self._pass(seeds).items():
+                    owners = self.nodes.get(key)
+                    if owners is not None and bool(self._left(owners, seen, bit, kept).any()):
+                        left[key] = seen
+                if not on_any(self.group, bool(left), self.losses.device):
+                    continue
+                rounding = self._rounding_alone(left, seeds)
+                for key, seen in left.items():
+                    others = self._left(self.nodes[key], seen, bit, kept) & ~rounding[key]
+                    owners = self.nodes[key]
+                    owners = owners.view([*owners.shape, *[1] * (others.dim() - owners.dim())]).expand(others.shape)
+                    if bool(others.any()):
+                        self.nodes[key] = owners.masked_fill(others, SEVERAL)
+
+    @staticmethod
+    def _left(owners: Tensor, seen: Print, bit: int, kept: int) -> Tensor:
+        """Which rows ``[*leading]`` have a gradient although their owners are left out by a bit of their numbers."""
+        some = (seen.marks.abs().amax(1) > vanishing(_real(seen.dtype))).cpu().view(seen.shape)
+        owners = owners.view([*owners.shape, *[1] * (some.dim() - owners.dim())])
+        return some & (owners >= 0) & ((owners >> bit & 1) != kept)
 
     def _part_by_picks(self, found: dict[Any, Tensor]) -> None:
         """The same where one node picks a row several times, for rows of different examples.

@@ -23,11 +23,12 @@ from ..torch_internals import is_recomputed, node_outputs, recomputed_once, save
 from .trace import Trace
 
 MOST_PLANS = 1024  # kept at once; layers that are skipped at random make a new structure at almost every step
-RESTLESS = 3  # graphs in a row that had to be measured, before their rows are told in the norm pass
+RESTLESS = 3  # plans that were made and have not paid off, before the rows of graphs are told in the norm pass
 NEW_CHECKS = 16  # structures that are checked when they are met, however many come
 APART = 20  # graphs between the checks of further ones
 MOST_ROUTINGS = 8  # kept of one structure
-STEADY = 8  # graphs that a plan has to hold for, so that it was worth while to keep it and to measure anew
+CHANGING = 16  # plans of any skeletons that have not paid off, before one is kept of a skeleton met twice alone
+STEADY = 8  # graphs that a plan has to hold for, so that it has paid off to measure one
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class Plan:
             whose they are.
         unknown_of_nodes: the same by entering node (position).
         junctions: by position and number of the output.
+        settled: positions of the nodes that put rows elsewhere of which no junction could be.
         silent_calls: numbers of the calls inside of compiled regions that no gradient came to.
         opaque: functions of the user's, which have to treat the examples apart for the plan to hold.
         told: tells the layouts when gradients arrive; those that are there are of another graph.
@@ -217,6 +219,7 @@ class Plan:
     unknown_of_calls: Mapping[int, Tensor] = field(default_factory=dict)
     unknown_of_nodes: Mapping[int, Tensor] = field(default_factory=dict)
     junctions: Mapping[tuple[int, int], Junction] = field(default_factory=dict)
+    settled: frozenset[int] = frozenset()
     silent_calls: frozenset[int] = frozenset()
     opaque: tuple[OpaqueFunction, ...] = ()
     told: Told | None = None
@@ -363,7 +366,7 @@ class _History:
 
     Attributes:
         plan: the latest.
-        missed: how many graphs in a row none of the plans that are kept held for.
+        unpaid: how many plans were made for which no :data:`STEADY` graphs were met that a plan held for.
         unkept: how many plans in a row may hold for no other graph.
         told: how many graphs' rows were to be told.
         untold: how many of them had to be measured after all.
@@ -372,7 +375,7 @@ class _History:
     """
 
     plan: Plan
-    missed: int = 0
+    unpaid: float = 0
     unkept: int = 0
     told: int = 0
     untold: int = 0
@@ -383,18 +386,22 @@ class _History:
 class Skeletons:
     """The latest plan of every skeleton of a graph, and whether graphs of it have to be measured again and again.
 
-    They have where none of the plans that are kept held for several graphs in a row, and where several plans in a row
-    were such that they are not kept.
+    They have where the plans that are kept hold for few graphs, and where several plans in a row were such that they
+    are not kept.
     """
 
     def __init__(self) -> None:
         self._histories: dict[Hashable, _History] = {}
+        self._unpaid = 0.0  # plans of all skeletons, as in their histories
+        self._without: dict[Hashable, int] = {}  # by signature, graphs without a plan; more than STEADY: one was made
 
     def held(self, skeleton: Hashable) -> None:
         """A plan that is kept held for a graph of this skeleton."""
+        self._unpaid = max(0, self._unpaid - 1 / STEADY)
         if skeleton in self._histories:
-            self._histories[skeleton].missed = 0
-            self._histories[skeleton].met += 1
+            history = self._histories[skeleton]
+            history.unpaid = max(0, history.unpaid - 1 / STEADY)
+            history.met += 1
 
     def surprised(self, skeleton: Hashable) -> None:
         """A plan that was taken for a graph of this skeleton turned out not to hold."""
@@ -403,23 +410,39 @@ class Skeletons:
             history.brief = 0 if history.met > STEADY else history.brief + 1
             history.met = 0
 
-    def brief(self, skeleton: Hashable) -> bool:
-        """Whether plans that stand alone are not worth keeping: they hold for a few graphs, and nothing adds up."""
+    def brief(self, skeleton: Hashable, most: int) -> bool:
+        """Whether more than ``most`` plans in a row held for a few graphs alone."""
         history = self._histories.get(skeleton)
-        return history is not None and history.brief >= RESTLESS
+        return history is not None and history.brief >= most
 
-    def measured(self, skeleton: Hashable, plan: Plan) -> None:
-        """A graph of this skeleton was measured."""
+    def come_again(self, skeleton: Hashable) -> bool:
+        """Whether graphs of this skeleton are likely to be met again: it is not one of many that were met once."""
+        return self._unpaid < CHANGING or skeleton in self._histories
+
+    def often(self, signature: Hashable) -> bool:
+        """Whether graphs with this signature are met often enough that it pays off to try and make a plan for them."""
+        return self._without.get(signature) == STEADY
+
+    def measured(self, skeleton: Hashable, signature: Hashable, plan: Plan) -> None:
+        """A graph of this skeleton and signature was measured."""
+        self._unpaid += 1
+        self._note_without(signature, STEADY + 1)
         if skeleton not in self._histories and len(self._histories) >= MOST_PLANS:
             del self._histories[next(iter(self._histories))]
         history = self._histories.setdefault(skeleton, _History(plan))
         history.plan = plan
-        history.missed += 1
+        history.unpaid += 1
         history.unkept = 0 if plan.keeps else history.unkept + 1
 
-    def told(self, skeleton: Hashable) -> None:
-        """The rows of a graph of this skeleton are to be told by the plan of another."""
+    def told(self, skeleton: Hashable, signature: Hashable) -> None:
+        """The rows of a graph of this skeleton and signature are to be told by the plan of another."""
+        self._note_without(signature, self._without.get(signature, 0) + 1)
         self._histories[skeleton].told += 1
+
+    def _note_without(self, signature: Hashable, graphs: int) -> None:
+        if signature not in self._without and len(self._without) >= MOST_PLANS:
+            del self._without[next(iter(self._without))]
+        self._without[signature] = graphs
 
     def untold(self, skeleton: Hashable) -> None:
         """They could not be."""
@@ -431,12 +454,12 @@ class Skeletons:
         return history.untold < RESTLESS or 2 * history.untold < history.told
 
     def restless(self, skeleton: Hashable) -> Plan | None:
-        """The latest plan, where plans hold for a single graph: nothing is gained by keeping the next one.
+        """The latest plan, where plans hold for a few graphs at most: nothing is gained by keeping the next one.
 
         Graphs for which a plan that is kept does hold may lie in between.
         """
         history = self._histories.get(skeleton)
-        return history.plan if history and max(history.missed, history.unkept) >= RESTLESS else None
+        return history.plan if history and max(history.unpaid, history.unkept) >= RESTLESS else None
 
 
 class Watch:

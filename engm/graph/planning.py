@@ -41,8 +41,9 @@ from ..torch_internals import (
     recomputed_once,
 )
 from .arrangement import Arrangement, Arrangements
+from .believed import run_otherwise
 from .fitting import OwnersOnDevice, agreed, fits
-from .keeping import closed_to_others, junctions, moved_unseen, parted_by_zeros, stands_alone
+from .keeping import closed_to_others, junctions, moved_unseen, owners_by_readers, parted_by_zeros, stands_alone
 from .measured import Extent, View, measured
 from .opaque import opaque_functions, refuse_hidden_passes
 from .owners import Key
@@ -53,7 +54,9 @@ from .structure import Structure
 from .trace import Trace
 
 
-def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, cancels: bool = False) -> Plan:
+def make_plan(
+    model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, cancels: bool = False, once: bool = False
+) -> Plan:
     """The plan of a graph.
 
     Args:
@@ -62,6 +65,7 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
         losses: ``[n]``.
         seed: what losses are multiplied by in backward passes (a loss scale for float16).
         cancels: shares of other examples cancelled in graphs of the same skeleton, so look there at once.
+        once: the plan is for this graph alone, so that it is of no interest for which others it would hold.
 
     Raises:
         RuntimeError: the examples influence each other and the model refuses that, or a parameter is used where its
@@ -71,17 +75,17 @@ def make_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float = 1.0, 
     check_parameters(traced)
     refuse_hidden_passes(traced, losses, seed)
     with recomputed_once():
-        return _made_plan(model, traced, losses, seed, cancels)
+        return _made_plan(model, traced, losses, seed, cancels, once)
 
 
-def _made_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float, cancels: bool) -> Plan:
+def _made_plan(model: Wrapper, traced: Trace, losses: Tensor, seed: float, cancels: bool, once: bool) -> Plan:
     """The plan of a graph, see :func:`make_plan`, which nothing hidden was found in."""
     found = _plan_behind(model, traced, losses, seed) if cancels else None
     if found is None:
         front = _Planner(model, traced, losses, seed)
         looks = front.may_look_behind() and front.couples()
         found = _plan_behind(model, traced, losses, seed, front) if looks else None
-        found = front.planned() if found is None else found
+        found = front.planned(once=once) if found is None else found
     return found
 
 
@@ -135,7 +139,8 @@ class _Planner:
         self.n = losses.shape[0]
         self.group = traced.group
         self.behind, self.by_element = behind, by_element
-        self.aside = account_by_operators(traced.calls)
+        self.disbelieved = run_otherwise(traced)
+        self.aside = account_by_operators(traced.calls) | self.disbelieved
         self.settled: set[int] = set()  # calls that were set aside, or brought back, and stay so
         self.through: set[int] = set()  # positions of batch norms of a part of the batch
         self.own: set[int] = set()  # positions of batch norms of one example, or of one for each channel
@@ -149,9 +154,10 @@ class _Planner:
     def _settle(self) -> None:
         """Measure, until every call accounts for its parameters or is set aside."""
         while True:
-            self.structure = Structure(self.traced, frozenset(self.aside))
+            self.structure = Structure(self.traced, frozenset(self.aside), frozenset(self.disbelieved))
             self.couplings = self._couplings()
-            view = View(self.couplings, frozenset(self.through), frozenset(self.own), self.behind, self.by_element)
+            through, own, called = frozenset(self.through), frozenset(self.own), frozenset(self._called_otherwise())
+            view = View(self.couplings, through, own, self.behind, self.by_element, called)
             self.rows = measured(self.model, self.structure, self.losses, self.seed, view, self.about)
             self.arranged = self._arrange_calls()
             self.border = self._border()
@@ -220,32 +226,41 @@ class _Planner:
             if owners is None or not (blind is not None or self.about.present(owners).anybody):
                 found[number] = None
                 continue
-            if not call.rule.whole_call and call.rule.misses_batch(
-                call.module, torch.empty((1,) * len(call.shape), device="meta")
-            ):
-                found[number] = Arrangement(Owners(owners, self.n))
-                if not call.rule.positionwise or owners[owners != NOBODY].unique().numel() == 1:
-                    found[number] = Arrangement(Owners(self._only_owner(call, owners), self.n))
-            else:
-                found[number] = self.about.arranged(owners, blind)
+            without_batch = self._misses_batch(call)
+            found[number] = self._of_one(number, owners) if without_batch else self.about.arranged(owners, blind)
         return found
 
-    def _only_owner(self, call: Call, owners: Tensor) -> Tensor:
-        """The example that a layer without a dimension of examples was called on, 0-dimensional."""
+    @staticmethod
+    def _misses_batch(call: Call) -> bool:
+        """Whether a layer was called on what has no dimension of examples."""
+        shape = torch.empty((1,) * len(call.shape), device="meta")
+        return not call.rule.whole_call and call.rule.misses_batch(call.module, shape)
+
+    def _of_one(self, number: int, owners: Tensor) -> Arrangement:
+        """Where the examples lie in the output of a layer that has no dimension of examples: it is of one alone.
+
+        Whose the elements are that no gradient came to is not known, unless those tell that read them. Where there are
+        several owners all the same, the arrangement says so, and the layer does not account for its parameters.
+        """
         present = owners[owners != NOBODY].unique()
         if present.numel() > 1:
-            raise RefusedError(
-                f"engm: layer '{call.name}' ({type(call.module).__name__}) was called without a batch dimension (its "
-                f"output has shape {tuple(call.shape)}), so there are no examples in it. Give it x.unsqueeze(0)."
-            )
-        return present[0]
+            return Arrangement(Owners(owners, self.n))
+        owner = present[0] if present.numel() else owners.new_zeros(())  # nothing is finite: a bad step anyway
+        unknown = (owners == NOBODY) & (owners_by_readers(self.rows, number, owners) != owner)
+        return Arrangement(Owners(owner, self.n), unknown if bool(unknown.any()) else None)
+
+    def _fits(self, call: Call, ownership: Ownership) -> bool:
+        """Whether a call's rule can be told that its examples lie like this."""
+        if self._misses_batch(call):
+            return isinstance(ownership, Owners) and ownership.dims == 0
+        return fits(call, ownership)
 
     def _unaccounted(self) -> set[int]:
         """Calls that are to be set aside, or that are to come back, before the border is what it has to be."""
         found: set[int] = set()
         for number, arrangement in self.arranged.items():
             call = self.traced.calls[number]
-            if arrangement is not None and not fits(call, arrangement.ownership):
+            if arrangement is not None and not self._fits(call, arrangement.ownership):
                 found.add(number)
             position = self.rows.place_of(number)
             extent = self.rows.extent_of(position, number) if call.couples and arrangement is not None else None
@@ -323,11 +338,12 @@ class _Planner:
 
     # -- the plan ----------------------------------------------------------------------------------------------
 
-    def planned(self, exact: bool = False) -> Plan:
+    def planned(self, exact: bool = False, once: bool = False) -> Plan:
         """The plan.
 
         Args:
             exact: take the gradients of all losses through what looks like a coupling, whatever the model says.
+            once: as in :func:`make_plan`.
         """
         entries, unknown_of_nodes = [], {}
         coupled = False
@@ -353,12 +369,14 @@ class _Planner:
         frozen = [
             number
             for number, call in enumerate(self.traced.calls)
-            if call.couples and self.rows.place_of(number) not in self.rows.shared | self.through | self.own
+            if call.couples
+            and number not in self.disbelieved
+            and self.rows.place_of(number) not in self.rows.shared | self.through | self.own
         ]
         couplings = tuple(p for p in self.couplings if p not in self.rows.shared | self.rows.silent)
         sinks = sinks_of(self.traced, layouts, positions)
-        routes, keeps = self._routes()
-        opaque, watchable = self._opaque()
+        routes, keeps = ([], False) if once else self._routes()
+        opaque, watchable = ([], False) if once else self._opaque()
         found = [*layouts, *(entry.layout for entry in entries)]
         irregular = unknown_of_calls or unknown_of_nodes or any(isinstance(layout, Owners) for layout in found)
         routed = {route.position for route in routes}
@@ -372,6 +390,7 @@ class _Planner:
             and not parted_by_zeros(self.rows, routed)
             and not closed_to_others(self.rows)
         )
+        watched, settled = self._junctions() if keeps else ({}, frozenset())
         return Plan(
             layouts=layouts,
             entries=tuple(entries),
@@ -397,7 +416,8 @@ class _Planner:
             ),
             unknown_of_calls=unknown_of_calls,
             unknown_of_nodes=unknown_of_nodes,
-            junctions=self._junctions() if keeps else {},
+            junctions=watched,
+            settled=settled,
         )
 
     def _seen(self) -> dict[Key, Ownership | None]:
@@ -408,10 +428,11 @@ class _Planner:
             if key[0] not in self.rows.silent
         }
 
-    def _junctions(self) -> dict[Key, Junction]:
-        """The outputs of which some rows without a gradient are watched."""
+    def _junctions(self) -> tuple[dict[Key, Junction], frozenset[int]]:
+        """The outputs of which some rows without a gradient are watched; the nodes that move rows as all others lie."""
         device = self.losses.device
-        return junctions(self.rows, self.arranged, device) | moved_unseen(self.rows, device)
+        moved, settled = moved_unseen(self.rows, device)
+        return junctions(self.rows, self.arranged, device) | moved, settled
 
     def _behind_entries(self) -> set[int]:
         """The nodes behind the edges by which something enters."""
@@ -424,7 +445,12 @@ class _Planner:
             for call, node in zip(self.traced.calls, self.traced.nodes, strict=True)
             if call.couples and self.traced.positions[node] in self.rows.shared
         }
-        return self.through | self.own | below
+        return self.through | self.own | below | self._called_otherwise()
+
+    def _called_otherwise(self) -> set[int]:
+        """Positions of the outputs of calls of batch norms that are known of by the nodes of these alone."""
+        calls = self.traced.calls
+        return {self.traced.positions[self.traced.nodes[k]] for k in self.disbelieved if calls[k].couples}
 
     def _routes(self) -> tuple[list[Route], bool]:
         if self.n == 1 and self.group is None:

@@ -87,9 +87,19 @@ COMBINING = names_of(
     """
 )
 
-# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere.
+# Operators without arguments by which rows could come to lie elsewhere, besides shapes, which are compared elsewhere,
+# and the options in :data:`DECIDING`.
 FIXED = ELEMENTWISE | COMBINING
 
+# The options of such operators that decide which rows they combine. No other one does: some are numbers that a gradient
+# is multiplied by, and others say how elements are combined within rows, or within what a plan that is kept takes for
+# rows of one example, see :func:`_mixes`.
+DECIDING = {
+    **dict.fromkeys(["NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm"], ("training",)),
+    **dict.fromkeys(["NativeLayerNorm", "FusedRmsNorm"], ("normalized_shape",)),
+    "NativeGroupNorm": ("N", "C", "group"),
+    "WeightNormInterface": ("dim",),
+}
 
 # Operators whose backward pass gives every element of the input to at most one element of the output, or the other way
 # round, by their arguments alone: they mix nothing.
@@ -192,7 +202,8 @@ class HashedOnce:
 def skeleton_of(traced: Trace, n: int) -> Hashable:
     """What tells in which nodes rows and parameters are, whatever lies in them: nodes, edges, calls, leaves, modes.
 
-    All trained parameters count, since a function of the user's may hide some of them from the graph.
+    All trained parameters count, since a function of the user's may hide some of them from the graph. How many examples
+    there are does not, but for a single one, which shares nothing with others.
     """
     calls = tuple([(id(c.module), id(c.rule), c.couples, len(c.parameters), c.output_nr) for c in traced.calls])
     edges = tuple(traced.children), tuple(traced.numbers), traced.number
@@ -200,11 +211,11 @@ def skeleton_of(traced: Trace, n: int) -> Hashable:
     # Trained parameters are known by identity, all else, which may be new at every step, by its place.
     own = set(trained)
     leaves = tuple([k if k in own else isinstance(leaf, nn.Parameter) for k, leaf in traced.leaves.items()])
-    return HashedOnce((n, traced.kinds, edges, calls, leaves, trained))
+    return HashedOnce((n == 1, traced.kinds, edges, calls, leaves, trained))
 
 
-def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
-    """What a plan depends on besides the values of routes: the graph's skeleton, options, and shapes.
+def signature_of(traced: Trace, skeleton: Hashable, n: int) -> Hashable:
+    """What a plan depends on besides the values of routes: the graph's skeleton, options, shapes, number of examples.
 
     These are the things themselves and not their hashes, which are the same for -1 and -2.
     """
@@ -218,10 +229,13 @@ def signature_of(traced: Trace, skeleton: Hashable) -> Hashable:
         read = _READERS[kind]
         if not (read is None or (read is _options_of_view and None not in shapes[position])):
             options.append(read(order[position]))
-    calls = tuple([call.shape for call in traced.calls])
+    calls = tuple([(call.shape, call.options) for call in traced.calls])
     leaves = tuple([leaf.shape for leaf in traced.leaves.values()])
     inputs = tuple([capture.input_shape for capture in traced.own_captures])
-    return HashedOnce((skeleton, tuple(shapes), tuple(options), calls, leaves, inputs))
+    try:
+        return HashedOnce((skeleton, n, tuple(shapes), tuple(options), calls, leaves, inputs))
+    except TypeError:  # somebody set an option of a layer to a list
+        return HashedOnce((skeleton, n, tuple(shapes), tuple(options), _comparable(calls), leaves, inputs))
 
 
 # Types whose values do not change: numbers, names, functions and types themselves.
@@ -241,7 +255,7 @@ def _reader(node: Node) -> Callable[[Node], Hashable] | None:
         return None if operator_name(node) in HANDING_ON else _options_of_function
     name = operator_name(node)
     if name in FIXED:
-        return None
+        return options_reader(node, DECIDING[name]) if name in DECIDING else None
     if name == "Cat":
         return _options_of_cat
     if name == "CopySlices":
@@ -453,6 +467,9 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
     if name in ("Expand", "Repeat"):
         return _spreads(traced, position, owners, skip, about)
     differs = about.varying(own)
+    if name == "LinalgSolveEx" and _solves_columns(traced, position, owners, skip):
+        rank = len(output_shape(traced.order[position]))
+        return rank - 2 in differs
     if name in ANYHOW:
         return bool(differs) and not hands_on(traced.order[position])
     if name in ALONG:
@@ -470,6 +487,15 @@ def _mixes(traced: Trace, position: int, name: str, owners: Owners, skip: Collec
             return True  # rows that count nothing now may count at the next step
     first = {0} if name in BY_FIRST or len(output_shape(traced.order[position])) > 2 else set()
     return bool(differs - first)
+
+
+def _solves_columns(traced: Trace, position: int, owners: Owners, skip: Collection[int]) -> bool:
+    """Whether a node solves equations for each column by itself, by matrices that are not the examples'."""
+    node = traced.order[position]
+    matrix, solution = saved_by(node, "A"), output_shape(node)
+    if matrix is None or matrix.dim() != len(solution) or not saved_option(node, "left"):
+        return False
+    return not _owned_operand(traced, position, 0, owners, skip)
 
 
 def _owned_operand(traced: Trace, position: int, slot: int, owners: Owners, skip: Collection[int]) -> bool:
@@ -506,7 +532,7 @@ def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
     """Whether a row that a node reads may come up in several rows of its output, as a whole or in parts."""
     node = traced.order[position]
     name = operator_name(node)
-    if name in SPLITTING and not _keeps_rows(node, name):
+    if _spreads_last(node) or (name in SPLITTING and not _keeps_rows(node, name)):
         return True
     if name in PICKING:
         ones = torch.ones(output_shape(node), dtype=node_outputs(node)[0].dtype, device=node_outputs(node)[0].device)
@@ -516,6 +542,17 @@ def repeats_rows(traced: Trace, position: int, skip: Collection[int]) -> bool:
     if name in ELEMENTWISE or name in ("Expand", "Repeat"):
         return bool(_repeated(traced, position, skip))
     return name not in MOVING and name not in HANDING_ON and not hands_on(node)
+
+
+def _spreads_last(node: Node) -> bool:
+    """Whether the last dimension of what a node reads is the only one of its output, of which each element is a row."""
+    shape = output_shape(node)
+    given = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
+    if len(shape) != 1 or not any(len(one) > 1 and one[-1] == shape[0] for one in given):
+        return False
+    along: Any = saved_option(node, "dim")  # along which it reduces, or picks
+    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    return not any(isinstance(dim, int) and _dimension(dim, len(one)) == len(one) - 1 for one in given for dim in dims)
 
 
 def _keeps_rows(node: Node, name: str) -> bool:

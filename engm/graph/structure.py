@@ -46,6 +46,7 @@ class Structure:
     Args:
         traced: the graph.
         aside: numbers of the calls that do not account for their parameters: operators do.
+        disbelieved: those of them that ran something else than the layer's type says.
 
     Attributes:
         calls_at: numbers of the calls whose outputs a node made.
@@ -55,8 +56,8 @@ class Structure:
         trains: for every node, whether gradients go on from it to a trained parameter.
     """
 
-    def __init__(self, traced: Trace, aside: Collection[int]) -> None:
-        self.traced, self.aside = traced, aside
+    def __init__(self, traced: Trace, aside: Collection[int], disbelieved: Collection[int] = ()) -> None:
+        self.traced, self.aside, self.disbelieved = traced, aside, disbelieved
         self.calls_at: dict[int, list[int]] = {}
         for number, node in enumerate(traced.nodes):
             self.calls_at.setdefault(traced.positions[node], []).append(number)
@@ -111,7 +112,7 @@ class Structure:
         return {leaf for leaf in (-2 - k for k in range(len(self._leaves))) if not self.is_input(leaf)}
 
     def _interior(self, number: int) -> set[int]:
-        """The nodes between the output of a call and its inputs."""
+        """The nodes between the output of a call and its inputs and parameters."""
         traced, call = self.traced, self.traced.calls[number]
         node = traced.nodes[number]
         within: set[int] = set()
@@ -132,7 +133,22 @@ class Structure:
                     continue
                 if call.rule.generic or child not in called:
                     pending.append(child)
-        return within
+        # What a layer reads besides, a weight that a network computed of the examples, say, is not the layer's own.
+        own = {id(parameter) for parameter in call.parameters.values()}
+        leading: set[int] = set()
+        for position in sorted(within):
+            if any(
+                child is not None
+                and (child in leading or child in ends or (child < 0 and self._may_be_read(child, own)))
+                for child in traced.children[position]
+            ):
+                leading.add(position)
+        return leading | {traced.positions[node]}
+
+    def _may_be_read(self, child: int, own: Collection[int]) -> bool:
+        """Whether a leaf is one of a call's own parameters, or no parameter."""
+        leaf = self._leaves[-2 - child]
+        return id(leaf) in own or not isinstance(leaf, nn.Parameter)
 
     @cached_property
     def looked_at(self) -> set[int]:
@@ -212,7 +228,8 @@ class Structure:
         A batch norm that made the output of another call, such as one of a subclass with a forward pass of its own, is
         known of by the node alone.
         """
-        return any(self.traced.calls[number].couples for number in self.calls_at.get(position, ()))
+        called = (k for k in self.calls_at.get(position, ()) if k not in self.disbelieved)
+        return any(self.traced.calls[number].couples for number in called)
 
     def calls_around(self, position: int) -> list[int]:
         """Numbers of the calls that a node lies inside of, or made the output of."""
@@ -234,7 +251,7 @@ class Structure:
         input that requires a gradient, None if nothing of the kind is there.
         """
         if child < 0:
-            return None if isinstance(self._leaves[-2 - child], nn.Parameter) else -1
+            return -1 if self._is_data(child) else None
         below = self.below([child], within)
         numbers = sorted(k for p in below for k in self.calls_at.get(p, ()) if not self.pure[p])
         reading = [
@@ -247,10 +264,24 @@ class Structure:
         if reading:
             # The nearest call that reads them is the first on the way; it may read what others computed.
             return next(k for k in numbers if k in reading or self._leads_to(k, reading))
-        leaves = (self._leaves[-2 - c] for p in below for c in self.traced.children[p] if c is not None and c < 0)
-        if all(isinstance(leaf, nn.Parameter) for leaf in leaves):
+        leaves = (c for p in below for c in self.traced.children[p] if c is not None and c < 0)
+        if not any(map(self._is_data, leaves)):
             return None
         return numbers[0] if numbers else -1
+
+    def _is_data(self, child: int) -> bool:
+        """Whether a leaf holds the examples: the network was given it, or norms of its gradients are wanted.
+
+        One of the user's own that is no parameter may be what perturbs a weight, or a rate that is learned. No gradient
+        of a parameter goes through it, so that whatever it holds no example influences another by it.
+        """
+        leaf = self._leaves[-2 - child]
+        return not isinstance(leaf, nn.Parameter) and (self.is_input(child) or address_of(leaf) in self._given)
+
+    @cached_property
+    def _given(self) -> frozenset[int]:
+        """The addresses of the memory of all tensors that the network was called with."""
+        return frozenset().union(*[capture.input_storages for capture in self.traced.own_captures])
 
     def _leads_to(self, number: int, reading: Collection[int]) -> bool:
         below = self.below([self.traced.positions[self.traced.nodes[number]]])

@@ -214,7 +214,7 @@ class LossBatch:
         leaves = resolve_inputs(self.trace, self.inputs)
         if not leaves:
             raise ValueError("inputs must name at least one tensor.")
-        self._input_rows = input_rows(self.model.plans, self.losses, leaves, self.trace)
+        self._input_rows = input_rows(self.model.engm_plans, self.losses, leaves, self.trace)
         return leaves
 
     def _input_norms(self, leaves: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...]) -> Tensor:

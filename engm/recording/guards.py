@@ -6,30 +6,36 @@ its modes and options, the optimizer's options, the numbers that the loss functi
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from datetime import date, time, timedelta
 from functools import cache
-from itertools import count
+from itertools import chain, count
 from numbers import Number
-from types import BuiltinFunctionType, FunctionType
+from operator import attrgetter, is_
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._C import same_items
+from .._C import same_items, same_types
 from ..capture.held import ANY_LENGTH, MISSING, Held
 from ..capture.layers import named_modules
 from ..module import GradNormModule
-from ..torch_internals import hooks_of, hooks_of_all_modules, own_buffers, own_children, own_parameters
+from ..optim import ExampleOptimizer
+from ..torch_internals import hooks_of, hooks_of_all_modules, modes_on, own_buffers, own_children, own_parameters
 from .places import (
+    CONTAINERS,
     PLAIN,
     Place,
     at,
+    cached_by,
     gives_another_each_time,
     is_followed,
+    is_function_of_user,
     members,
     names_of_options,
     names_read_by,
@@ -39,14 +45,19 @@ from .places import (
 
 FIXED: tuple[Any, ...] = (None, type, frozenset)  # ways of freezing values that cannot be changed from within
 MOST_STATES = 1000  # that are remembered
+_MADE_OF = attrgetter("__code__", "__defaults__", "__kwdefaults__")  # what may be put into a function
+CALLABLE = (FunctionType, BuiltinFunctionType, MethodType)  # whose types nobody changes
+_FORWARD = attrgetter("forward")
 
 
 def of_leaf(leaf: Any) -> Hashable:
     """What a program depends on of one of a step's arguments."""
     if isinstance(leaf, Tensor):
         layout = leaf.stride() if leaf.layout == torch.strided else leaf.layout
-        return type(leaf), tuple(leaf.shape), layout, leaf.dtype, leaf.device, leaf.requires_grad
-    return type(leaf), leaf
+        bits = leaf.is_conj(), leaf.is_neg()
+        own = _frozen(vars(leaf)) if vars(leaf) else ()
+        return type(leaf), tuple(leaf.shape), layout, leaf.dtype, leaf.device, leaf.requires_grad, bits, own
+    return type(leaf), _frozen(leaf)
 
 
 class Numbers:
@@ -125,6 +136,47 @@ class OfNetwork:
         self._number = self._numbers.of((*state, self._held.facts))
 
 
+class _Who:
+    """Who an object is; equal to that of the same object alone, which is not held where that can be helped."""
+
+    __slots__ = ("_hash", "_reference", "_thing")
+
+    def __init__(self, thing: Any) -> None:
+        self._hash = id(thing)
+        try:
+            self._reference: Callable[[], Any] | None = weakref.ref(thing)
+        except TypeError:
+            self._reference = None
+            self._thing = thing
+
+    def _now(self) -> Any:
+        """The object; once it is gone, what is nobody else's."""
+        if self._reference is None:
+            return self._thing
+        thing = self._reference()
+        return self if thing is None else thing
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Who) and self._hash == other._hash and self._now() is other._now()
+
+
+def _frozen_part(part: Any) -> Any:
+    """What a program depends on of a value within another: also who an object is, but for tensors."""
+    kind: Any = type(part)
+    freeze = _freezing(kind)
+    if freeze is type and not isinstance(part, Tensor):
+        return _Who(part)
+    return part if freeze is None else freeze(part)
+
+
+def _frozen_number(value: Any) -> Any:
+    """A number, or what it is called where equal ones differ (``0.0`` and ``-0.0``) or none equals itself."""
+    return value if value and value == value else repr(value)
+
+
 def _frozen(value: Any) -> Any:
     """What a program depends on of any value, as it is now: of tensors and other objects nothing but what they are."""
     kind: Any = type(value)
@@ -137,27 +189,40 @@ def _is_fixed(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_fixed, value))
     kind: Any = type(value)
-    return _freezing(kind) in FIXED
+    return _freezing(kind) in (*FIXED, _frozen_number, _of_builtin)
 
 
 @cache
 def _freezing(kind: type) -> Callable[[Any], Any] | None:
     """How values of a type are frozen; None for those that are as they are."""
-    if issubclass(kind, (*PLAIN, FunctionType, BuiltinFunctionType, type)):
+    if issubclass(kind, float | complex):
+        return _frozen_number
+    if issubclass(kind, (*PLAIN, FunctionType, type)):
         return None
+    if issubclass(kind, BuiltinFunctionType):
+        return _of_builtin
     if issubclass(kind, tuple | list | deque):
-        return lambda value: tuple([(type(part), _frozen(part)) for part in value])
+        return lambda value: tuple([(type(part), _frozen_part(part)) for part in value])
     if issubclass(kind, dict):
-        return lambda value: tuple([(key, type(part), _frozen(part)) for key, part in value.items()])
+        return lambda value: tuple([(_frozen_key(k), type(part), _frozen_part(part)) for k, part in value.items()])
     if issubclass(kind, frozenset):
         return frozenset
     if issubclass(kind, set):
         return lambda value: frozenset(value)
     if kind.__module__ == "numpy" and hasattr(kind, "tobytes"):
         return lambda value: (value.dtype.str, value.shape, value.tobytes())
-    if issubclass(kind, array | bytearray):
+    if issubclass(kind, array | bytearray | memoryview):
         return bytes
     return None if issubclass(kind, Number | date | time | timedelta | range) else type
+
+
+def _frozen_key(key: Any) -> Hashable:
+    return _Who(key) if isinstance(key, Tensor) else key
+
+
+def _of_builtin(value: Any) -> Hashable:
+    """A function of C, and who has it where it is a method: those of equal objects are equal."""
+    return value.__name__, _Who(value.__self__)
 
 
 class Reach:
@@ -168,16 +233,16 @@ class Reach:
 
     Args:
         roots: the objects and functions that a step begins with.
-        left_out: what is looked at elsewhere.
+        opt: the optimizer, whose own options are in reach; its groups are where code of the user's reads them.
         network: the modules of the wrapped network, of which only what :class:`OfNetwork` does not see is looked at.
 
     Attributes:
         unwatched: why nobody can tell what the code will read next; None where one can.
     """
 
-    def __init__(self, roots: Sequence[Any], left_out: Sequence[Any], network: OfNetwork) -> None:
-        self._left_out = {id(thing) for thing in left_out}
-        self._roots = [thing for thing in roots if id(thing) not in self._left_out]
+    def __init__(self, roots: Sequence[Any], opt: ExampleOptimizer, network: OfNetwork) -> None:
+        self._opt = opt
+        self._roots = list(roots)
         self._network = network
         self._of_network: int | None = None
         self._places: list[Place] = []
@@ -192,6 +257,11 @@ class Reach:
         self._in_dicts: tuple[Any, ...] = ()  # what the last look found, to be compared by one look
         self._elsewhere: list[tuple[Place, Any]] = []
         self._inside: list[tuple[Any, Hashable]] = []
+        self._objects: tuple[list[Any], tuple[type, ...]] = [], ()  # in reach, with their types
+        self._functions: list[FunctionType] = []
+        self._made_of: list[Any] = []
+        self._kinds: list[Any] = []  # of modules
+        self._forwards: list[Any] = []
         self.unwatched: str | None = None
 
     def number(self, of_network: int) -> int:
@@ -208,6 +278,27 @@ class Reach:
         """The tensors in reach, with their places."""
         return [(place, value) for place, value in self.values() if isinstance(value, Tensor)]
 
+    def holders(self, holders: Sequence[Any]) -> list[tuple[Place, Any]]:
+        """The containers among some holders of places, and what these are in, with their places."""
+        found: list[tuple[Place, Any]] = []
+        wanted = {id(holder) for holder in holders if isinstance(holder, CONTAINERS)}
+        known: set[int] = set()
+        every = [(place, at(place)) for place in self._places]
+        while wanted:
+            here = [(place, value) for place, value in every if id(value) in wanted]
+            known |= wanted
+            wanted = {id(place[0]) for place, _ in here if isinstance(place[0], CONTAINERS)} - known
+            found += here
+        return found
+
+    def cached(self) -> list[Tensor]:
+        """The tensors that functions in reach keep by ``functools.lru_cache``."""
+        return [tensor for thing in self._followed for tensor in cached_by(thing)]
+
+    def containers(self) -> list[Any]:
+        """The lists, deques and dictionaries in reach, with more than plain values in them."""
+        return [thing for thing in self._followed if type(thing) in (list, deque, dict)]
+
     def values(self) -> list[tuple[Place, Any]]:
         """The plain values and tensors in reach, with their places; of places with nothing in them too."""
         found = [(place, at(place)) for place in self._places]
@@ -217,6 +308,9 @@ class Reach:
         """Whether the same objects are everywhere, with the same in them."""
         return (
             same_items(self._in_dicts)
+            and same_types(*self._objects)
+            and all(map(is_, chain.from_iterable(map(_MADE_OF, self._functions)), self._made_of))
+            and all(map(is_, map(_FORWARD, self._kinds), self._forwards))
             and all(_is_same(at(place), value) for place, value in self._elsewhere)
             and all(_frozen(value) == inside for value, inside in self._inside)
         )
@@ -229,7 +323,8 @@ class Reach:
         others = [a for a, b in zip(values, known, strict=True) if a is not b and not isinstance(a, Tensor)]
         kinds: list[Any] = list(map(type, others))
         replaced = any(_freezing(kind) is type for kind in kinds)  # of which nothing else tells
-        if state != self._state or replaced or lengths != self._lengths or of_network != self._of_network:
+        moved = any(isinstance(other, CONTAINERS) and is_followed(other) for other in others)  # and what is in them
+        if state != self._state or replaced or moved or lengths != self._lengths or of_network != self._of_network:
             self._walks += replaced
             self._walk()
             values, state = self._now()
@@ -239,7 +334,10 @@ class Reach:
         in_dicts: dict[int, tuple[Any, int, list[Any], list[Any]]]
         in_dicts = {id(one): (one, length, [], []) for one, length in zip(self._dicts, self._lengths, strict=True)}
         self._elsewhere = []
+        inputs = {id(tensor) for tensor in self._opt.carried().values()}  # of a program, others after every step
         for (holder, name), value in zip(self._places, values, strict=True):
+            if id(value) in inputs:
+                continue
             if isinstance(holder, dict):
                 *_, keys, known = in_dicts.setdefault(id(holder), (holder, ANY_LENGTH, [], []))
                 keys.append(name)
@@ -248,6 +346,9 @@ class Reach:
                 self._elsewhere.append(((holder, name), value))
         self._in_dicts = tuple([(one, n, tuple(keys), tuple(known)) for one, n, keys, known in in_dicts.values()])
         self._inside = [(value, _frozen(value)) for value in values if not _is_fixed(value)]
+        self._objects = self._objects[0], tuple(map(type, self._objects[0]))
+        self._made_of = list(chain.from_iterable(map(_MADE_OF, self._functions)))
+        self._forwards = list(map(_FORWARD, self._kinds))
         found = zip(self._places, values, strict=True)
         hidden = [
             f"{said(place)} is a {type(value).__name__}" for place, value in found if gives_another_each_time(value)
@@ -256,7 +357,11 @@ class Reach:
 
     def _now(self) -> tuple[list[Any], Hashable]:
         values = [at(place) for place in self._places]
-        return values, (self._walks, *[(type(value), _frozen(value)) for value in values])
+        types = [type(thing) for thing in self._objects[0]]
+        made_of = [*chain.from_iterable(map(_MADE_OF, self._functions)), *map(_FORWARD, self._kinds)]
+        whole = [_Who(part) if is_followed(part) else _frozen_part(part) for part in made_of]
+        state = self._walks, *[(type(value), _frozen(value)) for value in values], *types, *whole
+        return values, state
 
     def _walk(self) -> None:
         """Find all places in reach."""
@@ -267,7 +372,8 @@ class Reach:
         names: set[str] = set()
         places: dict[tuple[int, Any], Place] = {}
         dicts: dict[int, dict[Any, Any]] = {}
-        reached = [*self._roots, *modules, *hooks_of_all_modules()]
+        reached = [*self._roots, self._opt, *modules, *hooks_of_all_modules()]
+        named = any(root is self._opt for root in self._roots)  # the optimizer, by code of the user's
         while reached:
             for thing in reached:
                 found[id(thing)] = thing
@@ -285,25 +391,32 @@ class Reach:
                 places.update(((id(place[0]), place[1]), place) for place in of_thing)
                 reached = [*reached, *members(thing, names)]
             reached = [thing for thing in (*reached, *map(at, places.values())) if is_followed(thing)]
+            named = named or any(thing is self._opt for thing in reached)
+            if named and "param_groups" in names:
+                groups = vars(self._opt.optimizer)
+                places[id(groups), "param_groups"] = groups, "param_groups"
+                reached.append(groups["param_groups"])
             new = {id(thing): thing for thing in reached}
-            reached = [thing for key, thing in new.items() if key not in found and key not in self._left_out | inside]
-        same = len(found) == len(self._followed) and all(id(thing) in found for thing in self._followed)
-        self._walks += not same
+            reached = [thing for key, thing in new.items() if key not in found and key not in inside]
+        # Of containers what is in them counts: tensors are looked for where they are, see holders.
+        every = found.values(), self._followed
+        now, before = [{id(thing) for thing in things if not isinstance(thing, CONTAINERS)} for things in every]
+        self._walks += now != before
         self._followed, self._places, self._dicts = list(found.values()), list(places.values()), list(dicts.values())
+        self._functions = [thing for thing in self._followed if is_function_of_user(thing)]
+        no_objects = (*CONTAINERS, *CALLABLE, type)
+        objects = [t for t in self._followed if not isinstance(t, no_objects) and id(t) not in inside]
+        self._objects = objects, ()
+        kinds: dict[int, Any] = {id(type(m)): type(m) for m in self._followed if isinstance(m, nn.Module)}
+        self._kinds = [kind for kind in kinds.values() if hasattr(kind, "forward")]  # that of a scripted one has none
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and _frozen(a) == _frozen(b))
 
 
 def _is_plain_at(place: Place) -> bool:
     return isinstance(at(place), PLAIN)
-
-
-def of_object(thing: Any, left_out: Sequence[str]) -> Hashable:
-    """The plain attributes of an object, but for some."""
-    plain = [item for item in vars(thing).items() if isinstance(item[1], (*PLAIN, tuple, list))]
-    return tuple([(name, type(value), _frozen(value)) for name, value in plain if name not in left_out])
 
 
 def of_torch(device: torch.device) -> Hashable:
@@ -313,6 +426,7 @@ def of_torch(device: torch.device) -> Hashable:
     backends = torch.backends
     return (
         tuple(autocast),
+        modes_on(),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.get_default_dtype(),

@@ -6,19 +6,33 @@ function, class, module or object that has places. What a thing holds counts if 
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import random
 import sys
 import threading
 import weakref
-from collections import deque
+from argparse import Namespace
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache, cached_property, partial, partialmethod
 from operator import attrgetter
-from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MappingProxyType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -26,6 +40,7 @@ from torch import Tensor, nn
 
 from ..capture.held import MISSING
 from ..module import GradNormModule
+from ..optim import ExampleOptimizer
 from ..torch_internals import hooks_of, own_buffers, own_children, own_parameters
 from .refusals import of_a_library
 
@@ -34,6 +49,11 @@ Place = tuple[Any, Any]  # what is read from, and the key, number or name there
 OF_A_MODULE = frozenset(nn.Module().__dict__)  # what torch itself keeps in every module
 MAKING = frozenset(["__init__", "__new__", "__post_init__", "__init_subclass__", "__set_name__", "__class_getitem__"])
 OF_A_WRAPPER = ("batch_norm", "strict", "coupled", "forward")  # what counts of it, where it has that itself
+OWN = __name__.rpartition(".")[0]  # recorded steps are no part of what they do
+OF_AN_OPTIMIZER = ("param_groups", "state")  # what a step of another optimizer reads, where code calls one
+ALL_BY_NAME = frozenset(["vars", "__dict__", "asdict", "astuple"])  # by which code reads all options, naming none
+WHOLE = (UserDict, UserList, ChainMap)  # whose code is the standard library's, and whose data are attributes
+CONTAINERS = (list, tuple, dict, deque, set, frozenset)
 # Methods that torch calls by itself, of modules and of functions of autograd.
 CALLED_BY_TORCH = frozenset(["forward", "backward", "setup_context", "jvp", "vmap"])
 
@@ -77,7 +97,7 @@ def put_at(place: Place, value: Any) -> None:
 
 def said(place: Place) -> str:
     """The name of a place."""
-    return str(place[1])
+    return f"the state of {type(place[1]).__name__}" if isinstance(place[1], Tensor) else str(place[1])
 
 
 def is_followed(thing: Any) -> bool:
@@ -85,7 +105,7 @@ def is_followed(thing: Any) -> bool:
 
     Of libraries' objects what the user's code names is looked at, and all that torch's and ours hold.
     """
-    if isinstance(thing, (*PLAIN, Tensor)) or thing is MISSING:
+    if isinstance(thing, (*PLAIN, Tensor)) or thing is MISSING or type(thing).__module__.startswith(OWN):
         return False
     if isinstance(thing, FunctionType):
         return _is_users(thing) or thing.__closure__ is not None
@@ -93,8 +113,11 @@ def is_followed(thing: Any) -> bool:
         return _is_users_module(thing)
     if isinstance(thing, type):
         return _is_users_class(thing)
-    if isinstance(thing, list | tuple | dict | deque):
+    if isinstance(thing, CONTAINERS):
         return not _is_plain(thing)
+    if isinstance(thing, BuiltinMethodType):  # of an object: dictionary.get
+        holder = thing.__self__
+        return isinstance(holder, CONTAINERS) or (not isinstance(holder, ModuleType | type) and is_followed(holder))
     if isinstance(thing, MethodType | partial | ContextVar | Mapping | weakref.ref | attrgetter):
         return True
     if _is_array_of_objects(thing):
@@ -159,9 +182,28 @@ def _is_array_of_objects(thing: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | deque):
-        return all(map(_is_plain, value))
-    return all(map(_is_plain, value.values())) if isinstance(value, dict) else isinstance(value, PLAIN)
+    if isinstance(value, dict) and not all(map(_is_plain, value.values())):
+        return False
+    return all(map(_is_plain, value)) if isinstance(value, CONTAINERS) else isinstance(value, PLAIN)
+
+
+def cached_by(thing: Any) -> list[Tensor]:
+    """The tensors that ``functools.lru_cache`` keeps for a function, which are the same at every step."""
+    if not isinstance(thing, type(cache(len))):
+        return []
+    found: list[Any] = [thing]
+    known = {id(thing)}
+    for one in found:  # which grows: dictionaries and links of the cache's list
+        inside = isinstance(one, dict | tuple | list) or type(one).__module__ == "functools"
+        new = [held for held in gc.get_referents(one) if id(held) not in known] if inside else []
+        known.update(map(id, new))
+        found += new
+    return [held for held in found if isinstance(held, Tensor)]
+
+
+def is_function_of_user(thing: Any) -> bool:
+    """Whether a thing is a function whose code is followed."""
+    return isinstance(thing, FunctionType) and _is_users(thing)
 
 
 def names_read_by(thing: Any) -> Iterator[str]:
@@ -197,6 +239,11 @@ def places_in(thing: Any, names: Collection[str]) -> tuple[list[dict[Any, Any]],
         return [thing.keywords], [*_elements(thing.args), *[(thing.keywords, key) for key in thing.keywords]]
     if isinstance(thing, ContextVar):
         return [], [(thing, thing.name)]
+    if isinstance(thing, BuiltinMethodType):
+        return places_in(thing.__self__, names)
+    if isinstance(thing, MappingProxyType):  # a view of a dictionary, or of another mapping
+        found_in = [places_in(held, names) for held in gc.get_referents(thing)]
+        return [one for dicts, _ in found_in for one in dicts], [place for _, places in found_in for place in places]
     if isinstance(thing, ModuleType):
         return [vars(thing)], [(vars(thing), name) for name in names if name in vars(thing)]
     if isinstance(thing, type):
@@ -236,20 +283,36 @@ def _attributes(thing: Any, names: Collection[str]) -> tuple[list[dict[Any, Any]
     found += [(thing, name) for one in kind.__mro__ for name in _slots(one) if name in names]
     if not isinstance(attributes, dict):
         return [], found
-    dicts = [attributes]
+    # Ours note what they did in attributes of their own.
+    dicts = [] if isinstance(thing, ExampleOptimizer) and _is_ours(thing) else [attributes]
     if isinstance(thing, nn.Module):
         held: list[Any] = [own_parameters(thing), own_buffers(thing), own_children(thing), *hooks_of(thing)]
-        found += [(kind_of, name) for kind_of in held for name in kind_of]
+        # Those of a scripted module are no dictionaries, but its attributes as well.
+        found += [(kind_of if isinstance(kind_of, dict) else thing, n) for kind_of in held for n, _ in kind_of.items()]
         dicts += [kind_of for kind_of in held if isinstance(kind_of, dict)]
         # What else a wrapper holds are counters and the like; its mode is its network's.
         options = OF_A_WRAPPER if isinstance(thing, GradNormModule) else names_of_options(attributes)
         read = [name for name in options if name in attributes]
     else:
-        # Code of libraries is not followed, so that nobody knows what an object's answers are made of.
-        whole = (_is_ours(thing) and not isinstance(thing, torch.optim.Optimizer)) or hasattr(kind, "__getattr__")
-        read = [name for name in attributes if whole or name in names]
+        read = _read_of(thing, attributes, names)
     # What the class has may come to be an attribute of the object's own.
     return dicts, found + [(attributes, name) for name in {*read, *of_class}]
+
+
+def _read_of(thing: Any, attributes: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The attributes of an object, no module, that count."""
+    kind = type(thing)
+    if isinstance(thing, ExampleOptimizer):
+        # Of those that are left out the program has the tensors and numbers as inputs; a scheduler hides step.
+        others = (*thing.not_for_programs, *thing.numbers(), "optimizer", "model", "step")
+        return [name for name, value in attributes.items() if name not in others and not isinstance(value, Tensor)]
+    if isinstance(thing, torch.optim.Optimizer):
+        return [name for name in attributes if name in names or ("step" in names and name in OF_AN_OPTIMIZER)]
+    # Code of libraries is not followed, so that nobody knows what an object's answers are made of.
+    whole = _is_ours(thing) or isinstance(thing, WHOLE) or hasattr(kind, "__getattr__")
+    options = isinstance(thing, Namespace | SimpleNamespace) or is_dataclass(thing)
+    whole = whole or (options and not ALL_BY_NAME.isdisjoint(names))
+    return [name for name, value in attributes.items() if whole or name in names or isinstance(value, Tensor)]
 
 
 def _data_of_class(kind: type, names: Collection[str]) -> list[str]:
@@ -265,7 +328,10 @@ def _of_class(kind: type, names: Collection[str]) -> list[tuple[str, Any]]:
         for one in kind.__mro__
         if _is_users_class(one)
         for name, value in vars(one).items()
-        if name in names or name in CALLED_BY_TORCH or (_is_special(name) and isinstance(value, FunctionType))
+        if name in names
+        or name in CALLED_BY_TORCH
+        or (_is_special(name) and isinstance(value, FunctionType))
+        or issubclass(kind, ExampleOptimizer)  # whose methods we call
     ]
 
 
@@ -279,6 +345,10 @@ def members(thing: Any, names: Collection[str]) -> list[Any]:
         return _modules_of(thing) if _is_users(thing) else []
     if isinstance(thing, MethodType):
         return [thing.__self__, thing.__func__]
+    if isinstance(thing, BuiltinMethodType):
+        return [thing.__self__]
+    if isinstance(thing, set | frozenset):
+        return list(thing)
     if isinstance(thing, partial):
         return [thing.func]
     if isinstance(thing, weakref.ref):
@@ -287,9 +357,13 @@ def members(thing: Any, names: Collection[str]) -> list[Any]:
         return list(thing.flat)
     kind = thing if isinstance(thing, type) else type(thing)
     found = [hook for hooks in hooks_of(thing) for hook in hooks.values()] if isinstance(thing, nn.Module) else []
+    if isinstance(thing, nn.Module):
+        found.append(getattr(kind, "forward", None))  # of a class of torch's own too, which somebody may have patched
     if isinstance(thing, GradNormModule):
         found.append(thing.unwrap())
-    if not isinstance(thing, list | tuple | dict | deque | ModuleType):
+    if isinstance(thing, dict):
+        found += [key for key in thing if not isinstance(key, PLAIN)]
+    if not isinstance(thing, (*CONTAINERS, ModuleType)):
         found.append(getattr(thing, "__dict__", {}).get("__wrapped__"))  # by a decorator
     if isinstance(thing, type):
         found.append(type(thing))

@@ -7,7 +7,7 @@ it reads its inputs, and the tensors that were there before it was recorded (par
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .._C import StraightLine
 from ..torch_internals import (
+    Memory,
     address_of,
+    is_of_others,
     is_operator,
+    is_wrapped_number,
     moved_statistics,
     quick_descriptions,
     schema_of,
@@ -317,6 +320,51 @@ def hang_on_what_was_there(module: fx.GraphModule, data: int) -> list[bool]:
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     there = [node for node in module.graph.nodes if node.op == "get_attr" and not _is_of_code(node)]
     return _come_of([*inputs[data:], *there], module)
+
+
+def unknown_tensor(module: fx.GraphModule, known: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
+    """What a recording reads as a constant though nobody knows whether it is the same at the next step, in words.
+
+    Tensors from before the recording are read anew by a program, in the place of views of the same numbers that a
+    tracer takes for others. Any other tensor that a tracer takes for a constant was made within the step where the
+    tracer does not look, of the batch perhaps. Numbers of the code are the same at every step, and so are those in
+    memory that is not torch's but NumPy's, say, unless it is that of the inputs.
+
+    Args:
+        module: the recorded operators; they read the known tensors themselves from now on.
+        known: the tensors from before the recording.
+        inputs: of the program.
+
+    Returns:
+        The first tensor that is not known, with the operator that reads it; None where there is none.
+    """
+    there = {id(tensor) for tensor in known}
+    whole = {_lies(tensor): tensor for tensor in reversed(known)}
+    old, given = Memory(), Memory()
+    for tensor in known:
+        old.add(tensor)
+    for tensor in inputs:
+        given.add(tensor)
+    for node in module.graph.nodes:
+        found = attribute_of(module, str(node.target)) if node.op == "get_attr" and node.users else None
+        if not isinstance(found, Tensor) or id(found) in there or _is_of_code(node):
+            continue
+        if is_wrapped_number(found):
+            continue
+        if found not in given and _lies(found) in whole:
+            setattr(module, str(node.target), whole[_lies(found)])
+        elif found in given or not (found in old or is_of_others(found)):
+            reader = next(iter(node.users)).target
+            return f"{reader} reads a {type(found).__name__} of shape {list(found.shape)}"
+    return None
+
+
+def _lies(tensor: Tensor) -> Hashable:
+    """Where the numbers of a tensor are, and how they are read; who it is where nobody can tell."""
+    address = address_of(tensor) if tensor.layout == torch.strided and not tensor.is_nested else 0
+    if not address:
+        return id(tensor)
+    return address, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
 
 
 def _is_of_code(node: fx.Node) -> bool:

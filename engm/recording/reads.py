@@ -6,8 +6,9 @@ asked for by operators (``.item()``, ``if``) are refused by :mod:`~engm.recordin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import currentframe
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import resolve_name
 
 from ..torch_internals import PACKED, Calls
+from ..torch_internals import __file__ as of_calls
+from .refusals import OURS
 
 # Of these the tensor is the first argument.
 READERS = frozenset(
@@ -35,6 +38,9 @@ HOST_ARGUMENTS: Mapping[Any, Sequence[int | str]] = {
     torch.tensor_split: (1, "tensor_indices_or_sections"),
     Tensor.tensor_split: (1, "tensor_indices_or_sections"),
 }
+# Of a parameter a program knows what it adds to the gradient, and not what is there.
+_GRADIENT: Any = Tensor.grad
+GRADIENTS = frozenset([_GRADIENT.__get__, _GRADIENT.__set__, _GRADIENT.__delete__])
 INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 
 
@@ -44,14 +50,21 @@ class HostReads(Calls):
     Args:
         may_be_read: whether a tensor's values are among what a program holds for.
         refuse: called with the error before it is raised, which the code of a step may catch.
+        parameters: to whose gradients a program adds, so that nobody else may look at them or clear them.
 
     Attributes:
         of_operators: how many values operators have told of; who sees the operators counts them.
         made_constant: whether an operator made a tensor of numbers that Python knows; who sees the operators says so.
     """
 
-    def __init__(self, may_be_read: Callable[[Tensor], bool], refuse: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        may_be_read: Callable[[Tensor], bool],
+        refuse: Callable[[Exception], None],
+        parameters: Iterable[Tensor] = (),
+    ) -> None:
         super().__init__()
+        self._parameters = {id(parameter) for parameter in parameters}
         self._may_be_read = may_be_read
         self._refuse = refuse
         self.of_operators = 0
@@ -64,6 +77,11 @@ class HostReads(Calls):
         # An address is of no use at the next step, unless it is that of a parameter, which programs depend on.
         if func in ADDRESSES and not isinstance(args[0], nn.Parameter):
             self._raise(func)
+        if func in GRADIENTS and id(args[0]) in self._parameters and not _is_asked_by_us():
+            self._fail(
+                "the loss function reads, clears or changes .grad of the network's parameters, to which a recorded "
+                "step adds: do that, and opt.zero_grad(), outside of it"
+            )
         places = HOST_ARGUMENTS.get(func, ())
         given = [kwargs.get(place) if isinstance(place, str) else _at(args, place) for place in places]
         if any(isinstance(value, Tensor) and not value.is_floating_point() for value in given):
@@ -78,9 +96,20 @@ class HostReads(Calls):
             self._raise(func)
 
     def _raise(self, func: Any) -> None:
-        error = RuntimeError(f"{_name(func)} reads values of a tensor, which may be others at the next step")
+        self._fail(f"{_name(func)} reads values of a tensor, which may be others at the next step")
+
+    def _fail(self, message: str) -> None:
+        error = RuntimeError(message)
         self._refuse(error)
         raise error
+
+
+def _is_asked_by_us() -> bool:
+    """Whether code of ours calls a function of torch that is told of, and not torch's or the user's."""
+    frame: FrameType | None = currentframe()
+    while frame is not None and frame.f_code.co_filename in (__file__, of_calls):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(OURS)
 
 
 def _at(args: Sequence[Any], number: int) -> Any:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..module import GradNormModule
 from ..optim import ExampleOptimizer
 from ..torch_internals import (
     Memory,
     Operators,
+    address_of,
     all_memory_of,
     deciding_sizes,
     moved_statistics,
     schema_of,
     tensors_in,
     unrecorded,
+    version_of,
     written_operands,
 )
 from .guards import Reach
@@ -47,6 +50,7 @@ class Before:
         drawn_from: generators (None: torch's own), with their states before the first draw.
         known_generators: those that may be drawn from, which are put back.
         written_buffers: those of the network's that operators wrote into while it was noted.
+        other_gradients: the leaves of autograd's graph in reach that are no parameters of the network, with gradients.
         given: buffers of integers whose numbers Python was given while the step was noted, by name, with copies.
     """
 
@@ -67,7 +71,7 @@ class Before:
         self._random: list[tuple[Any, Tensor]] = [(None, torch.get_rng_state())]
         self._random += [(device, torch.cuda.get_rng_state(device)) for device in sorted(devices, key=str)]
         self._carried = opt.carried()
-        self._counted = [(thing, dict(vars(thing))) for thing in (opt, model.calibration, model.watch)]
+        self._counted = [(thing, dict(vars(thing))) for thing in (opt, model.calibration, model.engm_watch)]
         self._draws = [(sample, sample.draws) for sample in (model.calibration.sample, model.calibration.shared_sample)]
         self._of_python = _random_of_python()
         self._generators = [(generator, generator.get_state()) for generator in generators]
@@ -77,6 +81,16 @@ class Before:
         held = [] if reach is None else reach.values()
         carried = {id(tensor) for tensor in self._carried.values()}
         self._held = [(place, value) for place, value in held if id(value) not in carried]
+        self._containers = [] if reach is None else [(held, _parts(held)) for held in reach.containers()]
+        there = [*model.parameters(), *model.buffers(), *(value for _, value in held if isinstance(value, Tensor))]
+        there += [] if reach is None else reach.cached()
+        # With tensors of the same memory, to be put back where a step gives them other memory.
+        self._there = {id(tensor): (tensor, tensor.detach()) for tensor in there if not is_lazy(tensor)}
+        self._versions = [(tensor, version_of(tensor)) for tensor, _ in self._there.values()]
+        self._unseen = False  # whether something was written into where nobody looks
+        own = {id(parameter) for parameter, _ in self.gradients}
+        leaves = [t for t, _ in self._there.values() if t.is_leaf and t.requires_grad and id(t) not in own]
+        self.other_gradients = [(leaf, leaf.grad) for leaf in leaves]
 
     @contextmanager
     def noting(self) -> Iterator[None]:
@@ -89,12 +103,15 @@ class Before:
         with noting, noting.reads:
             yield
         self.written_buffers = [buffer for buffer, _ in self.buffers if noting.may_have_written_into(buffer)]
+        self._unseen = any(version_of(t) != v and not noting.may_have_written_into(t) for t, v in self._versions)
         if noting.errors:
             raise noting.errors[0]
 
     def put_back(self) -> None:
         """Everything as it was."""
         torch.clear_autocast_cache()  # what was cast while a step was traced belongs to that
+        for tensor, memory in self._moved():
+            tensor.data = memory
         known = [generator for generator, _ in self._generators]
         for generator, state in self._generators + [item for item in self.drawn_from if item[0] not in known]:
             if generator is not None:
@@ -106,6 +123,11 @@ class Before:
             for memory, value in self.written:
                 memory.copy_(value)
         self.put_back_gradients()
+        for leaf, gradient in self.other_gradients:
+            leaf.grad = gradient
+        for container, parts in self._containers:
+            if not _are(container, parts):
+                _fill(container, parts)
         for device, state in self._random:
             if device is None:
                 torch.set_rng_state(state)
@@ -149,12 +171,39 @@ class Before:
             return (
                 f"the step puts other values in the place of {', '.join(changed[:3])}, which a program cannot do again"
             )
+        grown = [parts for container, parts in self._containers if not _are(container, parts)]
+        if any(isinstance(part, Tensor) and program.reads(part) for parts in grown for part in parts):
+            return "the step puts others into a list of tensors that it reads, which a program cannot do again"
+        if self._unseen:
+            return "a tensor is written into where torch's tracer does not look, in another thread perhaps"
+        if self._moved():
+            return "the step gives a tensor other memory (tensor.data = ...), which a program cannot: write into it"
         now = dict(self._opt.model.named_buffers())
         known = {id(buffer) for buffer, _ in self.buffers}
         replaced = [name for name, buffer in now.items() if id(buffer) not in known]
         if replaced:
             return f"the step puts new tensors in the place of buffers ({', '.join(replaced[:3])}): write into the old"
         return None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that were there before the step, as far as its code finds them."""
+        return [tensor for tensor, _ in self._there.values()]
+
+    def reads_a_view(self, program: Program) -> Callable[[Tensor], bool]:
+        """What tells whether a program reads other tensors than these with a tensor's memory."""
+        views = Memory()
+        for tensor in program.tensors():
+            if id(tensor) not in self._there:
+                views.add(tensor)
+        return views.__contains__
+
+    def _moved(self) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that have other memory now, with tensors of the memory that they had."""
+        return [
+            (tensor, memory)
+            for tensor, memory in self._there.values()
+            if tensor.layout == torch.strided and address_of(tensor) != address_of(memory)
+        ]
 
     def tensors_now(self) -> list[Tensor]:
         """Copies of the buffers, of other memory that was written into, and of the random numbers' states as now."""
@@ -218,7 +267,7 @@ class _Noting(Operators):
         self._given = before.given
         self._integers: list[tuple[Memory, str, tuple[Tensor, Tensor]]] = []
         self.errors: list[Exception] = []
-        self.reads = HostReads(self._may_be_read, self.errors.append)
+        self.reads = HostReads(self._may_be_read, self.errors.append, [p for p, _ in before.gradients])
         for name, (buffer, value) in zip(before.names, before.buffers, strict=True):
             self._kept.add(buffer)
             if not buffer.is_floating_point():
@@ -288,6 +337,26 @@ class _Noting(Operators):
 def _random_of_python() -> tuple[Any, Any]:
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _parts(container: Any) -> list[Any]:
+    """What is in a list, deque or dictionary: the values, behind the keys."""
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _are(container: Any, parts: Sequence[Any]) -> bool:
+    now = _parts(container)
+    return len(now) == len(parts) and all(a is b for a, b in zip(now, parts, strict=True))
+
+
+def _fill(container: Any, parts: Sequence[Any]) -> None:
+    """Put back what was in a container."""
+    container.clear()
+    if isinstance(container, dict):
+        half = len(parts) // 2
+        container.update(zip(parts[:half], parts[half:], strict=True))
+    else:
+        container.extend(parts)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -23,9 +23,12 @@ from ..optim import ExampleOptimizer, StepStats
 from ..optim.together import in_processes
 from ..repeatable import repeatable_kernels
 from ..torch_internals import (
+    constant,
     has_gradient_hooks,
+    modes_on,
     recomputed_once,
     saved_tensors_of,
+    take_constants,
     take_decisions,
     take_surprises,
     tree_flatten,
@@ -35,8 +38,8 @@ from ..torch_internals import (
 from .agreement import all_the_same, same_bits
 from .cuda_graph import CudaGraphs
 from .fused import Inductor
-from .guards import MOST_STATES, OfNetwork, Reach, of_leaf, of_object, of_torch
-from .places import PLAIN, Place, at, is_followed
+from .guards import MOST_STATES, OfNetwork, Reach, of_leaf, of_torch
+from .places import PLAIN, Place, at
 from .program import (
     Backend,
     Program,
@@ -46,6 +49,7 @@ from .program import (
     hang_on_data,
     hang_on_what_was_there,
     recorded,
+    unknown_tensor,
     watch_any,
 )
 from .refusals import UnrecordableError, in_words
@@ -61,6 +65,10 @@ COMPARED = "recorded, and compared with its replay"  # why the step at which a p
 # Why a program that was made, or was to be, is not used at a step.
 NO_LONGER_HOLDS = (
     "gradients came where there were none before, indices became others, or a function of yours mixed the examples"
+)
+OF_THE_STEP = (
+    "that was not there before the step, or is kept where nobody looks: what is made of the batch by nn.Parameter, "
+    "as_subclass or in another thread cannot be followed"
 )
 LossFunction = Callable[..., Any]
 
@@ -100,12 +108,16 @@ class _Recording:
         reached: the parameters that get gradients, which are the first outputs.
         figures: the names of the figures of the step that are tensors, the next outputs.
         other_figures: the step's other figures by name.
-        carried: the names of the optimizer's tensors that are replaced, the last outputs.
+        carried: the names of the optimizer's tensors that are replaced, the next outputs.
+        left: leaves of autograd's graph that are no parameters of the network and are left with gradients, the last
+            outputs; and whether they had some before.
+        cleared: such leaves whose gradients the step takes away.
         factors: of the calibration, those that the step asked for.
         watches: whether a last output tells that the program does not hold: that gradients came where there were none
             before, or that indices which are no constants of the code are not what they were.
         watched: the skeletons of the graphs that would be compared with autograd's gradients from time to time.
-        held: tensors besides those of the network that the program reads, and where the step's code finds them.
+        held: tensors besides those of the network that the program reads, and where the step's code finds them; also
+            the containers that they are in.
         written: memory that the program writes into.
         draws: the generators that it draws from; None: torch's own.
         given: buffers whose numbers Python was given, by name, with these numbers.
@@ -119,10 +131,12 @@ class _Recording:
     factors: tuple[FactorKey, ...]
     watches: bool
     watched: list[Hashable] = field(default_factory=list)
-    held: list[tuple[Place, Tensor]] = field(default_factory=list)
+    held: list[tuple[Place, Any]] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
     draws: list[torch.Generator | None] = field(default_factory=list)
     given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    left: list[tuple[Tensor, bool]] = field(default_factory=list)
+    cleared: list[Tensor] = field(default_factory=list)
 
     def before(self, opt: ExampleOptimizer) -> BeforeReplay:
         """What the program may change by itself, as it is now."""
@@ -132,6 +146,8 @@ class _Recording:
         """Why the program does not hold for the tensors that are there now; None where it may."""
         if not (self.program.holds() and all(at(place) is tensor for place, tensor in self.held)):
             return "tensors that the step reads were replaced by others: write into the old"
+        if any(not had and leaf.grad is not None for leaf, had in self.left):
+            return "the step leaves gradients elsewhere than in the network, where there are some now"
         changed = [name for name, (buffer, numbers) in self.given.items() if not same_bits(buffer, numbers)]
         return f"Python is given numbers of {changed[0]}, and they became others" if changed else None
 
@@ -154,9 +170,7 @@ class RecordedStep:
         self.loss_fn = loss_fn
         self.backend = backend
         self._network = OfNetwork(opt.model)
-        own = [value for name, value in vars(opt).items() if name not in (*opt.not_for_programs, "optimizer", "model")]
-        roots = [loss_fn, opt.model, *[value for value in own if is_followed(value)]]
-        self._reach = Reach(roots, (opt,), self._network)
+        self._reach = Reach([loss_fn, opt.model], opt, self._network)
         self._recordings: dict[Hashable, _Recording] = {}
         self._refused: dict[Hashable, str] = {}
         self._used: dict[Hashable, int] = {}  # the number of the call that last used a recording
@@ -249,13 +263,17 @@ class RecordedStep:
         if before is not None and bool(outputs.pop()):
             before.put_back()
             return self._give_up(call, key, NO_LONGER_HOLDS)
-        gradients, figures, carried = _split(recording, outputs)
+        gradients, figures, carried, left = _split(recording, outputs)
         stats = StepStats(**{**recording.other_figures, **figures})
         if stats.losses.device.type == "cpu":
             check_finite(stats.losses)
         add_gradients(gradients)
+        for leaf in recording.cleared:
+            leaf.grad = None
+        for leaf, gradient in left:
+            leaf.grad = gradient
         self.opt.carry(carried)
-        self.opt.model.watch.steps += len(recording.watched)
+        self.opt.model.engm_watch.steps += len(recording.watched)
         self._report.replayed += 1
         self._report.length = recording.program.length
         return self.opt.after_program(stats)
@@ -308,13 +326,15 @@ class RecordedStep:
             if found.for_good:  # and not because of an error that the step has by itself
                 self._refuse(key, found.reason)
             return stats
-        found.held.extend((place, tensor) for place, tensor in tensors if found.program.reads(tensor))
+        in_view = before.reads_a_view(program)
+        found.held.extend(item for item in tensors if found.program.reads(item[1]) or in_view(item[1]))
+        found.held.extend(self._reach.holders([holder for (holder, _), _ in found.held]))
         found.written.extend([*before.written_buffers, *(memory for memory, _ in before.written)])
         found.draws.extend(generator for generator, _ in before.drawn_from)
         found.given.update(before.given)
         call.clear_gradients()
         model = self.opt.model
-        model.observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
+        model.engm_observer = lambda _, skeleton: found.watched.append(skeleton) if model.strict else None
         try:
             with repeatable_kernels(device) as unrepeatable:
                 stats = call.run()
@@ -322,11 +342,12 @@ class RecordedStep:
             before.put_back_gradients()
             raise
         finally:
-            model.observer = None
+            model.engm_observer = None
         gradients = [parameter.grad for parameter in found.reached if parameter.grad is not None]
         every = [(p, p.grad) for p, _ in before.gradients if p.grad is not None]
         want = [*gradients, *(getattr(stats, name) for name in found.figures)]
-        want += [self.opt.carried()[name] for name in found.carried] + before.tensors_now()
+        want += [self.opt.carried()[name] for name in found.carried]
+        want += [leaf.grad for leaf, _ in found.left if leaf.grad is not None] + before.tensors_now()
         before.put_back_gradients()
         add_gradients(every)
 
@@ -366,6 +387,8 @@ class _Call:
         self._spec = spec
         self._options: dict[str, Any] = {"divisor": divisor, "loss_scale": loss_scale}
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        number = {id(tensor): k for k, tensor in reversed([*enumerate(self.tensors)])}
+        self._first = [number[id(tensor)] for tensor in self.tensors]  # the first place of each one
 
     def reason_for_eager(self) -> str | None:
         """Why this batch runs eagerly; None where a program may do."""
@@ -380,9 +403,9 @@ class _Call:
         factors = [(key, of_leaf(tensor)) for key, tensor in opt.model.calibration.carried().items()]
         return (
             tuple(map(of_leaf, self._leaves)),
+            tuple(self._first),
             self._spec,
             tuple(self._options.values()),
-            of_object(opt, (*opt.not_for_programs, *opt.numbers())),
             tuple(carried),
             tuple(factors),
             opt.model.calibration.verdicts(),
@@ -396,7 +419,10 @@ class _Call:
 
     def run_with(self, tensors: Sequence[Tensor], check: bool | None = None) -> StepStats:
         """The step for other tensors in the batch."""
-        given = iter(tensors)
+        given = iter([tensors[number] for number in self._first])
+        for tensor, original in zip(tensors, self.tensors, strict=True):
+            if tensor is not original and vars(original):
+                vars(tensor).update(vars(original))
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         found = self._loss_fn(*tree_unflatten(leaves, self._spec))
         if not isgenerator(found):
@@ -457,6 +483,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         known: list[Tensor] = []
         with recomputed_once():
             for route in graph.plan.routes:
+                constant(route.values)
                 now: Any = saved_tensors_of(graph.trace.order[route.position], route.name)[route.number]
                 if all(now is not other for other in known):
                     known.append(now)
@@ -477,21 +504,26 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         }
         baked.extend((value, _became_another(value)) for value in take_decisions())
         surprises = [*(surprise for graph in graphs for surprise in graph.surprises), *take_surprises()]
-        described[:] = reached, tuple(figures), others, tuple(changed)
-        left = [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values()]
-        ends[:] = len(left), len(left) + len(surprises)
-        return [*left, *surprises, *(flag for _, flag in baked), *(value for value, _ in baked)]
+        another = [(leaf, had is not None) for leaf, had in before.other_gradients if leaf.grad is not had]
+        elsewhere = [(leaf, had) for leaf, had in another if leaf.grad is not None]
+        cleared = [leaf for leaf, _ in another if leaf.grad is None]
+        described[:] = reached, tuple(figures), others, tuple(changed), elsewhere, cleared
+        done = [*(p.grad for p in reached if p.grad is not None), *figures.values(), *changed.values()]
+        done += [leaf.grad for leaf, _ in elsewhere if leaf.grad is not None]
+        ends[:] = len(done), len(done) + len(surprises)
+        return [*done, *surprises, *(flag for _, flag in baked), *(value for value, _ in baked)]
 
     call.clear_gradients()
     torch.clear_autocast_cache()
     model.calibration.asked.clear()
-    model.observer = observe
+    model.engm_observer = observe
     take_decisions()
     take_surprises()
+    take_constants()
     try:
         module, outputs = recorded(function, call.inputs())
     finally:
-        model.observer = None
+        model.engm_observer = None
     first, last_surprise = ends
     if any(map(bool, outputs[first:last_surprise])):
         raise UnrecordableError(NO_LONGER_HOLDS)
@@ -503,13 +535,17 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     flags = [number for number, hangs in enumerate(there, last_surprise) if hangs]
     watches = watch_any(module, first, [*range(first, last_surprise), *flags])
     module = cleaned(module)
+    unknown = unknown_tensor(module, [*before.tensors(), *take_constants()], call.inputs())
     program = Program(module)
     factors = tuple(key for key in keys if key in model.calibration.asked)
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)
-    reached, figures, others, carried = described
-    return _Recording(program, reached, figures, others, carried, factors, watches), program, module
+    if unknown is not None:
+        raise UnrecordableError(f"{unknown} {OF_THE_STEP}", for_good=True)
+    reached, figures, others, carried, left, cleared = described
+    recording = _Recording(program, reached, figures, others, carried, factors, watches, left=left, cleared=cleared)
+    return recording, program, module
 
 
 def _became_another(value: Tensor) -> Tensor:
@@ -541,6 +577,8 @@ def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
     """Why this very step runs eagerly, whatever is recorded."""
     if opt.model.shard_group is not None or (in_processes() and dist.get_world_size() > 1):
         return "several processes work together"
+    if None in modes_on():
+        return "a TorchFunctionMode or TorchDispatchMode is on, which takes part in what torch does"
     if has_gradient_hooks(parameter for _, parameter in opt.model.trainable_parameters()):
         return "hooks hang on parameters, which autograd alone runs"
     return opt.eager_reason()
@@ -548,17 +586,18 @@ def _reason_for_eager(opt: ExampleOptimizer) -> str | None:
 
 def _comparison_is_due(opt: ExampleOptimizer, watched: Sequence[Hashable]) -> bool:
     model = opt.model
-    return any(model.watch.would_be_due(s, model.check_every, k) for k, s in enumerate(watched, 1))
+    return any(model.engm_watch.would_be_due(s, model.check_every, k) for k, s in enumerate(watched, 1))
 
 
 def _split(
     recording: _Recording, outputs: Sequence[Tensor]
-) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients by parameter, figures and carried tensors by name."""
+) -> tuple[list[tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor], list[tuple[Tensor, Tensor]]]:
+    """Gradients by parameter, figures and carried tensors by name, and gradients of other leaves."""
     given = iter(outputs)
     gradients = [(parameter, next(given)) for parameter in recording.reached]
     figures = {name: next(given) for name in recording.figures}
-    return gradients, figures, {name: next(given) for name in recording.carried}
+    carried = {name: next(given) for name in recording.carried}
+    return gradients, figures, carried, [(leaf, next(given)) for leaf, _ in recording.left]
 
 
 def record(opt: ExampleOptimizer, loss_fn: LossFunction, *, backend: str = "replay") -> RecordedStep:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..terms import CHUNK_BYTES, PerExampleGradient, Term, accumulation_dtype
-from ..torch_internals import adds_up, is_doubled, node_outputs, operator_name, passed_to_input, rows_of_nested
+from ..torch_internals import adds_up, is_multiplied, node_outputs, operator_name, passed_to_input, rows_of_nested
 from .entries import Entry, names_of, owners_of
 from .operators import repeated_term
 
@@ -155,6 +155,7 @@ def backward_of_each(
     is_complex: bool = False,
     sizes: Sequence[int] | None = None,
     nonlinear: Callable[[], Exception] | None = None,
+    among: int = 1,
 ) -> Tensor:
     """``backward`` of every entry of a batch of output gradients, by vmap or, where vmap fails, in a loop.
 
@@ -167,6 +168,8 @@ def backward_of_each(
         is_complex: whether the input has complex numbers.
         sizes: of the parts of the input, one behind the other, if there are several; each has to add up.
         nonlinear: the error to raise where not even the loop adds up; None: the loop's result is what is wanted.
+        among: how many examples those of the batch are among, where ``backward`` may turn out not to be linear in the
+            sum of all of them. No element of that is larger than so many times the largest of an example's.
 
     Returns:
         ``[batch, *shape]``.
@@ -193,6 +196,8 @@ def backward_of_each(
             pass  # an operator has no batching rule; if the error has another reason, the loop below raises it again
         else:
             if _all_add_up(batched, whole(), sizes):
+                if nonlinear is not None and among > batch:
+                    _check_multiples(one, given, batched, among, nonlinear)
                 return batched
     each = torch.stack([one(*(g[i] for g in given)).detach() for i in range(batch)])
     if nonlinear is not None and batch > 1 and not _all_add_up(each, total := whole(), sizes):
@@ -202,9 +207,36 @@ def backward_of_each(
         for gradients_of, found in (([g[largest] for g in given], each[largest]), ([g.sum(0) for g in given], total)):
             doubled = one(*(2 * g for g in gradients_of))
             # What overflows tells nothing: a gradient scaler tries a smaller scale then.
-            if bool(doubled.isfinite().all()) and not is_doubled(doubled, found, gradients_of):
+            if bool(doubled.isfinite().all()) and not is_multiplied(doubled, found, gradients_of):
                 raise nonlinear()
+    if nonlinear is not None and among > batch:
+        _check_multiples(one, given, each, among, nonlinear)
     return each
+
+
+def _check_multiples(
+    one: Callable[..., Tensor],
+    given: Sequence[Tensor],
+    found: Tensor,
+    among: int,
+    nonlinear: Callable[[], Exception],
+) -> None:
+    """Refuses a backward pass that makes something else of many times an example's gradients than as many times that.
+
+    Args:
+        one: the backward pass of one example.
+        given: gradients ``[batch, ...]``.
+        found: what it made of them, ``[batch, ...]``.
+        among: how many times.
+        nonlinear: the error to raise.
+    """
+    times = 1 << (among - 1).bit_length()
+    for k, own in enumerate(found):
+        gradients = [g[k] for g in given]
+        multiplied = one(*(times * g for g in gradients)).detach()
+        # What overflows tells nothing: a gradient scaler tries a smaller scale then.
+        if bool(multiplied.isfinite().all()) and not is_multiplied(multiplied, own, gradients, times):
+            raise nonlinear()
 
 
 def _all_add_up(each: Tensor, whole: Tensor, sizes: Sequence[int] | None) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from .arguments import Arguments
 CPU = torch.device("cpu")
 
 Activations = Tensor | tuple[Tensor | None, ...]
+
+OUTPUT, INPUT, TURNED = "output", "input", ".T"
+"""What :attr:`Rule.operators` says of an operator's inputs, besides names of parameters, see there."""
 UserRule = Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]
 
 
@@ -68,11 +72,20 @@ class Rule:
         picks: whether it is not simply the first argument that the rule needs again.
         saves: whether the rule keeps tensors of the forward pass.
         options: names of the attributes of a module that :meth:`terms` reads, and that may change between calls.
+        operators: the operators that a layer of the family computes its output by, each with what its inputs are: the
+            name of a parameter (with :data:`TURNED` behind, of its transpose), :data:`INPUT` for what the layer was
+            called with, :data:`OUTPUT` for what another of these operators made. The rule holds for a call only if
+            its graph consists of them. Empty for a rule that does not depend on how the output is computed.
+        on_inputs: operators that may lie between the layer's input and these.
+        on_parameters: operators that may lie between a parameter and these.
     """
 
     reads_for: tuple[str, ...] | None = None
     may_couple = picks = saves = False
     options: tuple[str, ...] = ()
+    operators: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    on_inputs: frozenset[str] = frozenset()
+    on_parameters: frozenset[str] = frozenset()
 
     def __init_subclass__(cls) -> None:
         # Asked at every call of every layer (csrc/captured_calls.cpp), which then need not call what does nothing.
@@ -108,6 +121,17 @@ class Rule:
     def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
         """Whether the module was called on one example without a batch dimension, where it allows that."""
         return False
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        """Whether the options by which :meth:`terms` reads a call are those that its operator was run with.
+
+        Args:
+            module: the layer, with the options that it had when it was called.
+            node: of the one of :attr:`operators` that read the layer's input.
+            activations: the layer's input; None where it is not known.
+            shape: of the layer's output.
+        """
+        return activations is None or tuple(activations.shape) == shape
 
     def save(self, module: nn.Module, activations: Any, output: Tensor) -> Any:
         """Small tensors of the forward pass worth keeping (statistics), or None."""
@@ -354,9 +378,12 @@ def find_rule(module: nn.Module) -> Rule | str:
 def _is_computed(module: nn.Module, name: str) -> bool:
     """Whether a module has something else than a parameter of its own under the name of a parameter.
 
-    A property is not asked for its value: that of a parametrization computes a weight, and a spectral norm goes on with
-    its power iteration whenever it does.
+    What was computed from other tensors may be among the parameters all the same, if somebody put it there. A property
+    is not asked for its value: that of a parametrization computes a weight, and a spectral norm goes on with its power
+    iteration whenever it does.
     """
-    if name in own_parameters(module):
-        return False
+    own = own_parameters(module)
+    if name in own:
+        parameter = own[name]
+        return parameter is not None and not parameter.is_leaf
     return own_buffers(module).get(name) is not None or inspect.getattr_static(module, name, None) is not None

@@ -7,7 +7,8 @@ are the input.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from .. import ops
 from .._C import conv_cost
 from ..cost.table import cost_arguments
 from ..terms import ConvFactors, ConvGeometry, PerExampleGradient, Term
-from .base import CPU, Cost, Rule, add_rule
+from ..torch_internals import entering_shape, output_shape, saved_by, saved_option
+from .base import CPU, INPUT, Cost, Rule, add_rule
+from .entries import names_of
 
 
 def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry]:
@@ -38,7 +41,7 @@ def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry
         total = dilation * (size - 1) if pad == "same" else 2 * int(pad)
         before.append(total // 2)
         after.append(total - total // 2)
-    geometry = ConvGeometry(module.kernel_size, module.stride, tuple(before), module.dilation, module.groups)
+    geometry = _geometry(module, tuple(before))
     if module.padding_mode == "zeros" and before == after:
         return activations, geometry
     sides = [width for k in reversed(range(len(before))) for width in (before[k], after[k])]
@@ -48,25 +51,76 @@ def padded_input(module: Any, activations: Tensor) -> tuple[Tensor, ConvGeometry
 
 def _sides(module: Any) -> list[tuple[int, int, Any]]:
     """``(kernel size, dilation, padding)`` of every spatial dimension; ``padding`` may be ``"same"``."""
+    size = tuple(module.weight.shape[2:])
     padding = module.padding
     if isinstance(padding, str):
-        padding = tuple("same" if padding == "same" else 0 for _ in module.kernel_size)
-    return list(zip(module.kernel_size, module.dilation, padding, strict=True))
+        padding = tuple("same" if padding == "same" else 0 for _ in size)
+    return list(zip(size, each(module.dilation, len(size)), each(padding, len(size)), strict=True))
+
+
+def each(option: Any, dims: int) -> tuple[Any, ...]:
+    """An option of a convolution for every spatial dimension, of which torch takes one for all too."""
+    found = tuple(option) if isinstance(option, Sequence) else (option,)
+    return found * dims if len(found) == 1 else found
+
+
+def _geometry(module: Any, padding: Any) -> ConvGeometry:
+    """How a convolution with so much zero padding reads its input."""
+    size = tuple(module.weight.shape[2:])
+    stride, padding, dilation = (each(option, len(size)) for option in (module.stride, padding, module.dilation))
+    return ConvGeometry(size, stride, padding, dilation, module.groups)
 
 
 class _ConvolutionRule(Rule):
     """What the rules of convolutions and of transposed convolutions share."""
 
-    options = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    options = ("stride", "padding", "dilation", "groups", "padding_mode")
 
     reads_for = ("weight",)
+    operators: ClassVar = dict.fromkeys(
+        ["Convolution", "ConvolutionOverrideable", "CudnnConvolution", "MiopenConvolution", "MkldnnConvolution"],
+        (INPUT, "weight", "bias"),
+    )
+    on_inputs = names_of(
+        """
+        Cat ConstantPadNd CopySlices ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D
+        ReplicationPad3D Slice
+        """
+    )
 
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
         """The weight's term, from the module's input and the gradient of its output, which are of one dtype."""
         raise TypeError(f"{type(self).__name__} must define factors")
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
-        return output.dim() == len(module.kernel_size) + 1
+        return output.dim() == module.weight.dim() - 1
+
+    def read(self, module: Any, inputs: Tensor) -> tuple[Tensor, ConvGeometry]:
+        """The zero-padded input that the layer amounts to a convolution of, and how it is read."""
+        raise TypeError(f"{type(self).__name__} must define read")
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        if activations is None:
+            return True
+        inputs = torch.empty(activations.shape, device="meta")
+        alone = self.misses_batch(module, inputs)
+        inputs, geometry = self.read(module, inputs.unsqueeze(0) if alone else inputs)
+        made = output_shape(node)
+        if (made[1:] if alone and made[:1] == (1,) else made) != shape:
+            return False
+        same = {"stride": geometry.stride, "dilation": geometry.dilation}
+        if module.padding != "same":  # where torch pads what is uneven alone
+            same["padding"] = geometry.padding
+            child, number = node.next_functions[0]
+            given = saved_by(node, "input") if child is None else None
+            size = entering_shape(child, number) if child is not None else None if given is None else given.shape
+            if size is not None and tuple(size) != tuple(inputs.shape):
+                return False
+        dims, groups = len(geometry.kernel_size), saved_option(node, "groups")
+        saved = {name: saved_option(node, name) for name in same}
+        return groups in (None, geometry.groups) and all(
+            saved[name] is None or each(saved[name], dims) == wanted for name, wanted in same.items()
+        )
 
     def terms(
         self,
@@ -117,6 +171,9 @@ class _ConvolutionRule(Rule):
 class ConvRule(_ConvolutionRule):
     """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding and padding mode."""
 
+    def read(self, module: Any, inputs: Tensor) -> tuple[Tensor, ConvGeometry]:
+        return padded_input(module, inputs)
+
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
         x, geometry = padded_input(module, inputs)
         return ConvFactors(x, backprops, geometry)
@@ -143,6 +200,8 @@ def transposed_factors(inputs: Tensor, backprops: Tensor, geometry: ConvGeometry
 class ConvTransposeRule(_ConvolutionRule):
     """``[n, C, *S] -> [n, d, *S_out]`` with any stride, dilation, groups, padding, output padding and output size."""
 
+    def read(self, module: Any, inputs: Tensor) -> tuple[Tensor, ConvGeometry]:
+        return inputs, _geometry(module, module.padding)
+
     def factors(self, module: Any, inputs: Tensor, backprops: Tensor) -> ConvFactors:
-        geometry = ConvGeometry(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-        return transposed_factors(inputs, backprops, geometry)
+        return transposed_factors(inputs, backprops, _geometry(module, module.padding))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..terms import EmbeddingFactors, Term
+from ..torch_internals import saved_option
 from .base import Rule, add_rule
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -31,20 +32,41 @@ def inverse_counts(indices: Tensor, num_embeddings: int) -> Tensor:
     return (1 / counts.to(torch.float64))[flat].view(indices.shape)
 
 
+def _padding_of(module: Any) -> int:
+    """The row of the table that gets no gradient, which torch counts from the end if it is negative; -1: none."""
+    index = module.padding_idx
+    return -1 if index is None else index % module.weight.shape[0]
+
+
+class _TableRule(Rule):
+    """What the rules of embeddings share."""
+
+    parameter_names = ("weight",)
+    options: tuple[str, ...] = ("padding_idx", "sparse", "scale_grad_by_freq")
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        wanted = {"padding_idx": _padding_of(module), "sparse": module.sparse}
+        wanted["scale_grad_by_freq"] = module.scale_grad_by_freq
+        return all(saved_option(node, name) == value for name, value in wanted.items())
+
+
 @add_rule(nn.Embedding)
-class EmbeddingRule(Rule):
+class EmbeddingRule(_TableRule):
     """``[n, *] -> [n, *, d]``, with every option of the module.
 
     With ``scale_grad_by_freq`` gradients are divided by counts over the whole batch of the call, as autograd does.
     ``max_norm`` changes the table before it is read, and leaves gradients as they are.
     """
 
-    parameter_names = ("weight",)
     positionwise = True
-    options = ("num_embeddings", "padding_idx", "sparse", "scale_grad_by_freq")
+    operators: ClassVar = {"Embedding": ("weight",)}
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        same = activations is None or tuple(activations.shape) == shape[:-1]
+        return same and super().describes(module, node, activations, shape)
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Tensor | None:
-        return inverse_counts(activations, module.num_embeddings) if module.scale_grad_by_freq else None
+        return inverse_counts(activations, module.weight.shape[0]) if module.scale_grad_by_freq else None
 
     def terms(
         self,
@@ -57,26 +79,30 @@ class EmbeddingRule(Rule):
         indices, gy = activations.unsqueeze(1).flatten(1), backprops.unsqueeze(1).flatten(1, -2)
         if saved is not None:
             gy = gy * saved.view(-1, indices.shape[1]).unsqueeze(2).to(gy.dtype)
-        padding = -1 if module.padding_idx is None else module.padding_idx
-        return {"weight": EmbeddingFactors(indices, gy, module.num_embeddings, padding, module.sparse)}
+        factors = EmbeddingFactors(indices, gy, module.weight.shape[0], _padding_of(module), module.sparse)
+        return {"weight": factors}
 
 
 @add_rule(nn.EmbeddingBag)
-class EmbeddingBagRule(Rule):
+class EmbeddingBagRule(_TableRule):
     """``[n, T]``, or ``[all positions]`` with offsets, ``-> [n, d]``: an example is a bag, in every mode.
 
     ``per_sample_weights`` belong to the data, also where they require a gradient.
     """
 
-    parameter_names = ("weight",)
-    options = (*EmbeddingRule.options, "mode", "include_last_offset")
+    options = (*_TableRule.options, "mode", "include_last_offset")
+    operators: ClassVar = {"EmbeddingBag": ("weight",)}
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        same = saved_option(node, "mode") == ("sum", "mean", "max").index(module.mode)
+        return same and super().describes(module, node, activations, shape)
 
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         names = ("input", "offsets", "per_sample_weights")
         return tuple(args[k] if k < len(args) else kwargs.get(name) for k, name in enumerate(names))
 
     def save(self, module: Any, activations: Any, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        counts = inverse_counts(activations[0], module.num_embeddings) if module.scale_grad_by_freq else None
+        counts = inverse_counts(activations[0], module.weight.shape[0]) if module.scale_grad_by_freq else None
         return counts, largest(module, activations) if module.mode == "max" else None
 
     def terms(
@@ -89,7 +115,7 @@ class EmbeddingBagRule(Rule):
     ) -> dict[str, Term]:
         counts, winners = saved
         source, offsets, weights = activations
-        size, dtype = module.num_embeddings, backprops.dtype
+        size, dtype = module.weight.shape[0], backprops.dtype
         inside, indices = bags(module, source, offsets)
         if winners is not None:  # a feature's gradient goes to the position that has its maximum
             empty = ~inside.any(1, keepdim=True)
@@ -125,7 +151,7 @@ def bags(module: Any, source: Tensor, offsets: Tensor | None) -> tuple[Tensor, T
         _, lengths = _extents(module, source, offsets)
         inside = torch.arange(indices.shape[1], device=indices.device) < lengths.unsqueeze(1)
     if module.padding_idx is not None:
-        inside = inside & (indices != module.padding_idx)
+        inside = inside & (indices != _padding_of(module))
     return inside, indices
 
 

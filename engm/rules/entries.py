@@ -26,6 +26,8 @@ from ..torch_internals import (
     saved_by,
 )
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -64,8 +66,9 @@ class Entry:
         return self.turns % 2 == 1
 
     def saved(self, name: str) -> Any:
-        """What the node saved under ``name`` (tensors detached), or None."""
-        return saved_by(self.node, name)
+        """What the node saved under ``name`` (tensors detached, and none sparse), or None."""
+        value = saved_by(self.node, name)
+        return value.to_dense() if isinstance(value, Tensor) and value.layout in SPARSE else value
 
     @property
     def is_complex(self) -> bool:

@@ -50,6 +50,10 @@ BY_ELEMENT = names_of(
 # Operators that make one number of what lies along some dimensions.
 REDUCING = names_of("Amax Amin LinalgVectorNorm Logsumexp Mean Norm Std Sum Var")
 
+EXPONENTS = {torch.float32: 90, torch.float64: 400}  # of the largest elements of a probe; numbers have some more
+
+USUAL = 20  # the same for numbers of usual sizes
+
 ROUNDINGS = 100  # more than a few products differ from the same ones in another order
 
 Edge = tuple[Any, int]
@@ -175,21 +179,25 @@ def _through(node: Any, parts: list[Part]) -> Arrived:
 def _through_function(node: Any, parts: list[Part]) -> Arrived:
     """The same of an operator from outside of torch, if it treats every element apart, as what rounds weights does.
 
-    That is seen from what its backward pass makes of a gradient with elements of all sizes: where it mixes elements, or
-    changes them by how large they are, some of them are not multiplied by what it makes of ones.
+    That is seen from what its backward pass makes of gradients with elements of all sizes, each a large one in one of
+    them and a small one in another: where it mixes elements, or changes them by how large they are, some of them are
+    not multiplied by what it makes of ones.
     """
     found: Arrived = {}
     shape = output_shape(node)
     for edge in {edge for edge in node.next_functions if edge[0] is not None}:
         own, dtype = entering_shape(*edge), entering_dtype(*edge)
-        if own != shape or dtype not in (torch.float32, torch.float64):
+        if own != shape or dtype not in EXPONENTS:
             continue  # in 16 bits rounding hides too much
         derivative = _derivative(node, edge, shape, own)
         places = torch.arange(1, derivative.numel() + 1, dtype=dtype, device=derivative.device).view(shape)
-        probe = torch.exp2(20 * places.cos()) * places.sin().sign()
-        wanted = probe * derivative
-        near = (_pulled(node, edge, probe, own) - wanted).abs() <= ROUNDINGS * torch.finfo(dtype).eps * wanted.abs()
-        if decided_for_now(near.all()):  # NaN is near nothing
+        most, eps = EXPONENTS[dtype], torch.finfo(dtype).eps
+        near = []
+        for exponent in (most, -most, USUAL):
+            probe = torch.exp2(exponent * places.cos()) * places.sin().sign()
+            wanted = probe * derivative
+            near.append((_pulled(node, edge, probe, own) - wanted).abs() <= ROUNDINGS * eps * wanted.abs())
+        if decided_for_now(torch.stack(near).all()):  # NaN is near nothing
             found[edge] = [part.times(derivative, shape) for part in parts]
     return found
 

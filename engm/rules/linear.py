@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from .. import ops
 from .._C import by_position, linear_cost, row_terms
 from ..cost.table import cost_arguments
 from ..terms import BilinearFactors, LinearFactors, PerExampleGradient, Term
-from .base import CPU, Cost, Rule, add_rule
+from ..torch_internals import output_shape
+from .base import CPU, INPUT, OUTPUT, TURNED, Cost, Rule, add_rule
 
 
 def matrix_cost(positions: int, p: int, d: int, device: torch.device, dtype: torch.dtype) -> Cost:
@@ -25,6 +26,10 @@ class _MatrixRule(Rule):
     """What the rules of linear and bilinear layers share; dimensions between batch and features are positions."""
 
     reads_for = ("weight",)
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        known = activations is None or tuple(activations.shape[:-1]) == shape[:-1]
+        return known and output_shape(node)[-1:] == shape[-1:]
 
     def factors(self, activations: Any, backprops: Tensor) -> LinearFactors | BilinearFactors:
         """The weight's term, from what :meth:`terms` was given."""
@@ -66,6 +71,11 @@ class LinearRule(_MatrixRule):
     """``[n, *, p] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
 
     positionwise = True
+    operators: ClassVar = dict.fromkeys(["Addmm", "SparseAddmm"], ("bias", INPUT, "weight" + TURNED)) | {
+        "Mm": (INPUT, "weight" + TURNED),
+        "Add": (OUTPUT, "bias"),
+        **dict.fromkeys(["Linear", "MkldnnLinear"], (INPUT, "weight", "bias")),
+    }
 
     @property
     def of_rows(self) -> bool:
@@ -121,6 +131,14 @@ def _dense(activations: Any) -> Tensor:
 @add_rule(nn.Bilinear)
 class BilinearRule(_MatrixRule):
     """``[n, *, p], [n, *, q] -> [n, *, d]``; the dimensions between are positions and are flattened to ``T``."""
+
+    operators: ClassVar = {"Trilinear": (INPUT, "weight", INPUT), "Add": (OUTPUT, "bias")}
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        return super().describes(module, node, activations and activations[0], shape)
+
+    def misses_batch(self, module: nn.Module, output: Tensor) -> bool:
+        return output.dim() == 1
 
     def activations(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         return tuple(args[k] if k < len(args) else kwargs.get(f"input{k + 1}") for k in range(2))

@@ -8,7 +8,7 @@ that the layer saved for its own backward pass; where it saved none they are com
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from .. import ops
 from ..checks import RefusedError
 from ..terms import PerExampleGradient, Term, accumulation_dtype
 from ..torch_internals import (
+    BATCH_NORMS,
     Statistics,
     batch_norm_statistics,
     hooks_pack_what_is_saved,
     is_narrow,
     is_sync_batch_norm,
     rank_without_batch,
+    saved_option,
     saved_rstd,
     saved_statistics,
 )
-from .base import Rule, add_rule
+from .base import INPUT, Rule, add_rule
 
 
 def affine_terms(
@@ -91,6 +93,8 @@ def _statistics_of(x: Tensor, dims: list[int], eps: float, *, keepdim: bool = Fa
 class BatchNormRule(Rule):
     """Statistics of the batch (training mode, or none kept) or running ones; ``[n, C, *S]`` or ``[n, C]``."""
 
+    operators: ClassVar = dict.fromkeys(BATCH_NORMS, (INPUT, "weight", "bias"))
+
     def couples(self, module: nn.Module) -> bool:
         return uses_batch_statistics(module)
 
@@ -139,7 +143,12 @@ class SyncBatchNormRule(BatchNormRule):
 class GroupNormRule(Rule):
     """Statistics of each example's groups of channels; ``[n, C, *S]``."""
 
-    options = ("num_groups", "num_channels")
+    options = ("num_groups",)
+    operators: ClassVar = {"NativeGroupNorm": (INPUT, "weight", "bias")}
+
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        same = saved_option(node, "group") == module.num_groups
+        return same and super().describes(module, node, activations, shape)
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         saved = saved_statistics(output, "NativeGroupNormBackward")
@@ -156,7 +165,7 @@ class GroupNormRule(Rule):
         saved: Any,
         names: tuple[str, ...],
     ) -> dict[str, Term]:
-        groups, per_group = module.num_groups, module.num_channels // module.num_groups
+        groups, per_group = module.num_groups, activations.shape[1] // module.num_groups
         mean, rstd = (t.view(-1, groups, 1).expand(-1, -1, per_group).flatten(1) for t in saved)
         return affine_terms(by_channel(activations, backprops, mean, rstd), names)
 
@@ -166,12 +175,15 @@ class InstanceNormRule(Rule):
     """Statistics of each example's channels, or running ones in evaluation mode; ``[n, C, *S]``."""
 
     always = True  # torch computes an instance norm as a batch norm of one example
+    operators: ClassVar = dict.fromkeys(BATCH_NORMS, (INPUT, "weight", "bias"))
+    on_parameters = frozenset(["Repeat"])
 
     def misses_batch(self, module: Any, output: Tensor) -> bool:
         return output.dim() == rank_without_batch(module)
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
-        if module.running_mean is not None and not module.training:
+        of_input = module.training or not module.track_running_stats or module.running_mean is None
+        if not of_input:
             mean, rstd = _running_statistics(module)
             return mean.unsqueeze(0), rstd.unsqueeze(0)
         x = activations.detach()
@@ -197,6 +209,11 @@ class _TrailingNormRule(Rule):
 
     positionwise = True
 
+    def describes(self, module: Any, node: Any, activations: Any, shape: tuple[int, ...]) -> bool:
+        saved = saved_option(node, "normalized_shape")
+        same = saved is None or saved == tuple(module.normalized_shape)
+        return same and super().describes(module, node, activations, shape)
+
     def terms(
         self,
         module: Any,
@@ -219,6 +236,8 @@ class _TrailingNormRule(Rule):
 class LayerNormRule(_TrailingNormRule):
     """Statistics over the trailing ``normalized_shape``; ``[n, *, *normalized_shape]``."""
 
+    operators: ClassVar = {"NativeLayerNorm": (INPUT, "weight", "bias")}
+
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         saved = saved_statistics(output, "NativeLayerNormBackward")
         if saved is None:
@@ -233,6 +252,8 @@ class RMSNormRule(_TrailingNormRule):
 
     parameter_names = ("weight",)
     input_name = "x"
+    operators: ClassVar = {"FusedRmsNorm": (INPUT, "weight"), "Mul": (INPUT, "weight")}
+    on_inputs = frozenset(["Mul", "Rsqrt", "Add", "Mean", "Pow"])
 
     def save(self, module: Any, activations: Tensor, output: Tensor) -> Statistics:
         rstd = saved_rstd(output)

@@ -320,6 +320,38 @@ def _grouped_mm(entry: Entry, gy: Tensor) -> Term | None:
     return Stacked(parts)
 
 
+@add_operator("LinalgSolveEx")
+def _solved(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of the matrix in ``entering [d, d] @ X [d, R] = B``, whose examples are columns of ``X``.
+
+    Its gradient is that of ``B`` times ``-X^T``.
+    """
+    matrix, solution, where = entry.saved("A"), entry.saved("result"), entry.layout
+    if entry.slot != 0 or matrix is None or solution is None or not entry.saved("left") or gy.is_complex():
+        return None
+    if matrix.dim() != 2 or gy.dim() != 2 or not isinstance(where, Layout) or where.dim != 1:
+        return None
+    columns = Rows(1, gy.shape[1], Layout(0, where.outer, where.inner))
+    of_right = torch.linalg.solve(matrix.to(gy.dtype).mT, gy)
+    return _outer(entry, columns, -of_right.t(), solution.t().to(gy.dtype))
+
+
+@add_operator("Cdist", "EuclideanDist")
+def _distances(entry: Entry, gy: Tensor) -> Term | None:
+    """The term of the second points ``[m, d]`` in their distances ``[R, m]`` from the first ones, ``[R, d]``."""
+    first, second, distances = (entry.saved(name) for name in ("x1", "x2", "result"))
+    p = 2.0 if operator_name(entry.node) == "EuclideanDist" else entry.saved("p")
+    if entry.slot != 1 or p not in (1, 2) or first is None or second is None or distances is None:
+        return None
+    if first.dim() != 2 or second.dim() != 2 or gy.numel() * second.shape[1] * gy.element_size() > CHUNK_BYTES:
+        return None
+    apart = second.to(gy.dtype) - first.to(gy.dtype).unsqueeze(1)
+    if p == 1:
+        return repeated_term(entry, apart.sign_().mul_(gy.unsqueeze(-1)), (1, *entry.shape))
+    ratio = torch.where(distances == 0, 0, gy / distances)
+    return repeated_term(entry, apart.mul_(ratio.unsqueeze(-1)), (1, *entry.shape))
+
+
 # -- layers called as functions -------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from ..terms.parts import Part, dense_of, squared_norm_of
 from ..torch_internals import (
     computed_anew,
     decided,
+    is_opaque,
     leaf_of,
     node_name,
     node_outputs,
@@ -185,7 +186,7 @@ def _dense(uses: Sequence[tuple[Origin, Term]], parameters: Sequence[Tensor], ro
         gradients.append(term.dense(rows))
         held += gradients[-1].nbytes
         if held >= CHUNK_BYTES or place == len(uses) - 1:
-            found.append(pull_back_to_all(edges, parameters, gradients))
+            found.append(pull_back_to_all(edges, parameters, gradients, term.examples))
             edges, gradients, held = [], [], 0
     return [sum_of(list(parts)) for parts in zip(*found, strict=True)]
 
@@ -299,7 +300,7 @@ def pull_back(edges: Sequence[GradientEdge], parameter: Tensor, gradients: Seque
 
 
 def pull_back_to_all(
-    edges: Sequence[GradientEdge], parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+    edges: Sequence[GradientEdge], parameters: Sequence[Tensor], gradients: Sequence[Tensor], among: int = 1
 ) -> list[Tensor]:
     """Gradients of parameters, from gradients of tensors that were computed from them.
 
@@ -307,6 +308,7 @@ def pull_back_to_all(
         edges: the tensors, each of a shape ``[*shape]``.
         parameters: the parameters, of one type.
         gradients: of the tensors, ``[k, *shape]`` each.
+        among: how many examples the ``k`` are among.
 
     Returns:
         ``[k, *parameter.shape]`` each, the sums over the tensors.
@@ -329,6 +331,7 @@ def pull_back_to_all(
 
     first = parameters[0]
     alone, sizes = len(parameters) == 1, [p.numel() for p in parameters]
+    linear = not any(is_opaque(node) or is_hooked(node) for node in between)
     with recomputed_once():
         with computed_anew(between):
             pass  # here, because vmap runs no checkpoint again
@@ -339,6 +342,7 @@ def pull_back_to_all(
             is_complex=first.is_complex(),
             sizes=None if alone else sizes,
             nonlinear=partial(_nonlinear, edges),
+            among=1 if linear else among,
         )
     if alone:
         return [found]

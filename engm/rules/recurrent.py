@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,23 @@ from ..terms import Term, accumulation_dtype
 from ..torch_internals import recurrent_parameters
 from .arguments import Arguments
 from .base import CPU, Cost, WholeCallRule, add_rule
+from .entries import names_of
 from .linear import matrix_cost
 from .recurrence import LayerRun, State, Weights, layer_terms
+
+# The operators that torch computes recurrent layers by, and those of them that read a parameter as it is.
+READING = names_of(
+    """
+    Add Addmm AsStrided Cat Copy CopySlices CudnnRnn Linear LstmMps MiopenRnn MkldnnRnnLayer Mm Narrow ReshapeAlias
+    Select Slice Split SplitWithSizes T ThnnFusedGruCell ThnnFusedLstmCell ToCopy Transpose UnsafeView Unsqueeze View
+    """
+)
+STEPS = READING | names_of(
+    """
+    Bmm Chunk Clone Div Expand IndexSelect Mul NativeDropout PackPaddedSequence Relu Rsub Sigmoid Squeeze Stack Sub Tanh
+    Unbind UnsafeSplit
+    """
+)
 
 
 @dataclass(frozen=True)
@@ -49,12 +64,14 @@ class Remembered:
         packing: ``batch_sizes``, ``sorted_indices`` and ``unsorted_indices`` of packed sequences; None without.
         batched: whether there was a dimension of examples; a single sequence is a batch of one.
         dropout: what is known of the masks, if the layer dropped out between its layers.
+        batch_first: whether the examples lie along the first dimension.
     """
 
     name: str
     packing: tuple[Any, ...] | None = None
     batched: bool = True
     dropout: Dropout | None = None
+    batch_first: bool = False
 
     def packed(self, data: Tensor) -> PackedSequence:
         """``data`` packed as the call's input was."""
@@ -76,6 +93,9 @@ class RecurrentRule(WholeCallRule):
     Initial states belong to the data: the rule reads them, and gradients flow to them by autograd as ever. In training
     mode dropout between the layers is drawn again from the random state before the call, which works on the CPU alone.
     """
+
+    operators: ClassVar = dict.fromkeys(STEPS, ())
+    on_parameters = READING
 
     def known_parameters(self, module: Any) -> tuple[str, ...]:
         return recurrent_parameters(module)
@@ -99,7 +119,7 @@ class RecurrentRule(WholeCallRule):
         packing = tuple(inputs[1:]) if isinstance(inputs, PackedSequence) else None
         hidden = outputs[1] if packing is None else outputs[4]
         dropout = Dropout(before, hidden.detach().clone()) if _drops_out(module) else None
-        return Remembered(name, packing, packing is not None or inputs.dim() == 3, dropout)
+        return Remembered(name, packing, packing is not None or inputs.dim() == 3, dropout, module.batch_first)
 
     def by_example(self, module: Any, saved: Remembered, backprops: Sequence[Tensor | None]) -> list[Tensor]:
         return [g for g in self._backprops(module, saved, backprops) if g is not None]
@@ -134,7 +154,7 @@ class RecurrentRule(WholeCallRule):
         """Gradients of the output ``[n, T, H]`` and of the last states, ``[n, layers * directions, H]`` each."""
         first, *states = backprops if saved.packing is None else (backprops[0], *backprops[4:])
         if first is not None:
-            first = _examples_first(module, saved, first)
+            first = _examples_first(saved, first)
         return [first, *(None if g is None else _state_examples_first(saved, g) for g in states)]
 
 
@@ -142,13 +162,13 @@ def _drops_out(module: Any) -> bool:
     return bool(module.training and module.dropout > 0 and module.num_layers > 1)
 
 
-def _examples_first(module: Any, saved: Remembered, sequences: Tensor) -> Tensor:
+def _examples_first(saved: Remembered, sequences: Tensor) -> Tensor:
     """``[n, T, p]`` from sequences as the layer takes and returns them."""
     if saved.packing is not None:
         return pad_packed_sequence(saved.packed(sequences), batch_first=True)[0]
     if not saved.batched:
         return sequences.unsqueeze(0)
-    return sequences if module.batch_first else sequences.transpose(0, 1)
+    return sequences if saved.batch_first else sequences.transpose(0, 1)
 
 
 def _state_examples_first(saved: Remembered, state: Tensor) -> Tensor:
@@ -173,7 +193,7 @@ class _Run:
             positions = torch.arange(padded.shape[1], device=lengths.device)
             self.present = (positions < lengths.unsqueeze(1)).to(padded.device)
         else:
-            padded = _examples_first(module, saved, inputs)
+            padded = _examples_first(saved, inputs)
         self.inputs = padded.to(dtype)
         self.directions = 2 if module.bidirectional else 1
         self.suffixes = [
@@ -291,6 +311,11 @@ class CellRule(WholeCallRule):
 
     parameter_names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     joins = True
+    operators: ClassVar = dict.fromkeys(STEPS, ())
+    on_parameters = READING
+
+    def save_call(self, module: Any, name: str, arguments: Arguments, outputs: Sequence[Any], before: Any) -> str:
+        return _kind(module)
 
     def joined(
         self, module: Any, calls: Sequence[tuple[Arguments, Sequence[Tensor | None]]]
@@ -331,7 +356,7 @@ class CellRule(WholeCallRule):
         inputs = _rows(activations.get(0, "input")).to(dtype)
         with torch.no_grad(), uncast(inputs.device):
             state = self._state(module, activations.get(1, "hx"), inputs)
-            run = LayerRun(_kind(module), Weights(module, "", dtype), inputs.unsqueeze(1), state)
+            run = LayerRun(saved, Weights(module, "", dtype), inputs.unsqueeze(1), state)
             found = run.backpropagated(None, [None if g is None else g.to(dtype) for g in gradients])
         return layer_terms(run, found, "", names)
 

@@ -61,7 +61,7 @@ def plans_of(model: engm.GradNormModule) -> list[bool]:
     def look(graph: PlannedGraph, _: Any) -> None:
         measured.append(graph.fresh or graph.plan.told is not None)
 
-    model.observer = look
+    model.engm_observer = look
     return measured
 
 

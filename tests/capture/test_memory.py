@@ -121,4 +121,4 @@ class TestLifetimes:
         # What other tests left behind may go or come meanwhile, once; a leak is there every time.
         assert min(abs(objects) for objects, _ in grown) < 16, grown
         assert min(abs(size) for _, size in grown) == 0, grown
-        assert len(model.plans) <= 2  # of the parameters, and of the inputs where they are asked for
+        assert len(model.engm_plans) <= 2  # of the parameters, and of the inputs where they are asked for

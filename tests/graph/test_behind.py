@@ -180,7 +180,7 @@ def test_examples_that_drown_in_rounding_are_backpropagated_one_by_one(largest):
     model = engm.GradNormModule(Ragged(differences))
     for step in range(4):
         assert_right(model, losses_at(step, model, factors=torch.tensor([1, 1, largest, 1, 1, 1])))
-    assert not any(model.plans.values())
+    assert not any(model.engm_plans.values())
 
 
 def test_float32():

@@ -241,7 +241,7 @@ def test_gradients_of_gradients_of_images(layer, plans):
         losses = model(torch.randn(3, 2, 5, 6, dtype=torch.float64))
         truth = per_example_gradients(losses, trained(net))
         assert relative(engm.per_example_grad_norms(model, losses), truth.norms) < 1e-9
-    (kept,) = model.plans.values()
+    (kept,) = model.engm_plans.values()
     assert len(plans) == 1
     assert all(entry.ruled for entry in kept[0].entries)
 

@@ -311,7 +311,7 @@ def test_a_function_that_begins_to_mix_two_examples(shape):
     for step in range(5):
         MATRIX[0] = torch.diag(torch.rand(6, dtype=torch.float64) + 0.5)
         assert_right(model, losses_of(model, step, shape))
-    assert list(model.plans.values()), "a plan was kept, so that this is no measurement of every step"
+    assert list(model.engm_plans.values()), "a plan was kept, so that this is no measurement of every step"
     MATRIX[0][1, 4] = 1e-3
     with pytest.raises(RuntimeError, match="for some examples influences"):
         engm.per_example_grad_norms(model, losses_of(model, 5, shape))
@@ -380,7 +380,7 @@ def test_what_watching_costs():
     for between, wanted in ((counting, 2), (counting_and_hook, 2)):  # of a function the backward runs twice in a pass
         model = engm.GradNormModule(Net(between))
         assert [passes(model, step, counted) for step in range(5)][-1] == wanted
-        assert bool(next(iter(model.plans.values()), [])) == (between is counting)  # a plan is kept
+        assert bool(next(iter(model.engm_plans.values()), [])) == (between is counting)  # a plan is kept
 
 
 def test_the_sums_tell_of_hooks_that_nobody_counted(monkeypatch):
@@ -401,9 +401,9 @@ def test_hooks_of_another_graph_do_not_matter():
     before.register_hook(clipped)
     losses = losses_of(model, 0)
     first = engm.measure(model, losses)
-    assert len(model.plans) == 1
+    assert len(model.engm_plans) == 1
     torch.testing.assert_close(engm.measure(model, losses).norms, first.norms)
-    assert len(model.plans) == 1
+    assert len(model.engm_plans) == 1
 
 
 def test_no_hook_of_engm_is_taken_for_somebody_elses():

@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import engm
 from engm.backward import prepare
 from engm.checks import RefusedError
 from engm.graph.planning import make_plan
 
-pytestmark = pytest.mark.torch_insides
+pytestmark = [pytest.mark.torch_insides, pytest.mark.filterwarnings("ignore:index_reduce:UserWarning")]
 
 
 def assert_right(model: engm.GradNormModule, losses: Callable[[], Tensor]) -> None:
@@ -55,6 +56,15 @@ MOVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "twice": lambda h, order: h[order][order.flip(0)],
     "beside itself": lambda h, order: h.index_select(0, order) + h.index_select(0, order).tanh(),
     "tokens": lambda h, order: h.unflatten(1, (2, -1))[order].transpose(1, 2).flatten(1),
+    "index add": lambda h, order: torch.zeros_like(h).index_add(0, order, h),
+    "scatter add": lambda h, order: torch.zeros_like(h).scatter_add(0, order[:, None].expand_as(h), h),
+    "scatter reduce": lambda h, order: torch.zeros_like(h).scatter_reduce(0, order[:, None].expand_as(h), h, "sum"),
+    "scatter to means": lambda h, order: torch.ones_like(h).scatter_reduce(0, order[:, None].expand_as(h), h, "mean"),
+    "index reduce": lambda h, order: torch.zeros_like(h).index_reduce(0, order, h, "mean", include_self=False),
+    "bags": lambda h, order: F.embedding_bag(order[:, None], h, mode="sum"),
+    "means of bags": lambda h, order: F.embedding_bag(order[:, None].expand(-1, 3), h, mode="mean"),
+    "a sparse matrix": lambda h, order: torch.sparse.mm(torch.eye(len(h), dtype=h.dtype)[order].to_sparse(), h),
+    "in a checkpoint": lambda h, order: checkpoint(MOVES["scatter to means"], h, order, use_reentrant=False),
 }
 
 
@@ -74,10 +84,20 @@ def _written(h: Tensor, order: Tensor) -> Tensor:
 )
 def test_rows_that_are_moved(name, n, swaps, masks, early):
     """A move that is the same at every step, in front of it a mask that is not: at first it hides what is moved."""
-    torch.manual_seed(0)
     order = torch.arange(n)
     for one, other in swaps:
         order[[one % n, other % n]] = order[[other % n, one % n]]
+    assert_moved_right(name, n, order, masks, early)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_every_move(name):
+    assert_moved_right(name, 4, torch.tensor([0, 1, 3, 2]), [[True, True, False, False], [True] * 4], early=False)
+
+
+def assert_moved_right(name: str, n: int, order: Tensor, masks: list[list[bool]], early: bool) -> None:
+    """Every step is right, of which the first shows the rows alone that stay where they are."""
+    torch.manual_seed(0)
     masks = [(order == torch.arange(n)).tolist(), *masks]
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
     model = engm.GradNormModule(net)
@@ -91,6 +111,38 @@ def test_rows_that_are_moved(name, n, swaps, masks, early):
             return (y.tanh() if early else y * torch.arange(1, 7)).square().sum(1)
 
         assert_right(model, losses)
+
+
+SEGMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "segments": lambda h, lengths: torch.segment_reduce(h, "sum", lengths=lengths, axis=0),
+    "means of segments": lambda h, lengths: torch.segment_reduce(h, "mean", lengths=lengths, axis=0),
+    "scatter reduce": lambda h, lengths: _by_scatter(h, lengths, "sum"),
+    "scatter to means": lambda h, lengths: _by_scatter(h, lengths, "mean"),
+    "bags": lambda h, lengths: F.embedding_bag(torch.arange(len(h)), h, lengths.cumsum(0) - lengths, mode="mean"),
+}
+
+
+def _by_scatter(h: Tensor, lengths: Tensor, reduce: str) -> Tensor:
+    index = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[:, None].expand_as(h)
+    return h.new_zeros(len(lengths), h.shape[1]).scatter_reduce(0, index, h, reduce, include_self=False)
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("lengths", [(2, 2, 1, 3), (2, 2, 3, 1), (1, 3, 2, 2)], ids=str)
+def test_sums_of_rows_of_examples_that_are_silent_at_first(name, lengths):
+    """Two examples whose rows lie as if all had as many show nothing of the others: norms of parameters and inputs."""
+    torch.manual_seed(0)
+    model = engm.GradNormModule(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double())
+    for shown in ((1, 1, 0, 0), (1, 1, 0, 0), (1, 1, 1, 1)):
+        x, mask = torch.randn(8, 4).double().requires_grad_(), torch.tensor(shown).double()
+
+        def losses(x: Tensor = x, mask: Tensor = mask) -> Tensor:
+            return SEGMENTS[name](model(x), torch.tensor(lengths)).square().sum(1) * mask
+
+        assert_right(model, losses)
+        truth = per_example_gradients(losses(), {"x": x}).norms
+        found = engm.measure(model, losses(), inputs=x).input_norms
+        assert relative(found, truth) <= 1e-9
 
 
 def test_what_is_moved_as_it_seems_is_not_measured_again(monkeypatch):

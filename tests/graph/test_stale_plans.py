@@ -647,7 +647,7 @@ def test_a_slice_to_the_end_is_another_than_one_to_the_third_row():
     """The end is the largest integer then, the hash of which is that of 3."""
     table = nn.Parameter(torch.randn(6, 2))
     found = [trace(losses) for losses in (table[1:].amax(0), table[1:3].amax(0))]
-    assert signature_of(found[0], skeleton_of(found[0], 2)) != signature_of(found[1], skeleton_of(found[1], 2))
+    assert signature_of(found[0], skeleton_of(found[0], 2), 2) != signature_of(found[1], skeleton_of(found[1], 2), 2)
 
 
 class Places(nn.Module):

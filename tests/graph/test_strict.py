@@ -326,7 +326,7 @@ def test_a_branch_behind_a_gain_of_zero(n, side, between):
         net.gain.data.fill_(gain)
         expected = truth(net, lambda net: random_losses(net(x)))
         assert_measured(engm.measure(model, random_losses(model(x))), expected)
-    assert model.plans
+    assert model.engm_plans
 
 
 @pytest.mark.parametrize(("n", "heads"), [(2, 2), (3, 2), (4, 3)])

@@ -305,11 +305,23 @@ def with_backward(backward):
         lambda w: w.unbind(0)[1] * w.cumsum(1),
         with_backward(lambda g: g + 1e-6 * g.flip(0)),
         with_backward(lambda g: g.clamp(-0.1, 0.1)),
+        with_backward(lambda g: g.clamp(-2e6, 2e6)),
+        with_backward(lambda g: torch.where(g.abs() > 1e-7, g, 0)),
         with_backward(lambda g: g / g.norm()),
         with_backward(torch.sign),
         with_backward(lambda g: torch.where(g.abs() > 100, torch.nan, g)),
     ],
-    ids=["elements moved", "two outputs", "mixes", "clips", "normalises", "takes signs", "breaks"],
+    ids=[
+        "elements moved",
+        "two outputs",
+        "mixes",
+        "clips",
+        "clips late",
+        "drops",
+        "normalises",
+        "takes signs",
+        "breaks",
+    ],
 )
 def test_what_is_not_known_is_left_to_autograd(step):
     made, term = Made(4, 4), linear(2, (4, 4))[0]

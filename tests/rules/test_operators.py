@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from engine_checks import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import random_losses, relative, tensor
+from oracle import per_example_gradients, random_losses, relative, tensor, trained
 from torch import nn
 
 import engm
@@ -115,6 +115,14 @@ def test_tables_of_positions(n, steps, wide):
         (lambda h, x, p: torch.einsum("ni,ijk,nj->nk", h, p, x), (4, 4, 4)),
         (lambda h, x, p: F.bilinear(h, x, p), (4, 4, 4)),
         (lambda h, x, p: torch.cdist(h, p), (4, 4)),
+        (lambda h, x, p: torch.cdist(h, torch.cat([p, x[:0]]))[:, 3:7], (30, 4)),
+        (lambda h, x, p: torch.cdist(h, p, p=1), (4, 4)),
+        (lambda h, x, p: torch.cdist(h, p, p=3), (4, 4)),
+        (lambda h, x, p: torch.cdist(p, h).t(), (4, 4)),
+        (lambda h, x, p: torch.cdist(h.detach(), h.detach()[:1] + 0 * p).repeat(1, 4) + h, (1, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h.t()).t(), (4, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h, left=False), (4, 4)),
+        (lambda h, x, p: torch.linalg.solve(p + 3 * torch.eye(4, dtype=p.dtype), h.unsqueeze(2))[..., 0], (4, 4)),
         (lambda h, x, p: F.layer_norm(h, (4,), p), (4,)),
         (lambda h, x, p: F.rms_norm(h, (4,), p), (4,)),
         (lambda h, x, p: F.group_norm(h, 2, p), (4,)),
@@ -139,6 +147,19 @@ def test_tables_of_positions(n, steps, wide):
 )
 def test_operators(how, shape, n):
     check(Held(how, shape).double(), lambda m: random_losses(m(tensor(n, 4))))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("coupled", ["refuse", "exact"])
+def test_products_with_sparse_matrices(layout, coupled):
+    """An adjacency of the nodes of all examples, which meet in it or not."""
+    adjacency = torch.eye(4) if coupled == "refuse" else torch.ones(4, 4)
+    adjacency = adjacency.double().to_sparse(layout=layout)
+    net = Held(lambda h, x: (adjacency @ h).tanh()).double()
+    model = engm.GradNormModule(net, coupled=coupled)
+    x = tensor(4, 4)
+    expected = per_example_gradients(random_losses(net(x)), trained(net))
+    assert relative(engm.measure(model, random_losses(model(x))).norms, expected.norms) < 1e-9
 
 
 def test_a_users_own_function():
@@ -315,6 +336,10 @@ def test_common_operators_are_not_run_once_an_example():
     assert all(entry.ruled for entry in entries(model, random_losses(model(tensor(3, 5, 4)))))
     picked = engm.GradNormModule(Held(lambda h, x, p, q: h * p[x.argmax(1)] + (x @ q)[:, None], (4, 4), (4,)).double())
     assert all(entry.ruled for entry in entries(picked, random_losses(picked(tensor(3, 4)))))
+    shift = 3 * torch.eye(4).double()
+    solved = Held(lambda h, x, p, q: torch.cdist(h, p) + torch.linalg.solve(q + shift, h.t()).t(), (4, 4), (4, 4))
+    prototypes = engm.GradNormModule(solved.double())
+    assert all(entry.ruled for entry in entries(prototypes, random_losses(prototypes(tensor(3, 4)))))
     attention = engm.GradNormModule(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double())
     assert all(entry.ruled for entry in entries(attention, random_losses(attention(tensor(3, 5, 8)))))
 

@@ -117,3 +117,38 @@ def test_a_parameter_that_enters_alone_and_by_a_product(n):
     torch.manual_seed(0)
     x = torch.randn(n, 4).double()
     check(Net().double(), lambda net: net(x).square().sum(1))
+
+
+class Clipped(torch.autograd.Function):
+    """Hands on its input, and backwards the gradient, element by element no larger than 1."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-1, 1)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_what_clips_gradients_of_a_parameter_is_refused_however_few_examples_are_pulled_back_at_once(
+    chunk, hooked, monkeypatch
+):
+    """No example's gradient is clipped, but their sum is."""
+    parameter = tensor(6, 4).requires_grad_()
+    computed = (2 * parameter).clone() if hooked else Clipped.apply(parameter)
+    if hooked:
+        computed.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    monkeypatch.setattr("engm.rules.pulled_back.CHUNK_BYTES", chunk * parameter.nbytes)
+    monkeypatch.setattr("engm.terms.base.CHUNK_BYTES", chunk * parameter.nbytes)
+    for size, refused in ((0.4, True), (1e-3, False)):
+        gradients = torch.full((8, 6, 4), size, dtype=torch.float64)
+        made = [(Origin(computed.grad_fn, 0, False), PerExampleGradient(gradients))]
+        term = Derived(made, parameter)
+        if refused:
+            with pytest.raises(RuntimeError, match="do not add up to the gradient"):
+                term.squared_norm()
+        else:
+            torch.testing.assert_close(term.squared_norm(), gradients.flatten(1).square().sum(1) * (4 if hooked else 1))

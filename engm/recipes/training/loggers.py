@@ -120,14 +120,16 @@ class TensorBoardLogger:
     """Writes scalars ``step/loss``, ``epoch/robust`` and so on, for ``tensorboard --logdir``.
 
     Args:
-        folder: the run's own; TensorBoard hides what an earlier run wrote there.
-        keep: rows of an earlier run to go on from, as the last index of each kind; later steps are hidden.
+        folder: the run's own; without ``keep`` the events of an earlier run are deleted.
+        keep: rows of an earlier run to go on from, as the last index of each kind; TensorBoard hides later steps.
 
     Raises:
         ModuleNotFoundError: the package ``tensorboard`` is not installed.
     """
 
     def __init__(self, folder: Path, keep: Mapping[str, int] | None = None) -> None:
+        for file in folder.glob("events.out.tfevents.*") if keep is None else ():
+            file.unlink()  # two runs within a second have files of which neither is surely the later one
         first = (keep or {}).get("step", -1) + 1
         self._writer = summary_writer()(str(folder), purge_step=first, flush_secs=10)
 
