@@ -68,6 +68,7 @@ JUSTIFIED: list[tuple[str, frozenset[str], str]] = [
         PRODUCTS,
         SHAPES,
     ),
+    ("eps", names_of("NativeGroupNorm"), FACTORS),  # which torch 2.11 saves
     ("HxW", names_of("NativeGroupNorm"), "the shape of the output and the numbers of rows and channels tell it"),
 ]
 
