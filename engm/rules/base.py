@@ -73,8 +73,8 @@ class Rule:
         saves: whether the rule keeps tensors of the forward pass.
         options: names of the attributes of a module that :meth:`terms` reads, and that may change between calls.
         operators: the operators that a layer of the family computes its output by, each with what its inputs are: the
-            name of a parameter (with :data:`TURNED` behind, of its transpose), :data:`INPUT` for what the layer was
-            called with, :data:`OUTPUT` for what another of these operators made. The rule holds for a call only if
+            name of a parameter (with ``TURNED`` behind, of its transpose), ``INPUT`` for what the layer was
+            called with, ``OUTPUT`` for what another of these operators made. The rule holds for a call only if
             its graph consists of them. Empty for a rule that does not depend on how the output is computed.
         on_inputs: operators that may lie between the layer's input and these.
         on_parameters: operators that may lie between a parameter and these.
