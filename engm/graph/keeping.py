@@ -29,7 +29,19 @@ from .arrangement import Arrangement
 from .measured import Measured
 from .owners import Key, dense
 from .plan import Junction
-from .routing import ALONG, BY_INDICES, CHOOSING, ELEMENTWISE, FIXED, HANDING_ON, MOVING, PARTS, PICKING, repeats_rows
+from .routing import (
+    ALONG,
+    BY_INDICES,
+    CHOOSING,
+    ELEMENTWISE,
+    FIXED,
+    HANDING_ON,
+    MOVING,
+    PARTS,
+    PICKING,
+    repeats_rows,
+    told_dims,
+)
 
 # Operators that put elements elsewhere and leave them as they are, so that numbers of examples can be moved by them.
 REPLACING = names_of(
@@ -157,11 +169,10 @@ def closed_to_others(rows: Measured) -> bool:
     whose gradient it would be.
     """
     for position, node in enumerate(rows.traced.order):
-        name = operator_name(node)
-        chooses = _chooses(node)
-        moves = (name in MOVING or name in HANDING_ON) and not chooses
         if position in rows.shared or position in rows.idle:
             continue
+        name, chooses, parts = operator_name(node), _chooses(node), _parts(rows, position)
+        moves = (name in MOVING or name in HANDING_ON) and not chooses
         for slot, child in enumerate(rows.traced.children[position]):
             if child is None or child in rows.shared or not rows.structure.trained_behind(child):
                 continue
@@ -171,7 +182,7 @@ def closed_to_others(rows: Measured) -> bool:
             if whole is None:
                 continue
             own = rows.nodes.get((position, 0))
-            if any(_closes_elements(rows, position, slot, whole, part) for part in _parts(rows, position)):
+            if any(_closes_elements(rows, position, slot, whole, part) for part in parts):
                 return True
             if _turns(node, slot) and _turned(rows, position, slot, whole):
                 return True
@@ -213,7 +224,7 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     if matched is None:
         return _moves_unseen(rows, position).elements
     (own,), whole = matched
-    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+    return _differ(own, whole)
 
 
 def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:
@@ -246,6 +257,11 @@ def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tupl
         back = [dims.index(dim) for dim in range(len(out))]
         return [_of_elements(part, out).permute(back) for part in own], _of_elements(whole, shape)
     return None
+
+
+def _differ(own: Tensor, whole: Tensor) -> bool:
+    """Whether somewhere two different examples are said to be the owner."""
+    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
 
 
 def _parts(rows: Measured, position: int) -> list[Tensor]:
@@ -288,16 +304,14 @@ def _closes_elements(rows: Measured, position: int, slot: int, whole: Tensor, ow
     whole = whole.view([*[1] * (rank - len(given)), *whole.shape, *[1] * (len(given) - whole.dim())])
     if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
         return False
-    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+    return _differ(own, whole)
 
 
 def _reduced(node: Any, rank: int) -> set[int] | None:
     """The dimensions of its input that a node reduces, if it does that by numbers which may let no gradient pass."""
     if operator_name(node) not in CLOSING:
         return None
-    along: Any = saved_option(node, "dim")
-    dims = along if isinstance(along, tuple) else () if along is None else (along,)
-    return {dim % rank for dim in dims} or set(range(rank))
+    return {dim % rank for dim in told_dims(node)} or set(range(rank))
 
 
 def junctions(rows: Measured, arranged: Mapping[int, Arrangement | None], device: torch.device) -> dict[Key, Junction]:
@@ -444,6 +458,11 @@ def _moves_unseen(rows: Measured, position: int) -> _Moves:
     return _moves_as_asked(rows, position) if found is None else found
 
 
+def _is_apart(rows: Measured, position: int) -> bool:
+    """Whether a node is shared, or watched, or within calls, which keep rows apart."""
+    return position in rows.shared or position in rows.silent or position in rows.structure.inner
+
+
 def _moves_by_shape(rows: Measured, position: int) -> _Moves | None:
     """The same for a node whose arguments tell where every element goes; None for any other."""
     node = rows.traced.order[position]
@@ -451,7 +470,7 @@ def _moves_by_shape(rows: Measured, position: int) -> _Moves | None:
     if owners is None or child is None or child < 0 or not owners.numel():
         return None
     whole = rows.nodes.get((child, node.next_functions[0][1]))
-    if whole is None or not whole.numel() or child in rows.shared | rows.silent | rows.structure.inner:
+    if whole is None or not whole.numel() or _is_apart(rows, child):
         return None
     matched = _matched(node, 0, [_as_arranged(rows, owners), owners == NOBODY], _as_arranged(rows, whole))
     if matched is None:
@@ -473,7 +492,6 @@ def _moves_as_asked(rows: Measured, position: int) -> _Moves:
     shapes = [tuple(output.shape) for output in outputs]
     given = [_inferred(rows, (position, number), shape) for number, shape in enumerate(shapes)]
     unseen = [_unseen(rows, (position, number), shape) for number, shape in enumerate(shapes)]
-    apart = rows.shared | rows.silent | rows.structure.inner  # shared, watched, or within calls, which keep rows apart
     types = [output.dtype for output in outputs if output.dtype.is_floating_point or output.dtype.is_complex]
     base, rounding = _base(types), ROUNDINGS_OF_A_MOVE * max(torch.finfo(dtype).eps for dtype in types)
 
@@ -496,7 +514,7 @@ def _moves_as_asked(rows: Measured, position: int) -> _Moves:
                 continue
             if child < 0 and rows.structure.is_input(child):
                 return _Moves(otherwise=True)
-            if child < 0 or child in apart:
+            if child < 0 or _is_apart(rows, child):
                 continue
             behind = _inferred(rows, (child, node.next_functions[slot][1]), tuple(fed[slot].shape))
             known = behind != NOBODY
@@ -584,7 +602,7 @@ def _within_call_of_same_rows(rows: Measured, position: int, whole: Tensor) -> b
         if not rows.traced.calls[number].rule.positionwise or len(parts) != 1 or parts[0].shape != whole.shape:
             return False
         own = _as_arranged(rows, parts[0])
-        if bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any()):
+        if _differ(own, whole):
             return False
     return True
 
@@ -606,8 +624,7 @@ def _chooses(node: Any) -> bool:
 
 def _chooses_among(rows: Measured, node: Any, slot: int, whole: Tensor) -> bool:
     """Whether a node picks one of the elements of different examples."""
-    along: Any = saved_option(node, "axis" if operator_name(node) == "SegmentReduce" else "dim")
-    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    dims = told_dims(node, "axis" if operator_name(node) == "SegmentReduce" else "dim")
     rank = len(entering_shape(*node.next_functions[slot]))
     return bool(rows.about.varying(whole) & ({dim % max(rank, 1) for dim in dims} or set(range(rank))))
 
@@ -644,7 +661,7 @@ def _disagrees(rows: Measured, position: int, slot: int, whole: Tensor, own: Ten
         for owners, one in zip(found, (own, whole), strict=True):
             if not bool(((owners == one.unsqueeze(-1)) | (owners == NOBODY)).all()):
                 return True
-    return bool(((own != whole) & (own != NOBODY) & (whole != NOBODY)).any())
+    return _differ(own, whole)
 
 
 def _as_arranged(rows: Measured, owners: Tensor) -> Tensor:

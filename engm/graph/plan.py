@@ -245,6 +245,12 @@ def sinks_of(
     return tuple((position, number) for position in traced.deepest(wanted) for number in sorted(wanted[position]))
 
 
+def _make_room(kept: dict[Hashable, Any], key: Hashable) -> None:
+    """Let go of the oldest of what is kept, if there are too many for another key."""
+    if key not in kept and len(kept) >= MOST_PLANS:
+        del kept[next(iter(kept))]
+
+
 class PlanCache(dict[Hashable, list[Plan]]):
     """The plans of the structures that were met, by signature; the oldest goes when there are too many."""
 
@@ -260,8 +266,7 @@ class PlanCache(dict[Hashable, list[Plan]]):
 
     def keep(self, signature: Hashable, plan: Plan, instead: Plan | None = None) -> None:
         """Remember a plan, ``instead`` of an older one that turned out not to hold."""
-        if signature not in self and len(self) >= MOST_PLANS:
-            del self[next(iter(self))]
+        _make_room(self, signature)
         plan = plan if plan.quiet else replace(plan, seen={})
         others = [other for other in self.get(signature, ()) if other is not instead]
         self[signature] = [plan, *others[: MOST_ROUTINGS - 1]]
@@ -411,7 +416,7 @@ class Skeletons:
             history.met = 0
 
     def brief(self, skeleton: Hashable, most: int) -> bool:
-        """Whether more than ``most`` plans in a row held for a few graphs alone."""
+        """Whether at least ``most`` plans in a row held for a few graphs alone."""
         history = self._histories.get(skeleton)
         return history is not None and history.brief >= most
 
@@ -427,8 +432,7 @@ class Skeletons:
         """A graph of this skeleton and signature was measured."""
         self._unpaid += 1
         self._note_without(signature, STEADY + 1)
-        if skeleton not in self._histories and len(self._histories) >= MOST_PLANS:
-            del self._histories[next(iter(self._histories))]
+        _make_room(self._histories, skeleton)
         history = self._histories.setdefault(skeleton, _History(plan))
         history.plan = plan
         history.unpaid += 1
@@ -440,8 +444,7 @@ class Skeletons:
         self._histories[skeleton].told += 1
 
     def _note_without(self, signature: Hashable, graphs: int) -> None:
-        if signature not in self._without and len(self._without) >= MOST_PLANS:
-            del self._without[next(iter(self._without))]
+        _make_room(self._without, signature)
         self._without[signature] = graphs
 
     def untold(self, skeleton: Hashable) -> None:
@@ -491,6 +494,5 @@ class Watch:
 
     def passed(self, signature: Hashable) -> None:
         """The graph that was asked about last was checked, and is right; one that is wrong stays due."""
-        if signature not in self._checked and len(self._checked) >= MOST_PLANS:
-            del self._checked[next(iter(self._checked))]
+        _make_room(self._checked, signature)
         self._checked[signature] = self._latest = self.steps

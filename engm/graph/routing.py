@@ -550,9 +550,14 @@ def _spreads_last(node: Node) -> bool:
     given = [entering_shape(*edge) for edge in node.next_functions if edge[0] is not None]
     if len(shape) != 1 or not any(len(one) > 1 and one[-1] == shape[0] for one in given):
         return False
-    along: Any = saved_option(node, "dim")  # along which it reduces, or picks
-    dims = along if isinstance(along, tuple) else () if along is None else (along,)
+    dims = told_dims(node)  # along which it reduces, or picks
     return not any(isinstance(dim, int) and _dimension(dim, len(one)) == len(one) - 1 for one in given for dim in dims)
+
+
+def told_dims(node: Node, name: str = "dim") -> tuple[Any, ...]:
+    """The dimensions that a node was told under a name, as they were told; none if it was told none."""
+    along = saved_option(node, name)
+    return along if isinstance(along, tuple) else () if along is None else (along,)
 
 
 def _keeps_rows(node: Node, name: str) -> bool:
