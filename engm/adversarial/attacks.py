@@ -21,6 +21,7 @@ from ..checks import check_positive
 from ..measurement import Measurement, measure
 from ..optim import ExampleOptimizer
 from .ball import Norm, check_examples, per_example, project, unit
+from .gathered import Gathered
 from .losses import PerExampleLoss, cross_entropy, kl_divergence, log_probabilities, margin
 from .modes import evaluation_mode, paused
 from .stopping import Standing, moved_or_left
@@ -89,6 +90,25 @@ class Problem:
         """The problem of the examples in ``rows`` alone."""
         natural = None if self.natural is None else self.natural[rows]
         return Problem(self.model, self.plain, self.origin[rows], self.labels[rows], natural)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward pass at one point of an attack.
+
+    Attributes:
+        leaf: the point, which requires grad.
+        logits: ``[n, K]``, detached.
+        losses: ``[n]`` with their graph.
+    """
+
+    leaf: Tensor
+    logits: Tensor
+    losses: Tensor
+
+    @property
+    def at(self) -> Tensor:
+        return self.leaf.detach()
 
 
 @dataclass(frozen=True)
@@ -210,8 +230,9 @@ class PGD:
             measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. With an
                 optimizer in place of ``True`` what the optimizer's next ``backward`` reads is measured and no more.
                 Input gradients alone (N-ENGM, A-ENGM between two regressions) cost nothing, because the attack takes
-                them anyway. With ``stop_when_broken`` the last step goes over all examples, also if every one has
-                stopped: it measures them where they are and moves those still standing.
+                them anyway. With ``stop_when_broken`` an example that stops is measured where it stops. In evaluation
+                mode the passes over the whole batch in which many stop measure them, and the last step goes over those
+                that are left; else it goes over all examples, also if every one has stopped.
             noise: what the start adds to ``x``, shaped like ``x``, from :meth:`draw`, with ``step_noise`` also what the
                 steps add; nothing is drawn then, and ``generator`` is not read. This is for one process of several,
                 which draws the noise of the whole batch and takes its own rows.
@@ -322,66 +343,76 @@ class PGD:
     def _run(self, problem: Problem, x_adv: Tensor, drift: Tensor | None, wanted: _Wanted) -> Adversarial:
         """One run from the start ``x_adv``, with what its steps add as ``drift [steps, n, ...]``."""
         standing = Standing(problem.labels, self.patience, self.stop_gap) if self.stop_when_broken else None
-        steps = self.steps - 1 if wanted.anything else self.steps
-        with paused(problem.model):
-            if standing is not None and self.eval_mode:
-                x_adv = self._run_until_broken(problem, x_adv, drift, standing, steps)
+        if standing is not None and self.eval_mode:
+            return self._run_until_broken(problem, x_adv, drift, standing, wanted)
+        measurement = None
+        for step in range(self.steps):
+            measures = wanted.anything and step == self.steps - 1
+            forward = self._forward(problem, x_adv, stand_in=not measures, captured=measures and wanted.norms)
+            if measures:
+                gradient, measurement = self._measured(problem.model, forward, norms=wanted.norms)
             else:
-                for step in range(steps):
-                    moved, logits = self._step(problem, x_adv, None if drift is None else drift[step])
-                    x_adv = moved if standing is None else moved_or_left(standing, logits, moved, x_adv)
-        if not wanted.anything:
-            return Adversarial(x_adv)
-        return self._measuring_step(problem, x_adv, None if drift is None else drift[-1], standing, wanted)
+                gradient = self._gradient(forward)
+            moved = self._ascend(problem.origin, forward.at, gradient, None if drift is None else drift[step])
+            x_adv = moved if standing is None else moved_or_left(standing, forward.logits, moved, forward.at)
+        return Adversarial(x_adv, measurement)
 
     def _run_until_broken(
-        self, problem: Problem, x_adv: Tensor, drift: Tensor | None, standing: Standing, steps: int
-    ) -> Tensor:
-        """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so."""
-        x_adv = x_adv.clone()
-        whole = problem.plain is not problem.model
-        for step in range(steps):
-            rows = standing.moving.nonzero().squeeze(1)
-            if not len(rows):
-                break
-            if whole:
-                rows = torch.arange(len(x_adv), device=x_adv.device)
-            present = x_adv[rows]
-            moved, logits = self._step(problem.take(rows), present, None if drift is None else drift[step, rows])
-            standing.look(logits, rows)
-            x_adv[rows] = torch.where(per_example(standing.moving[rows], moved), moved, present)
-        return x_adv
-
-    def _measuring_step(
-        self,
-        problem: Problem,
-        x_adv: Tensor,
-        noise: Tensor | None,
-        standing: Standing | None,
-        wanted: _Wanted,
+        self, problem: Problem, x_adv: Tensor, drift: Tensor | None, standing: Standing, wanted: _Wanted
     ) -> Adversarial:
-        """One update of all examples, or of those still standing, whose backward pass measures all of them."""
-        x_adv = x_adv.detach().requires_grad_()
-        with nullcontext() if wanted.norms else paused(problem.model):
-            logits = problem.model(x_adv)
-            losses = self._losses(logits, problem)
-        measurement = measure(problem.model, losses, inputs=x_adv, norms=wanted.norms, loss_scale=self.loss_scale)
-        gradient = measurement.input_grads
-        if not isinstance(gradient, Tensor):
-            raise RuntimeError(f"engm.measure must return the gradient of its one input, got {type(gradient).__name__}")
-        present = x_adv.detach()
-        moved = self._ascend(problem.origin, present, gradient, noise)
-        if standing is not None:
-            moved = moved_or_left(standing, logits.detach(), moved, present)
-        return Adversarial(moved, measurement)
+        """At most ``steps`` steps of every example, which stops moving as soon as ``standing`` says so.
 
-    def _step(self, problem: Problem, x_adv: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One update; the new point and the (detached) logits at the old one."""
-        x_adv = x_adv.detach().requires_grad_()
-        logits = problem.plain(x_adv)
-        losses = self._losses(logits, problem)
-        (gradient,) = torch.autograd.grad(losses, x_adv, torch.full_like(losses, self.loss_scale))
-        return self._ascend(problem.origin, x_adv.detach(), gradient, noise), logits.detach()
+        An example is measured where it stops. A pass measures all of its examples or none, at two fifths of its price.
+        So the first passes, which are over all examples, measure where more than a third of them stop, and the last
+        step goes over those that were not measured, whether they stand or not.
+        """
+        n, x_adv = len(x_adv), x_adv.clone()
+        found = Gathered(n, x_adv.device, norms=wanted.norms)
+        whole = problem.plain is not problem.model
+        for step in range(self.steps):
+            last = wanted.norms and step == self.steps - 1
+            rows = found.rows_to_measure() if last else standing.moving.nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            if whole:
+                rows = torch.arange(n, device=x_adv.device)
+            first = wanted.norms and not whole and len(rows) == n and step >= self.patience
+            here = problem.take(rows)
+            forward = self._forward(here, x_adv[rows], stand_in=not last, captured=last or first)
+            standing.look(forward.logits, rows)
+            moving = standing.moving[rows]
+            if last or (first and 3 * int(moving.sum()) < 2 * n):
+                gradient, measurement = self._measured(problem.model, forward, norms=True)
+                found.passed(rows, forward.losses, gradient)
+                found.measured(rows, measurement, torch.ones_like(moving) if last else ~moving)
+            else:
+                gradient = self._gradient(forward)
+                if wanted.anything:
+                    found.passed(rows, forward.losses, gradient / self.loss_scale)
+            moved = self._ascend(here.origin, forward.at, gradient, None if drift is None else drift[step, rows])
+            x_adv[rows] = torch.where(per_example(moving, moved), moved, forward.at)
+        return Adversarial(x_adv, found.measurement(problem.model) if wanted.anything else None)
+
+    def _forward(self, problem: Problem, x_adv: Tensor, *, stand_in: bool, captured: bool) -> _Forward:
+        """Logits and losses at a point; nothing is captured for what is not measured."""
+        leaf = x_adv.detach().requires_grad_()
+        with nullcontext() if captured else paused(problem.model):
+            logits = (problem.plain if stand_in else problem.model)(leaf)
+            return _Forward(leaf, logits.detach(), self._losses(logits, problem))
+
+    def _gradient(self, forward: _Forward) -> Tensor:
+        """Gradient of the summed losses, :attr:`loss_scale` times."""
+        seeds = torch.full_like(forward.losses, self.loss_scale)
+        (gradient,) = torch.autograd.grad(forward.losses, forward.leaf, seeds)
+        return gradient
+
+    def _measured(self, model: nn.Module, forward: _Forward, *, norms: bool) -> tuple[Tensor, Measurement]:
+        """Gradient of the summed losses, and the measurement that it is a part of."""
+        found = measure(model, forward.losses, inputs=forward.leaf, norms=norms, loss_scale=self.loss_scale)
+        if not isinstance(found.input_grads, Tensor):
+            kind = type(found.input_grads).__name__
+            raise RuntimeError(f"engm.measure must return the gradient of its one input, got {kind}")
+        return found.input_grads, found
 
     def _losses(self, logits: Tensor, problem: Problem) -> Tensor:
         if problem.natural is not None:

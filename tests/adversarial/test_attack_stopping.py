@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -74,8 +75,46 @@ def test_stopping_is_algorithm_1_of_fat(n: int, steps: int, tau: int, seed: int,
     assert measured.measurement is not None
     # Those that stopped are measured where they are, the others where they took their last step from.
     at = torch.where(torch.tensor(stopped).view(-1, 1, 1, 1), ends, before)
-    expected = engm.naive_grad_norms(model, cross_entropy(model(at), y))
-    torch.testing.assert_close(measured.measurement.norms, expected)
+    losses = cross_entropy(model(at.requires_grad_()), y)
+    (gradient,) = torch.autograd.grad(losses.sum(), at, retain_graph=True)
+    torch.testing.assert_close(measured.measurement.norms, engm.naive_grad_norms(model, losses))
+    torch.testing.assert_close(measured.measurement.losses, losses.detach())
+    torch.testing.assert_close(measured.measurement.input_grads, gradient)
+    torch.testing.assert_close(measured.measurement.input_norms, gradient.flatten(1).norm(dim=1))
+
+    alone = attack(
+        model, x, y, noise=noise, plain=plain, measure=engm.NENGM(model, torch.optim.SGD(net.parameters()), 1.0)
+    )
+    torch.testing.assert_close(alone.inputs, ends, rtol=0, atol=1e-12)
+    assert alone.measurement is not None
+    assert alone.measurement.stacked is None
+    torch.testing.assert_close(alone.measurement.input_grads, gradient)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (0, [32, 32, 32, 32]),  # nobody stops: the last step measures all
+        (32, [32]),  # all stop at once, and are measured there
+        (25, [32, 7, 7, 8]),  # the first pass measures those that stop, the last the others and one that fills up
+        (5, [32, 27, 27, 32]),  # too few stop for a pass over all to measure them
+    ],
+)
+def test_examples_are_measured_in_the_pass_in_which_they_stop(stop: int, expected: list[int]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    model, x = engm.GradNormModule(net), torch.rand(32, 3, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        y = net(x).argmax(dim=1)
+    y[:stop] = (y[:stop] + 1) % 3
+    rows: list[int] = []
+    net[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    found = PGD(1e-4, 1e-5, 4, stop_when_broken=True, random_start=False)(model, x, y, measure=True)
+    assert rows == expected
+    assert found.measurement is not None
+    assert found.measurement.mode == "plain"
+    at = torch.cat([x[:stop], (found.inputs - 1e-5 * found.measurement.input_grads.sign())[stop:]])
+    torch.testing.assert_close(found.measurement.norms, engm.naive_grad_norms(model, cross_entropy(model(at), y)))
 
 
 def test_the_measuring_pass_runs_when_all_have_stopped(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
