@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..capture.sharded import sharded_parts
 from ..checks import check_positive
 from ..measurement import Measurement, measure
 from ..optim import ExampleOptimizer
@@ -47,7 +48,9 @@ class _Wanted:
             return cls(measure, measure)
         if not isinstance(measure, ExampleOptimizer):
             raise TypeError(f"measure must be True, False or one of engm's optimizers, got {type(measure).__name__}.")
-        return cls(measure.needs_norms, measure.needs_input_grads)
+        # What is read together with input gradients comes with them.
+        borrows = measure.needs_norms if measure.needs_input_grads else measure.borrows_norms
+        return cls(borrows, measure.needs_input_grads)
 
     @property
     def anything(self) -> bool:
@@ -138,8 +141,9 @@ class PGD:
             cheaper, and for friendly adversarial training. In evaluation mode examples that stopped drop out of the
             batch, and reading which these are synchronises a CUDA device at each step. In training mode dropping them
             would change the batch statistics: all steps are taken by the whole batch, of which only the examples still
-            standing move, and nothing is read. With a stand-in (``plain``), which was compiled for a shape, the batch
-            stays whole as well, until all have stopped.
+            standing move, and nothing is read. So they are of a network that ``fully_shard`` split, whose processes
+            gather parameters in every pass together. With a stand-in (``plain``), which was compiled for a shape, the
+            batch stays whole as well, until all have stopped.
         patience: steps that an example still takes after it was misclassified, with ``stop_when_broken`` (tau of
             Alg. 1 in Zhang et al., 2020): each step from a misclassified point uses one up, and with none left the
             example stays at that point.
@@ -228,7 +232,8 @@ class PGD:
             y: labels ``[n]``.
             generator: source of the random starts; may live on the CPU while ``x`` does not.
             measure: let the last step call ``engm.measure``, whose result comes back as ``.measurement``. With an
-                optimizer in place of ``True`` what the optimizer's next ``backward`` reads is measured and no more.
+                optimizer in place of ``True`` what the optimizer's next ``backward`` reads is measured and no more:
+                nothing (``.measurement`` is None) while borrowed norms are judged to be too far off.
                 Input gradients alone (N-ENGM, A-ENGM between two regressions) cost nothing, because the attack takes
                 them anyway. With ``stop_when_broken`` an example that stops is measured where it stops. In evaluation
                 mode the passes over the whole batch in which many stop measure them, and the last step goes over those
@@ -343,7 +348,8 @@ class PGD:
     def _run(self, problem: Problem, x_adv: Tensor, drift: Tensor | None, wanted: _Wanted) -> Adversarial:
         """One run from the start ``x_adv``, with what its steps add as ``drift [steps, n, ...]``."""
         standing = Standing(problem.labels, self.patience, self.stop_gap) if self.stop_when_broken else None
-        if standing is not None and self.eval_mode:
+        # Processes that gather the parameters of each pass together have to run as many.
+        if standing is not None and self.eval_mode and not sharded_parts(problem.model):
             return self._run_until_broken(problem, x_adv, drift, standing, wanted)
         measurement = None
         for step in range(self.steps):

@@ -206,6 +206,21 @@ class Calibration:
         known = self._factors.get(key if group is None else key._replace(all_ranks=True))
         return known is None or known.faithful is None or not known.faithful.known_false()
 
+    def would_borrow(self) -> bool:
+        """Whether a step has a use for norms that are lent to it: it takes them for its own, or judges them anew.
+
+        False where all that were borrowed are judged to be too far off, until their factors are due.
+
+        Raises:
+            DueError: factors are due in a step that is recorded.
+        """
+        borrowed = [key for key in self._factors if key.borrowed]
+        self.asked.update(borrowed)  # a program that does without them ends when they are due
+        due = self.due(borrowed)
+        if due and is_recorded():
+            raise DueError("a calibration is due")
+        return due or not borrowed or any(map(self.faithful, borrowed))
+
     def verdicts(self) -> tuple[tuple[FactorKey, bool], ...]:
         """What :meth:`faithful` says of every way of measuring that was judged."""
         judged = [key for key, known in self._factors.items() if known.faithful is not None]

@@ -97,6 +97,14 @@ class ExampleOptimizer(torch.optim.Optimizer):
         return self.uses_input_grads
 
     @property
+    def borrows_norms(self) -> bool:
+        """Whether the next ``backward`` has a use for the norms of a measurement: it takes them, or judges them anew.
+
+        Without it passes of its own follow, see :attr:`StepStats.source`.
+        """
+        return self.needs_norms and self.model.calibration.would_borrow()
+
+    @property
     def estimates_from_all(self) -> bool:
         """Whether the next ``backward`` estimates from the batch of all ranks, see :attr:`ExampleNorms.group`."""
         return False

@@ -17,6 +17,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from training import assert_close, assert_same, batch, losses_of, network, sgd
 
 import engm
+from engm.adversarial import PGD
 from engm.backward.norms import measure_graph
 from engm.backward.prepare import planned_losses
 
@@ -193,6 +194,23 @@ def tied(rank):
     }
 
 
+def stopping(rank, split=lambda net: net):
+    """Examples of an attack that stops, and their norms; those of the first process stop at once, no others do."""
+    net = split(network("group"))
+    model, x = (
+        engm.GradNormModule(net),
+        torch.rand(N, *batch(1)[0].shape[1:], generator=torch.Generator().manual_seed(3)),
+    )
+    x = x.to(batch(1)[0])
+    with torch.no_grad():
+        y = net(x).argmax(dim=1)
+    y[: N // 2] = (y[: N // 2] + 1) % 5
+    rows = slice(0, N) if rank is None else rows_of(rank, "even")
+    attack = PGD(1e-3, 1e-4, 3, random_start=False, stop_when_broken=True)
+    found = attack(model, x[rows], y[rows], measure=True)
+    return {"inputs": found.inputs, "norms": found.measurement.norms, "plain": attack(net, x[rows], y[rows]).inputs}
+
+
 def work(rank, port, results):
     with process_group(rank, port, RANKS):
         found = {
@@ -208,6 +226,7 @@ def work(rank, port, results):
         found["calibrated"] = calibrated(rank)
         found["refused"] = refused(rank)
         found["tied"] = tied(rank)
+        found["stopping"] = stopping(rank, sharded)
         found["traffic"] = {name: traffic(rank, RESHARD[name]) for name in ("always", "never")}
         torch.save(found, results / f"{rank}.pt")
 
@@ -249,6 +268,11 @@ class TestTwoProcessesAreOne:
 
     def test_split_as_one_part(self, ranks, alone):
         check(ranks, "one part", alone["engm"])
+
+    def test_attacks_that_stop(self, ranks):
+        one = stopping(None)
+        for name, expected in one.items():
+            assert_close(torch.cat([rank["stopping"][name] for rank in ranks]), expected)
 
     def test_noise_scale(self, ranks, alone):
         for rank in ranks:

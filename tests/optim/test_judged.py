@@ -14,6 +14,7 @@ from torch import nn
 from training import assert_same, batch, losses_of, median_norm, network, sgd
 
 import engm
+from engm.adversarial import PGD
 from engm.batch_norm.calibration import MOST_ERROR, Calibration, FactorKey
 
 BORROWED, LENT = FactorKey("plain", True), FactorKey("frozen", True)  # by running statistics, by the batch's
@@ -269,3 +270,35 @@ def test_where_nothing_couples_nothing_is_judged():
     stats = opt.backward(losses_of(model, x, y), measurement=measured_in_evaluation_mode(model, x, y))
     assert stats.source == "borrowed"
     assert model.calibration.judged_errors() == {}
+
+
+@pytest.mark.parametrize("method", [engm.ENGM, engm.AENGM])
+def test_an_attack_measures_no_norms_that_a_step_will_not_use(method):
+    """But those by which borrowed norms are judged anew; figures and updates are those of measuring at every step."""
+    attack = PGD(0.02, 0.01, 2, random_start=False)
+
+    def steps(measure):
+        model, opt, x, y = made(far=2.0, calibrate_every=3, method=method)
+        x = (x - x.min()) / (x.max() - x.min())
+        taken, found = [], []
+        for step in range(9):
+            model.calibration.most_error = 0.0 if step < 5 else inf  # and is judged by it at steps 0, 3 and 6
+            adversarial = attack(model, x, y, measure=opt if measure is None else measure)
+            taken.append(adversarial.measurement is not None and adversarial.measurement.stacked is not None)
+            at = adversarial.inputs.requires_grad_()
+            stats = opt.backward(losses_of(model, at, y), inputs=at, measurement=adversarial.measurement)
+            found.append((stats.source, stats.weights))
+            opt.step()
+            opt.zero_grad()
+        return taken, [source for source, _ in found], [weights for _, weights in found]
+
+    taken, sources, weights = steps(None)
+    always, twin_sources, twin_weights = steps(True)
+    assert all(always)
+    assert_same(weights, twin_weights)
+    if method is engm.AENGM:  # which borrows input gradients at every step, and regresses at the first of fifty
+        assert taken == [True] + [False] * 8
+        return
+    assert sources == twin_sources
+    assert sources == ["own"] * 6 + ["borrowed"] * 3
+    assert taken == [True, False, False] * 2 + [True] * 3
