@@ -3,8 +3,17 @@
 // what the node itself computes.
 #include "gradient_prints.h"
 
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/amax.h>
+#include <ATen/ops/bitwise_and.h>
+#include <ATen/ops/bitwise_right_shift.h>
+#include <ATen/ops/clamp_min.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/view_as_real.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <pybind11/stl.h>
@@ -38,12 +47,105 @@ using torch::autograd::FunctionPreHook;
 using torch::autograd::variable_list;
 
 // What is kept of a gradient: the shape by which rows are told apart, two random projections of every row (of a row of
-// one number that number), and the type that the gradient had.
+// one number that number), the type that the gradient had, and exponents if they are asked for (see exponents_of).
 struct Print {
   std::vector<int64_t> shape;
   at::Tensor marks;
   at::ScalarType type;
+  at::Tensor exponents;
 };
+
+// How numbers of a type hold their exponent: above so many bits of the mantissa, in so many bits. And by how much the
+// exponent of an element may be below the largest of its row to count.
+template <typename scalar_t>
+struct Exponent;
+template <>
+struct Exponent<float> {
+  using Bits = int32_t;
+  static constexpr int mantissa = 23, mask = 0xff, reach = 60;
+};
+template <>
+struct Exponent<double> {
+  using Bits = int64_t;
+  static constexpr int mantissa = 52, mask = 0x7ff, reach = 200;
+};
+
+// A number for every place in a row, int32 [width], on the CPU: odd, up to 63, and in no order.
+at::Tensor numbers_of_places(int64_t width) {
+  at::Tensor numbers = at::empty({width}, at::TensorOptions(at::kInt).device(at::kCPU));
+  auto* const number = numbers.mutable_data_ptr<int32_t>();
+  for (int64_t place = 0; place < width; ++place)
+    number[place] = static_cast<int32_t>((((place + 1) * 2654435761) >> 20) & 0x3f) | 1;
+  return numbers;
+}
+
+// The two sums of exponents_of over one row, whose elements are given as bits.
+template <typename scalar_t>
+[[gnu::always_inline]] inline void sum_row(const typename Exponent<scalar_t>::Bits* bits, const int32_t* numbers,
+                                           int64_t width, int64_t* found) {
+  using Of = Exponent<scalar_t>;
+  constexpr int64_t kAtOnce = 1 << 14;  // elements whose sum fits into 32 bits
+  int32_t largest = 0;
+  for (int64_t k = 0; k < width; ++k)
+    largest = std::max(largest, static_cast<int32_t>((bits[k] >> Of::mantissa) & Of::mask));
+  const int32_t lowest = std::max(largest - Of::reach, 0);
+  found[0] = found[1] = 0;
+  for (int64_t first = 0; first < width; first += kAtOnce) {
+    const int64_t end = std::min(width, first + kAtOnce);
+    int32_t sum = 0, counted = 0;
+    for (int64_t k = first; k < end; ++k) {
+      const auto exponent = static_cast<int32_t>((bits[k] >> Of::mantissa) & Of::mask);
+      const int32_t number = exponent > lowest ? numbers[k] : 0;
+      sum += number * exponent;
+      counted += number;
+    }
+    found[0] += sum;
+    found[1] += counted;
+  }
+}
+
+// Compiled for the vectors of several processors, of which the loader takes the best.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define ENGM_FOR_EACH_CPU [[gnu::target_clones("avx512f", "avx2", "default")]]
+#else
+#define ENGM_FOR_EACH_CPU
+#endif
+ENGM_FOR_EACH_CPU void sums_of_row(const int32_t* bits, const int32_t* numbers, int64_t width, int64_t* found) {
+  sum_row<float>(bits, numbers, width, found);
+}
+ENGM_FOR_EACH_CPU void sums_of_row(const int64_t* bits, const int32_t* numbers, int64_t width, int64_t* found) {
+  sum_row<double>(bits, numbers, width, found);
+}
+#undef ENGM_FOR_EACH_CPU
+
+// Of every row the sum of the exponents of its elements, and how many there are, both with a number for every place as
+// weights: int64 [rows, 2]. If a row is multiplied by a power of two, the exponent of that times the second is added to
+// the first, exactly; of elements that are multiplied by another it is not, however small they are beside the others.
+// What is much smaller than the largest element does not count, since it may have been no normal number.
+at::Tensor exponents_of(const at::Tensor& rows) {
+  const int64_t count = rows.size(0), width = rows.size(1);
+  return AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "exponents_of", [&] {
+    using Of = Exponent<scalar_t>;
+    using Bits = typename Of::Bits;
+    if (!rows.is_cpu()) {
+      const at::Tensor bits = rows.contiguous().view(c10::CppTypeToScalarType<Bits>::value);
+      const at::Tensor exponents = at::bitwise_and(at::bitwise_right_shift(bits, Of::mantissa), Of::mask);
+      const at::Tensor counted = exponents > at::clamp_min(at::amax(exponents, 1, true) - Of::reach, 0);
+      const at::Tensor weights = numbers_of_places(width).to(rows.device()) * counted;
+      return at::stack({(exponents * weights).sum(1), weights.sum(1)}, 1);
+    }
+    const at::Tensor given = rows.contiguous(), numbers = numbers_of_places(width);
+    const at::Tensor found = at::empty({count, 2}, numbers.options().dtype(at::kLong));
+    const auto* const number_of = numbers.const_data_ptr<int32_t>();
+    const auto* const elements = reinterpret_cast<const Bits*>(given.const_data_ptr<scalar_t>());
+    auto* const sums = found.mutable_data_ptr<int64_t>();
+    at::parallel_for(0, count, std::max<int64_t>(1, (1 << 15) / width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        sums_of_row(elements + row * width, number_of, width, sums + 2 * row);
+    });
+    return found;
+  });
+}
 
 // Prints of gradients, by numbers that the caller gave them. Threads of one backward pass may look at the same time.
 class GradientPrints {
@@ -51,8 +153,12 @@ class GradientPrints {
   // by_element   tell every element apart, and not the vectors along the last dimension
   // directions   gives the directions [width, 2] to project on, for a width, a type and a device
   // dense        gives the same numbers one behind the other, for a gradient of another layout
-  GradientPrints(bool by_element, py::object directions, py::object dense)
-      : by_element_(by_element), directions_of_(std::move(directions)), dense_(std::move(dense)) {}
+  // exponents    keep those too, of rows of several numbers
+  GradientPrints(bool by_element, py::object directions, py::object dense, bool exponents)
+      : by_element_(by_element),
+        exponents_(exponents),
+        directions_of_(std::move(directions)),
+        dense_(std::move(dense)) {}
 
   // Takes the print of a gradient; of none if there is none.
   void take(int64_t number, const at::Tensor& gradient) {
@@ -62,13 +168,14 @@ class GradientPrints {
     taken_.emplace_back(number, std::move(print));
   }
 
-  // (number, shape, marks, type of the gradient) of all that was taken, in order; nothing is kept.
+  // (number, shape, marks, type of the gradient, exponents) of all that was taken, in order; nothing is kept.
   std::vector<py::tuple> taken() {
     std::vector<py::tuple> found;
     for (auto& [number, print] : std::exchange(taken_, {})) {
       py::tuple shape(print.shape.size());
       for (size_t d = 0; d < print.shape.size(); ++d) shape[d] = py::int_(print.shape[d]);
-      found.push_back(py::make_tuple(number, std::move(shape), std::move(print.marks), print.type));
+      found.push_back(py::make_tuple(number, std::move(shape), std::move(print.marks), print.type,
+                                     std::move(print.exponents)));
     }
     return found;
   }
@@ -90,10 +197,13 @@ class GradientPrints {
     const int64_t rows = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
     const at::ScalarType precise = gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     if (gradient.numel() == 0)
-      return {std::move(shape), at::zeros({rows, 1}, gradient.options().dtype(precise)), type};
-    at::Tensor marks = gradient.reshape({rows, -1}).to(precise);
-    if (marks.size(1) > 1) marks = at::mm(marks, directions(marks));
-    return {std::move(shape), std::move(marks), type};
+      return {std::move(shape), at::zeros({rows, 1}, gradient.options().dtype(precise)), type, {}};
+    at::Tensor marks = gradient.reshape({rows, -1}).to(precise), exponents;
+    if (marks.size(1) > 1) {
+      if (exponents_) exponents = exponents_of(marks);
+      marks = at::mm(marks, directions(marks));
+    }
+    return {std::move(shape), std::move(marks), type, std::move(exponents)};
   }
 
   at::Tensor made_dense(const at::Tensor& given) {
@@ -117,7 +227,7 @@ class GradientPrints {
     return directions_.emplace(key, std::move(drawn)).first->second;
   }
 
-  const bool by_element_;
+  const bool by_element_, exponents_;
   const HeldObject directions_of_, dense_;
   std::mutex lock_;
   std::map<std::tuple<int64_t, at::ScalarType, c10::DeviceIndex>, at::Tensor> directions_;
@@ -224,7 +334,8 @@ class PrintHooks {
 
 void bind_gradient_prints(py::module_& m) {
   py::class_<GradientPrints, std::shared_ptr<GradientPrints>>(m, "GradientPrints")
-      .def(py::init<bool, py::object, py::object>(), py::arg("by_element"), py::arg("directions"), py::arg("dense"))
+      .def(py::init<bool, py::object, py::object, bool>(), py::arg("by_element"), py::arg("directions"),
+           py::arg("dense"), py::arg("exponents") = false)
       .def("take", &GradientPrints::take, py::arg("number"), py::arg("gradient"),
            py::call_guard<py::gil_scoped_release>())
       .def("taken", &GradientPrints::taken);

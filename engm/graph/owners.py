@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._C import GradientPrints, PrintHooks, add_digit, are_owned, first_alike, owners_of
+from .._C import GradientPrints, PrintHooks, add_digit, are_owned, exponents_agree, first_alike, owners_of
 from ..capture.calls import Call
 from ..distributed import most, on_any
 from ..repeatable import repeatable_kernels
@@ -94,11 +94,14 @@ class Print:
         shape: of the leading dimensions, by which rows are told apart.
         marks: two random projections of every row, ``[rows, 2]``; of a row of one number that number, ``[rows, 1]``.
         dtype: of the gradient.
+        exponents: of every row a weighted sum of its elements' exponents, and that of ones, int64 ``[rows, 2]``; None
+            where they were not asked for, and of rows of one number.
     """
 
     shape: tuple[int, ...]
     marks: Tensor
     dtype: torch.dtype
+    exponents: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -114,12 +117,12 @@ def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return drawn.to(device, dtype).t().contiguous().t()
 
 
-def prints_of(gradients: Iterable[Tensor]) -> list[Print]:
+def prints_of(gradients: Iterable[Tensor], exponents: bool = False) -> list[Print]:
     """The print of every gradient, whose rows lie along the last dimension."""
-    prints = GradientPrints(False, _directions, dense)
+    prints = GradientPrints(False, _directions, dense, exponents)
     for number, gradient in enumerate(gradients):
         prints.take(number, gradient)
-    return [Print(shape, marks, dtype) for _, shape, marks, dtype in prints.taken()]
+    return [Print(shape, marks, dtype, sums) for _, shape, marks, dtype, sums in prints.taken()]
 
 
 def _factors(digits: Tensor) -> Tensor:
@@ -688,14 +691,14 @@ class Question:
         self._positions, self._by_element, self._tensors, self._edges = frozenset(positions), False, (), {}
         numbers = numbers_of(self.most, False)
         digits = [(place, numbers.digits(place, self.n, self.losses.device)) for place in numbers.places]
-        return [(place, self._pass(_factors(of).to(self.losses))) for place, of in digits]
+        return [(place, self._pass(_factors(of).to(self.losses), exponents=True)) for place, of in digits]
 
     # -- one pass ----------------------------------------------------------------------------------------------
 
-    def _pass(self, seeds: Tensor) -> dict[Any, Print]:
+    def _pass(self, seeds: Tensor, exponents: bool = False) -> dict[Any, Print]:
         """The prints of all gradients that arrive when the losses are backpropagated with these factors."""
         traced = self.traced
-        self._prints, self._keys = GradientPrints(self._by_element, _directions, dense), []
+        self._prints, self._keys = GradientPrints(self._by_element, _directions, dense, exponents), []
         ends = self._ends()
         targets = [GradientEdge(traced.order[position], number) for position, number in ends]
         targets += map(get_gradient_edge, self._tensors)
@@ -727,7 +730,8 @@ class Question:
         for key, gradient in zip(keys, gradients, strict=False):
             if gradient is not None:
                 self._prints.take(self._number_of(key), gradient)
-        return {self._keys[number]: Print(shape, marks, dtype) for number, shape, marks, dtype in self._prints.taken()}
+        taken = self._prints.taken()
+        return {self._keys[number]: Print(shape, marks, dtype, sums) for number, shape, marks, dtype, sums in taken}
 
     def _watch(self, hooks: PrintHooks, passed: Iterable[int]) -> None:
         """Look at the gradients that nodes get, and at those that they pass on by the edges that are asked about."""
@@ -795,7 +799,28 @@ class Answers:
             key: the tensor: position and number of the output, or ``("call", number of the call, part)``.
             gradient: of the sum of the losses.
         """
-        (plain,) = prints_of([gradient])
+        (plain,) = prints_of([gradient], exponents=True)
+        owners = self._by_marks(key, plain)
+        return owners if self._owned_whole(key, plain, owners) else torch.full_like(owners, SEVERAL)
+
+    def _owned_whole(self, key: Any, plain: Print, owners: Tensor) -> bool:
+        """Whether no row has an element of another example than its owner, by the exponents.
+
+        Shares of others in a row's projections are lost in rounding, or taken for that, if they are small enough. Here
+        every element counts alike.
+        """
+        if plain.exponents is None:
+            return True
+        sums, flat = plain.exponents.cpu(), owners.flatten()
+        seen = [(place, prints[key].exponents) for place, prints in self._scaled if key in prints]
+        return all(
+            exponents_agree(flat, self._numbers.of, sums, scaled.cpu(), place, BASE)
+            for place, scaled in seen
+            if scaled is not None and len(scaled) == len(sums)
+        )
+
+    def _by_marks(self, key: Any, plain: Print) -> Tensor:
+        """The owners by the projections of rows."""
         marks = on_host([plain.marks])
         found = [(place, on_host([prints[key].marks])) for place, prints in self._scaled if key in prints]
         complete = len(found) == len(self._scaled)

@@ -27,7 +27,7 @@ def test_prints(shape, by_element, dtype):
     gradient = torch.randn(shape, dtype=torch.complex128 if dtype.is_complex else torch.float64).to(dtype)
     prints = GradientPrints(by_element, _directions, dense)
     prints.take(7, gradient.mT if gradient.dim() > 1 else gradient)
-    ((number, leading, marks, kind),) = prints.taken()
+    ((number, leading, marks, kind, _),) = prints.taken()
     gradient = gradient.mT if gradient.dim() > 1 else gradient
     if gradient.numel() == 0:
         assert not marks.any()
@@ -79,7 +79,7 @@ def test_hooks_see_what_comes_and_what_goes_on(compiled):
     else:
         with context:
             y.backward(seed, retain_graph=True)
-    found = {number: marks for number, _, marks, _ in prints.taken()}
+    found = {number: marks for number, _, marks, *_ in prints.taken()}
     given = seed * (1 - y.detach() ** 2)
     width = _directions(4, torch.float64, torch.device("cpu"))
     for number, gradient in enumerate((given, x.grad, weight.grad)):
