@@ -10,8 +10,8 @@
 #include <ATen/ops/amax.h>
 #include <ATen/ops/bitwise_and.h>
 #include <ATen/ops/bitwise_right_shift.h>
-#include <ATen/ops/clamp_min.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/logical_and.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/view_as_real.h>
@@ -88,8 +88,9 @@ template <typename scalar_t>
   int32_t largest = 0;
   for (int64_t k = 0; k < width; ++k)
     largest = std::max(largest, static_cast<int32_t>((bits[k] >> Of::mantissa) & Of::mask));
-  const int32_t lowest = std::max(largest - Of::reach, 0);
+  const int32_t lowest = largest - Of::reach;
   found[0] = found[1] = 0;
+  if (lowest <= 0) return;
   for (int64_t first = 0; first < width; first += kAtOnce) {
     const int64_t end = std::min(width, first + kAtOnce);
     int32_t sum = 0, counted = 0;
@@ -121,7 +122,8 @@ ENGM_FOR_EACH_CPU void sums_of_row(const int64_t* bits, const int32_t* numbers, 
 // Of every row the sum of the exponents of its elements, and how many there are, both with a number for every place as
 // weights: int64 [rows, 2]. If a row is multiplied by a power of two, the exponent of that times the second is added to
 // the first, exactly; of elements that are multiplied by another it is not, however small they are beside the others.
-// What is much smaller than the largest element does not count, since it may have been no normal number.
+// What is much smaller than the largest element does not count, and nothing does in a row in which that may be no normal
+// number.
 at::Tensor exponents_of(const at::Tensor& rows) {
   const int64_t count = rows.size(0), width = rows.size(1);
   return AT_DISPATCH_FLOATING_TYPES(rows.scalar_type(), "exponents_of", [&] {
@@ -130,7 +132,8 @@ at::Tensor exponents_of(const at::Tensor& rows) {
     if (!rows.is_cpu()) {
       const at::Tensor bits = rows.contiguous().view(c10::CppTypeToScalarType<Bits>::value);
       const at::Tensor exponents = at::bitwise_and(at::bitwise_right_shift(bits, Of::mantissa), Of::mask);
-      const at::Tensor counted = exponents > at::clamp_min(at::amax(exponents, 1, true) - Of::reach, 0);
+      const at::Tensor lowest = at::amax(exponents, 1, true) - Of::reach;
+      const at::Tensor counted = at::logical_and(exponents > lowest, lowest > 0);
       const at::Tensor weights = numbers_of_places(width).to(rows.device()) * counted;
       return at::stack({(exponents * weights).sum(1), weights.sum(1)}, 1);
     }

@@ -143,7 +143,7 @@ bool are_owned(const at::Tensor& of, const at::Tensor& owners, const at::Tensor&
 // Whether the exponents of rows (see gradient_prints.cpp) of a gradient that was scaled, by a digit at this place of the
 // owners' numbers, are those of the plain gradient's rows, each with its owner's power of two.
 //
-//   owners    [rows], below 0 for rows of nobody, of which nothing is asked
+//   owners    [rows], below 0 for rows of nobody, of which nothing is asked, as of rows of which no element counts
 //   numbers   [n], the number of each owner
 //   plain     [rows, 2], int64, of the plain gradient
 //   scaled    [rows, 2], the same of the other
@@ -162,7 +162,7 @@ bool exponents_agree(const at::Tensor& owners, const at::Tensor& numbers, const 
     if (owner[row] < 0) continue;
     TORCH_CHECK(owner[row] < n, "there is no such owner");
     const int64_t power = number[owner[row]] / place % base + 1, ones = one[2 * row + 1];
-    agree &= other[2 * row] == one[2 * row] + power * ones && other[2 * row + 1] == ones;
+    agree &= ones == 0 || (other[2 * row] == one[2 * row] + power * ones && other[2 * row + 1] == ones);
   }
   return agree;
 }

@@ -163,7 +163,7 @@ def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
                 found[key] = junction
             continue
         if before.moved or now.moved:
-            if bool((missed := before.unknown & now.unknown).any()):
+            if bool((missed := _both(before.unknown, now.unknown)).any()):
                 found[key] = replace(now, unknown=missed, moved=True)
             continue
         layout, unknown = _agreed((before.layout, before.unknown), (now.layout, now.unknown))
@@ -187,10 +187,17 @@ def _refuse_news(was_there: bool, is_there: bool, was_quiet: bool, is_quiet: boo
         raise _ContradictionError
 
 
+def _both(missed: Tensor, misses: Tensor) -> Tensor:
+    """Of which rows neither plan knows whose they are. One plan may tell apart elements where the other tells rows."""
+    if missed.shape != misses.shape:
+        raise _ContradictionError
+    return missed & misses
+
+
 def _agreed(before: Known, now: Known) -> Known:
     """What both have seen, and of which rows neither knows whose they are."""
     (first, missed), (second, misses) = before, now
-    unknown = None if missed is None or misses is None else missed & misses
+    unknown = None if missed is None or misses is None else _both(missed, misses)
     if isinstance(first, Layout) and unknown is not None:
         unknown = without_witnesses(unknown, first)
     if unknown is not None and not bool(unknown.any()):

@@ -220,11 +220,13 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     along = saved_option(node, "dim")
     if isinstance(along, int) and along % len(shape) == len(shape) - 1 and output_shape(node)[:-1] == shape[:-1]:
         return False  # elements stay in their row
-    matched = _matched(node, slot, [_as_arranged(rows, given)], _as_arranged(rows, whole))
-    if matched is None:
+    own = _as_arranged(rows, given)
+    matched = _matched(node, slot, [own], _as_arranged(rows, whole))
+    seen = _matched(node, slot, [own], whole)
+    if matched is None or seen is None:
         return _moves_unseen(rows, position).elements
     (own,), whole = matched
-    return _differ(own, whole)
+    return _differ(own, whole) or _hides_elements(*seen[0], seen[1])
 
 
 def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:
@@ -257,6 +259,16 @@ def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tupl
         back = [dims.index(dim) for dim in range(len(out))]
         return [_of_elements(part, out).permute(back) for part in own], _of_elements(whole, shape)
     return None
+
+
+def _hides_elements(own: Tensor, whole: Tensor) -> bool:
+    """Whether elements of which nothing is known lie in a row that seems to be an example's by its others.
+
+    Args:
+        own: what is known of elements.
+        whole: what was seen of the rows that they lie in.
+    """
+    return bool(((own == NOBODY) & (whole != NOBODY)).any())
 
 
 def _differ(own: Tensor, whole: Tensor) -> bool:
@@ -300,11 +312,11 @@ def _closes_elements(rows: Measured, position: int, slot: int, whole: Tensor, ow
     rank = max(len(out), len(given))
     own = _as_arranged(rows, own) if by_element else own
     own = own.view([*[1] * (rank - own.dim()), *own.shape])
-    whole = _as_arranged(rows, whole)
-    whole = whole.view([*[1] * (rank - len(given)), *whole.shape, *[1] * (len(given) - whole.dim())])
+    shape = [*[1] * (rank - len(given)), *whole.shape, *[1] * (len(given) - whole.dim())]
+    seen, whole = whole.view(shape), _as_arranged(rows, whole).view(shape)
     if any(a not in (b, 1) and b != 1 for a, b in zip(whole.shape, own.shape, strict=True)):
         return False
-    return _differ(own, whole)
+    return _differ(own, whole) or (by_element and _hides_elements(own, seen))
 
 
 def _reduced(node: Any, rank: int) -> set[int] | None:

@@ -219,6 +219,26 @@ class Owned:
         """Read a digit of the owners from the gradients of losses that were scaled by powers of two."""
         add_digit(self.of, self.several, self.marks, self._seen(scaled), place, BASE, self.tolerance)
 
+    def part_by_exponents(self, scaled: Sequence[tuple[int, Mapping[Any, Print]]]) -> None:
+        """Note which rows have elements of other examples than those that their digits tell, by the exponents.
+
+        Shares of others in a row's projections are lost in rounding, or taken for that, if they are small enough. There
+        every element counts alike.
+
+        Args:
+            scaled: by the places of all digits the gradients of losses that were scaled by powers of two.
+        """
+        plain = _exponents(self.plain, self.plain)
+        if plain is None:
+            return
+        sums, ones = plain.unbind(1)
+        for place, prints in scaled:
+            others = _exponents(self.plain, prints)
+            if others is not None:
+                seen, counted = others.unbind(1)
+                power = self.of // place % BASE + 1
+                self.several |= (ones != 0) & ((seen != sums + power * ones) | (counted != ones))
+
     def add_bit(self, masked: Mapping[Any, Print], place: int) -> None:
         """Read a bit of the owners from the gradients of some of the losses."""
         marks = self._seen(masked)
@@ -309,6 +329,18 @@ class Owned:
         errors = ROUNDINGS * max(1, len(self.largest) ** 0.5 / 8)
         estimate = errors * self._eps * self.largest.nan_to_num(0, 0, 0).amax()
         return torch.maximum(estimate, TIMES_ITS_CHANGE * self._noise)
+
+
+def _exponents(rows_of: Mapping[Any, Print], prints: Mapping[Any, Print]) -> Tensor | None:
+    """The exponents in some prints of tensors, one behind the other, on the CPU; 0 where there are none."""
+    found = []
+    for key, own in rows_of.items():
+        seen = prints[key].exponents if key in prints else None
+        if seen is None or own.exponents is None:
+            found.append(torch.zeros(own.rows, 2, dtype=torch.long, device="cpu"))
+        else:
+            found.append(seen)
+    return on_host(found) if any(own.exponents is not None for own in rows_of.values()) else None
 
 
 def _part_where_otherwise(found: dict[Any, Tensor], again: Mapping[Any, Tensor]) -> None:
@@ -478,17 +510,22 @@ class Question:
         masked = self._by_element or cancelling or torch.float16 in self.traced.dtypes
         numbers = numbers_of(self.most, masked)
         even = torch.ones_like(self.losses) if even is None else even
-        plain = self._pass(even)
+        plain = self._pass(even, exponents=not masked)
         alike = [{key: seen} for key, seen in plain.items()] if cancelling else _together(plain)
         groups = [Owned(group, cancelling) for group in alike]
+        scaled: list[tuple[int, dict[Any, Print]]] = []
         for place in numbers.places:
             digits = numbers.digits(place, self.n, self.losses.device)
-            seen = self._pass(even * (digits if masked else _factors(digits)).to(self.losses))
+            seen = self._pass(even * (digits if masked else _factors(digits)).to(self.losses), exponents=not masked)
             for group in groups:
                 if masked:
                     group.add_bit(seen, place)
                 else:
                     group.add_digit(seen, place)
+            if not masked:
+                scaled.append((place, seen))
+        for group in groups if scaled else ():
+            group.part_by_exponents(scaled)
         if cancelling:
             factors = _drawn_factors(self.n)
             seen = self._pass(factors.to(self.losses))
