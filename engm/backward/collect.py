@@ -79,6 +79,7 @@ class TermCollector:
         self.parameters = graph.parameters
         self.rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
         self.correct = correct
+        self._drawn: Tensor | None = None  # powers of two [n] that the collected gradients are multiplied by
         self._consume = False  # the graph is freed as the pass goes; let go of activations with it
         self._start()
 
@@ -145,7 +146,14 @@ class TermCollector:
     # -- running ---------------------------------------------------------------------------------------------
 
     def run(
-        self, losses: Tensor, seeds: Tensor, inputs: Sequence[Tensor] = (), *, retain_graph: bool, frozen: bool = True
+        self,
+        losses: Tensor,
+        seeds: Tensor,
+        inputs: Sequence[Tensor] = (),
+        *,
+        retain_graph: bool,
+        frozen: bool = True,
+        as_they_are: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``sum_i seeds_i losses_i`` to the sinks and ``inputs``; returns the inputs' gradients.
 
@@ -156,9 +164,13 @@ class TermCollector:
             retain_graph: keep the graph.
             frozen: take the statistics of batch norms for constants. Without that, an example's terms are what hooks
                 see in an ordinary backward pass, where batch norms couple the examples: not the gradient of anything.
+            as_they_are: terms are to be those of the seeds, for others than this collector.
         """
         graph = self.graph
-        gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
+        parted = not (inputs or as_they_are) and self._may_cancel()
+        self._drawn = powers_of_two(losses) if parted else None
+        drawn = seeds if self._drawn is None else seeds * self._drawn
+        gradients = self._passed(losses, drawn, inputs, retain_graph, frozen)
         surprised = False
         if self._surprise is not None and is_recorded():
             graph.surprises.append(self._surprise)
@@ -167,6 +179,7 @@ class TermCollector:
         if on_any(graph.trace.group, surprised, losses.device):
             graph.renew()
             self._start()
+            self._drawn = None
             gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
         with recomputed_once():
             self._take_deferred()
@@ -176,6 +189,18 @@ class TermCollector:
             for key in list(self._pending):  # parameters of which some use got no gradient
                 self._finish(key)
         return gradients
+
+    def _may_cancel(self) -> bool:
+        """Whether shares of several examples might cancel where a gradient would be a surprise.
+
+        They do in the gradient of a sum of losses. Powers of two, another for each of these, part them, and are divided
+        out again exactly. Functions and hooks of the user's may change gradients by how large they are, and coupled
+        examples have no gradients apart.
+        """
+        plan, traced = self.graph.plan, self.graph.trace
+        if not self.graph.doubtful or self.n == 1 or plan.couples or plan.coupled or plan.opaque or traced.hooked:
+            return False
+        return torch.float16 not in traced.dtypes
 
     def _take_deferred(self) -> None:
         """Take the terms that could not be formed while the pass ran."""
@@ -467,6 +492,8 @@ class TermCollector:
             zero = torch.zeros(self.n, dtype=dtype, device=like.device)
             rows = [zero if row is None else row for row in self.squared]
         found = torch.stack([row if row.dtype == dtype else row.to(dtype) for row in rows])
+        if self._drawn is not None:
+            found = found / self._drawn.to(dtype).square()
         # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 
@@ -481,11 +508,20 @@ class TermCollector:
             again: keep the terms.
         """
         terms = self.terms
+        weights = weights if self._drawn is None else weights / self._drawn.to(weights.dtype)
         wanted = [(key, parameter) for parameter in self.parameters if (key := id(parameter)) in terms]
         if only is not None:
             wanted = [(key, parameter) for key, parameter in wanted if key in only]
         reached = [(parameter, terms[key] if again else terms.pop(key)) for key, parameter in wanted]
         return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
+
+
+def powers_of_two(losses: Tensor) -> Tensor:
+    """A factor from 1 to 128 for every loss, ``[n]``, of neighbours another one, and in no regular order."""
+    numbers = torch.arange(losses.shape[0], device=losses.device)
+    # The fractional part of multiples of the golden ratio, of which the first three bits count.
+    powers = ((numbers * 2654435769) & 0xFFFFFFFF) >> 29
+    return torch.exp2(powers.double()).to(losses.dtype)
 
 
 def correctable(batch_norm: Call) -> bool:

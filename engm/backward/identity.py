@@ -78,7 +78,7 @@ def check_identity(
         signs[left_out] = 0
     signs = signs.to(losses)
     collector = TermCollector(graph, keep=True)
-    collector.run(losses, scale.seeds(losses), retain_graph=True)
+    collector.run(losses, scale.seeds(losses), retain_graph=True, as_they_are=True)
     squared = collector.squared_norms(losses)
     sizes = squared.sqrt().sum(1).double()
     with recomputed_once():

@@ -60,7 +60,15 @@ TURNING = names_of("Gather Movedim Permute Rot90 Scatter ScatterAdd T Take Trans
 IN_ORDER = frozenset(["ReshapeAlias", "Squeeze", "UnsafeView", "Unsqueeze", "View"])
 
 # Operators that reduce dimensions, by numbers that may let no gradient pass to some elements.
-CLOSING = CHOOSING | names_of("Aminmax Kthvalue Logsumexp Mode Std StdMean Var VarMean")
+CLOSING = CHOOSING | names_of("Aminmax Kthvalue Logsumexp Mode Nansum Std StdMean Var VarMean")
+
+# Operators of which numbers tell which elements of a row pass a gradient on, and where these lie in the output.
+PICKING_ELEMENTS = names_of(
+    """
+    AdaptiveMaxPool2D AdaptiveMaxPool3D FractionalMaxPool2D FractionalMaxPool3D Glu MaxPool2DWithIndices
+    MaxPool3DWithIndices MkldnnMaxPool2D MkldnnMaxPool3D
+    """
+)
 
 # Operators that pass on what comes to a row of their output to the same row of their input, if to any: to one that has
 # the same place along the leading dimensions that both have.
@@ -226,7 +234,7 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     if matched is None or seen is None:
         return _moves_unseen(rows, position).elements
     (own,), whole = matched
-    return _differ(own, whole) or _hides_elements(*seen[0], seen[1])
+    return _differ(own, whole) or _hides_elements(seen[0][0], seen[1])
 
 
 def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:
@@ -302,6 +310,8 @@ def _closes_elements(rows: Measured, position: int, slot: int, whole: Tensor, ow
     out, given = output_shape(node), entering_shape(*node.next_functions[slot])
     if own.dim() < len(out) or whole.dim() == len(given) or None in rows.traced.shapes[position]:
         return False
+    if name in PICKING_ELEMENTS or _chooses_what_it_adds(node):
+        return rows.about.present(own).apart
     by_element = (name in ELEMENTWISE and name not in PARTS) or out == given
     if not by_element:
         dims = _reduced(node, len(given))
@@ -628,8 +638,11 @@ def _tells(rows: Measured, position: int, slot: int) -> bool:
 
 def _chooses(node: Any) -> bool:
     """Whether the data tell which of the rows that a node reads get a gradient."""
-    if operator_name(node) in CHOOSING:
-        return True
+    return operator_name(node) in CHOOSING or _chooses_what_it_adds(node)
+
+
+def _chooses_what_it_adds(node: Any) -> bool:
+    """Whether a node reduces what indices put together, by numbers that tell what gets a gradient."""
     reduces = operator_name(node) in ("IndexReduce", "ScatterReduce", "SegmentReduce")
     return reduces and saved_option(node, "reduce") not in ("sum", "mean")
 

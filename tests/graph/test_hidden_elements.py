@@ -7,6 +7,8 @@ have too.
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import per_example_gradients, relative, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -104,6 +106,54 @@ READERS = {
 }
 
 
+PICKS = {
+    "topk": lambda h: h.topk(1, 0)[0][0],
+    "max": lambda h: h.max(0)[0],
+    "min": lambda h: h.min(0)[0],
+    "median": lambda h: h.median(0)[0],
+    "kthvalue": lambda h: h.kthvalue(2, 0)[0],
+    "gather": lambda h: h.gather(0, h.argmax(0, keepdim=True))[0],
+    "take": lambda h: torch.take_along_dim(h, h.argmax(0, keepdim=True), 0)[0],
+    "index": lambda h: h[h.argmax(0), torch.arange(N)],
+    "sort": lambda h: h.sort(0)[0][-1],
+    "norm": lambda h: h.norm(dim=0),
+    "roll": lambda h: h.roll(1, 1).roll(-1, 1).t().tanh().sum(1),
+    "least": lambda h: torch.minimum(h, h.detach().mean()).t().tanh().sum(1),
+}
+
+GATES = {
+    "where": lambda h, m: torch.where(m > 0, h, torch.zeros(())),
+    "factor": lambda h, m: h * m,
+    "hinge": lambda h, m: torch.minimum(h.clamp(-40, 40), 100 * m - 50),
+}
+
+LABELS = torch.full((N, N), float("nan")).double().fill_diagonal_(0.0)
+CLOSED = torch.full((N, N), -1e4).double().fill_diagonal_(0.0)
+NONE = torch.zeros(N, N).double()
+TO_ONE = torch.zeros(N, N, dtype=torch.long)
+
+# Readers of features in front, [features, n], of which numbers close all elements but one of every row.
+CHOOSING = {
+    "nansum": (lambda h, y: (h + y).nansum(0), LABELS),
+    "nanmean": (lambda h, y: (h + y).nanmean(0), LABELS),
+    "glu": (lambda h, y: F.glu(torch.cat([h, y], 0), 0).sum(0), CLOSED),
+    "amax": (lambda h, y: (h + y).amax(0), CLOSED),
+    "scatter_reduce": (
+        lambda h, y: NONE[:1].scatter_reduce(0, TO_ONE, h + y, "amax", include_self=False)[0],
+        CLOSED,
+    ),
+    "index_reduce": (
+        lambda h, y: NONE[:1].index_reduce(0, TO_ONE[0], h + y, "amax", include_self=False)[0],
+        CLOSED,
+    ),
+    "segment_reduce": (lambda h, y: torch.segment_reduce(h + y, "max", lengths=torch.tensor([N]), axis=0)[0], CLOSED),
+    "max_pool": (
+        lambda h, y: F.max_pool2d((h + y)[None, None], (N, 1))[0, 0, 0],
+        CLOSED,
+    ),
+}
+
+
 def right_or_refused(net, masks, **options):
     """Steps with other masks; how many were refused."""
     model, refused = engm.GradNormModule(net, **options), 0
@@ -147,3 +197,61 @@ def test_members_of_an_ensemble_that_see_a_part_of_the_batch():
         bias=nn.Parameter(torch.randn(N, 1)),
     )
     assert right_or_refused(net, [EYE, EYE, ((torch.rand(N, N) < 0.6) + EYE).clamp(max=1).double()]) == 0
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("pick", PICKS)
+@given(seed=st.integers(0, 2**20))
+@settings(max_examples=4)
+def test_elements_that_a_gate_closes_and_a_pick_may_choose(pick, gate, seed):
+    """Features in front, of which one is picked for every example, behind a gate that is another at each step."""
+    torch.manual_seed(seed)
+    net = Beside(
+        lambda s, x, m: PICKS[pick](GATES[gate](x[:, :3].t() * s.scale, m)).tanh() * s.size,
+        scale=nn.Parameter(torch.randn(3, 1)),
+        size=nn.Parameter(torch.randn(())),
+    )
+    draws = torch.Generator().manual_seed(seed)
+    masks = [F.one_hot(torch.randint(N, (), generator=draws), N) for _ in range(3)]
+    masks += [torch.randint(2, (N,), generator=draws) for _ in range(4)]
+    assert right_or_refused(net, [mask.double() for mask in masks]) == 0
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_numbers_close_all_but_one_element_of_a_row(name):
+    torch.manual_seed(0)
+    reader, closing = CHOOSING[name]
+    net = Beside(lambda s, x, y: reader((s.weight @ x.t()).tanh(), y), weight=nn.Parameter(torch.randn(N, 5)))
+    assert right_or_refused(net, [closing, closing, NONE, NONE]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("small", [1e-12, 1e-9, 1e-6])
+@pytest.mark.parametrize("first", [1, N])
+def test_a_share_within_a_row_that_dwarfs_all_others(dtype, small, first):
+    """The gradient of zeros, whose length is bounded, is so many times as large as that of others in the same rows."""
+    torch.manual_seed(0)
+    weight, size = nn.Parameter(torch.randn(3, 5, dtype=dtype)), nn.Parameter(torch.randn(3, dtype=dtype))
+
+    class Lengths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.size = weight, size
+
+        def forward(self, x, mask):
+            h = self.weight @ x.t()
+            h = h / h.norm(dim=0, keepdim=True).clamp_min(small)
+            return (h.t().tanh() * self.size).sum(1) * mask
+
+    model = engm.GradNormModule(net := Lengths())
+    for step in range(6):
+        x, mask = torch.randn(N, 5, dtype=dtype), torch.ones(N, dtype=dtype)
+        if step < 3:
+            mask[first:] = 0
+            mask = mask.roll(step)
+        else:
+            x[step % N] = 0
+        with model.paused():
+            truth = per_example_gradients(model(x, mask), trained(net))
+        norms = engm.per_example_grad_norms(model, model(x, mask))
+        assert float((norms - truth.norms).abs().max() / truth.norms.max()) < (1e-9 if dtype == torch.float64 else 1e-4)

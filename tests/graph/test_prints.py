@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import tensor
 from torch import nn
 
-from engm._C import GradientPrints, PrintHooks
+from engm._C import GradientPrints, PrintHooks, exponents_agree
 from engm.graph.owners import _directions, dense, prints_of
 
 DIMENSIONS = st.lists(st.integers(0, 4), min_size=0, max_size=4)
@@ -102,3 +102,48 @@ def test_hooks_of_others_stay():
     assert met == ["before", "after"]
     with pytest.raises(TypeError, match="expected a node"):
         hooks.watch_outputs(object(), [(0, 0)])
+
+
+def exponents_by_definition(rows):
+    """The sum of the exponents of the elements of a row that count, and of ones, with a number for every place."""
+    mantissa, mask, reach = (52, 0x7FF, 200) if rows.dtype == torch.float64 else (23, 0xFF, 60)
+    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32).long()
+    places = torch.arange(1, rows.shape[1] + 1)
+    numbers = (((places * 2654435761) >> 20) & 0x3F) | 1
+    exponents = (bits >> mantissa) & mask
+    lowest = exponents.amax(1, keepdim=True) - reach
+    counted = (exponents > lowest) & (lowest > 0)
+    return torch.stack([(exponents * numbers * counted).sum(1), (numbers * counted).sum(1)], 1)
+
+
+@given(st.integers(1, 9), st.integers(2, 40_000), st.sampled_from(["float64", "float32"]), st.integers(0, 2**20))
+@settings(max_examples=20)
+def test_exponents(count, width, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, dtype)
+    rows = torch.randn(count, width, generator=generator, dtype=dtype)
+    rows *= 10.0 ** torch.randint(-12, 12, rows.shape, generator=generator)
+    rows[:, ::7] = 0
+    rows[0] *= 1e-26 if dtype == torch.float32 else 1e-290  # whose smallest elements are hardly normal numbers
+    (found,) = prints_of([rows], exponents=True)
+    assert torch.equal(found.exponents, exponents_by_definition(rows))
+    assert prints_of([rows])[0].exponents is None
+    owners, numbers = torch.randint(count, (count,), generator=generator), torch.randperm(64, generator=generator)
+    powers = numbers[owners] + 1
+    (scaled,) = prints_of([rows * torch.exp2(powers.double()).to(dtype).unsqueeze(1)], exponents=True)
+    assert exponents_agree(owners, numbers, found.exponents, scaled.exponents, 1, 64)
+    row, place = count - 1, 1 + 7 * (width // 14) if width > 7 else 1
+    if found.exponents[row, 1] and rows[row, place].abs() > rows[row].abs().amax() * 1e-15:
+        other = rows.clone()
+        other[row, place] *= 2.0**5  # an element of another example, whose power is larger
+        (mixed,) = prints_of([other * torch.exp2(powers.double()).to(dtype).unsqueeze(1)], exponents=True)
+        assert not exponents_agree(owners, numbers, found.exponents, mixed.exponents, 1, 64)
+        owners[row] = -1
+        assert exponents_agree(owners, numbers, found.exponents, mixed.exponents, 1, 64)
+
+
+def test_exponents_are_of_rows_of_several_numbers():
+    assert prints_of([tensor(3)], exponents=True)[0].exponents is None
+    assert prints_of([tensor(3, 1)], exponents=True)[0].exponents is None
+    assert prints_of([tensor(0, 4)], exponents=True)[0].exponents is None
+    assert tuple(prints_of([torch.complex(tensor(3, 1), tensor(3, 1))], exponents=True)[0].exponents.shape) == (3, 2)
