@@ -41,6 +41,8 @@ from ..torch_internals import gradients_of, is_recorded, recomputed_once, rows_o
 # 40 µs; the CPU needs little more memory than the largest of them.
 SCALED_AT_ONCE = {"cuda": 64 << 20, "cpu": 1 << 20}
 
+LARGEST_POWER = 128.0  # of two that losses are multiplied by, so that their shares do not cancel
+
 _NOTHING = nullcontext()
 
 
@@ -194,13 +196,13 @@ class TermCollector:
         """Whether shares of several examples might cancel where a gradient would be a surprise.
 
         They do in the gradient of a sum of losses. Powers of two, another for each of these, part them, and are divided
-        out again exactly. Functions and hooks of the user's may change gradients by how large they are, and coupled
-        examples have no gradients apart.
+        out again exactly. Functions and hooks of the user's may change gradients by how large they are, coupled
+        examples have no gradients apart, and where owners are told it is by the gradients as they are.
         """
         plan, traced = self.graph.plan, self.graph.trace
         if not self.graph.doubtful or self.n == 1 or plan.couples or plan.coupled or plan.opaque or traced.hooked:
             return False
-        return torch.float16 not in traced.dtypes
+        return plan.told is None and torch.float16 not in traced.dtypes
 
     def _take_deferred(self) -> None:
         """Take the terms that could not be formed while the pass ran."""
@@ -393,7 +395,8 @@ class TermCollector:
         if gradient.numel() == 0:
             return
         largest = gradient.detach().reshape(*unknown.shape, -1).abs().amax(-1)
-        self._suspect(((largest > unnoticed(gradient.dtype)) & unknown).any())
+        least = unnoticed(gradient.dtype) * (1.0 if self._drawn is None else LARGEST_POWER)
+        self._suspect(((largest > least) & unknown).any())
 
     def _suspect(self, found: Tensor) -> None:
         """Note whether the plan turned out not to hold, 0-dimensional."""
@@ -517,7 +520,7 @@ class TermCollector:
 
 
 def powers_of_two(losses: Tensor) -> Tensor:
-    """A factor from 1 to 128 for every loss, ``[n]``, of neighbours another one, and in no regular order."""
+    """A factor from 1 to :data:`LARGEST_POWER` for every loss, ``[n]``, another one than its neighbours'."""
     numbers = torch.arange(losses.shape[0], device=losses.device)
     # The fractional part of multiples of the golden ratio, of which the first three bits count.
     powers = ((numbers * 2654435769) & 0xFFFFFFFF) >> 29
