@@ -233,8 +233,10 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     seen = _matched(node, slot, [own], whole)
     if matched is None or seen is None:
         return _moves_unseen(rows, position).elements
-    (own,), whole = matched
-    return _differ(own, whole) or _hides_elements(seen[0][0], seen[1])
+    if _differ(matched[0][0], matched[1]):
+        return True
+    # Elements that stay in their order stay beside those of their row, as the slots of routed tokens do.
+    return operator_name(node) not in IN_ORDER and _hides_elements(seen[0][0], seen[1])
 
 
 def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:
