@@ -140,31 +140,28 @@ bool are_owned(const at::Tensor& of, const at::Tensor& owners, const at::Tensor&
   return alike;
 }
 
-// Whether the exponents of rows (see gradient_prints.cpp) of a gradient that was scaled, by a digit at this place of the
-// owners' numbers, are those of the plain gradient's rows, each with its owner's power of two.
+// Which rows have elements of other examples than their owners, by the exponents of a gradient that was scaled by a digit
+// at this place of the owners' numbers (see gradient_prints.cpp): every element counts alike there, while in projections
+// small shares are lost in rounding. Of rows in which no element counts nothing is said.
 //
-//   owners    [rows], below 0 for rows of nobody, of which nothing is asked, as of rows of which no element counts
-//   numbers   [n], the number of each owner
-//   plain     [rows, 2], int64, of the plain gradient
-//   scaled    [rows, 2], the same of the other
-bool exponents_agree(const at::Tensor& owners, const at::Tensor& numbers, const at::Tensor& plain,
-                     const at::Tensor& scaled, int64_t place, int64_t base) {
-  const int64_t rows = owners.numel(), n = numbers.numel();
-  check_numbers(owners, rows);
-  check_numbers(numbers, n);
+//   of      [rows], the owners' numbers
+//   plain   [rows, 2], int64, of the plain gradient
+//   scaled  [rows, 2], the same of the other
+at::Tensor other_exponents(const at::Tensor& of, const at::Tensor& plain, const at::Tensor& scaled, int64_t place,
+                           int64_t base) {
+  const int64_t rows = of.numel();
+  check_numbers(of, rows);
   for (const auto& sums : {plain, scaled}) check_numbers(sums.flatten(), 2 * rows);
-  const auto* const owner = owners.const_data_ptr<int64_t>();
-  const auto* const number = numbers.const_data_ptr<int64_t>();
+  const at::Tensor others = at::empty({rows}, of.options().dtype(at::kBool));
+  const auto* const number = of.const_data_ptr<int64_t>();
   const auto* const one = plain.const_data_ptr<int64_t>();
   const auto* const other = scaled.const_data_ptr<int64_t>();
-  bool agree = true;
+  auto* const differs = others.mutable_data_ptr<bool>();
   for (int64_t row = 0; row < rows; ++row) {
-    if (owner[row] < 0) continue;
-    TORCH_CHECK(owner[row] < n, "there is no such owner");
-    const int64_t power = number[owner[row]] / place % base + 1, ones = one[2 * row + 1];
-    agree &= ones == 0 || (other[2 * row] == one[2 * row] + power * ones && other[2 * row + 1] == ones);
+    const int64_t power = number[row] / place % base + 1, ones = one[2 * row + 1];
+    differs[row] = ones != 0 && (other[2 * row] != one[2 * row] + power * ones || other[2 * row + 1] != ones);
   }
-  return agree;
+  return others;
 }
 
 // For every part of `numbers` ([rows], int64, on the CPU), the first part that is the same.
@@ -190,7 +187,7 @@ void bind_row_owners(py::module_& m) {
   m.def("add_digit", torch::wrap_pybind_function_no_gil(add_digit));
   m.def("owners_of", torch::wrap_pybind_function_no_gil(owners_of));
   m.def("are_owned", torch::wrap_pybind_function_no_gil(are_owned));
-  m.def("exponents_agree", torch::wrap_pybind_function_no_gil(exponents_agree));
+  m.def("other_exponents", torch::wrap_pybind_function_no_gil(other_exponents));
   m.def("first_alike", &first_alike, py::arg("numbers"), py::arg("lengths"));
 }
 

@@ -378,8 +378,10 @@ class PGD:
         for step in range(self.steps):
             last = wanted.norms and step == self.steps - 1
             rows = found.rows_to_measure() if last else standing.moving.nonzero().squeeze(1)
+            if not len(rows) and not wanted.norms:
+                break
             if not len(rows):
-                continue
+                continue  # to the last step, which measures
             if whole:
                 rows = torch.arange(n, device=x_adv.device)
             first = wanted.norms and not whole and len(rows) == n and step >= self.patience

@@ -81,7 +81,6 @@ class TermCollector:
         self.parameters = graph.parameters
         self.rows = {id(parameter): row for row, parameter in enumerate(self.parameters)}
         self.correct = correct
-        self._drawn: Tensor | None = None  # powers of two [n] that the collected gradients are multiplied by
         self._consume = False  # the graph is freed as the pass goes; let go of activations with it
         self._start()
 
@@ -89,6 +88,7 @@ class TermCollector:
         """Nothing is collected yet, and the plan says what is to come."""
         self.squared: list[Tensor | None] = [None] * len(self.parameters)
         self.terms: dict[int, Term] = {}
+        self._drawn: Tensor | None = None  # powers of two [n] that the collected gradients are multiplied by
         self._pulling = False  # gradients of what enters are pulled back to parameters, within the pass
         self._surprise: Tensor | None = None  # whether the plan turned out not to hold
         self._joining: dict[tuple[int, Any], Joining] = {}  # by module (id) and what was saved, calls taken together
@@ -181,7 +181,6 @@ class TermCollector:
         if on_any(graph.trace.group, surprised, losses.device):
             graph.renew()
             self._start()
-            self._drawn = None
             gradients = self._passed(losses, seeds, inputs, retain_graph, frozen)
         with recomputed_once():
             self._take_deferred()

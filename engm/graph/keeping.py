@@ -228,15 +228,17 @@ def _turned(rows: Measured, position: int, slot: int, whole: Tensor) -> bool:
     along = saved_option(node, "dim")
     if isinstance(along, int) and along % len(shape) == len(shape) - 1 and output_shape(node)[:-1] == shape[:-1]:
         return False  # elements stay in their row
-    own = _as_arranged(rows, given)
-    matched = _matched(node, slot, [own], _as_arranged(rows, whole))
-    seen = _matched(node, slot, [own], whole)
-    if matched is None or seen is None:
+    arranged = _as_arranged(rows, given)
+    matched = _matched(node, slot, [arranged], _as_arranged(rows, whole))
+    if matched is None:
         return _moves_unseen(rows, position).elements
-    if _differ(matched[0][0], matched[1]):
+    (own,), of_rows = matched
+    if _differ(own, of_rows):
         return True
-    # Elements that stay in their order stay beside those of their row, as the slots of routed tokens do.
-    return operator_name(node) not in IN_ORDER and _hides_elements(seen[0][0], seen[1])
+    if operator_name(node) in IN_ORDER:
+        return False  # they stay beside those of their row, as the slots of routed tokens do
+    seen = _matched(node, slot, [arranged], whole)
+    return seen is not None and _hides_elements(seen[0][0], seen[1])
 
 
 def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tuple[list[Tensor], Tensor] | None:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .._C import GradientPrints, PrintHooks, add_digit, are_owned, exponents_agree, first_alike, owners_of
+from .._C import GradientPrints, PrintHooks, add_digit, are_owned, first_alike, other_exponents, owners_of
 from ..capture.calls import Call
 from ..distributed import most, on_any
 from ..repeatable import repeatable_kernels
@@ -229,15 +229,8 @@ class Owned:
             scaled: by the places of all digits the gradients of losses that were scaled by powers of two.
         """
         plain = _exponents(self.plain, self.plain)
-        if plain is None:
-            return
-        sums, ones = plain.unbind(1)
         for place, prints in scaled:
-            others = _exponents(self.plain, prints)
-            if others is not None:
-                seen, counted = others.unbind(1)
-                power = self.of // place % BASE + 1
-                self.several |= (ones != 0) & ((seen != sums + power * ones) | (counted != ones))
+            self.several |= other_exponents(self.of, plain, _exponents(self.plain, prints), place, BASE)
 
     def add_bit(self, masked: Mapping[Any, Print], place: int) -> None:
         """Read a bit of the owners from the gradients of some of the losses."""
@@ -331,16 +324,13 @@ class Owned:
         return torch.maximum(estimate, TIMES_ITS_CHANGE * self._noise)
 
 
-def _exponents(rows_of: Mapping[Any, Print], prints: Mapping[Any, Print]) -> Tensor | None:
+def _exponents(rows_of: Mapping[Any, Print], prints: Mapping[Any, Print]) -> Tensor:
     """The exponents in some prints of tensors, one behind the other, on the CPU; 0 where there are none."""
     found = []
     for key, own in rows_of.items():
         seen = prints[key].exponents if key in prints else None
-        if seen is None or own.exponents is None:
-            found.append(torch.zeros(own.rows, 2, dtype=torch.long, device="cpu"))
-        else:
-            found.append(seen)
-    return on_host(found) if any(own.exponents is not None for own in rows_of.values()) else None
+        found.append(own.marks.new_zeros(own.rows, 2, dtype=torch.long) if seen is None else seen)
+    return on_host(found)
 
 
 def _part_where_otherwise(found: dict[Any, Tensor], again: Mapping[Any, Tensor]) -> None:
@@ -843,18 +833,14 @@ class Answers:
     def _owned_whole(self, key: Any, plain: Print, owners: Tensor) -> bool:
         """Whether no row has an element of another example than its owner, by the exponents.
 
-        Shares of others in a row's projections are lost in rounding, or taken for that, if they are small enough. Here
-        every element counts alike.
+        See :meth:`Owned.part_by_exponents`. In rows of nobody no element counts.
         """
         if plain.exponents is None:
             return True
-        sums, flat = plain.exponents.cpu(), owners.flatten()
-        seen = [(place, prints[key].exponents) for place, prints in self._scaled if key in prints]
-        return all(
-            exponents_agree(flat, self._numbers.of, sums, scaled.cpu(), place, BASE)
-            for place, scaled in seen
-            if scaled is not None and len(scaled) == len(sums)
-        )
+        of, own = self._numbers.of[owners.flatten().clamp_min(0)], {key: plain}
+        sums = _exponents(own, own)
+        scaled = [(place, _exponents(own, prints)) for place, prints in self._scaled if key in prints]
+        return not any(bool(other_exponents(of, sums, seen, place, BASE).any()) for place, seen in scaled)
 
     def _by_marks(self, key: Any, plain: Print) -> Tensor:
         """The owners by the projections of rows."""

@@ -196,12 +196,9 @@ def tied(rank):
 
 def stopping(rank, split=lambda net: net):
     """Examples of an attack that stops, and their norms; those of the first process stop at once, no others do."""
-    net = split(network("group"))
-    model, x = (
-        engm.GradNormModule(net),
-        torch.rand(N, *batch(1)[0].shape[1:], generator=torch.Generator().manual_seed(3)),
-    )
-    x = x.to(batch(1)[0])
+    net, like = split(network("group")), batch(N)[0]
+    model = engm.GradNormModule(net)
+    x = torch.rand(like.shape, generator=torch.Generator().manual_seed(3)).to(like)
     with torch.no_grad():
         y = net(x).argmax(dim=1)
     y[: N // 2] = (y[: N // 2] + 1) % 5
