@@ -35,7 +35,7 @@ struct Names {
   py::str takes{"activations"}, picks{"picks"}, may_couple{"may_couple"}, reads_for{"reads_for"}, saves{"saves"},
       save{"_save"}, given{"_note_given"}, input_nodes{"input_nodes"}, input_storages{"input_storages"},
       input_is_index{"input_is_index"};
-  py::str mean{"_saved_result1"}, rstd{"_saved_result2"};
+  py::str mean{"_saved_result1"}, rstd{"_saved_result2"}, packs{"packs"};
   py::frozenset no_storages{py::set()};
   py::tuple no_arguments{0};
 };
@@ -228,6 +228,8 @@ void note_call(py::handle self, py::handle kind, py::handle capture, py::handle 
                py::handle rule, py::handle activations, py::handle output) {
   TORCH_CHECK_TYPE(is_tensor(output), "expected a tensor");
   belongs_to(self, capture, name, module, rule);
+  if (at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value())
+    set(capture, names().packs, py::bool_(true));
   const py::dict trained = trained_of(module);
   set(self, names().parameters, trained);
   const bool couples = is_true(get(rule, names().may_couple)) && is_true(call(rule, names().couples, module));

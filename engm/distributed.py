@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 # Bytes of gradients in one call of autograd: a call costs tens of microseconds, while a reduction starts only when a
 # bucket of 25 MB (the first: 1 MB) is full.
@@ -90,6 +92,13 @@ def told_by(group: ProcessGroup, rank: int, said: Any) -> Any:
     words = [said]
     dist.broadcast_object_list(words, group_src=rank, group=group)
     return words[0]
+
+
+def said_by_each(group: ProcessGroup, said: T) -> list[T]:
+    """What each rank of the group says, in their order; the host waits for it."""
+    words: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(words, said, group=group)
+    return words
 
 
 def means(group: ProcessGroup | None, *values: Tensor) -> tuple[Tensor, ...]:

@@ -71,8 +71,10 @@ def _measure_inputs(
         raise ValueError("measure(norms=False) measures input gradients: pass inputs.")
     check_losses(losses, finite=check)
     leaves = resolve_inputs(None, inputs)
-    rows = input_rows(model.engm_plans, losses, leaves, trace(losses, model, model.trainable_parameters()))
-    gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
+    traced = trace(losses, model, model.trainable_parameters())
+    rows = input_rows(model.engm_plans, losses, leaves, traced)
+    with traced.still_buffers():
+        gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
     names = tuple(name for name, _ in model.trainable_parameters())
     packed = pack_input_grads(inputs, leaves, gradients)
     return Measurement(names, None, "exact", losses.detach(), packed, rows)

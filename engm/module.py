@@ -101,8 +101,8 @@ class GradNormModule(nn.Module):
     The wrapper is transparent: parameters, buffers, submodules, attributes, mode and ``state_dict`` are the
     network's own, under the network's own names. Only calls of the wrapper capture; calling the network directly,
     or the wrapper under :meth:`paused` or ``torch.no_grad()``, does not. Nothing is left on the network between calls.
-    The options below can be read and set as attributes of the wrapper. Where the network has an attribute of the same
-    name, a warning says so, and the network's is ``model.unwrap().name``.
+    The options below can be read and set as attributes of the wrapper, and are checked then too. Where the network has
+    an attribute of the same name, a warning says so, and the network's is ``model.unwrap().name``.
 
     Args:
         net: the network. Parameters of layers without a rule are found in the graph (see :func:`engm.explain`).
@@ -143,24 +143,11 @@ class GradNormModule(nn.Module):
             raise TypeError("this network is wrapped in a GradNormModule already; use it as it is, or .unwrap() it.")
         if isinstance(net, DistributedDataParallel):
             raise TypeError("wrap the other way round: DistributedDataParallel(engm.GradNormModule(net)).")
-        if batch_norm not in BATCH_NORM_MODES:
-            raise ValueError(f"batch_norm must be one of {BATCH_NORM_MODES}, got {batch_norm!r}.")
-        if coupled not in COUPLED_MODES:
-            raise ValueError(f"coupled must be one of {COUPLED_MODES}, got {coupled!r}.")
-        for name, value in (
-            ("check_every", check_every),
-            ("calibrate_every", calibrate_every),
-            ("calibrate_examples", calibrate_examples),
-            ("views", views),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         shard_group = shards_of(net)
-        if shard_group is not None and batch_norm == "exact":
-            raise ValueError(
-                "batch_norm='exact' backpropagates once an example, and under fully_shard every process would have to "
-                "do so equally often. Leave it at 'calibrated'."
-            )
+        given: dict[str, Any] = {"batch_norm": batch_norm, "coupled": coupled, "check_every": check_every}
+        given |= {"calibrate_every": calibrate_every, "calibrate_examples": calibrate_examples, "views": views}
+        for name, value in given.items():
+            _check_option(name, value, shard_group is not None)
         layers_to_capture(net)
         hidden = [name for name in (*OPTIONS, *METHODS) if _has(net, name)]
         if hidden:
@@ -274,6 +261,8 @@ class GradNormModule(nn.Module):
         if name == "__class__":  # how fully_shard and parametrizations take hold of a module
             raise TypeError(f"a GradNormModule keeps its class. With fully_shard, {ORDER}")
         ours = (name in _OWN or (name == "views" and name in self.__dict__)) and not isinstance(value, nn.Module)
+        if ours and name in ("batch_norm", "coupled", "check_every"):
+            _check_option(name, value, self.__dict__.get("shard_group") is not None)
         bound = isinstance(value, MethodType) and value.__self__ is self  # Accelerate gives the wrapper a new forward
         if "_net" not in self.__dict__ or ours or bound:
             object.__setattr__(self, name, value)
@@ -343,6 +332,24 @@ def _has(net: nn.Module, name: str) -> bool:
     if name in vars(net) or getattr_static(type(net), name, None) is not None:
         return True
     return any(name in held for held in (own_parameters(net), own_buffers(net), own_children(net)))
+
+
+def _check_option(name: str, value: Any, sharded: bool) -> None:
+    """Refuses a value of an option of the wrapper that is out of range.
+
+    Raises:
+        ValueError: it is.
+    """
+    modes = {"batch_norm": BATCH_NORM_MODES, "coupled": COUPLED_MODES}.get(name)
+    if modes is not None and value not in modes:
+        raise ValueError(f"{name} must be one of {modes}, got {value!r}.")
+    if modes is None and (not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if sharded and value == "exact" and name == "batch_norm":
+        raise ValueError(
+            "batch_norm='exact' backpropagates once an example, and under fully_shard every process would have to do "
+            "so equally often. Leave it at 'calibrated'."
+        )
 
 
 def couples(model: GradNormModule) -> bool:

@@ -423,6 +423,19 @@ class TestWalks:
         assert not torch.equal(engm.per_example_grad_norms(model, losses_of(model, x, y)), first)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_norm", "Exact"), ("coupled", "no"), ("check_every", 0), ("check_every", 2.5)]
+)
+def test_an_option_that_is_out_of_range_is_refused_when_it_is_set_too(net, name, value):
+    model = engm.GradNormModule(net)
+    before = getattr(model, name)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        setattr(model, name, value)
+    assert getattr(model, name) == before
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        engm.GradNormModule(net, **{name: value})
+
+
 class TestNames:
     """What the wrapper and the network have under one name."""
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..batch_norm.correction import BatchNormCall, correct_terms
-from ..batch_norm.frozen import gain_of
 from ..capture.calls import Call
 from ..checks import RefusedError
 from ..distributed import on_any
@@ -106,6 +105,7 @@ class TermCollector:
         self._batch_norm_of: dict[int, Call] = {}  # id(producer) -> its batch norm
         self._batch_norm_sums: dict[int, tuple[Tensor, Tensor]] = {}  # id(batch norm call) -> shift, scale gradients
         self._expect_uses()
+        self._gains: dict[int, Tensor] = {}  # id(batch norm call) -> its scale / sigma [C]
         self._feeding = {id(batch_norm) for batch_norm in self._batch_norm_of.values()}
 
     def _expect_uses(self) -> None:
@@ -130,7 +130,8 @@ class TermCollector:
                 uses = 1 if joining.to_come == 1 else 0
             for parameter in call.parameters.values():
                 expected[id(parameter)] = expected.get(id(parameter), 0) + uses
-            if self.correct and layout.plain and correctable(call):
+            held = trace.places[number] not in plan.through  # whose statistics are held constant
+            if self.correct and held and layout.plain and correctable(call):
                 self._batch_norm_of[id(call.producer)] = call
             if by_rows and layout.plain and call.parameters and are_small_rows(call.shape) and call.rule.of_rows:
                 self._on_rows.add(key)
@@ -224,7 +225,7 @@ class TermCollector:
         # A pass to the inputs runs through nodes of which entries are read when it is over.
         read_later = bool(self._waiting) or bool(captured and inputs) or graph.plan.behind_entries
         keep_graph = retain_graph or unsure or read_later
-        statistics = graph.frozen_statistics() if frozen and graph.couples else _NOTHING
+        statistics = graph.frozen_statistics(self._gains) if frozen and graph.couples else _NOTHING
         opaque = graph.plan.opaque if graph.doubtful else ()
         functions = watched(opaque, graph.trace, self.n, graph.step, self._suspect) if opaque else _NOTHING
         entering = self._watching(passed) if passed else _NOTHING
@@ -475,7 +476,7 @@ class TermCollector:
         alone = [key for key, parameter in call.parameters.items() if self._expected[id(parameter)] == 1]
         if sums is not None:
             mean, rstd = batch_norm.saved
-            statistics = BatchNormCall(batch_norm.activations(), mean, rstd, gain_of(batch_norm.module, rstd))
+            statistics = BatchNormCall(batch_norm.activations(), mean, rstd, self._gains[id(batch_norm)])
             correct_terms({key: terms[key] for key in alone}, statistics, *sums)
 
     # -- results ---------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def input_rows(plans: PlanCache, losses: Tensor, leaves: Sequence[Tensor], trace
     signature = ("inputs", which, signature_of(traced, skeleton_of(traced, n), n))
     plan = plans.find(signature, traced)
     if on_any(traced.group, plan is None, losses.device) or plan is None:
-        plan = plan_of_inputs(traced, losses, leaves)
+        with traced.still_buffers():
+            plan = plan_of_inputs(traced, losses, leaves)
         if plan.keeps:
             plans.keep(signature, plan)
     traced.rows_of_inputs[asked] = plan.layouts  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from ..checks import RefusedError
 from ..exact import exact_squared_norms
 from ..graph.plan import PlannedGraph
 from ..module import GradNormModule
+from ..module import couples as may_couple
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..terms.owners import Ownership
 from .collect import TermCollector
@@ -114,6 +116,16 @@ def measure_graph(
     """
     leaves = resolve_inputs(graph.trace, inputs)
     rows = input_rows(graph.plans, losses, leaves, graph.trace)
+    with graph.trace.still_buffers():
+        stacked, gradients = _measured(graph, losses, mode, inputs, leaves, scale)
+    packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
+    return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows)
+
+
+def _measured(
+    graph: PlannedGraph, losses: Tensor, mode: str, inputs: Inputs, leaves: Sequence[Tensor], scale: LossScale
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Squared norms ``[L, n]``, and the gradients of ``leaves``; see :func:`measure_graph`."""
     if mode in ("exact", "corrected"):
         _refuse_other_ranks(graph)
     if mode == "exact":
@@ -123,13 +135,12 @@ def measure_graph(
         stacked, gradients = scale.off_squares(graph.collected.squared), ()
     else:
         # An attack that borrows must climb the loss that it would climb without: through the batch's statistics.
-        through = graph.couples
+        through = graph.couples  # hence as many passes on all ranks
         collector = TermCollector(graph, correct=mode == "corrected")
         gradients = collector.run(losses, scale.seeds(losses), () if through else leaves, retain_graph=True)
         gradients = input_gradients(losses, leaves, scale) if through else gradients
         stacked = scale.off_squares(collector.squared_norms(losses))
-    packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
-    return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows)
+    return stacked, gradients
 
 
 def calibrated_squared_norms(
@@ -146,7 +157,8 @@ def calibrated_squared_norms(
 
     The factors are None where none are called for: nothing couples the examples, or the model asks for raw or exact
     norms. Those of a training step under ``DistributedDataParallel`` are taken by all ranks together, which all have to
-    call this then; outside of training steps nothing is sent. Under ``fully_shard`` all ranks always have to.
+    call this then, whether or not their own examples are coupled; outside of training steps and under ``no_sync``
+    nothing is sent. Under ``fully_shard`` all ranks always have to.
 
     Args:
         model: whose calibration it is.
@@ -162,7 +174,9 @@ def calibrated_squared_norms(
         RuntimeError: the examples of several processes are one batch.
     """
     stacked = measurement.require_stacked()
-    if not graph.couples or model.batch_norm == "frozen" or measurement.mode == "exact":
+    if model.batch_norm == "frozen" or measurement.mode == "exact":
+        return stacked, None
+    if not _calibrates(model, graph, count):
         return stacked, None
     if model.batch_norm == "exact":
         raise ValueError(
@@ -170,31 +184,54 @@ def calibrated_squared_norms(
             "graph cannot give them. Leave measurement out, or wrap with batch_norm='calibrated'."
         )
     _refuse_other_ranks(graph)
-    factors = model.calibration.factors(
-        FactorKey(measurement.mode, borrowed),
-        stacked,
-        losses,
-        graph.trace.trained,
-        count=count,
-        scale=scale,
-        group=_calibrating_group(model, graph, count),
-        in_step=model.shard_group is not None,
-    )
+    with graph.trace.still_buffers():
+        factors = model.calibration.factors(
+            FactorKey(measurement.mode, borrowed),
+            stacked,
+            losses,
+            graph.trace.trained,
+            count=count and _reduces(graph),
+            scale=scale,
+            group=_calibrating_group(model, graph, count),
+            in_step=model.shard_group is not None,
+            couples=graph.plan.couples,
+            surprises=graph.surprises,
+        )
     return stacked, factors
 
 
 def is_faithful(model: GradNormModule, graph: PlannedGraph, measurement: Measurement) -> bool:
     """Whether a borrowed measurement, which was calibrated in this training step, may be used for it.
 
-    It may be unless its weights were judged to be more than ``model.calibration.most_error`` off.
+    It may be unless its weights were judged to be more than ``model.calibration.most_error`` off. All ranks that take
+    factors together get the same answer.
     """
-    return model.calibration.faithful(FactorKey(measurement.mode, True), _calibrating_group(model, graph, True))
+    if model.batch_norm != "calibrated" or not _calibrates(model, graph, True):
+        return True
+    key, group = FactorKey(measurement.mode, True), _calibrating_group(model, graph, True)
+    return model.calibration.faithful(key, group, count=_reduces(graph), couples=graph.plan.couples)
+
+
+def _calibrates(model: GradNormModule, graph: PlannedGraph, count: bool) -> bool:
+    """Whether examples are coupled: these, or those of other ranks, which then wait for this one's word."""
+    if graph.plan.couples:
+        return True
+    together = model.batch_norm == "calibrated" and _calibrating_group(model, graph, count) is not None
+    return together and (may_couple(model) or model.calibration.is_shared)
 
 
 def _calibrating_group(model: GradNormModule, graph: PlannedGraph, count: bool) -> ProcessGroup | None:
     """The ranks that take factors together; None where this process does alone."""
-    ranks = graph.trace.ranks if count or model.shard_group is not None else None
-    return None if ranks is None else ranks.estimating_group()
+    ranks = graph.trace.ranks
+    if ranks is None or (ranks.joining and not graph.plan.couples):
+        return None
+    together = model.shard_group is not None or (count and ranks.reduces)
+    return ranks.estimating_group() if together else None
+
+
+def _reduces(graph: PlannedGraph) -> bool:
+    """Whether the step behind the graph is one of all ranks, if there are several."""
+    return graph.trace.ranks is None or graph.trace.ranks.reduces
 
 
 def mapped_norms(stacked: Tensor, factors: Tensor | None) -> Tensor:

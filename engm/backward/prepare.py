@@ -13,9 +13,9 @@ from ..graph.planning import make_plan
 from ..graph.refusals import check_parameters
 from ..graph.routed import may_be_told, plan_to_be_told
 from ..graph.routing import signature_of, skeleton_of
-from ..graph.trace import trace
+from ..graph.trace import Trace, trace
 from ..loss_checks import check_losses
-from ..module import GradNormModule
+from ..module import GradNormModule, couples
 from ..ops import uncast
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import has_gradient_hooks, is_recorded, unrecorded
@@ -59,6 +59,14 @@ def planned_losses(
             "(not the network inside it), with gradients enabled, outside of model.paused(). If all layers that it "
             "runs are frozen, use the trained parameters inside of its forward pass and not in the loss alone."
         )
+    with traced.still_buffers():
+        return _planned(model, losses, traced, scale, watch, use_up)
+
+
+def _planned(
+    model: GradNormModule, losses: Tensor, traced: Trace, scale: LossScale, watch: bool, use_up: bool
+) -> PlannedGraph:
+    """See :func:`planned_losses`."""
     n = losses.shape[0]
     skeleton = skeleton_of(traced, n)
     signature = signature_of(traced, skeleton, n)
@@ -103,6 +111,7 @@ def planned_losses(
         graph = PlannedGraph(
             traced, measured(), n, model.engm_plans, measured, not is_recorded(), model.engm_watch.steps
         )
+    graph.couples_elsewhere = group is not None and couples(model)
     if model.engm_observer is not None:
         model.engm_observer(graph, skeleton)
     strict = model.strict or bool(traced.tokens)  # what goes on in a compiled region is not seen otherwise

@@ -2,7 +2,8 @@
 
 Every ``every`` training steps the exact gradients of a few examples are computed through the training graph itself,
 and one factor per parameter tensor is taken, ``sum exact^2 / sum measured^2`` with every example counting alike. A
-fresh factor replaces the old one whole: averaged factors were measured to be worse.
+fresh factor replaces the old one whole: averaged factors were measured to be worse. A tensor that got no gradient then
+keeps what it had; if it never had a factor, one is taken as soon as it gets a gradient.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import fewest, total
+from ..distributed import said_by_each, total
 from ..exact import exact_squared_norms
 from ..terms.loss_scale import UNSCALED, LossScale
-from ..torch_internals import is_recorded, unrecorded
+from ..torch_internals import is_recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,9 +43,9 @@ class ExactSample:
     """Draws a few examples and computes their exact squared norms.
 
     Args:
-        examples: how many are drawn (all, if the batch is smaller).
-        seed: what the draws come from. The k-th draw is a function of ``seed`` and ``k`` alone, so that a resumed run
-            repeats it.
+        examples: how many are drawn (all, if there are fewer).
+        seed: what the draws come from. The k-th draw is a function of ``seed``, ``k`` and the examples to choose from
+            alone, so that a resumed run repeats it.
     """
 
     def __init__(self, examples: int, seed: int = 0) -> None:
@@ -57,57 +58,26 @@ class ExactSample:
         losses: Tensor,
         parameters: Sequence[Tensor],
         scale: LossScale = UNSCALED,
-        most: int | None = None,
+        among: Tensor | None = None,
+        passes: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Returns ``(indices [k], exact squared norms [L, k])``; ``scale`` is on the losses inside the passes.
 
-        ``k`` is ``examples``, or fewer where the batch has fewer or only ``most`` are allowed.
+        Args:
+            losses: ``[n]``.
+            parameters: the ``L`` tensors.
+            scale: on the losses.
+            among: boolean ``[n]``, on the CPU: the examples to draw from; default all.
+            passes: backward passes that are run at least, for others who take part in each.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
         self.draws += 1
         indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")
-        indices = indices[: self.examples if most is None else min(most, self.examples)].sort().values
+        indices = (indices if among is None else indices[among[indices]])[: self.examples].sort().values
         exact = exact_squared_norms(losses, parameters, indices.tolist(), scale)
+        for _ in range(passes - len(indices)):
+            torch.autograd.grad(losses[0], parameters, retain_graph=True, allow_unused=True)
         return indices.to(losses.device, non_blocking=True), exact
-
-
-class DeviceFlag:
-    """A truth value computed on the device, which the host reads once it has arrived.
-
-    Args:
-        value: boolean, 0-dimensional.
-        wait: wait for it when it is asked for. Where several processes must draw the same conclusion at the same step,
-            its arrival, which no two devices time alike, must not decide.
-    """
-
-    def __init__(self, value: Tensor, *, wait: bool = False) -> None:
-        self._wait = wait
-        self._arrived: torch.cuda.Event | None = None
-        if not value.is_cuda:
-            self._value = value
-            return
-        self._value = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
-        self._arrived = torch.cuda.Event()
-        self._arrived.record(torch.cuda.current_stream(value.device))
-
-    def known_false(self) -> bool:
-        """Whether the value has arrived and is false."""
-        if self._arrived is not None:
-            # Asking an event is not allowed while a graph is captured.
-            if torch.cuda.is_current_stream_capturing():
-                return False
-            if self._wait:
-                self._arrived.synchronize()
-            elif not self._arrived.query():
-                return False
-            self._arrived = None
-        with unrecorded():  # steps that are replayed ask before they are
-            return not bool(self._value)
-
-    def __getstate__(self) -> dict[str, Any]:  # an event can neither be copied nor pickled
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return {"_arrived": None, "_value": self._value, "_wait": self._wait}
 
 
 MOST_ERROR = 0.08  # the default of Calibration.most_error
@@ -120,28 +90,64 @@ class Factors:
     """Calibration factors of one way of measuring.
 
     Attributes:
-        names: the parameter tensors.
-        values: ``[L]``, one factor a parameter tensor.
-        taken: the training step at which they were taken.
-        good_for: training steps after which they are due to be replaced; 0 if they could not be taken.
-        sound: whether all of them could be taken, where that is not known yet.
+        names: the parameter tensors that norms were taken over so far.
+        values: ``[L]``, one factor a parameter tensor; 1 where none was taken yet.
+        taken: by tensor, the training step at which its factor was taken.
+        good_for: by tensor, training steps after which the factor is due to be replaced; 0: there is none yet.
+        batch: examples in the batch that they were taken from, on all ranks.
         error: 0-dimensional, the judged error of weights; None where that was not judged.
         kept: whether the judgement is of factors that had aged, too.
-        faithful: of borrowed norms, whether they may be used, where they were judged.
+        faithful: of borrowed norms, whether they may be used.
     """
 
     names: tuple[str, ...]
     values: Tensor
-    taken: int
-    good_for: int
-    sound: DeviceFlag | None = None
+    taken: tuple[int, ...]
+    good_for: tuple[int, ...]
+    batch: int = 0
     error: Tensor | None = None
     kept: bool = False
-    faithful: DeviceFlag | None = None
+    faithful: bool = True
 
-    def lifetime(self) -> int:
-        """``good_for``, or 0 once it is known that they could not be taken."""
-        return 0 if self.sound is not None and self.sound.known_false() else self.good_for
+    def of(self, names: tuple[str, ...]) -> tuple[Factors, list[int]]:
+        """Factors that know these tensors too, and the places of these among them."""
+        places = {name: place for place, name in enumerate(self.names)}
+        new = [name for name in names if name not in places]
+        if not new:
+            return self, [places[name] for name in names]
+        values = torch.cat([self.values, self.values.new_ones(len(new))])
+        none = (0,) * len(new)
+        known = replace(
+            self, names=(*self.names, *new), values=values, taken=self.taken + none, good_for=self.good_for + none
+        )
+        return known.of(names)
+
+    def aged(self, step: int, places: Iterable[int]) -> list[int]:
+        """Those of some tensors whose factors are due to be replaced."""
+        return [k for k in places if 0 < self.good_for[k] <= step - self.taken[k]]
+
+    def due(self, step: int) -> bool:
+        """Whether any factor is due to be replaced, or none was taken yet."""
+        return bool(self.aged(step, range(len(self.names)))) or not any(self.good_for)
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """What one rank says when factors may be due.
+
+    Attributes:
+        key: how its norms were measured.
+        missing: whether tensors of which there are no factors have gradients.
+        due: whether tensors whose factors are due have.
+        probes: examples that it can probe.
+        batch: examples in its batch.
+    """
+
+    key: FactorKey
+    missing: bool
+    due: bool
+    probes: int
+    batch: int
 
 
 class DueError(RuntimeError):
@@ -152,15 +158,21 @@ class Calibration:
     """Factors per parameter tensor, one set for each way of measuring.
 
     Factors age with the training steps, whether or not a step asks for norms: A-ENGM, which measures every ``tau``
-    steps, finds those due that ENGM would.
+    steps, finds those due that ENGM would. A tensor's factor is taken from examples in which it has a gradient: where a
+    calibrating step did not reach it (another branch was taken, the last scale of a residual block begins at 0), the
+    next step that does calibrates. A batch that is less than half as large as the one before, as the last of an epoch,
+    leaves factors that are due to the next, once.
 
     A network changes fastest at first, so where ``every`` is 16 or more the first factors are good for an eighth of
     it, the next for a quarter, and so on: three probes more in a whole run. With factors of step 0 the weights were
     7 % off at step 20 of a CIFAR-10 run, with fresh ones 2 %.
 
     Under ``DistributedDataParallel`` every rank probes examples of its own, and the factors of training steps are taken
-    from all of them. All ranks have the same factors then, and agree on when the next are due. They are kept apart,
-    draws included, from those that a rank takes by itself (for a norm to be logged, say), which others may not take.
+    from all of them. All ranks have the same factors then, and know when the next may be due, whatever graphs they have
+    themselves; at that step they tell one another what they measured, and those where nothing couples the examples (a
+    single one, a branch without batch norm) answer without probes. Factors are kept apart, draws included, from those
+    that a rank takes by itself (for a norm to be logged, say), which others may not take. Under ``no_sync``, where
+    ranks may have unequally many micro-batches, none are taken together, and steps do not count.
 
     Factors are judged when they are taken, in two ways, of which the larger error counts: fitted on one half of the
     probed examples and held against the exact norms of the other, both ways; and those that they replace are held
@@ -168,7 +180,8 @@ class Calibration:
     training step's may be far off while running statistics lag behind the weights: no factor a tensor can mend what
     differs from example to example, and none keeps while the statistics run away, so that such norms are not used
     before factors of theirs have been seen to keep. Steps take a pass of their own then; where its norms, which are
-    judged as well, are hardly better, borrowed ones are used all the same.
+    judged as well, are hardly better, borrowed ones are used all the same. Only examples that have a gradient are drawn
+    and judged, as far as there are any.
 
     Args:
         every: training steps after which factors are taken afresh, once the network has settled.
@@ -193,18 +206,26 @@ class Calibration:
         self.asked: set[FactorKey] = set()
         self._factors: dict[FactorKey, Factors] = {}
 
-    def faithful(self, key: FactorKey, group: ProcessGroup | None = None) -> bool:
+    def faithful(
+        self, key: FactorKey, group: ProcessGroup | None = None, *, count: bool = True, couples: bool = True
+    ) -> bool:
         """Whether norms that were borrowed as ``key`` says may be used, by their latest judgement.
 
-        True where there is none: of norms that were not borrowed, or of a single probed example. Waits for the device
-        when it is asked for the first time after factors were taken.
+        True where there is none: of norms that were not borrowed, or of a single probed example.
 
         Args:
             key: how the norms were measured.
-            group: the ranks that the factors were taken with.
+            group: as in :meth:`factors`.
+            count: as in :meth:`factors`.
+            couples: as in :meth:`factors`.
         """
-        known = self._factors.get(key if group is None else key._replace(all_ranks=True))
-        return known is None or known.faithful is None or not known.faithful.known_false()
+        if group is not None:
+            key = key._replace(all_ranks=True)
+            key = key if couples else self._latest_of_all(key)
+        elif not count:
+            key = self._latest(key)
+        known = self._factors.get(key)
+        return known is None or known.faithful
 
     def would_borrow(self) -> bool:
         """Whether a step has a use for norms that are lent to it: it takes them for its own, or judges them anew.
@@ -219,12 +240,12 @@ class Calibration:
         due = self.due(borrowed)
         if due and is_recorded():
             raise DueError("a calibration is due")
-        return due or not borrowed or any(map(self.faithful, borrowed))
+        return due or not borrowed or any(self._factors[key].faithful for key in borrowed)
 
     def verdicts(self) -> tuple[tuple[FactorKey, bool], ...]:
-        """What :meth:`faithful` says of every way of measuring that was judged."""
-        judged = [key for key, known in self._factors.items() if known.faithful is not None]
-        return tuple((key, self.faithful(key)) for key in judged)
+        """Of all borrowed norms that were judged, whether they may be used."""
+        judged = [key for key, known in self._factors.items() if key.borrowed and known.error is not None]
+        return tuple((key, self._factors[key].faithful) for key in judged)
 
     def judged_errors(self) -> dict[FactorKey, Tensor]:
         """The judged errors of weights, 0-dimensional, as shares of the exact weights, by how norms were measured.
@@ -233,9 +254,21 @@ class Calibration:
         """
         return {key: known.error for key, known in self._factors.items() if known.error is not None}
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether factors were taken with other ranks."""
+        return any(key.all_ranks for key in self._factors)
+
     def due(self, keys: Iterable[FactorKey]) -> bool:
-        """Whether any of these factors, which there are, would be taken afresh in a training step."""
-        return any(self.steps - known.taken >= known.lifetime() for known in map(self._factors.__getitem__, keys))
+        """Whether any of these factors, which there are, may have to be taken afresh in a training step."""
+        return any(self._factors[key].due(self.steps) for key in keys)
+
+    def missing(self) -> tuple[tuple[FactorKey, tuple[str, ...]], ...]:
+        """By way of measuring, the parameter tensors that got no gradient so far, so that they have no factor."""
+        return tuple(
+            (key, tuple(name for name, good_for in zip(known.names, known.good_for, strict=True) if not good_for))
+            for key, known in self._factors.items()
+        )
 
     def carried(self) -> dict[FactorKey, Tensor]:
         """The factors that there are, which a step reads."""
@@ -262,7 +295,9 @@ class Calibration:
         scale: LossScale = UNSCALED,
         group: ProcessGroup | None = None,
         in_step: bool = False,
-    ) -> Tensor:
+        couples: bool = True,
+        surprises: list[Tensor] | None = None,
+    ) -> Tensor | None:
         """The factors ``[L]`` for norms that were measured as ``key`` says, taken afresh when they are due.
 
         With a ``group`` all of its ranks have to call it: those that probe do so together.
@@ -276,8 +311,9 @@ class Calibration:
                 latest of this rank's and of all ranks'.
             scale: on the losses inside the exact passes.
             group: the ranks to take the factors with; None: by itself.
-            in_step: with a group, all of its ranks take part in every backward pass of each, as under ``fully_shard``:
-                each then probes as many examples as the rank with the fewest can.
+            in_step: with a group, all of its ranks take part in every backward pass of each, as under ``fully_shard``.
+            couples: whether this rank's examples are coupled; if not there is nothing to probe and None is returned.
+            surprises: where a recorded step notes whether a tensor without a factor got a gradient.
 
         Raises:
             DueError: factors are due in a step that is recorded.
@@ -285,56 +321,146 @@ class Calibration:
         names = tuple(name for name, _ in parameters)
         if group is not None:
             key = key._replace(all_ranks=True)
+            key = key if couples else self._latest_of_all(key)
         elif not count:
-            key = self._latest(key, names)
+            key = self._latest(key, names, squared_norms)
         self.asked.add(key)
-        known = self._factors.get(key)
-        if known is not None and known.names != names:
-            known = None
-        if known is None or (count and self.steps - known.taken >= known.lifetime()):
-            if is_recorded():
+        known, rows = self._known(key, names, squared_norms)
+        missing = [row for row, place in enumerate(rows) if not known.good_for[place]]
+        aged = [row for row, place in enumerate(rows) if known.aged(self.steps, [place])] if count else []
+        if is_recorded():
+            if aged or known.due(self.steps) or (missing and group is not None) or len(missing) == len(names):
                 raise DueError("a calibration is due")
-            old = None if known is None else known.values
-            lifetime = 0 if known is None else known.lifetime()
-            good_for = min(2 * lifetime, self.every) if lifetime else self._first
-            most = fewest(group, losses.shape[0], losses.device) if in_step and group is not None else None
-            sample = self.sample if group is None else self.shared_sample
-            indices, exact = sample.draw(losses, [parameter for _, parameter in parameters], scale, most)
-            measured = squared_norms.index_select(1, indices)
-            values, sound = _ratio(exact, measured, old, group)
-            flag = DeviceFlag(sound, wait=group is not None)
-            error = _error_of_halves(exact, measured, group)
-            aged = old if lifetime else None
-            if error is not None and aged is not None:
-                error = torch.maximum(error, _error_of(aged, exact, measured, group))
-            known = Factors(names, values, self.steps, good_for, flag, error, kept=aged is not None)
-            self._factors[key] = known
-            self._judge()
-        if known.values.device != squared_norms.device:  # loaded from elsewhere: copied once, not every step
-            known = self._factors[key] = replace(known, values=known.values.to(squared_norms.device))
-        return known.values.to(squared_norms)
+            if missing and surprises is not None:
+                surprises.append(torch.stack([squared_norms[row] for row in missing]).any())
+        elif missing or aged:
+            vote = _Vote(
+                key,
+                missing=_any_gradient(squared_norms, missing),
+                due=_any_gradient(squared_norms, aged),
+                probes=int(_with_gradient(squared_norms).sum()) if couples else 0,
+                batch=losses.shape[0],
+            )
+            votes = [vote] if group is None else said_by_each(group, vote if couples else None)
+            votes = [each for each in votes if each is not None]
+            if votes and votes[0].key != key:
+                key = votes[0].key
+                known, rows = self._known(key, names, squared_norms)
+            if votes and self._is_time(known, votes):
+                passes = min(max(each.probes for each in votes), self.sample.examples) if in_step else 0
+                sample = self.sample if group is None else self.shared_sample
+                among = _with_gradient(squared_norms) if couples else torch.zeros(losses.shape[0], dtype=torch.bool)
+                indices, exact = sample.draw(losses, [tensor for _, tensor in parameters], scale, among, passes)
+                known = self._renewed(known, rows, exact, squared_norms.index_select(1, indices), group)
+                known = self._factors[key] = replace(known, batch=sum(each.batch for each in votes))
+                self._judge()
+            elif votes:
+                self._factors[key] = known
+        if not couples:
+            return None
+        values = known.values.to(squared_norms)
+        if rows == list(range(len(known.names))):
+            return values
+        each_factor = values.unbind(0)
+        return torch.stack([each_factor[place] for place in rows])
+
+    def _known(self, key: FactorKey, names: tuple[str, ...], like: Tensor) -> tuple[Factors, list[int]]:
+        """Factors that know these tensors, on the device of ``like``, and the places of the tensors among them."""
+        known = self._factors.get(key)
+        if known is None:
+            known = Factors((), like.new_ones(0, dtype=torch.float64), (), ())
+        if known.values.device != like.device:  # loaded from elsewhere: copied once, not every step
+            known = replace(known, values=known.values.to(like.device))
+            if not is_recorded():
+                self._factors[key] = known
+        return known.of(names)
+
+    def _is_time(self, known: Factors, votes: Sequence[_Vote]) -> bool:
+        """Whether factors are taken afresh, by what all ranks say of which the examples are coupled."""
+        if any(vote.missing for vote in votes):
+            return True
+        few = 2 * sum(vote.batch for vote in votes) < known.batch
+        patient = all(self.steps - known.taken[k] < 2 * known.good_for[k] for k in range(len(known.names)))
+        return any(vote.due for vote in votes) and not (few and patient)
+
+    def _renewed(
+        self, known: Factors, rows: Sequence[int], exact: Tensor, measured: Tensor, group: ProcessGroup | None
+    ) -> Factors:
+        """Factors in which those of tensors that have gradients are of today, and judged.
+
+        Args:
+            known: the factors before.
+            rows: the places of the ``L`` tensors among them.
+            exact: squared norms ``[L, k]`` of the probed examples.
+            measured: ``[L, k]``, theirs as they were measured.
+            group: the ranks to take the factors with.
+        """
+        places = torch.tensor(rows, device=exact.device)
+        old = known.values.index_select(0, places)
+        had = torch.tensor([known.good_for[place] > 0 for place in rows], device=old.device)
+        fresh, sound = _ratio(exact, measured, group)
+        values = torch.where(sound, fresh, old.to(fresh))
+        error = _error_of_halves(exact, measured, values, group)
+        aged = set(known.aged(self.steps, rows))
+        if error is None:
+            error = known.error
+        elif any(known.good_for[place] for place in rows):
+            served = _error_of(torch.where(had, old.to(fresh), values), exact, measured, group)
+            error = error if served is None else torch.maximum(error, served)
+        taken, good_for = list(known.taken), list(known.good_for)
+        for place, is_sound in zip(rows, sound.tolist(), strict=True):
+            if is_sound:
+                again = min(2 * good_for[place], self.every) if place in aged else good_for[place]
+                taken[place], good_for[place] = self.steps, again or self._first
+        return replace(
+            known,
+            values=known.values.to(fresh).index_copy(0, places, values),
+            taken=tuple(taken),
+            good_for=tuple(good_for),
+            error=error,
+            kept=known.kept or bool(aged),
+        )
 
     def _judge(self) -> None:
         """Says of all borrowed norms whether they may be used, after factors were taken: of these, or of one's own."""
         for key, known in self._factors.items():
-            if not key.borrowed or known.error is None:
+            if not key.borrowed:
                 continue
-            most = torch.full_like(known.error, self.most_error)
+            if known.error is None:  # it could not be judged; states of versions that judged nothing have none either
+                self._factors[key] = replace(known, faithful=known.kept or self.sample.examples == 1)
+                continue
+            most = self.most_error
             for own_key, own in self._factors.items():
-                if not own_key.borrowed and own_key.all_ranks == key.all_ranks and own.taken >= known.taken:
-                    most = most if own.error is None else torch.maximum(most, own.error.to(most) / WORTH)
+                of_today = max(own.taken, default=0) >= max(known.taken, default=0)
+                if not own_key.borrowed and own_key.all_ranks == key.all_ranks and of_today and own.error is not None:
+                    most = max(most, float(own.error) / WORTH)
             # A plain measurement took running statistics; nothing is known of it before factors have aged.
-            error = known.error if known.kept or key.mode != "plain" else torch.full_like(known.error, inf)
-            self._factors[key] = replace(known, faithful=DeviceFlag(error <= most, wait=True))
+            error = float(known.error) if known.kept or key.mode != "plain" else inf
+            self._factors[key] = replace(known, faithful=error <= most)
 
-    def _latest(self, key: FactorKey, names: tuple[str, ...]) -> FactorKey:
-        """The key of the latest factors for a way of measuring, of this process or of all ranks."""
+    def _latest_of_all(self, key: FactorKey) -> FactorKey:
+        """The key of the latest factors of all ranks for norms that are borrowed, or not, as those of ``key`` are."""
+        alike = [other for other in self._factors if other[1:] == key[1:]]
+        return max(alike, key=lambda other: max(self._factors[other].taken, default=0), default=key)
+
+    def _latest(self, key: FactorKey, names: tuple[str, ...] = (), squared_norms: Tensor | None = None) -> FactorKey:
+        """The key of the latest factors for a way of measuring, of this process or of all ranks.
+
+        Args:
+            key: the way of measuring.
+            names: the tensors that there have to be factors of,
+            squared_norms: if they have gradients by these, ``[L, n]``.
+        """
         own_key, shared_key = key._replace(all_ranks=False), key._replace(all_ranks=True)
         shared, own = self._factors.get(shared_key), self._factors.get(own_key)
-        if shared is None or shared.names != names:
+        if shared is None or (own is not None and max(own.taken, default=0) > max(shared.taken, default=0)):
             return own_key
-        older = own is None or own.names != names or own.taken <= shared.taken
-        return shared_key if older else own_key
+        if squared_norms is not None:
+            known, rows = shared.of(names)
+            missing = [row for row, place in enumerate(rows) if not known.good_for[place]]
+            if _any_gradient(squared_norms, missing):
+                return own_key
+        return shared_key
 
     def forget(self) -> None:
         """Drop all factors, so that the next request probes afresh (the weights were replaced, say).
@@ -350,8 +476,9 @@ class Calibration:
                 **key._asdict(),
                 "names": list(known.names),
                 "values": known.values,
-                "taken": known.taken,
-                "good_for": known.lifetime(),
+                "taken": list(known.taken),
+                "good_for": list(known.good_for),
+                "batch": known.batch,
                 "error": known.error,
                 "kept": known.kept,
             }
@@ -376,8 +503,9 @@ class Calibration:
             FactorKey(entry["mode"], bool(entry["borrowed"]), bool(entry["all_ranks"])): Factors(
                 tuple(entry["names"]),
                 entry["values"],
-                int(entry["taken"]),
-                int(entry["good_for"]),
+                _by_tensor(entry["taken"], len(entry["names"])),
+                _by_tensor(entry["good_for"], len(entry["names"])),
+                int(entry.get("batch", 0)),
                 error=entry.get("error"),  # states of versions that judged nothing have none
                 kept=bool(entry.get("kept", True)),  # those of versions that did not look had used them
             )
@@ -388,60 +516,86 @@ class Calibration:
         self._judge()
 
 
-def _ratio(exact: Tensor, measured: Tensor, old: Tensor | None, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Factors ``[L]`` from squared norms ``[L, k]``, and whether all are sound (boolean, 0-dimensional).
+def _by_tensor(number: int | Sequence[int], tensors: int) -> tuple[int, ...]:
+    """A number for each tensor; states of versions that took all factors at once have one."""
+    return (int(number),) * tensors if isinstance(number, int) else tuple(map(int, number))
+
+
+def _with_gradient(squared_norms: Tensor) -> Tensor:
+    """Which examples of squared norms ``[L, n]`` have a gradient: boolean ``[n]``, on the CPU."""
+    return (squared_norms != 0).any(0).cpu()
+
+
+def _any_gradient(squared_norms: Tensor, rows: Sequence[int]) -> bool:
+    """Whether any of some rows of squared norms ``[L, n]`` is not 0; the host waits for the answer."""
+    if not rows:
+        return False
+    return bool((squared_norms if len(rows) == len(squared_norms) else squared_norms[rows]).any())
+
+
+def _ratio(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Factors ``[L]`` in float64 from squared norms ``[L, k]``, and which of them say something, boolean ``[L]``.
 
     Each example's squares are divided by its whole exact squared norm first, so that every example counts alike. Plain
     sums follow the few with the largest gradients, and 16 examples are few: over a CIFAR-10 run the mean error of the
     weights was 4.0 % this way against 6.1 % (frozen) and 3.3 % against 4.0 % (with the local correction); on digits
     there was no difference (benchmarks/results/cpu/fidelity_*.json).
     The sums run over the probes of all ranks of the ``group``, in one all-reduce of ``2 L`` numbers.
-    Where a sum is not finite the old factor stays (without one: 1), and the caller should try again soon.
+    Where a sum is not finite, or the tensor got no gradient, there is nothing to be said.
     """
     exact_sum, measured_sum = total(group, *_even_sums(exact, measured))
-    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum)
-    fresh = _quotients(exact_sum, measured_sum, exact.dtype)
-    return torch.where(sound, fresh, torch.ones_like(fresh) if old is None else old.to(fresh)), sound.all()
+    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum) & ((exact_sum != 0) | (measured_sum != 0))
+    return _quotients(exact_sum, measured_sum, exact.dtype), sound
 
 
-def _error_of_halves(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
-    """Mean error of the weights of probed examples by factors from others, 0-dimensional; None for a single example.
+def _error_of_halves(exact: Tensor, measured: Tensor, factors: Tensor, group: ProcessGroup | None) -> Tensor | None:
+    """Mean error of the weights of probed examples by factors from others, 0-dimensional; None if there are no others.
 
-    Every second example of each rank's probe, squared norms ``[L, k]``, is one half. It is an estimate for factors from
-    half as many examples as are used, so a little too large.
+    Every second example of each rank's probe, squared norms ``[L, k]``, is one half; of every second rank it is the
+    other. It is an estimate for factors from half as many examples as are used, so a little too large. A tensor that
+    has no gradient in one half is mapped by the ``factors`` of both, ``[L]``.
     """
-    if exact.shape[1] < 2 and group is None:
-        return None
-    halves = [(exact[:, first::2], measured[:, first::2]) for first in (0, 1)]
+    turn = 0 if group is None else group.rank() % 2
+    halves = [(exact[:, (first + turn) % 2 :: 2], measured[:, (first + turn) % 2 :: 2]) for first in (0, 1)]
     sums = total(group, *(part for half in halves for part in _even_sums(*half)))
-    factors = [_quotients(sums[0], sums[1], exact.dtype), _quotients(sums[2], sums[3], exact.dtype)]
-    errors = [_errors(others, *half).sum() for half, others in zip(halves, reversed(factors), strict=True)]
-    return _mean(errors[0] + errors[1], exact.shape[1], group)
+    errors, counts = [], []
+    for half, (exact_sum, measured_sum) in zip(halves, ((sums[2], sums[3]), (sums[0], sums[1])), strict=True):
+        silent = (exact_sum == 0) & (measured_sum == 0)
+        found, count = _errors(torch.where(silent, factors, _quotients(exact_sum, measured_sum, exact.dtype)), *half)
+        others = (~silent).any()
+        errors.append(torch.where(others, found, torch.zeros_like(found)))
+        counts.append(count * others)
+    return _mean(errors[0] + errors[1], counts[0] + counts[1], group)
 
 
-def _error_of(factors: Tensor, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor:
+def _error_of(factors: Tensor, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
     """Mean error of the weights of probed examples by these factors, 0-dimensional, from squared norms ``[L, k]``."""
-    return _mean(_errors(factors.to(exact.device), exact, measured).sum(), exact.shape[1], group)
+    return _mean(*_errors(factors, exact, measured), group)
 
 
-def _errors(factors: Tensor, exact: Tensor, measured: Tensor) -> Tensor:
-    """Errors ``[k]`` of weights as shares of the exact ones: ``|exact norm / mapped norm - 1|``, as of alpha / norm."""
+def _errors(factors: Tensor, exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the errors of weights as shares of the exact ones, and of how many examples, both 0-dimensional.
+
+    An error is ``|exact norm / mapped norm - 1|``, as of alpha / norm. An example without a gradient has none: whatever
+    its weight, nothing is multiplied by it.
+    """
     exact = exact.double().sum(0)
     ratios = exact / (measured.double() * factors.double().unsqueeze(1)).sum(0)
-    return torch.where(exact > 0, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios))
+    counts = exact != 0
+    return torch.where(counts, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios)).sum(), counts.sum().double()
 
 
-def _mean(errors: Tensor, examples: int, group: ProcessGroup | None) -> Tensor:
-    """The mean over the examples of all ranks from this one's sum."""
-    errors, count = total(group, errors, torch.full_like(errors, examples))
-    return errors / count
+def _mean(errors: Tensor, examples: Tensor, group: ProcessGroup | None) -> Tensor | None:
+    """The mean over the examples of all ranks from this one's sum and number; None if there are none."""
+    errors, count = total(group, errors, examples)
+    return errors / count if bool(count) else None
 
 
 def _even_sums(exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
     """Sums ``[L]`` of both over the examples, each of which counts alike."""
     exact, measured = exact.double(), measured.double()
     whole = exact.sum(0)
-    share = torch.where(whole > 0, 1 / whole, torch.zeros_like(whole))
+    share = torch.where(whole != 0, 1 / whole, torch.zeros_like(whole))
     return (exact * share).sum(1), (measured * share).sum(1)
 
 

@@ -332,6 +332,8 @@ class Capture:
             were packed.
         input_storages: addresses of the memory of all tensors that it was called with.
         input_shapes: their shapes.
+        packs: whether hooks packed what layers saved, as those of activation checkpointing, where a backward pass runs
+            parts of the network again.
     """
 
     def __init__(self, owner: Wrapper) -> None:
@@ -342,6 +344,7 @@ class Capture:
         self.input_shape: tuple[int, ...] = ()
         self.input_storages: frozenset[int] = frozenset()
         self.input_shapes: tuple[tuple[int, ...], ...] = ()
+        self.packs = False
 
     def note_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember the tensors (in any nest) that the network is called with, without keeping them."""

@@ -304,6 +304,8 @@ class PlannedGraph:
         step: how many graphs the wrapper has met.
         surprises: while a step is recorded, whether the plan turned out not to hold, 0-dimensional.
         collected: by the pass that gradients were compared by, if they were, with constant statistics.
+        couples_elsewhere: whether batch norm may couple the examples of other processes that take part in every pass,
+            as under ``fully_shard``, so that as many passes have to be run as if it coupled these.
     """
 
     trace: Trace
@@ -315,11 +317,12 @@ class PlannedGraph:
     step: int = 0
     surprises: list[Tensor] = field(default_factory=list)
     collected: Collected | None = None
+    couples_elsewhere: bool = False
 
     @property
     def couples(self) -> bool:
         """Whether some batch norm on the way takes its statistics from the batch, and they are held constant."""
-        return self.plan.couples
+        return self.plan.couples or self.couples_elsewhere
 
     @property
     def doubtful(self) -> bool:
@@ -356,9 +359,13 @@ class PlannedGraph:
         """An entry of the plan, in this graph."""
         return planned.at(self.trace, self.n)
 
-    def frozen_statistics(self) -> AbstractContextManager[None]:
-        """While the context is open, backward passes take the statistics of batch norms for constants."""
-        return self.trace.frozen_statistics(self.plan.couplings, self.plan.through)
+    def frozen_statistics(self, gains: dict[int, Tensor] | None = None) -> AbstractContextManager[None]:
+        """While the context is open, backward passes take the statistics of batch norms for constants.
+
+        Args:
+            gains: see :meth:`Trace.frozen_statistics`.
+        """
+        return self.trace.frozen_statistics(self.plan.couplings, self.plan.through, gains)
 
     def collecting(self, collector: Collector) -> AbstractContextManager[None]:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""

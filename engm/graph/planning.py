@@ -146,6 +146,13 @@ class _Planner:
         self.own: set[int] = set()  # positions of batch norms of one example, or of one for each channel
         self.seemed: set[int] = set()  # those of them that seem so, as far as rows have a gradient
         self.of_all: set[int] = set()  # those that seemed so and are not
+        # Other processes, whose examples may be many, would not measure again with this one.
+        self.alone = self.n == 1 and self.group is not None and not traced.synchronised
+        if self.alone:
+            coupling = {number for number, call in enumerate(traced.calls) if call.couples}
+            self.own |= {traced.places[number] for number in coupling}
+            self.aside |= coupling
+            self.settled |= coupling
         self._on_device = OwnersOnDevice(losses.device)
         self.about = Arrangements(self.n)
         self._settle()
@@ -170,7 +177,7 @@ class _Planner:
 
     def _couplings(self) -> tuple[int, ...]:
         """Positions of batch norms outside of calls that take their statistics from the batch."""
-        found = []
+        found: list[int] = []
         for position, node in enumerate(self.traced.order):
             if position in self.through | self.own:
                 continue
@@ -178,7 +185,7 @@ class _Planner:
                 called = self.structure.called_batch_norm(position)  # and is aside
                 statistics = None if called else batch_norm_statistics(node)
                 if statistics is not None and statistics[2] and output_shape(node)[0] % self.n == 0:
-                    found.append(position)
+                    (self.own.add if self.alone else found.append)(position)
         return tuple(found)
 
     # -- what is behind it ---------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ Captured calls are found here and nowhere else: on the graph's nodes (:mod:`engm
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -125,15 +125,26 @@ class Trace:
         """While the context is open, backward passes hand the gradients of all calls to ``collector``."""
         return collecting(self.captures, collector)
 
-    def frozen_statistics(self, outside: Iterable[int], through: Collection[int] = ()) -> AbstractContextManager[None]:
+    def frozen_statistics(
+        self, outside: Iterable[int], through: Collection[int] = (), gains: dict[int, Tensor] | None = None
+    ) -> AbstractContextManager[None]:
         """While the context is open, backward passes take the statistics of batch norms for constants.
 
         Args:
             outside: positions of the batch norms that are not captured calls.
             through: positions of the nodes of captured calls that are left as they are.
+            gains: where ``scale / sigma``, ``[C]``, is noted by call (``id``) as the pass goes. When it is over the
+                scales of ``fully_shard`` may be split again.
         """
+
+        def gain(call: Call) -> Tensor:
+            found = gain_of(call.module, call.saved[1])
+            if gains is not None:
+                gains[id(call)] = found
+            return found
+
         called = [
-            BatchNormNode(node, partial(gain_of, call.module, call.saved[1]), call.slot, call.output_nr)
+            BatchNormNode(node, partial(gain, call), call.slot, call.output_nr)
             for call, node in zip(self.calls, self.nodes, strict=True)
             if call.couples and self.positions[node] not in through
         ]
@@ -189,6 +200,24 @@ class Trace:
         if ranks is None or self.owner is None:
             return None
         return ranks.group if self.synchronised or self.owner.shard_group is not None else None
+
+    @contextmanager
+    def still_buffers(self) -> Iterator[None]:
+        """While the context is open, backward passes leave the network's buffers as they are.
+
+        A checkpoint runs a part of the network again in every pass, and batch norms in it would move their running
+        statistics each time.
+        """
+        if self.owner is None or not any(capture.packs for capture in self.captures):
+            yield
+            return
+        # As other tensors of the same memory, whose versions do not tell autograd that something changed.
+        kept = [(buffer.data, buffer.detach().clone()) for buffer in self.owner.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, before in kept:
+                buffer.copy_(before)
 
     def release(self) -> None:
         """Let go of what the owner's calls remember, before the graph itself is gone."""

@@ -75,7 +75,7 @@ class NENGM(ExampleOptimizer):
         self.alpha = check_alpha(alpha)
         super().__init__(model, optimizer)
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         bound_of(self.alpha)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
@@ -106,7 +106,8 @@ class AENGM(ExampleOptimizer):
     Attributes:
         gamma: ``[2]``, float64: slope and intercept.
         r_squared: of the last fit.
-        failed_fits: fits that could not be used (all inputs alike, not finite); the old coefficients stayed.
+        failed_fits: fits that could not be used (all inputs alike, not finite); the old coefficients stayed. Where
+            there were none, and numbers were not finite, the next step regresses again.
         fallbacks: predictions that were not positive, so that the weight was 1; of this rank's own examples.
     """
 
@@ -138,6 +139,7 @@ class AENGM(ExampleOptimizer):
         self.r_squared = torch.tensor(torch.nan, dtype=torch.float64)
         self.failed_fits = torch.zeros((), dtype=torch.int64)
         self.fallbacks = torch.zeros((), dtype=torch.int64)
+        self._fitted = False  # whether the host knows of a fit that was usable
 
     @property
     def needs_norms(self) -> bool:
@@ -149,22 +151,22 @@ class AENGM(ExampleOptimizer):
         """Whether the regression is due, through the examples of all ranks."""
         return self.needs_norms
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         bound_of(self.alpha)
         _check_smoothing(self.tau, self.beta_gamma)
 
     def weights(self, norms: ExampleNorms) -> Weighting:
         found = norms.of_inputs
-        if self.needs_norms:
-            self._fit(found, norms.of_gradients, norms.group)
-        self.steps += 1
+        again = self.needs_norms and self._fit(found, norms.of_gradients, norms.group)
+        self.steps += 0 if again else 1
         gamma = self.gamma = self.gamma.to(found.device)  # loaded from elsewhere: copied once, not every step
         predicted = (gamma[0] * found.double() + gamma[1]).to(found.dtype)
         self.fallbacks = self.fallbacks.to(found.device) + (predicted <= 0).sum()
         return Weighting(predicted_weights(predicted, bound_of(self.alpha)), predicted, found)
 
-    # A regression, which alone reads the last three, is in no program.
-    not_for_programs = (*ExampleOptimizer.not_for_programs, "steps", "tau", "beta_gamma", "average_first_fit")
+    # A regression is in no program.
+    _only_of_regressions = ("steps", "tau", "beta_gamma", "average_first_fit", "_fitted")
+    not_for_programs = (*ExampleOptimizer.not_for_programs, *_only_of_regressions)
 
     def eager_reason(self) -> str | None:
         """As the base's: regressions are left out."""
@@ -175,7 +177,12 @@ class AENGM(ExampleOptimizer):
         self.steps += 1
         return super().after_program(stats)
 
-    def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> None:
+    def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> bool:
+        """Regress norms on those of input gradients; returns whether the next step has to.
+
+        It has to where there are no coefficients of any fit yet and numbers were not finite, as under a loss scale that
+        is still too large. Until the first fit was usable the host waits for the answer.
+        """
         fresh, r_squared, usable = fit_line(found, norms, group)
         old = self.gamma.to(fresh)
         smoothed = self.beta_gamma * old + (1 - self.beta_gamma) * fresh
@@ -185,6 +192,11 @@ class AENGM(ExampleOptimizer):
         self.r_squared = r_squared
         self.fits = self.fits.to(fresh.device) + usable
         self.failed_fits = self.failed_fits.to(fresh.device) + ~usable
+        if self._fitted or bool(self.fits):
+            self._fitted = True
+            return False
+        (unusable,) = total(group, (~torch.isfinite(found) | ~torch.isfinite(norms)).sum().double())
+        return bool(unusable)
 
     def _own_state(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in ("gamma", "fits", "r_squared", "failed_fits", "fallbacks", "steps")}
@@ -197,4 +209,4 @@ class AENGM(ExampleOptimizer):
         super()._load_own_state(state)
         for key, value in tensors.items():
             setattr(self, key, value)
-        self.steps = steps
+        self.steps, self._fitted = steps, False

@@ -79,12 +79,20 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """
         raise TypeError(f"{type(self).__name__} must define weights(norms) -> engm.optim.Weighting")
 
-    def _check_options(self) -> None:
-        """Look at options that may have been set since, before a batch's graph is touched.
+    def _check_numbers(self) -> None:
+        """Look at options that may have been set or loaded since.
 
         Raises:
             ValueError: an option is out of range.
         """
+
+    def _check_options(self) -> None:
+        """Look at everything that may have been set since, before a batch's graph is touched.
+
+        Raises:
+            ValueError, RuntimeError: an option is out of range, or does not fit the model any more.
+        """
+        self._check_numbers()
 
     @property
     def needs_norms(self) -> bool:
@@ -150,11 +158,9 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "opt.reweight(losses).mean().backward() there."
             )
         with torch.enable_grad():  # the caller may be in no_grad, where a backward pass may run as well
-            batch = self._batch(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
-        # The caller's autocast may still be on, as in Lightning.
-        with torch.enable_grad(), uncast(losses.device):
-            weighting = self._weighting(batch, one_pass=True)
-            batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
+            batch, weighting = self._weighted(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
+            with uncast(losses.device):
+                batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
         return self._record(batch, weighting)
 
     def reweight(
@@ -185,14 +191,12 @@ class ExampleOptimizer(torch.optim.Optimizer):
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
         with torch.enable_grad():
-            batch = self._batch(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
-        with torch.enable_grad(), uncast(losses.device):
-            weighting = self._weighting(batch, one_pass=False)
+            batch, weighting = self._weighted(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
         batch.release()
         self._record(batch, weighting)
         return losses * weighting.weights.to(losses.dtype)
 
-    def _batch(
+    def _weighted(
         self,
         losses: Tensor,
         inputs: Inputs,
@@ -202,8 +206,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
         check: bool | None,
         *,
         one_pass: bool,
-    ) -> LossBatch:
-        """The batch, checked. Of several ranks that work together all get one, or all raise the same error."""
+    ) -> tuple[LossBatch, Weighting]:
+        """The batch, checked and measured, and its weights.
+
+        Of several ranks that work together all get theirs, or all raise the same error.
+        """
         if "optimizer" not in self.__dict__:
             raise TypeError(
                 f"this {type(self).__name__} only stands for an engm optimizer, as Lightning's wrapper does, and what "
@@ -223,29 +230,32 @@ class ExampleOptimizer(torch.optim.Optimizer):
             )
             self._watch.look(batch.trace, self.model, self.param_groups, one_pass=one_pass)
             batch.check_request(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads)
+            with uncast(batch.losses.device):  # the caller's autocast may still be on, as in Lightning
+                batch.measure(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads, one_pass=one_pass)
             return batch
 
+        def weighed() -> Weighting:
+            with uncast(batch.losses.device):
+                return self.weights(batch.norms())
+
         if not in_processes():
-            return checked()
+            batch = checked()
+            return batch, weighed()
         agreement = Agreement(
             self.model,
             losses,
             latest=self._ranks,
             check=check,
             estimates=self.estimates_from_all,
-            norms=self.needs_norms,
         )
         if agreement.passes_are_shared:  # a rank that is not there would be missed by the first pass of the checks
             agreement.reached(lambda: check_losses(losses, finite=check))
-        return agreement.reached(checked)
-
-    def _weighting(self, batch: LossBatch, *, one_pass: bool) -> Weighting:
-        return self.weights(
-            batch.norms(of_gradients=self.needs_norms, of_inputs=self.needs_input_grads, one_pass=one_pass)
-        )
+        batch = agreement.reached(checked)
+        return batch, agreement.reached(weighed, batch.trace)
 
     def _record(self, batch: LossBatch, weighting: Weighting) -> StepStats:
-        self.model.calibration.advance()
+        if batch.ranks is None or batch.ranks.reduces:
+            self.model.calibration.advance()
         self.stats = StepStats(
             batch.losses.detach(), weighting.weights, weighting.norms, weighting.input_norms, batch.source
         )
@@ -404,7 +414,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state is of another optimizer; nothing is changed.
+            ValueError: the state is of another optimizer, or an option in it is out of range; nothing is changed.
         """
         own = state_dict.get("engm")
         if own is None or own.get("method") != type(self).__name__:
@@ -414,8 +424,9 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "use opt.optimizer.load_state_dict."
             )
         before = self._own_state()
-        self._load_own_state(own)
         try:
+            self._load_own_state(own)
+            self._check_numbers()
             self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "engm"})
         except Exception:
             self._load_own_state(before)

@@ -119,7 +119,7 @@ class GNC(WholeGradientOptimizer):
 
     not_for_programs = (*WholeGradientOptimizer.not_for_programs, "max_norm")  # which step reads, not backward
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         check_positive("max_norm", self.max_norm)
 
     def _factor(self, norm: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class FENGM(ExampleOptimizer):
         """The norm that every gradient gets; a tensor while a step is traced."""
         return bound_of(self.alpha, partial(check_positive, "alpha"))
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         self._bound()
 
     def weights(self, norms: ExampleNorms) -> Weighting:

@@ -71,6 +71,8 @@ class LossBatch:
         self.scale = scale
         self.source: Source | None = None
         self._collector: TermCollector | None = None
+        self._to_map: Measurement | None = None  # what was measured, or handed over,
+        self._found: Tensor | None = None  # and norms [n] of the input gradients
         self._graph: PlannedGraph | None = None
         if captured:
             self._graph = planned_losses(model, losses, check=check, scale=scale, use_up=use_up and measurement is None)
@@ -125,8 +127,8 @@ class LossBatch:
 
     # -- norms -----------------------------------------------------------------------------------------------
 
-    def norms(self, *, of_gradients: bool, of_inputs: bool, one_pass: bool) -> ExampleNorms:
-        """The norms that are asked for.
+    def measure(self, *, of_gradients: bool, of_inputs: bool, one_pass: bool) -> None:
+        """Measure what is asked for, unless it was measured before; nothing is sent, nor estimated from the batch.
 
         Args:
             of_gradients: over the parameters.
@@ -138,29 +140,41 @@ class LossBatch:
         Raises:
             ValueError: inputs are needed and there are none, or the measurement lacks what is asked for.
         """
-        graph, squared, factors, found = self._graph, None, None, None
-        if graph is None or not (of_gradients or of_inputs):
-            return ExampleNorms(self.losses.detach(), ranks=self.ranks)
+        if self._graph is None or not (of_gradients or of_inputs):
+            return
+        with self.trace.still_buffers():
+            self._measure(self._graph, of_gradients, of_inputs, one_pass)
+
+    def _measure(self, graph: PlannedGraph, of_gradients: bool, of_inputs: bool, one_pass: bool) -> None:
+        """See :meth:`measure`."""
         self.source = "own" if self.measurement is None else "borrowed"
         if self.measurement is not None:
-            found = self._borrowed_input_norms(self.measurement) if of_inputs else None
-            if of_gradients:
-                squared, factors = self._calibrated(graph, self.measurement, borrowed=True)
-                if factors is not None and not is_faithful(self.model, graph, self.measurement):
-                    self.source = "own"
-                    squared, factors = self._calibrated(graph, self._measured(graph), borrowed=False)
+            self._found = self._borrowed_input_norms(self.measurement) if of_inputs else None
+            self._to_map = self.measurement if of_gradients else None
         elif one_pass and takes_one_pass(graph):
-            squared, found = self._by_one_pass(graph, of_gradients, self._input_leaves() if of_inputs else ())
+            leaves = self._input_leaves() if of_inputs else ()
+            squared, self._found = self._by_one_pass(graph, of_gradients, leaves)
+            if squared is not None:
+                self._to_map = Measurement(graph.names, squared, "plain", self.losses.detach())
         else:
-            # Input norms come first: a fault of the inputs must show before calibration takes notice of this batch.
             leaves = self._input_leaves() if of_inputs else ()
             if leaves and (graph.couples or not of_gradients):
-                found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
+                self._found = self._input_norms(leaves, input_gradients(self.losses, leaves, self.scale))
             if of_gradients:
-                measured = self._measured(graph, self.inputs if leaves and found is None else None)
-                found = measured.input_norms if found is None else found
-                squared, factors = self._calibrated(graph, measured, borrowed=False)
-        return ExampleNorms(self.losses.detach(), squared, factors, found, self.ranks)
+                inputs = self.inputs if leaves and self._found is None else None
+                self._to_map = self._measured(graph, inputs)
+                self._found = self._to_map.input_norms if self._found is None else self._found
+
+    def norms(self) -> ExampleNorms:
+        """The norms that were measured, mapped to those of the paper where batch norm couples examples."""
+        graph, measured, squared, factors = self._graph, self._to_map, None, None
+        if graph is not None and measured is not None:
+            borrowed = measured is self.measurement
+            squared, factors = self._calibrated(graph, measured, borrowed=borrowed)
+            if borrowed and not is_faithful(self.model, graph, measured):
+                self.source = "own"
+                squared, factors = self._calibrated(graph, self._measured(graph), borrowed=False)
+        return ExampleNorms(self.losses.detach(), squared, factors, self._found, self.ranks)
 
     def _by_one_pass(
         self, graph: PlannedGraph, of_gradients: bool, leaves: tuple[Tensor, ...]
@@ -232,7 +246,7 @@ class LossBatch:
         if self._collector is None:
             self._backpropagate(parts, divisor)
         else:  # its terms carry the loss scale already
-            with recomputed_once():
+            with recomputed_once(), self.trace.still_buffers():
                 self._add_weighted_sums(self._collector, parts, divisor)
         self.release()
 

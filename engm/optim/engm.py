@@ -123,8 +123,11 @@ class ENGM(ExampleOptimizer):
         """Whether ``alpha`` follows the norms of all ranks."""
         return self.quantile is not None
 
-    def _check_options(self) -> None:
+    def _check_numbers(self) -> None:
         self._alphas()
+
+    def _check_options(self) -> None:
+        super()._check_options()
         if self.groups is None:
             return
         if tuple(name for name, _ in self.model.trainable_parameters()) != self._grouped:

@@ -2,7 +2,8 @@
 
 A rank that refuses its batch (a loss that is not finite, no example, inputs that do not fit) must not leave the others
 waiting for its gradients. So before a step sends anything the ranks tell one another whether they can go on, in one
-all-reduce of one number, and where one cannot, all of them raise its error.
+all-reduce of one number, and where one cannot, all of them raise its error. They do so again when they have their
+weights, which the user's own code may have made, before gradients are reduced.
 
 Nothing is sent where nothing is distributed; on CUDA without ``check=True``, since the host would wait for the answer;
 inside ``join()``, where ranks without batches answer the reduction of gradients alone; and under ``no_sync``, where the
@@ -45,7 +46,6 @@ class Agreement:
         latest: the ranks of the step before, which are asked where the losses are too wrong to tell theirs.
         check: whether the user asked for checks; None: on the CPU only.
         estimates: whether the weights of this step are estimated from the batch of all ranks.
-        norms: whether this step reads norms, so that it may calibrate.
     """
 
     def __init__(
@@ -56,14 +56,12 @@ class Agreement:
         latest: Ranks | None,
         check: bool | None,
         estimates: bool,
-        norms: bool,
     ) -> None:
         self.model = model
         self.losses = losses
         self.latest = latest
         self.check = check
         self.estimates = estimates
-        self.norms = norms
 
     @property
     def passes_are_shared(self) -> bool:
@@ -72,8 +70,12 @@ class Agreement:
             return True
         return any(isinstance(module, nn.SyncBatchNorm) for _, module in named_modules(self.model.unwrap()))
 
-    def reached(self, work: Callable[[], T]) -> T:
+    def reached(self, work: Callable[[], T], traced: Trace | None = None) -> T:
         """What ``work()`` returns, once all ranks have done theirs.
+
+        Args:
+            work: whatever may fail on one rank alone.
+            traced: the graph, where it is known.
 
         Raises:
             TypeError, ValueError, RuntimeError: that of the first rank whose work failed, which the message names.
@@ -81,9 +83,9 @@ class Agreement:
         try:
             result = work()
         except Exception as error:  # whatever it is, the others have to learn of it
-            self._settle(None, error)
+            self._settle(traced, error)
             raise
-        self._settle(result.trace if isinstance(result, LossBatch) else self._traced, None)
+        self._settle(result.trace if isinstance(result, LossBatch) else traced or self._traced, None)
         return result
 
     def _settle(self, traced: Trace | None, error: Exception | None) -> None:
@@ -119,8 +121,7 @@ class Agreement:
         ranks = self.latest if failed and not traced.own_captures else traced.ranks
         if ranks is None or ranks.joining or ranks.group.size() == 1:
             return None
-        calibrates = self.norms and traced.couples and self.model.batch_norm == "calibrated"
-        return ranks if ranks.reduces or self.estimates or calibrates else None
+        return ranks if ranks.reduces or self.estimates else None
 
 
 def _kind(error: Exception) -> str:

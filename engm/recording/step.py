@@ -409,6 +409,7 @@ class _Call:
             tuple(carried),
             tuple(factors),
             opt.model.calibration.verdicts(),
+            opt.model.calibration.missing(),
             self._state,
             of_torch(device),
         )

@@ -20,8 +20,11 @@ class LossScale:
     factor: float = 1.0
 
     def seeds(self, losses: Tensor) -> Tensor:
-        """The gradient ``[n]`` that backpropagates the scaled sum of the losses ``[n]``."""
-        return torch.full_like(losses, self.factor)
+        """The gradient ``[n]`` that backpropagates the scaled sum of the losses ``[n]``.
+
+        Infinite where the factor is too large for their type, as in a scaled loss that was averaged in it.
+        """
+        return torch.ones_like(losses).mul_(self.factor)
 
     def scaled(self, losses: Tensor) -> Tensor:
         """The losses times the factor, with their graph."""

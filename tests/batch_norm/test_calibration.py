@@ -8,7 +8,7 @@ from torch import nn
 import engm
 from engm.backward.norms import calibrated_squared_norms, measure_graph
 from engm.backward.prepare import planned_losses
-from engm.batch_norm.calibration import Calibration, DeviceFlag, ExactSample, FactorKey
+from engm.batch_norm.calibration import Calibration, ExactSample, FactorKey
 from engm.exact import exact_squared_norms
 
 pytestmark = pytest.mark.torch_insides
@@ -123,16 +123,125 @@ def test_each_mode_has_its_own():
     )
 
 
-def test_other_parameters_are_probed_afresh():
-    """Layers were frozen or thawed: rows no longer mean the same tensors."""
-    calibration = Calibration(50, 8)
+def test_factors_belong_to_names():
+    """Layers were frozen, thawed or added: rows no longer mean the same tensors, and known tensors keep theirs."""
+    calibration, key = Calibration(50, 8), FactorKey("m", False)
     draws = counted(calibration)
-    losses = independent_losses()
-    calibration.factors(FactorKey("m", False), torch.ones(2, 8).double(), losses, NAMED, count=True)
-    assert calibration.factors(
-        FactorKey("m", False), torch.ones(1, 8).double(), losses, NAMED[:1], count=True
-    ).shape == (1,)
+    losses, measured = independent_losses(), torch.tensor([2.0, 5.0]).double().unsqueeze(1).expand(2, 8)
+    both = calibration.factors(key, measured, losses, NAMED, count=True)
+    for rows in ([0], [1], [1, 0], [0, 1]):
+        found = calibration.factors(key, measured[rows], losses, [NAMED[row] for row in rows], count=True)
+        assert torch.equal(found, both[rows])
+    assert len(draws) == 1
+    named = [("new", nn.Parameter(tensor(3))), *NAMED]
+    found = calibration.factors(key, torch.ones(3, 8).double(), losses, named, count=True)
     assert len(draws) == 2
+    assert found[0] == 0
+    assert relative(found[1], 2 * both[0]) <= 1e-12, "all that have gradients are taken at once"
+
+
+class TestTensorsWithoutGradients:
+    """Factors are of the steps that reached a tensor, and one that has none is calibrated when it is reached."""
+
+    def of(self, calibration, *measured, count=True):
+        """Factors where the exact squared norms are 3 and 2 times the squares of 1, 2, ... and these were measured."""
+        (_, a), (_, b) = NAMED
+        reached = [m > 0 for m in measured]
+        losses = ((a.sum() * reached[0] + b.sum() * reached[1]) * torch.arange(1.0, 9.0).double()).view(8)
+        squares = torch.arange(1.0, 9.0).double().square()
+        rows = torch.stack([m * squares for m in measured])
+        return calibration.factors(FactorKey("m", False), rows, losses, NAMED, count=count).tolist()
+
+    def test_two_branches_in_turn(self):
+        calibration = Calibration(8, 8)
+        draws, when = counted(calibration), []
+        for step in range(20):
+            found = self.of(calibration, *((1.0, 0.0) if step % 2 else (0.0, 4.0)))
+            assert found == pytest.approx([3.0 if step else 1.0, 0.5])
+            when.append(len(draws))
+            calibration.advance()
+        assert when == [1] + [2] * 7 + [3] + [4] * 7 + [5] + [6] * 3
+
+    def test_a_block_that_begins_at_0(self):
+        calibration = Calibration(50, 8)
+        draws = counted(calibration)
+        assert self.of(calibration, 0.0, 1.0) == pytest.approx([1, 2])
+        calibration.advance()
+        for _ in range(5):
+            assert self.of(calibration, 6.0, 1.0) == pytest.approx([0.5, 2])
+            calibration.advance()
+        assert len(draws) == 2
+
+    def test_never(self):
+        calibration = Calibration(4, 8)
+        draws = counted(calibration)
+        for _ in range(8):
+            self.of(calibration, 0.0, 1.0)
+            calibration.advance()
+        assert len(draws) == 2
+        assert calibration.missing() == ((FactorKey("m", False), ("a",)),)
+
+    def test_who_only_looks(self):
+        calibration = Calibration(1, 8)
+        draws = counted(calibration)
+        for measured in ((0.0, 1.0), (0.0, 2.0), (1.0, 1.0), (2.0, 2.0)):
+            self.of(calibration, *measured, count=False)
+            calibration.advance()
+        assert len(draws) == 2
+
+    def test_resumed(self):
+        calibration, again = Calibration(8, 8), Calibration(8, 8)
+        self.of(calibration, 0.0, 1.0)
+        calibration.advance()
+        again.load_state_dict(calibration.state_dict())
+        assert again.missing() == calibration.missing()
+        assert self.of(again, 6.0, 1.0) == self.of(calibration, 6.0, 1.0)
+        assert again.state_dict()["factors"][0]["taken"] == calibration.state_dict()["factors"][0]["taken"] == [1, 1]
+
+
+def test_the_last_batch_of_an_epoch_leaves_factors_to_the_next():
+    calibration, key, when = Calibration(4, 8), FactorKey("m", False), []
+    draws = counted(calibration)
+    for n in (8, 8, 8, 8, 3, 8, 8, 8, 8, 3, 3, 3, 3, 3, 4):
+        before = len(draws)
+        calibration.factors(key, torch.ones(2, n).double(), independent_losses(n), NAMED, count=True)
+        calibration.advance()
+        when.append(len(draws) - before)
+    assert when == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+
+
+class TestExamplesWithoutGradients:
+    def factors(self, calibration, scales, measured):
+        (_, a), _ = NAMED
+        losses = (a.sum() * scales).view(-1)
+        return calibration.factors(FactorKey("frozen", True), measured.unsqueeze(0), losses, NAMED[:1], count=True)
+
+    def test_are_neither_drawn_nor_judged(self):
+        torch.manual_seed(0)
+        silent = torch.arange(64) % 8 != 0
+        scales = (torch.rand(64).double() + 0.5).masked_fill(silent, 0)
+        measured = 3 * scales.square() * (1 + torch.rand(64).double())
+        some, all_of_them = Calibration(50, 8), Calibration(50, 8)
+        found = self.factors(some, scales, measured)
+        assert torch.equal(found, self.factors(all_of_them, scales[~silent], measured[~silent]))
+        (error,), (same) = some.judged_errors().values(), all_of_them.judged_errors()[FactorKey("frozen", True)]
+        assert error == same > 0.02
+
+    def test_alone_say_nothing(self):
+        calibration, zeros = Calibration(50, 8), torch.zeros(16).double()
+        draws = counted(calibration)
+        assert self.factors(calibration, zeros, zeros) == 1
+        assert not draws
+        scales = torch.arange(1.0, 17.0).double()
+        assert self.factors(calibration, scales, scales.square()).item() == pytest.approx(3)
+
+    def test_one_example_with_a_gradient_judges_nothing(self):
+        scales = torch.zeros(16).double()
+        scales[3] = 1
+        calibration = Calibration(50, 8)
+        self.factors(calibration, scales, scales)
+        assert calibration.judged_errors() == {}
+        assert not calibration.faithful(FactorKey("frozen", True))
 
 
 def test_draws_depend_on_seed_and_number_alone():
@@ -267,31 +376,9 @@ def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shar
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=True) == 1).all()), (
         "a step without DDP"
     )
-    factors[1]["names"] = ["b", "a"]
+    factors[1]["names"] = ["b", "c"]
     calibration.load_state_dict({"draws": 1, "shared_draws": 1, "steps": 6, "factors": factors})
     assert bool((calibration.factors(FactorKey("m", False), measured, losses, NAMED, count=False) == 1).all()), (
         "of other parameters"
     )
     assert calibration.sample.draws == calibration.shared_sample.draws == 1
-
-
-class TestFlagOfADevice:
-    class Event:
-        """The event of a copy that arrives when somebody waits for it."""
-
-        arrived = False
-
-        def query(self):
-            return self.arrived
-
-        def synchronize(self):
-            self.arrived = True
-
-    @pytest.mark.parametrize("value", [True, False])
-    @pytest.mark.parametrize("wait", [True, False])
-    def test_is_waited_for_only_where_ranks_must_agree(self, value, wait, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # fails without a driver
-        flag = DeviceFlag(torch.tensor(value), wait=wait)
-        flag._arrived = event = self.Event()
-        assert flag.known_false() == (wait and not value)
-        assert event.arrived == wait

@@ -1,5 +1,6 @@
 """Activation checkpointing: layers that run again in the backward pass are counted once, and rightly."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     set_checkpoint_early_stop,
 )
+from training import assert_same
 
 import engm
 
@@ -490,3 +492,66 @@ def test_graph_is_whole_after_it_was_measured():
         engm.per_example_grad_norms(model, losses)
     for found, wanted in zip(twice(losses), twice(random_losses(net(x))), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Statistics(nn.Module):
+    """Layers with running statistics, and a number that counts how often they ran, in a checkpoint or not."""
+
+    def __init__(self, again, norm):
+        super().__init__()
+        self.again, self.first, self.last = again, conv(3, 4), nn.Linear(28, 3)
+        self.norm = norm
+        self.register_buffer("runs", torch.zeros(()))
+
+    def inner(self, x):
+        self.runs += 1
+        return torch.tanh(self.norm(self.first(x)))
+
+    def forward(self, x):
+        return self.last((keep(self.inner, x) if self.again else self.inner(x)).flatten(1))
+
+
+class TestRunningStatistics:
+    """Passes of ours, which run checkpoints again, leave buffers to the training step's own passes."""
+
+    @pytest.mark.parametrize("borrowed", [False, True])
+    @pytest.mark.parametrize("method", [engm.ENGM, engm.AENGM])
+    def test_of_batch_norms_are_those_of_training_without_us(self, method, borrowed):
+        torch.manual_seed(0)
+        ours = Statistics(True, nn.BatchNorm1d(4)).double()
+        theirs = copy.deepcopy(ours)
+        model = engm.GradNormModule(ours, check_every=2, calibrate_every=2)
+        opt = method(model, torch.optim.SGD(model.parameters(), 0.0), 1e9)
+        for step in range(5):
+            x = tensor(6, 3, 7, seed=step).requires_grad_()
+            measurement = engm.measure(model, random_losses(model(x)), x) if borrowed else None
+            if borrowed:
+                theirs(x)
+            opt.backward(random_losses(model(x)), x, measurement=measurement)
+            random_losses(theirs(x)).mean().backward()
+            for (name, mine), other in zip(ours.named_buffers(), theirs.buffers(), strict=True):
+                assert relative(mine, other) <= 1e-12, (step, name)
+
+    @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.InstanceNorm1d])
+    def test_measuring_leaves_them_alone(self, kind):
+        torch.manual_seed(0)
+        net = Statistics(True, kind(4, affine=True, track_running_stats=True)).double()
+        model = engm.GradNormModule(net, calibrate_every=1)
+        x = tensor(6, 3, 7).requires_grad_()
+        for _ in range(3):
+            losses = random_losses(model(x))
+            before = copy.deepcopy(net.state_dict())
+            engm.per_example_grad_norms(model, losses)
+            engm.measure(model, losses, x)
+            engm.measure(model, losses, x, norms=False)
+            assert_same(net.state_dict(), before)
+            losses.sum().backward()  # and the graph is as usable as it was
+
+    def test_of_layers_in_one_pass_are_of_the_forward_pass(self):
+        net = Statistics(True, nn.InstanceNorm1d(4, track_running_stats=True)).double()
+        model = engm.GradNormModule(net, check_every=2)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+        for step in range(5):
+            opt.backward(random_losses(model(tensor(6, 3, 7, seed=step))))
+            opt.step()
+            assert int(net.runs) == step + 1

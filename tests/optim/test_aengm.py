@@ -307,6 +307,26 @@ class TestDegenerateFits:
         assert (int(opt.fits), int(opt.failed_fits)) == (0, 1)
         assert opt.gamma.tolist() == [1.0, 0.0]
 
+    def test_the_first_is_tried_again_where_numbers_overflow(self):
+        """As at the first steps under a loss scale that is too large yet; later ones leave the coefficients."""
+        _, model, opt, x, y = make(engm.AENGM, tau=3)
+        bad = torch.tensor([1.0, torch.inf] + [1.0] * 6, dtype=torch.float64)
+        fits = []
+        for overflows in (True, True, False, False, False, True, False, False, False):
+            opt.backward(losses_of(model, x, y) * (bad if overflows else 1), x, check=False)
+            opt.zero_grad()
+            fits.append((int(opt.fits), int(opt.failed_fits)))
+        assert fits == [(0, 1), (0, 2)] + [(1, 2)] * 3 + [(1, 3)] * 3 + [(2, 3)]
+
+    def test_and_after_a_checkpoint(self):
+        _, model, opt, x, y = make(engm.AENGM, tau=3)
+        opt.backward(losses_of(model, x, y) * torch.inf, x, check=False)
+        opt.zero_grad()
+        _, again, other, _, _ = make(engm.AENGM, tau=3)
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        other.backward(losses_of(again, x, y), x)
+        assert int(other.fits) == 1
+
     def test_first_usable_fit_is_taken_whole(self):
         net, model, opt, x, y = make(engm.AENGM, tau=1)
         single = x[:1].clone()

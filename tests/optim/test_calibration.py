@@ -153,15 +153,18 @@ def test_float16_needs_the_loss_scale_in_the_probe_too():
     assert scaled.item() == 0.5
 
 
-def test_changed_parameters_are_calibrated_afresh():
+def test_parameters_that_are_trained_for_the_first_time_are_calibrated_at_once():
+    """Layers that are frozen and thawed in turn keep their factors."""
     model, opt = make(calibrate_every=100)
     x, y = batch(8)
-    opt.backward(losses_of(model, x, y))
-    model.unwrap()[0].requires_grad_(False)
-    opt.zero_grad()
-    stats = opt.backward(losses_of(model, x, y))
-    assert model.calibration.sample.draws == 2
-    assert torch.isfinite(stats.norms).all()
+    draws = []
+    for frozen in (True, False, True, False, True):
+        model.unwrap()[0].requires_grad_(not frozen)
+        opt.zero_grad()
+        stats = opt.backward(losses_of(model, x, y))
+        draws.append(model.calibration.sample.draws)
+        assert torch.isfinite(stats.norms).all()
+    assert draws == [1, 2, 2, 2, 2]
 
 
 def test_draws_are_a_function_of_seed_and_count():

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import timm.optim
 import torch
+import torch.nn.functional as F
 from methods import METHODS
 from oracle import per_example_gradients, trained
 from torch import nn
@@ -289,6 +290,47 @@ class TestReweight:
         scaled.backward(losses_of(models[1], x, y), loss_scale=scaler.get_scale())
         scaler.step(scaled)
         assert_close(list(nets[1].parameters()), list(nets[0].parameters()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["engm", "aengm"])
+def test_losses_in_float16_under_a_scale_that_is_too_large_for_them(method):
+    """The first scale of a GradScaler is 65536, and the largest number 65504: the step is skipped, the scale halved."""
+    x, y = batch(dtype=torch.float32)
+    x.requires_grad_()
+    model = engm.GradNormModule(network(dtype=torch.float32))
+    opt = ALL[method](model, sgd(model, lr=0.01))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before = copy.deepcopy(model.state_dict())
+    for step in range(4):
+        scale = scaler.get_scale()
+        with torch.autocast("cpu", torch.float16):
+            losses = (model(x) - F.one_hot(y, 5).half()).square().mean(1)
+        assert losses.dtype == torch.float16
+        opt.zero_grad()
+        weighted = opt.reweight(losses, x, loss_scale=scaler.scale(torch.ones(())).item())
+        scaler.scale(weighted.mean()).backward()
+        scaler.step(opt)
+        scaler.update()
+        if step == 0:
+            assert_same(model.state_dict(), before)
+        else:
+            assert scaler.get_scale() == scale < 2.0**16
+    assert bool(opt.stats.norms.isfinite().all())
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["engm", "nengm", "aengm", "fengm", "gnc"])
+def test_a_state_with_a_number_out_of_range_is_refused_whole(method):
+    model, opt = make(method)
+    train(model, opt, 1)
+    state = copy.deepcopy(opt.state_dict())
+    numbers = state["engm"]["hyperparameters"]
+    numbers["max_norm" if method == "gnc" else "alpha"] = -3.0
+    state["param_groups"][0]["lr"] = 17.0
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="must be"):
+        opt.load_state_dict(state)
+    assert_same(opt.state_dict(), before)
 
 
 @every_method

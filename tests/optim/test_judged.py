@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from math import inf
 
 import pytest
@@ -302,3 +303,91 @@ def test_an_attack_measures_no_norms_that_a_step_will_not_use(method):
     assert sources == twin_sources
     assert sources == ["own"] * 6 + ["borrowed"] * 3
     assert taken == [True, False, False] * 2 + [True] * 3
+
+
+class Branch(nn.Module):
+    """Batch norms on the way of every step, and in one of two branches that steps take in turn."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2))
+            for _ in range(2)
+        )
+        self.last = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5))
+        self.which = 0
+
+    def forward(self, x):
+        return self.last(self.branches[self.which](self.stem(x)))
+
+
+@pytest.mark.parametrize("borrowed", [False, True])
+def test_two_branches_in_turn(borrowed):
+    """Factors are taken of the branch that a step takes, and kept while it is not taken."""
+    x, y = even_batch(24)
+    net = Branch().double()
+    for net.which in (0, 1, 0):
+        settled(net, x)
+    model = engm.GradNormModule(net, calibrate_every=100, calibrate_examples=24)
+    model.calibration.most_error = inf
+    opt = engm.ENGM(model, sgd(model, lr=1e-9), 1.0)
+    for step in range(6):
+        net.which = step % 2
+        exact = engm.naive_grad_norms(model, losses_of(model, x, y))
+        measurement = measured_in_evaluation_mode(model, x, y) if borrowed else None
+        stats = opt.backward(losses_of(model, x, y), measurement=measurement)
+        assert float((stats.norms / exact - 1).abs().mean()) <= (0.2 if borrowed else 0.05)
+        opt.zero_grad()
+    assert model.calibration.sample.draws == 2
+
+
+def test_residual_blocks_that_begin_at_0():
+    """Nothing in such a block has a gradient at the first step, at which factors are taken."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            conv = partial(nn.Conv2d, 6, 6, 3, padding=1, bias=False)
+            self.inner = nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU(), conv(), nn.BatchNorm2d(6))
+            nn.init.zeros_(self.inner[-1].weight)
+
+        def forward(self, x):
+            return torch.relu(x + self.inner(x))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), Block(), Block(), nn.Flatten(), nn.Linear(96, 5))
+    x, y = even_batch(24)
+    net.double()
+    model = engm.GradNormModule(net, calibrate_examples=24)
+    opt = engm.ENGM(model, sgd(model, lr=0.05), 1.0)
+    draws = []
+    for _ in range(6):
+        losses = losses_of(model, x, y)
+        exact = per_example_gradients(losses, trained(net)).squared_norms
+        stats = opt.backward(losses)
+        assert float((stats.norms / sum(exact.values()).sqrt() - 1).abs().mean()) <= 0.03
+        draws.append(model.calibration.sample.draws)
+        opt.step()
+        opt.zero_grad()
+    assert draws == [1] + [2] * 5
+    assert model.calibration.missing() == ((OWN, ()),)
+
+
+def test_most_examples_have_no_gradient():
+    """Those that have are judged alone."""
+    x, y = batch(32)
+    model = engm.GradNormModule(lagging(settled(network("batch"), x), 2.0), calibrate_examples=4)
+    opt = engm.ENGM(model, sgd(model, lr=1e-9), 1.0)
+    few = torch.arange(32) % 8 == 3
+
+    def losses():
+        return losses_of(model, x, y) * few
+
+    model.eval()
+    measurement = engm.measure(model, losses())
+    model.train()
+    assert opt.backward(losses(), measurement=measurement).source == "own"
+    assert model.calibration.judged_errors()[BORROWED] > MOST_ERROR
+    assert model.calibration.judged_errors()[OWN] > 0
