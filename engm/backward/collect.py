@@ -170,7 +170,7 @@ class TermCollector:
             as_they_are: terms are to be those of the seeds, for others than this collector.
         """
         graph = self.graph
-        parted = not (inputs or as_they_are) and self._may_cancel()
+        parted = not (inputs or as_they_are) and self._may_cancel(frozen)
         self._drawn = powers_of_two(losses) if parted else None
         drawn = seeds if self._drawn is None else seeds * self._drawn
         gradients = self._passed(losses, drawn, inputs, retain_graph, frozen)
@@ -192,15 +192,18 @@ class TermCollector:
                 self._finish(key)
         return gradients
 
-    def _may_cancel(self) -> bool:
+    def _may_cancel(self, frozen: bool) -> bool:
         """Whether shares of several examples might cancel where a gradient would be a surprise.
 
         They do in the gradient of a sum of losses. Powers of two, another for each of these, part them, and are divided
         out again exactly. Functions and hooks of the user's may change gradients by how large they are, coupled
-        examples have no gradients apart, and where owners are told it is by the gradients as they are.
+        examples have no gradients apart, and where owners are told it is by the gradients as they are, and by scaled
+        ones.
         """
         plan, traced = self.graph.plan, self.graph.trace
-        if not self.graph.doubtful or self.n == 1 or plan.couples or plan.coupled or plan.opaque or traced.hooked:
+        if not self.graph.doubtful or self.n == 1 or plan.coupled or plan.opaque or traced.hooked:
+            return False
+        if plan.couples and not frozen:
             return False
         return plan.told is None and torch.float16 not in traced.dtypes
 

@@ -106,7 +106,9 @@ def _planned(
         check_parameters(traced)
         told = plan_to_be_told(traced, losses, known, scale.factor)
         model.engm_skeletons.told(skeleton, signature)
-        graph = PlannedGraph(traced, told, n, model.engm_plans, measured_after_all, False, model.engm_watch.steps)
+        fresh = told is None
+        plan = measured_after_all() if told is None else told
+        graph = PlannedGraph(traced, plan, n, model.engm_plans, measured_after_all, fresh, model.engm_watch.steps)
     else:
         graph = PlannedGraph(
             traced, measured(), n, model.engm_plans, measured, not is_recorded(), model.engm_watch.steps

@@ -816,8 +816,18 @@ class Answers:
         self._n = question.n
         self._numbers = numbers_of(question.most, False)
         self._scaled = question.scaled(positions)
+        digits = [self._numbers.digits(place, self._n, torch.device("cpu")) for place in self._numbers.places]
+        self._largest = max((float(_factors(of).amax()) for of in digits), default=1.0)
         # By the shape of rows, the numbers that were met, and the owners that they stand for.
         self._met: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+
+    def any_gradient(self, positions: Collection[int]) -> bool:
+        """Whether gradients of scaled losses came to one of some nodes, be it that those of their sum cancel there."""
+        return any(
+            key[0] in positions and bool((seen.marks.abs() > self._largest * unnoticed(seen.dtype)).any())
+            for _, prints in self._scaled
+            for key, seen in prints.items()
+        )
 
     def owners(self, key: Any, gradient: Tensor) -> Tensor:
         """The owners of a tensor's rows, ``[*leading]`` on the CPU; the same tensor for rows that are told alike.

@@ -42,8 +42,8 @@ def may_be_told(plan: Plan, traced: Trace, n: int) -> bool:
     return not (plan.couples or plan.through or plan.coupled or plan.cancels or plan.blind or unusual)
 
 
-def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> Plan:
-    """A plan whose layouts are told when the gradients arrive.
+def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> Plan | None:
+    """A plan whose layouts are told when the gradients arrive; None where a gradient comes to what had none.
 
     Args:
         traced: the graph.
@@ -56,7 +56,10 @@ def plan_to_be_told(traced: Trace, losses: Tensor, known: Plan, seed: float) -> 
     positions |= {
         traced.positions[traced.nodes[number]] for number, layout in enumerate(known.layouts) if layout is not None
     }
-    told = _Told(traced, losses, Answers(question, positions))
+    answers = Answers(question, positions)
+    if answers.any_gradient(known.silent):
+        return None
+    told = _Told(traced, losses, answers)
     entries = tuple(replace(entry, shape=_shape_now(traced, entry)) for entry in known.entries)
     nothing: dict[Any, Any] = {}
     return replace(

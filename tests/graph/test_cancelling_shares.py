@@ -6,6 +6,7 @@ from oracle import per_example_gradients, relative, trained
 from torch import nn
 
 import engm
+from engm.backward import prepare
 from engm.backward.collect import powers_of_two
 from engm.checks import RefusedError
 
@@ -70,3 +71,69 @@ def test_neighbours_have_different_powers(n):
     powers = powers_of_two(torch.zeros(n, dtype=torch.float64))
     assert len(set(powers.tolist())) == n
     assert torch.equal(powers.log2(), powers.log2().round())
+
+
+class Routed(nn.Module):
+    """A gated layer beside one on rows that the batch's own order moves, so that owners are told at every step."""
+
+    def __init__(self, mix, shared):
+        super().__init__()
+        self.gated, self.rows = Gated(mix, shared), nn.Linear(5, 2)
+        self.double()
+
+    def forward(self, x, gate, order):
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return self.gated(x, gate) + torch.tanh(self.rows(x[order]))[back].sum(1)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_where_owners_are_told_in_the_norm_pass(shared, monkeypatch):
+    torch.manual_seed(0)
+    told, tell = [], prepare.plan_to_be_told
+    monkeypatch.setattr(prepare, "plan_to_be_told", lambda *args: told.append(tell(*args)) or told[-1])
+    net = Routed(lambda h: h - h.mean(0, keepdim=True), shared)
+    model = engm.GradNormModule(net, check_every=1000)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+
+    def batch(gate):
+        return torch.randn(N, 5, dtype=torch.float64), gate, torch.randperm(N)
+
+    for _ in range(40):
+        opt.backward(model(*batch(0.0)))
+    assert told[-1] is not None
+    given = batch(1.0)
+    if not shared:
+        with pytest.raises(RefusedError, match="influences the losses of other examples"):
+            opt.backward(model(*given))
+    else:
+        truth = per_example_gradients(net(*given), trained(net))
+        assert relative(opt.backward(model(*given)).norms, truth.norms) < 1e-12
+    assert told[-1] is None
+
+
+class Normalised(nn.Module):
+    """A gated layer behind a batch norm in training mode, whose examples' shares cancel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.gated = nn.Linear(5, 5), nn.BatchNorm1d(5), Gated(None, shared=True)
+        self.double()
+
+    def forward(self, x, gate):
+        return self.gated(torch.tanh(self.norm(self.first(x))), gate)
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "calibrated"])
+def test_under_batch_norm(batch_norm):
+    torch.manual_seed(0)
+    net = Normalised()
+    model = engm.GradNormModule(net, batch_norm=batch_norm, check_every=1000, calibrate_examples=N)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+    gated = [name for name, _ in net.named_parameters()].index("gated.layer.weight")
+    for gate in (0.0, 0.0, 1.0, 0.0, 1.0):
+        x = torch.randn(N, 5, dtype=torch.float64)
+        truth = per_example_gradients(net(x, gate), trained(net))
+        found = engm.measure(model, model(x, gate)).stacked
+        assert relative(found[gated], truth.squared_norms["gated.layer.weight"]) < 1e-12
+        opt.backward(model(x, gate))
