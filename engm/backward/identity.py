@@ -10,13 +10,13 @@ on both sides. Where the plan is of an earlier graph some of the ``r`` are there
 very graph, scaled losses have told already.
 
 Where a gradient nearly cancels, as that of a layer's weight in front of a normalisation, rounding is all that two ways
-to compute it have in common, and no share of a size says how much that is. So before anything is refused, autograd is
-asked for the same gradients from seeds that are larger by a few units in the last place: what changes is its rounding.
+to compute it have in common, and no share of a size says how much that is. So before anything is refused, both sides are
+asked for the same gradients from seeds that are larger by a few units in the last place: what changes is rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
 # As a share of the whole gradient, in units of the same type: what is smaller hardly counts in a norm.
 ROUNDING = 100
 NARROW_ROUNDING = 1e-2  # as a share
-# By how many units of the type seeds are larger where autograd's rounding is looked at: so few that a function which is
-# not linear in its gradients does not pass for rounding; and how far beyond autograd's own a difference may be. What is
+# By how many units of the type seeds are larger where rounding is looked at: so few that a function which is not
+# linear in its gradients does not pass for rounding; and how far beyond that of both sides a difference may be. What is
 # not small beside the whole gradient is rounding only if the same seeds give the same: a function may draw numbers.
 STRETCHES = (11, 21, 37)
 TIMES_ROUNDING = 30
@@ -84,8 +84,16 @@ def check_identity(
     with recomputed_once():
         sums = {id(p): total for p, total in collector.weighted_sums(signs, {id(p) for _, p in named}, again=use_up)}
     graph.collected = Collected(squared, collector.terms if use_up else None)
+
+    def ours(of: set[int], stretch: float) -> dict[int, Tensor]:
+        """The sums once more, from longer seeds, of some parameters (``id``)."""
+        again = TermCollector(graph, keep=True)
+        again.run(losses, scale.seeds(losses) * stretch, retain_graph=True, as_they_are=True)
+        with recomputed_once():
+            return {id(p): total for p, total in again.weighted_sums(signs, of)}
+
     try:
-        wrong = _disagreeing(graph, losses, named, signs * scale.factor, sums, sizes, collector.rows)
+        wrong = _disagreeing(graph, losses, named, signs * scale.factor, sums, sizes, collector.rows, ours)
     finally:
         if use_up:
             release_graph(traced.order)
@@ -114,6 +122,7 @@ def _disagreeing(
     sums: dict[int, Tensor],
     sizes: Tensor,
     rows: dict[int, int],
+    ours: Callable[[set[int], float], dict[int, Tensor]],
 ) -> list[str]:
     """Names of the parameters whose gradients autograd does not agree with.
 
@@ -125,6 +134,7 @@ def _disagreeing(
         sums: by parameter (``id``), the sums of its per-example gradients with the signs; they are used up.
         sizes: of every parameter, in the order of ``rows``, the sum of the norms of its per-example gradients.
         rows: by parameter (``id``), its place in ``sizes``.
+        ours: gives the sums of some parameters (``id``) from seeds that are longer.
     """
     dtypes = graph.trace.dtypes
 
@@ -158,7 +168,15 @@ def _disagreeing(
         differences = [one if other is None else other.to_dense() / stretch - one for one, other in pairs]
         return torch.stack(norms_of_each(differences, torch.float64))
 
-    own = torch.stack([changes(1 + units * graph.trace.unit) for units in STRETCHES]).amax(0)
+    def our_changes(stretch: float) -> Tensor:
+        """The same of the sums of per-example gradients."""
+        again = ours({id(parameters[place]) for place in places}, stretch)
+        longer = [_dense_like(parameters[place], again.get(id(parameters[place]))) for place in places]
+        differences = [other / stretch - found[place] for place, other in zip(places, longer, strict=True)]
+        return torch.stack(norms_of_each(differences, torch.float64))
+
+    stretches = [1 + units * graph.trace.unit for units in STRETCHES]
+    own = torch.stack([each(stretch) for each in (changes, our_changes) for stretch in stretches]).amax(0)
     may_round = (own <= share[places] * whole) | (changes(1.0) == 0)
     agrees = may_round & (distance[places] <= TIMES_ROUNDING * own)
     return [reached[place][0][0] for place, is_right in zip(places, agrees.tolist(), strict=True) if not is_right]

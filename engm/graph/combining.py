@@ -80,8 +80,13 @@ def _combined(old: Plan, new: Plan, traced: Trace) -> Plan:
         seen={**old.seen, **new.seen},
         unknown_of_calls=unknown_of_calls,
         unknown_of_nodes=unknown_of_nodes,
-        junctions=_junctions_of_both(old, new),
-        settled=old.settled | new.settled,
+        junctions=_junctions_of_both(old, new, traced),
+        settled=frozenset(
+            position
+            for one, other in ((old, new), (new, old))
+            for position in one.settled
+            if position in other.settled or not _sees_less(one, other, position, traced)
+        ),
     )
 
 
@@ -147,10 +152,16 @@ def _check_edges(old: Plan, new: Plan, traced: Trace) -> None:
                 raise _ContradictionError
 
 
-def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
+def _sees_less(one: Plan, other: Plan, position: int, traced: Trace) -> bool:
+    """Whether one plan had no gradient behind a node where the other one had: it does not know how rows go there."""
+    return any(child in one.quiet and child not in other.quiet for child in traced.children[position])
+
+
+def _junctions_of_both(old: Plan, new: Plan, traced: Trace) -> dict[tuple[int, int], Junction]:
     """The junctions of which neither plan has seen all rows.
 
-    Rows that come up more than once are the same example's as long as one plan has seen them, or a layout tells.
+    Rows that come up more than once are the same example's as long as one plan has seen them, or a layout tells. What
+    is moved is watched as long as one plan alone knows of what it is moved to.
     """
     found = {}
     for key in {*old.junctions, *new.junctions}:
@@ -159,11 +170,15 @@ def _junctions_of_both(old: Plan, new: Plan) -> dict[tuple[int, int], Junction]:
             there, other = (new, old) if before is None else (old, new)
             junction = there.junctions[key]
             # Else the other one has seen all rows, or knows where they lie and are moved to.
-            if key[0] in other.quiet or (junction.moved and key[0] not in other.settled):
+            knows = key[0] in other.settled and not _sees_less(other, there, key[0], traced)
+            if key[0] in other.quiet or (junction.moved and not knows):
                 found[key] = junction
             continue
         if before.moved or now.moved:
-            if bool((missed := _both(before.unknown, now.unknown)).any()):
+            missed = _both(before.unknown, now.unknown)
+            missed = missed | before.unknown if _sees_less(new, old, key[0], traced) else missed
+            missed = missed | now.unknown if _sees_less(old, new, key[0], traced) else missed
+            if bool(missed.any()):
                 found[key] = replace(now, unknown=missed, moved=True)
             continue
         layout, unknown = _agreed((before.layout, before.unknown), (now.layout, now.unknown))

@@ -726,3 +726,32 @@ def test_a_forward_that_is_put_on_the_class_of_a_layer():
         losses = model(torch.randn(5, 4).double()).square().sum(1)
         expected = per_example_gradients(losses, trained(model)).norms
         torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=0)
+
+
+class Beside(nn.Module):
+    """Features in front of the examples, and next to them something that is computed from them by a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.shared = nn.Parameter(tensor(3, seed=1)), nn.Parameter(tensor(3, seed=2))
+
+    def forward(self, x, mask, gates):
+        rows = torch.cat([x.T, torch.tanh(x.T * self.weight.unsqueeze(1))]) * mask
+        return (rows.square().sum(0) + 1e-3).sqrt() + gates * self.shared.sum().tanh()
+
+
+def test_what_is_moved_is_watched_although_another_plan_saw_nothing_behind():
+    """At the second step nothing comes to the layer whose rows seemed to be of one example each at the first."""
+    lone = [[0, 0, 0], [0, 0, 1], [1, 0, 0]]
+    steps = [  # which examples have inputs, which elements are let through, and who has a share of the number beside
+        ([1, 0, 1], [[1, 0, 0], [1, 1, 1], [0, 1, 1], *lone], [0, 1, 1]),
+        ([0, 1, 1], [[1, 1, 0], [0, 1, 1], [0, 0, 0], *[[0, 0, 0]] * 3], [1, 1, 1]),
+        ([1, 0, 1], [[0, 1, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]], [1, 0, 0]),
+    ]
+    net = Beside()
+    model = engm.GradNormModule(net, check_every=10**6)
+    for seed, (there, mask, gates) in enumerate(steps):
+        there, mask, gates = (torch.tensor(part).double() for part in (there, mask, gates))
+        losses = model(tensor(3, 3, seed=seed) * there.unsqueeze(1), mask, gates)
+        expected = per_example_gradients(losses, dict(net.named_parameters())).norms
+        torch.testing.assert_close(engm.per_example_grad_norms(model, losses), expected, rtol=1e-9, atol=1e-12)

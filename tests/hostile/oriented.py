@@ -78,7 +78,7 @@ class Program(nn.Module):
         self.operations: list[tuple[Operation, Dims]] = []
         self.kept: list[tuple[int, Dims]] = []  # values that may be read again, by number
         kinds = [getattr(self, name) for name in dir(self) if name.startswith("make_")]
-        while len(self.operations) < 3 + seed % 7:
+        while len(self.operations) < 3 + seed % 8:
             made = self.drawn.choice(kinds)()
             if made is not None:
                 self.names.append(made[0])
@@ -308,6 +308,125 @@ class Program(nn.Module):
             lambda t, d: torch.cat([t, torch.tanh(t * self.own[weight].view(view))], place),
             self.with_size(place, 2 * self.dims[place][1]),
         )
+
+    def make_layer_again(self):
+        """A layer that was called before, on other rows."""
+        fitting = [k for k in self.layers if k.in_features == self.dims[-1][1]] if self.dims[-1][0] == FEATURES else []
+        if not fitting:
+            return None
+        layer = self.drawn.choice(fitting)
+        return "layer again", lambda t, d: layer(t), self.with_size(len(self.dims) - 1, layer.out_features)
+
+    def make_parameter_again(self):
+        """A parameter that was read before, by another operator."""
+        place = self.a_feature()
+        if place is None:
+            return None
+        fitting = [k for k, p in enumerate(self.own) if p.dim() == 2 and p.shape[0] == self.dims[place][1]]
+        if not fitting:
+            return None
+        weight = self.drawn.choice(fitting)
+        return (
+            "parameter again",
+            lambda t, d: torch.tensordot(t, self.own[weight].tanh(), ([place], [0])).movedim(-1, place),
+            self.with_size(place, self.own[weight].shape[1]),
+        )
+
+    def make_experts(self):
+        """Examples go to one of two layers or to none, as the batch says."""
+        if self.dims[0][0] != EXAMPLES or self.dims[-1][0] != FEATURES or len(self.dims) < 2:
+            return None
+        size = self.dims[-1][1]
+        self.layers.extend(nn.Linear(size, size) for _ in range(2))
+        experts = list(self.layers[-2:])
+        adds = self.drawn.random() < 0.5
+
+        def route(t: Tensor, d: Data) -> Tensor:
+            to = torch.randint(3, (d.n,), generator=d.generator)
+            out = torch.zeros_like(t)
+            for number, expert in enumerate(experts):
+                rows = (to == number).nonzero().flatten()
+                if adds:
+                    out = out.index_add(0, rows, expert(t[rows]))
+                else:
+                    out = out.index_put((rows,), torch.tanh(expert(t[to == number])))
+            return out + 0.1 * t
+
+        return "experts", route, self.dims
+
+    def make_take(self):
+        """Features by indices, of each element's own, with repetitions."""
+        place = self.a_feature()
+        if place is None:
+            return None
+        size = self.dims[place][1]
+
+        def take(t: Tensor, d: Data) -> Tensor:
+            return t.take_along_dim(torch.randint(size, t.shape, generator=d.generator), place)
+
+        return "take", take, self.dims
+
+    def make_scatter(self):
+        place = self.a_feature()
+        if place is None:
+            return None
+        size, reduce = self.dims[place][1], self.drawn.choice(["sum", "amax", "mean"])
+
+        def scatter(t: Tensor, d: Data) -> Tensor:
+            index = torch.randint(size, t.shape, generator=d.generator)
+            return (0.5 * t).scatter_reduce(place, index, t, reduce)
+
+        return f"scatter {reduce}", scatter, self.dims
+
+    def make_convolution(self):
+        if len(self.dims) != 3 or self.dims[0][0] == FEATURES or {kind for kind, _ in self.dims[1:]} != {FEATURES}:
+            return None
+        self.layers.append(layer := nn.Conv1d(self.dims[1][1], self.dims[1][1], 3, padding=1))
+        layer.in_features = -1  # no other calls it
+        return "convolution", lambda t, d: layer(t), self.dims
+
+    def make_pool(self):
+        if self.dims[-1][0] != FEATURES or len(self.dims) not in (2, 3):
+            return None
+        function = self.drawn.choice([F.max_pool1d, F.avg_pool1d])
+        return function.__name__, lambda t, d: function(t, 3, 1, 1), self.dims
+
+    def make_attention(self):
+        """Between the features of two dimensions, of every example."""
+        if len(self.dims) != 3 or [kind for kind, _ in self.dims] != [EXAMPLES, FEATURES, FEATURES]:
+            return None
+        weight = self.parameter(self.dims[2][1], self.dims[2][1])
+        blocked = self.drawn.random() < 0.5
+
+        def attend(t: Tensor, d: Data) -> Tensor:
+            scores = t @ self.own[weight] @ t.mT
+            if blocked:
+                scores = scores.masked_fill(d.mask(scores.shape) > 0.7, -30.0)
+            return scores.softmax(-1) @ t
+
+        return "attention", attend, self.dims
+
+    def make_norm(self):
+        if self.dims[-1][0] != FEATURES or self.dims[-1][1] < 2:
+            return None
+        kind = self.drawn.choice([nn.LayerNorm, nn.RMSNorm])
+        self.layers.append(layer := kind(self.dims[-1][1]))
+        layer.in_features = -1
+        return kind.__name__, lambda t, d: layer(t), self.dims
+
+    def make_window(self):
+        """A slice is written into."""
+        place = self.a_feature()
+        if place is None:
+            return None
+        weight = self.parameter(1)
+
+        def write(t: Tensor, d: Data) -> Tensor:
+            t = t.clone()
+            t.select(place, 0).mul_(self.own[weight])
+            return t
+
+        return "window", write, self.dims
 
     # -- running -------------------------------------------------------------------------------------------------
 
