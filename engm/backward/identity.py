@@ -10,8 +10,8 @@ on both sides. Where the plan is of an earlier graph some of the ``r`` are there
 very graph, scaled losses have told already.
 
 Where a gradient nearly cancels, as that of a layer's weight in front of a normalisation, rounding is all that two ways
-to compute it have in common, and no share of a size says how much that is. So before anything is refused, both sides are
-asked for the same gradients from seeds that are larger by a few units in the last place: what changes is rounding.
+to compute it have in common, and no share of a size says how much that is. So before anything is refused, both sides
+are asked for the same gradients from seeds that are larger by a few units in the last place: what changes is rounding.
 """
 
 from __future__ import annotations

@@ -195,6 +195,7 @@ def calibrated_squared_norms(
             group=_calibrating_group(model, graph, count),
             in_step=model.shard_group is not None,
             couples=graph.plan.couples,
+            leaves=None if model.shard_group is not None else graph.trace.leaves,
             surprises=graph.surprises,
         )
     return stacked, factors

@@ -8,8 +8,9 @@ keeps what it had; if it never had a factor, one is taken as soon as it gets a g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +61,7 @@ class ExactSample:
         scale: LossScale = UNSCALED,
         among: Tensor | None = None,
         passes: int = 0,
+        covered: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns ``(indices [k], exact squared norms [L, k])``; ``scale`` is on the losses inside the passes.
 
@@ -69,11 +71,18 @@ class ExactSample:
             scale: on the losses.
             among: boolean ``[n]``, on the CPU: the examples to draw from; default all.
             passes: backward passes that are run at least, for others who take part in each.
+            covered: boolean ``[r, n]``, on the CPU: of every row of which there is one, an example is drawn.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
         self.draws += 1
         indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")
-        indices = (indices if among is None else indices[among[indices]])[: self.examples].sort().values
+        indices = indices if among is None else indices[among[indices]]
+        first: list[int] = []
+        for row in () if covered is None else covered:
+            if not bool(row[first].any()):
+                first += indices[row[indices]][:1].tolist()
+        others = [index for index in indices.tolist() if index not in first]
+        indices = torch.tensor(sorted([*first, *others][: self.examples]), dtype=torch.int64, device="cpu")
         exact = exact_squared_norms(losses, parameters, indices.tolist(), scale)
         for _ in range(passes - len(indices)):
             torch.autograd.grad(losses[0], parameters, retain_graph=True, allow_unused=True)
@@ -122,13 +131,53 @@ class Factors:
         )
         return known.of(names)
 
-    def aged(self, step: int, places: Iterable[int]) -> list[int]:
-        """Those of some tensors whose factors are due to be replaced."""
-        return [k for k in places if 0 < self.good_for[k] <= step - self.taken[k]]
+    @cached_property
+    def missing(self) -> tuple[str, ...]:
+        """The tensors of which there are none yet."""
+        return tuple(name for name, good_for in zip(self.names, self.good_for, strict=True) if not good_for)
 
-    def due(self, step: int) -> bool:
-        """Whether any factor is due to be replaced, or none was taken yet."""
-        return bool(self.aged(step, range(len(self.names)))) or not any(self.good_for)
+    def among(self, names: tuple[str, ...]) -> _Among:
+        """Where some tensors, all of which are known, are."""
+        known, places = self.of(names)
+        return _Among(known, names, tuple(places))
+
+
+@dataclass(frozen=True)
+class _Among:
+    """Where some tensors are among those of which there are factors.
+
+    Attributes:
+        known: the factors.
+        names: the tensors, the rows of a measurement.
+        places: by row, the place of the factor.
+    """
+
+    known: Factors
+    names: tuple[str, ...]
+    places: tuple[int, ...]
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """The rows without a factor."""
+        return [row for row, place in enumerate(self.places) if not self.known.good_for[place]]
+
+    @cached_property
+    def soonest(self) -> int:
+        """The step at which the first of the factors is due to be replaced; 0 if there is none."""
+        known = self.known
+        return min((known.taken[k] + known.good_for[k] for k in self.places if known.good_for[k]), default=0)
+
+    def aged(self, step: int, times: int = 1) -> list[int]:
+        """The rows whose factors are due to be replaced, or so many times as old as they are good for."""
+        known, rows = self.known, enumerate(self.places)
+        return [row for row, k in rows if 0 < times * known.good_for[k] <= step - known.taken[k]]
+
+    def values(self) -> Tensor:
+        """The factors ``[L]``."""
+        if self.places == tuple(range(len(self.known.names))):
+            return self.known.values
+        each = self.known.values.unbind(0)
+        return torch.stack([each[place] for place in self.places])
 
 
 @dataclass(frozen=True)
@@ -139,13 +188,15 @@ class _Vote:
         key: how its norms were measured.
         missing: whether tensors of which there are no factors have gradients.
         due: whether tensors whose factors are due have.
-        probes: examples that it can probe.
+        overdue: whether tensors whose factors are twice as old as they should get have.
+        probes: examples that it can probe, where the others take part in that.
         batch: examples in its batch.
     """
 
     key: FactorKey
     missing: bool
     due: bool
+    overdue: bool
     probes: int
     batch: int
 
@@ -193,7 +244,7 @@ class Calibration:
         steps: training steps so far.
         most_error: judged error of weights from borrowed norms up to which a step uses them; with more it takes norms
             of its own, if these are better by a quarter. Factors are judged by it when they are taken.
-        asked: the ways of measuring whose factors were asked for since it was last emptied.
+        asked: the ways of measuring whose factors were asked for since it was last emptied, and the tensors whose.
     """
 
     def __init__(self, every: int, examples: int) -> None:
@@ -203,8 +254,9 @@ class Calibration:
         self.shared_sample = ExactSample(examples)
         self.steps = 0
         self.most_error = MOST_ERROR
-        self.asked: set[FactorKey] = set()
+        self.asked: dict[FactorKey, tuple[str, ...]] = {}
         self._factors: dict[FactorKey, Factors] = {}
+        self._latest_rows: dict[FactorKey, _Among] = {}  # that were asked for
 
     def faithful(
         self, key: FactorKey, group: ProcessGroup | None = None, *, count: bool = True, couples: bool = True
@@ -236,8 +288,10 @@ class Calibration:
             DueError: factors are due in a step that is recorded.
         """
         borrowed = [key for key in self._factors if key.borrowed]
-        self.asked.update(borrowed)  # a program that does without them ends when they are due
-        due = self.due(borrowed)
+        names = {key: self._latest_rows[key].names if key in self._latest_rows else None for key in borrowed}
+        wanted = {key: self._factors[key].names if of is None else of for key, of in names.items()}
+        self.asked.update(wanted)  # a program that does without them ends when they are due
+        due = self.due(wanted)
         if due and is_recorded():
             raise DueError("a calibration is due")
         return due or not borrowed or any(self._factors[key].faithful for key in borrowed)
@@ -259,16 +313,17 @@ class Calibration:
         """Whether factors were taken with other ranks."""
         return any(key.all_ranks for key in self._factors)
 
-    def due(self, keys: Iterable[FactorKey]) -> bool:
-        """Whether any of these factors, which there are, may have to be taken afresh in a training step."""
-        return any(self._factors[key].due(self.steps) for key in keys)
+    def due(self, keys: Mapping[FactorKey, tuple[str, ...]]) -> bool:
+        """Whether factors of any of these tensors may have to be taken afresh in a training step.
+
+        Args:
+            keys: by way of measuring, of which there are factors, the tensors.
+        """
+        return any(self.steps >= self._among(key, names).soonest for key, names in keys.items())
 
     def missing(self) -> tuple[tuple[FactorKey, tuple[str, ...]], ...]:
         """By way of measuring, the parameter tensors that got no gradient so far, so that they have no factor."""
-        return tuple(
-            (key, tuple(name for name, good_for in zip(known.names, known.good_for, strict=True) if not good_for))
-            for key, known in self._factors.items()
-        )
+        return tuple((key, known.missing) for key, known in self._factors.items())
 
     def carried(self) -> dict[FactorKey, Tensor]:
         """The factors that there are, which a step reads."""
@@ -296,6 +351,7 @@ class Calibration:
         group: ProcessGroup | None = None,
         in_step: bool = False,
         couples: bool = True,
+        leaves: Collection[int] | None = None,
         surprises: list[Tensor] | None = None,
     ) -> Tensor | None:
         """The factors ``[L]`` for norms that were measured as ``key`` says, taken afresh when they are due.
@@ -313,6 +369,7 @@ class Calibration:
             group: the ranks to take the factors with; None: by itself.
             in_step: with a group, all of its ranks take part in every backward pass of each, as under ``fully_shard``.
             couples: whether this rank's examples are coupled; if not there is nothing to probe and None is returned.
+            leaves: ids of the tensors that gradients may come to; None: any.
             surprises: where a recorded step notes whether a tensor without a factor got a gradient.
 
         Raises:
@@ -324,91 +381,113 @@ class Calibration:
             key = key if couples else self._latest_of_all(key)
         elif not count:
             key = self._latest(key, names, squared_norms)
-        self.asked.add(key)
-        known, rows = self._known(key, names, squared_norms)
-        missing = [row for row, place in enumerate(rows) if not known.good_for[place]]
-        aged = [row for row, place in enumerate(rows) if known.aged(self.steps, [place])] if count else []
+        rows = self._among(key, names, squared_norms.device)
         if is_recorded():
-            if aged or known.due(self.steps) or (missing and group is not None) or len(missing) == len(names):
-                raise DueError("a calibration is due")
-            if missing and surprises is not None:
-                surprises.append(torch.stack([squared_norms[row] for row in missing]).any())
-        elif missing or aged:
+            reached = [row for row, (_, p) in enumerate(parameters) if leaves is None or id(p) in leaves]
+            self._check_recorded(key, rows, reached, squared_norms, group, surprises)
+        elif rows.missing or (count and self.steps >= rows.soonest):
+            aged, overdue = (rows.aged(self.steps), rows.aged(self.steps, 2)) if count else ([], [])
             vote = _Vote(
                 key,
-                missing=_any_gradient(squared_norms, missing),
-                due=_any_gradient(squared_norms, aged),
-                probes=int(_with_gradient(squared_norms).sum()) if couples else 0,
+                missing=_any_gradient(squared_norms, rows.missing, parameters, leaves),
+                due=_any_gradient(squared_norms, aged, parameters, leaves),
+                overdue=_any_gradient(squared_norms, overdue, parameters, leaves),
+                probes=int((squared_norms != 0).any(0).sum()) if couples and in_step else 0,
                 batch=losses.shape[0],
             )
-            votes = [vote] if group is None else said_by_each(group, vote if couples else None)
-            votes = [each for each in votes if each is not None]
+            said = [vote] if group is None else said_by_each(group, vote if couples else None)
+            votes = [each for each in said if each is not None]
             if votes and votes[0].key != key:
                 key = votes[0].key
-                known, rows = self._known(key, names, squared_norms)
-            if votes and self._is_time(known, votes):
-                passes = min(max(each.probes for each in votes), self.sample.examples) if in_step else 0
-                sample = self.sample if group is None else self.shared_sample
-                among = _with_gradient(squared_norms) if couples else torch.zeros(losses.shape[0], dtype=torch.bool)
-                indices, exact = sample.draw(losses, [tensor for _, tensor in parameters], scale, among, passes)
-                known = self._renewed(known, rows, exact, squared_norms.index_select(1, indices), group)
-                known = self._factors[key] = replace(known, batch=sum(each.batch for each in votes))
-                self._judge()
-            elif votes:
-                self._factors[key] = known
-        if not couples:
-            return None
-        values = known.values.to(squared_norms)
-        if rows == list(range(len(known.names))):
-            return values
-        each_factor = values.unbind(0)
-        return torch.stack([each_factor[place] for place in rows])
+                rows = self._among(key, names, squared_norms.device)
+            if _is_time(rows.known, votes):
+                self._take(key, rows, squared_norms, losses, parameters, votes, scale, group, in_step, couples)
+                rows = self._among(key, names, squared_norms.device)
+        return rows.values().to(squared_norms) if couples else None
 
-    def _known(self, key: FactorKey, names: tuple[str, ...], like: Tensor) -> tuple[Factors, list[int]]:
-        """Factors that know these tensors, on the device of ``like``, and the places of the tensors among them."""
-        known = self._factors.get(key)
+    def _among(self, key: FactorKey, names: tuple[str, ...], device: torch.device | None = None) -> _Among:
+        """Where these tensors are among the factors of a way of measuring, which there may be none of yet."""
+        known, latest = self._factors.get(key), self._latest_rows.get(key)
         if known is None:
-            known = Factors((), like.new_ones(0, dtype=torch.float64), (), ())
-        if known.values.device != like.device:  # loaded from elsewhere: copied once, not every step
-            known = replace(known, values=known.values.to(like.device))
-            if not is_recorded():
-                self._factors[key] = known
-        return known.of(names)
+            known = Factors((), torch.ones(0, dtype=torch.float64, device=device), (), ())
+        if device is not None and known.values.device != device:  # loaded from elsewhere: copied once, not every step
+            known = replace(known, values=known.values.to(device))
+        if latest is not None and latest.known is known and latest.names == names:
+            return latest
+        found = known.among(names)
+        if key in self._factors and not is_recorded():
+            self._factors[key], self._latest_rows[key] = found.known, found
+        return found
 
-    def _is_time(self, known: Factors, votes: Sequence[_Vote]) -> bool:
-        """Whether factors are taken afresh, by what all ranks say of which the examples are coupled."""
-        if any(vote.missing for vote in votes):
-            return True
-        few = 2 * sum(vote.batch for vote in votes) < known.batch
-        patient = all(self.steps - known.taken[k] < 2 * known.good_for[k] for k in range(len(known.names)))
-        return any(vote.due for vote in votes) and not (few and patient)
+    def _check_recorded(
+        self,
+        key: FactorKey,
+        rows: _Among,
+        reached: Sequence[int],
+        squared_norms: Tensor,
+        group: ProcessGroup | None,
+        surprises: list[Tensor] | None,
+    ) -> None:
+        """Notes for a step that is recorded what it depends on.
 
-    def _renewed(
-        self, known: Factors, rows: Sequence[int], exact: Tensor, measured: Tensor, group: ProcessGroup | None
-    ) -> Factors:
+        Raises:
+            DueError: factors are due.
+        """
+        self.asked[key] = names = tuple(rows.names[row] for row in reached)
+        missing = sorted(set(rows.missing).intersection(reached))
+        if self.steps >= rows.known.among(names).soonest or (missing and group is not None):
+            raise DueError("a calibration is due")
+        if missing and surprises is not None:
+            surprises.append(torch.stack([squared_norms[row] for row in missing]).any())
+
+    def _take(
+        self,
+        key: FactorKey,
+        rows: _Among,
+        squared_norms: Tensor,
+        losses: Tensor,
+        parameters: Sequence[tuple[str, Tensor]],
+        votes: Sequence[_Vote],
+        scale: LossScale,
+        group: ProcessGroup | None,
+        in_step: bool,
+        couples: bool,
+    ) -> None:
+        """Take factors afresh, with all ranks that voted; the arguments are those of :meth:`factors`."""
+        sample = self.sample if group is None else self.shared_sample
+        passes = min(max(vote.probes for vote in votes), sample.examples) if in_step else 0
+        present = (squared_norms != 0).cpu()
+        wanted = sorted({*rows.missing, *rows.aged(self.steps)})
+        tensors = [tensor for _, tensor in parameters]
+        indices, exact = sample.draw(losses, tensors, scale, present.any(0) & couples, passes, present[wanted])
+        known = self._renewed(rows, exact, squared_norms.index_select(1, indices), group)
+        self._factors[key] = replace(known, batch=sum(vote.batch for vote in votes))
+        self._judge()
+
+    def _renewed(self, rows: _Among, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Factors:
         """Factors in which those of tensors that have gradients are of today, and judged.
 
         Args:
-            known: the factors before.
-            rows: the places of the ``L`` tensors among them.
+            rows: the ``L`` tensors among the factors before.
             exact: squared norms ``[L, k]`` of the probed examples.
             measured: ``[L, k]``, theirs as they were measured.
             group: the ranks to take the factors with.
         """
-        places = torch.tensor(rows, device=exact.device)
+        known = rows.known
+        places = torch.tensor(rows.places, device=exact.device)
         old = known.values.index_select(0, places)
-        had = torch.tensor([known.good_for[place] > 0 for place in rows], device=old.device)
+        had = torch.tensor([known.good_for[place] > 0 for place in rows.places], device=old.device)
         fresh, sound = _ratio(exact, measured, group)
         values = torch.where(sound, fresh, old.to(fresh))
         error = _error_of_halves(exact, measured, values, group)
-        aged = set(known.aged(self.steps, rows))
+        aged = {rows.places[row] for row in rows.aged(self.steps)}
         if error is None:
             error = known.error
-        elif any(known.good_for[place] for place in rows):
+        elif len(rows.missing) < len(rows.places):
             served = _error_of(torch.where(had, old.to(fresh), values), exact, measured, group)
             error = error if served is None else torch.maximum(error, served)
         taken, good_for = list(known.taken), list(known.good_for)
-        for place, is_sound in zip(rows, sound.tolist(), strict=True):
+        for place, is_sound in zip(rows.places, sound.tolist(), strict=True):
             if is_sound:
                 again = min(2 * good_for[place], self.every) if place in aged else good_for[place]
                 taken[place], good_for[place] = self.steps, again or self._first
@@ -455,11 +534,8 @@ class Calibration:
         shared, own = self._factors.get(shared_key), self._factors.get(own_key)
         if shared is None or (own is not None and max(own.taken, default=0) > max(shared.taken, default=0)):
             return own_key
-        if squared_norms is not None:
-            known, rows = shared.of(names)
-            missing = [row for row, place in enumerate(rows) if not known.good_for[place]]
-            if _any_gradient(squared_norms, missing):
-                return own_key
+        if squared_norms is not None and _any_gradient(squared_norms, shared.among(names).missing):
+            return own_key
         return shared_key
 
     def forget(self) -> None:
@@ -468,6 +544,7 @@ class Calibration:
         In a distributed run all ranks have to: those that still had factors would not probe.
         """
         self._factors.clear()
+        self._latest_rows.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Factors, steps and the number of draws; plain containers and tensors."""
@@ -521,13 +598,27 @@ def _by_tensor(number: int | Sequence[int], tensors: int) -> tuple[int, ...]:
     return (int(number),) * tensors if isinstance(number, int) else tuple(map(int, number))
 
 
-def _with_gradient(squared_norms: Tensor) -> Tensor:
-    """Which examples of squared norms ``[L, n]`` have a gradient: boolean ``[n]``, on the CPU."""
-    return (squared_norms != 0).any(0).cpu()
+def _is_time(known: Factors, votes: Sequence[_Vote]) -> bool:
+    """Whether factors are taken afresh, by what all ranks say of which the examples are coupled."""
+    few = 2 * sum(vote.batch for vote in votes) < known.batch
+    return any(vote.missing or vote.overdue or (vote.due and not few) for vote in votes)
 
 
-def _any_gradient(squared_norms: Tensor, rows: Sequence[int]) -> bool:
-    """Whether any of some rows of squared norms ``[L, n]`` is not 0; the host waits for the answer."""
+def _any_gradient(
+    squared_norms: Tensor,
+    rows: Sequence[int],
+    parameters: Sequence[tuple[str, Tensor]] = (),
+    leaves: Collection[int] | None = None,
+) -> bool:
+    """Whether any of some rows of squared norms ``[L, n]`` is not 0; the host waits for the answer.
+
+    Args:
+        squared_norms: the norms.
+        rows: which of them.
+        parameters: whose they are.
+        leaves: ids of the tensors that gradients may come to; None: any.
+    """
+    rows = rows if leaves is None else [row for row in rows if id(parameters[row][1]) in leaves]
     if not rows:
         return False
     return bool((squared_norms if len(rows) == len(squared_norms) else squared_norms[rows]).any())

@@ -128,7 +128,7 @@ class _Recording:
     figures: tuple[str, ...]
     other_figures: Mapping[str, Any]
     carried: tuple[str, ...]
-    factors: tuple[FactorKey, ...]
+    factors: Mapping[FactorKey, tuple[str, ...]]
     watches: bool
     watched: list[Hashable] = field(default_factory=list)
     held: list[tuple[Place, Any]] = field(default_factory=list)
@@ -538,7 +538,7 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
     module = cleaned(module)
     unknown = unknown_tensor(module, [*before.tensors(), *take_constants()], call.inputs())
     program = Program(module)
-    factors = tuple(key for key in keys if key in model.calibration.asked)
+    factors = {key: names for key, names in model.calibration.asked.items() if key in keys}
     beyond = before.changed_beyond_a_program(program)
     if beyond is not None:
         raise UnrecordableError(beyond, for_good=True)

@@ -382,3 +382,32 @@ def test_who_only_looks_gets_the_latest_factors_of_this_rank_or_of_all(own, shar
         "of other parameters"
     )
     assert calibration.sample.draws == calibration.shared_sample.draws == 1
+
+
+def test_of_a_tensor_that_few_examples_reach_one_is_drawn():
+    """Else the next step would have to calibrate again, until one is drawn by chance."""
+    (_, a), (_, b) = NAMED
+    for seed in range(20):
+        rare = torch.zeros(500).double()
+        rare[torch.randperm(500, generator=torch.Generator().manual_seed(seed))[0]] = 1
+        losses = a.sum() * torch.arange(1.0, 501.0).double() + b.sum() * rare
+        measured = torch.stack([torch.arange(1.0, 501.0).double().square(), 4 * rare])
+        calibration, key = Calibration(50, 4), FactorKey("m", False)
+        factors = calibration.factors(key, measured, losses, NAMED, count=True)
+        assert factors.tolist() == pytest.approx([3, 0.5])
+        assert calibration.missing() == ((key, ()),)
+        calibration.factors(key, measured, losses, NAMED, count=True)
+        assert calibration.sample.draws == 1
+
+
+@pytest.mark.parametrize("examples", [1, 2, 4])
+def test_rare_tensors_do_not_draw_an_example_twice(examples):
+    generator = torch.Generator().manual_seed(examples)
+    losses = independent_losses(30)
+    for _ in range(50):
+        covered = torch.rand(6, 30, generator=generator) < 0.1
+        found = ExactSample(examples).draw(losses, [NAMED[0][1]], covered=covered)[0].tolist()
+        assert len(set(found)) == len(found) == examples
+        if examples == 4:
+            several = ExactSample(6).draw(losses, [NAMED[0][1]], covered=covered)[0]
+            assert all(bool(row[several].any()) for row in covered if bool(row.any()))
