@@ -684,3 +684,60 @@ def test_parameters_can_be_swapped_once_a_step_was_recorded(monkeypatch):
         if way == "recorded":
             assert t.recorded.report().replayed == 4, t.recorded.report()
     assert same(*results)
+
+
+class Gated(nn.Module):
+    """A batch-norm network with a branch that the batch itself closes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x, gate):
+        h = self.body(x)
+        return self.head(h.mean((2, 3)) + gate * self.branch(h).mean((2, 3)))
+
+
+def test_a_branch_that_opens_while_steps_are_replayed_is_calibrated():
+    """Of what had no gradient when factors were taken there is none; a program notes it when one comes."""
+    data = [(x, y, torch.ones(()) if k >= 9 else torch.zeros(())) for k, (x, y) in enumerate(batches(16))]
+    left = []
+    for way in ("recorded", "by hand"):
+        torch.manual_seed(3)
+        model = engm.GradNormModule(Gated(), calibrate_every=1000)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.05), 0.5)
+
+        def losses(x, y, gate, model=model):
+            return F.cross_entropy(model(x, gate), y, reduction="none")
+
+        step = engm.record(opt, losses) if way == "recorded" else lambda *b, o=opt, f=losses: o.backward(f(*b))
+        norms = []
+        for x, y, gate in data:
+            norms.append(step(x, y, gate).norms.clone())
+            opt.step()
+            opt.zero_grad()
+        left.append((norms, copy.deepcopy(model.state_dict()), model.calibration.state_dict()))
+        if way == "recorded":
+            report = step.report()
+            assert report.replayed >= 8, report
+    assert same(left[0][0], left[1][0])
+    assert same(left[0][1], left[1][1])
+    assert [entry["taken"] for entry in left[0][2]["factors"]] == [[9] * 10]
+    assert [entry["taken"] for entry in left[1][2]["factors"]] == [[9] * 10]
+
+
+def test_layers_that_are_frozen_later_do_not_end_replays():
+    torch.manual_seed(3)
+    model = engm.GradNormModule(NETWORKS["batch norm"](), calibrate_every=4)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.05), 0.5)
+    step = engm.record(opt, lambda x, y: F.cross_entropy(model(x), y, reduction="none"))
+    for number, (x, y) in enumerate(batches(60)):
+        if number == 10:
+            model.unwrap().body[0].requires_grad_(False)
+        step(x, y)
+        opt.step()
+        opt.zero_grad()
+    report = step.report()
+    assert report.replayed >= 30, report
