@@ -39,9 +39,10 @@ from .collect import TermCollector
 # much as all of it, so they are compared with nothing.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
 NARROW_TOLERANCE = 5e-2  # where anything is computed in a narrower type
-# As a share of the whole gradient, in units of the same type: what is smaller hardly counts in a norm.
-ROUNDING = 100
-NARROW_ROUNDING = 1e-2  # as a share
+# As a share of the whole gradient: what is smaller changes a norm by less than the square of it. A scale in front of
+# which equal numbers were normalised has rounding for its gradient, of hundreds of times these numbers' size.
+ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-4}
+NARROW_ROUNDING = 1e-2
 # By how many units of the type seeds are larger where rounding is looked at: so few that a function which is not
 # linear in its gradients does not pass for rounding; and how far beyond that of both sides a difference may be. What is
 # not small beside the whole gradient is rounding only if the same seeds give the same: a function may draw numbers.
@@ -199,7 +200,7 @@ def _allowed(parameter: Tensor, dtypes: set[torch.dtype]) -> tuple[float, float,
     narrow = bool(dtypes & {torch.float16, torch.bfloat16})
     sums_of = torch.float32 if dtypes & {torch.float32, torch.complex64} else parameter.dtype
     share = NARROW_TOLERANCE if narrow else TOLERANCE[sums_of]
-    rounding = NARROW_ROUNDING if narrow else ROUNDING * torch.finfo(sums_of).eps
+    rounding = NARROW_ROUNDING if narrow else ROUNDING[sums_of]
     # Autograd's products may be too small for float16.
     smallest = torch.finfo(torch.float16).smallest_normal if torch.float16 in dtypes else 0.0
     return share, rounding, smallest * parameter.numel() ** 0.5

@@ -169,6 +169,7 @@ def norms_of(net, seed, one_pass):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 3e-5), (torch.float32, 1e-6)])
 def test_gradients_that_are_rounding_alone_may_differ(dtype, size, one_pass, monkeypatch):
     refused = 0
+    monkeypatch.setattr(identity, "ROUNDING", {torch.float64: 2e-14, torch.float32: 1e-5})
     for seed in range(10):
         torch.manual_seed(seed)
         net = NearlyCancelling(size).to(dtype)
@@ -188,3 +189,16 @@ def test_functions_that_are_not_linear_do_not_pass_for_rounding(between):
     losses = random_losses(model(tensor(2, 4, 3)))
     with pytest.raises(RuntimeError):
         engm.per_example_grad_norms(model, losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+def test_a_scale_of_equal_numbers_is_not_refused(dtype, size):
+    """Its gradient is 0, or what rounding leaves of them, divided by the root of epsilon; padding may be such rows."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1, bias=False)).to(dtype)
+        model = engm.GradNormModule(net, check_every=1)
+        x = (size * torch.rand(8, 5, 1)).expand(8, 5, 6).to(dtype).contiguous()
+        x[:, 0] = torch.randn(8, 6)
+        assert engm.per_example_grad_norms(model, model(x).square().mean((1, 2))).isfinite().all()

@@ -45,6 +45,10 @@ class Data:
         gates = (torch.rand(self.n, generator=self.generator, dtype=torch.float64) < 0.6).double()
         return gates * (1e-9 if torch.rand((), generator=self.generator) < 0.1 else 1.0)
 
+    def chance(self) -> float:
+        """A number from 0 to 1."""
+        return float(torch.rand((), generator=self.generator))
+
     def order(self) -> Tensor:
         """``[n]``, the examples in any order."""
         return torch.randperm(self.n, generator=self.generator)
@@ -88,6 +92,7 @@ class Program(nn.Module):
                 self.operations.append(made[1:])
                 self.dims = made[2]
         self.end = self.split_all()
+        self.leaves_out = self.drawn.random() < 0.3  # operations, at some steps
         self.double()
 
     # -- kinds of operations: each gives its name, itself, and the dimensions afterwards; None where it does not fit
@@ -458,8 +463,11 @@ class Program(nn.Module):
     # -- running -------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, data: Data) -> Tensor:
-        for operation, _ in self.operations:
-            x = operation(x, data)
+        before = ((EXAMPLES, 1), *((FEATURES, size) for size in self.shape))
+        for operation, after in self.operations:
+            left_out = self.leaves_out and before == after and data.chance() < 0.3
+            x = x if left_out else operation(x, data)
+            before = after
         return self.end(x, data)
 
     def losses(self, model: nn.Module, step: int, seed: int) -> Tensor:
