@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..batch_norm.calibration import FactorKey
+from ..batch_norm.factors import FactorKey
 from ..checks import RefusedError
 from ..exact import exact_squared_norms
 from ..graph.plan import PlannedGraph

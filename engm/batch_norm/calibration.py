@@ -10,174 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..distributed import said_by_each, total
-from ..exact import exact_squared_norms
+from ..distributed import said_by_each
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..torch_internals import is_recorded
+from .factors import Among, FactorKey, Factors, by_tensor
+from .probe import ExactSample, error_of, error_of_halves, ratio
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class FactorKey(NamedTuple):
-    """How norms were measured; each way of measuring has calibration factors of its own.
-
-    Attributes:
-        mode: the measurement's (:class:`engm.Measurement`).
-        borrowed: whether the measurement was of another graph than the training step's.
-        all_ranks: whether the factors are taken from the examples of all ranks together.
-    """
-
-    mode: str
-    borrowed: bool
-    all_ranks: bool = False
-
-
-class ExactSample:
-    """Draws a few examples and computes their exact squared norms.
-
-    Args:
-        examples: how many are drawn (all, if there are fewer).
-        seed: what the draws come from. The k-th draw is a function of ``seed``, ``k`` and the examples to choose from
-            alone, so that a resumed run repeats it.
-    """
-
-    def __init__(self, examples: int, seed: int = 0) -> None:
-        self.examples = examples
-        self.seed = seed
-        self.draws = 0
-
-    def draw(
-        self,
-        losses: Tensor,
-        parameters: Sequence[Tensor],
-        scale: LossScale = UNSCALED,
-        among: Tensor | None = None,
-        passes: int = 0,
-        covered: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns ``(indices [k], exact squared norms [L, k])``; ``scale`` is on the losses inside the passes.
-
-        Args:
-            losses: ``[n]``.
-            parameters: the ``L`` tensors.
-            scale: on the losses.
-            among: boolean ``[n]``, on the CPU: the examples to draw from; default all.
-            passes: backward passes that are run at least, for others who take part in each.
-            covered: boolean ``[r, n]``, on the CPU: of every row of which there is one, an example is drawn.
-        """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.draws)  # only 32 bits of it count
-        self.draws += 1
-        indices = torch.randperm(losses.shape[0], generator=generator, device="cpu")
-        indices = indices if among is None else indices[among[indices]]
-        first: list[int] = []
-        for row in () if covered is None else covered:
-            if not bool(row[first].any()):
-                first += indices[row[indices]][:1].tolist()
-        others = [index for index in indices.tolist() if index not in first]
-        indices = torch.tensor(sorted([*first, *others][: self.examples]), dtype=torch.int64, device="cpu")
-        exact = exact_squared_norms(losses, parameters, indices.tolist(), scale)
-        for _ in range(passes - len(indices)):
-            torch.autograd.grad(losses[0], parameters, retain_graph=True, allow_unused=True)
-        return indices.to(losses.device, non_blocking=True), exact
-
-
 MOST_ERROR = 0.08  # the default of Calibration.most_error
-ROUNDING = 30  # epsilons of a type that a gradient of rounding alone may have, as a share of the whole gradient
 WORTH = 0.75  # a pass of one's own is taken where its judged error is at most this share of that of borrowed norms
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Calibration factors of one way of measuring.
-
-    Attributes:
-        names: the parameter tensors that norms were taken over so far.
-        values: ``[L]``, one factor a parameter tensor; 1 where none was taken yet.
-        taken: by tensor, the training step at which its factor was taken.
-        good_for: by tensor, training steps after which the factor is due to be replaced; 0: there is none yet.
-        batch: examples in the batch that they were taken from, on all ranks.
-        error: 0-dimensional, the judged error of weights; None where that was not judged.
-        kept: whether the judgement is of factors that had aged, too.
-        faithful: of borrowed norms, whether they may be used.
-    """
-
-    names: tuple[str, ...]
-    values: Tensor
-    taken: tuple[int, ...]
-    good_for: tuple[int, ...]
-    batch: int = 0
-    error: Tensor | None = None
-    kept: bool = False
-    faithful: bool = True
-
-    def of(self, names: tuple[str, ...]) -> tuple[Factors, list[int]]:
-        """Factors that know these tensors too, and the places of these among them."""
-        places = {name: place for place, name in enumerate(self.names)}
-        new = [name for name in names if name not in places]
-        if not new:
-            return self, [places[name] for name in names]
-        values = torch.cat([self.values, self.values.new_ones(len(new))])
-        none = (0,) * len(new)
-        known = replace(
-            self, names=(*self.names, *new), values=values, taken=self.taken + none, good_for=self.good_for + none
-        )
-        return known.of(names)
-
-    @cached_property
-    def missing(self) -> tuple[str, ...]:
-        """The tensors of which there are none yet."""
-        return tuple(name for name, good_for in zip(self.names, self.good_for, strict=True) if not good_for)
-
-    def among(self, names: tuple[str, ...]) -> _Among:
-        """Where some tensors, all of which are known, are."""
-        known, places = self.of(names)
-        return _Among(known, names, tuple(places))
-
-
-@dataclass(frozen=True)
-class _Among:
-    """Where some tensors are among those of which there are factors.
-
-    Attributes:
-        known: the factors.
-        names: the tensors, the rows of a measurement.
-        places: by row, the place of the factor.
-    """
-
-    known: Factors
-    names: tuple[str, ...]
-    places: tuple[int, ...]
-
-    @cached_property
-    def missing(self) -> list[int]:
-        """The rows without a factor."""
-        return [row for row, place in enumerate(self.places) if not self.known.good_for[place]]
-
-    @cached_property
-    def soonest(self) -> int:
-        """The step at which the first of the factors is due to be replaced; 0 if there is none."""
-        known = self.known
-        return min((known.taken[k] + known.good_for[k] for k in self.places if known.good_for[k]), default=0)
-
-    def aged(self, step: int, times: int = 1) -> list[int]:
-        """The rows whose factors are due to be replaced, or so many times as old as they are good for."""
-        known, rows = self.known, enumerate(self.places)
-        return [row for row, k in rows if 0 < times * known.good_for[k] <= step - known.taken[k]]
-
-    def values(self) -> Tensor:
-        """The factors ``[L]``."""
-        if self.places == tuple(range(len(self.known.names))):
-            return self.known.values
-        each = self.known.values.unbind(0)
-        return torch.stack([each[place] for place in self.places])
 
 
 @dataclass(frozen=True)
@@ -256,7 +106,7 @@ class Calibration:
         self.most_error = MOST_ERROR
         self.asked: dict[FactorKey, tuple[str, ...]] = {}
         self._factors: dict[FactorKey, Factors] = {}
-        self._latest_rows: dict[FactorKey, _Among] = {}  # that were asked for
+        self._latest_rows: dict[FactorKey, Among] = {}  # that were asked for
 
     def faithful(
         self, key: FactorKey, group: ProcessGroup | None = None, *, count: bool = True, couples: bool = True
@@ -405,7 +255,7 @@ class Calibration:
                 rows = self._among(key, names, squared_norms.device)
         return rows.values().to(squared_norms) if couples else None
 
-    def _among(self, key: FactorKey, names: tuple[str, ...], device: torch.device | None = None) -> _Among:
+    def _among(self, key: FactorKey, names: tuple[str, ...], device: torch.device | None = None) -> Among:
         """Where these tensors are among the factors of a way of measuring, which there may be none of yet."""
         known, latest = self._factors.get(key), self._latest_rows.get(key)
         if known is None:
@@ -422,7 +272,7 @@ class Calibration:
     def _check_recorded(
         self,
         key: FactorKey,
-        rows: _Among,
+        rows: Among,
         reached: Sequence[int],
         squared_norms: Tensor,
         group: ProcessGroup | None,
@@ -443,7 +293,7 @@ class Calibration:
     def _take(
         self,
         key: FactorKey,
-        rows: _Among,
+        rows: Among,
         squared_norms: Tensor,
         losses: Tensor,
         parameters: Sequence[tuple[str, Tensor]],
@@ -464,7 +314,7 @@ class Calibration:
         self._factors[key] = replace(known, batch=sum(vote.batch for vote in votes))
         self._judge()
 
-    def _renewed(self, rows: _Among, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Factors:
+    def _renewed(self, rows: Among, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Factors:
         """Factors in which those of tensors that have gradients are of today, and judged.
 
         Args:
@@ -477,14 +327,14 @@ class Calibration:
         places = torch.tensor(rows.places, device=exact.device)
         old = known.values.index_select(0, places)
         had = torch.tensor([known.good_for[place] > 0 for place in rows.places], device=old.device)
-        fresh, sound = _ratio(exact, measured, group)
+        fresh, sound = ratio(exact, measured, group)
         values = torch.where(sound, fresh, old.to(fresh))
-        error = _error_of_halves(exact, measured, values, group)
+        error = error_of_halves(exact, measured, values, group)
         aged = {rows.places[row] for row in rows.aged(self.steps)}
         if error is None:
             error = known.error
         elif len(rows.missing) < len(rows.places):
-            served = _error_of(torch.where(had, old.to(fresh), values), exact, measured, group)
+            served = error_of(torch.where(had, old.to(fresh), values), exact, measured, group)
             error = error if served is None else torch.maximum(error, served)
         taken, good_for = list(known.taken), list(known.good_for)
         for place, is_sound in zip(rows.places, sound.tolist(), strict=True):
@@ -580,8 +430,8 @@ class Calibration:
             FactorKey(entry["mode"], bool(entry["borrowed"]), bool(entry["all_ranks"])): Factors(
                 tuple(entry["names"]),
                 entry["values"],
-                _by_tensor(entry["taken"], len(entry["names"])),
-                _by_tensor(entry["good_for"], len(entry["names"])),
+                by_tensor(entry["taken"], len(entry["names"])),
+                by_tensor(entry["good_for"], len(entry["names"])),
                 int(entry.get("batch", 0)),
                 error=entry.get("error"),  # states of versions that judged nothing have none
                 kept=bool(entry.get("kept", True)),  # those of versions that did not look had used them
@@ -591,11 +441,6 @@ class Calibration:
         self.sample.draws, self.shared_sample.draws = draws, shared
         self.steps, self._factors = steps, factors
         self._judge()
-
-
-def _by_tensor(number: int | Sequence[int], tensors: int) -> tuple[int, ...]:
-    """A number for each tensor; states of versions that took all factors at once have one."""
-    return (int(number),) * tensors if isinstance(number, int) else tuple(map(int, number))
 
 
 def _is_time(known: Factors, votes: Sequence[_Vote]) -> bool:
@@ -622,78 +467,3 @@ def _any_gradient(
     if not rows:
         return False
     return bool((squared_norms if len(rows) == len(squared_norms) else squared_norms[rows]).any())
-
-
-def _ratio(exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Factors ``[L]`` in float64 from squared norms ``[L, k]``, and which of them say something, boolean ``[L]``.
-
-    Each example's squares are divided by its whole exact squared norm first, so that every example counts alike. Plain
-    sums follow the few with the largest gradients, and 16 examples are few: over a CIFAR-10 run the mean error of the
-    weights was 4.0 % this way against 6.1 % (frozen) and 3.3 % against 4.0 % (with the local correction); on digits
-    there was no difference (benchmarks/results/cpu/fidelity_*.json).
-    The sums run over the probes of all ranks of the ``group``, in one all-reduce of ``2 L`` numbers.
-    Where a sum is not finite, or the tensor got no gradient, there is nothing to be said.
-    """
-    exact_sum, measured_sum = total(group, *_even_sums(exact, measured))
-    sound = torch.isfinite(exact_sum) & torch.isfinite(measured_sum) & ((exact_sum != 0) | (measured_sum != 0))
-    return _quotients(exact_sum, measured_sum, exact.dtype), sound
-
-
-def _error_of_halves(exact: Tensor, measured: Tensor, factors: Tensor, group: ProcessGroup | None) -> Tensor | None:
-    """Mean error of the weights of probed examples by factors from others, 0-dimensional; None if there are no others.
-
-    Every second example of each rank's probe, squared norms ``[L, k]``, is one half; of every second rank it is the
-    other. It is an estimate for factors from half as many examples as are used, so a little too large. A tensor that
-    has no gradient in one half is mapped by the ``factors`` of both, ``[L]``.
-    """
-    turn = 0 if group is None else group.rank() % 2
-    halves = [(exact[:, (first + turn) % 2 :: 2], measured[:, (first + turn) % 2 :: 2]) for first in (0, 1)]
-    sums = total(group, *(part for half in halves for part in _even_sums(*half)))
-    errors, counts = [], []
-    for half, (exact_sum, measured_sum) in zip(halves, ((sums[2], sums[3]), (sums[0], sums[1])), strict=True):
-        silent = (exact_sum == 0) & (measured_sum == 0)
-        found, count = _errors(torch.where(silent, factors, _quotients(exact_sum, measured_sum, exact.dtype)), *half)
-        others = (~silent).any()
-        errors.append(torch.where(others, found, torch.zeros_like(found)))
-        counts.append(count * others)
-    return _mean(errors[0] + errors[1], counts[0] + counts[1], group)
-
-
-def _error_of(factors: Tensor, exact: Tensor, measured: Tensor, group: ProcessGroup | None) -> Tensor | None:
-    """Mean error of the weights of probed examples by these factors, 0-dimensional, from squared norms ``[L, k]``."""
-    return _mean(*_errors(factors, exact, measured), group)
-
-
-def _errors(factors: Tensor, exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the errors of weights as shares of the exact ones, and of how many examples, both 0-dimensional.
-
-    An error is ``|exact norm / mapped norm - 1|``, as of alpha / norm. An example without a gradient has none: whatever
-    its weight, nothing is multiplied by it.
-    """
-    exact = exact.double().sum(0)
-    ratios = exact / (measured.double() * factors.double().unsqueeze(1)).sum(0)
-    counts = exact != 0
-    return torch.where(counts, (ratios.sqrt() - 1).abs(), torch.zeros_like(ratios)).sum(), counts.sum().double()
-
-
-def _mean(errors: Tensor, examples: Tensor, group: ProcessGroup | None) -> Tensor | None:
-    """The mean over the examples of all ranks from this one's sum and number; None if there are none."""
-    errors, count = total(group, errors, examples)
-    return errors / count if bool(count) else None
-
-
-def _even_sums(exact: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums ``[L]`` of both over the examples, each of which counts alike."""
-    exact, measured = exact.double(), measured.double()
-    whole = exact.sum(0)
-    share = torch.where(whole != 0, 1 / whole, torch.zeros_like(whole))
-    return (exact * share).sum(1), (measured * share).sum(1)
-
-
-def _quotients(exact: Tensor, measured: Tensor, dtype: torch.dtype) -> Tensor:
-    """Factors from even sums of squares that were formed in ``dtype``; 1 where there is nothing to map.
-
-    Nor is there where both are rounding, as of a bias in front of a batch norm: their quotient would be any number.
-    """
-    rounding = torch.maximum(exact, measured) <= (ROUNDING * torch.finfo(dtype).eps) ** 2
-    return torch.where((measured == 0) | rounding, torch.ones_like(exact), exact / measured)

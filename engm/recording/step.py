@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .._C import add_gradients
-from ..batch_norm.calibration import DueError, FactorKey
+from ..batch_norm.calibration import DueError
+from ..batch_norm.factors import FactorKey
 from ..graph.plan import PlannedGraph
 from ..loss_checks import check_finite
 from ..measurement import Measurement

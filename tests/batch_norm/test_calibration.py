@@ -8,7 +8,9 @@ from torch import nn
 import engm
 from engm.backward.norms import calibrated_squared_norms, measure_graph
 from engm.backward.prepare import planned_losses
-from engm.batch_norm.calibration import Calibration, ExactSample, FactorKey
+from engm.batch_norm.calibration import Calibration
+from engm.batch_norm.factors import FactorKey
+from engm.batch_norm.probe import ExactSample
 from engm.exact import exact_squared_norms
 
 pytestmark = pytest.mark.torch_insides

@@ -20,7 +20,7 @@ from training import assert_close, assert_same, batch, losses_of, network, sgd
 import engm
 from engm.backward.norms import measure_graph, own_mode
 from engm.backward.prepare import planned_losses
-from engm.batch_norm.calibration import FactorKey
+from engm.batch_norm.factors import FactorKey
 from engm.distributed import Ranks, gathered
 from engm.optim.aengm import fit_line
 

@@ -18,7 +18,9 @@ from training import (
 )
 
 import engm
-from engm.batch_norm.calibration import Calibration, ExactSample, FactorKey
+from engm.batch_norm.calibration import Calibration
+from engm.batch_norm.factors import FactorKey
+from engm.batch_norm.probe import ExactSample
 from engm.terms.loss_scale import LossScale
 
 

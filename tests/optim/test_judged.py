@@ -16,7 +16,8 @@ from training import assert_same, batch, losses_of, median_norm, network, sgd
 
 import engm
 from engm.adversarial import PGD
-from engm.batch_norm.calibration import MOST_ERROR, Calibration, FactorKey
+from engm.batch_norm.calibration import MOST_ERROR, Calibration
+from engm.batch_norm.factors import FactorKey
 
 BORROWED, LENT = FactorKey("plain", True), FactorKey("frozen", True)  # by running statistics, by the batch's
 OWN = FactorKey("corrected", False)
