@@ -192,6 +192,8 @@ def _read(node: Any, name: str, inputs: Tensor | None) -> bool:
         return True  # it was padded
     if (address_of(saved), saved.storage_offset()) == (address_of(inputs), inputs.storage_offset()):
         return True
-    if inputs.dtype == saved.dtype and inputs.is_contiguous() and not is_recomputed(node):
+    # A convolution whose padding is not of zeros copies its input even where there is nothing to pad.
+    copies = "onvolution" in name or is_recomputed(node)
+    if inputs.dtype == saved.dtype and inputs.is_contiguous() and not copies:
         return False  # torch had no reason to copy it
     return decided((saved.reshape(inputs.shape) == inputs.to(saved.dtype)).all())

@@ -129,6 +129,8 @@ class EmbeddingBagRule(_TableRule):
             if factor is not None:
                 share = share * laid_out(module, factor.detach(), offsets).to(share.dtype)
         gy = (backprops.unsqueeze(1) * share.unsqueeze(2)).to(dtype)
+        if offsets is not None or module.padding_idx is not None:
+            gy = gy.masked_fill(~inside.unsqueeze(2), 0)  # also where the gradient of an empty bag is not finite
         return {"weight": EmbeddingFactors(indices, gy, size, sparse=module.sparse)}
 
 

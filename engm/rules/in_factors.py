@@ -47,6 +47,10 @@ BY_ELEMENT = names_of(
     """
 )
 
+# Operators whose derivatives may be infinite. Others behind them that pass on some elements alone, nothing of the rest,
+# would become a factor of 0, by which no infinite one may be multiplied.
+SINGULAR = names_of("Div Log Log1P Pow Reciprocal Rsqrt Sqrt")
+
 # Operators that make one number of what lies along some dimensions.
 REDUCING = names_of("Amax Amin LinalgVectorNorm Logsumexp Mean Norm Std Sum Var")
 
@@ -158,7 +162,8 @@ def _through(node: Any, parts: list[Part]) -> Arrived:
     rule = RULES.get(name)
     if rule is not None:
         for slot, edge in edges:
-            _add(found, edge, rule(node, slot, parts, shape, entering_shape(*edge)))
+            passed = rule(node, slot, parts, shape, entering_shape(*edge))
+            _add(found, edge, passed if passed is None or name not in SINGULAR or _are_finite(passed) else None)
         return found
     if len({edge for _, edge in edges}) != 1:
         return found  # what comes to one of them may come by way of another
@@ -169,11 +174,18 @@ def _through(node: Any, parts: list[Part]) -> Arrived:
         found[edge] = [Scaled(of_each, _derivative(node, edge, shape, own))]
     elif name in BY_ELEMENT and own == shape:
         derivative = _derivative(node, edge, shape, own)
-        found[edge] = [part.times(derivative, shape) for part in parts]
+        if name not in SINGULAR or decided_for_now(derivative.isfinite().all()):
+            found[edge] = [part.times(derivative, shape) for part in parts]
     elif name in REDUCING and (dim := kept_alone(node, own)) is not None:
         along = total(parts, shape).reshape(-1, own[dim])
         found[edge] = [Scaled(along, _derivative(node, edge, shape, own), dim)]
     return found
+
+
+def _are_finite(parts: Sequence[Part]) -> bool:
+    """Whether all that gradients are multiplied by is."""
+    fixed = [part.fixed if isinstance(part, Scaled) else part.factor for part in parts]
+    return all(decided_for_now(factor.isfinite().all()) for factor in fixed if factor is not None)
 
 
 def _through_function(node: Any, parts: list[Part]) -> Arrived:

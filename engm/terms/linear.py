@@ -98,9 +98,12 @@ class BilinearFactors(PositionFactors):
 
     def squared_norm(self) -> Tensor:
         if self.backprops.shape[1] == 1:
-            factors = (t.to(accumulation_dtype(t)) for t in (self.first, self.second, self.backprops))
-            first, second, backprops = (t.square().sum((1, 2)) for t in factors)
-            return first * second * backprops
+            # The product of two may be too large or too small for the type of that of all three.
+            wide = [
+                t.to(torch.promote_types(t.dtype, torch.float64)) for t in (self.first, self.second, self.backprops)
+            ]
+            first, second, backprops = (t.square().sum((1, 2)) for t in wide)
+            return (first * second * backprops).to(accumulation_dtype(self.backprops))
         return torch.cat([ops.linear_norm_sq(self._pairs(rows), self.backprops[rows]) for rows in self._chunks()])
 
     def to_scale(self) -> Tensor:

@@ -250,6 +250,23 @@ class Outer(NamedTuple):
         """The same in another type."""
         return Outer(*(None if t is None else t.to(dtype) for t in self))
 
+    def of_size_one(self) -> tuple[Outer, Tensor]:
+        """The same with vectors and factor about as large as 1, and what it is to be multiplied by, ``[n]`` in float64.
+
+        Squares of each could be too large or too small for their type although that of the product is not.
+        """
+        left, right, fixed = (None if t is None else t.detach() for t in self)
+        sizes = [t.abs().amax(1, keepdim=True) for t in (left, right) if t is not None]
+        powers = [_power_of_two(size) for size in sizes]
+        scaled = iter(powers)
+        left = None if left is None else left / next(scaled)
+        right = None if right is None else right / next(scaled)
+        power = torch.stack([each.double().squeeze(1) for each in powers]).prod(0)
+        if fixed is not None:
+            whole = _power_of_two(fixed.abs().amax())
+            fixed, power = fixed / whole, power * whole.double()
+        return Outer(left, right, fixed), power
+
     def times(self, other: Outer) -> Tensor:
         """The inner products of the gradients of two parts, ``[n]``."""
         left, right, fixed = (b if a is None else a if b is None else a * b for a, b in zip(self, other, strict=True))
@@ -259,6 +276,12 @@ class Outer(NamedTuple):
         along, dim = (left, 1) if left is not None else (right, 0)
         assert along is not None
         return along @ fixed.sum(dim)
+
+
+def _power_of_two(sizes: Tensor) -> Tensor:
+    """The powers of two nearest to some sizes; 1 for sizes that are 0 or not finite."""
+    usual = torch.isfinite(sizes) & (sizes > 0)
+    return torch.exp2(torch.where(usual, sizes, torch.ones_like(sizes)).log2().round())
 
 
 def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
@@ -271,7 +294,8 @@ def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
 def squared_norm_of_outer(parts: Sequence[Outer]) -> Tensor:
     """``||g_i||^2``, ``[n]``, of the sum of some parts, from products of matrices, in float64 if there are several."""
     if len(parts) == 1:
-        return parts[0].times(parts[0])
+        one, power = parts[0].of_size_one()
+        return (one.times(one).double() * power.square()).to(one.dtype)
     wide = [part.to(torch.float64) for part in parts]
     own = torch.stack([part.times(part) for part in wide]).sum(0)
     crossed = torch.stack([first.times(second) for first, second in combinations(wide, 2)]).sum(0)

@@ -209,3 +209,13 @@ def test_averages_are_over_the_whole_batch():
     model = engm.GradNormModule(net)
     losses = random_losses(model(x))
     assert_measured(corrected(model, losses), truth(net, lambda m: random_losses(m(x))))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular", "replicate"])
+def test_a_convolution_that_pads_nothing(mode):
+    """In other modes than zeros it copies its input all the same."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv1d(4, 5, 1, padding_mode=mode), nn.BatchNorm1d(5), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3)
+    )
+    check_corrected(net.double(), tensor(20, 4, 8))

@@ -296,3 +296,21 @@ def test_bag_with_a_sparse_gradient():
     assert net.bag.weight.grad.is_sparse
     wanted = expected.update(torch.ones(4, dtype=torch.float64))["bag.weight"]
     torch.testing.assert_close(net.bag.weight.grad.to_dense(), wanted)
+
+
+@pytest.mark.parametrize("offsets", [True, False])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_a_bag_of_nothing_whose_gradient_is_not_finite(mode, offsets):
+    """As that of the length of a zero vector. No row was read, and autograd drops it."""
+    torch.manual_seed(0)
+    net = nn.EmbeddingBag(7, 5, mode=mode, padding_idx=6).double()
+    source = torch.randint(0, 6, (9,)) if offsets else torch.randint(0, 6, (4, 3))
+    given = (source, torch.tensor([0, 3, 3, 5])) if offsets else (source.index_fill(0, torch.tensor([1]), 6),)
+    model = engm.GradNormModule(net)
+    lengths = net(*given).square().sum(1).sqrt()
+    wanted = torch.stack([torch.autograd.grad(one, net.weight, retain_graph=True)[0].norm() for one in lengths])
+    assert wanted[1] == 0
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+    stats = opt.backward(model(*given).square().sum(1).sqrt())
+    torch.testing.assert_close(stats.norms, wanted)
+    assert net.weight.grad.isfinite().all()

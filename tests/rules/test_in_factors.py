@@ -14,7 +14,7 @@ import engm
 from engm.rules.in_factors import FactoredPull
 from engm.rules.pulled_back import pull_back_to_all
 from engm.terms import LinearFactors, LocalCorrection, PerExampleGradient
-from engm.terms.parts import dense_of, outer_of, squared_norm_of, squared_norm_of_outer
+from engm.terms.parts import Product, dense_of, outer_of, squared_norm_of, squared_norm_of_outer
 
 N = 17  # so many that products of matrices of all of them are taken for a sum of four parts
 
@@ -446,3 +446,58 @@ def test_a_parametrization_runs_as_often_as_without_the_wrapper():
         opt.backward(model(torch.randn(4, 6, dtype=torch.float64)).square().sum(1))
         opt.step()
     assert len(calls) == 3
+
+
+SELECTED = {
+    "relu": lambda w, m: w.relu().sqrt(),
+    "clamped": lambda w, m: w.clamp(min=0).sqrt(),
+    "a power": lambda w, m: w.relu() ** 0.5,
+    "where": lambda w, m: torch.where(m, w.abs(), 0.0).sqrt(),
+    "filled": lambda w, m: w.abs().masked_fill(m, 0).sqrt(),
+    "a triangle": lambda w, m: w.abs().tril().sqrt(),
+    "a logarithm": lambda w, m: torch.where(m, w.relu().log(), 0.0).clamp(min=-9),
+    "a reciprocal": lambda w, m: torch.where(m, w * m, 1.0).reciprocal(),
+}
+
+
+@pytest.mark.parametrize("name", SELECTED)
+def test_an_infinite_derivative_that_nothing_passes_on_is_none(name):
+    """Autograd leaves out what a maximum, a mask or a triangle does not pass on, also where it would be infinite."""
+    torch.manual_seed(0)
+    mask = torch.rand(5, 6) > 0.5
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(tensor(5, 6, seed=3))
+
+        def forward(self, x):
+            return F.linear(x, SELECTED[name](self.w, mask)).square().sum(1)
+
+    net, x = Net(), tensor(4, 6)
+    wanted = torch.stack([torch.autograd.grad(loss, net.w, retain_graph=True)[0] for loss in net(x)])
+    assert wanted.isfinite().all()
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+    for _ in range(3):
+        opt.zero_grad()
+        stats = opt.backward(model(x))
+        assert relative(stats.norms, wanted.flatten(1).norm(dim=1)) <= 1e-9
+        assert relative(net.w.grad, torch.tensordot(stats.weights, wanted, 1) / 4) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [-20, -13, 13, 20])
+def test_factors_of_very_different_sizes(dtype, power):
+    """Each is squared by itself, which must not overflow where the square of their product does not."""
+    fixed = 10.0**power * (1 if dtype == torch.float32 else 10.0 ** (7 * power))
+    for of_rows in (True, False):
+        left, right = (torch.randn(4, 5, dtype=dtype), torch.randn(4, 6, dtype=dtype) / fixed)
+        left, right = (left, right) if of_rows else (right[:, :5], left @ torch.randn(5, 6, dtype=dtype))
+        term = LinearFactors(right.unsqueeze(1), left.unsqueeze(1))
+        mask = fixed * torch.randn(5, 6, dtype=dtype)
+        (outer,) = outer_of([Product(term, mask)], (5, 6))
+        exact = left.double().unsqueeze(2) * right.double().unsqueeze(1) * mask.double()
+        found = squared_norm_of_outer([outer])
+        assert found.dtype == dtype
+        assert relative(found.double(), exact.square().sum((1, 2))) <= (1e-5 if dtype == torch.float32 else 1e-12)

@@ -232,6 +232,18 @@ def test_bilinear(n, lead, sizes, bias, keywords, dtype, seed):
     check(net, losses_of(tensor(n, *lead, sizes[0], seed=seed, dtype=dtype), seed))
 
 
+@pytest.mark.parametrize(("size", "factor"), [(1e10, 1e-20), (1e12, 1e-12), (1e-12, 1e24), (1e-12, 1e18)])
+def test_bilinear_of_very_large_and_very_small_inputs(size, factor):
+    """The product of two squared norms may be beyond float32 although that of all three is not."""
+    torch.manual_seed(0)
+    net = nn.Bilinear(3, 4, 5, bias=False)
+    x, y = size * torch.randn(4, 3), size * torch.randn(4, 4)
+    model = engm.GradNormModule(net)
+    found = engm.per_example_grad_norms(model, factor * model(x, y).sum(1))
+    expected = factor * x.double().norm(dim=1) * y.double().norm(dim=1) * 5**0.5
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_bilinear_with_one_parameter_frozen(frozen):
     net = Pairing(3, 4, 2).double()
