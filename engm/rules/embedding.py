@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..terms import EmbeddingFactors, Term
+from ..terms.owners import Owners
 from ..torch_internals import saved_option
 from .base import Rule, add_rule
+
+# How many times as many positions there may be if bags lie side by side, all as long as the longest.
+UNEVEN = 4
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 """The arguments of ``nn.EmbeddingBag``: ``input``, ``offsets`` and ``per_sample_weights``."""
@@ -116,6 +120,8 @@ class EmbeddingBagRule(_TableRule):
         counts, winners = saved
         source, offsets, weights = activations
         size, dtype = module.weight.shape[0], backprops.dtype
+        if winners is None and offsets is not None and _is_uneven(module, source, offsets):
+            return {"weight": self._of_positions(module, source, offsets, (counts, weights), backprops)}
         inside, indices = bags(module, source, offsets)
         if winners is not None:  # a feature's gradient goes to the position that has its maximum
             empty = ~inside.any(1, keepdim=True)
@@ -132,6 +138,40 @@ class EmbeddingBagRule(_TableRule):
         if offsets is not None or module.padding_idx is not None:
             gy = gy.masked_fill(~inside.unsqueeze(2), 0)  # also where the gradient of an empty bag is not finite
         return {"weight": EmbeddingFactors(indices, gy, size, sparse=module.sparse)}
+
+    def _of_positions(
+        self,
+        module: Any,
+        source: Tensor,
+        offsets: Tensor,
+        factors: Sequence[Tensor | None],
+        backprops: Tensor,
+    ) -> Term:
+        """The term of bags of very different lengths, whose rows are the positions."""
+        _, lengths = _extents(module, source, offsets)
+        bag_of = torch.arange(len(lengths), device=source.device).repeat_interleave(lengths)
+        indices = source[: len(bag_of)]  # the first bag begins at 0
+        inside = torch.ones_like(indices, dtype=torch.bool)
+        if module.padding_idx is not None:
+            inside = indices != _padding_of(module)
+        share = inside.to(torch.promote_types(backprops.dtype, torch.float32))
+        if module.mode == "mean":
+            read = share.new_zeros(len(lengths)).index_add_(0, bag_of, share)
+            share = share / read.clamp_min(1)[bag_of]
+        for factor in factors:
+            if factor is not None:
+                share = share * factor.detach()[: len(bag_of)].to(share.dtype)
+        gy = (backprops[bag_of] * share.unsqueeze(1)).to(backprops.dtype).masked_fill(~inside.unsqueeze(1), 0)
+        rows = EmbeddingFactors(
+            indices.unsqueeze(1), gy.unsqueeze(1), module.weight.shape[0], _padding_of(module), module.sparse
+        )
+        return rows.grouped(Owners(bag_of, len(lengths)))
+
+
+def _is_uneven(module: Any, source: Tensor, offsets: Tensor) -> bool:
+    """Whether bags side by side, all as long as the longest, would be several times as many positions as there are."""
+    _, lengths = _extents(module, source, offsets)
+    return lengths.numel() * int(lengths.max()) > UNEVEN * source.shape[0] > 0
 
 
 def laid_out(module: Any, values: Tensor, offsets: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .base import PerExampleGradient, Term, squared_norm_of_dense
@@ -21,7 +22,8 @@ from .stacked import Stacked
 class MixedTerm(Term):
     """The sum of terms of different kinds.
 
-    For the norm per-example gradients are formed, a chunk at a time; the weighted sum needs none.
+    For the norm per-example gradients are formed, a chunk at a time, unless no example has rows in two of the terms (a
+    layer called once an example, on images of many sizes); the weighted sum needs none.
 
     Attributes:
         parts: the terms, of the same parameter and the same examples.
@@ -34,7 +36,17 @@ class MixedTerm(Term):
         return self.parts[0].examples
 
     def squared_norm(self) -> Tensor:
+        if self._are_apart():
+            return sum_of([part.squared_norm() for part in self.parts])
         return squared_norm_of_dense(self)
+
+    def _are_apart(self) -> bool:
+        """Whether every example has rows in one of the terms at most."""
+        scattered = [part for part in self.parts if isinstance(part, Scattered)]
+        if len(scattered) < len(self.parts):
+            return False
+        there = torch.stack([part.owners.sorted_rows.counts_on_host > 0 for part in scattered])
+        return int(there.sum(0).max()) <= 1
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return sum_of([part.weighted_sum(weights) for part in self.parts])

@@ -5,8 +5,11 @@ import torch
 from engine_checks import check
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import dtype_of, random_losses, tensor
+from oracle import dtype_of, random_losses, relative, tensor
 from torch import nn
+
+import engm
+from engm.terms import combination
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -209,3 +212,24 @@ def test_keyword_argument_and_subclass():
             return self.conv(input=x).relu_()
 
     check(Net().double(), losses_of(tensor(3, 2, 6)))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_images_of_many_sizes_each_by_a_call_of_its_own(again, monkeypatch):
+    """No example has a share in two calls: norms add up, and nobody forms gradients for each; else they are formed."""
+    formed = []
+    whole = combination.squared_norm_of_dense
+    monkeypatch.setattr(combination, "squared_norm_of_dense", lambda term: formed.append(1) or whole(term))
+    net = nn.Conv2d(2, 3, 3).double()
+    images = [tensor(1, 2, 4 + k, 5 + k % 3, seed=k) for k in range(6)]
+
+    def losses(module):
+        found = torch.cat([torch.tanh(module(image)).square().mean((1, 2, 3)) for image in images])
+        return found + module(images[0][:, :, :3, :3]).sum() * torch.eye(6)[3] if again else found
+
+    model = engm.GradNormModule(net)
+    for _ in range(2):
+        wanted = [torch.autograd.grad(loss, net.weight, retain_graph=True)[0].norm() for loss in losses(net)]
+        found = engm.measure(model, losses(model)).squared_norms["weight"].sqrt()
+        assert relative(found, torch.stack(wanted)) <= 1e-9
+    assert bool(formed) == again

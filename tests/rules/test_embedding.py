@@ -11,6 +11,7 @@ from oracle import dtype_of, random_losses, tensor, truth
 from torch import nn
 
 import engm
+from engm.rules import embedding
 
 dtypes = st.sampled_from([torch.float64, torch.float32])
 
@@ -314,3 +315,33 @@ def test_a_bag_of_nothing_whose_gradient_is_not_finite(mode, offsets):
     stats = opt.backward(model(*given).square().sum(1).sqrt())
     torch.testing.assert_close(stats.norms, wanted)
     assert net.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("by_frequency", "sparse"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("mode", "weighted"), [("sum", True), ("sum", False), ("mean", False)])
+def test_bags_of_very_different_lengths(mode, weighted, by_frequency, sparse, monkeypatch):
+    """They are not laid side by side, each as long as the longest, which would take n times as much memory."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(embedding, "_padded", None)
+    options = {"padding_idx": 2, "scale_grad_by_freq": by_frequency, "sparse": sparse, "mode": mode}
+    net = nn.EmbeddingBag(9, 4, **options).double()
+    model = engm.GradNormModule(net)
+    opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1.0)
+    for step in range(3):
+        lengths = torch.tensor([1, 0, 40, 2, 3, 0, 1, 5])[torch.randperm(8)]
+        source = torch.randint(9, (int(lengths.sum()),))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)[:-1]])
+        weights = torch.rand(len(source)).double() if weighted else None
+        of = torch.randint(3, (8,)) if step == 2 else torch.arange(8)  # which example has which bags
+
+        def losses(module, of=of, given=(source, offsets, weights)):
+            each = torch.tanh(module(*given)).sum(1).square() + module(*given).sum(1)
+            return each.new_zeros(int(of.max()) + 1).index_add(0, of, each)
+
+        grads = [torch.autograd.grad(one, net.weight, retain_graph=True)[0].to_dense() for one in losses(net)]
+        wanted = torch.stack(grads)
+        opt.zero_grad()
+        stats = opt.backward(losses(model))
+        torch.testing.assert_close(stats.norms, wanted.flatten(1).norm(dim=1), rtol=1e-9, atol=1e-12)
+        mean = torch.tensordot(stats.weights, wanted, 1) / len(wanted)
+        torch.testing.assert_close(net.weight.grad.to_dense(), mean, rtol=1e-9, atol=1e-12)
