@@ -251,21 +251,22 @@ class Outer(NamedTuple):
         return Outer(*(None if t is None else t.to(dtype) for t in self))
 
     def of_size_one(self) -> tuple[Outer, Tensor]:
-        """The same with vectors and factor about as large as 1, and what it is to be multiplied by, ``[n]`` in float64.
+        """The same with vectors and factor about as large as 1, and what it is to be multiplied by, ``[n]`` or ``[]``.
 
         Squares of each could be too large or too small for their type although that of the product is not.
         """
-        left, right, fixed = (None if t is None else t.detach() for t in self)
-        sizes = [t.abs().amax(1, keepdim=True) for t in (left, right) if t is not None]
-        powers = [_power_of_two(size) for size in sizes]
-        scaled = iter(powers)
-        left = None if left is None else left / next(scaled)
-        right = None if right is None else right / next(scaled)
-        power = torch.stack([each.double().squeeze(1) for each in powers]).prod(0)
+        left, right, fixed = self
+        size: Tensor | float = 1.0
+        if left is not None:
+            left, largest = _of_size_one(left, 1)
+            size = largest.squeeze(1).double()
+        if right is not None:
+            right, largest = _of_size_one(right, 1)
+            size = largest.squeeze(1).double() * size
         if fixed is not None:
-            whole = _power_of_two(fixed.abs().amax())
-            fixed, power = fixed / whole, power * whole.double()
-        return Outer(left, right, fixed), power
+            fixed, largest = _of_size_one(fixed)
+            size = largest.double() * size
+        return Outer(left, right, fixed), torch.as_tensor(size)
 
     def times(self, other: Outer) -> Tensor:
         """The inner products of the gradients of two parts, ``[n]``."""
@@ -278,10 +279,11 @@ class Outer(NamedTuple):
         return along @ fixed.sum(dim)
 
 
-def _power_of_two(sizes: Tensor) -> Tensor:
-    """The powers of two nearest to some sizes; 1 for sizes that are 0 or not finite."""
-    usual = torch.isfinite(sizes) & (sizes > 0)
-    return torch.exp2(torch.where(usual, sizes, torch.ones_like(sizes)).log2().round())
+def _of_size_one(tensor: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """A tensor divided by its largest elements along a dimension, or by the largest of all, and these; 0 stays 0."""
+    largest = torch.linalg.vector_norm(tensor, torch.inf, dim, keepdim=dim is not None)
+    largest = largest.clamp_min(torch.finfo(tensor.dtype).tiny)
+    return tensor / largest, largest
 
 
 def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
@@ -294,8 +296,8 @@ def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
 def squared_norm_of_outer(parts: Sequence[Outer]) -> Tensor:
     """``||g_i||^2``, ``[n]``, of the sum of some parts, from products of matrices, in float64 if there are several."""
     if len(parts) == 1:
-        one, power = parts[0].of_size_one()
-        return (one.times(one).double() * power.square()).to(one.dtype)
+        one, size = parts[0].of_size_one()
+        return (one.times(one).double() * size.square()).to(one.dtype)
     wide = [part.to(torch.float64) for part in parts]
     own = torch.stack([part.times(part) for part in wide]).sum(0)
     crossed = torch.stack([first.times(second) for first, second in combinations(wide, 2)]).sum(0)
