@@ -1,11 +1,13 @@
 """Which networks engm measures exactly, by which rules it does, and what a step costs.
 
 python benchmarks/zoo.py check [--only SUBSTRING] [--mode eval]     exactness in float64, and ENGM/SGD in float32
+python benchmarks/zoo.py exact [--part 1/2]                         exactness alone, in both modes; which fall short
 python benchmarks/zoo.py time  [--models NAME ...] [--batch 16]     ten models beside Opacus and torch.func
 python tools/write_models_page.py                                   docs/models.md, made from both
 
-Every network is written as soon as it is measured (zoo_results.py). A run that was stopped goes on with those that are
-missing when the same command is given again.
+Every network of ``check`` and ``time`` is written as soon as it is measured (zoo_results.py). A run that was stopped
+goes on with those that are missing when the same command is given again. ``exact`` writes nothing; two processes of one
+thread take half an hour each.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import time
 import traceback
 from collections import Counter
@@ -72,21 +75,43 @@ def calm(net: nn.Module) -> nn.Module:
 
 def check(case: Case, mode: str) -> dict[str, Any]:
     """Rules, error and time ratio of one model, or why it is refused."""
+    start = time.perf_counter()
+    net, found = verified(case, mode)
+    if "refused" not in found:
+        gc.collect()
+        found |= _timed(net, case)
+        found["seconds"] = round(time.perf_counter() - start, 1)
+    return found
+
+
+def verified(case: Case, mode: str) -> tuple[nn.Module, dict[str, Any]]:
+    """One model, and its rules and error, or why it is refused."""
     torch.manual_seed(0)
     net = calm(case.make().train(mode == "train"))
     found: dict[str, Any] = {"family": case.family, "name": case.name, "options": case.options, "mode": mode}
     found["parameters"] = sum(p.numel() for p in net.parameters())
-    start = time.perf_counter()
     try:
         found |= _verified(copy.deepcopy(net).double(), case)
     except Exception as error:
         found["refused"] = f"{type(error).__name__}: {error}"
         found["trace"] = traceback.format_exc().replace(f"{ROOT}/", "").splitlines()[-3:]
-        return found
-    gc.collect()
-    found |= _timed(net, case)
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    return found
+    return net, found
+
+
+def short_of_exact(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """What was found of the models that are refused or inexact in one of the modes; prints a line each, and a sum."""
+    short, errors = [], []
+    for case in cases:
+        for mode in ("eval", "train"):
+            _, found = verified(case, mode)
+            gc.collect()
+            errors.append(found.get("error", math.inf))
+            if not found.get("exact"):
+                short.append(found)
+                print(f"{case.name}, {mode}: {found.get('refused') or found['worst']}", flush=True)
+    exact = len(errors) - len(short)
+    print(f"{exact} of {len(errors)} exact, the largest error {max(errors, default=0.0):.1e}", flush=True)
+    return short
 
 
 def _verified(net: nn.Module, case: Case) -> dict[str, Any]:
@@ -212,13 +237,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     timing.add_argument("--models", nargs="*", default=list(TEN))
     timing.add_argument("--batch", type=int, default=16)
     timing.add_argument("--rounds", type=int, default=5)
-    for command in (checking, timing):
+    exact = commands.add_parser("exact")
+    exact.add_argument("--only", default="", help="models whose family or name holds this")
+    exact.add_argument("--part", default="1/1", help="K/N: every Nth model from the Kth on")
+    for command in (checking, timing, exact):
         command.add_argument("--threads", type=int, default=2)
         command.add_argument("--out", type=Path, default=output.RESULTS / "zoo")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cases = zoo_models.every()
-    if args.command == "check":
+    if args.command == "exact":
+        first, every = map(int, args.part.split("/"))
+        wanted = [case for case in cases if args.only in f"{case.family} {case.name}"]
+        if short_of_exact(wanted[first - 1 :: every]):
+            raise SystemExit(1)
+    elif args.command == "check":
         path = args.out / f"{args.mode}.jsonl"
         for case in cases:
             known = (case.family, case.name) in zoo_results.read(path) and not args.again

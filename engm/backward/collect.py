@@ -500,7 +500,9 @@ class TermCollector:
         found = torch.stack([row if row.dtype == dtype else row.to(dtype) for row in rows])
         if self._drawn is not None:
             found = found / self._drawn.to(dtype).square()
-        # Where a gradient that was not finite kept the plan from knowing its owner, at least the loss tells.
+        if self.graph.plan.lost:
+            return torch.full_like(found, torch.nan)
+        # Where a gradient that was not finite kept the plan from knowing its owner, the loss tells.
         return found + like.detach().to(dtype) * 0 if self.graph.plan.blind else found
 
     def weighted_sums(

@@ -75,6 +75,8 @@ def input_norms(gradients: Tensor | Sequence[Tensor], rows: Sequence[Ownership],
         squares = squares.unsqueeze(-1).flatten(dims).sum(-1).flatten()
         grouped = PerExampleGradient(squares).grouped(ownership.flattened(tuple(part.shape)))
         total = total + grouped.dense(slice(0, n))
+        if isinstance(ownership, Owners) and ownership.lost:
+            total = torch.full_like(total, torch.nan)
     return torch.as_tensor(total).sqrt()
 
 

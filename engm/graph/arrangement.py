@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,23 +27,30 @@ class Arrangement:
         ownership: in which rows every example lies.
         unknown: rows ``[*leading]`` without a gradient, as many as were asked about, so that nothing tells whether they
             lie as the others do; None if there are none. They count nothing as long as they have no gradient.
+        lost: whether rows that are not finite may be anybody's, or everybody's.
     """
 
     ownership: Ownership
     unknown: Tensor | None = None
+    lost: bool = False
 
 
-def arranged(owners: Tensor, n: int, blind: Tensor | None = None) -> Arrangement:
+def arranged(owners: Tensor, n: int, blind: Tensor | None = None, culprit: int | None = None) -> Arrangement:
     """The arrangement of a tensor.
 
     Args:
         owners: of its rows, ``[*leading]`` on the CPU: numbers of examples or ``NOBODY``.
         n: number of examples.
-        blind: which rows are not finite. Where no layout tells whose they are they count for the first example, so
-            that the step is visibly bad.
+        blind: which rows are not finite. Where no layout tells whose they are they count for the ``culprit``.
+        culprit: an example whose loss is not finite either. Where there is none, or where it might be that several
+            examples have a share in these rows, since none of the others is an example's, they are lost.
     """
-    found = _arranged(owners, n, blind)
+    found = _arranged(owners, n, blind, culprit or 0)
     layout = found.ownership
+    if blind is not None and n > 1:
+        unknown = blind if isinstance(layout, Owners) else found.unknown
+        lost = unknown is not None and bool((blind & unknown).any())
+        found = replace(found, lost=lost and (culprit is None or not bool((owners >= 0).any())))
     if isinstance(layout, Layout) and layout.dim > 1:
         return replace(found, ownership=_written_out(layout, owners.shape, n))
     return found
@@ -54,7 +62,7 @@ def _written_out(layout: Layout, shape: Sequence[int], n: int) -> Owners:
     return Owners(along.expand(*shape[: layout.dim], -1), n)
 
 
-def _arranged(owners: Tensor, n: int, blind: Tensor | None) -> Arrangement:
+def _arranged(owners: Tensor, n: int, blind: Tensor | None, culprit: int) -> Arrangement:
     """See :func:`arranged`; a layout may lie along any dimension."""
     rows = without_trailing(owners)
     found, dim = None, rows.dim() - 1
@@ -75,7 +83,7 @@ def _arranged(owners: Tensor, n: int, blind: Tensor | None) -> Arrangement:
             return replace(found, unknown=silent)
         return _with_lone_places(found, owners, n) if bool(silent.any()) and n > 1 else found
     if blind is not None:
-        rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), 0, rows)
+        rows = torch.where(blind.reshape(*rows.shape, -1).any(-1), culprit, rows)
         silent &= ~blind
     return Arrangement(Owners(rows, n), silent if bool(silent.any()) else None)
 
@@ -117,19 +125,25 @@ class Arrangements:
     """How examples lie in tensors, worked out once for every tensor of owners, of which many nodes have the same.
 
     Args:
-        n: number of examples.
+        losses: ``[n]``, of the examples.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, losses: Tensor) -> None:
+        self.n = losses.shape[0]
+        self._losses = losses
         self._found: dict[tuple[str, int], Any] = {}
         self._asked: dict[int, Tensor] = {}  # kept so that their ids stay theirs
 
     def arranged(self, owners: Tensor, blind: Tensor | None = None) -> Arrangement:
         """See :func:`arranged`."""
         if blind is not None:
-            return arranged(owners, self.n, blind)
+            return arranged(owners, self.n, blind, self.culprit)
         return self._once("arranged", owners, lambda: arranged(owners, self.n))
+
+    @cached_property
+    def culprit(self) -> int | None:
+        """The first example whose loss is not finite, if there is one."""
+        return culprit_of(self._losses)
 
     def regular(self, owners: Tensor) -> bool:
         """See :func:`regular`."""
@@ -153,6 +167,12 @@ class Arrangements:
             self._asked[id(owners)] = owners
             self._found[key] = answer()
         return self._found[key]
+
+
+def culprit_of(losses: Tensor) -> int | None:
+    """The first example whose loss is not finite, if there is one."""
+    found = (~losses.detach().isfinite()).nonzero()
+    return int(found[0]) if len(found) else None
 
 
 def _present(owners: Tensor) -> Present:

@@ -13,7 +13,7 @@ from ..distributed import on_any
 from ..terms.layout import Layout
 from ..terms.owners import NOBODY, Owners, Ownership
 from ..torch_internals import BATCH_NORMS, batch_norm_statistics, operator_name, recomputed_once
-from .arrangement import arranged
+from .arrangement import arranged, culprit_of
 from .owners import SEVERAL, Question
 from .plan import Plan
 from .planning import make_plan
@@ -65,11 +65,12 @@ def plan_of_inputs(traced: Trace, losses: Tensor, tensors: Sequence[Tensor], see
         if owners is None or bool((owners == SEVERAL).any()) or not bool((owners != NOBODY).any()):
             found.append(_required(usual[number], tensor, n))
             continue
-        arrangement = arranged(owners, n, question.blind.get(("tensor", number)))
+        blind = question.blind.get(("tensor", number))
+        arrangement = arranged(owners, n, blind, None if blind is None else culprit_of(losses))
         if isinstance(arrangement.ownership, Layout):
             found.append(arrangement.ownership)
         else:
-            found.append(Owners(arrangement.ownership.of.to(losses.device), n))
+            found.append(Owners(arrangement.ownership.of.to(losses.device), n, arrangement.lost))
             keeps = keeps and arrangement.unknown is None
     holds = _plan_as_if_trained(traced, losses, seed)
     return Plan(tuple(found), routes=holds.routes, keeps=keeps and holds.keeps and not holds.doubtful)

@@ -260,17 +260,26 @@ def _matched(node: Any, slot: int, own: Sequence[Tensor], whole: Tensor) -> tupl
         unit = gcd(*sizes)
         found = [part.flatten().repeat_interleave(sizes[0] // unit) for part in own]
         return found, whole.flatten().repeat_interleave(sizes[1] // unit)
-    if name in ("Permute", "T", "Transpose"):
-        dims = list(range(len(out)))
-        if name == "Permute":
-            dims = [dim % len(out) for dim in cast(Sequence[int], saved_option(node, "dims"))]
-        else:
-            pair = (-2, -1) if name == "T" else (saved_option(node, "dim0"), saved_option(node, "dim1"))
-            first, second = (cast(int, dim) % len(out) for dim in pair)
-            dims[first], dims[second] = dims[second], dims[first]
-        back = [dims.index(dim) for dim in range(len(out))]
-        return [_of_elements(part, out).permute(back) for part in own], _of_elements(whole, shape)
-    return None
+    dims = permutation_of(node)
+    if dims is None:
+        return None
+    back = [dims.index(dim) for dim in range(len(out))]
+    return [_of_elements(part, out).permute(back) for part in own], _of_elements(whole, shape)
+
+
+def permutation_of(node: Any) -> list[int] | None:
+    """Which dimension of the input every dimension of a node's output is, if the node puts them in an order."""
+    name = operator_name(node)
+    rank = len(output_shape(node))
+    if name not in ("Permute", "T", "Transpose") or not rank:
+        return None
+    if name == "Permute":
+        return [dim % rank for dim in cast(Sequence[int], saved_option(node, "dims"))]
+    dims = list(range(rank))
+    pair = (-2, -1) if name == "T" else (saved_option(node, "dim0"), saved_option(node, "dim1"))
+    first, second = (cast(int, dim) % rank for dim in pair)
+    dims[first], dims[second] = dims[second], dims[first]
+    return dims
 
 
 def _hides_elements(own: Tensor, whole: Tensor) -> bool:

@@ -184,6 +184,7 @@ class Plan:
         keeps: whether the plan may hold for another graph at all.
         alone: whether what other graphs have shown is not to be added to it.
         blind: whether some gradient was not finite when the plan was made.
+        lost: whether the plan does not tell of which examples such gradients are.
         silent: positions of nodes that no gradient came to, so that what is behind them is not known.
         behind_entries: whether some of them lie behind what enters, so that a pass runs through that too.
         quiet: positions of all nodes that no gradient came to.
@@ -212,6 +213,7 @@ class Plan:
     keeps: bool = True
     alone: bool = False
     blind: bool = False
+    lost: bool = False
     silent: tuple[int, ...] = ()
     behind_entries: bool = False
     quiet: frozenset[int] = frozenset()

@@ -43,7 +43,15 @@ from ..torch_internals import (
 from .arrangement import Arrangement, Arrangements
 from .believed import run_otherwise
 from .fitting import OwnersOnDevice, agreed, fits
-from .keeping import closed_to_others, junctions, moved_unseen, owners_by_readers, parted_by_zeros, stands_alone
+from .keeping import (
+    closed_to_others,
+    junctions,
+    moved_unseen,
+    owners_by_readers,
+    parted_by_zeros,
+    permutation_of,
+    stands_alone,
+)
 from .measured import Extent, View, measured
 from .opaque import opaque_functions, refuse_hidden_passes
 from .owners import Key
@@ -154,7 +162,7 @@ class _Planner:
             self.aside |= coupling
             self.settled |= coupling
         self._on_device = OwnersOnDevice(losses.device)
-        self.about = Arrangements(self.n)
+        self.about = Arrangements(losses)
         self._settle()
         self._refuse_regions()
 
@@ -252,9 +260,10 @@ class _Planner:
         present = owners[owners != NOBODY].unique()
         if present.numel() > 1:
             return Arrangement(Owners(owners, self.n))
-        owner = present[0] if present.numel() else owners.new_zeros(())  # nothing is finite: a bad step anyway
+        owner = present[0] if present.numel() else owners.new_zeros(())
         unknown = (owners == NOBODY) & (owners_by_readers(self.rows, number, owners) != owner)
-        return Arrangement(Owners(owner, self.n), unknown if bool(unknown.any()) else None)
+        lost = not present.numel() and self.n > 1  # nothing is finite
+        return Arrangement(Owners(owner, self.n), unknown if bool(unknown.any()) else None, lost)
 
     def _fits(self, call: Call, ownership: Ownership) -> bool:
         """Whether a call's rule can be told that its examples lie like this."""
@@ -352,7 +361,7 @@ class _Planner:
             exact: take the gradients of all losses through what looks like a coupling, whatever the model says.
             once: as in :func:`make_plan`.
         """
-        entries, unknown_of_nodes = [], {}
+        entries, unknown_of_nodes, arrangements = [], {}, list(self.arranged.values())
         coupled = False
         for position, slot in self.border:
             child = self._child(position, slot)
@@ -361,10 +370,11 @@ class _Planner:
                 if not exact:
                     refuse_coupling(self.model, self.traced, reading, position)
                 coupled = True
-            entry, unknown = self._entry(position, slot)
+            entry, outputs = self._entry(position, slot)
             entries.append(entry)
-            if unknown is not None:
-                unknown_of_nodes[position] = unknown.to(self.losses.device)
+            arrangements += outputs
+            if outputs[0] is not None and outputs[0].unknown is not None:
+                unknown_of_nodes[position] = outputs[0].unknown.to(self.losses.device)
         layouts = tuple(self._layout_of(number) for number in range(len(self.traced.calls)))
         unknown_of_calls = {
             number: arrangement.unknown.to(self.losses.device)
@@ -412,6 +422,7 @@ class _Planner:
             keeps=keeps,
             alone=keeps and stands_alone(self.rows, routed),
             blind=bool(self.rows.blind),
+            lost=any(arrangement is not None and arrangement.lost for arrangement in arrangements),
             silent=tuple(sorted(outermost)),
             behind_entries=not self._behind_entries().isdisjoint(position for position, _ in sinks),
             quiet=frozenset(self.rows.silent),
@@ -490,15 +501,15 @@ class _Planner:
             and any(parent not in self.rows.silent for parent in self.structure.parents[position])
         }
 
-    def _entry(self, position: int, slot: int) -> tuple[PlannedEntry, Tensor | None]:
-        """The entry of what enters by an edge, and the rows of the node's first output that are not known."""
+    def _entry(self, position: int, slot: int) -> tuple[PlannedEntry, list[Arrangement | None]]:
+        """The entry of what enters by an edge, and where the examples lie in the node's outputs."""
         traced, node = self.traced, self.traced.order[position]
         found = [self.rows.arranged_output(position, number) for number in range(len(node_outputs(node)))]
         first = found[0]
         others = tuple(None if a is None else self._on_device(a.ownership) for a in found[1:])
         child, number = node.next_functions[slot]
         behind, turns = self._child(position, slot), 0
-        while operator_name(node) in ("Mm", "Addmm") and behind >= 0 and operator_name(child) == "T":
+        while operator_name(node) in ("Mm", "Addmm") and behind >= 0 and permutation_of(child) == [1, 0]:
             if traced.hooked and is_hooked(child):
                 break  # what comes out of the hook is the transpose's
             child, number = child.next_functions[0]
@@ -513,7 +524,7 @@ class _Planner:
             tuple(self.structure.sources(behind, self.rows.shared | self._closed_branches())),
         )
         ruled = has_rule(entry.at(traced, self.n))
-        return replace(entry, ruled=ruled), None if first is None else first.unknown
+        return replace(entry, ruled=ruled), found
 
     def _closed_branches(self) -> set[int]:
         """The nodes outside of calls that no gradient comes to; one may by way of every tensor that they lead to."""

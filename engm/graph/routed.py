@@ -90,7 +90,7 @@ class _Told(Told):
         self._traced, self._answers = traced, answers
         self._numbers = {id(call): number for number, call in enumerate(traced.calls)}
         self._found: dict[Any, Ownership] = {}
-        self._about = Arrangements(losses.shape[0])
+        self._about = Arrangements(losses)
         self._on_device = OwnersOnDevice(losses.device)
 
     def of_call(self, call: Call, backprops: Any) -> Ownership:

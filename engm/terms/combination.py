@@ -14,7 +14,7 @@ from .embedding import EmbeddingFactors, TiedTable
 from .factors import PositionFactors
 from .linear import LinearFactors
 from .owners import Owners
-from .scattered import Scattered, joined_rows
+from .scattered import Scattered, batched_together, by_rows, joined_rows
 from .stacked import Stacked
 
 
@@ -22,8 +22,9 @@ from .stacked import Stacked
 class MixedTerm(Term):
     """The sum of terms of different kinds.
 
-    For the norm per-example gradients are formed, a chunk at a time, unless no example has rows in two of the terms (a
-    layer called once an example, on images of many sizes); the weighted sum needs none.
+    For the norm per-example gradients are formed, a chunk at a time. Where rows lie in no regular order, examples of
+    similar numbers of rows are a regular batch, whose terms may have a kind in common. No example may have rows in two
+    of the terms: a layer called once an example, on images of many sizes. The weighted sum needs nothing of this.
 
     Attributes:
         parts: the terms, of the same parameter and the same examples.
@@ -36,17 +37,15 @@ class MixedTerm(Term):
         return self.parts[0].examples
 
     def squared_norm(self) -> Tensor:
-        if self._are_apart():
-            return sum_of([part.squared_norm() for part in self.parts])
-        return squared_norm_of_dense(self)
-
-    def _are_apart(self) -> bool:
-        """Whether every example has rows in one of the terms at most."""
-        scattered = [part for part in self.parts if isinstance(part, Scattered)]
-        if len(scattered) < len(self.parts):
-            return False
-        there = torch.stack([part.owners.sorted_rows.counts_on_host > 0 for part in scattered])
-        return int(there.sum(0).max()) <= 1
+        parts = by_rows(self.parts)
+        if len(parts) < len(self.parts):
+            return squared_norm_of_dense(self)
+        if _are_apart(parts):
+            return sum_of([part.squared_norm() for part in parts])
+        found = parts[0].zeros(self.examples)
+        for numbers, terms in batched_together(parts):
+            found.index_copy_(0, numbers, combine(terms).squared_norm().to(found.dtype))
+        return found
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return sum_of([part.weighted_sum(weights) for part in self.parts])
@@ -62,6 +61,12 @@ class MixedTerm(Term):
 
     def _regrouped(self, owners: Owners) -> Term:
         return replace(self, parts=[part.regrouped(owners) for part in self.parts])
+
+
+def _are_apart(parts: Sequence[Scattered]) -> bool:
+    """Whether every example has rows in one of the terms at most."""
+    there = torch.stack([part.owners.sorted_rows.counts_on_host > 0 for part in parts])
+    return int(there.sum(0).max()) <= 1
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

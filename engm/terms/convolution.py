@@ -19,6 +19,7 @@ from .base import LocalCorrection, PerExampleGradient, Term
 from .factors import Factors, cheaper_to_keep, cheaper_to_scale, refuse_correction
 from .owners import Owners
 
+MOST_PADDED = 2.0  # how many times as many pixels as there are several uses of a weight may have in one image
 MOST_IN_A_STACK = 1 << 21  # products in a weight gradient for which oneDNN on the CPU is not worth its beginning
 
 
@@ -173,11 +174,26 @@ def conv_weight_gradient(inputs: Tensor, backprops: Tensor, geometry: ConvGeomet
 
 
 def joined_convolutions(terms: Sequence[ConvFactors]) -> list[ConvFactors]:
-    """The uses of one weight in as few terms as their geometries allow."""
+    """The uses of one weight in as few terms as their geometries allow, and as are not mostly padding."""
     alike: dict[Any, list[ConvFactors]] = {}
     for term in terms:
         alike.setdefault((term.geometry.without_padding(), term.transposed, term.stacked), []).append(term)
-    return [side_by_side(group) if len(group) > 1 else group[0] for group in alike.values()]
+    return [side_by_side(some) if len(some) > 1 else some[0] for group in alike.values() for some in _fitting(group)]
+
+
+def _fitting(terms: list[ConvFactors]) -> list[list[ConvFactors]]:
+    """The terms in groups of which side by side at most ``1 - 1 / MOST_PADDED`` is padding, the largest image first."""
+    found: list[list[ConvFactors]] = []
+    for term in sorted(terms, key=lambda term: -prod(term.backprops.shape[2:])):
+        for group in found:
+            shapes = [one.backprops.shape[2:] for one in (*group, term)]
+            sizes = list(zip(*shapes, strict=True))
+            if sum(sizes[0]) * prod(map(max, sizes[1:])) <= MOST_PADDED * sum(map(prod, shapes)):
+                group.append(term)
+                break
+        else:
+            found.append([term])
+    return found
 
 
 def side_by_side(terms: Sequence[ConvFactors]) -> ConvFactors:

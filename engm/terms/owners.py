@@ -67,10 +67,12 @@ class Owners:
         of: int64 ``[*leading]``, the number of the example that each row belongs to, or :data:`NOBODY`. Where
             ``leading`` are all dimensions of the tensor, every element has an owner of its own.
         n: number of examples.
+        lost: whether rows that are not finite may be of other examples than those they are counted for.
     """
 
     of: Tensor
     n: int
+    lost: bool = False
     _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
 
     plain = False  # as of a layout: one row an example, in their order
@@ -156,15 +158,16 @@ class Owners:
             end = min(end, start + max(1, most // counts[end - 1]))
             of_these, length = numbers[start:end], counts[end - 1]
             missing = len(of_these) * length - sum(counts[start:end])
-            yield Batch(of_these, length, None) if length > most else self._padded(of_these, length, missing)
+            yield Batch(of_these, length, None) if length > most else self.padded(of_these, length, missing)
             start = end
 
-    def _padded(self, numbers: Tensor, length: int, missing: int) -> Batch:
-        """Examples of at most ``length`` rows, of which ``missing`` are filled up."""
+    def padded(self, numbers: Tensor, length: int, missing: int) -> Batch:
+        """Examples ``numbers`` of at most ``length`` rows, of which ``missing`` in all are filled up."""
         by_owner = self.sorted_rows
         place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
         counts = by_owner.counts[numbers].unsqueeze(1)
-        rows = by_owner.order[by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)]
+        of_rows = by_owner.starts[numbers].unsqueeze(1) + place.minimum(counts - 1)
+        rows = by_owner.order[of_rows.clamp_(0, len(by_owner.order) - 1)]  # an example without rows has any filling
         padding = (place >= counts).flatten().nonzero_static(size=missing).flatten() if missing else None
         return Batch(numbers, length, rows.flatten(), padding)
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..ops import accumulation_dtype
 from .base import PerExampleGradient, Term
 from .layout import PLAIN, Layout
-from .owners import Owners
+from .owners import Batch, Owners
+
+SIMILAR = 0.585  # the binary logarithm of how many times as many rows an example of a batch may have as another
 
 GATHERED_BYTES = 8 << 20  # of rows that are copied at once, or the size of one example's gradient where that is larger
 
@@ -92,7 +94,7 @@ class Scattered(Term):
         return self.owners.n
 
     def squared_norm(self) -> Tensor:
-        found = self._zeros(self.examples)
+        found = self.zeros(self.examples)
         if int(self.owners.sorted_rows.counts_on_host.max()) == 1:  # the rows' own norms, in another order
             norms = self.rows.squared_norm().to(found.dtype)
             owned = self.owners.sorted_rows
@@ -107,7 +109,7 @@ class Scattered(Term):
 
     def dense(self, rows: slice) -> Tensor:
         first, end, _ = rows.indices(self.examples)
-        found = self._zeros(end - first, *self.rows.gradient_shape)
+        found = self.zeros(end - first, *self.rows.gradient_shape)
         for numbers, term in self._regular(slice(first, end)):
             found.index_copy_(0, numbers - first, term.dense(slice(0, term.examples)).to(found.dtype))
         return found
@@ -125,14 +127,15 @@ class Scattered(Term):
     def _regrouped(self, owners: Owners) -> Term:
         return Scattered(self.rows, self.owners.then(owners))
 
-    def _zeros(self, *shape: int) -> Tensor:
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros in the type that norms and gradients are added up in."""
         backprops = self.rows.held()[-1]
         return backprops.new_zeros(shape, dtype=accumulation_dtype(backprops))
 
     def _gradient_bytes(self) -> int:
         return prod(self.rows.gradient_shape) * accumulation_dtype(self.rows.held()[-1]).itemsize
 
-    def _at_once(self) -> int:
+    def at_once(self) -> int:
         """How many rows may be copied at once."""
         row = sum(tensor.nbytes for tensor in self.rows.held()) // max(1, self.rows.examples)
         return max(1, max(GATHERED_BYTES, self._gradient_bytes()) // max(1, row))
@@ -143,23 +146,74 @@ class Scattered(Term):
         An example of more rows than may be copied at once comes alone and with its gradient formed, which is then
         smaller than its rows.
         """
-        most = self._at_once()
+        most = self.at_once()
         for batch in self.owners.batches(examples.start, examples.stop, most):
-            if batch.rows is None:
-                yield batch.numbers, self._formed(batch.numbers, batch.length, most)
-            else:
-                rows = self.rows.selected(batch.rows, batch.padding)
-                yield batch.numbers, rows.fold(1, len(batch.numbers), batch.length)
+            whole = batch.rows is None
+            yield batch.numbers, self._formed(batch.numbers, batch.length, most) if whole else self._copied(batch)
+
+    def regular(self, numbers: Tensor, counts: Tensor) -> Term:
+        """The term of some examples.
+
+        Args:
+            numbers: of the examples; one of more rows than may be copied at once comes alone.
+            counts: how many rows each has, on the host; none has none.
+        """
+        length = int(counts.max())
+        if length > self.at_once():
+            return self._formed(numbers, length, self.at_once())
+        missing = len(numbers) * length - int(counts.sum())
+        return self._copied(self.owners.padded(numbers, length, missing))
+
+    def _copied(self, batch: Batch) -> Term:
+        assert batch.rows is not None
+        return self.rows.selected(batch.rows, batch.padding).fold(1, len(batch.numbers), batch.length)
 
     def _formed(self, number: Tensor, length: int, most: int) -> Term:
         """The gradient of one example, from at most ``most`` of its ``length`` rows at once."""
         by_owner = self.owners.sorted_rows
-        total = self._zeros(1, *self.rows.gradient_shape)
+        total = self.zeros(1, *self.rows.gradient_shape)
         for first in range(0, length, most):
             some = torch.arange(first, min(first + most, length), device=number.device)
             rows = self.rows.selected(by_owner.order[by_owner.starts[number] + some], None)
             total += rows.fold(1, 1, len(some)).dense(slice(0, 1))
         return PerExampleGradient(total)
+
+
+def batched_together(parts: Sequence[Scattered]) -> Iterator[tuple[Tensor, list[Term]]]:
+    """The numbers of examples that have similar numbers of rows in each of several terms, and their regular terms.
+
+    Examples without rows come in no batch. Of a term in which none of a batch has rows there is none.
+
+    Args:
+        parts: of the same examples.
+    """
+    counts = torch.stack([part.owners.sorted_rows.counts_on_host for part in parts], 1)
+    sizes = (counts.double().log2() / SIMILAR).ceil().tolist()  # minus infinity where there are no rows
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for number, size in enumerate(map(tuple, sizes)):
+        alike.setdefault(size, []).append(number)
+    device = parts[0].owners.of.device
+    for numbers in alike.values():
+        here = [(part, rows) for part, rows in zip(parts, counts[numbers].unbind(1), strict=True) if int(rows.max())]
+        at_once = max(1, min((part.at_once() // int(rows.max()) for part, rows in here), default=1))
+        for start in range(0, len(numbers) if here else 0, at_once):
+            some = slice(start, start + at_once)
+            own = torch.tensor(numbers[some], device=device)
+            yield own, [part.regular(own, rows[some]) for part, rows in here]
+
+
+def by_rows(terms: Sequence[Term]) -> list[Scattered]:
+    """The terms that have owners of rows, and if there are any, regular terms as such; others are left out."""
+    if not any(isinstance(term, Scattered) for term in terms):
+        return []
+    return [found for term in terms if (found := _with_owners(term)) is not None]
+
+
+def _with_owners(term: Term) -> Scattered | None:
+    """A term as one that has owners of rows, if it has rows."""
+    if isinstance(term, RowTerm):
+        term = term.regrouped(Owners.regular(PLAIN, term.examples, term.held()[-1].device))
+    return term if isinstance(term, Scattered) else None
 
 
 def joined_rows(terms: Sequence[Term]) -> list[Term]:
@@ -174,11 +228,9 @@ def joined_rows(terms: Sequence[Term]) -> list[Term]:
             groups.setdefault(term.rows.alike, [])
     others = []
     for term in terms:
-        if isinstance(term, RowTerm) and term.alike in groups:
-            device = term.held()[-1].device
-            term = term.regrouped(Owners.regular(PLAIN, term.examples, device))
-        if isinstance(term, Scattered):
-            groups[term.rows.alike].append(term)
+        owned = _with_owners(term)
+        if owned is not None and owned.rows.alike in groups:
+            groups[owned.rows.alike].append(owned)
         else:
             others.append(term)
     return [*map(_concatenated, groups.values()), *others]

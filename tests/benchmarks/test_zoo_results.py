@@ -105,6 +105,21 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path / "train.jsonl") == ["nn.LSTM"]
 
 
+def test_which_networks_fall_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(zoo_models, "every", zoo_models.torch_modules)
+    run("exact", "--only", "LSTM")
+    assert capsys.readouterr().out.startswith("2 of 2 exact, the largest error ")
+    run("exact", "--only", "LSTM", "--part", "2/2")
+    assert capsys.readouterr().out.startswith("0 of 0 exact")
+    monkeypatch.setattr(zoo, "EXACT", -1.0)
+    monkeypatch.setattr(zoo, "EXACT_IN_PARTS", -1.0)
+    with pytest.raises(SystemExit):
+        run("exact", "--only", "LSTM")
+    first, _, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("nn.LSTM, eval: {'name'")
+    assert last.startswith("0 of 2 exact")
+
+
 def test_a_network_is_measured_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo_models, "every", zoo_models.torch_modules)
     run("check", "--only", "LSTM", "--out", tmp_path)

@@ -149,6 +149,31 @@ def test_operators(how, shape, n):
     check(Held(how, shape).double(), lambda m: random_losses(m(tensor(n, 4))))
 
 
+TURNED = {
+    "t": (lambda p: p.t(), 1),
+    "T": (lambda p: p.T, 1),
+    "mT": (lambda p: p.mT, 1),
+    "transpose": (lambda p: p.transpose(-1, 0), 1),
+    "permute": (lambda p: p.permute(-1, 0), 1),
+    "movedim": (lambda p: p.movedim(0, 1), 1),
+    "three times": (lambda p: p.t().mT.T, 3),
+    "in place": (lambda p: p.permute(0, 1), 0),
+    "with itself": (lambda p: p.transpose(0, -2), 0),
+}
+
+
+@pytest.mark.parametrize("how", TURNED)
+def test_a_transposed_matrix_is_read_as_it_is(how):
+    """However it was transposed, the product has the term of a linear layer."""
+    turn, turns = TURNED[how]
+    net = Held(lambda h, x, p: h @ turn(p), (4, 4)).double()
+    check(net, lambda m: random_losses(m(tensor(3, 4))))
+    model = engm.GradNormModule(net)
+    engm.measure(model, random_losses(model(tensor(3, 4))))
+    ((plan,),) = model.engm_plans.values()
+    assert [entry.turns for entry in plan.entries] == [turns]
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @pytest.mark.parametrize("coupled", ["refuse", "exact"])
 def test_products_with_sparse_matrices(layout, coupled):

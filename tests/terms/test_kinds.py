@@ -38,6 +38,7 @@ from engm.terms import (
     TiedTable,
     combine,
 )
+from engm.terms.convolution import MOST_PADDED, joined_convolutions
 
 
 @every_kind
@@ -144,6 +145,29 @@ def test_convolutions_of_different_strides_and_directions(uses, dims, n, seed):
 
     pairs = [use(stride, transposed, seed + 2 * k) for k, (stride, transposed) in enumerate(uses)]
     assert_term(combine([term for term, _ in pairs]), torch.stack([want for _, want in pairs]).sum(0))
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=4), seed=st.integers(0, 9))
+def test_convolutions_of_images_of_any_size(sizes, seed):
+    def use(size, seed):
+        x, gy = tensor(3, 2, *size, seed=seed), tensor(3, 4, *(length + 1 for length in size), seed=seed + 1)
+        want = gradients((4, 2, 2, 2), lambda w, i: CONVOLVE[2](x[i : i + 1], w, padding=1), gy.unsqueeze(1))
+        return ConvFactors(x, gy, ConvGeometry((2, 2), (1, 1), (1, 1), (1, 1), 1)), want
+
+    pairs = [use(size, seed + 2 * k) for k, size in enumerate(sizes)]
+    terms = [term for term, _ in pairs]
+    joined = joined_convolutions(terms)
+    pixels = sum(term.backprops.shape[2:].numel() for term in terms)
+    assert sum(term.backprops.shape[2:].numel() for term in joined) <= MOST_PADDED * pixels + 12 * len(terms)
+    assert_term(combine(terms), torch.stack([want for _, want in pairs]).sum(0))
+
+
+def test_strips_are_not_filled_up_to_an_image():
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    strips = [ConvFactors(tensor(2, 3, *size), tensor(2, 4, *size), geometry) for size in ((40, 1), (1, 40))]
+    assert joined_convolutions(strips) == strips
+    pyramid = [ConvFactors(tensor(2, 3, size, size), tensor(2, 4, size, size), geometry) for size in (16, 8, 4, 2)]
+    assert len(joined_convolutions(pyramid)) == 1
 
 
 def test_folded_and_plain_uses_of_a_convolution():

@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import fields, replace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import relative, tensor
-from term_kinds import KINDS, OF_ONE_SHAPE, assert_term, convolution, correction, every_kind, linear
+from term_kinds import KINDS, OF_ONE_SHAPE, assert_term, convolution, correction, embedding, every_kind, linear
 
 import engm.terms.scattered
 from engm.terms import (
@@ -25,7 +26,7 @@ from engm.terms import (
     TiedTable,
     combine,
 )
-from engm.terms.layout import Layout
+from engm.terms.layout import PLAIN, Layout
 
 COUNTS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -324,6 +325,37 @@ def test_convolutions_of_different_images():
     term = combine([scattered.regrouped(of), plain, folded.fold(1, 2, 2)])
     assert isinstance(term, MixedTerm)
     assert_term(term, summed(rows, of) + of_plain + of_folded.unflatten(0, (2, 2)).sum(1))
+
+
+@pytest.mark.parametrize("bound", [1, 1 << 10, 1 << 20])
+@pytest.mark.parametrize("pair", [("linear", "embedding with padding"), ("linear", "whole"), ("conv2d", "narrow")])
+@given(counts=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8), seed=st.integers(0, 9))
+def test_uses_of_two_kinds(pair, bound, counts, seed):
+    """Of some examples one has no rows, or neither has, or more than may be copied at once."""
+    kinds = KINDS | {"narrow": lambda n, seed=0: convolution(n, 2, 2, seed, groups=2)}
+    of = [owners(list(numbers), 1, seed + k) for k, numbers in enumerate(zip(*counts, strict=True))]
+    pairs = [kinds[kind](len(own.of), seed=seed + k) for k, (kind, own) in enumerate(zip(pair, of, strict=True))]
+    want = sum(summed(rows, own) for (_, rows), own in zip(pairs, of, strict=True))
+    with mock.patch.object(engm.terms.scattered, "GATHERED_BYTES", bound):
+        assert_term(combine([term.regrouped(own) for (term, _), own in zip(pairs, of, strict=True)]), want)
+
+
+@pytest.mark.parametrize("regular", [False, True])
+def test_a_large_table_tied_to_a_projection_forms_no_gradient(regular, monkeypatch):
+    """A language model on sequences of many lengths; look-ups or projections may be in order all the same."""
+    size, n = 5000, 4
+    of = owners([1] * n if regular else [3, 1, 0, 7], 0, 1), owners([2, 1, 4, 7], 0, 2)
+    (table, _), (projection, _) = (
+        kind(len(own.of), positions=1, seed=3, shape=(size, 3))
+        for kind, own in zip((embedding, linear), of, strict=True)
+    )
+    uses = [table if regular else table.regrouped(of[0]), projection.regrouped(of[1])]
+    want = summed(table.dense(slice(0, len(of[0].of))), Owners.regular(PLAIN, n, "cpu") if regular else of[0])
+    want = (want + summed(projection.dense(slice(0, len(of[1].of))), of[1])).flatten(1).square().sum(1)
+    for kind in (EmbeddingFactors, LinearFactors, TiedTable):
+        monkeypatch.setattr(kind, "dense", lambda *_: pytest.fail("a gradient of the table's size was formed"))
+    for order in (uses, uses[::-1]):
+        assert relative(combine(order).squared_norm(), want) <= 1e-9
 
 
 def test_tied_tables():
