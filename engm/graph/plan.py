@@ -6,7 +6,7 @@ structure whose routing has the same values. It is kept in a :class:`PlanCache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from ..capture.calls import Call, Collector
 from ..rules.entries import Entry
 from ..terms import Term
-from ..terms.owners import Ownership
+from ..terms.owners import Owners, Ownership
 from ..torch_internals import is_recomputed, node_outputs, recomputed_once, saved_tensors_of
 from .trace import Trace
 
@@ -225,6 +225,16 @@ class Plan:
     silent_calls: frozenset[int] = frozenset()
     opaque: tuple[OpaqueFunction, ...] = ()
     told: Told | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors in the plan that its steps read."""
+        yield from self.unknown_of_calls.values()
+        yield from self.unknown_of_nodes.values()
+        yield from (junction.unknown for junction in self.junctions.values())
+        of_entries = (layout for entry in self.entries for layout in (entry.layout, *entry.others))
+        for ownership in (*self.layouts, *of_entries):
+            if isinstance(ownership, Owners):
+                yield from ownership.tensors()
 
     @property
     def doubtful(self) -> bool:

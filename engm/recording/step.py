@@ -483,6 +483,8 @@ def _recording_of(call: _Call, before: Before) -> tuple[_Recording, Program, Gra
         _refuse_unsettled(graph)
         graphs.append(graph)
         known: list[Tensor] = []
+        for tensor in graph.plan.tensors():
+            constant(tensor)
         with recomputed_once():
             for route in graph.plan.routes:
                 constant(route.values)

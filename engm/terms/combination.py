@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from .base import PerExampleGradient, Term, squared_norm_of_dense
@@ -23,8 +22,9 @@ class MixedTerm(Term):
     """The sum of terms of different kinds.
 
     For the norm per-example gradients are formed, a chunk at a time. Where rows lie in no regular order, examples of
-    similar numbers of rows are a regular batch, whose terms may have a kind in common. No example may have rows in two
-    of the terms: a layer called once an example, on images of many sizes. The weighted sum needs nothing of this.
+    similar numbers of rows are a regular batch, whose terms may have a kind in common; where no example has rows in two
+    of the terms (a layer called once an example, on images of many sizes) that is one term. The weighted sum needs
+    nothing of this.
 
     Attributes:
         parts: the terms, of the same parameter and the same examples.
@@ -40,8 +40,6 @@ class MixedTerm(Term):
         parts = by_rows(self.parts)
         if len(parts) < len(self.parts):
             return squared_norm_of_dense(self)
-        if _are_apart(parts):
-            return sum_of([part.squared_norm() for part in parts])
         found = parts[0].zeros(self.examples)
         for numbers, terms in batched_together(parts):
             found.index_copy_(0, numbers, combine(terms).squared_norm().to(found.dtype))
@@ -61,12 +59,6 @@ class MixedTerm(Term):
 
     def _regrouped(self, owners: Owners) -> Term:
         return replace(self, parts=[part.regrouped(owners) for part in self.parts])
-
-
-def _are_apart(parts: Sequence[Scattered]) -> bool:
-    """Whether every example has rows in one of the terms at most."""
-    there = torch.stack([part.owners.sorted_rows.counts_on_host > 0 for part in parts])
-    return int(there.sum(0).max()) <= 1
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

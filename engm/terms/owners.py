@@ -8,15 +8,18 @@ are an example's, and a vector of owners does (:mod:`engm.graph.owners` measures
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Layout
+from .layout import PLAIN, Layout
+
+Found = TypeVar("Found")
 
 NOBODY = -1  # the owner of a row whose gradient is zero
 
@@ -39,6 +42,16 @@ class SortedRows:
     def counts_on_host(self) -> Tensor:
         """:attr:`counts` in the memory of the host, which waits for them once."""
         return self.counts.cpu()
+
+    @cached_property
+    def most(self) -> int:
+        """Rows of the example with the most."""
+        return int(self.counts_on_host.max())
+
+    @cached_property
+    def owned(self) -> int:
+        """How many rows have an owner."""
+        return int(self.counts_on_host.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +76,8 @@ class Batch:
 class Owners:
     """The owner of every row of a tensor ``[*leading, ...]``.
 
+    What is worked out of them is kept: they are those of every step as long as a plan holds.
+
     Attributes:
         of: int64 ``[*leading]``, the number of the example that each row belongs to, or :data:`NOBODY`. Where
             ``leading`` are all dimensions of the tensor, every element has an owner of its own.
@@ -73,7 +88,7 @@ class Owners:
     of: Tensor
     n: int
     lost: bool = False
-    _batches: dict[tuple[int, int, int], list[Batch]] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     plain = False  # as of a layout: one row an example, in their order
 
@@ -88,16 +103,45 @@ class Owners:
 
     def flattened(self, shape: Sequence[int]) -> Owners:
         """The owners after the dimensions of a tensor of ``shape`` that tell rows apart were made one."""
-        return self if self.dims == 1 else Owners(self.of.flatten(), self.n)
+        return self if self.dims == 1 else self.once("flattened", (), lambda: Owners(self.of.flatten(), self.n))
 
     @staticmethod
     def regular(layout: Layout, n: int, device: torch.device) -> Owners:
         """The owners of rows in the regular order of a ``layout`` along the first dimension."""
         return Owners(torch.arange(n, device=device).repeat_interleave(layout.inner).repeat(layout.outer), n)
 
+    def of_examples(self) -> Owners:
+        """The owners of a tensor that has one row for each of the examples, in their order."""
+        return self.once("examples", (), lambda: Owners.regular(PLAIN, self.n, self.of.device))
+
     def then(self, further: Owners) -> Owners:
         """The owners of the same rows where example ``i`` of these belongs to example ``further.of.flatten()[i]``."""
-        return Owners(self.each(further.of.flatten(), NOBODY), further.n)
+        return self.once("then", (further,), lambda: Owners(self.each(further.of.flatten(), NOBODY), further.n))
+
+    @staticmethod
+    def behind_one_another(parts: Sequence[Owners], times: Sequence[int]) -> Owners:
+        """The owners of the rows of several tensors, each row of a tensor as many times as is said of it."""
+        first, *others = parts
+
+        def found() -> Owners:
+            rows = [part.of.flatten().repeat_interleave(each) for part, each in zip(parts, times, strict=True)]
+            return Owners(torch.cat(rows), first.n)
+
+        return first.once(("behind", *times), others, found)
+
+    def once(self, what: Hashable, others: Sequence[Owners], found: Callable[[], Found]) -> Found:
+        """What was found before, or is found now, of these owners and of others, which are the same objects then."""
+        key = what, tuple(map(id, others))
+        if key not in self._kept:
+            self._kept[key] = found(), others  # kept so that their ids stay theirs
+        return self._kept[key][0]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that there are of them so far."""
+        yield self.of
+        yield from _tensors_in(self.__dict__.get("sorted_rows"))
+        for found, _ in self._kept.values():
+            yield from _tensors_in(found)
 
     def each(self, values: Tensor, of_nobody: float) -> Tensor:
         """The value ``values[i]`` of every row's owner ``i``, in the shape of the owners.
@@ -142,10 +186,8 @@ class Owners:
             end: number behind the last.
             most: how many rows may be copied at once.
         """
-        key = (first, end, min(most, 2 * self.of.numel()))  # no batch, with its padding, has as many
-        if key not in self._batches:
-            self._batches[key] = list(self._batched(*key))
-        return self._batches[key]
+        at_once = min(most, 2 * self.of.numel())  # no batch, with its padding, has as many
+        return self.once((first, end, at_once), (), lambda: list(self._batched(first, end, at_once)))
 
     def _batched(self, first: int, end: int, most: int) -> Iterator[Batch]:
         by_owner = self.sorted_rows
@@ -156,12 +198,22 @@ class Owners:
         while start < len(counts):
             end = bisect_right(counts, counts[start] + counts[start] // 2)
             end = min(end, start + max(1, most // counts[end - 1]))
-            of_these, length = numbers[start:end], counts[end - 1]
-            missing = len(of_these) * length - sum(counts[start:end])
-            yield Batch(of_these, length, None) if length > most else self.padded(of_these, length, missing)
+            yield self.batch_of(numbers[start:end], ascending[start:end], most)
             start = end
 
-    def padded(self, numbers: Tensor, length: int, missing: int) -> Batch:
+    def batch_of(self, numbers: Tensor, counts: Tensor, most: int) -> Batch:
+        """The batch of some examples.
+
+        Args:
+            numbers: of the examples; one of more than ``most`` rows comes alone.
+            counts: how many rows each has, on the host.
+            most: how many rows may be copied at once.
+        """
+        length = int(counts.max())
+        missing = len(numbers) * length - int(counts.sum())
+        return Batch(numbers, length, None) if length > most else self._padded(numbers, length, missing)
+
+    def _padded(self, numbers: Tensor, length: int, missing: int) -> Batch:
         """Examples ``numbers`` of at most ``length`` rows, of which ``missing`` in all are filled up."""
         by_owner = self.sorted_rows
         place = torch.arange(length, device=numbers.device).expand(len(numbers), -1)
@@ -170,6 +222,19 @@ class Owners:
         rows = by_owner.order[of_rows.clamp_(0, len(by_owner.order) - 1)]  # an example without rows has any filling
         padding = (place >= counts).flatten().nonzero_static(size=missing).flatten() if missing else None
         return Batch(numbers, length, rows.flatten(), padding)
+
+
+def _tensors_in(found: Any) -> Iterator[Tensor]:
+    """The tensors in what is kept of owners."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, Owners):
+        yield from found.tensors()
+    elif isinstance(found, SortedRows | Batch):
+        yield from _tensors_in(tuple(vars(found).values()))
+    elif isinstance(found, list | tuple):
+        for part in found:
+            yield from _tensors_in(part)
 
 
 Ownership = Layout | Owners

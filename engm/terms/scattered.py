@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..ops import accumulation_dtype
 from .base import PerExampleGradient, Term
-from .layout import PLAIN, Layout
+from .layout import Layout
 from .owners import Batch, Owners
 
 SIMILAR = 0.585  # the binary logarithm of how many times as many rows an example of a batch may have as another
@@ -95,10 +95,10 @@ class Scattered(Term):
 
     def squared_norm(self) -> Tensor:
         found = self.zeros(self.examples)
-        if int(self.owners.sorted_rows.counts_on_host.max()) == 1:  # the rows' own norms, in another order
+        owned = self.owners.sorted_rows
+        if owned.most == 1:  # the rows' own norms, in another order
             norms = self.rows.squared_norm().to(found.dtype)
-            owned = self.owners.sorted_rows
-            present = owned.counts.nonzero_static(size=int(owned.counts_on_host.sum())).flatten()
+            present = owned.counts.nonzero_static(size=owned.owned).flatten()
             return found.index_copy_(0, present, norms[owned.order[owned.starts[present]]])
         for numbers, term in self._regular(slice(0, self.examples)):
             found.index_copy_(0, numbers, term.squared_norm().to(found.dtype))
@@ -148,24 +148,12 @@ class Scattered(Term):
         """
         most = self.at_once()
         for batch in self.owners.batches(examples.start, examples.stop, most):
-            whole = batch.rows is None
-            yield batch.numbers, self._formed(batch.numbers, batch.length, most) if whole else self._copied(batch)
+            yield batch.numbers, self.regular(batch, most)
 
-    def regular(self, numbers: Tensor, counts: Tensor) -> Term:
-        """The term of some examples.
-
-        Args:
-            numbers: of the examples; one of more rows than may be copied at once comes alone.
-            counts: how many rows each has, on the host; none has none.
-        """
-        length = int(counts.max())
-        if length > self.at_once():
-            return self._formed(numbers, length, self.at_once())
-        missing = len(numbers) * length - int(counts.sum())
-        return self._copied(self.owners.padded(numbers, length, missing))
-
-    def _copied(self, batch: Batch) -> Term:
-        assert batch.rows is not None
+    def regular(self, batch: Batch, most: int) -> Term:
+        """The term of the examples of a batch, of which at most so many rows are copied at once."""
+        if batch.rows is None:
+            return self._formed(batch.numbers, batch.length, most)
         return self.rows.selected(batch.rows, batch.padding).fold(1, len(batch.numbers), batch.length)
 
     def _formed(self, number: Tensor, length: int, most: int) -> Term:
@@ -187,48 +175,69 @@ def batched_together(parts: Sequence[Scattered]) -> Iterator[tuple[Tensor, list[
     Args:
         parts: of the same examples.
     """
-    counts = torch.stack([part.owners.sorted_rows.counts_on_host for part in parts], 1)
+    owners, most = [part.owners for part in parts], tuple(part.at_once() for part in parts)
+    batches = owners[0].once(("together", most), owners[1:], lambda: list(_batches_of_all(owners, most)))
+    for numbers, found in batches:
+        yield (
+            numbers,
+            [
+                part.regular(batch, at_once)
+                for part, batch, at_once in zip(parts, found, most, strict=True)
+                if batch is not None
+            ],
+        )
+
+
+def _batches_of_all(owners: Sequence[Owners], most: Sequence[int]) -> Iterator[tuple[Tensor, list[Batch | None]]]:
+    """The numbers of examples of similar numbers of rows, and their batches; None where none of them has rows.
+
+    Args:
+        owners: of the rows of several terms.
+        most: how many rows of each may be copied at once.
+    """
+    counts = torch.stack([each.sorted_rows.counts_on_host for each in owners], 1)
     sizes = (counts.double().log2() / SIMILAR).ceil().tolist()  # minus infinity where there are no rows
     alike: dict[tuple[float, ...], list[int]] = {}
     for number, size in enumerate(map(tuple, sizes)):
         alike.setdefault(size, []).append(number)
-    device = parts[0].owners.of.device
     for numbers in alike.values():
-        here = [(part, rows) for part, rows in zip(parts, counts[numbers].unbind(1), strict=True) if int(rows.max())]
-        at_once = max(1, min((part.at_once() // int(rows.max()) for part, rows in here), default=1))
-        for start in range(0, len(numbers) if here else 0, at_once):
-            some = slice(start, start + at_once)
-            own = torch.tensor(numbers[some], device=device)
-            yield own, [part.regular(own, rows[some]) for part, rows in here]
+        longest = counts[numbers].amax(0).tolist()
+        at_once = max(1, min((each // length for each, length in zip(most, longest, strict=True) if length), default=0))
+        for some in torch.tensor(numbers).split(at_once) if any(longest) else ():
+            own = some.to(owners[0].of.device)
+            rows = zip(owners, counts[some].unbind(1), most, strict=True)
+            yield (
+                own,
+                [each.batch_of(own, count, at_once) if int(count.max()) else None for each, count, at_once in rows],
+            )
 
 
 def by_rows(terms: Sequence[Term]) -> list[Scattered]:
     """The terms that have owners of rows, and if there are any, regular terms as such; others are left out."""
-    if not any(isinstance(term, Scattered) for term in terms):
+    scattered = [term for term in terms if isinstance(term, Scattered)]
+    if not scattered:
         return []
-    return [found for term in terms if (found := _with_owners(term)) is not None]
+    return [found for term in terms if (found := _with_owners(term, scattered[0])) is not None]
 
 
-def _with_owners(term: Term) -> Scattered | None:
-    """A term as one that has owners of rows, if it has rows."""
+def _with_owners(term: Term, other: Scattered) -> Scattered | None:
+    """A term as one that has owners of rows, if it has rows; its examples are those of another."""
     if isinstance(term, RowTerm):
-        term = term.regrouped(Owners.regular(PLAIN, term.examples, term.held()[-1].device))
+        term = term.regrouped(other.owners.of_examples())
     return term if isinstance(term, Scattered) else None
 
 
 def joined_rows(terms: Sequence[Term]) -> list[Term]:
-    """The terms of the uses of one parameter, in which those that are alike in their rows have become one.
+    """The terms of the uses of one parameter, some of them scattered, in which those of like rows have become one.
 
     A regular term joins scattered ones of its kind: its examples are rows that own themselves. Terms that are like no
     scattered one stay as they are.
     """
-    groups: dict[Hashable, list[Scattered]] = {}
-    for term in terms:
-        if isinstance(term, Scattered):
-            groups.setdefault(term.rows.alike, [])
+    scattered = [term for term in terms if isinstance(term, Scattered)]
+    groups: dict[Hashable, list[Scattered]] = {term.rows.alike: [] for term in scattered}
     others = []
     for term in terms:
-        owned = _with_owners(term)
+        owned = _with_owners(term, scattered[0])
         if owned is not None and owned.rows.alike in groups:
             groups[owned.rows.alike].append(owned)
         else:
@@ -242,6 +251,6 @@ def _concatenated(uses: list[Scattered]) -> Scattered:
         return uses[0]
     length = max(1, gcd(*(use.rows.row_length for use in uses)))
     rows: list[Any] = [use.rows.cut(length) for use in uses]
-    owners = [use.owners.of.flatten().repeat_interleave(use.rows.row_length // length) for use in uses]
+    owners = Owners.behind_one_another([use.owners for use in uses], [use.rows.row_length // length for use in uses])
     first, *others = rows
-    return Scattered(first.concatenated(others), Owners(torch.cat(owners), uses[0].owners.n))
+    return Scattered(first.concatenated(others), owners)
