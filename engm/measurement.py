@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .backward.inputs import Inputs, input_gradients, input_rows, pack_input_grads, resolve_inputs
+from .backward.inputs import Inputs, input_gradients, input_rows, resolve_inputs, unscaled_inputs
 from .backward.norms import (
     Measurement,
     calibrated_squared_norms,
@@ -74,10 +74,10 @@ def _measure_inputs(
     traced = trace(losses, model, model.trainable_parameters())
     rows = input_rows(model.engm_plans, losses, leaves, traced)
     with traced.still_buffers():
-        gradients = scale.off_gradients(input_gradients(losses, leaves, scale))
+        gradients = input_gradients(losses, leaves, scale)
     names = tuple(name for name, _ in model.trainable_parameters())
-    packed = pack_input_grads(inputs, leaves, gradients)
-    return Measurement(names, None, "exact", losses.detach(), packed, rows)
+    packed, norms_of_scaled = unscaled_inputs(inputs, leaves, gradients, rows, losses.shape[0], scale)
+    return Measurement(names, None, "exact", losses.detach(), packed, rows, norms_of_scaled)
 
 
 def per_example_grad_norms(

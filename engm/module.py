@@ -30,6 +30,7 @@ from .rules.fallback import GENERIC
 from .torch_internals import (
     CALL_OF_A_MODULE,
     STATE_OF_A_MODULE,
+    address_of,
     dynamo_in_use,
     is_exported,
     is_transformed,
@@ -327,6 +328,10 @@ class GradNormModule(nn.Module):
         return f"GradNormModule(batch_norm={self.batch_norm!r}, coupled={self.coupled!r}): {self._net!r}"
 
 
+# By tensor (id) that a network was given, the tensor and the leaf in its place, as long as there are graphs behind it.
+_LEAVES: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
+
+
 def _has(net: nn.Module, name: str) -> bool:
     """Whether a network has an attribute of this name; a property is not asked for its value."""
     if name in vars(net) or getattr_static(type(net), name, None) is not None:
@@ -392,14 +397,31 @@ def _layers_with_rules(net: nn.Module) -> list[tuple[Layer, bool]]:
 def _with_leaf(value: Any, capture: Capture) -> Any:
     """The tensor that replaces an input: for a floating tensor without grad, one behind a leaf that requires grad.
 
-    The leaf is noted in the capture. The tensor is neither the leaf nor a view of the leaf, so that a network may
-    change its input in place, as it may without us. Other values stay as they are.
+    The leaf is noted in the capture; a tensor that is given again while the graph of the pass before is there has the
+    same, so that there is one gradient with respect to it. The tensor is neither the leaf nor a view of the leaf, so
+    that a network may change its input in place, as it may without us. Other values stay as they are.
     """
     if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
         return value
-    leaf = value.detach().requires_grad_()
+    leaf = _leaf_of(value)
+    if leaf is None:
+        leaf = value.detach().requires_grad_()
+        for key in [key for key, (_, other) in _LEAVES.items() if other() is None]:
+            del _LEAVES[key]
+        _LEAVES[id(value)] = weakref.ref(value), weakref.ref(leaf)
     capture.inputs.append((weakref.ref(value), leaf))
     return untracked_alias(leaf)
+
+
+def _leaf_of(value: Tensor) -> Tensor | None:
+    """The leaf that a tensor has from a pass before; None without one, and where the tensor has other memory now."""
+    if id(value) not in _LEAVES or value.layout != torch.strided or value.is_nested:
+        return None
+    given, leaf = (reference() for reference in _LEAVES[id(value)])
+    if given is not value or leaf is None:
+        return None
+    lie = [(each.dtype, each.shape, each.stride(), address_of(each)) for each in (value, leaf)]
+    return leaf if lie[0] == lie[1] and address_of(value) else None
 
 
 def as_wrapped(model: nn.Module) -> GradNormModule:

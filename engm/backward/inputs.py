@@ -80,6 +80,32 @@ def input_norms(gradients: Tensor | Sequence[Tensor], rows: Sequence[Ownership],
     return torch.as_tensor(total).sqrt()
 
 
+def unscaled_inputs(
+    inputs: Inputs,
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    rows: Sequence[Ownership],
+    n: int,
+    scale: LossScale,
+) -> tuple[Tensor | tuple[Tensor, ...] | None, Tensor | None]:
+    """Gradients of scaled losses in the structure of ``inputs``, without the scale, and if there is one, their norms.
+
+    Args:
+        inputs: what they were asked for.
+        leaves: that stand for ``inputs``.
+        gradients: of the leaves.
+        rows: where the examples lie in each of them.
+        n: number of examples.
+        scale: on the losses.
+    """
+    scaled = pack_input_grads(inputs, leaves, gradients)
+    if scaled is None or scale.factor == 1.0:
+        return scaled, None
+    norms = scale.off_norms(input_norms(scaled, rows, n))
+    parts = scale.off_gradients([scaled] if isinstance(scaled, Tensor) else scaled)
+    return (parts[0] if isinstance(scaled, Tensor) else parts), norms  # type: ignore[return-value]
+
+
 def resolve_inputs(traced: Trace | None, inputs: Inputs) -> tuple[Tensor, ...]:
     """The tensors whose gradients stand for ``inputs``: themselves, or the leaf the wrapper put in their place.
 

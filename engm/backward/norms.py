@@ -17,7 +17,7 @@ from ..module import couples as may_couple
 from ..terms.loss_scale import UNSCALED, LossScale
 from ..terms.owners import Ownership
 from .collect import TermCollector
-from .inputs import Inputs, input_gradients, input_norms, input_rows, pack_input_grads, resolve_inputs
+from .inputs import Inputs, input_gradients, input_norms, input_rows, resolve_inputs, unscaled_inputs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +38,8 @@ class Measurement:
         losses: ``[n]``, detached.
         input_grads: gradient of the summed losses with respect to ``inputs``, same structure; None if not asked for.
         input_rows: in which rows of each of the inputs the examples lie.
+        scaled_norms: ``[n]``, norms of the input gradients that were taken before the loss scale was divided out, where
+            there was one: what is small in float16 is gone behind that.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Measurement:
     losses: Tensor
     input_grads: Tensor | tuple[Tensor, ...] | None = None
     input_rows: tuple[Ownership, ...] = ()
+    scaled_norms: Tensor | None = None
 
     @property
     def squared_norms(self) -> dict[str, Tensor]:
@@ -70,7 +73,9 @@ class Measurement:
     @property
     def input_norms(self) -> Tensor | None:
         """``[n]``, norms of the input gradients over everything but the example; None without ``inputs``."""
-        return None if self.input_grads is None else input_norms(self.input_grads, self.input_rows, self.n)
+        if self.input_grads is None or self.scaled_norms is not None:
+            return self.scaled_norms
+        return input_norms(self.input_grads, self.input_rows, self.n)
 
     @property
     def n(self) -> int:
@@ -118,8 +123,8 @@ def measure_graph(
     rows = input_rows(graph.plans, losses, leaves, graph.trace)
     with graph.trace.still_buffers():
         stacked, gradients = _measured(graph, losses, mode, inputs, leaves, scale)
-    packed = pack_input_grads(inputs, leaves, scale.off_gradients(gradients))
-    return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows)
+    packed, norms = unscaled_inputs(inputs, leaves, gradients, rows, losses.shape[0], scale)
+    return Measurement(graph.names, stacked, mode, losses.detach(), packed, rows, norms)
 
 
 def _measured(

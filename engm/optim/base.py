@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from .closure import refuse_missing_closure, refuse_unweighted_closure
 from .outside import OutsideWatch, refuse_parameters_outside
 from .together import Agreement, in_processes
 from .unweighted import UnweightedWatch
-from .weights import ExampleNorms, StepStats, Weighting
+from .weights import ExampleNorms, StepStats, Weighting, checked_weighting
 
 
 class ExampleOptimizer(torch.optim.Optimizer):
@@ -59,6 +60,11 @@ class ExampleOptimizer(torch.optim.Optimizer):
         self.model = as_wrapped(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        if isinstance(optimizer, ExampleOptimizer):
+            raise TypeError(
+                f"optimizer must be one of torch's, not engm's {type(optimizer).__name__}: examples have one weight "
+                "each. To clip the weighted gradient as a whole, too, call torch.nn.utils.clip_grad_norm_ before step."
+            )
         self.optimizer = optimizer
         refuse_parameters_outside(self.model, optimizer.param_groups)
         self.stats: StepStats | None = None
@@ -157,7 +163,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "under fully_shard gradients are reduced in a backward pass of its own, to the shards: use "
                 "opt.reweight(losses).mean().backward() there."
             )
-        with torch.enable_grad():  # the caller may be in no_grad, where a backward pass may run as well
+        with torch.enable_grad(), self._whole():  # the caller may be in no_grad, where a backward pass may run as well
             batch, weighting = self._weighted(losses, inputs, measurement, divisor, loss_scale, check, one_pass=True)
             with uncast(losses.device):
                 batch.accumulate(weighting, losses.shape[0] if divisor is None else float(divisor))
@@ -190,11 +196,23 @@ class ExampleOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError, ValueError, RuntimeError: as :meth:`backward`.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), self._whole():
             batch, weighting = self._weighted(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
         batch.release()
         self._record(batch, weighting)
         return losses * weighting.weights.to(losses.dtype)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails inside leaves the optimizer's own attributes as they were."""
+        attributes, tensors = dict(vars(self)), self.carried()
+        try:
+            yield
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(attributes)
+            self.carry(tensors)
+            raise
 
     def _weighted(
         self,
@@ -236,7 +254,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
 
         def weighed() -> Weighting:
             with uncast(batch.losses.device):
-                return self.weights(batch.norms())
+                return checked_weighting(self.weights(batch.norms()), batch.losses.shape[0], type(self).__name__)
 
         if not in_processes():
             batch = checked()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_positive
+from ..ops import accumulation_dtype
 from .base import ExampleOptimizer, total_norm
 from .closure import refuse_missing_closure
 from .weights import ExampleNorms, Weighting, bound_of, quotients
@@ -73,9 +74,14 @@ class WholeGradientOptimizer(MSGD):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if gradients:
             self.grad_norm = total_norm(gradients)
-            factor = self._factor(self.grad_norm)
+            # A norm that overflows would make a silent 0 of numbers that do not.
+            factor = torch.where(self.grad_norm.isfinite(), self._factor(self.grad_norm), torch.nan)
             for gradient in gradients:
-                gradient.mul_(factor.to(gradient))
+                wide = accumulation_dtype(gradient)  # into which the factor fits if it does not into 16 bits
+                if wide == gradient.dtype:
+                    gradient.mul_(factor.to(gradient))
+                else:
+                    gradient.copy_(gradient.to(wide) * factor.to(gradient.device, wide))
 
 
 class SNGM(WholeGradientOptimizer):

@@ -34,7 +34,7 @@ class ENGM(ExampleOptimizer):
         alpha: the largest norm an example's gradient may have; 5 for ResNet-18, see :func:`engm.alpha_for`. ``"auto"``:
             a running quantile of the norms, see ``clip_fraction``; under ``DistributedDataParallel`` of all ranks'
             norms, gathered at every step, for which the host waits. With ``groups`` also one number a group.
-        clip_fraction: with ``alpha="auto"``, the fraction of the examples to clip.
+        clip_fraction: with ``alpha="auto"``, the fraction of the examples with a gradient to clip.
         weigh: another weight function, ``(norms [n], alpha []) -> weights [n]``, in place of ``min(alpha / norms, 1)``;
             ``lambda norms, alpha: alpha / (alpha + norms)``, say. It must not wait for the device.
         groups: clip group by group: sequences of parameter names, every trained parameter in one of them, or
@@ -64,15 +64,24 @@ class ENGM(ExampleOptimizer):
         groups: Sequence[Sequence[str]] | Literal["parameter"] | None = None,
     ) -> None:
         super().__init__(model, optimizer)
-        self.alpha = alpha
         self.weigh = weigh
         self.groups = None if groups is None else self._rows_of(groups)
         self._grouped = tuple(name for name, _ in self.model.trainable_parameters())
         self._rows: list[Tensor] = []
-        self.quantile = RunningQuantile(clip_fraction) if isinstance(alpha, str) else None
-        if self.quantile is not None and (alpha != "auto" or groups is not None):
-            raise ValueError(f"alpha must be a positive number or 'auto' (without groups), got {alpha!r}.")
+        self.clip_fraction = clip_fraction
+        self.quantile: RunningQuantile | None = None
+        self.alpha = alpha
         self._alphas()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any object; ``"auto"`` for ``alpha`` begins to follow the norms, a number ends that."""
+        if name == "alpha":
+            if isinstance(value, str) and (value != "auto" or self.groups is not None):
+                raise ValueError(f"alpha must be a positive number or 'auto' (without groups), got {value!r}.")
+            follows = isinstance(value, str)
+            if follows != (self.quantile is not None):
+                self.quantile = RunningQuantile(self.clip_fraction) if follows else None
+        super().__setattr__(name, value)
 
     def _rows_of(self, groups: Sequence[Sequence[str]] | str) -> list[list[int]]:
         names = [name for name, _ in self.model.trainable_parameters()]

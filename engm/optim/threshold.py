@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class RunningQuantile:
-    """An exponential average of every batch's ``1 - fraction`` quantile of the norms; never synchronises.
+    """An exponential average of every batch's ``1 - fraction`` quantile of the norms above 0; never synchronises.
 
     Args:
-        fraction: of the examples that should lie above, in (0, 1).
+        fraction: of the examples with a gradient that should lie above, in (0, 1).
         smoothing: share of the old value in the new one, in [0, 1).
 
     Attributes:
@@ -29,10 +29,12 @@ class RunningQuantile:
     def following(self, norms: Tensor) -> Tensor:
         """The value after a batch with these norms ``[n]``, those of all ranks; ``value`` is left alone.
 
-        The first is the batch's own quantile. A batch whose quantile is not finite changes nothing, and a value that is
-        not finite (a first batch like that) is replaced whole.
+        The first is the batch's own quantile. A batch whose quantile is not finite, or in which no example has a
+        gradient, changes nothing, and a value that is not finite (a first batch like that) is replaced whole. Examples
+        without a gradient (masked losses, hinges) are never clipped, and would make it 0 if they were many.
         """
-        fresh = torch.quantile(norms, 1 - self.fraction)
+        fresh = torch.nanquantile(torch.where(norms == 0, torch.nan, norms), 1 - self.fraction)
+        fresh = torch.where(norms.isnan().any(), torch.nan, fresh)
         if self.value is None:
             return fresh
         old = self.value.to(fresh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +110,28 @@ class Weighting:
     norms: Tensor | None = None
     input_norms: Tensor | None = None
     groups: Sequence[Sequence[int]] | None = None
+
+
+def checked_weighting(found: Any, n: int, method: str) -> Weighting:
+    """What ``weights`` of an optimizer returned, if it is one weight an example, detached.
+
+    Args:
+        found: what it returned.
+        n: number of examples.
+        method: the name of the optimizer's class.
+
+    Raises:
+        TypeError: it is no weighting.
+        ValueError: there are too few weights or too many.
+    """
+    if not isinstance(found, Weighting) or not isinstance(found.weights, Tensor):
+        raise TypeError(
+            f"{method}.weights must return an engm.optim.Weighting of a tensor, got {type(found).__name__}."
+        )
+    wanted = (n,) if found.groups is None else (len(found.groups), n)
+    if tuple(found.weights.shape) != wanted:
+        raise ValueError(f"{method}.weights must return weights {list(wanted)}, got {list(found.weights.shape)}.")
+    return replace(found, weights=found.weights.detach()) if found.weights.requires_grad else found
 
 
 @dataclass(frozen=True)
