@@ -23,7 +23,8 @@ def lengths(x: Tensor, norm: Norm = "l2") -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Every example scaled to Euclidean length 1; a zero example stays zero."""
+    """Every example scaled to Euclidean length 1, however small or large its numbers; a zero example stays zero."""
+    x = x / per_example(_nonzero(lengths(x, "linf")), x)  # whose squares might be 0 or infinite
     return x / per_example(_nonzero(lengths(x)), x)
 
 

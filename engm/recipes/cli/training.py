@@ -42,7 +42,9 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
     with explained_failures(lambda: go_on(f"engm train --out {quote(str(out))}" if folder.exists else "")):
         if not folder.exists and config is None and not settings:
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
-        chosen = config_from(settings, config if config or not folder.exists else folder.config_file)
+        # Where nothing was trained, settings that were worked out of other ones then would be taken for given ones.
+        keeps = folder.was_trained or (folder.exists and not settings)
+        chosen = config_from(settings, folder.config_file if keeps and not config else config)
         with from_environment(chosen.device) as processes:
             set_machine(chosen)
             console = console_for(quiet=not processes.first)

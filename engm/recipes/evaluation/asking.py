@@ -87,7 +87,7 @@ class Attacked:
     def settings(self) -> dict[str, Any]:
         """Images and ball, and the network that the examples are made on."""
         ball = {} if self.attack in WITHOUT_RADIUS else {"eps": self.ball.eps, "threat": self.ball.norm}
-        source = {} if self.made_on is None else {"made_on": self.made_on.facts}
+        source = {} if self.made_on is None else {"made_on": self.made_on.facts, "all_steps": True}
         return {"examples": len(self.test), "data": self.images, **ball, **source}
 
     def answer(self, net: nn.Module, tell: Tell) -> dict[str, Any]:

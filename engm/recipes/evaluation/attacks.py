@@ -79,16 +79,22 @@ def check_classes(name: str, classes: int) -> None:
         )
 
 
-def pgd_named(name: str, ball: Ball) -> PGD | None:
-    """The attack behind ``pgdN`` (margin loss) and ``pgdN-ce`` (cross-entropy); None for other names."""
+def pgd_named(name: str, ball: Ball, *, stop_when_broken: bool = True) -> PGD | None:
+    """The attack behind ``pgdN`` (margin loss) and ``pgdN-ce`` (cross-entropy); None for other names.
+
+    Args:
+        name: of the attack.
+        ball: where to look.
+        stop_when_broken: whether an example is left as it is once it is misclassified. It is then hardly beyond the
+            boundary of that network, and within another's.
+    """
     match = _PGD.fullmatch(name)
     if match is None:
         return None
     steps = int(match[1])
-    attack = pgd20(ball.eps, ball.norm, steps)
-    if match[2] == "-ce":
-        attack = PGD(ball.eps, attack.step_size, steps, norm=ball.norm, stop_when_broken=True)
-    return attack
+    found = pgd20(ball.eps, ball.norm, steps)
+    loss = "ce" if match[2] == "-ce" else found.loss
+    return PGD(ball.eps, found.step_size, steps, norm=ball.norm, loss=loss, stop_when_broken=stop_when_broken)
 
 
 def run_attack(
@@ -120,7 +126,7 @@ def run_attack(
         return {"accuracy": evaluate(net, test, batch_size=batch_size, on_batch=tell).natural}
     if name.startswith("autoattack"):
         return _autoattack(name, net, test, ball, batch_size, tell, made_on)
-    attack = pgd_named(name, ball)
+    attack = pgd_named(name, ball, stop_when_broken=made_on is None)
     found = evaluate(net, test, attack, batch_size=batch_size, on_batch=tell, made_on=made_on)
     return {"accuracy": found.robust, "step_size": 0.0 if attack is None else attack.step_size}
 

@@ -110,7 +110,8 @@ def of_run(
     kept = folder.weights(which)
     net = build_network(config, dataset).to(device).eval() if net is None else net
     load_weights(net, kept.weights, dataset)
-    facts = {"checkpoint": kept.checkpoint, "epoch": kept.epoch, **code_of_network(config.model)}
+    facts = {"checkpoint": kept.checkpoint, "epoch": kept.epoch, "weights": digest_of(kept.weights)}
+    facts |= code_of_network(config.model)
     return Subject(which, net, facts, config.threat)
 
 

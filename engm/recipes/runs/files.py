@@ -62,6 +62,11 @@ class RunFolder:
         """Whether a run lives here already."""
         return holds_run(self.path)
 
+    @property
+    def was_trained(self) -> bool:
+        """Whether there is anything that a run came to here, finished or not."""
+        return self.exists and (self.results_file.is_file() or bool(self.store.names(LAST)))
+
     def config(self, data_root: Path | None = None) -> RunConfig:
         """The resolved configuration of the run that lives here.
 
@@ -86,7 +91,7 @@ class RunFolder:
         Raises:
             ValueError: another run lives here, or something else.
         """
-        if self.exists and (self.results_file.is_file() or self.store.names(LAST)):
+        if self.was_trained:
             settled = of_the_same_run(self.config(), config, self.path, self.trained)
             if not self.store.names(LAST) and not self.is_over(settled):
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,6 +16,8 @@ from ..config import RunConfig
 from ..evaluation.asking import known_answer
 from ..spelling import shown_radius
 from ..storage.atomic_files import read_object
+from ..storage.checkpoint import CheckpointError
+from ..storage.weights_files import digest_of
 from .contents import described, runs_of
 from .files import RunFolder
 
@@ -119,6 +122,9 @@ def _autoattack(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
     wanted = {"examples": result["data"]["test"], "eps": result["config"]["eps"], "epoch": result["best_epoch"]}
     if "identity" in result["data"]:
         wanted["data"] = result["data"]["identity"]["test"]
+    if known:
+        with suppress(FileNotFoundError, CheckpointError):  # as of a run whose checkpoints were thrown away
+            wanted["weights"] = digest_of(folder.weights("best").weights)  # it may have been trained anew since
     threat = result["config"]["threat"]
     found = known_answer(known.get("best", {}).get("autoattack", []), {**wanted, "threat": threat}, threat)
     return None if found is None else found["accuracy"]

@@ -80,7 +80,7 @@ class Schedule:
             passed = sum(epoch >= decay for decay in self.config.decay_epochs or ())
             lr = self.config.lr * 0.1**passed
         else:
-            whole = self.planned * self.steps_per_epoch - warm
+            whole = max(self.planned * self.steps_per_epoch - warm, 1)
             lr = self.config.lr * _SHAPES[self.config.schedule](min(max(step - warm, 0), whole), whole)
         return lr * (step + 1) / warm if step < warm else lr
 
