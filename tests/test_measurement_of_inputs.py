@@ -1,12 +1,15 @@
 """Measurements without norms: the gradients of the inputs alone."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
 import training
 
 import engm
+import engm.module
 
 
 class TestInputsAlone:
@@ -44,3 +47,71 @@ class TestInputsAlone:
         x, y = training.batch()
         with pytest.raises(ValueError, match="pass inputs"):
             engm.measure(model, training.losses_of(model, x, y), norms=False)
+
+
+class Product(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+
+    def forward(self, u, v):
+        return self.first(u) * self.second(v)
+
+
+class TestOneTensorTwice:
+    """A tensor that does not require grad and is given more than once has one gradient, that of all its uses."""
+
+    @pytest.mark.parametrize("times", [1, 2])
+    @pytest.mark.parametrize("norms", [True, False])
+    def test_is_the_gradient_of_all_its_uses(self, times, norms):
+        torch.manual_seed(0)
+        model, x = engm.GradNormModule(Product().double()), torch.randn(5, 6).double()
+        model.input_grads_wanted = True
+        leaf = x.clone().requires_grad_()
+
+        def losses(given):
+            return sum((k + 1) * model(given, given).square().sum(1) for k in range(times))
+
+        (want,) = torch.autograd.grad(losses(leaf).sum(), leaf)
+        computed = losses(x)
+        found = engm.measure(model, computed, inputs=x) if norms else None
+        stats = engm.NENGM(model, training.sgd(model), 0.05).backward(computed, inputs=x)
+        torch.testing.assert_close(stats.input_norms, want.norm(dim=1))
+        if found is not None:
+            torch.testing.assert_close(found.input_grads, want)
+
+    def test_of_other_numbers_since_is_another(self):
+        """A tensor that was given other memory is not what the graph of the pass before is of."""
+        torch.manual_seed(0)
+        model, x = engm.GradNormModule(Product().double()), torch.randn(5, 6).double()
+        model.input_grads_wanted = True
+        before = model(x, x)
+        x.data = torch.randn(5, 6).double()
+        now = model(x, x)
+        torch.testing.assert_close(now, model.unwrap()(x, x))
+        assert not torch.equal(before, now)
+
+    def test_a_leaf_goes_with_its_graph(self):
+        model, x = engm.GradNormModule(Product().double()), torch.randn(5, 6).double()
+        model.input_grads_wanted = True
+        leaves = []
+        for _ in range(3):
+            out = model(x, x)
+            leaves.append(weakref.ref(next(iter(engm.module._LEAVES.values()))[1]()))
+            del out
+        gc.collect()
+        assert [leaf() for leaf in leaves] == [None] * 3
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_norms_of_inputs_in_float16_are_those_of_scaled_gradients(norms):
+    """Divided by the scale they would lose their digits, or be 0."""
+    net = training.network("group", dtype=torch.float32)
+    model = engm.GradNormModule(net)
+    x, y = training.batch(dtype=torch.float32)
+    half = x.half().requires_grad_()
+    losses = training.losses_of(model, half.float(), y) * torch.logspace(-3, -7, len(y))
+    measured = engm.measure(model, losses, inputs=half, norms=norms, loss_scale=2.0**14)
+    leaf = half.detach().float().requires_grad_()
+    (want,) = torch.autograd.grad((training.losses_of(net, leaf, y) * torch.logspace(-3, -7, len(y))).sum(), leaf)
+    torch.testing.assert_close(measured.input_norms.float(), want.flatten(1).norm(dim=1), rtol=5e-3, atol=0)

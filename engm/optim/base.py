@@ -198,7 +198,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         """
         with torch.enable_grad(), self._whole():
             batch, weighting = self._weighted(losses, inputs, measurement, None, loss_scale, check, one_pass=False)
-        batch.release()
+            batch.release()
         self._record(batch, weighting)
         return losses * weighting.weights.to(losses.dtype)
 

@@ -74,11 +74,9 @@ class ENGM(ExampleOptimizer):
         self._alphas()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As of any object; ``"auto"`` for ``alpha`` begins to follow the norms, a number ends that."""
+        """As of any object; ``"auto"`` for ``alpha`` begins to follow the norms, anything else ends that."""
         if name == "alpha":
-            if isinstance(value, str) and (value != "auto" or self.groups is not None):
-                raise ValueError(f"alpha must be a positive number or 'auto' (without groups), got {value!r}.")
-            follows = isinstance(value, str)
+            follows = isinstance(value, str) and value == "auto" and self.groups is None
             if follows != (self.quantile is not None):
                 self.quantile = RunningQuantile(self.clip_fraction) if follows else None
         super().__setattr__(name, value)
@@ -106,6 +104,8 @@ class ENGM(ExampleOptimizer):
         """The bound of every group (of the one there is without groups)."""
         if self.quantile is not None:
             return [inf]
+        if isinstance(self.alpha, str):
+            raise ValueError(f"alpha must be a positive number or 'auto' (without groups), got {self.alpha!r}.")
         if not isinstance(self.alpha, float | str | Tensor) and isinstance(self.alpha, Sequence):
             if self.groups is None or len(self.alpha) != len(self.groups):
                 wanted = "only with groups" if self.groups is None else f"one for each of the {len(self.groups)} groups"

@@ -17,6 +17,7 @@ from training import seeded
 
 import engm
 from engm.adversarial import PGD, cross_entropy, evaluation_mode, kl_divergence, margin, paused
+from engm.adversarial.ball import unit
 from engm.adversarial.losses import log_probabilities
 from engm.recipes.models.resnet import resnet18
 
@@ -395,3 +396,14 @@ def test_a_compiled_stand_in(net: nn.Module, batch: tuple[Tensor, Tensor]) -> No
     found = attack(model, *batch, generator=seeded(), measure=True, plain=compiled)
     torch.testing.assert_close(found.inputs, expected.inputs)
     assert all(module.training for module in (net, compiled))
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-27, 1e-20, 1.0, 1e25, 1e38])
+def test_directions_of_very_small_and_very_large_gradients(size):
+    """As of a network that is sure of itself: squares of these are 0 or infinite."""
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    found = unit(x.clamp(-2, 2) * size).double()
+    wanted = x.double().clamp(-2, 2)
+    wanted = wanted / wanted.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5 if size > 1e-30 else 1e-2, atol=1e-7)

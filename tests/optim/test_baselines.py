@@ -202,3 +202,29 @@ def test_a_checkpoint_restores_the_threshold():
         other = make(model, sgd(model), 1.0)
         other.load_state_dict(saved)
         assert getattr(other, name) == value
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 10.0])
+@pytest.mark.parametrize("make", [engm.SNGM, lambda m, s: engm.GNC(m, s, 1e-7)])
+def test_factors_that_do_not_fit_into_16_bits(make, size, dtype):
+    model = engm.GradNormModule(torch.nn.Linear(16, 8, bias=False).to(dtype))
+    opt = make(model, torch.optim.SGD(model.parameters(), 0.0))
+    (weight,) = model.parameters()
+    generator = torch.Generator().manual_seed(0)
+    weight.grad = (size * torch.randn(8, 16, generator=generator).clamp(-2, 2)).to(dtype)
+    norm = weight.grad.double().norm()
+    wanted = weight.grad.double() * (1 / norm if make is engm.SNGM else min(1e-7 / norm, 1))
+    opt.step()
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(weight.grad.double(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=smallest)
+
+
+@pytest.mark.parametrize("make", [engm.SNGM, engm.GNC])
+def test_a_norm_that_overflows_is_no_silent_zero(make):
+    model = engm.GradNormModule(torch.nn.Linear(4, 3, bias=False))
+    opt = make(model, torch.optim.SGD(model.parameters(), 0.0))
+    (weight,) = model.parameters()
+    weight.grad = torch.full((3, 4), 1e30)
+    opt.step()
+    assert not bool(weight.grad.isfinite().any())

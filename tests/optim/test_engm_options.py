@@ -53,6 +53,45 @@ class TestAuto:
         assert_close(opt.quantile.value / first, torch.tensor(100.0, dtype=torch.float64), rtol=0.01)
         assert stats.clipped_fraction == 0.5
 
+    @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+    def test_examples_without_a_gradient_do_not_count(self, fraction):
+        """Masked losses: most of the batch may have none, and the others are clipped as they were without them."""
+        model, opt, x, y = make(alpha="auto", clip_fraction=fraction)
+        mask = torch.zeros(len(y), dtype=torch.float64)
+        mask[:3] = 1
+        exact = per_example_gradients(losses_of(model, x, y) * mask, trained(model))
+        stats = opt.backward(losses_of(model, x, y) * mask)
+        quantile = torch.quantile(exact.norms[:3], 1 - fraction)
+        assert_close(stats.weights[:3], clip(exact.norms[:3], quantile))
+        assert opt.quantile.value > 0
+        before = opt.quantile.value.clone()
+        assert_same(opt.backward(losses_of(model, x, y) * 0).weights, torch.ones_like(mask))
+        assert_same(opt.quantile.value, before)
+
+    def test_a_first_batch_without_gradients(self):
+        model, opt, x, y = make(alpha="auto")
+        assert_same(opt.backward(losses_of(model, x, y) * 0).weights, torch.ones(len(y), dtype=torch.float64))
+        norms = opt.backward(losses_of(model, x, y)).norms
+        assert_close(opt.quantile.value, norms.quantile(0.5))
+
+    def test_can_be_set_and_left(self):
+        model, opt, x, y = make(alpha="auto")
+        opt.backward(losses_of(model, x, y))
+        opt.alpha = 0.01
+        stats = opt.backward(losses_of(model, x, y))
+        assert_close(stats.weights, clip(stats.norms, 0.01))
+        assert opt.quantile is None
+        other = make()[1]
+        other.load_state_dict(opt.state_dict())
+        assert other.alpha == 0.01
+        opt.alpha = "auto"
+        stats = opt.backward(losses_of(model, x, y))
+        assert_close(opt.quantile.value, stats.norms.quantile(0.5))
+        for bad in ("nonsense", "5"):
+            opt.alpha = bad
+            with pytest.raises(ValueError, match="a positive number or 'auto'"):
+                opt.backward(losses_of(model, x, y))
+
     def test_a_broken_batch_does_not_move_it(self):
         model, opt, x, y = make(alpha="auto")
         opt.backward(losses_of(model, x, y))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from torch import nn
 from training import assert_close, assert_same, batch, grads, losses_of, network, sgd, snapshot
 
 import engm
+from engm.optim import Weighting
+from engm.optim.batch import LossBatch
 
 
 def make(method="engm", norm="group"):
@@ -170,3 +174,51 @@ class TestOptionsSetSince:
         with pytest.raises(ValueError, match="max_norm"):
             opt.step()
         assert_same(snapshot(opt), before)
+
+
+class TestFailures:
+    """What fails after the weights were made leaves the optimizer's own state as it was."""
+
+    @pytest.mark.parametrize("call", ["backward", "reweight"])
+    @pytest.mark.parametrize("make", [lambda m, s: engm.ENGM(m, s, "auto"), lambda m, s: engm.AENGM(m, s, 1.0, tau=1)])
+    def test_later_than_the_weights(self, make, call, monkeypatch):
+        model = engm.GradNormModule(network("group"))
+        opt = make(model, sgd(model))
+        x, y = batch()
+        x.requires_grad_()
+        for _ in range(2):
+            opt.backward(losses_of(model, x, y), x)
+        before = opt.state_dict()["engm"], dict(vars(opt))
+        before = copy.deepcopy(before[0]), before[1]
+
+        def fails(*_):
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(LossBatch, "accumulate" if call == "backward" else "release", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            getattr(opt, call)(losses_of(model, x, y) * 3, x)
+        assert_same(opt.state_dict()["engm"], before[0])
+        assert vars(opt) == before[1]
+
+    @pytest.mark.parametrize("call", ["backward", "reweight"])
+    def test_weights_of_a_wrong_shape(self, call):
+        class Own(engm.ENGM):
+            def weights(self, norms):
+                found = super().weights(norms)
+                return Weighting(found.weights.unsqueeze(1) if self.shaped else found.weights.tolist(), found.norms)
+
+        model = engm.GradNormModule(network("group"))
+        opt = Own(model, sgd(model), 1.0)
+        x, y = batch()
+        opt.shaped = True
+        with pytest.raises(ValueError, match=rf"Own.weights must return weights \[{len(y)}\]"):
+            getattr(opt, call)(losses_of(model, x, y))
+        opt.shaped = False
+        with pytest.raises(TypeError, match=r"Own.weights must return an engm.optim.Weighting of a tensor"):
+            getattr(opt, call)(losses_of(model, x, y))
+
+
+def test_one_in_the_other_is_refused():
+    model = engm.GradNormModule(network("group"))
+    with pytest.raises(TypeError, match=r"one of torch's, not engm's GNC.*clip_grad_norm_"):
+        engm.ENGM(model, engm.GNC(model, sgd(model)), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 from engm.recipes.cli import app
 from engm.recipes.cli.options import config_from
 from engm.recipes.config import RunConfig
-from engm.recipes.config_files import from_values
+from engm.recipes.config_files import from_values, to_toml
 
 TINY = "--width 2 --epochs 1 --batch-size 32 --attack-steps 1 --evaluation-steps 2 --train-examples 64 --threads 1"
 DIGITS = [*TINY.split(), "--test-examples", "40", "--loggers", "none", "--step", "eager"]
@@ -170,3 +171,23 @@ def test_decays_behind_the_end_of_a_run_are_a_warning(tmp_path: Path) -> None:
 def test_and_the_run_is_trained_all_the_same(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="never falls"):
         assert engm("train", *DIGITS, "--decay-epochs", 5, "--out", tmp_path / "run").exit_code == 0
+
+
+def test_a_folder_in_which_nothing_was_trained_begins_anew(tmp_path: Path) -> None:
+    """What was worked out of the settings before (step size, mode, decays) would be taken for given otherwise."""
+    died, fresh = tmp_path / "died", tmp_path / "fresh"
+    died.mkdir()
+    begun = RunConfig(epochs=40, eps=0.2, width=2).resolved()
+    (died / "config.toml").write_text(to_toml(begun))
+    others = [*DIGITS, "--objective", "trades", "--eps", "0.1"]
+    for out in (died, fresh):
+        assert engm("train", *others, "--out", out).exit_code == 0
+    assert (died / "config.toml").read_text() == (fresh / "config.toml").read_text()
+
+
+def test_a_folder_in_which_nothing_was_trained_goes_on_without_settings(tmp_path: Path) -> None:
+    tiny = RunConfig(width=2, epochs=1, train_examples=64, test_examples=40, attack_steps=1, batch_size=32, seed=7)
+    tiny = replace(tiny, loggers=(), step="eager", evaluation_steps=2, threads=1)
+    (tmp_path / "config.toml").write_text(to_toml(tiny.resolved()))
+    assert engm("train", "--out", tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["seed"] == 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,8 @@ from engm.recipes.data import Split
 from engm.recipes.evaluation.attacks import Ball, canonical_attack, pgd_named
 from engm.recipes.evaluation.corruptions import load_corruptions, mean_accuracy
 from engm.recipes.models import build_model
+from engm.recipes.runs.files import RunFolder
+from engm.recipes.training.building import build_network
 
 LAST = ("--checkpoint", "last")
 
@@ -200,16 +203,21 @@ def test_folders_that_are_none_of_corruptions(trained: Trained, tmp_path: Path) 
 # -- transfer --------------------------------------------------------------------------------------------------------
 
 
-def test_transfer_to_itself_is_the_attack_itself(trained: Trained, weights: Path) -> None:
+def test_transfer_takes_all_steps(trained: Trained, weights: Path) -> None:
+    """Not only those until the network that examples are made on is wrong: other networks are still right there."""
     options = file_options(trained)
     for source in (weights, trained.path):
         ran("evaluate", weights, *options, "--eps", EPS, "--attack", "pgd3", "--transfer-from", source)
     ran("evaluate", trained.path, *LAST, "--attack", "pgd3", "--transfer-from", trained.path)
     (entry, *others) = results(weights)["transfer-pgd3"]
-    assert entry["accuracy"] == trained.robust
+    net, test = trained.network(), trained.dataset().test
+    x, y = test.batch(torch.arange(len(test)))
+    attack = replace(pgd20(EPS, steps=3), stop_when_broken=False)
+    made = attack(net, x, y, generator=torch.Generator().manual_seed(0)).inputs
+    assert entry["accuracy"] == pytest.approx(float((net(made).argmax(1) == y).float().mean()))
     # The run's own best network is another source, unless best is last.
     assert len(others) <= 1
-    assert found(trained.path / "evaluation.json")["transfer-pgd3"][-1]["accuracy"] == trained.robust
+    assert found(trained.path / "evaluation.json")["transfer-pgd3"][-1]["accuracy"] == entry["accuracy"]
 
 
 def test_transfer_from_another_network(trained: Trained, weights: Path, tmp_path: Path) -> None:
@@ -223,11 +231,33 @@ def test_transfer_from_another_network(trained: Trained, weights: Path, tmp_path
     assert entry["made_on"]["model"] == "vgg8"
     test = trained.dataset().test
     x, y = test.batch(torch.arange(40))
-    made = pgd20(EPS, steps=3)(other, x, y, generator=torch.Generator().manual_seed(0)).inputs
+    attack = replace(pgd20(EPS, steps=3), stop_when_broken=False)
+    made = attack(other, x, y, generator=torch.Generator().manual_seed(0)).inputs
     right = float((trained.network()(made).argmax(1) == y).float().mean())
-    looked = evaluate(trained.network(), test, pgd20(EPS, steps=3), made_on=other)
+    looked = evaluate(trained.network(), test, attack, made_on=other)
     assert entry["accuracy"] == looked.robust == pytest.approx(right)
     assert looked.robust != trained.robust
+
+
+def test_answers_are_of_the_weights_and_not_of_a_name(trained: Trained, tmp_path: Path) -> None:
+    """A folder that was trained anew has checkpoints of the same names."""
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    ran("evaluate", run, *LAST, "--attack", "pgd3")
+    before = found(run / "evaluation.json")["pgd3"][-1]["accuracy"]
+    folder = RunFolder(run)
+    name, state = folder.store.latest("step-")
+    state["net"] = {key: 0.9 * t if t.is_floating_point() else t for key, t in state["net"].items()}
+    shutil.rmtree(run / "checkpoints" / name)
+    folder.store.save(name, state)
+    ran("evaluate", run, *LAST, "--attack", "pgd3")
+    after = found(run / "evaluation.json")["pgd3"]
+    assert len({entry["weights"] for entry in after}) == len(after) >= 2
+    net = build_network(folder.config(), trained.dataset())
+    net.load_state_dict(folder.weights("last").weights)
+    test = trained.dataset().test
+    assert after[-1]["accuracy"] == evaluate(net.eval(), test, pgd20(EPS, steps=3)).robust
+    assert after[-2]["accuracy"] == before
 
 
 def test_autoattack_tells_what_each_attack_leaves(trained: Trained, weights: Path) -> None:

@@ -126,3 +126,9 @@ def test_every_step_has_its_rate_and_recorded_steps_go_on_with_it() -> None:
         assert torch.equal(recorded.net.state_dict()[name], tensor), name
     report = recorded.trainer.step_report()
     assert report.recorded <= 1, "a learning rate makes no new kind of step"
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_a_warm_up_that_rounds_to_the_whole_run(name: str) -> None:
+    config = RunConfig(schedule=name, lr=LR, epochs=1, warmup=0.95)
+    assert all(0 <= lr <= LR for lr in ours(config))
