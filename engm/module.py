@@ -410,7 +410,11 @@ def _with_leaf(value: Any, capture: Capture) -> Any:
             del _LEAVES[key]
         _LEAVES[id(value)] = weakref.ref(value), weakref.ref(leaf)
     capture.inputs.append((weakref.ref(value), leaf))
-    return untracked_alias(leaf)
+    alias = untracked_alias(leaf)
+    if type(alias) is not type(value) and not isinstance(value, nn.Parameter):
+        alias = alias.as_subclass(type(value))
+        vars(alias).update(vars(value))
+    return alias
 
 
 def _leaf_of(value: Tensor) -> Tensor | None:

@@ -107,7 +107,7 @@ class AENGM(ExampleOptimizer):
         gamma: ``[2]``, float64: slope and intercept.
         r_squared: of the last fit.
         failed_fits: fits that could not be used (all inputs alike, not finite); the old coefficients stayed. Where
-            there were none, and numbers were not finite, the next step regresses again.
+            there were none, the next step regresses again.
         fallbacks: predictions that were not positive, so that the weight was 1; of this rank's own examples.
     """
 
@@ -180,8 +180,8 @@ class AENGM(ExampleOptimizer):
     def _fit(self, found: Tensor, norms: Tensor, group: ProcessGroup | None) -> bool:
         """Regress norms on those of input gradients; returns whether the next step has to.
 
-        It has to where there are no coefficients of any fit yet and numbers were not finite, as under a loss scale that
-        is still too large. Until the first fit was usable the host waits for the answer.
+        It has to as long as there are no coefficients of any fit: numbers were not finite, as under a loss scale that
+        is still too large, or there was one example. Until the first fit was usable the host waits for the answer.
         """
         fresh, r_squared, usable = fit_line(found, norms, group)
         old = self.gamma.to(fresh)
@@ -192,11 +192,8 @@ class AENGM(ExampleOptimizer):
         self.r_squared = r_squared
         self.fits = self.fits.to(fresh.device) + usable
         self.failed_fits = self.failed_fits.to(fresh.device) + ~usable
-        if self._fitted or bool(self.fits):
-            self._fitted = True
-            return False
-        (unusable,) = total(group, (~torch.isfinite(found) | ~torch.isfinite(norms)).sum().double())
-        return bool(unusable)
+        self._fitted = self._fitted or bool(self.fits)
+        return not self._fitted
 
     def _own_state(self) -> dict[str, Any]:
         own = {key: getattr(self, key) for key in ("gamma", "fits", "r_squared", "failed_fits", "fallbacks", "steps")}

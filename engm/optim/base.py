@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -294,6 +295,12 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 norms of at least two examples, there are no gradients, or they were not reduced (``no_sync``).
         """
         stats = self.stats
+        own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        if any(p.requires_grad and id(p) not in own for p in self.model.parameters()):
+            raise RuntimeError(
+                "gradient_noise_scale is of the gradient and the norms over all trained parameters, and zero_grad of "
+                "this optimizer clears those alone that it holds: give it the others too, or freeze them."
+            )
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         ranks = self._ranks
         alone = ranks is None and stats is not None and stats.losses.shape[0] < 2
@@ -451,7 +458,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
             raise
 
     def _own_state(self) -> dict[str, Any]:
-        hyperparameters = {key: getattr(self, key) for key in self._hyperparameters}
+        hyperparameters = {key: plain_number(getattr(self, key)) for key in self._hyperparameters}
         return {"calibration": self.model.calibration.state_dict(), "hyperparameters": hyperparameters}
 
     def _load_own_state(self, state: dict[str, Any]) -> None:
@@ -463,6 +470,15 @@ class ExampleOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         options = "".join(f"{name}={getattr(self, name)!r}, " for name in self._shown)
         return f"{type(self).__name__}({options}{self.optimizer!r})"
+
+
+def plain_number(value: Any) -> Any:
+    """A number, or several, as Python has them: a checkpoint with NumPy's is refused by ``torch.load``."""
+    if isinstance(value, str | bool):
+        return value
+    if isinstance(value, Sequence):
+        return [plain_number(part) for part in value]
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

@@ -279,7 +279,7 @@ class LossBatch:
         ``DistributedDataParallel`` waits for them.
         """
         reached = [p for _, p in self.trace.trained if id(p) in self.trace.leaves]
-        return [(p, torch.zeros_like(p)) for p in reached if id(p) not in collector.terms]
+        return [(p, torch.zeros_like(p, dtype=p.grad_dtype)) for p in reached if id(p) not in collector.terms]
 
     def _parts(self, weighting: Weighting) -> list[tuple[Tensor, set[int] | None]]:
         """Weights ``[n]`` and the parameters (by id) that they are for; None: all."""
@@ -297,7 +297,6 @@ class LossBatch:
 
 
 def _in_form_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient in the parameter's type, and in its shape unless it is sparse."""
-    if gradient.dtype != parameter.dtype:
-        gradient = gradient.to(parameter.dtype)
+    """The gradient in the type that the parameter's gradients have, and in its shape unless it is sparse."""
+    gradient = gradient.to(parameter.grad_dtype or gradient.dtype)
     return gradient if gradient.is_sparse or gradient.shape == parameter.shape else gradient.view_as(parameter)

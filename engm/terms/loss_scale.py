@@ -32,7 +32,9 @@ class LossScale:
 
     def off_squares(self, squared_norms: Tensor) -> Tensor:
         """Squared norms of gradients of scaled losses, as those of the losses."""
-        return squared_norms if self.factor == 1.0 else squared_norms / self.factor**2
+        return (
+            squared_norms if self.factor == 1.0 else squared_norms / self.factor / self.factor
+        )  # squared, it overflows
 
     def off_norms(self, norms: Tensor) -> Tensor:
         """Norms of gradients of scaled losses, as those of the losses."""
