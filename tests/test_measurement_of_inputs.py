@@ -115,3 +115,27 @@ def test_norms_of_inputs_in_float16_are_those_of_scaled_gradients(norms):
     leaf = half.detach().float().requires_grad_()
     (want,) = torch.autograd.grad((training.losses_of(net, leaf, y) * torch.logspace(-3, -7, len(y))).sum(), leaf)
     torch.testing.assert_close(measured.input_norms.float(), want.flatten(1).norm(dim=1), rtol=5e-3, atol=0)
+
+
+class Marked(torch.Tensor):
+    """A tensor of the user's, as torchvision's images are."""
+
+
+def test_a_subclass_reaches_the_network_as_it_is():
+    class Looks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 3)
+
+        def forward(self, x):
+            assert type(x) is Marked
+            return self.layer(x.as_subclass(torch.Tensor)) * x.factor
+
+    model = engm.GradNormModule(Looks().double())
+    model.input_grads_wanted = True
+    x = torch.randn(5, 6).double().as_subclass(Marked)
+    x.factor = 2.0
+    found = engm.measure(model, model(x).square().sum(1), inputs=x)
+    leaf = x.as_subclass(torch.Tensor).clone().requires_grad_()
+    (want,) = torch.autograd.grad((model.unwrap().layer(leaf) * 2).square().sum(), leaf)
+    torch.testing.assert_close(found.input_grads.as_subclass(torch.Tensor), want)

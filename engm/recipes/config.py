@@ -396,6 +396,18 @@ class RunConfig:
             compile_attack=self.compile_attack or self.fast,
         )
 
+    def chosen(self) -> dict[str, Any]:
+        """Plain values by name, as :meth:`as_dict`, without those that are what the others make of them.
+
+        With one of these others changed they would not be what :meth:`resolved` makes of them any more.
+        """
+        own = self.resolved()
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in DERIVED}
+        left = {
+            n for n, unset in defaults.items() if getattr(replace(own, **{n: unset}).resolved(), n) == getattr(own, n)
+        }
+        return {name: value for name, value in self.as_dict().items() if name not in left}
+
     def _attack_mode(self) -> str:
         """The mode of the network during the training attack; by default training mode for PGD alone, as published."""
         if self.attack_mode != "auto":
@@ -434,3 +446,7 @@ class RunConfig:
             for f in fields(self)
             if f.metadata["outcome"] and getattr(mine, f.name) != getattr(theirs, f.name)
         }
+
+
+DERIVED = ("attack_mode", "attack_steps", "beta", "decay_epochs", "eps", "guide", "model", "step_size")
+"""Settings that :meth:`RunConfig.resolved` may work out of others."""

@@ -14,6 +14,9 @@ from engm.checks import check_name
 
 from .config import RunConfig, parse_number
 
+# The first line of a file of resolved settings.
+RESOLVED = "# Settings that nobody chose are worked out of the others, and anew where one of these is changed."
+
 
 @cache
 def value_type(name: str) -> tuple[Any, bool]:
@@ -88,4 +91,9 @@ def to_toml(config: RunConfig) -> str:
     """A TOML file that :func:`from_values` reads back to the same configuration."""
     import tomli_w  # imported here, because only a run that begins needs it
 
-    return tomli_w.dumps(config.as_dict())
+    return f"{RESOLVED}\n{tomli_w.dumps(config.as_dict())}"
+
+
+def is_resolved(path: Path) -> bool:
+    """Whether a file was written by :func:`to_toml`, so that not all that it says was chosen."""
+    return path.read_text(encoding="utf-8").startswith(RESOLVED)

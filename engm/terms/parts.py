@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
@@ -127,8 +128,9 @@ class Scaled:
 
     def as_product(self) -> Product:
         """Of a matrix whose slices are all the same: outer products."""
-        along = self.along.unsqueeze(1)
-        others = self.fixed.select(self.dim, 0).expand(self.examples, -1).unsqueeze(1)
+        dtype = torch.promote_types(self.along.dtype, self.fixed.dtype)  # sums are wider than what is fixed
+        along = self.along.unsqueeze(1).to(dtype)
+        others = self.fixed.select(self.dim, 0).to(dtype).expand(self.examples, -1).unsqueeze(1)
         return Product(LinearFactors(others, along) if self.dim == 0 else LinearFactors(along, others))
 
 
@@ -191,6 +193,8 @@ def joined(parts: Sequence[Part]) -> list[Part]:
 
 def squared_norm_of(parts: Sequence[Part], shape: tuple[int, ...]) -> Tensor:
     """``||g_i||^2``, ``[n]``, of the sum of some gradients ``[n, *shape]``."""
+    if 0 in shape:
+        return squared_rows(parts[0].dense(slice(0, parts[0].examples)))
     products: list[Product] = []
     fixed: list[Scaled] = []
     for part in joined(parts):
@@ -243,8 +247,8 @@ class Outer(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors."""
-        return next(t.dtype for t in self if t is not None)
+        """In which products of these add up: that of vectors and factor, or float32 where these are of 16 bits."""
+        return reduce(torch.promote_types, (t.dtype for t in self if t is not None), torch.float32)
 
     def to(self, dtype: torch.dtype) -> Outer:
         """The same in another type."""
@@ -296,7 +300,7 @@ def outer_of(parts: Sequence[Part], shape: tuple[int, ...]) -> list[Outer]:
 def squared_norm_of_outer(parts: Sequence[Outer]) -> Tensor:
     """``||g_i||^2``, ``[n]``, of the sum of some parts, from products of matrices, in float64 if there are several."""
     if len(parts) == 1:
-        one, size = parts[0].of_size_one()
+        one, size = parts[0].to(parts[0].dtype).of_size_one()
         return (one.times(one).double() * size.square()).to(one.dtype)
     wide = [part.to(torch.float64) for part in parts]
     own = torch.stack([part.times(part) for part in wide]).sum(0)

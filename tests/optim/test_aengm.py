@@ -306,6 +306,10 @@ class TestDegenerateFits:
         opt.backward(losses_of(model, x, y), x)
         assert (int(opt.fits), int(opt.failed_fits)) == (0, 1)
         assert opt.gamma.tolist() == [1.0, 0.0]
+        assert opt.needs_norms, "a first fit is tried again until there is one"
+        more, labels = batch(8, seed=1)
+        opt.backward(losses_of(model, more.requires_grad_(), labels), more)
+        assert (int(opt.fits), opt.needs_norms) == (1, False)
 
     def test_the_first_is_tried_again_where_numbers_overflow(self):
         """As at the first steps under a loss scale that is too large yet; later ones leave the coefficients."""

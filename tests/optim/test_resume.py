@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from methods import METHODS as ALL
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from training import assert_same, batch, losses_of, network, sgd, snapshot
 
 import engm
@@ -127,3 +129,35 @@ class TestRefused:
         state = other.state_dict()
         del state["engm"]["gamma"]
         self.check(opt, state, KeyError, "gamma")
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), np.int64(2)], ids=lambda n: type(n).__name__)
+def test_numbers_of_numpy_can_be_loaded(number, tmp_path):
+    """Which a command line or a file of settings may give; torch.load refuses them."""
+
+    def made(alpha):
+        net = network()
+        model = engm.GradNormModule(net)
+        several = [[name] for name, _ in net.named_parameters()]
+        yield engm.ENGM(model, sgd(model), alpha)
+        yield engm.ENGM(model, sgd(model), [alpha] * len(several), groups=several)
+        yield engm.AENGM(model, sgd(model), alpha)
+        yield engm.GNC(model, sgd(model), alpha)
+
+    for opt, other in zip(made(number), made(1.0), strict=True):
+        torch.save(opt.state_dict(), tmp_path / "opt.pt")
+        other.load_state_dict(torch.load(tmp_path / "opt.pt"))
+        assert_same(other.state_dict()["engm"]["hyperparameters"], opt.state_dict()["engm"]["hyperparameters"])
+
+
+def test_beside_torchs_distributed_checkpoints():
+    """Which know of the inner optimizer alone, as docs/optimizers/loops.md says."""
+    model, opt = make("aengm", "group")
+    train(model, opt, 0, 2)
+    inner = copy.deepcopy(get_optimizer_state_dict(model, opt.optimizer))
+    own = copy.deepcopy(opt.state_dict()["engm"])
+    other_model, other = make("aengm", "group")
+    other_model.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(other_model, other.optimizer, inner)
+    other.load_state_dict({**other.state_dict(), "engm": own})
+    assert_same(other.state_dict(), opt.state_dict())

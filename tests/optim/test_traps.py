@@ -176,6 +176,82 @@ class TestOptionsSetSince:
         assert_same(snapshot(opt), before)
 
 
+class TestForms:
+    """Gradients have the memory and the type that autograd gives them."""
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize("inner", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+    @pytest.mark.parametrize("make", ["channels last", "transposed", "expanded"])
+    def test_strides_are_the_parameters(self, make, inner, fused):
+        torch.manual_seed(0)
+        if make == "channels last":
+            net = nn.Sequential(nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(8, 1))
+            net, x = net.to(memory_format=torch.channels_last), torch.randn(4, 2, 4, 4)
+        else:
+            net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(4, 3)
+            weight = net[0].weight.detach()
+            net[0].weight = nn.Parameter(weight.t().contiguous().t() if make == "transposed" else weight[:, ::1])
+        plain = copy.deepcopy(net)
+        model = engm.GradNormModule(net)
+        opt, reference = (inner(each.parameters(), 0.1, fused=fused) for each in (model, plain))
+        opt = engm.ENGM(model, opt, 1e9)
+        for _ in range(3):
+            opt.backward(model(x).squeeze(1).square())
+            plain(x).squeeze(1).square().mean().backward()
+            for own, other in zip(net.parameters(), plain.parameters(), strict=True):
+                assert own.grad.stride() == other.grad.stride()
+            opt.step()
+            reference.step()
+            torch.testing.assert_close(list(net.parameters()), list(plain.parameters()))
+            opt.zero_grad()
+            reference.zero_grad()
+
+    @pytest.mark.parametrize("call", ["backward", "reweight"])
+    @pytest.mark.parametrize("wanted", [torch.float32, None, torch.bfloat16])
+    def test_the_type_of_gradients(self, wanted, call):
+        """A parameter of 16 bits may add its gradients up in 32."""
+        net = nn.Linear(6, 1).bfloat16()
+        unused = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+        net.register_parameter("unused", unused)
+        for parameter in net.parameters():
+            parameter.grad_dtype = wanted
+        model = engm.GradNormModule(net)
+        opt = engm.ENGM(model, torch.optim.SGD(model.parameters(), 0.1), 1e9)
+        for _ in range(2000):
+            losses = model(torch.ones(2, 6, dtype=torch.bfloat16)).squeeze(1) + 0 * unused.sum()
+            if call == "backward":
+                opt.backward(losses, divisor=500.0)
+            else:
+                (opt.reweight(losses).sum() / 500).backward()
+        if wanted == torch.float32:
+            assert net.bias.grad.dtype == torch.float32
+            torch.testing.assert_close(net.bias.grad, torch.tensor([8.0]), rtol=1e-2, atol=0)
+        elif wanted is not None:
+            assert net.bias.grad.dtype == torch.bfloat16
+
+    def test_nothing_is_added_if_something_cannot_be(self):
+        model, opt, x, y = make()
+        opt.backward(losses_of(model, x, y), x)
+        *_, last = model.parameters()
+        with torch.inference_mode():
+            last.grad = torch.zeros_like(last)
+        before = [g.clone() for g in grads(model)]
+        with pytest.raises(RuntimeError, match="made in inference mode"):
+            opt.backward(losses_of(model, x, y), x)
+        assert_same([g.clone() for g in grads(model)], before)
+
+
+@pytest.mark.parametrize("scale", [2.0**40, 2.0**64, 2.0**69])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loss_scales_whose_square_overflows(scale, dtype):
+    """A gradient scaler doubles its scale as long as nothing overflows."""
+    model = engm.GradNormModule(network("group", dtype=dtype))
+    x, y = batch(dtype=dtype)
+    losses = losses_of(model, x, y) * 1e-6
+    wanted = engm.per_example_grad_norms(model, losses)
+    assert_close(engm.per_example_grad_norms(model, losses, loss_scale=scale), wanted)
+
+
 class TestFailures:
     """What fails after the weights were made leaves the optimizer's own state as it was."""
 

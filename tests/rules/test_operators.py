@@ -404,3 +404,30 @@ def test_operators_that_treat_elements_apart(n, steps, kept, moved, how):
 def test_they_are_run_once_for_all_examples(how, monkeypatch):
     monkeypatch.setattr("engm.rules.any_operator.masked_gradients", None)
     check(Held(OF_ELEMENTS[how], (4,)).double(), lambda m: random_losses(m(tensor(5, 3, 4))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("how", "shape"),
+    [
+        (lambda h, x, p: h + p.sum(), (4, 5)),
+        (lambda h, x, p: h + 0 * p.sum(), (2,)),
+        (lambda h, x, p: h * p.exp().sum(1), (4, 5)),
+        (lambda h, x, p: h * (p * torch.linspace(0, 1, 5, dtype=p.dtype)).sum(1), (4, 5)),
+        (lambda h, x, p: h @ (p * torch.linspace(0, 1, 4, dtype=p.dtype)), (4, 4)),
+        (lambda h, x, p: h @ (p * p), (4, 4)),
+        (lambda h, x, p: h @ (p - p.mean(0)), (4, 4)),
+    ],
+)
+def test_parameters_of_16_bits(how, shape, dtype):
+    """Products add up in float32, whatever the types of their factors."""
+    torch.manual_seed(0)
+    net = Held(how, shape).to(dtype)
+    model = engm.GradNormModule(net)
+    x = tensor(6, 4).to(dtype)
+    losses = random_losses(model(x).double())
+    found = engm.measure(model, losses).norms
+    wide = Held(how, shape)
+    wide.load_state_dict(net.state_dict())
+    want = per_example_gradients(random_losses(wide.double()(x.double())), trained(wide)).norms
+    torch.testing.assert_close(found.double(), want, rtol=3e-2, atol=1e-3)

@@ -14,7 +14,7 @@ import typer
 from engm.names import BETAS
 
 from ..config import RunConfig, option, parse_number
-from ..config_files import from_values, read_toml, value_type
+from ..config_files import from_values, is_resolved, read_toml, value_type
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; options given here override them.")
@@ -121,7 +121,12 @@ def go_on(short: str = "") -> str:
 
 
 def config_from(
-    settings: dict[str, Any], file: Path | None, *, own: RunConfig | None = None, compared: bool = False
+    settings: dict[str, Any],
+    file: Path | None,
+    *,
+    own: RunConfig | None = None,
+    compared: bool = False,
+    trained: bool = False,
 ) -> RunConfig:
     """The configuration that a command line describes: the file's settings, overridden by the options given.
 
@@ -130,6 +135,8 @@ def config_from(
         file: a TOML file.
         own: the settings that stand in the place of a file where none is given, of what goes on.
         compared: the options are for several optimizers, of which each takes what is its own.
+        trained: whether something was trained with these settings. Before that, those that nobody chose are worked out
+            of the others anew where an option is given.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`engm.recipes.config_files.from_values`; or an option would change
@@ -138,6 +145,8 @@ def config_from(
     base = own.as_dict() if own is not None and file is None else _of_file(file)
     typed = {name: _typed(name, value) for name, value in settings.items()}
     config = from_values(base, source=str(file))
+    if settings and not trained and (is_resolved(file) if file is not None else own is not None):
+        config = from_values(config.chosen(), source=str(file))
     chosen = from_values({**config.as_dict(), **typed}, source="the command line")
     rules = _APPLIES if compared else {**_APPLIES, **_OPTIMIZERS}
     for name, (applies, where) in rules.items():

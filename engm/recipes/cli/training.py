@@ -42,9 +42,8 @@ def train(*, out: Out, config: ConfigFile = None, settings: dict[str, Any]) -> N
     with explained_failures(lambda: go_on(f"engm train --out {quote(str(out))}" if folder.exists else "")):
         if not folder.exists and config is None and not settings:
             raise ValueError(f"there is no run in {out} to go on with; to begin one, say at least --data")
-        # Where nothing was trained, settings that were worked out of other ones then would be taken for given ones.
-        keeps = folder.was_trained or (folder.exists and not settings)
-        chosen = config_from(settings, folder.config_file if keeps and not config else config)
+        source = config if config or not folder.exists else folder.config_file
+        chosen = config_from(settings, source, trained=folder.was_trained and not config)
         with from_environment(chosen.device) as processes:
             set_machine(chosen)
             console = console_for(quiet=not processes.first)
@@ -90,7 +89,8 @@ def compare(
         begun = Plan.of(out)
         if begun is None and (config, optimizers, seeds, settings) == (None, None, None, {}):
             raise ValueError(f"there is no comparison in {out} to go on with; to begin one, say at least --data")
-        chosen = config_from(settings, config, own=None if begun is None else begun.config, compared=True)
+        own, trained = (None, False) if begun is None else (begun.config, begun.was_trained(out) and not config)
+        chosen = config_from(settings, config, own=own, compared=True, trained=trained)
         plan = Plan(
             chosen if begun is None else begun.going_on(chosen, out),
             begun.optimizers if begun and optimizers is None else _names(optimizers or ",".join(LABELS)),

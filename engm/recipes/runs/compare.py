@@ -19,7 +19,6 @@ from ..processes import Processes
 from ..storage.atomic_files import make_folder, read_object, write_json, write_text_atomic
 from ..training.building import load_extra, load_in_turn
 from .curves import draw
-from .files import LAST
 from .folder import RunFolder, train
 from .going_on import of_the_same_run
 from .refused import Before
@@ -61,6 +60,11 @@ class Plan:
         found = read_object(path, "settings", "optimizers", "seeds")
         return cls(from_values(found["settings"], source=str(path)), found["optimizers"], found["seeds"])
 
+    def was_trained(self, out: Path) -> bool:
+        """Whether some run of this comparison came to anything in its folder, finished or not."""
+        names = cells_of(self.config, self.optimizers, self.seeds)
+        return any(RunFolder(out / name).was_trained for name in names)
+
     def going_on(self, config: RunConfig, out: Path) -> RunConfig:
         """The resolved settings with which this comparison goes on in its folder, with other optimizers or seeds maybe.
 
@@ -71,8 +75,7 @@ class Plan:
         Raises:
             ValueError: they are others, so that one table would compare what cannot be compared.
         """
-        runs = [RunFolder(out / name) for name in cells_of(self.config, self.optimizers, self.seeds)]
-        if not any(run.results_file.is_file() or run.store.names(LAST) for run in runs):
+        if not self.was_trained(out):
             return config.resolved()
         config = replace(config, optimizer=self.config.optimizer, seed=self.config.seed)
         return of_the_same_run(self.config, config, out, lambda: (0, 0), what="comparison")

@@ -70,12 +70,18 @@ class CsvLogger:
         path = self._folder / f"{kind}.csv"
         rows: list[dict[str, str]] = []
         if self._keep.get(kind) and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                known = list(reader.fieldnames or columns)
-                rows = [row for row in reader if _index_of(row, kind, known) <= self._keep[kind]]
-                # An earlier version may have written fewer figures.
-                columns = [*known, *(name for name in columns if name not in known)]
+            try:
+                with path.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    known = list(reader.fieldnames or columns)
+                    rows = [row for row in reader if _index_of(row, kind, known) <= self._keep[kind]]
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}), so that the rows before cannot be kept. Move it away: the run goes "
+                    "on without them"
+                ) from error
+            # An earlier version may have written fewer figures.
+            columns = [*known, *(name for name in columns if name not in known)]
         fresh = path.with_suffix(".csv.new")  # is moved into place with the kept rows in it: none is ever missing
         self._files[kind] = fresh.open("w", newline="", encoding="utf-8", buffering=1)
         self._writers[kind] = csv.DictWriter(self._files[kind], columns)

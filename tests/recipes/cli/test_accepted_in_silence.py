@@ -173,16 +173,24 @@ def test_and_the_run_is_trained_all_the_same(tmp_path: Path) -> None:
         assert engm("train", *DIGITS, "--decay-epochs", 5, "--out", tmp_path / "run").exit_code == 0
 
 
-def test_a_folder_in_which_nothing_was_trained_begins_anew(tmp_path: Path) -> None:
-    """What was worked out of the settings before (step size, mode, decays) would be taken for given otherwise."""
-    died, fresh = tmp_path / "died", tmp_path / "fresh"
+def test_settings_that_nobody_chose_follow_those_that_are_changed(tmp_path: Path) -> None:
+    """Where nothing was trained yet, and of another run's file: step size, mode and decays are worked out anew."""
+    now = ["--objective", "trades", "--eps", "0.1", "--epochs", 1]
+    chosen = RunConfig(eps=0.2, seed=3, width=2, train_examples=64, test_examples=40, batch_size=32, evaluation_steps=2)
+    chosen = replace(chosen, epochs=4, attack_steps=1, threads=1, loggers=(), step="eager")
+    died, other, fresh = tmp_path / "died", tmp_path / "other", tmp_path / "fresh"
     died.mkdir()
-    begun = RunConfig(epochs=40, eps=0.2, width=2).resolved()
-    (died / "config.toml").write_text(to_toml(begun))
-    others = [*DIGITS, "--objective", "trades", "--eps", "0.1"]
-    for out in (died, fresh):
-        assert engm("train", *others, "--out", out).exit_code == 0
-    assert (died / "config.toml").read_text() == (fresh / "config.toml").read_text()
+    (died / "config.toml").write_text(to_toml(chosen.resolved()))
+    file = tmp_path / "of-another.toml"
+    file.write_text(to_toml(chosen.resolved()))
+    assert engm("train", *now, "--out", died).exit_code == 0
+    assert engm("train", "--config", file, *now, "--out", other).exit_code == 0
+    assert engm("train", *DIGITS, "--seed", 3, "--objective", "trades", "--eps", "0.1", "--out", fresh).exit_code == 0
+    texts = [(out / "config.toml").read_text() for out in (died, other, fresh)]
+    assert len(set(texts)) == 1
+    # What somebody wrote into a file of their own was chosen.
+    file.write_text(file.read_text().split("\n", 1)[1])
+    assert config_from({"eps": "0.1"}, file).resolved().step_size == 0.05
 
 
 def test_a_folder_in_which_nothing_was_trained_goes_on_without_settings(tmp_path: Path) -> None:
