@@ -11,8 +11,9 @@ make. Gradients are left to ``DistributedDataParallel`` itself, to which :func:`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -39,11 +41,18 @@ class Ranks:
             under ``no_sync`` it does not.
         joining: whether this is inside ``join()``, where a rank that ran out of batches answers the reduction of
             gradients alone.
+        data_parallel: the ``DistributedDataParallel`` that the pass ran in, weakly, if it did.
     """
 
     group: ProcessGroup
     reduces: bool = True
     joining: bool = False
+    data_parallel: weakref.ref[DistributedDataParallel] | None = field(default=None, compare=False, repr=False)
+
+    def now(self) -> Ranks:
+        """The same for a pass that runs now, and not when these were found."""
+        wrapper = None if self.data_parallel is None else self.data_parallel()
+        return self if wrapper is None else replace(self, reduces=wrapper.require_backward_grad_sync)
 
     def estimating_group(self) -> ProcessGroup:
         """The process group, for an estimate from the batch of all ranks.

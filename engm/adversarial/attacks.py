@@ -136,7 +136,8 @@ class PGD:
             running statistics at each step. While the network still changes fast, norms that are borrowed are faithful
             to the training step's only with ``False``; a step does not use those that it judges to be too far off
             (docs/exactness.md).
-        restarts: number of runs; for each example the one that ended with the highest loss is kept.
+        restarts: number of runs; for each example the one that ended with the highest loss is kept, with
+            ``stop_when_broken`` of those that broke it, if any did.
         stop_when_broken: leave an example alone once it is misclassified. This is for evaluation, which becomes
             cheaper, and for friendly adversarial training. In evaluation mode examples that stopped drop out of the
             batch, and reading which these are synchronises a CUDA device at each step. In training mode dropping them
@@ -269,13 +270,15 @@ class PGD:
             best = self._run(problem, *self._start(problem, generator, noise), wanted)
             if self.restarts == 1:
                 return best
-            best_loss = self._final_losses(problem, best.inputs)
+            best_loss, broken = self._outcome(problem, best.inputs)
             for _ in range(self.restarts - 1):
                 other = self._run(problem, *self._start(problem, generator), wanted).inputs
-                loss = self._final_losses(problem, other)
+                loss, breaks = self._outcome(problem, other)
                 better = loss > best_loss
+                if self.stop_when_broken:
+                    better = torch.where(breaks == broken, better, breaks)
                 best = Adversarial(torch.where(per_example(better, other), other, best.inputs))
-                best_loss = torch.where(better, loss, best_loss)
+                best_loss, broken = torch.where(better, loss, best_loss), torch.where(better, breaks, broken)
         return best
 
     def draw(
@@ -434,9 +437,11 @@ class PGD:
             )
         return losses
 
-    def _final_losses(self, problem: Problem, x_adv: Tensor) -> Tensor:
+    def _outcome(self, problem: Problem, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses ``[n]`` of what a run made, and which examples are misclassified."""
         with torch.no_grad(), paused(problem.model):
-            return self._losses(problem.plain(x_adv), problem)
+            logits = problem.plain(x_adv)
+            return self._losses(logits, problem), logits.argmax(1) != problem.labels
 
     def _start(
         self, problem: Problem, generator: torch.Generator | None, noise: Tensor | None = None

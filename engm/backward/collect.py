@@ -517,10 +517,8 @@ class TermCollector:
         """
         terms = self.terms
         weights = weights if self._drawn is None else weights / self._drawn.to(weights.dtype)
-        wanted = [(key, parameter) for parameter in self.parameters if (key := id(parameter)) in terms]
-        if only is not None:
-            wanted = [(key, parameter) for key, parameter in wanted if key in only]
-        reached = [(parameter, terms[key] if again else terms.pop(key)) for key, parameter in wanted]
+        keys = sorted(terms.keys() if only is None else only & terms.keys(), key=self.rows.__getitem__)
+        reached = [(self.parameters[self.rows[key]], terms[key] if again else terms.pop(key)) for key in keys]
         return weighted_sums(reached, weights, SCALED_AT_ONCE["cuda" if weights.is_cuda else "cpu"])
 
 

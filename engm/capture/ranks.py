@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from ..distributed import Ranks
@@ -29,4 +30,4 @@ def active_ranks(shards: ProcessGroup | None = None) -> Ranks | None:
             "DistributedDataParallel(static_graph=True) would leave the gradients unreduced: it prepares for the first "
             "backward pass it sees, and that is the one that measures norms. Leave static_graph out."
         )
-    return Ranks(active.process_group, active.require_backward_grad_sync, joins(active))
+    return Ranks(active.process_group, active.require_backward_grad_sync, joins(active), weakref.ref(active))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -72,7 +73,7 @@ class ExampleOptimizer(torch.optim.Optimizer):
         self._watch = OutsideWatch()
         self._unweighted = UnweightedWatch()
         if isinstance(model, DistributedDataParallel):
-            self._ranks = Ranks(model.process_group)
+            self._ranks = Ranks(model.process_group, data_parallel=weakref.ref(model))
         if self.uses_input_grads:
             self.model.input_grads_wanted = True
 
@@ -236,9 +237,8 @@ class ExampleOptimizer(torch.optim.Optimizer):
                 "a step notes would be lost on it: call backward and reweight of the optimizer itself, opt.optimizer."
             )
 
-        self._check_options()
-
         def checked() -> LossBatch:
+            self._check_options()
             if divisor is not None:
                 check_positive("divisor", divisor)
             scale = LossScale(check_positive("loss_scale", loss_scale))
@@ -263,14 +263,22 @@ class ExampleOptimizer(torch.optim.Optimizer):
         agreement = Agreement(
             self.model,
             losses,
-            latest=self._ranks,
+            latest=None if self._ranks is None else self._ranks.now(),
             check=check,
-            estimates=self.estimates_from_all,
+            estimates=self._estimates_as_others(),
         )
         if agreement.passes_are_shared:  # a rank that is not there would be missed by the first pass of the checks
             agreement.reached(lambda: check_losses(losses, finite=check))
         batch = agreement.reached(checked)
         return batch, agreement.reached(weighed, batch.trace)
+
+    def _estimates_as_others(self) -> bool:
+        """Whether the other ranks estimate at this step; options of this one that are out of range do not tell."""
+        try:
+            self._check_numbers()
+        except ValueError:
+            return True
+        return self.estimates_from_all
 
     def _record(self, batch: LossBatch, weighting: Weighting) -> StepStats:
         if batch.ranks is None or batch.ranks.reduces:

@@ -64,11 +64,13 @@ class ENGM(ExampleOptimizer):
         groups: Sequence[Sequence[str]] | Literal["parameter"] | None = None,
     ) -> None:
         super().__init__(model, optimizer)
+        if weigh is not None and not callable(weigh):
+            raise TypeError(f"weigh must be a function of (norms, alpha), got {type(weigh).__name__}.")
         self.weigh = weigh
         self.groups = None if groups is None else self._rows_of(groups)
         self._grouped = tuple(name for name, _ in self.model.trainable_parameters())
         self._rows: list[Tensor] = []
-        self.clip_fraction = clip_fraction
+        self.clip_fraction = RunningQuantile(clip_fraction).fraction
         self.quantile: RunningQuantile | None = None
         self.alpha = alpha
         self._alphas()
@@ -168,7 +170,7 @@ class ENGM(ExampleOptimizer):
         if not isinstance(weights, Tensor) or weights.shape != norms.shape:
             got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(f"weigh must return one weight for each of the {len(norms)} norms, got {got}.")
-        return weights.detach()
+        return torch.where(norms.isfinite(), weights.detach(), torch.nan)  # never a silent 0
 
     def numbers(self) -> dict[str, float]:
         """As the base's: alpha, unless there are several, it follows the norms, or the user's ``weigh`` is given it."""

@@ -407,3 +407,16 @@ def test_directions_of_very_small_and_very_large_gradients(size):
     wanted = x.double().clamp(-2, 2)
     wanted = wanted / wanted.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1)
     torch.testing.assert_close(found, wanted, rtol=1e-5 if size > 1e-30 else 1e-2, atol=1e-7)
+
+
+def test_no_restart_gives_up_what_another_run_broke():
+    """The cross-entropy of an example that is still right may be larger than that of one on the other side."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 16), torch.nn.ReLU(), torch.nn.Linear(16, 7))
+    x, y = torch.rand(200, 3, 4, 4), torch.randint(7, (200,))
+    attack = PGD(0.3, 0.1, 5, stop_when_broken=True)
+    first = attack(net, x, y, generator=torch.Generator().manual_seed(1)).inputs
+    all_runs = replace(attack, restarts=5)(net, x, y, generator=torch.Generator().manual_seed(1)).inputs
+    broken, broken_by_all = (net(each).argmax(1) != y for each in (first, all_runs))
+    assert bool(broken.any())
+    assert not bool((broken & ~broken_by_all).any())

@@ -186,6 +186,9 @@ def micro_batches(rank):
     model = data_parallel()
     opt = METHODS["engm"](model, sgd(model))
     refused = 0
+    x, y = share(rank, seed=8)
+    opt.backward(losses_of(model, x, y))  # after a step of all ranks
+    opt.zero_grad()
     with model.no_sync():
         for step in range(1 + rank):
             x, y = share(rank, seed=step)
@@ -194,10 +197,33 @@ def micro_batches(rank):
             losses, _ = not_finite(losses_of(model, x, y), x)
             with pytest.raises(NonFiniteError, match=r"^losses of examples"):
                 opt.backward(losses)
+            with pytest.raises(ValueError, match=r"^losses has no graph"):
+                opt.backward(losses_of(model, x, y).detach())
             refused += 1
     x, y = share(rank, seed=9)
     opt.backward(losses_of(model, x, y))
     return refused, whole(grads(model))
+
+
+def options_of_one(rank):
+    """An option that is out of range on one rank alone."""
+    said = []
+    for name, option in (("engm", "alpha"), ("aengm", "tau")):
+        model = data_parallel()
+        opt = METHODS[name](model, sgd(model))
+        for step in range(3):
+            x, y = share(rank, seed=step)
+            before = getattr(opt, option)
+            if step == 1 and rank == BAD:
+                setattr(opt, option, 0)
+            if step == 1:
+                with pytest.raises(ValueError, match=option) as caught:
+                    opt.backward(losses_of(model, x, y), x)
+                said.append(str(caught.value))
+                setattr(opt, option, before)
+            else:
+                opt.backward(losses_of(model, x, y), x)
+    return said
 
 
 def made_late(rank):
@@ -250,6 +276,7 @@ def work(rank, port, results):
         found["strict"] = strict(rank)
         found["first"] = first_step(rank)
         found["micro"] = micro_batches(rank)
+        found["options"] = options_of_one(rank)
         found["late"] = made_late(rank)
         found["alone"] = alone(rank)
         torch.save(found, results / f"{rank}.pt")
@@ -341,6 +368,12 @@ def test_without_a_graph_in_the_first_step(ranks):
 def test_micro_batches_under_no_sync_ask_nobody(ranks):
     assert [rank["micro"][0] for rank in ranks] == [rank == BAD for rank in range(RANKS)]
     assert_same(ranks[0]["micro"][1], ranks[1]["micro"][1])
+
+
+def test_options_that_are_out_of_range_on_one_rank_stop_all(ranks):
+    for said in zip(*(rank["options"] for rank in ranks), strict=True):
+        assert len(set(said)) == 1
+        assert said[0].startswith(f"on rank {BAD} of {RANKS}, which stops all of them: ")
 
 
 def test_nobody_else_is_asked_where_nothing_is_shared(ranks):

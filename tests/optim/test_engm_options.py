@@ -147,6 +147,17 @@ class TestWeigh:
         assert_close(stats.weights, 0.7 / (0.7 + stats.norms))
         assert_close(grads(model), exact.mean(stats.weights))
 
+    def test_a_norm_that_is_not_finite_has_no_weight_of_0(self):
+        model, opt, x, y = make(weigh=lambda norms, alpha: alpha / (alpha + norms))
+        bad = torch.ones(len(y), dtype=torch.float64)
+        bad[1] = torch.inf
+        weights = opt.backward(losses_of(model, x, y) * bad, check=False).weights
+        assert weights.isnan().tolist() == [k == 1 for k in range(len(y))]
+
+    def test_what_is_no_function_is_refused_at_once(self):
+        with pytest.raises(TypeError, match="weigh must be a function"):
+            make(weigh=3)
+
     def test_sees_the_running_threshold(self):
         seen = []
         model, opt, x, y = make(alpha="auto", weigh=lambda norms, alpha: seen.append(alpha) or torch.ones_like(norms))
