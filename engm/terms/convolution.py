@@ -183,17 +183,18 @@ def joined_convolutions(terms: Sequence[ConvFactors]) -> list[ConvFactors]:
 
 def _fitting(terms: list[ConvFactors]) -> list[list[ConvFactors]]:
     """The terms in groups of which side by side at most ``1 - 1 / MOST_PADDED`` is padding, the largest image first."""
-    found: list[list[ConvFactors]] = []
+    found: list[tuple[list[ConvFactors], tuple[int, int, list[int]]]] = []  # with rows, pixels, and the largest widths
     for term in sorted(terms, key=lambda term: -prod(term.backprops.shape[2:])):
-        for group in found:
-            shapes = [one.backprops.shape[2:] for one in (*group, term)]
-            sizes = list(zip(*shapes, strict=True))
-            if sum(sizes[0]) * prod(map(max, sizes[1:])) <= MOST_PADDED * sum(map(prod, shapes)):
+        own, *others = term.backprops.shape[2:]
+        for number, (group, (rows, pixels, widths)) in enumerate(found):
+            whole = rows + own, pixels + own * prod(others), list(map(max, widths, others))
+            if whole[0] * prod(whole[2]) <= MOST_PADDED * whole[1]:
+                found[number] = group, whole
                 group.append(term)
                 break
         else:
-            found.append([term])
-    return found
+            found.append(([term], (own, own * prod(others), others)))
+    return [group for group, _ in found]
 
 
 def side_by_side(terms: Sequence[ConvFactors]) -> ConvFactors:

@@ -32,9 +32,8 @@ class LossScale:
 
     def off_squares(self, squared_norms: Tensor) -> Tensor:
         """Squared norms of gradients of scaled losses, as those of the losses."""
-        return (
-            squared_norms if self.factor == 1.0 else squared_norms / self.factor / self.factor
-        )  # squared, it overflows
+        # The square of the factor may be too large for their type.
+        return squared_norms if self.factor == 1.0 else squared_norms / self.factor / self.factor
 
     def off_norms(self, norms: Tensor) -> Tensor:
         """Norms of gradients of scaled losses, as those of the losses."""

@@ -21,6 +21,7 @@ from .layout import PLAIN, Layout
 
 Found = TypeVar("Found")
 
+MOST_KEPT = 32  # of what was worked out of some owners
 NOBODY = -1  # the owner of a row whose gradient is zero
 
 
@@ -133,6 +134,8 @@ class Owners:
         """What was found before, or is found now, of these owners and of others, which are the same objects then."""
         key = what, tuple(map(id, others))
         if key not in self._kept:
+            if len(self._kept) >= MOST_KEPT:  # as where the others are new at every step
+                del self._kept[next(iter(self._kept))]
             self._kept[key] = found(), others  # kept so that their ids stay theirs
         return self._kept[key][0]
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracle import relative, tensor
 from term_kinds import KINDS, OF_ONE_SHAPE, assert_term, convolution, correction, embedding, every_kind, linear
 
+import engm.terms.owners
 import engm.terms.scattered
 from engm.terms import (
     NOBODY,
@@ -364,3 +365,16 @@ def test_tied_tables():
     term = combine([term.regrouped(of) for term, _ in pairs])
     assert isinstance(term.rows, TiedTable)
     assert_term(term, summed(pairs[0][1] + pairs[1][1], of))
+
+
+def test_what_is_worked_out_of_owners_is_kept_and_bounded():
+    """Owners of a plan are those of every step; others may be new at every step."""
+    own, other = owners([2, 0, 3], 1), owners([1, 1, 1])
+    assert own.behind_one_another([own, other], [2, 1]) is own.behind_one_another([own, other], [2, 1])
+    assert own.batches(0, 3, 100) is own.batches(0, 3, 100)
+    for k in range(200):
+        new = owners([1, 1, 1], seed=k)
+        found = Owners.behind_one_another([own, new], [1, 1])
+        assert found.of.tolist() == own.of.tolist() + new.of.tolist()
+    assert len(own._kept) <= engm.terms.owners.MOST_KEPT
+    assert {id(tensor) for tensor in own.tensors()} >= {id(own.of), id(own.sorted_rows.order)}
