@@ -406,12 +406,14 @@ def _with_leaf(value: Any, capture: Capture) -> Any:
     leaf = _leaf_of(value)
     if leaf is None:
         leaf = value.detach().requires_grad_()
-        for key in [key for key, (_, other) in _LEAVES.items() if other() is None]:
-            del _LEAVES[key]
+        for key, (_, other) in list(_LEAVES.items()):
+            if other() is None:
+                _LEAVES.pop(key, None)
         _LEAVES[id(value)] = weakref.ref(value), weakref.ref(leaf)
     capture.inputs.append((weakref.ref(value), leaf))
     alias = untracked_alias(leaf)
-    if type(alias) is not type(value) and not isinstance(value, nn.Parameter):
+    plain = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not isinstance(value, nn.Parameter)
+    if plain and type(alias) is not type(value):
         alias = alias.as_subclass(type(value))
         vars(alias).update(vars(value))
     return alias
